@@ -1,0 +1,1 @@
+"""The arithmetic of quantization. Needs torch alone and knows nothing of diffusion models."""

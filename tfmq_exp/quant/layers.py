@@ -1,0 +1,72 @@
+"""Twins of torch's layers with a quantizer on the input and one on the weight.
+
+They inherit from the float layers, so names, parameters and state-dict keys of the network stay what they were.
+"""
+
+from typing import NamedTuple, Self
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tfmq_exp.quant.functional import dequantize
+from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.quantizers.base import Quantizer
+from tfmq_exp.quant.spec import QParams, QuantSpec
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight as integers: codes (float tensor of integers), their grid, and the grid's place on the real line."""
+
+    codes: Tensor
+    qparams: QParams
+    spec: QuantSpec
+
+
+class QuantLayer(nn.Module):
+    """What the twins share. An absent quantizer is an `nn.Identity`."""
+
+    weight: nn.Parameter
+    input_quantizer: Quantizer | nn.Identity
+    weight_quantizer: WeightQuantizer | nn.Identity
+
+    @classmethod
+    def from_float(cls, layer: nn.Module) -> Self:
+        """Turn a float layer into its twin, in place of copying: weight and bias are shared, quantizers absent."""
+        twin = cls.__new__(cls)
+        twin.__dict__.update(layer.__dict__)
+        twin._modules = dict(layer._modules)
+        twin.input_quantizer = nn.Identity()
+        twin.weight_quantizer = nn.Identity()
+        return twin
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as integers, under the present rounding."""
+        quantizer = self.weight_quantizer
+        if not isinstance(quantizer, WeightQuantizer):
+            raise TypeError("this layer's weight is not quantized")
+        return QuantizedWeight(quantizer.codes(self.weight).detach(), quantizer.qparams, quantizer.spec)
+
+    def freeze_weight(self, quantized: QuantizedWeight) -> None:
+        """Replace the weight by what the integers stand for, and drop its quantizer: nothing is left to round."""
+        self.weight = nn.Parameter(dequantize(quantized.codes, quantized.qparams).to(self.weight), requires_grad=False)
+        self.weight_quantizer = nn.Identity()
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """y = Q(x) Q(W)^T + b."""
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """As `nn.Linear`, on quantized operands."""
+        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """y = Q(W) * Q(x) + b."""
+
+    def forward(self, x: Float[Tensor, "batch in height width"]) -> Float[Tensor, "batch out height2 width2"]:
+        """As `nn.Conv2d`, on quantized operands."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+TWINS: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}

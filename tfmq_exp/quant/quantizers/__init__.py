@@ -1,0 +1,1 @@
+"""Quantizers: a spec, a source and a rounding, with an explicit mode."""

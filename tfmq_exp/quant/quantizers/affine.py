@@ -1,0 +1,67 @@
+"""Uniform quantizers for activations and for weights."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize, round_ste
+from tfmq_exp.quant.quantizers.base import Quantizer
+from tfmq_exp.quant.ranges import RangeEstimator
+from tfmq_exp.quant.rounding import AdaRound
+from tfmq_exp.quant.sources.base import Source
+from tfmq_exp.quant.spec import QParams, QuantSpec
+
+
+class AffineQuantizer(Quantizer):
+    """Quantizes activations with whatever (scale, zero point) its source gives."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid."""
+        return self.source.spec
+
+    def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
+        """Show `x` to the source."""
+        self.source.observe(x.detach())
+
+    def quantize(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
+        """Simulated quantization: real numbers on the grid."""
+        return fake_quantize(x, self.source(x), self.spec)
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes one weight, whose range is set from the weight itself and whose rounding may be learned."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Float[Tensor, "out *rest"], spec: QuantSpec, estimator: RangeEstimator) -> None:
+        super().__init__()
+        self.spec, self.estimator = spec, estimator
+        shape = spec.range_shape(weight.shape)
+        self.register_buffer("scale", torch.ones(shape, dtype=weight.dtype, device=weight.device))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        self.rounding: AdaRound | None = None
+
+    def observe(self, x: Float[Tensor, "out *rest"]) -> None:
+        """Place the grid on this weight."""
+        scale, zero_point = qparams_from_range(*self.estimator(x.detach(), self.spec), self.spec)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    @property
+    def qparams(self) -> QParams:
+        """The grid's scale and zero point."""
+        return QParams(self.scale, self.zero_point)
+
+    def codes(self, weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
+        """Integer codes of the weight under the current rounding."""
+        return quantize(weight, self.qparams, self.spec, self.rounding or round_ste)
+
+    def quantize(self, x: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
+        """The weight on its grid; soft while AdaRound is being learned."""
+        return dequantize(self.codes(x), self.qparams)

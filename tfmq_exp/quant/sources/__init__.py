@@ -1,0 +1,1 @@
+"""Where the scale and zero point of a quantizer come from."""

@@ -1,0 +1,56 @@
+"""An integer grid, and the pair (scale, zero point) that places it on the real line."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Scheme = Literal["affine", "symmetric", "unsigned"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A grid of `2**bits` integers, and the axis along which every index has its own range (None: one for the tensor).
+
+    affine: 0 .. 2**bits - 1 with a zero point; symmetric: -2**(bits-1) .. 2**(bits-1) - 1, zero point 0;
+    unsigned: 0 .. 2**bits - 1, zero point 0, for values that are never negative (softmax).
+
+    Raises:
+        ValueError: bits outside 2..16, or an unknown scheme.
+    """
+
+    bits: int
+    scheme: Scheme = "affine"
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise ValueError(f"bits must be an integer from 2 to 16, got {self.bits!r}")
+        if self.scheme not in ("affine", "symmetric", "unsigned"):
+            raise ValueError(f"scheme must be affine, symmetric or unsigned, got {self.scheme!r}")
+
+    @property
+    def levels(self) -> int:
+        """How many integers the grid has."""
+        return 2**self.bits
+
+    @property
+    def qmin(self) -> int:
+        """The smallest integer of the grid."""
+        return -(self.levels // 2) if self.scheme == "symmetric" else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer of the grid."""
+        return self.qmin + self.levels - 1
+
+    def range_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of lo, hi, scale and zero point for a tensor of `shape`: 1 everywhere but along `axis`."""
+        return tuple(size if dim == self.axis else 1 for dim, size in enumerate(shape))
+
+
+class QParams(NamedTuple):
+    """Scale (positive) and integer-valued zero point; both broadcast against the tensor that they quantize."""
+
+    scale: Tensor
+    zero_point: Tensor
