@@ -1,0 +1,1 @@
+"""The networks that are quantized, and their anatomy. Knows nothing of quantization."""

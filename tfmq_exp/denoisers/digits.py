@@ -5,6 +5,7 @@ the project runs on a laptop without a download. Images are 16x16, one channel, 
 uint8 for the classifier, which plays the part that Inception plays for photographs.
 """
 
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from tfmq_exp.denoisers.denoiser import Denoiser
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 16
@@ -89,3 +94,35 @@ def cosine_with_warmup(step: int, *, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def read_weights(network: nn.Module, path: Path) -> str:
+    """Load a safetensors file into a network, strictly; returns the file's sha256.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not this network's weights.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; make them with `python scripts/train_digits.py all`")
+    try:
+        network.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or holds another network's weights: {error}") from error
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_denoiser(path: str | None = None) -> Denoiser:
+    """The digits denoiser, from `path` or from the weights that the project ships."""
+    unet = build_unet()
+    sha256 = read_weights(unet, Path(path) if path else WEIGHTS / "denoiser.safetensors")
+    config = build_schedule().config
+    schedule = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
+    return Denoiser("digits", unet.eval().requires_grad_(False), (1, IMAGE_SIZE, IMAGE_SIZE), schedule, sha256)
+
+
+def load_classifier(path: str | None = None) -> tuple[DigitClassifier, str]:
+    """The digits classifier that the offline metrics read their features from, and the hash of its weights."""
+    classifier = DigitClassifier()
+    sha256 = read_weights(classifier, Path(path) if path else WEIGHTS / "classifier.safetensors")
+    return classifier.eval().requires_grad_(False), sha256

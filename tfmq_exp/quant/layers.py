@@ -5,8 +5,9 @@ They inherit from the float layers, so names, parameters and state-dict keys of 
 
 from typing import NamedTuple, Self
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tfmq_exp.quant.functional import dequantize
@@ -16,11 +17,15 @@ from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight as integers: codes (float tensor of integers), their grid, and the grid's place on the real line."""
+    """A weight as integers: `codes` counts from the grid's smallest integer, so it is never negative."""
 
-    codes: Tensor
+    codes: UInt8[Tensor, "out *rest"]
     qparams: QParams
     spec: QuantSpec
+
+    def dequantize(self) -> Float[Tensor, "out *rest"]:
+        """The real numbers that the integers stand for."""
+        return dequantize(self.codes.to(self.qparams.scale.dtype) + self.spec.qmin, self.qparams)
 
 
 class QuantLayer(nn.Module):
@@ -45,11 +50,12 @@ class QuantLayer(nn.Module):
         quantizer = self.weight_quantizer
         if not isinstance(quantizer, WeightQuantizer):
             raise TypeError("this layer's weight is not quantized")
-        return QuantizedWeight(quantizer.codes(self.weight).detach(), quantizer.qparams, quantizer.spec)
+        codes = (quantizer.codes(self.weight).detach() - quantizer.spec.qmin).to(torch.uint8)
+        return QuantizedWeight(codes, quantizer.qparams, quantizer.spec)
 
     def freeze_weight(self, quantized: QuantizedWeight) -> None:
         """Replace the weight by what the integers stand for, and drop its quantizer: nothing is left to round."""
-        self.weight = nn.Parameter(dequantize(quantized.codes, quantized.qparams).to(self.weight), requires_grad=False)
+        self.weight = nn.Parameter(quantized.dequantize().to(self.weight), requires_grad=False)
         self.weight_quantizer = nn.Identity()
 
 

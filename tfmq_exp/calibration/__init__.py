@@ -1,0 +1,1 @@
+"""Calibration data, taken from trajectories of the float model."""

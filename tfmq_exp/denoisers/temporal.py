@@ -1,0 +1,71 @@
+"""The Temporal Information Block (TFMQ-DM, arXiv 2311.16503, section 4.1): everything that depends on the timestep alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from tfmq_exp.denoisers.anatomy import Anatomy, Role
+from tfmq_exp.denoisers.unet import LAYERS, time_embedding
+
+
+class TemporalInformationBlock(nn.Module):
+    """t -> the temporal feature of every block: g_i(h(t)), with h the time embedding and g_i the i-th projection.
+
+    A view: it calls the UNet's own layers and owns none, so it is bit-equal to the features inside the UNet, before and
+    after quantization. Build it from the network as it stands; it does not follow later replacements of layers.
+    """
+
+    def __init__(self, unet: nn.Module, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.names = tuple(site.name for site in anatomy.by_role(Role.TIME_PROJ))
+        self.unet = unet
+
+    def forward(self, t: Shaped[Tensor, "steps"]) -> tuple[Float[Tensor, "steps channels"], ...]:
+        """One feature per block, in the network's order of registration; channel counts differ."""
+        embedding = time_embedding(self.unet, t)
+        return tuple(self.unet.get_submodule(name)(embedding) for name in self.names)
+
+
+def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
+    """Layers that depend on t alone, by measurement: same output for other inputs, another output for another t.
+
+    Args:
+        example: keyword arguments of a forward pass; every floating-point one is redrawn to see what depends on it.
+    """
+    outputs: list[dict[str, Tensor]] = []
+
+    def run(inputs: Mapping[str, Any]) -> None:
+        seen: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_hook(lambda _m, _a, out, name=name: seen.__setitem__(name, out))
+            for name, module in unet.named_modules()
+            if isinstance(module, LAYERS)
+        ]
+        try:
+            with torch.no_grad():
+                unet(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        outputs.append(seen)
+
+    generator = torch.Generator().manual_seed(0)
+    redrawn = {
+        key: torch.randn(value.shape, generator=generator).to(value)
+        if isinstance(value, Tensor) and value.is_floating_point() and key != "timestep"
+        else value
+        for key, value in example.items()
+    }
+    at = {"timestep": torch.full_like(example["timestep"], t)}
+    run({**example, **at})
+    run({**redrawn, **at})
+    run({**example, "timestep": torch.full_like(example["timestep"], other_t)})
+    first, other_inputs, other_time = outputs
+    return {
+        name
+        for name, out in first.items()
+        if torch.equal(out, other_inputs[name]) and not torch.equal(out, other_time[name])
+    }

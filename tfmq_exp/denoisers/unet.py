@@ -1,0 +1,130 @@
+"""Anatomy of diffusers' UNets: the only file that knows their attribute names."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from tfmq_exp.denoisers.anatomy import Anatomy, Block, Kind, Role, Site
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+# Roles of the layers inside a module of a known class, by the layer's path within it.
+ROLES_WITHIN: dict[type[nn.Module], dict[str, Role]] = {
+    ResnetBlock2D: {
+        "conv1": Role.RES_CONV,
+        "conv2": Role.RES_CONV,
+        "conv_shortcut": Role.SHORTCUT,
+        "time_emb_proj": Role.TIME_PROJ,
+    },
+    Attention: {
+        "to_q": Role.ATTN_QKV,
+        "to_k": Role.ATTN_QKV,
+        "to_v": Role.ATTN_QKV,
+        "to_out.0": Role.ATTN_OUT,
+    },
+    BasicTransformerBlock: {"ff.net.0.proj": Role.FEED_FORWARD, "ff.net.2": Role.FEED_FORWARD},
+    Transformer2DModel: {"proj_in": Role.PROJECTION, "proj_out": Role.PROJECTION},
+    Downsample2D: {"conv": Role.DOWNSAMPLE},
+    Upsample2D: {"conv": Role.UPSAMPLE},
+}
+ROLES_AT_TOP = {
+    "conv_in": Role.STEM,
+    "conv_out": Role.HEAD,
+    "time_embedding.linear_1": Role.TIME_EMBED,
+    "time_embedding.linear_2": Role.TIME_EMBED,
+}
+
+
+def roles(unet: nn.Module) -> dict[str, Role]:
+    """The role of every layer with weights.
+
+    Raises:
+        ValueError: a layer that has no role here (a kind of network this project does not know).
+    """
+    found = dict(ROLES_AT_TOP)
+    for name, module in unet.named_modules():
+        for path, role in ROLES_WITHIN.get(type(module), {}).items():
+            found[f"{name}.{path}"] = role
+    layers = [name for name, module in unet.named_modules() if isinstance(module, LAYERS)]
+    unknown = [name for name in layers if name not in found]
+    if unknown:
+        raise ValueError(f"no role is known for {len(unknown)} layers of {type(unet).__name__}, first {unknown[0]!r}")
+    return {name: found[name] for name in layers}
+
+
+def block_modules(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
+    """Modules that are reconstructed as a whole; a layer inside none of them is a block of its own."""
+    yield "time_embedding", Kind.TEMPORAL
+    outer = ""
+    for name, module in unet.named_modules():
+        if outer and name.startswith(outer):
+            continue
+        if isinstance(module, ResnetBlock2D):
+            outer = f"{name}."
+            yield name, Kind.RESIDUAL
+        elif isinstance(module, BasicTransformerBlock | Attention):
+            outer = f"{name}."
+            yield name, Kind.ATTENTION
+
+
+def anatomy(unet: nn.Module, example: Mapping[str, Any]) -> Anatomy:
+    """Sites, their cost, and blocks in execution order, from one traced forward pass.
+
+    The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions before
+    the resnets that feed them), hence the trace.
+
+    Args:
+        example: keyword arguments of one forward pass, with a batch of one.
+    """
+    role_of = roles(unet)
+    blocks = dict(block_modules(unet))
+    inside = {layer: block for block in blocks for layer in role_of if layer.startswith(f"{block}.")}
+    blocks |= {layer: Kind.LAYER for layer in role_of if layer not in inside}
+    order: list[str] = []
+    macs: dict[str, int] = {}
+
+    def ran(name: str) -> None:
+        if name in blocks and name not in order:
+            order.append(name)
+
+    def measured(name: str, layer: nn.Module, output: Tensor) -> None:
+        channels = output.shape[1] if isinstance(layer, nn.Conv1d | nn.Conv2d) else output.shape[-1]
+        macs[name] = macs.get(name, 0) + output.numel() // channels * layer.get_parameter("weight").numel()
+
+    handles = []
+    for name, module in unet.named_modules():
+        if name in blocks:
+            handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: ran(name)))
+        if name in role_of:
+            handles.append(module.register_forward_hook(lambda m, _a, out, name=name: measured(name, m, out)))
+    try:
+        with torch.no_grad():
+            unet(**example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sites = {
+        name: Site(name, role, unet.get_submodule(name).get_parameter("weight").numel(), macs[name])
+        for name, role in role_of.items()
+    }
+    members = {block: tuple(layer for layer in role_of if inside.get(layer, layer) == block) for block in order}
+    return Anatomy(sites, tuple(Block(name, blocks[name], members[name]) for name in order))
+
+
+def time_embedding(unet: Any, t: Tensor) -> Tensor:
+    """What the UNet feeds to every embedding projection: SiLU of the time embedding, shape [steps, channels]."""
+    sinusoid = unet.time_proj(t).to(unet.dtype)
+    return torch.nn.functional.silu(unet.time_embedding(sinusoid))
+
+
+def attentions(unet: nn.Module) -> dict[str, Attention]:
+    """Every attention module by name."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}

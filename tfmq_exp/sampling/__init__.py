@@ -1,0 +1,1 @@
+"""Trajectories: from noise to images, one seed per image."""

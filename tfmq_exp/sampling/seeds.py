@@ -1,0 +1,26 @@
+"""One random stream per image, so that image i does not depend on batch size, order or process."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from anything that names a random stream: (run seed, "images", 17), say."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def image_generators(seed: int, stream: str, indices: Iterable[int]) -> list[torch.Generator]:
+    """A generator for each image of a stream. They live on the CPU, so every device draws the same noise."""
+    return [torch.Generator().manual_seed(derive_seed(seed, stream, i)) for i in indices]
+
+
+def initial_noise(
+    generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device
+) -> Float[Tensor, "batch ..."]:
+    """x_T: standard normal noise, row i from generator i."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)

@@ -1,0 +1,147 @@
+"""The quantized model as one file: integer codes packed to their bit-width, scales, tables, and what stayed float.
+
+Everything that is needed to run is in the file, so it loads alone, strictly, without the float checkpoint and without a
+forward pass; the loaded model is bit-equal to the one that was saved. Simulated execution: the codes are turned back into
+real numbers on loading.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.spec import QParams
+from tfmq_exp.surgery.plan import resolved_from_json
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+
+FORMAT, VERSION = "tfmq_exp.quantized_unet", 1
+NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
+
+
+def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, "bytes"]:
+    """Codes one after the other with `bits` bits each, most significant bit first, zero bits at the end."""
+    unpacked = np.unpackbits(codes.cpu().numpy().reshape(-1, 1), axis=1)[:, 8 - bits :]
+    return torch.from_numpy(np.packbits(unpacked))
+
+
+def unpack(packed: UInt8[Tensor, "bytes"], bits: int, shape: tuple[int, ...]) -> UInt8[Tensor, "*shape"]:
+    """The inverse of `pack`.
+
+    Raises:
+        ValueError: the number of bytes does not fit the shape.
+    """
+    count = int(np.prod(shape))
+    if packed.numel() != (count * bits + 7) // 8:
+        raise ValueError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
+    rows = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+    codes = np.packbits(rows, axis=1)[:, 0] >> (8 - bits)
+    return torch.from_numpy(codes.reshape(shape).copy())
+
+
+def smallest(zero_point: Tensor) -> Tensor:
+    """A zero point in the smallest type that holds it: a byte when it lies in a byte's range, else float32."""
+    fits = bool(((zero_point >= 0) & (zero_point <= 255)).all())
+    return zero_point.to(torch.uint8) if fits else zero_point.float()
+
+
+def save(model: QuantizedUNet, path: Path) -> int:
+    """Write the artefact; returns its size in bytes.
+
+    Raises:
+        ValueError: some weight is not frozen to integers yet.
+    """
+    if missing := [site for site in model.weight_sites() if site not in model.integers]:
+        raise ValueError(f"{len(missing)} weights are not integers yet, first {missing[0]!r}")
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for site, (codes, qparams, spec) in model.integers.items():
+        tensors[f"weights/{site}/codes"] = pack(codes, spec.bits)
+        tensors[f"weights/{site}/scale"] = qparams.scale.flatten()
+        if spec.scheme == "affine":
+            tensors[f"weights/{site}/zero_point"] = smallest(qparams.zero_point.flatten())
+        shapes[site] = list(codes.shape)
+    for name, quantizer in model.activation_quantizers().items():
+        tensors[f"inputs/{name}/scale"] = quantizer.source.scale
+        tensors[f"inputs/{name}/zero_point"] = smallest(quantizer.source.zero_point)
+    integer = {f"{site}.weight" for site in model.integers}
+    sources = tuple(f"{name}." for name in model.activation_quantizers())
+    for name, value in model.unet.state_dict().items():
+        if name not in integer and not name.startswith(sources):
+            tensors[f"float/{name}"] = value
+    manifest = {
+        "network": type(model.unet).__name__,
+        "config": {k: v for k, v in dict(model.unet.config).items() if not k.startswith("_")},
+        "plan": dataclasses.asdict(model.plan),
+        "shapes": shapes,
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": json.dumps(manifest, sort_keys=True)}
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    return path.stat().st_size
+
+
+def load(path: Path) -> QuantizedUNet:
+    """Build the model from the file alone, ready to sample.
+
+    Raises:
+        ValueError: not such a file, damaged, of another version, or with tensors missing or left over.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable artefact (damaged or truncated?): {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+        found = f"{metadata.get('format')} version {metadata.get('version')}"
+        raise ValueError(f"{path} holds {found}; this program reads {FORMAT} version {VERSION}")
+    manifest: dict[str, Any] = json.loads(metadata["manifest"])
+    if manifest["network"] not in NETWORKS:
+        raise ValueError(f"{path} holds a {manifest['network']}; known networks: {', '.join(NETWORKS)}")
+    plan = resolved_from_json(manifest["plan"])
+    with torch.device("meta"):
+        unet = getattr(diffusers, manifest["network"]).from_config(manifest["config"])
+    unet.to_empty(device="cpu")
+    model = build(unet, plan, MinMax())
+    taken: set[str] = set()
+
+    def take(key: str) -> Tensor:
+        taken.add(key)
+        if key not in tensors:
+            raise ValueError(f"{path} lacks {key!r}")
+        return tensors[key]
+
+    state = {}
+    for site in model.weight_sites():
+        spec = plan.sites[site].weight
+        assert spec is not None
+        shape = tuple(manifest["shapes"][site])
+        scale = take(f"weights/{site}/scale").reshape(spec.range_shape(shape))
+        zero_point = torch.zeros_like(scale)
+        if spec.scheme == "affine":
+            zero_point = take(f"weights/{site}/zero_point").float().reshape(scale.shape)
+        codes = unpack(take(f"weights/{site}/codes"), spec.bits, shape)
+        model.freeze(site, QuantizedWeight(codes, QParams(scale, zero_point), spec))
+        state[f"{site}.weight"] = model.layer(site).weight
+    for name in model.activation_quantizers():
+        for part in ("scale", "zero_point"):
+            state[f"{name}.source.{part}"] = take(f"inputs/{name}/{part}").float()
+    state |= {name: take(f"float/{name}") for name in model.unet.state_dict() if name not in state}
+    if extra := set(tensors) - taken:
+        raise ValueError(f"{path} holds {len(extra)} tensors that the model has no place for, first {min(extra)!r}")
+    try:
+        model.unet.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model that it describes: {error}") from error
+    model.set_activations(Mode.QUANTIZE)
+    return model
