@@ -37,15 +37,21 @@ class AdaRound(nn.Module):
         self.register_buffer("floor", floor)
         self.v = nn.Parameter(inverse_rectified_sigmoid(x_over_scale.detach() - floor))
         self.soft = True
+        self._h: Tensor | None = None
 
-    def up(self) -> Float[Tensor, "*shape"]:
-        """How far each weight goes up: h(V) in [0, 1] while soft, 0 or 1 when hard."""
-        return rectified_sigmoid(self.v) if self.soft else (self.v >= 0).to(self.v.dtype)
+    @property
+    def h(self) -> Float[Tensor, "*shape"]:
+        """How far each weight goes up: h(V) in [0, 1] while soft, 0 or 1 when hard. Soft values are those of the last call."""
+        if not self.soft:
+            return (self.v >= 0).to(self.v.dtype)
+        return rectified_sigmoid(self.v) if self._h is None else self._h
 
     def forward(self, x_over_scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The rounded tensor; `x_over_scale` is the one given at construction."""
-        return self.floor + self.up()
+        if self.soft:
+            self._h = rectified_sigmoid(self.v)  # kept: the penalty reads it in the same iteration
+        return self.floor + self.h
 
     def harden(self) -> None:
         """Decide: from here on every weight is rounded up or down."""
-        self.soft = False
+        self.soft, self._h = False, None

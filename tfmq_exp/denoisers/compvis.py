@@ -1,0 +1,228 @@
+"""Original CompVis and DDIM UNets as diffusers networks: architecture and key map.
+
+Covers LDM's `openaimodel.UNetModel` (unconditional and with spatial transformers) and the UNet of DDIM. Outputs agree with
+the originals to float32 rounding.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+ATTENTION = {"norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0"}
+TOP = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+DDIM_PARTS = {
+    "temb.dense.0": "time_embedding.linear_1",
+    "temb.dense.1": "time_embedding.linear_2",
+    "norm_out": "conv_norm_out",
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1": "mid_block.attentions.0",
+}
+
+
+def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
+    """The diffusers network of an LDM `UNetModel` with these constructor arguments."""
+    multipliers: Sequence[int] = kwargs["channel_mult"]
+    channels = [kwargs["model_channels"] * m for m in multipliers]
+    attends = [2**level in kwargs["attention_resolutions"] for level in range(len(channels))]
+    conditional = bool(kwargs.get("use_spatial_transformer"))
+    updown = bool(kwargs.get("resblock_updown"))
+    width = kwargs.get("num_head_channels", -1)
+    heads = kwargs.get("num_heads", -1)
+    prefix = "CrossAttn" if conditional else "Attn"
+    down = [f"{prefix}DownBlock2D" if attend else "DownBlock2D" for attend in attends]
+    up = [f"{prefix}UpBlock2D" if attend else "UpBlock2D" for attend in attends]
+    if updown:
+        down = [d if a or last else "ResnetDownsampleBlock2D" for d, a, last in with_last(down, attends)]
+        up = [u if a or first else "ResnetUpsampleBlock2D" for u, a, first in with_first(up, attends)]
+    shared: dict[str, Any] = {
+        "sample_size": kwargs["image_size"],
+        "in_channels": kwargs["in_channels"],
+        "out_channels": kwargs["out_channels"],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": kwargs["num_res_blocks"],
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(reversed(up)),
+        "norm_eps": 1e-5,
+        "norm_num_groups": 32,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+    }
+    scale_shift = "scale_shift" if kwargs.get("use_scale_shift_norm") else "default"
+    if conditional:
+        count = heads if width == -1 else [c // width for c in channels]
+        return UNet2DConditionModel(
+            **shared,
+            cross_attention_dim=kwargs["context_dim"],
+            transformer_layers_per_block=kwargs.get("transformer_depth", 1),
+            attention_head_dim=count,  # diffusers calls the number of heads by this name
+            use_linear_projection=False,
+            resnet_time_scale_shift=scale_shift,
+        )
+    unet = UNet2DModel(
+        **shared,
+        attention_head_dim=None if width == -1 else width,
+        attn_norm_num_groups=32,
+        resnet_time_scale_shift=scale_shift,
+        downsample_type="resnet" if updown else "conv",
+        upsample_type="resnet" if updown else "conv",
+    )
+    if width == -1:
+        set_heads(unet, heads)
+    return unet
+
+
+def with_last(values: Sequence[str], attends: Sequence[bool]) -> list[tuple[str, bool, bool]]:
+    """Each value with its flag and whether it is the last."""
+    return [(v, a, i == len(values) - 1) for i, (v, a) in enumerate(zip(values, attends, strict=True))]
+
+
+def with_first(values: Sequence[str], attends: Sequence[bool]) -> list[tuple[str, bool, bool]]:
+    """Each value with its flag and whether it is the first."""
+    return [(v, a, i == 0) for i, (v, a) in enumerate(zip(values, attends, strict=True))]
+
+
+def set_heads(unet: nn.Module, heads: int) -> None:
+    """Give every attention the same number of heads, which a diffusers config cannot express."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            width = module.inner_dim // heads
+            module.heads, module.sliceable_head_dim, module.scale = heads, heads, width**-0.5
+
+
+def ddim_unet(config: Mapping[str, Any]) -> nn.Module:
+    """The diffusers network of a DDIM model with this configuration (sections `model` and `data`)."""
+    model, size = config["model"], config["data"]["image_size"]
+    attends = [size // 2**level in model["attn_resolutions"] for level in range(len(model["ch_mult"]))]
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=model["in_channels"],
+        out_channels=model["out_ch"],
+        block_out_channels=tuple(model["ch"] * m for m in model["ch_mult"]),
+        layers_per_block=model["num_res_blocks"],
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        attention_head_dim=None,
+        norm_eps=1e-6,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_padding=0,
+        dropout=model.get("dropout", 0.0),
+    )
+
+
+def openai_key(key: str, layers_per_block: int, keys: frozenset[str]) -> str:
+    """The diffusers name of one parameter of an LDM UNet."""
+    module, _, parameter = key.rpartition(".")
+    if module in TOP:
+        return f"{TOP[module]}.{parameter}"
+    part, index, rest = re.match(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)", module).groups()  # type: ignore[union-attr]
+    position = int(index)
+    if part == "middle_block":
+        place = {0: "mid_block.resnets.0", 1: "mid_block.attentions.0", 2: "mid_block.resnets.1"}[position]
+        inner = rest
+    else:
+        child, _, inner = rest.partition(".")
+        sub = f"{part}.{index}.{child}."
+        has = {k[len(sub) :].split(".")[0] for k in keys if k.startswith(sub)}
+        attention = bool(has & {"qkv", "transformer_blocks"})
+        if part == "input_blocks":
+            level, layer = divmod(position - 1, layers_per_block + 1)
+            resample = layer == layers_per_block
+            place = f"down_blocks.{level}." + ("downsamplers.0" if resample else f"{'attentions' if attention else 'resnets'}.{layer}")
+            inner = "conv" if inner == "op" else inner
+        else:
+            level, layer = divmod(position, layers_per_block + 1)
+            resample = child != "0" and not attention
+            place = f"up_blocks.{level}." + ("upsamplers.0" if resample else f"{'attentions' if attention else 'resnets'}.{layer}")
+    return f"{place}.{RESNET.get(inner, ATTENTION.get(inner, inner) if not_transformer(key, keys) else inner)}.{parameter}"
+
+
+def not_transformer(key: str, keys: frozenset[str]) -> bool:
+    """Whether the attention that a key belongs to is the unconditional kind (transformers keep their names)."""
+    base = re.match(r"(?:(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.", key)
+    return base is None or not any(k.startswith(base[0] + "transformer_blocks") for k in keys)
+
+
+def ddim_key(key: str, levels: int) -> str:
+    """The diffusers name of one parameter of a DDIM UNet."""
+    for original, ours in DDIM_PARTS.items():
+        if key.startswith(original + "."):
+            key = ours + key[len(original) :]
+    key = re.sub(r"^up\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", key)
+    key = re.sub(r"^down\.(\d+)", r"down_blocks.\1", key)
+    key = key.replace(".block.", ".resnets.").replace(".attn.", ".attentions.")
+    key = key.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
+    if "attentions" in key:
+        for original, ours in {".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}.items():
+            key = key.replace(original, ours)
+    return key.replace("temb_proj", "time_emb_proj").replace("nin_shortcut", "conv_shortcut")
+
+
+def split_qkv(fused: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of LDM's fused projection, whose rows are grouped by head as [q, k, v]."""
+    rows = fused.flatten(1) if fused.dim() > 1 else fused
+    grouped = rows.reshape(heads, 3, -1, *rows.shape[1:])
+    q, k, v = (grouped[:, i].flatten(0, 1) for i in range(3))
+    return q, k, v
+
+
+def convert(state: Mapping[str, Tensor], unet: nn.Module, *, ddim: bool) -> dict[str, Tensor]:
+    """A state dict for `unet` from one with original key names (bare UNet keys)."""
+    keys = frozenset(state)
+    layers = unet.config["layers_per_block"]
+    target = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    converted: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = ddim_key(key, len(unet.config["block_out_channels"])) if ddim else openai_key(key, layers, keys)
+        if ".qkv." in name:
+            module, parameter = name.split(".qkv.")
+            heads = unet.get_submodule(module).heads
+            for part, rows in zip(("to_q", "to_k", "to_v"), split_qkv(value, heads), strict=True):
+                converted[f"{module}.{part}.{parameter}"] = rows
+        else:
+            converted[name] = value.reshape(target[name]) if name in target else value
+    return {name: value.clone().float() for name, value in converted.items()}
+
+
+def load(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """A diffusers UNet from an original architecture record and its weights, loaded strictly.
+
+    Args:
+        architecture: `kwargs` of an LDM UNetModel, or the `config` of a DDIM model.
+
+    Raises:
+        ValueError: weights that do not fit the architecture.
+    """
+    ddim = "config" in architecture
+    unet = ddim_unet(architecture["config"]) if ddim else openai_unet(architecture["kwargs"])
+    try:
+        unet.load_state_dict(convert(state, unet, ddim=ddim), strict=True)
+    except (RuntimeError, AttributeError, KeyError) as error:
+        raise ValueError(f"the weights do not fit the architecture: {error}") from error
+    return unet.eval().requires_grad_(False)
+
+
+def original_timesteps(t: Tensor) -> Tensor:
+    """Timesteps as long integers, whichever type the original program stored them in."""
+    return t.round().to(torch.long)

@@ -1,0 +1,113 @@
+"""A unit's inputs and outputs over the calibration set, in memory up to a budget and on disk beyond."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Storage:
+    """Allocates tensors: in memory while they fit the budget, then as files of a temporary folder.
+
+    Args:
+        budget: bytes of memory for all tensors that are alive together.
+        folder: where the files go when the budget is spent (the system's temporary folder by default).
+    """
+
+    def __init__(self, budget: int, folder: Path | None = None) -> None:
+        self.budget, self.folder = budget, folder
+        self.used = 0
+        self._spill: tempfile.TemporaryDirectory[str] | None = None
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        size = torch.Size(shape).numel()
+        self.used += size * dtype.itemsize
+        if self.used <= self.budget:
+            return torch.empty(shape, dtype=dtype)
+        self._spill = self._spill or tempfile.TemporaryDirectory(dir=self.folder, prefix="tfmq-cache-")
+        name = tempfile.mktemp(dir=self._spill.name)
+        return torch.from_file(name, shared=True, size=size, dtype=dtype).reshape(shape)
+
+    def clear(self) -> None:
+        """Forget what was allocated; the files go away."""
+        self.used = 0
+        if self._spill is not None:
+            self._spill.cleanup()
+            self._spill = None
+
+
+@dataclass
+class Leaves:
+    """A nested structure over all samples: its tensors with the sample first, everything else as constants.
+
+    `template` holds a tensor's position where the structure has a tensor, and the constant itself elsewhere.
+    """
+
+    tensors: list[Tensor]
+    template: Any
+
+    @classmethod
+    def like(cls, example: Any, samples: int, storage: Storage) -> "Leaves":
+        """Room for `samples` samples of a structure of which `example` is one batch."""
+        def room(leaf: Any) -> Any:
+            return storage.allocate((samples, *leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+        return cls.of(pytree.tree_map(room, example))
+
+    @classmethod
+    def of(cls, structure: Any) -> "Leaves":
+        """A structure that already holds all samples."""
+        tensors = [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
+        places = iter(range(len(tensors)))
+        template = pytree.tree_map(lambda leaf: Place(next(places)) if isinstance(leaf, Tensor) else leaf, structure)
+        return cls(tensors, template)
+
+    def write(self, start: int, batch: Any) -> None:
+        """Store one batch at position `start`."""
+        values = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        for stored, value in zip(self.tensors, values, strict=True):
+            stored[start : start + len(value)] = value.detach()
+
+    def structure(self, tensors: Sequence[Tensor]) -> Any:
+        """Tensors of some samples, in the structure that they came in."""
+        return pytree.tree_map(lambda leaf: tensors[leaf.index] if isinstance(leaf, Place) else leaf, self.template)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Stands for the tensor number `index` in a template."""
+
+    index: int
+
+
+@dataclass
+class RandomBatches:
+    """`iterations` batches of rows drawn without replacement within each pass over the set."""
+
+    tensors: list[Tensor]
+    batch: int
+    iterations: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.iterations
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        samples = len(self.tensors[0])
+        if samples <= self.batch:
+            for _ in range(self.iterations):
+                yield self.tensors
+            return
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(self.iterations):
+            if len(order) < self.batch:
+                order = torch.randperm(samples, generator=generator)
+            rows, order = order[: self.batch], order[self.batch :]
+            yield [x[rows] for x in self.tensors]

@@ -1,0 +1,78 @@
+"""One LightningModule reconstructs every kind of unit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
+from tfmq_exp.reconstruction.objectives import Annealing, channel_dim, lp_loss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one unit's rounding is learned. The papers' numbers live in conf/.
+
+    Args:
+        iterations: optimiser steps per unit.
+        batch: samples per step.
+        learning_rate: of Adam on the rounding variables V.
+        p: norm of the output error.
+        penalty_weight: weight of AdaRound's penalty against the output error.
+        annealing: its exponent over time.
+    """
+
+    iterations: int
+    batch: int
+    learning_rate: float
+    p: float
+    penalty_weight: float
+    annealing: Annealing
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.batch < 1:
+            raise ValueError(f"iterations and batch must be at least 1, got {self.iterations} and {self.batch}")
+
+
+class BlockReconstruction(pl.LightningModule):
+    """Fit the outputs of a unit with soft rounding to those of the float unit.
+
+    Loss: sum over the unit's outputs of `lp_loss`, plus the weighted rounding penalty of all its layers. A batch is what
+    `arrange` turns into ((args, kwargs), targets).
+    """
+
+    def __init__(
+        self,
+        unit: nn.Module,
+        roundings: list[AdaRound],
+        arrange: Callable[[list[Tensor]], tuple[Any, Any]],
+        recipe: Recipe,
+    ) -> None:
+        super().__init__()
+        self.unit, self.roundings, self.arrange, self.recipe = unit, nn.ModuleList(roundings), arrange, recipe
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """Loss of one batch."""
+        (args, kwargs), targets = self.arrange(batch)
+        outputs = pytree.tree_leaves(self.unit(*args, **kwargs))
+        pairs = zip(outputs, pytree.tree_leaves(targets), strict=True)
+        loss = sum((lp_loss(out, want, self.recipe.p, channel_dim(want)) for out, want in pairs), torch.zeros(()))
+        count, iterations = self.global_step + 1, self.recipe.iterations
+        self.error = loss.detach()
+        if self.recipe.annealing.active(count, iterations):
+            beta = self.recipe.annealing.beta(count, iterations)
+            penalty = sum((rounding_penalty(r.h, beta) for r in self.learned()), torch.zeros(()))
+            loss = loss + self.recipe.penalty_weight * penalty
+        return loss
+
+    def learned(self) -> list[AdaRound]:
+        """The rounding of each layer."""
+        return [r for r in self.roundings if isinstance(r, AdaRound)]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam on every V."""
+        return torch.optim.Adam([r.v for r in self.learned()], lr=self.recipe.learning_rate, fused=True)
