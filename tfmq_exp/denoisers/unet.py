@@ -121,7 +121,8 @@ def anatomy(unet: nn.Module, example: Mapping[str, Any]) -> Anatomy:
 
 def time_embedding(unet: Any, t: Tensor) -> Tensor:
     """What the UNet feeds to every embedding projection: SiLU of the time embedding, shape [steps, channels]."""
-    sinusoid = unet.time_proj(t).to(unet.dtype)
+    # not `unet.dtype`, which walks over every parameter of the network
+    sinusoid = unet.time_proj(t).to(unet.time_embedding.linear_1.weight.dtype)
     return torch.nn.functional.silu(unet.time_embedding(sinusoid))
 
 

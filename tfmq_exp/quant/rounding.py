@@ -1,8 +1,17 @@
-"""Learned rounding of weights: AdaRound (Nagel et al. 2020, arXiv 2004.10568)."""
+"""Learned rounding of weights: AdaRound (Nagel et al. 2020, arXiv 2004.10568).
+
+The two functions that run in every iteration of every layer have their gradients written out: autograd's own graph of the
+same formulas takes several times as long.
+"""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from tfmq_exp.quant.functional import dequantize
+from tfmq_exp.quant.spec import QParams, QuantSpec
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid, arXiv 2004.10568, section 3.3
 
@@ -17,41 +26,85 @@ def inverse_rectified_sigmoid(h: Float[Tensor, "*shape"]) -> Float[Tensor, "*sha
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
 
 
+class _Between(torch.autograd.Function):
+    """(V, below, gap) -> (below + gap h(V), h(V))."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, below: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        sigmoid = torch.sigmoid(v)
+        h = sigmoid.mul(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
+        ctx.save_for_backward(sigmoid, h, gap)
+        return torch.addcmul(below, gap, h), h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        sigmoid, h, gap = ctx.saved_tensors
+        to_weight, to_h = grads
+        slope = sigmoid.mul(1 - sigmoid).mul_(ZETA - GAMMA)
+        slope.mul_((h > 0).logical_and_(h < 1))
+        return torch.addcmul(to_h, to_weight, gap).mul_(slope), None, None
+
+
+class _Penalty(torch.autograd.Function):
+    """sum(1 - |2h - 1|^beta), with one power for value and gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:
+        signed = h.mul(2).sub_(1)
+        distance = signed.abs()
+        # |2h - 1|^(beta - 1), at least e^-60: log 0 is -inf, and denormal numbers would slow down all that follows
+        power = distance.log().mul_(beta - 1).clamp_(min=-60).exp_()
+        ctx.save_for_backward(power.mul(signed.sign_()).mul_(-2 * beta))
+        return h.numel() - power.mul_(distance).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None
+
+
 def rounding_penalty(h: Float[Tensor, "*shape"], beta: float) -> Float[Tensor, ""]:
-    """f_reg = sum(1 - |2h - 1|^beta): zero when every weight has decided to go up or down (arXiv 2004.10568, eq. 24)."""
-    return (1 - (2 * h - 1).abs().pow(beta)).sum()
+    """f_reg = sum(1 - |2h - 1|^beta), beta > 1: zero once every weight has decided to go up or down (eq. 24)."""
+    return _Penalty.apply(h, beta)  # type: ignore[no-any-return]
 
 
 class AdaRound(nn.Module):
-    """Rounds x / scale to floor(x / scale) + h(V), with V learned.
+    """A weight that learns, element by element, whether to go to the grid point below it or to the one above.
 
-    The tensor is the same at every call while its layer is reconstructed, so the floor is computed once. V starts where
-    nothing is rounded at all (h = the fractional part); `harden` makes the decision: up where V >= 0.
+    While soft it stands at below + h(V) (above - below), which starts at the weight itself wherever the grid reaches it.
+    `harden` decides: up where V >= 0.
+
+    Args:
+        weight, q, spec: the float weight and its grid.
     """
 
     floor: Tensor
+    below: Tensor
+    gap: Tensor
 
-    def __init__(self, x_over_scale: Float[Tensor, "*shape"]) -> None:
+    def __init__(self, weight: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec) -> None:
         super().__init__()
-        floor = x_over_scale.detach().floor()
+        x = weight.detach() / q.scale
+        floor = x.floor()
+        below, above = ((floor + up + q.zero_point).clamp(spec.qmin, spec.qmax) for up in (0, 1))
         self.register_buffer("floor", floor)
-        self.v = nn.Parameter(inverse_rectified_sigmoid(x_over_scale.detach() - floor))
+        self.register_buffer("below", dequantize(below, q))
+        self.register_buffer("gap", dequantize(above, q) - self.below)
+        self.v = nn.Parameter(inverse_rectified_sigmoid(x - floor))
         self.soft = True
-        self._h: Tensor | None = None
-
-    @property
-    def h(self) -> Float[Tensor, "*shape"]:
-        """How far each weight goes up: h(V) in [0, 1] while soft, 0 or 1 when hard. Soft values are those of the last call."""
-        if not self.soft:
-            return (self.v >= 0).to(self.v.dtype)
-        return rectified_sigmoid(self.v) if self._h is None else self._h
+        self.h = rectified_sigmoid(self.v.detach())
 
     def forward(self, x_over_scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The rounded tensor; `x_over_scale` is the one given at construction."""
-        if self.soft:
-            self._h = rectified_sigmoid(self.v)  # kept: the penalty reads it in the same iteration
-        return self.floor + self.h
+        """The rounded weight in units of the scale, before clamping: a rounding as `quantize` takes it."""
+        up = rectified_sigmoid(self.v) if self.soft else (self.v >= 0).to(self.v.dtype)
+        return self.floor + up
+
+    def weight(self) -> Float[Tensor, "*shape"]:
+        """The soft weight. `h` is kept for the penalty of the same iteration."""
+        weight, self.h = _Between.apply(self.v, self.below, self.gap)  # type: ignore[misc]
+        return weight
 
     def harden(self) -> None:
         """Decide: from here on every weight is rounded up or down."""
-        self.soft, self._h = False, None
+        self.soft = False
+        self.h = (self.v >= 0).to(self.v.dtype)

@@ -60,19 +60,15 @@ class BlockReconstruction(pl.LightningModule):
         (args, kwargs), targets = self.arrange(batch)
         outputs = pytree.tree_leaves(self.unit(*args, **kwargs))
         pairs = zip(outputs, pytree.tree_leaves(targets), strict=True)
-        loss = sum((lp_loss(out, want, self.recipe.p, channel_dim(want)) for out, want in pairs), torch.zeros(()))
+        loss = sum(lp_loss(out, want, self.recipe.p, channel_dim(want)) for out, want in pairs)
         count, iterations = self.global_step + 1, self.recipe.iterations
         self.error = loss.detach()
         if self.recipe.annealing.active(count, iterations):
             beta = self.recipe.annealing.beta(count, iterations)
-            penalty = sum((rounding_penalty(r.h, beta) for r in self.learned()), torch.zeros(()))
-            loss = loss + self.recipe.penalty_weight * penalty
+            together = torch.cat([rounding.h.flatten() for rounding in self.roundings])
+            loss = loss + self.recipe.penalty_weight * rounding_penalty(together, beta)
         return loss
-
-    def learned(self) -> list[AdaRound]:
-        """The rounding of each layer."""
-        return [r for r in self.roundings if isinstance(r, AdaRound)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on every V."""
-        return torch.optim.Adam([r.v for r in self.learned()], lr=self.recipe.learning_rate, fused=True)
+        return torch.optim.Adam(list(self.roundings.parameters()), lr=self.recipe.learning_rate, fused=True)

@@ -15,7 +15,6 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
 from tfmq_exp.reconstruction.capture import capture_inputs, capture_outputs, groups_within, output_bytes
 from tfmq_exp.reconstruction.module import BlockReconstruction, Recipe
@@ -195,9 +194,7 @@ def learn(
     device = next(model.parameters()).device
     with modes(quantizers, Mode.QUANTIZE):
         nearest = relative_error(module, tensors, arrange, means.batch, device)
-        for layer, quantizer in zip(layers, quantizers, strict=True):
-            quantizer.rounding = AdaRound(layer.weight / quantizer.scale)
-        roundings = [q.rounding for q in quantizers if q.rounding is not None]
+        roundings = [q.learn_rounding(layer.weight) for layer, q in zip(layers, quantizers, strict=True)]
         batches = RandomBatches(tensors, recipe.batch, recipe.iterations, seed)
         trainer = means.trainer(
             max_steps=recipe.iterations, callbacks=[Report(watcher, unit.name, recipe.iterations)]

@@ -58,10 +58,17 @@ class WeightQuantizer(Quantizer):
         """The grid's scale and zero point."""
         return QParams(self.scale, self.zero_point)
 
+    def learn_rounding(self, weight: Float[Tensor, "out *rest"]) -> AdaRound:
+        """Start AdaRound on this weight."""
+        self.rounding = AdaRound(weight, self.qparams, self.spec)
+        return self.rounding
+
     def codes(self, weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
         """Integer codes of the weight under the current rounding."""
         return quantize(weight, self.qparams, self.spec, self.rounding or round_ste)
 
     def quantize(self, x: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
-        """The weight on its grid; soft while AdaRound is being learned."""
+        """The weight on its grid, or between two points of it while AdaRound is being learned."""
+        if self.rounding is not None and self.rounding.soft:
+            return self.rounding.weight()
         return dequantize(self.codes(x), self.qparams)
