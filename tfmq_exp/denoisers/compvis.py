@@ -1,27 +1,29 @@
 """Original CompVis and DDIM UNets as diffusers networks: architecture and key map.
 
-Covers LDM's `openaimodel.UNetModel` (unconditional and with spatial transformers) and the UNet of DDIM. Outputs agree with
-the originals to float32 rounding.
+Covers LDM's `openaimodel.UNetModel` (unconditional and with spatial transformers) and the UNet of DDIM. Outputs agree
+with the originals to float32 rounding.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-RESNET = {
+from tfmq_exp.denoisers.unet import attentions, set_heads
+
+INNER = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
+    "norm": "group_norm",
+    "proj_out": "to_out.0",
+    "op": "conv",
 }
-ATTENTION = {"norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0"}
 TOP = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -37,6 +39,13 @@ DDIM_PARTS = {
     "mid.block_2": "mid_block.resnets.1",
     "mid.attn_1": "mid_block.attentions.0",
 }
+DDIM_ATTENTION = {
+    ".norm.": ".group_norm.",
+    ".q.": ".to_q.",
+    ".k.": ".to_k.",
+    ".v.": ".to_v.",
+    ".proj_out.": ".to_out.0.",
+}
 
 
 def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
@@ -48,12 +57,12 @@ def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
     updown = bool(kwargs.get("resblock_updown"))
     width = kwargs.get("num_head_channels", -1)
     heads = kwargs.get("num_heads", -1)
-    prefix = "CrossAttn" if conditional else "Attn"
-    down = [f"{prefix}DownBlock2D" if attend else "DownBlock2D" for attend in attends]
-    up = [f"{prefix}UpBlock2D" if attend else "UpBlock2D" for attend in attends]
-    if updown:
-        down = [d if a or last else "ResnetDownsampleBlock2D" for d, a, last in with_last(down, attends)]
-        up = [u if a or first else "ResnetUpsampleBlock2D" for u, a, first in with_first(up, attends)]
+    # the last level has no downsampler and the first no upsampler
+    resample = ["Resnet{}sampleBlock2D" if updown else "{}Block2D"] * (len(channels) - 1)
+    blocks_down, blocks_up = [*resample, "{}Block2D"], ["{}Block2D", *resample]
+    attention = ("CrossAttn" if conditional else "Attn") + "{}Block2D"
+    down = [(attention if attend else block).format("Down") for attend, block in zip(attends, blocks_down, strict=True)]
+    up = [(attention if attend else block).format("Up") for attend, block in zip(attends, blocks_up, strict=True)]
     shared: dict[str, Any] = {
         "sample_size": kwargs["image_size"],
         "in_channels": kwargs["in_channels"],
@@ -88,26 +97,9 @@ def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
         upsample_type="resnet" if updown else "conv",
     )
     if width == -1:
-        set_heads(unet, heads)
+        for module in attentions(unet).values():
+            set_heads(module, heads)
     return unet
-
-
-def with_last(values: Sequence[str], attends: Sequence[bool]) -> list[tuple[str, bool, bool]]:
-    """Each value with its flag and whether it is the last."""
-    return [(v, a, i == len(values) - 1) for i, (v, a) in enumerate(zip(values, attends, strict=True))]
-
-
-def with_first(values: Sequence[str], attends: Sequence[bool]) -> list[tuple[str, bool, bool]]:
-    """Each value with its flag and whether it is the first."""
-    return [(v, a, i == 0) for i, (v, a) in enumerate(zip(values, attends, strict=True))]
-
-
-def set_heads(unet: nn.Module, heads: int) -> None:
-    """Give every attention the same number of heads, which a diffusers config cannot express."""
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            width = module.inner_dim // heads
-            module.heads, module.sliceable_head_dim, module.scale = heads, heads, width**-0.5
 
 
 def ddim_unet(config: Mapping[str, Any]) -> nn.Module:
@@ -136,32 +128,22 @@ def openai_key(key: str, layers_per_block: int, keys: frozenset[str]) -> str:
     module, _, parameter = key.rpartition(".")
     if module in TOP:
         return f"{TOP[module]}.{parameter}"
-    part, index, rest = re.match(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)", module).groups()  # type: ignore[union-attr]
-    position = int(index)
+    place = re.match(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?(\d+)\.(.+)", module)
+    if place is None:
+        raise KeyError(key)
+    part, index, child, inner = place.groups()
+    outer = module.removesuffix(inner)
+    siblings = {k.removeprefix(outer).split(".")[0] for k in keys if k.startswith(outer)}
+    transformer = "transformer_blocks" in siblings
+    kind = "attentions" if transformer or "qkv" in siblings else "resnets"
     if part == "middle_block":
-        place = {0: "mid_block.resnets.0", 1: "mid_block.attentions.0", 2: "mid_block.resnets.1"}[position]
-        inner = rest
+        block = f"mid_block.{kind}.{int(child) // 2}"
     else:
-        child, _, inner = rest.partition(".")
-        sub = f"{part}.{index}.{child}."
-        has = {k[len(sub) :].split(".")[0] for k in keys if k.startswith(sub)}
-        attention = bool(has & {"qkv", "transformer_blocks"})
-        if part == "input_blocks":
-            level, layer = divmod(position - 1, layers_per_block + 1)
-            resample = layer == layers_per_block
-            place = f"down_blocks.{level}." + ("downsamplers.0" if resample else f"{'attentions' if attention else 'resnets'}.{layer}")
-            inner = "conv" if inner == "op" else inner
-        else:
-            level, layer = divmod(position, layers_per_block + 1)
-            resample = child != "0" and not attention
-            place = f"up_blocks.{level}." + ("upsamplers.0" if resample else f"{'attentions' if attention else 'resnets'}.{layer}")
-    return f"{place}.{RESNET.get(inner, ATTENTION.get(inner, inner) if not_transformer(key, keys) else inner)}.{parameter}"
-
-
-def not_transformer(key: str, keys: frozenset[str]) -> bool:
-    """Whether the attention that a key belongs to is the unconditional kind (transformers keep their names)."""
-    base = re.match(r"(?:(?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.", key)
-    return base is None or not any(k.startswith(base[0] + "transformer_blocks") for k in keys)
+        side = "down" if part == "input_blocks" else "up"
+        level, layer = divmod(int(index) - (side == "down"), layers_per_block + 1)
+        resamples = layer == layers_per_block if side == "down" else child != "0" and kind == "resnets"
+        block = f"{side}_blocks.{level}." + (f"{side}samplers.0" if resamples else f"{kind}.{layer}")
+    return f"{block}.{inner if transformer else INNER.get(inner, inner)}.{parameter}"
 
 
 def ddim_key(key: str, levels: int) -> str:
@@ -174,7 +156,7 @@ def ddim_key(key: str, levels: int) -> str:
     key = key.replace(".block.", ".resnets.").replace(".attn.", ".attentions.")
     key = key.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
     if "attentions" in key:
-        for original, ours in {".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}.items():
+        for original, ours in DDIM_ATTENTION.items():
             key = key.replace(original, ours)
     return key.replace("temb_proj", "time_emb_proj").replace("nin_shortcut", "conv_shortcut")
 
@@ -191,7 +173,7 @@ def convert(state: Mapping[str, Tensor], unet: nn.Module, *, ddim: bool) -> dict
     """A state dict for `unet` from one with original key names (bare UNet keys)."""
     keys = frozenset(state)
     layers = unet.config["layers_per_block"]
-    target = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+    matrices = {name for name, value in unet.state_dict().items() if value.dim() == 2}
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
         name = ddim_key(key, len(unet.config["block_out_channels"])) if ddim else openai_key(key, layers, keys)
@@ -201,7 +183,7 @@ def convert(state: Mapping[str, Tensor], unet: nn.Module, *, ddim: bool) -> dict
             for part, rows in zip(("to_q", "to_k", "to_v"), split_qkv(value, heads), strict=True):
                 converted[f"{module}.{part}.{parameter}"] = rows
         else:
-            converted[name] = value.reshape(target[name]) if name in target else value
+            converted[name] = value.flatten(1) if name in matrices else value  # a convolution of size 1
     return {name: value.clone().float() for name, value in converted.items()}
 
 
@@ -210,6 +192,7 @@ def load(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Mod
 
     Args:
         architecture: `kwargs` of an LDM UNetModel, or the `config` of a DDIM model.
+        state: parameters of the UNet alone, by their original names.
 
     Raises:
         ValueError: weights that do not fit the architecture.
@@ -221,8 +204,3 @@ def load(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Mod
     except (RuntimeError, AttributeError, KeyError) as error:
         raise ValueError(f"the weights do not fit the architecture: {error}") from error
     return unet.eval().requires_grad_(False)
-
-
-def original_timesteps(t: Tensor) -> Tensor:
-    """Timesteps as long integers, whichever type the original program stored them in."""
-    return t.round().to(torch.long)

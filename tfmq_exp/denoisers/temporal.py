@@ -1,4 +1,4 @@
-"""The Temporal Information Block (TFMQ-DM, arXiv 2311.16503, section 4.1): everything that depends on the timestep alone."""
+"""The Temporal Information Block (TFMQ-DM, arXiv 2311.16503, section 4.1): all that depends on the timestep alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,10 @@ def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int,
     """Layers that depend on t alone, by measurement: same output for other inputs, another output for another t.
 
     Args:
-        example: keyword arguments of a forward pass; every floating-point one is redrawn to see what depends on it.
+        unet: the network.
+        example: keyword arguments of a forward pass; noise on the floating-point ones shows what depends on them.
+        t: one timestep.
+        other_t: another one.
     """
     outputs: list[dict[str, Tensor]] = []
 
@@ -53,15 +56,15 @@ def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int,
         outputs.append(seen)
 
     generator = torch.Generator().manual_seed(0)
-    redrawn = {
-        key: torch.randn(value.shape, generator=generator).to(value)
+    moved = {
+        key: value + torch.randn(value.shape, generator=generator).to(value)
         if isinstance(value, Tensor) and value.is_floating_point() and key != "timestep"
         else value
         for key, value in example.items()
     }
     at = {"timestep": torch.full_like(example["timestep"], t)}
     run({**example, **at})
-    run({**redrawn, **at})
+    run({**moved, **at})
     run({**example, "timestep": torch.full_like(example["timestep"], other_t)})
     first, other_inputs, other_time = outputs
     return {

@@ -129,3 +129,9 @@ def time_embedding(unet: Any, t: Tensor) -> Tensor:
 def attentions(unet: nn.Module) -> dict[str, Attention]:
     """Every attention module by name."""
     return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+
+
+def set_heads(attention: Attention, heads: int) -> None:
+    """Another number of heads at the same width, which a diffusers configuration cannot always express."""
+    width = attention.inner_dim // heads
+    attention.heads, attention.sliceable_head_dim, attention.scale = heads, heads, width**-0.5

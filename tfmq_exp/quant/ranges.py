@@ -85,3 +85,104 @@ class LpSearch:
     def errors(self, values: Tensor, q: QParams, spec: QuantSpec) -> Float[Tensor, "ranges candidates"]:
         """Mean p-th power of the quantization error of every candidate."""
         return (fake_quantize(values, q, spec) - values).abs_().pow_(self.p).mean(dim=2)
+
+
+def bin_edges(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"], bins: int) -> Float[Tensor, "*range edges"]:
+    """The bins + 1 borders of equal bins from lo to hi; an empty range is widened by a half on both sides."""
+    empty = lo == hi
+    lo, hi = torch.where(empty, lo - 0.5, lo)[..., None], torch.where(empty, hi + 0.5, hi)[..., None]
+    inner = torch.arange(bins, dtype=lo.dtype, device=lo.device) * ((hi - lo) / bins) + lo
+    return torch.cat([inner, hi], dim=-1)
+
+
+def bin_counts(x: Float[Tensor, "*range values"], edges: Float[Tensor, "*range edges"]) -> Float[Tensor, "*range bins"]:
+    """How many values fall into each bin. Bins own their left border, the last one both; values outside do not count."""
+    inside = (x >= edges[..., :1]) & (x <= edges[..., -1:])
+    bins = torch.searchsorted(edges[..., 1:-1].contiguous(), x.contiguous(), right=True)
+    counts = torch.zeros((*x.shape[:-1], edges.shape[-1] - 1), dtype=torch.float64, device=x.device)
+    return counts.scatter_add_(-1, bins, inside.double())
+
+
+def density(x: Float[Tensor, "*range values"], edges: Float[Tensor, "*range edges"]) -> Float[Tensor, "*range bins"]:
+    """Share of the values in each bin, per unit of its width."""
+    return bin_counts(x, edges) / edges.diff().double() / x.shape[-1]
+
+
+@dataclass(frozen=True)
+class KLSearch:
+    """The shrunken range whose clipped values have the density closest to that of all values (the `kl` of TFMQ-DM).
+
+    `candidates` ranges s * [lo, hi], s from `smallest` to 1, are tried together; ties keep the narrowest. Both densities
+    have one bin per level. As in the release, bins are paired by walking both sets from the left and taking at most one
+    bin of the clipped density for each bin of the other; densities are compared without normalising. The rule follows the
+    data only loosely: it is here to compare with.
+
+    Args:
+        epsilon: added to both densities, so that empty bins have a logarithm.
+        memory: how many bytes the candidates may take at once; they are split into chunks that fit.
+    """
+
+    candidates: int = 50
+    smallest: float = 0.5
+    epsilon: float = 1e-5
+    memory: int = 2**28
+
+    def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
+        """lo and hi of the best candidate, widened to include zero."""
+        rows, shape = per_range(x, spec).float(), spec.range_shape(x.shape)
+        lo, hi = rows.amin(dim=1).double(), rows.amax(dim=1).double()
+        ends = torch.tensor([self.smallest, 1.0], dtype=torch.float64, device=x.device)
+        factors = bin_edges(ends[0], ends[1], self.candidates - 1)
+        rows_at_once = max(1, self.memory // (32 * self.candidates * max(rows.shape[1], spec.levels)))
+        best = torch.cat(
+            [self.divergences(part, factors, spec.levels).argmin(dim=1) for part in rows.split(rows_at_once)]
+        )
+        return include_zero(*((end * factors[best]).float().reshape(shape) for end in (lo, hi)))
+
+    def divergences(
+        self, rows: Float[Tensor, "ranges values"], factors: Float[Tensor, "candidates"], levels: int
+    ) -> Float[Tensor, "ranges candidates"]:
+        """Sum of p log(p / q) over the bins, for every candidate."""
+        lo, hi = rows.amin(dim=1), rows.amax(dim=1)
+        edges = bin_edges(lo, hi, levels)
+        p = density(rows, edges)[:, None] + self.epsilon
+        bounds = (end.double()[:, None, None] * factors[:, None] for end in (lo, hi))
+        clipped = rows.double()[:, None].clamp(*bounds)
+        clipped_edges = bin_edges(clipped.amin(dim=2), clipped.amax(dim=2), levels)
+        left = edges[:, None, :-1].double().expand(-1, len(factors), -1).contiguous()
+        passed = torch.searchsorted(clipped_edges, left, right=True)
+        bins = torch.arange(levels, device=rows.device)
+        # before bin k, i bins are used up; bin k uses another one only if a border of the clipped density is behind it
+        used = (bins + (passed - bins).cummin(dim=2).values.clamp(max=1)).clamp(min=0)
+        padded = torch.nn.functional.pad(density(clipped, clipped_edges), (1, 1))
+        q = padded.gather(2, used) + self.epsilon
+        return (p * (p / q).log()).sum(dim=2)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The range that clips only the largest magnitudes: it ends in the middle of the histogram bin that completes `mass`.
+
+    The histogram of |x| has one bin per level, from 0 to the largest magnitude.
+
+    Args:
+        mass: share of the values that must lie at or below that bin.
+        positive_only: count positive values alone, as TFMQ-DM's release does for `hist` (it fails where there are none).
+            A range without any then keeps its whole extent.
+    """
+
+    mass: float = 0.99999
+    positive_only: bool = False
+
+    def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
+        """lo and hi, both at most the clipping magnitude, widened to include zero."""
+        rows, shape = per_range(x, spec).float(), spec.range_shape(x.shape)
+        largest = rows.abs().amax(dim=1)
+        edges = bin_edges(torch.zeros_like(largest), largest, spec.levels)
+        counts = bin_counts(rows if self.positive_only else rows.abs(), edges)
+        total = counts.sum(dim=1)
+        last = (counts.cumsum(dim=1) < self.mass * total[:, None]).sum(dim=1)
+        clip = torch.where(total > 0, (last + 0.5) * (largest.double() / spec.levels), largest.double())
+        lo = torch.maximum(rows.amin(dim=1).double(), -clip)
+        hi = torch.minimum(rows.amax(dim=1).double(), clip)
+        return include_zero(lo.float().reshape(shape), hi.float().reshape(shape))

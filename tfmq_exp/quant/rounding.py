@@ -89,7 +89,7 @@ class AdaRound(nn.Module):
         below, above = ((floor + up + q.zero_point).clamp(spec.qmin, spec.qmax) for up in (0, 1))
         self.register_buffer("floor", floor)
         self.register_buffer("below", dequantize(below, q))
-        self.register_buffer("gap", dequantize(above, q) - self.below)
+        self.register_buffer("gap", q.scale * (above - below))  # not a difference of rounded reals: exact
         self.v = nn.Parameter(inverse_rectified_sigmoid(x - floor))
         self.soft = True
         self.h = rectified_sigmoid(self.v.detach())

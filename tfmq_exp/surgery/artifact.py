@@ -1,12 +1,14 @@
 """The quantized model as one file: integer codes packed to their bit-width, scales, tables, and what stayed float.
 
 Everything that is needed to run is in the file, so it loads alone, strictly, without the float checkpoint and without a
-forward pass; the loaded model is bit-equal to the one that was saved. Simulated execution: the codes are turned back into
-real numbers on loading.
+forward pass; the loaded model is bit-equal to the one that was saved. Simulated execution: the codes are turned back
+into real numbers on loading.
 """
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tfmq_exp.denoisers.unet import attentions, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
@@ -55,6 +58,15 @@ def smallest(zero_point: Tensor) -> Tensor:
     return zero_point.to(torch.uint8) if fits else zero_point.float()
 
 
+def checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that is in the file: a damaged byte could otherwise pass for another scale or layer size."""
+    digest = hashlib.sha256(manifest.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def save(model: QuantizedUNet, path: Path) -> int:
     """Write the artefact; returns its size in bytes.
 
@@ -84,18 +96,18 @@ def save(model: QuantizedUNet, path: Path) -> int:
         "config": {k: v for k, v in dict(model.unet.config).items() if not k.startswith("_")},
         "plan": dataclasses.asdict(model.plan),
         "shapes": shapes,
+        # not always what the configuration says: the original networks have one number of heads at every width
+        "heads": {name: module.heads for name, module in attentions(model.unet).items()},
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": json.dumps(manifest, sort_keys=True)}
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(manifest, sort_keys=True)
+    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": text, "sha256": checksum(text, stored)}
+    save_file(stored, path, metadata)
     return path.stat().st_size
 
 
-def load(path: Path) -> QuantizedUNet:
-    """Build the model from the file alone, ready to sample.
-
-    Raises:
-        ValueError: not such a file, damaged, of another version, or with tensors missing or left over.
-    """
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest and the tensors of an undamaged file of this version; ValueError otherwise."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -105,13 +117,26 @@ def load(path: Path) -> QuantizedUNet:
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
         found = f"{metadata.get('format')} version {metadata.get('version')}"
         raise ValueError(f"{path} holds {found}; this program reads {FORMAT} version {VERSION}")
-    manifest: dict[str, Any] = json.loads(metadata["manifest"])
+    if metadata.get("sha256") != checksum(metadata.get("manifest", ""), tensors):
+        raise ValueError(f"{path} is damaged: its content does not match its checksum")
+    return json.loads(metadata["manifest"]), tensors
+
+
+def load(path: Path) -> QuantizedUNet:
+    """Build the model from the file alone, ready to sample.
+
+    Raises:
+        ValueError: not such a file, damaged, of another version, or with tensors missing or left over.
+    """
+    manifest, tensors = read(path)
     if manifest["network"] not in NETWORKS:
         raise ValueError(f"{path} holds a {manifest['network']}; known networks: {', '.join(NETWORKS)}")
     plan = resolved_from_json(manifest["plan"])
     with torch.device("meta"):
         unet = getattr(diffusers, manifest["network"]).from_config(manifest["config"])
     unet.to_empty(device="cpu")
+    for name, attention in attentions(unet).items():
+        set_heads(attention, manifest["heads"][name])
     model = build(unet, plan, MinMax())
     taken: set[str] = set()
 

@@ -111,6 +111,9 @@ class SurgeryPlan:
     sites: Mapping[str, SitePlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("roles", "sites"):  # YAML gives plain mappings
+            plans = {k: v if isinstance(v, SitePlan) else SitePlan(**v) for k, v in getattr(self, name).items()}
+            object.__setattr__(self, name, plans)
         wrong = set(self.roles).symmetric_difference(role.value for role in Role)
         if wrong:
             raise ValueError(f"a surgery plan names every role once; wrong or missing: {', '.join(sorted(wrong))}")

@@ -1,0 +1,54 @@
+"""The comparison table from run folders: mean and standard deviation over seeds, the float network first.
+
+    python scripts/make_tables.py outputs/runs outputs/sweeps [--format markdown|csv] [--out FILE]
+
+Rows that were made under different protocols (sampler, images, evaluator) stand in different tables.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tfmq_exp.reporting.records import ScoreRecord, read_records
+from tfmq_exp.reporting.tables import FORMATS, by_protocol, render, table
+
+
+def main() -> int:
+    """Print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs/runs"), Path("outputs/sweeps")])
+    parser.add_argument("--format", choices=FORMATS, default="markdown")
+    parser.add_argument("--out", type=Path, help="write here instead of printing")
+    args = parser.parse_args()
+    try:
+        records = [record for folder in args.folders for record in read_records(folder)]
+        text = "\n".join(titled(group, args.format) for group in by_protocol(records))
+        if not records:
+            raise ValueError(f"no results.json under {', '.join(map(str, args.folders))}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.out:
+        args.out.write_text(text)
+    else:
+        print(text, end="")
+    return 0
+
+
+def titled(records: list[ScoreRecord], form: str) -> str:
+    """One table; in markdown, under a line that says how it was made."""
+    body = render(*table(records), form)
+    if form == "csv":
+        return body
+    record = records[0]
+    sampler = record.protocol["sampler"]
+    title = (
+        f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
+        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}, "
+        "simulated quantization"
+    )
+    return f"**{title}**\n\n{body}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

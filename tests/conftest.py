@@ -1,0 +1,108 @@
+"""Tiny networks of both families, and how the tests feed and quantize them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from tfmq_exp.denoisers.anatomy import Role
+from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.surgery.plan import AttentionPlan, ScalePlan, SitePlan, SurgeryPlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+
+torch.set_num_threads(1)
+
+TIMESTEPS = (751, 501, 251, 1)
+
+
+def generic(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network without special values: norms start as the identity, and would hide what they scale."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = make().eval().requires_grad_(False)
+        for parameter in unet.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return unet
+
+
+@pytest.fixture(scope="session")
+def tiny_unet() -> nn.Module:
+    return generic(
+        lambda: UNet2DModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=16,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_conditional_unet() -> nn.Module:
+    return generic(
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=2,
+            cross_attention_dim=12,
+        )
+    )
+
+
+@pytest.fixture(scope="session", params=["tiny_unet", "tiny_conditional_unet"])
+def unet(request: pytest.FixtureRequest) -> nn.Module:
+    """Every network family in turn. Shared by all tests: copy it before changing it."""
+    return request.getfixturevalue(request.param)
+
+
+def example_inputs(unet: nn.Module, timesteps: Sequence[int] = (1,), seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of a forward pass, one row for each timestep."""
+    rows, generator = len(timesteps), torch.Generator().manual_seed(seed)
+    inputs = {
+        "sample": torch.randn(rows, unet.config["in_channels"], 8, 8, generator=generator),
+        "timestep": torch.tensor(timesteps),
+    }
+    if isinstance(unet, UNet2DConditionModel):
+        inputs["encoder_hidden_states"] = torch.randn(rows, 5, 12, generator=generator)
+    return inputs
+
+
+def calibrated(model: QuantizedUNet, seed: int = 1) -> QuantizedUNet:
+    """Freeze every weight to the nearest integers, take activation ranges from random inputs, switch everything on."""
+    model.place_weight_grids()
+    for site in model.weight_sites():
+        model.freeze(site)
+    model.set_activations(Mode.OBSERVE)
+    with torch.no_grad():
+        model(**example_inputs(model.unet, 2 * model.clock.timesteps, seed))
+    model.set_activations(Mode.QUANTIZE)
+    return model
+
+
+def quantizable(
+    unet: nn.Module,
+    *,
+    weight: int | None = 4,
+    activation: int | None = 8,
+    per_step: Any = "temporal",
+    attention: AttentionPlan | None = None,
+    sites: dict[str, SitePlan] | None = None,
+) -> QuantizedUNet:
+    """A quantized twin with all quantizers still off; the same bits for every role."""
+    roles = {role.value: SitePlan(weight, activation) for role in Role}
+    plan = SurgeryPlan(roles, attention or AttentionPlan(), sites or {})
+    parts = anatomy(unet, example_inputs(unet))
+    return build(unet, plan.resolve(parts, tuple(attentions(unet)), ScalePlan(per_step), TIMESTEPS), MinMax())

@@ -1,0 +1,273 @@
+"""One run: from a composed configuration to scores, tables and pictures in the run's folder."""
+
+import functools
+import json
+import logging
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from tfmq_exp.experiment.environment import describe_environment, pick_device, prepare
+from tfmq_exp.experiment.progress import Bars
+from tfmq_exp.experiment.stages import CalibrationPlan, DiagnosticPlan, Stages
+from tfmq_exp.experiment.store import Store, write_json
+from tfmq_exp.experiment.tracking import Mirror, write_csv
+from tfmq_exp.reconstruction.run import Means
+from tfmq_exp.reporting import figures, tables
+from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.sampling.images import ImagePlan
+
+GOALS = ("trajectory", "weights", "activations", "images", "scores")
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> None:
+    """Run one job; an error is one line on the terminal, its traceback is in the run's log.
+
+    Raises:
+        SystemExit: with status 1, when the job failed.
+    """
+    console = Console()
+    try:
+        run(cfg, console)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:
+        root = _root_cause(error)
+        console.print(f"[bold red]error:[/] {_one_line(root)}", highlight=False, soft_wrap=True)
+        logging.getLogger("tfmq_exp.traceback").debug("the job failed", exc_info=error)
+        if cfg.runtime.traceback:
+            raise
+        raise SystemExit(1) from None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Hydra wraps what a constructor raises; the user wants the reason."""
+    while type(error).__module__.startswith("hydra.") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    expected = isinstance(error, ValueError | OSError | RuntimeError | TypeError | KeyError)
+    return text if expected and text else f"{type(error).__name__}: {text}"
+
+
+def run(cfg: DictConfig, console: Console) -> None:
+    """Build the objects, pull the goal, write what was found."""
+    if cfg.goal not in GOALS:
+        raise ValueError(f"goal must be one of {', '.join(GOALS)}, got {cfg.goal!r}")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    prepare(cfg.runtime.threads)
+    device = pick_device(cfg.trainer.accelerator)
+    environment = describe_environment(device)
+    write_json(folder / "environment.json", environment)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    mirror: Mirror = instantiate(cfg.logger, _partial_=True)(folder=folder, name=folder.name, settings=resolved)
+    failed = True
+    try:
+        began = time.perf_counter()
+        stages = build_stages(cfg, device, Bars(console), mirror)
+        log.info("simulated quantization: %s, results in %s", cfg.name, folder)
+        pull(stages, cfg, folder, console, environment, began)
+        failed = False
+    finally:
+        mirror.close(failed=failed)
+
+
+def build_stages(cfg: DictConfig, device: torch.device, bars: Bars, mirror: Mirror) -> Stages:
+    """All objects of a run. The only place where configuration becomes objects."""
+    make: Any = functools.partial(instantiate, _convert_="all")
+    denoiser = make(cfg.model.denoiser)
+    denoiser.unet.to(device)
+    trainer = functools.partial(
+        pl.Trainer,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    protocol, runtime = cfg.model.protocol, cfg.runtime
+    return Stages(
+        denoiser=denoiser,
+        sampler=make(cfg.sampler),
+        method=make(cfg.method),
+        evaluator=functools.partial(make, cfg.eval),
+        calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
+        images=ImagePlan(protocol.images, cfg.seed, runtime.batch),
+        diagnostics=DiagnosticPlan(protocol.diagnostic_images),
+        seed=cfg.seed,
+        means=Means(runtime.batch, int(runtime.cache_gib * 2**30), trainer),
+        store=Store(Path(cfg.paths.store)),
+        bars=bars,
+        mirror=mirror,
+    )
+
+
+def pull(
+    stages: Stages, cfg: DictConfig, folder: Path, console: Console, environment: Mapping[str, Any], began: float
+) -> None:
+    """Pull stages up to the goal and write their results."""
+    covered = stages.coverage()
+    write_json(folder / "quantized.json", covered)
+    report_coverage(covered, console)
+    if cfg.goal == "trajectory":
+        stages.calibration_set()
+    elif cfg.goal == "weights":
+        stages.weighted_model()
+    else:
+        stages.quantized_model()
+    if GOALS.index(cfg.goal) >= GOALS.index("weights"):
+        units = stages.unit_reports()
+        if units:
+            write_csv(folder / "units.csv", units)
+            stages.mirror.table("units", units)
+    if GOALS.index(cfg.goal) >= GOALS.index("activations"):
+        size = stages.artefact().stat().st_size
+        log.info("artefact %s: %.1f kB, %.3f of fp32", stages.artefact(), size / 1e3, size / stages.float_bytes)
+    if GOALS.index(cfg.goal) >= GOALS.index("images"):
+        save_grid(stages, folder)
+    if cfg.goal == "scores":
+        errors = stages.errors()
+        save_errors(errors, folder, stages.mirror, cfg.name)
+        records = score_records(stages, cfg, covered, errors, environment, began)
+        write_json(folder / "results.json", {"rows": [record.to_json() for record in records]})
+        stages.mirror.summary({**records[-1].scores, **records[-1].errors})
+        show(records, console)
+    write_json(folder / "artifacts.json", stages.hits)
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
+    """What became integer and what did not, before the work starts."""
+    console.print(
+        f"simulated quantization of {covered['layers']} layers: {covered['weight_share']:.1%} of the weights, "
+        f"{covered['mac_share_weights_and_inputs']:.1%} of the multiply-accumulates with both operands integer",
+        highlight=False,
+    )
+    for what, names in (("weights", covered["float_weights"]), ("inputs", covered["float_inputs"])):
+        if names:
+            console.print(f"  float {what} ({len(names)}): {', '.join(names[:6])}{' …' if len(names) > 6 else ''}", highlight=False)
+    operands = covered["attention_operands"]
+    console.print(f"  attention products: {', '.join(operands) if operands else 'float'}", highlight=False)
+
+
+def save_grid(stages: Stages, folder: Path) -> None:
+    """Float and quantized samples from the same seeds, side by side."""
+    quantized = _first(stages.sampled(quantized=True), 64)
+    original = _first(stages.sampled(quantized=False), 64)
+    figures.side_by_side(original, quantized, folder / "samples.png", ("float", f"quantized: {stages.method.name}"))
+    stages.mirror.image("samples", folder / "samples.png")
+
+
+def _first(shards: Any, count: int) -> np.ndarray:
+    taken: list[np.ndarray] = []
+    for shard in shards:
+        taken.append(shard.numpy())
+        if sum(map(len, taken)) >= count:
+            break
+    return np.concatenate(taken)[:count]
+
+
+def save_errors(errors: Mapping[str, list[dict[str, Any]]], folder: Path, mirror: Mirror, title: str) -> None:
+    """The two error curves as CSV and as plots."""
+    plots = {"temporal": figures.temporal_error, "trajectory": figures.trajectory_error}
+    for name, rows in errors.items():
+        write_csv(folder / f"{name}_error.csv", rows)
+        plots[name](rows, folder / f"{name}_error.png", f"{name} error, {title}")
+        mirror.table(f"{name}_error", rows)
+        mirror.image(f"{name}_error", folder / f"{name}_error.png")
+
+
+def score_records(
+    stages: Stages,
+    cfg: DictConfig,
+    covered: Mapping[str, Any],
+    errors: Mapping[str, list[dict[str, Any]]],
+    environment: Mapping[str, Any],
+    began: float,
+) -> list[ScoreRecord]:
+    """The float row and this run's row."""
+    float_scores, evaluator = stages.scores(quantized=False)
+    scores, _ = stages.scores(quantized=True)
+    shared: dict[str, Any] = {
+        "model": cfg.model.name,
+        "seed": cfg.seed,
+        "protocol": stages.described(),
+        "evaluator": evaluator,
+        "environment": dict(environment),
+    }
+    size = stages.artefact().stat().st_size
+    mean = {
+        "temporal_cosine": _mean(errors["temporal"], "cosine"),
+        "temporal_mse": _mean(errors["temporal"], "mse"),
+        "temporal_relative_mse": _mean(errors["temporal"], "relative_mse"),
+        "step": _mean(errors["trajectory"], "eps_error"),
+        "trajectory": errors["trajectory"][-1]["x_error"],
+    }
+    cost = {
+        **stages.samples_learned_from(),
+        "size_ratio": size / stages.float_bytes,
+        "seconds": round(time.perf_counter() - began, 1),
+        "stages": stages.hits,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
+    return [
+        ScoreRecord(
+            quant="fp32", method="float", scores=float_scores, weights_bytes=stages.float_bytes, cost={"size_ratio": 1.0}, **shared
+        ),
+        ScoreRecord(
+            quant=cfg.quant.name,
+            method=cfg.method.name,
+            scores=scores,
+            weights_bytes=size,
+            choices=method_choices(),
+            errors=mean,
+            quantized=quantized,
+            cost=cost,
+            keys={name: hit["key"] for name, hit in stages.hits.items()},
+            **shared,
+        ),
+    ]
+
+
+def method_choices() -> dict[str, str]:
+    """What the command line or an experiment changed inside the method."""
+    overrides = (text.split("=", 1) for text in HydraConfig.get().overrides.task if "=" in text)
+    return {key: value for key, value in overrides if key.startswith(("method/", "method.", "quant."))}
+
+
+def _mean(rows: list[dict[str, Any]], column: str) -> float:
+    return float(np.mean([row[column] for row in rows]))
+
+
+def show(records: list[ScoreRecord], console: Console) -> None:
+    """The table at the end of a run."""
+    record = records[0]
+    title = f"{record.model}, {record.protocol['images']} images, seed {record.seed}, simulated quantization"
+    view = Table(title=title, title_justify="left")
+    header, rows = tables.table(records)
+    shown = [i for i, name in enumerate(header) if name not in ("weights integer", "MACs integer", "size / fp32", "seeds")]
+    for i in shown:
+        view.add_column(header[i].replace(" (", "\n("), justify="left" if header[i] in ("bits", "method") else "right")
+    view.add_column("weights\nkB", justify="right")
+    for row, record in zip(rows, records, strict=True):
+        view.add_row(*[row[i] for i in shown], f"{record.weights_bytes / 1e3:.0f}")
+    console.print(view)
+    log.debug("results %s", json.dumps([record.scores for record in records]))

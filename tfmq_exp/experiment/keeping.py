@@ -1,0 +1,100 @@
+"""What is kept of unfinished work: learned units, and the weights of a whole model as integers."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tfmq_exp.experiment.progress import Advance
+from tfmq_exp.experiment.store import write_atomically
+from tfmq_exp.experiment.tracking import Mirror
+from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.reconstruction.run import UnitReport
+
+Integers = Mapping[str, QuantizedWeight]
+
+
+def save_integers(path: Path, integers: Integers, note: Mapping[str, Any]) -> None:
+    """Codes, scales and zero points by site, with a note; the file appears whole or not at all."""
+    tensors = {}
+    for site, (codes, (scale, zero_point), _) in integers.items():
+        for part, value in (("codes", codes), ("scale", scale), ("zero_point", zero_point)):
+            tensors[f"{site}/{part}"] = value.cpu().contiguous()
+    specs = {site: dataclasses.asdict(weight.spec) for site, weight in integers.items()}
+    metadata = {"specs": json.dumps(specs, sort_keys=True), "note": json.dumps(note, sort_keys=True)}
+    write_atomically(path, lambda p: save_file(tensors, p, metadata))
+
+
+def load_integers(path: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
+    """What `save_integers` wrote.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        specs = {site: QuantSpec(**spec) for site, spec in json.loads(metadata["specs"]).items()}
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it to have it made again") from error
+    integers = {
+        site: QuantizedWeight(
+            tensors[f"{site}/codes"], QParams(tensors[f"{site}/scale"], tensors[f"{site}/zero_point"]), spec
+        )
+        for site, spec in specs.items()
+    }
+    return integers, json.loads(metadata["note"])
+
+
+class UnitFiles:
+    """Keeps every finished unit as a file of a folder, so that a killed run goes on after the last one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def path(self, unit: str) -> Path:
+        """Where a unit's integers are."""
+        return self.folder / f"{unit}.safetensors"
+
+    def get(self, unit: str) -> Integers | None:
+        """The integers of a finished unit."""
+        return load_integers(self.path(unit))[0] if self.path(unit).is_file() else None
+
+    def put(self, unit: str, integers: Integers, report: UnitReport) -> None:
+        """Keep a unit, with what was measured while it was learned."""
+        save_integers(self.path(unit), integers, dataclasses.asdict(report))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What was measured, unit by unit, in the order in which they were learned."""
+        notes = [(path.stat().st_mtime_ns, load_integers(path)[1]) for path in self.folder.glob("*.safetensors")]
+        return [note for _, note in sorted(notes, key=lambda item: item[0])]
+
+
+class UnitProgress:
+    """Shows reconstruction on a progress bar and mirrors the loss curves."""
+
+    def __init__(self, advance: Advance, mirror: Mirror) -> None:
+        self.advance, self.mirror = advance, mirror
+        self.finished_units, self.total = 0, 0
+
+    def start(self, units: int) -> None:
+        """The bar counts units; it is given as a share of one."""
+        self.total = units
+
+    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
+        """Within a unit."""
+        self.advance((self.finished_units + number / of) / self.total, f"{unit}  loss {loss:.2e}")
+        self.mirror.loss(unit, number, loss)
+
+    def finished(self, unit: str, report: UnitReport | None) -> None:
+        """After a unit."""
+        self.finished_units += 1
+        note = "kept from before" if report is None else f"{report.error_nearest:.2e} → {report.error_learned:.2e}"
+        self.advance(self.finished_units / self.total, f"{unit}  {note}")

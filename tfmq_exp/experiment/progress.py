@@ -1,0 +1,39 @@
+"""What a person sees while a run works: a bar per stage, with what it is at and the time left."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+Advance = Callable[[float, str], None]
+
+
+class Bars:
+    """Progress bars on a terminal; elsewhere a log line when a stage ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: float) -> Iterator[Advance]:
+        """A bar that counts to `total`. Call the result with how far the work is and what it is at."""
+        columns = (
+            TextColumn("{task.description:<14}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+        )
+        began = time.perf_counter()
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(name, total=total, note="")
+            yield lambda done, note="": progress.update(task, completed=done, note=note)
+        self.seconds[name] = time.perf_counter() - began
+        log.info("%s took %.1f s", name, self.seconds[name])

@@ -1,0 +1,315 @@
+"""The stages of a run, each pulled through the store: trajectory, weights, activations, images, scores.
+
+Each method here says in its first lines what the stage depends on; that is its key.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tfmq_exp.calibration.collect import collect
+from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.denoisers.anatomy import Anatomy
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.temporal import measured_temporal_sites
+from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.evaluation.features import Evaluator
+from tfmq_exp.evaluation.scores import score
+from tfmq_exp.evaluation.temporal import temporal_feature_error, trajectory_error
+from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_integers, save_integers
+from tfmq_exp.experiment.progress import Bars
+from tfmq_exp.experiment.store import Entry, Store, describe, write_atomically, write_json
+from tfmq_exp.experiment.tracking import Mirror
+from tfmq_exp.methods.method import Method
+from tfmq_exp.methods.weights import Reconstruct
+from tfmq_exp.reconstruction.run import Means
+from tfmq_exp.sampling.images import ImagePlan, sample_shard
+from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.seeds import derive_seed
+from tfmq_exp.surgery import artifact
+from tfmq_exp.surgery.plan import ResolvedPlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build, coverage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """How many trajectories of the float model calibration sees, and how many run together."""
+
+    images: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.batch < 1:
+            raise ValueError(f"calibration images and batch must be at least 1, got {self.images} and {self.batch}")
+
+
+@dataclass(frozen=True)
+class DiagnosticPlan:
+    """How many trajectories are compared, float against quantized."""
+
+    images: int
+
+
+@dataclass
+class Stages:
+    """Everything that a run is made of, and the stages that turn it into scores."""
+
+    denoiser: Denoiser
+    sampler: DDIM
+    method: Method
+    evaluator: Callable[[], Evaluator]
+    calibration: CalibrationPlan
+    images: ImagePlan
+    diagnostics: DiagnosticPlan
+    seed: int
+    means: Means
+    store: Store
+    bars: Bars
+    mirror: Mirror
+    hits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The network's parts, with the temporal ones confirmed by measurement."""
+        example = self.denoiser.example()
+        found = anatomy(self.denoiser.unet, example)
+        first, *_, last = self.sampler.timesteps(self.denoiser.schedule)
+        measured = measured_temporal_sites(self.denoiser.unet, example, first, last) if first != last else None
+        if measured is not None and measured != set(found.temporal_sites):
+            wrong = sorted(measured.symmetric_difference(found.temporal_sites))
+            raise ValueError(f"by measurement these layers' dependence on t is not what their roles say: {wrong}")
+        return found
+
+    @cached_property
+    def plan(self) -> ResolvedPlan:
+        """What is quantized, layer by layer."""
+        timesteps = self.sampler.timesteps(self.denoiser.schedule)
+        names = tuple(attentions(self.denoiser.unet))
+        return self.method.surgery.resolve(self.anatomy, names, self.method.scales, timesteps)
+
+    @cached_property
+    def model_inputs(self) -> dict[str, Any]:
+        """What identifies the float model and the way it is sampled."""
+        return {
+            "model": self.denoiser.name,
+            "weights_sha256": self.denoiser.weights_sha256,
+            "schedule": dict(self.denoiser.schedule),
+            "sampler": self.sampler,
+        }
+
+    def pull(self, name: str, entry: Entry, compute: Callable[[Path], None]) -> Path:
+        """Have the store hold the entry, and remember how that went."""
+        began = time.perf_counter()
+        computed = self.store.pull(entry, compute)
+        seconds = time.perf_counter() - began
+        self.hits[name] = {"key": entry.key, "computed": computed, "seconds": round(seconds, 2), "path": str(entry.path)}
+        log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
+        return entry.path
+
+    # trajectory --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def trajectory(self) -> Entry:
+        """Calibration data: depends on the float model, the sampler, how many images, and the seed."""
+        return self.store.entry("trajectory", {**self.model_inputs, "calibration": self.calibration, "seed": self.seed})
+
+    def calibration_set(self) -> CalibrationSet:
+        """The calibration data, collected in one pass if the store has none."""
+
+        def compute(folder: Path) -> None:
+            batches = -(-self.calibration.images // self.calibration.batch)
+            with self.bars.stage("trajectory", batches * self.sampler.steps) as advance:
+                done = iter(range(1, batches * self.sampler.steps + 1))
+                data = collect(
+                    self.denoiser,
+                    self.sampler,
+                    images=self.calibration.images,
+                    seed=self.seed,
+                    batch=self.calibration.batch,
+                    each_step=lambda step: advance(next(done), f"step {step + 1}"),
+                )
+            write_atomically(folder / "calibration.safetensors", data.save)
+
+        return CalibrationSet.load(self.pull("trajectory", self.trajectory, compute) / "calibration.safetensors")
+
+    # weights -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def weights(self) -> Entry:
+        """Integer weights: depend on the data only where the method learns from it, and never on activation choices."""
+        learned = isinstance(self.method.weights, Reconstruct)
+        inputs = {
+            "weights_sha256": self.denoiser.weights_sha256,
+            "specs": {name: line.weight for name, line in self.plan.sites.items() if line.weight},
+            "range": self.method.weight_range,
+            "weights": self.method.weights,
+            **({"trajectory": self.trajectory.key, "seed": self.seed} if learned else {}),
+        }
+        return self.store.entry("weights", inputs)
+
+    def weighted_model(self) -> QuantizedUNet:
+        """The model with integer weights and activations still float."""
+        model = build(self.denoiser.unet, self.plan, self.method.weight_range)
+
+        def compute(folder: Path) -> None:
+            keeper = UnitFiles(folder / "units")
+            data = self.calibration_set()
+            with self.bars.stage("weights", 1) as advance:
+                watcher = UnitProgress(advance, self.mirror)
+                self.method.weights(
+                    model, self.denoiser.unet, self.anatomy, data, self.means, self.seed, keeper, watcher
+                )
+            save_integers(folder / "weights.safetensors", model.integers, {})
+            write_json(folder / "units.json", keeper.reports())
+
+        path = self.pull("weights", self.weights, compute)
+        for site, weight in load_integers(path / "weights.safetensors")[0].items():
+            if site not in model.integers:
+                model.freeze(site, weight)
+        return model
+
+    def unit_reports(self) -> list[dict[str, Any]]:
+        """What learning each unit did; empty for methods that learn nothing."""
+        return json.loads((self.weights.path / "units.json").read_text())
+
+    # activations -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def activations(self) -> Entry:
+        """The finished quantized model: depends on weights, data, and everything about activations."""
+        inputs = {
+            "weights": self.weights.key,
+            "trajectory": self.trajectory.key,
+            "inputs": {name: line.input for name, line in self.plan.sites.items()},
+            "operands": self.plan.operands,
+            "activations": self.method.activations,
+            "seed": self.seed,
+        }
+        return self.store.entry("activations", inputs)
+
+    def quantized_model(self) -> QuantizedUNet:
+        """The finished model, loaded from its artefact."""
+
+        def compute(folder: Path) -> None:
+            model = self.weighted_model()
+            data = self.calibration_set()
+            with self.bars.stage("activations", len(data)) as advance:
+                self.method.activations(model, data, derive_seed(self.seed, "activations"), lambda done, _: advance(done, ""))
+            write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
+
+        path = self.pull("activations", self.activations, compute) / "quantized.safetensors"
+        return artifact.load(path).to(next(self.denoiser.unet.parameters()).device)
+
+    # images and scores -------------------------------------------------------------------------------------------
+
+    def images_entry(self, *, quantized: bool) -> Entry:
+        """Images: depend on the network that makes them, the sampler, count and seed, and (in the last bit) the batch."""
+        network = {"activations": self.activations.key} if quantized else {}
+        return self.store.entry("images", {**self.model_inputs, **network, "images": self.images})
+
+    def sampled(self, *, quantized: bool) -> Iterator[Tensor]:
+        """Images in shards, uint8. A shard is a file; missing ones are made."""
+        name = "images" if quantized else "float images"
+
+        def compute(folder: Path) -> None:
+            unet: nn.Module = self.quantized_model() if quantized else self.denoiser.unet
+            with self.bars.stage(name, self.images.count) as advance:
+                for shard in self.images.shards():
+                    target = folder / f"images-{shard.start:06d}.safetensors"
+                    if not target.is_file():
+                        images = sample_shard(
+                            unet,
+                            self.denoiser,
+                            self.sampler,
+                            self.images.seed,
+                            shard,
+                            lambda step, shard=shard: advance(
+                                shard.start + len(shard) * (step + 1) / self.sampler.steps, f"step {step + 1}"
+                            ),
+                        )
+                        write_atomically(target, lambda path, images=images: save_file({"images": images}, path))
+                    advance(shard.stop, "")
+
+        path = self.pull(name, self.images_entry(quantized=quantized), compute)
+        for file in sorted(path.glob("images-*.safetensors")):
+            yield load_file(file)["images"]
+
+    def scores(self, *, quantized: bool) -> tuple[dict[str, float], dict[str, Any]]:
+        """FID, sFID and IS of the images, and who says so."""
+        evaluator = self.evaluator()
+        identity = {"name": evaluator.name, **evaluator.provenance}
+        inputs = {"images": self.images_entry(quantized=quantized).key, "evaluator": identity}
+
+        def compute(folder: Path) -> None:
+            write_json(folder / "scores.json", score(evaluator, self.sampled(quantized=quantized)))
+
+        name = "scores" if quantized else "float scores"
+        path = self.pull(name, self.store.entry("scores", inputs), compute)
+        return json.loads((path / "scores.json").read_text()), identity
+
+    def errors(self) -> dict[str, list[dict[str, Any]]]:
+        """Temporal-feature error per timestep and error along the trajectory, against the float network."""
+        inputs = {**self.model_inputs, "activations": self.activations.key, "diagnostics": self.diagnostics, "seed": self.seed}
+
+        def compute(folder: Path) -> None:
+            model = self.quantized_model()
+            with self.bars.stage("diagnostics", self.sampler.steps) as advance:
+                along = trajectory_error(
+                    model,
+                    self.denoiser,
+                    self.sampler,
+                    images=self.diagnostics.images,
+                    seed=self.seed,
+                    each_step=lambda step: advance(step + 1, ""),
+                )
+            temporal = temporal_feature_error(model, self.denoiser.unet, self.anatomy)
+            write_json(folder / "errors.json", {"temporal": temporal, "trajectory": along})
+
+        path = self.pull("diagnostics", self.store.entry("diagnostics", inputs), compute)
+        return json.loads((path / "errors.json").read_text())
+
+    def coverage(self) -> dict[str, Any]:
+        """How much of the network is integer."""
+        return dict(coverage(self.plan, self.anatomy))
+
+    def artefact(self) -> Path:
+        """The file that holds the quantized model."""
+        return self.activations.path / "quantized.safetensors"
+
+    @property
+    def float_bytes(self) -> int:
+        """Size of the float network in float32."""
+        return 4 * sum(p.numel() for p in self.denoiser.unet.parameters())
+
+    def described(self) -> dict[str, Any]:
+        """Sampler, images and calibration as plain data: what makes rows comparable."""
+        return {
+            "sampler": describe(self.sampler),
+            "images": self.images.count,
+            "uint8_rule": "round((x + 1) * 127.5)",
+            "calibration_images": self.calibration.images,
+        }
+
+    def samples_learned_from(self) -> dict[str, int]:
+        """Calibration samples that weights and activations saw, and iterations per unit."""
+        total = self.calibration.images * self.sampler.steps
+        if not isinstance(self.method.weights, Reconstruct):
+            return {"weight_samples": 0, "activation_samples": total, "iterations": 0}
+        steps = -(-self.sampler.steps // self.method.weights.timesteps.k)
+        recipe = dataclasses.asdict(self.method.weights.recipe)
+        return {
+            "weight_samples": self.calibration.images * steps,
+            "activation_samples": total,
+            "iterations": recipe["iterations"],
+        }

@@ -1,0 +1,158 @@
+"""A content-addressed store: a stage's result lies under a hash of everything that it depends on.
+
+    <root>/<stage>/<key>/manifest.json     written last; without it the entry is unfinished and will be resumed
+                         inputs.json       what the key was made from
+                         ...               the stage's files
+
+Same inputs, same key, no recomputation. A process killed at any moment leaves an unfinished entry, never a wrong one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+SCHEMA = 1  # part of every key: raise it when the meaning of stored files changes
+log = logging.getLogger(__name__)
+
+
+class DamagedEntry(ValueError):  # noqa: N818
+    """A finished entry whose files are not what was written."""
+
+
+def describe(value: Any) -> Any:
+    """Plain data that identifies a record of choices: dataclasses with their class name, mappings sorted by JSON later."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(v) for v in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be part of a key")
+
+
+def key_of(stage: str, inputs: Mapping[str, Any]) -> str:
+    """The first 16 hex digits of a hash that does not depend on the order of keys."""
+    text = json.dumps({"stage": stage, "schema": SCHEMA, "inputs": inputs}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a temporary name and move it into place: it is there whole, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """JSON, atomically."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One result in the store, finished or not."""
+
+    stage: str
+    key: str
+    path: Path
+    inputs: Mapping[str, Any]
+
+    @property
+    def manifest(self) -> Path:
+        """The file whose presence says that the entry is finished."""
+        return self.path / "manifest.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether the entry is finished."""
+        return self.manifest.is_file()
+
+    def verify(self) -> None:
+        """Compare every file with its hash.
+
+        Raises:
+            DamagedEntry: some file is missing or changed; says which, and how to have it made again.
+        """
+        try:
+            files = json.loads(self.manifest.read_text())["files"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise self._damaged(self.manifest.name) from error
+        for name, wanted in files.items():
+            path = self.path / name
+            if not path.is_file() or sha256_of(path) != wanted:
+                raise self._damaged(name)
+
+    def _damaged(self, name: str) -> DamagedEntry:
+        return DamagedEntry(
+            f"the stored {self.stage} is damaged: {self.path / name}; delete the folder {self.path} to have it made again"
+        )
+
+    def finish(self) -> None:
+        """Mark the entry as finished."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p != self.manifest)
+        hashes = {str(p.relative_to(self.path)): sha256_of(p) for p in files}
+        write_json(self.manifest, {"stage": self.stage, "key": self.key, "files": hashes})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out; wait for one that is at work. A dead process's lock is gone with it."""
+        lock = FileLock(self.path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0.1)
+        except Timeout:
+            log.warning("another process is making this %s (%s); waiting for it", self.stage, self.key)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The store under a root folder."""
+
+    root: Path
+
+    def entry(self, stage: str, inputs: Mapping[str, Any]) -> Entry:
+        """Where the result of a stage with these inputs is, or will be."""
+        plain = describe(inputs)
+        key = key_of(stage, plain)
+        return Entry(stage, key, self.root / stage / key, plain)
+
+    def pull(self, entry: Entry, compute: Callable[[Path], None]) -> bool:
+        """Make sure that the entry is finished; returns whether it had to be computed.
+
+        `compute` fills the folder; it finds there what an interrupted attempt has left.
+        """
+        entry.path.mkdir(parents=True, exist_ok=True)
+        with entry.locked():
+            if entry.done:
+                entry.verify()
+                return False
+            write_json(entry.path / "inputs.json", entry.inputs)
+            compute(entry.path)
+            entry.finish()
+            return True

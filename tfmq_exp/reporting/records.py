@@ -1,0 +1,63 @@
+"""The record that every run leaves: its scores, and how they were made."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """One row of a table. `method` is "float" for the unquantized network.
+
+    Args:
+        choices: the config group choices that make the row what it is.
+        protocol: sampler, steps, eta, images, uint8 rule: rows with different protocols are not comparable.
+        evaluator: name and provenance of feature extractor and reference.
+        scores: fid, sfid, is.
+        errors: mean temporal-feature error and trajectory error against the float network; empty for the float row.
+        quantized: shares of weights and MACs that are integer.
+        cost: seconds by stage, peak memory, calibration samples, iterations.
+    """
+
+    model: str
+    quant: str
+    method: str
+    seed: int
+    scores: dict[str, float]
+    protocol: dict[str, Any]
+    evaluator: dict[str, Any]
+    weights_bytes: int
+    choices: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    quantized: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+def read_records(root: Path) -> list[ScoreRecord]:
+    """Every record in the `results.json` files below a folder, float rows once per protocol and seed.
+
+    Raises:
+        ValueError: a file that is not such a record.
+    """
+    found: dict[str, ScoreRecord] = {}
+    for path in sorted(root.rglob("results.json")):
+        try:
+            rows = json.loads(path.read_text())["rows"]
+            for row in rows:
+                record = ScoreRecord(**row)
+                identity = [record.model, record.quant, record.method, record.seed, record.keys, record.protocol]
+                found[json.dumps(identity, sort_keys=True)] = record
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a results file of this program: {error}") from error
+    return list(found.values())

@@ -1,0 +1,93 @@
+"""Comparison tables: mean and standard deviation over seeds, one row per way of quantizing."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Sequence
+
+from tfmq_exp.reporting.records import ScoreRecord
+
+FORMATS = ("markdown", "csv")
+
+# column -> (how to read it off a record, digits)
+Column = tuple[str, Callable[[ScoreRecord], float | None], int]
+
+
+def columns(evaluator: str) -> list[Column]:
+    """What a table shows. Score names carry the evaluator's."""
+    return [
+        (f"FID ({evaluator}) ↓", lambda r: r.scores.get("fid"), 2),
+        (f"sFID ({evaluator}) ↓", lambda r: r.scores.get("sfid"), 2),
+        (f"IS ({evaluator}) ↑", lambda r: r.scores.get("is"), 2),
+        ("temporal error ↓", lambda r: r.errors.get("temporal_relative_mse"), 5),
+        ("trajectory error ↓", lambda r: r.errors.get("trajectory"), 4),
+        ("weights integer", lambda r: r.quantized.get("weight_share"), 3),
+        ("MACs integer", lambda r: r.quantized.get("mac_share_weights_and_inputs"), 3),
+        ("size / fp32", lambda r: r.cost.get("size_ratio"), 3),
+        ("seconds", lambda r: r.cost.get("seconds"), 0),
+    ]
+
+
+def cell(values: Sequence[float | None], digits: int) -> str:
+    """`mean ± standard deviation` of what is there; a dash when nothing is."""
+    present = [v for v in values if v is not None]
+    if not present:
+        return "–"
+    mean = f"{statistics.mean(present):.{digits}f}"
+    return mean if len(present) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
+
+
+def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows; records of one protocol and one evaluator, float rows first.
+
+    Raises:
+        ValueError: no records, or records that were made under different protocols.
+    """
+    if not records:
+        raise ValueError("there are no results to tabulate")
+    protocols = {json.dumps([r.model, r.protocol, r.evaluator], sort_keys=True) for r in records}
+    if len(protocols) > 1:
+        raise ValueError(f"{len(protocols)} different protocols in one table; use `by_protocol` first")
+    cols = columns(records[0].evaluator["name"])
+    groups: dict[tuple[bool, str, str, str], list[ScoreRecord]] = {}
+    for record in records:
+        extra = ", ".join(f"{k}={v}" for k, v in sorted(record.choices.items()))
+        groups.setdefault((record.method != "float", record.quant, record.method, extra), []).append(record)
+    header = ["bits", "method", *[name for name, _, _ in cols], "seeds"]
+    rows = []
+    for (_, quant, method, extra), members in sorted(groups.items(), key=lambda item: (item[0][0], _bits(item[0][1]), item[0])):
+        seeds = sorted({r.seed for r in members})
+        name = f"{method} ({extra})" if extra else method
+        rows.append([quant, name, *[cell([read(r) for r in members], d) for _, read, d in cols], str(len(seeds))])
+    return header, rows
+
+
+def _bits(quant: str) -> tuple[int, ...]:
+    """Sort key of names like w4a8: more bits first."""
+    digits = "".join(c if c.isdigit() else " " for c in quant).split()
+    return tuple(-int(d) for d in digits)
+
+
+def by_protocol(records: Sequence[ScoreRecord]) -> list[list[ScoreRecord]]:
+    """Records that may stand in one table."""
+    groups: dict[str, list[ScoreRecord]] = {}
+    for record in records:
+        groups.setdefault(json.dumps([record.model, record.protocol, record.evaluator], sort_keys=True), []).append(record)
+    return list(groups.values())
+
+
+def render(header: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> str:
+    """The table as text.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    if form == "csv":
+        buffer = io.StringIO()
+        csv.writer(buffer).writerows([header, *rows])
+        return buffer.getvalue()
+    if form == "markdown":
+        lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+        return "\n".join(lines) + "\n"
+    raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
