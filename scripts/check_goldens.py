@@ -2,9 +2,16 @@
 
     python scripts/check_goldens.py quantizers DIR
 
-DIR holds `meta.json`, `timestep_maps.json` and the safetensors files that `meta.json` describes; `tests/goldens/README.md`
-says what is in them. Shapes, seeds and settings are read from the files, so any set of the same layout can be checked.
-Every tensor has to be read by some comparison. Differences are relative to the largest magnitude of the golden tensor.
+DIR holds `meta.json`, `timestep_maps.json` and the safetensors files that `meta.json` describes;
+`tests/goldens/README.md` says what is in them. Shapes, seeds and settings are read from the files, so any set of the
+same layout can be checked. Every tensor has to be read by some comparison. Differences are relative to the largest
+magnitude of the golden tensor.
+
+Reconstructions run in double precision from the single-precision start: then convolution kernels do not matter, and
+what remains is the rounding of the original. A squared error is a small difference of large outputs, which magnifies
+their rounding; its relative difference is divided by that magnification. Learned V are compared by root mean square,
+because Adam divides gradients by their size and so blows the rounding of a single vanishing gradient up without
+bound; their signs must all agree.
 
 Exit status: 0 all within tolerance, 1 some comparison is not, 2 the folder is missing or damaged.
 """
@@ -19,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from diffusers.models.embeddings import get_timestep_embedding
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +39,7 @@ from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import Histogram, KLSearch, LpSearch, MinMax, RangeEstimator
-from tfmq_exp.quant.rounding import AdaRound, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
+from tfmq_exp.quant.rounding import AdaRound, rectified_sigmoid, rounding_penalty
 from tfmq_exp.quant.sources.static import Static
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.objectives import Annealing, lp_loss
@@ -45,8 +52,11 @@ ESTIMATORS: dict[str, RangeEstimator] = {
     "kl": KLSearch(),
     "hist": Histogram(positive_only=True),
 }
-EXACT, ROUNDING, LEARNED = 0.0, 1e-6, 4e-6  # same bits; other order of float32 sums; after many optimiser steps
+EXACT, ROUNDING = 0.0, 1e-6  # the same bits; the same numbers but for the order of float32 sums
+LEARNED = 4e-6  # V after a whole reconstruction
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+
+Values = Tensor | float | Sequence[float]
 
 
 class DamagedError(Exception):
@@ -85,7 +95,8 @@ class Goldens:
         """
         try:
             meta, timesteps = (
-                json.loads((folder / name).read_text(), object_hook=Record) for name in ("meta.json", "timestep_maps.json")
+                json.loads((folder / name).read_text(), object_hook=Record)
+                for name in ("meta.json", "timestep_maps.json")
             )
             files = sorted(folder.glob("*.safetensors"))
             tensors = Record({key: value for file in files for key, value in load_file(file).items()})
@@ -101,16 +112,23 @@ class Group:
         self.name, self.tolerance = name, tolerance
         self.comparisons, self.values, self.worst, self.note = 0, 0, 0.0, ""
 
-    def compare(self, ours: Tensor | float | Sequence[float], golden: Tensor | float | Sequence[float]) -> None:
-        """Add one comparison: a tensor, a number or a list of numbers."""
+    def compare(self, ours: Values, golden: Values, magnified: float = 1.0, norm: float = math.inf) -> None:
+        """Add one comparison.
+
+        Args:
+            ours: tensor, number or list of numbers.
+            golden: the same of the original.
+            magnified: how much larger rounding is than usual, where numbers come from a small difference of large ones.
+            norm: of the difference and of the golden values: the largest (default) or 2.
+        """
         a, b = (x.detach().double() if isinstance(x, Tensor) else torch.tensor(x).double() for x in (ours, golden))
         self.comparisons += 1
         self.values += b.numel()
         if a.numel() != b.numel():
             self.worst = math.inf
             return
-        difference = (a.flatten() - b.flatten()).abs().max()
-        relative = float(difference / b.abs().max()) if difference else 0.0
+        difference = (a.flatten() - b.flatten()).norm(norm)
+        relative = float(difference / b.norm(norm)) / magnified if difference else 0.0
         self.worst = max(self.worst, math.inf if math.isnan(relative) else relative)
 
     @property
@@ -147,8 +165,13 @@ def weight_quantizer(weight: Tensor, bits: int, group: Group, key: str, tensors:
     return quantizer
 
 
+def on_grid(x: Tensor, spec: QuantSpec) -> Tensor:
+    """A tensor on the grid of its own range, as the release finds it."""
+    return fake_quantize(x, qparams_from_range(*RELEASED(x, spec), spec), spec)
+
+
 def place(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors: Record) -> Tensor:
-    """A tensor on the grid of its own range, as the release finds it; scale and zero point are compared."""
+    """`on_grid`, and compare scale and zero point."""
     q = qparams_from_range(*RELEASED(x, spec), spec)
     for ours, golden in zip(q, stored(tensors, key), strict=True):
         group.compare(ours, golden)
@@ -163,8 +186,9 @@ def scalers(goldens: Goldens) -> Iterator[Group]:
         x = goldens.tensors[f"input.{case['input']}"]
         spec = spec_of(case, case["bits"], 0 if case["channel_wise"] else None)
         if case["status"] != "ok":
-            q = qparams_from_range(*Histogram()(x, spec), spec)
-            crashed.compare(float(torch.isfinite(fake_quantize(x, q, spec)).all() and (q.scale > 0).all()), 1.0)
+            estimator = Histogram() if case["scaler"] == "hist" else ESTIMATORS[case["scaler"]]
+            error = fake_quantize(x, qparams_from_range(*estimator(x, spec), spec), spec) - x
+            crashed.compare(float(error.norm() < x.norm()), 1.0)  # finite, and better than no tensor at all
             continue
         group, key, row = groups[case["scaler"]], f"scaler.{case['group']}", case["row"]
         q = qparams_from_range(*ESTIMATORS[case["scaler"]](x, spec), spec)
@@ -176,7 +200,7 @@ def scalers(goldens: Goldens) -> Iterator[Group]:
         group.compare(fake_quantize(x, q, spec), golden[2])
     yield from groups.values()
     if crashed.comparisons:
-        crashed.note = f"original crashed: {crashed.comparisons} cases, ours finite: {'all' if crashed.ok else 'NOT all'}"
+        crashed.note = f"original crashed: {crashed.comparisons} cases, ours finite and sensible: {'all' if crashed.ok else 'not all'}"
         yield crashed
 
 
@@ -185,9 +209,7 @@ def running(goldens: Goldens) -> Iterator[Group]:
     group = Group("running range", EXACT)
     for record in goldens.meta["running"]:
         x, spec = goldens.tensors[record["x"]], spec_of(record, record["bits"], None)
-        key, golden_ranges = record["key"], {}
-        for name in ("x_min", "x_max", "delta", "zero_point"):
-            golden_ranges[name] = goldens.tensors[f"{record['key']}.{name}"]
+        key, names = record["key"], ("x_min", "x_max", "delta", "zero_point")
         source = Static(spec, momentum=record["momentum"])
         for row, batch in enumerate((x[0], *x)):
             source.observe(batch)
@@ -195,8 +217,8 @@ def running(goldens: Goldens) -> Iterator[Group]:
             if row == 0:  # the release starts from its scaler and replaces that by min-max at the first update
                 q = qparams_from_range(*ESTIMATORS[record["init_scaler"]](batch, spec), spec)
                 ours |= {"delta": q.scale, "zero_point": q.zero_point}
-            for name, golden in golden_ranges.items():
-                group.compare(ours[name], golden[row])
+            for name in names:
+                group.compare(ours[name], goldens.tensors[f"{key}.{name}"][row])
         group.compare(fake_quantize(x[-1], source(x[-1]), spec), goldens.tensors[f"{key}.y_last"])
     yield group
 
@@ -206,7 +228,8 @@ def adaround(goldens: Goldens) -> Iterator[Group]:
     group, exact = Group("AdaRound, soft and gradient", ROUNDING), Group("AdaRound, hard", EXACT)
     for record in goldens.meta["adaround"]:
         tensors = goldens.tensors
-        golden = {name: tensors[f"{record['key']}.{name}"] for name in ADAROUND_NAMES}
+        prefix = f"{record['key']}."
+        golden = Record({key.removeprefix(prefix): tensors[key] for key in list(tensors) if key.startswith(prefix)})
         weight, spec = tensors[record["input"]], spec_of(record, record["bits"], 0)
         q = qparams_from_range(*ESTIMATORS[record["scaler"]](weight, spec), spec)
         rounding = AdaRound(weight, q, spec)
@@ -222,13 +245,9 @@ def adaround(goldens: Goldens) -> Iterator[Group]:
         soft.backward(golden["grad_out"])
         group.compare(soft, golden["soft_out_pert"])
         group.compare(rounding.v.grad, golden["alpha_grad"])
-    group.compare(rectified_sigmoid(goldens.tensors["adaround.soft_grid.alpha"]), goldens.tensors["adaround.soft_grid.h"])
+    v, h = (goldens.tensors[f"adaround.soft_grid.{name}"] for name in ("alpha", "h"))
+    group.compare(rectified_sigmoid(v), h)
     yield from (group, exact)
-
-
-ADAROUND_NAMES = (
-    "delta zero_point nearest alpha_init soft_init hard_init alpha_pert hard_pert soft_out_pert grad_out alpha_grad".split()
-)
 
 
 def temperature(goldens: Goldens) -> Iterator[Group]:
@@ -260,15 +279,22 @@ def loss(goldens: Goldens) -> Iterator[Group]:
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)
             penalty = meta["w"] * sum(rounding_penalty(rounding.h, beta) for rounding in learned)
-        for ours, golden in ((annealing.beta(count, iterations), "b"), (error + penalty, "total"), (error, "rec")):
-            group.compare(ours, record[golden])
-        if record["round"] or penalty:  # the golden is a difference of two rounded numbers
-            group.compare(penalty + error, record["round"] + record["rec"])
+        magnified = magnification(error.detach(), tensors[f"loss.{name}.tgt"])
+        group.compare(annealing.beta(count, iterations), record["b"])
+        group.compare(error, record["rec"], magnified)
+        group.compare(penalty, record["round"])
+        group.compare(error + penalty, record["total"])
         group.compare(out, tensors[f"loss.{name}.out"])
         if f"loss.{name}.count{count}.alpha_grad" in tensors:
             gradient = torch.autograd.grad(error + penalty, learned[0].v)[0]
-            group.compare(gradient, tensors[f"loss.{name}.count{count}.alpha_grad"])
+            group.compare(gradient, tensors[f"loss.{name}.count{count}.alpha_grad"], magnified)
     yield group
+
+
+def magnification(loss: Tensor | float, *targets: Tensor) -> float:
+    """How many times larger the outputs are than their error: rounding of outputs grows by this in a squared error."""
+    power = sum(float(lp_loss(target, torch.zeros_like(target), 2)) for target in targets)
+    return max(1.0, math.sqrt(power / float(loss)))
 
 
 def loaded_rounding(tensors: Record, key: str) -> AdaRound:
@@ -290,7 +316,11 @@ def loss_forward(tensors: Record, name: str, layers: dict[str, AdaRound]) -> tup
 
 
 def learn(
-    forward: Callable[[], list[Tensor]], targets: list[Tensor], roundings: list[AdaRound], record: Record, b_range: list[float]
+    forward: Callable[[], list[Tensor]],
+    targets: list[Tensor],
+    roundings: list[AdaRound],
+    record: Record,
+    b_range: list[float],
 ) -> list[float]:
     """A reconstruction on full batches as the release runs it; returns the loss of every iteration, then hardens."""
     annealing, iterations = Annealing(record["warmup"], *b_range), record["iters"]
@@ -304,7 +334,7 @@ def learn(
             total = total + record["w"] * sum(rounding_penalty(rounding.h, beta) for rounding in roundings)
         total.backward()
         optimizer.step()
-        losses.append(float(total))
+        losses.append(total.item())
     for rounding in roundings:
         rounding.harden()
     return losses
@@ -315,110 +345,243 @@ def flips(ours: Tensor, golden: Tensor) -> int:
     return int(((ours >= 0) != (golden >= 0)).sum())
 
 
+def compare_learned(
+    groups: tuple[Group, Group, Group],
+    losses: list[float],
+    golden_losses: list[float],
+    targets: list[Tensor],
+    pairs: list[tuple[AdaRound, Tensor]],
+) -> None:
+    """The loss of every iteration, every learned V, and the decisions."""
+    group, learned, exact = groups
+    for ours, golden in zip(losses, golden_losses, strict=True):
+        group.compare(ours, golden, magnification(golden, *targets))
+    worst = max(abs(ours / golden - 1) for ours, golden in zip(losses, golden_losses, strict=True))
+    group.note += f"{', ' if group.note else 'losses, not divided: '}{worst:.1e}"
+    for rounding, golden in pairs:
+        learned.compare(rounding.v, golden, norm=2)
+        exact.compare(float(((rounding.v >= 0) != (golden >= 0)).sum()), 0.0)
+
+
+def learned_groups(what: str) -> tuple[Group, Group, Group]:
+    """Where the comparisons of a reconstruction go."""
+    names = (f"{what}: losses, outputs", f"{what}: learned V", f"{what}: grids, decisions")
+    return tuple(map(Group, names, (ROUNDING, LEARNED, EXACT)))  # type: ignore[return-value]
+
+
 def recon(goldens: Goldens) -> Iterator[Group]:
     """A whole reconstruction of a layer."""
-    group, exact = Group("layer reconstruction", LEARNED), Group("layer reconstruction, flips", EXACT)
+    group, _, exact = groups = learned_groups("layer reconstruction")
     tensors, record = goldens.tensors, goldens.meta["loss"]["recon"]
     weight, bias, x = (tensors[f"recon.{name}"] for name in ("weight", "bias", "x"))
-    target = F.conv2d(x, weight, bias, padding=1)
+
+    def output(weight: Tensor) -> Tensor:
+        return F.conv2d(x.to(weight), weight, bias.to(weight), padding=1)
+
     quantizer = weight_quantizer(weight, record["bits"], exact, "recon", tensors)
-    group.compare(target, tensors["recon.y_fp"])
-    group.compare(F.conv2d(x, quantizer(weight), bias, padding=1), tensors["recon.y_nearest"])
-    rounding = quantizer.learn_rounding(weight)
-    losses = learn(
-        lambda: [F.conv2d(x, quantizer(weight), bias, padding=1)], [target], [rounding], record, record["b_range"]
-    )
-    for ours, golden in zip(losses, record["loss"], strict=True):
-        group.compare(ours, golden)
-    group.compare(rounding.v, tensors["recon.alpha_final"])
-    exact.compare(float(flips(rounding.v, tensors["recon.alpha_final"])), 0.0)
-    group.compare(F.conv2d(x, quantizer(weight), bias, padding=1), tensors["recon.y_final"])
-    yield from (group, exact)
+    group.compare(output(weight), tensors["recon.y_fp"])
+    group.compare(output(quantizer(weight)), tensors["recon.y_nearest"])
+    rounding = quantizer.learn_rounding(weight).double()
+    targets = [output(weight.double())]
+    losses = learn(lambda: [output(quantizer(weight))], targets, [rounding], record, record["b_range"])
+    compare_learned(groups, losses, record["loss"], targets, [(rounding, tensors["recon.alpha_final"])])
+    group.compare(output(quantizer(weight)), tensors["recon.y_final"])
+    yield from groups
 
 
 def time_embeddings(goldens: Goldens) -> Iterator[Group]:
-    """Sinusoids of the timesteps in both conventions."""
-    group, t = Group("time embedding", ROUNDING), goldens.tensors["temb.t"]
+    """Sinusoids of the timesteps in both conventions, as our UNets make them."""
+    t = goldens.tensors["temb.t"]
+    angle = float(t.max()) * torch.finfo(torch.float32).eps  # rounding of the largest argument of the sine
+    group, same = Group("time embedding", angle), Group("time embedding, release's order", ROUNDING)
     for key in list(goldens.tensors):
         prefix, kind, *size = key.split(".")
         if prefix == "temb" and size:
-            group.compare(sinusoid(t, int(size[0]), kind), goldens.tensors[key])
-    yield group
+            ldm = kind == "ldm"
+            ours = get_timestep_embedding(t, int(size[0]), flip_sin_to_cos=ldm, downscale_freq_shift=0 if ldm else 1)
+            group.compare(ours, goldens.tensors[key])
+            same.compare(released_sinusoid(t, int(size[0]), kind), goldens.tensors[key])
+    yield from (group, same)
 
 
-def sinusoid(t: Tensor, size: int, kind: str) -> Tensor:
-    """The time embedding of LDM or DDIM, as our UNets make it."""
-    ldm = kind == "ldm"
-    return get_timestep_embedding(t, size, flip_sin_to_cos=ldm, downscale_freq_shift=0 if ldm else 1)
+def released_sinusoid(t: Tensor, size: int, kind: str) -> Tensor:
+    """The time embedding to the last bit: the input of the golden temporal blocks, which the goldens do not hold."""
+    half, steps = size // 2, torch.arange(size // 2, dtype=torch.float32)
+    if kind == "ldm":
+        angle = t[:, None].float() * torch.exp(-math.log(10000) * steps / half)
+        return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, size % 2))
+    angle = t[:, None].float() * torch.exp(steps * -(math.log(10000) / (half - 1)))
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, size % 2))
 
 
 def tib(goldens: Goldens) -> Iterator[Group]:
     """The temporal information block: float, rounded to nearest, and reconstructed."""
-    group, exact = Group("temporal block", LEARNED), Group("temporal block, scales and flips", EXACT)
-    tensors = goldens.tensors
+    groups = learned_groups("temporal block")
     for kind, record in goldens.meta["tib"].items():
-        heads = [f"head{i}" for i in range(len(record["outs"]))]
-        names = ["dense0", "dense1", *heads]
-        weights, biases = ({n: tensors[f"tib.{kind}.{n}.{part}"] for n in names} for part in ("weight", "bias"))
-        quantizers = {n: weight_quantizer(weights[n], 4, exact, f"tib.{kind}.{n}", tensors) for n in names}
-        x = sinusoid(tensors["tib.t"], record["ch"], kind)
+        temporal_block(goldens, kind, record, groups)
+    yield from groups
 
-        def forward(used: list[str], x=x, weights=weights, biases=biases, quantizers=quantizers) -> list[Tensor]:
-            effective = {n: quantizers[n](w) if n in used else w for n, w in weights.items()}
-            for n in ("dense0", "dense1"):
-                x = F.silu(F.linear(x, effective[n], biases[n]))
-            return [F.linear(x, effective[n], biases[n]) for n in weights if n.startswith("head")]
 
-        def compare(outs: list[Tensor], name: str, kind: str = kind) -> None:
-            for i, out in enumerate(outs):
-                group.compare(out, tensors[f"tib.{kind}.{name}.{i}"])
+def temporal_block(goldens: Goldens, kind: str, record: Record, groups: tuple[Group, Group, Group]) -> None:
+    """One temporal block. Its first linear layer stays float while the others are learned."""
+    tensors, key = goldens.tensors, f"tib.{kind}"
+    group, _, exact = groups
+    t = released_sinusoid(tensors["tib.t"], record["ch"], kind)
+    names = ["dense0", "dense1", *(f"head{i}" for i in range(len(record["outs"])))]
+    weights, biases = ({n: tensors[f"{key}.{n}.{part}"] for n in names} for part in ("weight", "bias"))
+    quantizers = {n: weight_quantizer(weights[n], 4, exact, f"{key}.{n}", tensors) for n in names}
 
-        targets = forward([])
-        compare(targets, "fp")
-        compare(forward(names), "w4_nearest")
-        compare(forward(names[1:]), "w4_nearest_firstfp")
-        roundings = {n: quantizers[n].learn_rounding(weights[n]) for n in names}
-        learned = [roundings[n] for n in names[1:]]
-        losses = learn(lambda f=forward, n=names: f(n[1:]), targets, learned, record, [20, 2])
-        for ours, golden in zip(losses, record["loss"], strict=True):
-            group.compare(ours, golden)
-        for n in names:
-            final = tensors[f"tib.{kind}.{n}.alpha_final"]
-            group.compare(roundings[n].v, final)
-            exact.compare(float(flips(roundings[n].v, final)), 0.0)
-        compare(forward(names[1:]), "w4_adaround")
-    yield from (group, exact)
+    def forward(quantized: list[str], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        def linear(x: Tensor, n: str) -> Tensor:
+            weight = quantizers[n](weights[n]) if n in quantized else weights[n]
+            return F.linear(x, weight.to(dtype), biases[n].to(dtype))
+
+        hidden = F.silu(linear(F.silu(linear(t.to(dtype), "dense0")), "dense1"))
+        return [linear(hidden, n) for n in names[2:]]
+
+    def compare(outputs: list[Tensor], name: str) -> None:
+        for i, output in enumerate(outputs):
+            group.compare(output, tensors[f"{key}.{name}.{i}"])
+
+    compare(forward([]), "fp")
+    compare(forward(names), "w4_nearest")
+    compare(forward(names[1:]), "w4_nearest_firstfp")
+    roundings = {n: quantizers[n].learn_rounding(weights[n]).double() for n in names}
+    targets, learning = forward([], torch.float64), [roundings[n] for n in names[1:]]
+    losses = learn(lambda: forward(names[1:], torch.float64), targets, learning, record, [20, 2])
+    pairs = [(roundings[n], tensors[f"{key}.{n}.alpha_final"]) for n in names]
+    compare_learned(groups, losses, record["loss"], targets, pairs)
+    compare(forward(names[1:]), "w4_adaround")
 
 
 def split(goldens: Goldens) -> Iterator[Group]:
     """Q-Diffusion's split of a convolution whose input is a concatenation: each half has its own grids."""
-    group, tensors = Group("split convolution", ROUNDING), goldens.tensors
-    x, weight, bias = (tensors[f"split.{name}"] for name in ("x", "weight", "bias"))
-    group.compare(F.conv2d(x, weight, bias), tensors["split.fp"])
+    group, exact = Group("split convolution", ROUNDING), Group("split convolution, grids", EXACT)
+    x, weight, bias = (goldens.tensors[f"split.{name}"] for name in ("x", "weight", "bias"))
+    group.compare(F.conv2d(x, weight, bias), goldens.tensors["split.fp"])
     for record in goldens.meta["split"]:
-        key, at_channel = record["key"], record["split"]
-        spec = QuantSpec(record["a_bits"])
-        halves = [part.split([at_channel, weight.shape[1] - at_channel], dim=1) for part in (x, weight)]
-        xs = [place(h, spec, group, f"{key}.{n}", tensors) for h, n in zip(halves[0], ("aqtizer", "aqtizer1"), strict=True)]
-        names = [f"{key}.wqtizer", f"{key}.wqtizer1"]
-        quantizers = [weight_quantizer(h, record["w_bits"], group, n, tensors) for h, n in zip(halves[1], names, strict=True)]
+        split_case(goldens, record, group, exact)
+    yield from (group, exact)
 
-        def output(x: Tensor, halves=halves, quantizers=quantizers) -> Tensor:
-            return F.conv2d(x, torch.cat([q(w) for q, w in zip(quantizers, halves[1], strict=True)], dim=1), bias)
 
-        group.compare(output(torch.cat(xs, dim=1)), tensors[f"{key}.y"])
-        group.compare(output(x), tensors[f"{key}.y_weight_only"])
-        yield_whole(group, record, x, weight, bias, tensors)
-        roundings = [at(q.learn_rounding(w), tensors[f"{n}.alpha"]) for q, w, n in zip(quantizers, halves[1], names, strict=True)]
-        soft = output(x)
-        group.compare(soft, tensors[f"{key}.y_adaround_soft"])
-        meta = goldens.meta["loss"]
-        beta = Annealing(meta["warmup"], *meta["b_range"]).beta(100, meta["iters"])
-        error = lp_loss(soft, tensors["split.fp"], meta["p"], dim=1)
-        penalty = sum(rounding_penalty(r.h, beta) * h.shape[1] / weight.shape[1] for r, h in zip(roundings, halves[1], strict=True))
-        group.compare(error, record["block_rec"])
-        group.compare(error + meta["w"] * penalty, record["block_loss_count100"])
-        for rounding in roundings:
-            rounding.harden()
-        group.compare(output(x), tensors[f"{key}.y_adaround_hard"])
+def split_case(goldens: Goldens, record: Record, group: Group, exact: Group) -> None:
+    """One pair of bit widths: nearest rounding with and without the split, then AdaRound of both halves."""
+    tensors, key, meta = goldens.tensors, record["key"], goldens.meta["loss"]
+    x, weight, bias, target = (tensors[f"split.{name}"] for name in ("x", "weight", "bias", "fp"))
+    sizes = [record["split"], weight.shape[1] - record["split"]]
+    xs, weights = x.split(sizes, dim=1), weight.split(sizes, dim=1)
+    names = [f"{key}.wqtizer", f"{key}.wqtizer1"]
+    quantizers = [weight_quantizer(w, record["w_bits"], exact, n, tensors) for w, n in zip(weights, names, strict=True)]
+    input_spec, weight_spec = QuantSpec(record["a_bits"]), QuantSpec(record["w_bits"], axis=0)
+
+    def output(x: Tensor) -> Tensor:
+        halves = [quantizer(w) for quantizer, w in zip(quantizers, weights, strict=True)]
+        return F.conv2d(x, torch.cat(halves, dim=1), bias)
+
+    quantized = [place(h, input_spec, exact, f"{key}.aqtizer{n}", tensors) for h, n in zip(xs, ("", "1"), strict=True)]
+    group.compare(output(torch.cat(quantized, dim=1)), tensors[f"{key}.y"])
+    group.compare(output(x), tensors[f"{key}.y_weight_only"])
+    group.compare(F.conv2d(on_grid(x, input_spec), on_grid(weight, weight_spec), bias), tensors[f"{key}.y_nosplit"])
+
+    roundings = [q.learn_rounding(w) for q, w in zip(quantizers, weights, strict=True)]
+    for rounding, name in zip(roundings, names, strict=True):
+        at(rounding, tensors[f"{name}.alpha"])
+    soft = output(x)
+    beta = Annealing(meta["warmup"], *meta["b_range"]).beta(100, meta["iters"])
+    shares = [size / weight.shape[1] for size in sizes]
+    penalty = sum(share * rounding_penalty(r.h, beta) for share, r in zip(shares, roundings, strict=True))
+    error = lp_loss(soft, target, meta["p"], dim=1)
+    group.compare(soft, tensors[f"{key}.y_adaround_soft"])
+    group.compare(error, record["block_rec"], magnification(error.detach(), target))
+    group.compare(error + meta["w"] * penalty, record["block_loss_count100"])
+    for rounding in roundings:
+        rounding.harden()
+    group.compare(output(x), tensors[f"{key}.y_adaround_hard"])
+
+
+def attention(goldens: Goldens) -> Iterator[Group]:
+    """Both matrix products of attention on quantized operands; the softmax has a grid that starts at zero."""
+    group, exact = Group("attention operands", ROUNDING), Group("attention operands, grids", EXACT)
+    tensors = goldens.tensors
+    for record in goldens.meta["attn"]:
+        key, spec = record["key"], QuantSpec(8)
+        scales = {"q": record["scale"], "k": record["scale"], "v": 1.0}
+        q, k, v = (place(tensors[f"attn.{n}"] * s, spec, exact, f"{key}.{n}", tensors) for n, s in scales.items())
+        product = torch.einsum("bct,bcs->bts", q, k)
+        softmax = product.softmax(dim=-1)
+        weights = place(softmax, QuantSpec(record["softmax_bits"], "unsigned"), exact, f"{key}.w", tensors)
+        group.compare(product, tensors[f"{key}.qk"])
+        group.compare(torch.einsum("bts,bcs->bct", weights, v), tensors[f"{key}.out"])
+    yield from (group, exact)
+
+
+def timesteps(goldens: Goldens) -> Iterator[Group]:
+    """The sampler's timesteps, and the step that each of them reads its scales from."""
+    group, refused = Group("timesteps", EXACT), Group("timesteps, not uniform in the original", EXACT)
+    for record in goldens.timesteps["ldm_uniform"].values():
+        golden = record["sampler_timesteps"]
+        try:
+            ours = DDIM(record["requested"]).timesteps(SCHEDULE)
+        except ValueError:
+            refused.compare(float(SCHEDULE["num_train_timesteps"] % record["requested"] != 0), 1.0)
+            continue
+        group.compare(ours, golden)
+        group.compare(ours, record["calibration_labels"])
+        group.compare(StepClock(ours).steps_of(torch.tensor(golden)), record["act_index_at_inference"])
+    for record in goldens.timesteps["ddim_quad"].values():
+        sequence = record["seq_ascending"][::-1]
+        steps = StepClock(sequence).steps_of(torch.tensor(sequence))
+        group.compare(float(len(steps.unique())), float(record["distinct"]))
+    group.note = "quadratic sequences: only our clock reads them, no sampler of ours makes them"
     yield group
+    if refused.comparisons:
+        refused.note = f"steps that do not divide {SCHEDULE['num_train_timesteps']}: {refused.comparisons}, all refused"
+        yield refused
+
+
+QUANTIZERS = (
+    scalers, running, adaround, temperature, loss, recon, time_embeddings, tib, split, attention, timesteps
+)  # fmt: skip
+
+
+def check_quantizers(folder: Path) -> list[Group]:
+    """Every comparison of a folder of the `quantizers` layout, and whether every tensor took part."""
+    goldens = Goldens.load(folder)
+    groups = [group for check in QUANTIZERS for group in check(goldens)]
+    coverage = Group("tensors read", EXACT)
+    unread = sorted(set(goldens.tensors) - goldens.tensors.read)
+    coverage.compare(len(goldens.tensors) - len(unread), len(goldens.tensors))
+    coverage.note = f"not read: {', '.join(unread[:3])}" if unread else ""
+    return [*groups, coverage]
+
+
+def print_groups(groups: list[Group]) -> None:
+    """One line per group."""
+    table = Table(title="differences from the original program", title_justify="left")
+    for column in ("group", "comparisons", "values", "worst", "tolerance", "", "note"):
+        table.add_column(column, justify="left" if column in ("group", "", "note") else "right")
+    for g in groups:
+        numbers = (str(g.comparisons), str(g.values), f"{g.worst:.1e}", f"{g.tolerance:.1e}")
+        table.add_row(g.name, *numbers, "ok" if g.ok else "FAILED", g.note)
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one kind of check on a folder; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    quantizers = kinds.add_parser("quantizers", help="ranges, rounding, losses, reconstructions, timesteps")
+    quantizers.add_argument("folder", type=Path)
+    quantizers.set_defaults(check=check_quantizers)
+    options = parser.parse_args(arguments)
+    try:
+        groups = options.check(options.folder)
+    except DamagedError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print_groups(groups)
+    return int(not all(group.ok for group in groups))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -122,15 +122,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(metadata["manifest"]), tensors
 
 
-def load(path: Path) -> QuantizedUNet:
-    """Build the model from the file alone, ready to sample.
-
-    Raises:
-        ValueError: not such a file, damaged, of another version, or with tensors missing or left over.
-    """
-    manifest, tensors = read(path)
+def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
+    """The model that a manifest describes, with its tensors; ValueError or RuntimeError where they do not fit."""
     if manifest["network"] not in NETWORKS:
-        raise ValueError(f"{path} holds a {manifest['network']}; known networks: {', '.join(NETWORKS)}")
+        raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
     plan = resolved_from_json(manifest["plan"])
     with torch.device("meta"):
         unet = getattr(diffusers, manifest["network"]).from_config(manifest["config"])
@@ -143,7 +138,7 @@ def load(path: Path) -> QuantizedUNet:
     def take(key: str) -> Tensor:
         taken.add(key)
         if key not in tensors:
-            raise ValueError(f"{path} lacks {key!r}")
+            raise ValueError(f"it lacks {key!r}")
         return tensors[key]
 
     state = {}
@@ -163,10 +158,20 @@ def load(path: Path) -> QuantizedUNet:
             state[f"{name}.source.{part}"] = take(f"inputs/{name}/{part}").float()
     state |= {name: take(f"float/{name}") for name in model.unet.state_dict() if name not in state}
     if extra := set(tensors) - taken:
-        raise ValueError(f"{path} holds {len(extra)} tensors that the model has no place for, first {min(extra)!r}")
-    try:
-        model.unet.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model that it describes: {error}") from error
+        raise ValueError(f"it holds {len(extra)} tensors that the model has no place for, first {min(extra)!r}")
+    model.unet.load_state_dict(state, strict=True)
     model.set_activations(Mode.QUANTIZE)
     return model
+
+
+def load(path: Path) -> QuantizedUNet:
+    """Build the model from the file alone, ready to sample.
+
+    Raises:
+        ValueError: not such a file, damaged, of another version, or with tensors missing or left over.
+    """
+    manifest, tensors = read(path)
+    try:
+        return rebuilt(manifest, tensors)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error

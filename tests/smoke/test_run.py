@@ -1,0 +1,196 @@
+"""Whole jobs, from configuration to tables, at the smoke size."""
+
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.smoke.jobs import CONF, job
+from tfmq_exp.reporting.records import read_records
+from tfmq_exp.reporting.tables import table
+from tfmq_exp.surgery import artifact
+
+FILES = (
+    "results.json",
+    "artifacts.json",
+    "environment.json",
+    "config.yaml",
+    "quantized.json",
+    "units.csv",
+    "samples.png",
+    "temporal_error.csv",
+    "temporal_error.png",
+    "trajectory_error.csv",
+    "trajectory_error.png",
+)
+
+
+def hits(run: Path) -> dict[str, bool]:
+    """Stage -> whether it was computed."""
+    return {name: hit["computed"] for name, hit in json.loads((run / "artifacts.json").read_text()).items()}
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("default")
+    return job(folder, "runtime=smoke")
+
+
+def test_a_run_leaves_everything_that_a_person_looks_at(default_run: Path) -> None:
+    for name in FILES:
+        assert (default_run / name).stat().st_size > 0, name
+    rows = json.loads((default_run / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["float", "tfmq"]
+    assert rows[1]["evaluator"]["name"] == "digits features"
+    assert rows[1]["protocol"]["images"] == 24
+    assert all(torch.isfinite(torch.tensor(list(row["scores"].values()))).all() for row in rows)
+    units = list(csv.DictReader((default_run / "units.csv").open()))
+    assert units[0]["unit"] == "temporal_information_block"
+    assert sum(int(unit["layers"]) for unit in units) == json.loads((default_run / "quantized.json").read_text())["layers"]
+
+
+def test_a_second_run_computes_nothing_and_finds_the_same(default_run: Path) -> None:
+    first = json.loads((default_run / "results.json").read_text())["rows"]
+    again = job(default_run.parent, "runtime=smoke")
+    assert not any(hits(again).values())
+    second = json.loads((again / "results.json").read_text())["rows"]
+    assert [row["scores"] for row in second] == [row["scores"] for row in first]
+
+
+def test_methods_share_what_they_have_in_common(default_run: Path) -> None:
+    computed = hits(job(default_run.parent, "runtime=smoke", "method=brecq"))
+    assert not computed["trajectory"]
+    assert not computed["float images"]
+    assert computed["weights"]
+    static = hits(job(default_run.parent, "runtime=smoke", "method/scales=static"))
+    assert not static["weights"]
+    assert static["activations"]
+
+
+@pytest.mark.parametrize("overrides", [("method=nearest", "quant=w8a32"), ("method=brecq", "quant=w2a4"), ("goal=weights",)])
+def test_other_configurations_take_the_same_path(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    run = job(tmp_path, "runtime=smoke", *overrides)
+    assert (run / "artifacts.json").is_file()
+
+
+def test_the_artefact_is_the_model_that_made_the_images(default_run: Path) -> None:
+    stages = json.loads((default_run / "artifacts.json").read_text())
+    path = Path(stages["activations"]["path"]) / "quantized.safetensors"
+    model = artifact.load(path)
+    t = torch.tensor(model.clock.timesteps)
+    x = torch.randn(len(t), 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = model(x, t).sample, artifact.load(path)(x, t).sample
+    assert torch.equal(first, second)
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    assert path.stat().st_size < 0.18 * 4 * parameters
+
+
+def test_the_table_shows_spread_over_seeds(default_run: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        target = tmp_path / str(seed)
+        job(target, "runtime=smoke", "method=nearest", f"seed={seed}")
+    header, rows = table(read_records(tmp_path))
+    assert header[2] == "FID (digits features) ↓"
+    assert [row[1] for row in rows] == ["float", "nearest"]
+    assert "±" in rows[1][2]
+    assert rows[1][-1] == "2"
+
+
+def _run_in_child(folder: Path) -> None:
+    torch.set_num_threads(1)
+    job(folder, "runtime=smoke")
+
+
+def _kill_when(folder: Path, condition: Callable[[Path], bool]) -> None:
+    """Start a job in a child process and SIGKILL it as soon as the store looks as wanted."""
+    child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(folder,))
+    child.start()
+    deadline = time.monotonic() + 120
+    while not condition(folder / "store"):
+        assert child.is_alive(), "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def _unfinished(store: Path, stage: str, pattern: str, count: int) -> bool:
+    """Whether a stage has at least `count` files of a kind and is not finished."""
+    return len(list(store.glob(f"{stage}/*/{pattern}"))) >= count and not list(store.glob(f"{stage}/*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda store: _unfinished(store, "trajectory", "inputs.json", 1),
+        lambda store: _unfinished(store, "weights", "units/*.safetensors", 3),
+        lambda store: _unfinished(store, "images", "images-*.safetensors", 2),
+    ],
+    ids=["trajectory", "weights", "images"],
+)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    default_run: Path, tmp_path: Path, condition: Callable[[Path], bool]
+) -> None:
+    _kill_when(tmp_path, condition)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("store/weights/*/units/*.safetensors")}
+    run = job(tmp_path, "runtime=smoke")
+    for path in tmp_path.glob("store/weights/*/units/*.safetensors"):
+        assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "a finished unit was learned again"
+    wanted = default_run.parent / "store"
+    for pattern in ("activations/*/quantized.safetensors", "images/*/images-*.safetensors"):
+        ours = {str(p.relative_to(tmp_path / "store")): sha(p) for p in (tmp_path / "store").glob(pattern)}
+        theirs = {str(p.relative_to(wanted)): sha(p) for p in wanted.glob(pattern)}
+        assert ours
+        assert ours.items() <= theirs.items()
+    assert json.loads((run / "results.json").read_text())["rows"][1]["scores"]
+
+
+def test_wandb_offline_mirrors_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = job(tmp_path, "runtime=smoke", "logger=wandb", "method=brecq")
+    logged = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(logged) == 1
+    assert logged[0].stat().st_size > 1000
+    assert (run / "results.json").is_file()
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    """One real process, and what it prints when it fails: one line, no traceback."""
+    command = [sys.executable, str(CONF.parent / "run.py"), f"paths.outputs={tmp_path}", "runtime=smoke"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    good = subprocess.run([*command, "method=nearest"], capture_output=True, text=True, env=environment, check=False)
+    assert good.returncode == 0, good.stderr
+    assert "FID" in good.stdout
+    assert "digits features" in good.stdout
+    bad = subprocess.run([*command, "quant.weight=9"], capture_output=True, text=True, env=environment, check=False)
+    assert bad.returncode == 1
+    assert bad.stdout.strip() == "error: weight bits must be 2 to 8 or null (float), got 9"
+    assert "Traceback" not in bad.stderr
+    log = next(iter(sorted(tmp_path.rglob("run.log"), reverse=True))).read_text()
+    assert "Traceback" in log
+
+
+def test_shards_hold_images_of_the_whole_seed_range(default_run: Path) -> None:
+    stages = json.loads((default_run / "artifacts.json").read_text())
+    shards = [load_file(p)["images"] for p in sorted(Path(stages["images"]["path"]).glob("images-*.safetensors"))]
+    assert sum(len(shard) for shard in shards) == 24
+    assert all(shard.dtype == torch.uint8 and shard.shape[1:] == (1, 16, 16) for shard in shards)

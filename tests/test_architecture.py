@@ -1,0 +1,93 @@
+"""Who may import whom, how long a file may be, and habits that the code keeps."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tfmq_exp"
+
+# A package imports only packages that stand before it.
+ORDER = (
+    ("quant", "denoisers", "reporting"),
+    ("sampling",),
+    ("calibration", "surgery", "evaluation"),
+    ("reconstruction",),
+    ("methods",),
+    ("experiment",),
+)
+# Siblings of one level never import each other, but for what is listed here.
+ALSO = {"surgery": {"quant", "denoisers"}, "evaluation": {"surgery"}}
+THIRD_PARTY = {
+    "hydra": {"experiment"},
+    "omegaconf": {"experiment"},
+    "wandb": {"experiment"},
+    "rich": {"experiment"},
+    "filelock": {"experiment"},
+    "pytorch_lightning": {"reconstruction", "experiment"},  # experiment makes the Trainer
+    "torchmetrics": {"evaluation"},
+    "matplotlib": {"reporting"},
+    "sklearn": {"denoisers"},
+    "diffusers": {"denoisers", "sampling", "surgery"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def package_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    own = package_of(path)
+    if not own:
+        return
+    level = next(i for i, names in enumerate(ORDER) if own in names)
+    below = {name for names in ORDER[:level] for name in names} | {own} | ALSO.get(own, set())
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "tfmq_exp":
+            assert rest.split(".")[0] in below, f"{own} must not import {name}"
+        elif top in THIRD_PARTY:
+            assert own in THIRD_PARTY[top], f"{own} must not import {top}"
+
+
+def test_the_table_of_packages_is_complete() -> None:
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert packages == {name for names in ORDER for name in names}
+
+
+def test_arithmetic_needs_torch_alone() -> None:
+    allowed = {"torch", "jaxtyping", "tfmq_exp"}
+    for path in (PACKAGE / "quant").rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - allowed
+        assert all(name in __import__("sys").stdlib_module_names for name in outside), (path, outside)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_short_and_name_no_device(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 320
+    assert ".cuda(" not in text
+    assert "print(" not in text.replace("console.print(", "")
+
+
+def test_no_mutable_defaults() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                for default in [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]:
+                    assert not isinstance(default, ast.List | ast.Dict | ast.Set), f"{path}: {node.name}"
