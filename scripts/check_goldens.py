@@ -200,7 +200,9 @@ def scalers(goldens: Goldens) -> Iterator[Group]:
         group.compare(fake_quantize(x, q, spec), golden[2])
     yield from groups.values()
     if crashed.comparisons:
-        crashed.note = f"original crashed: {crashed.comparisons} cases, ours finite and sensible: {'all' if crashed.ok else 'not all'}"
+        crashed.note = (
+            f"original crashed: {crashed.comparisons} cases, ours finite: {'all' if crashed.ok else 'not all'}"
+        )
         yield crashed
 
 

@@ -205,7 +205,7 @@ def main() -> int:
     weights_only = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
     quality = time.process_time() - quality_start
     with phases.timed("activation ranges"):
-        Observe(recipe["samples_per_step"], "by_step")(model, calibration, args.seed, lambda *_: None)
+        Observe(recipe["samples_per_step"])(model, calibration, args.seed)
     total = time.process_time() - start - quality
     phases.seconds["total"] = total
     both = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
@@ -239,7 +239,7 @@ def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> i
     model.place_weight_grids()
     for site in model.weight_sites():
         model.freeze(site)
-    Observe(32, "by_step")(model, data, 0, lambda *_: None)
+    Observe(32)(model, data, 0)
     with tempfile.TemporaryDirectory() as folder:
         return artifact.save(model, Path(folder) / "quantized.safetensors")
 

@@ -9,13 +9,14 @@ Writes checkpoints and logs under --out and, when training is complete, `<name>.
 
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -46,9 +47,9 @@ class Training(pl.LightningModule):
         super().__init__()
         self.network, self.steps, self.weight_decay = network, steps, weight_decay
 
-    def configure_optimizers(self) -> dict:  # noqa: D102
+    def configure_optimizers(self) -> Any:  # noqa: D102
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=self.weight_decay)
-        factor: Callable[[int], float] = lambda step: cosine_with_warmup(step, warmup=200, total=self.steps)  # noqa: E731
+        factor = functools.partial(cosine_with_warmup, warmup=200, total=self.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -64,7 +65,8 @@ class DenoiserTraining(Training):
         images = batch[0].float() / 127.5 - 1
         noise = torch.randn_like(images)
         t = torch.randint(0, self.schedule.config["num_train_timesteps"], (len(images),), device=images.device)
-        noisy = self.schedule.add_noise(images, noise, t).to(memory_format=torch.channels_last)
+        timesteps: Any = t  # annotated as an IntTensor there
+        noisy = self.schedule.add_noise(images, noise, timesteps).to(memory_format=torch.channels_last)
         loss = F.mse_loss(self.network(noisy, t).sample, noise)
         self.log("loss", loss, prog_bar=True)
         return loss

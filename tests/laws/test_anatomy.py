@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from torch import Tensor, nn
 
+from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tfmq_exp.denoisers.anatomy import Anatomy, Kind, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
 from tfmq_exp.denoisers.unet import anatomy

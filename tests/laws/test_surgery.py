@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions, set_heads
 from tfmq_exp.quant.quantizers.base import Mode
@@ -311,7 +311,7 @@ def test_truncated_file_is_refused(saved: Path, tmp_path: Path, share: float) ->
 def test_any_damaged_byte_is_refused(saved: Path, tmp_path: Path) -> None:
     content = saved.read_bytes()
     header = header_size(saved)
-    positions = [*range(9), *range(9, header, header // 60), *range(header, len(content), len(content) // 20)]
+    positions = [*range(9), *range(9, header, header // 30), *range(header, len(content), len(content) // 10)]
     for position in positions:
         for flip in (1, 4):
             damaged = bytearray(content)
@@ -337,7 +337,13 @@ def test_rewriting_alone_changes_nothing(saved: Path, tmp_path: Path, tiny_unet:
 
 
 @pytest.mark.parametrize(
-    "key", ["float/conv_in.bias", "weights/conv_out/codes", "weights/conv_out/scale", "inputs/conv_in.input_quantizer/scale"]
+    "key",
+    [
+        "float/conv_in.bias",
+        "weights/conv_out/codes",
+        "weights/conv_out/zero_point",
+        "inputs/conv_in.input_quantizer/scale",
+    ],
 )
 def test_missing_tensor_is_named(saved: Path, tmp_path: Path, key: str) -> None:
     path = rewritten(saved, tmp_path, {key: None})

@@ -49,7 +49,7 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
         (("goal=fid",), "goal must be one of"),
         (("+method.weights.iterz=5",), "iterz"),
         (("trainer=gpu",), "CUDA"),
-        (("method.activations.order=sorted",), "mixed or by_step"),
+        (("method.scales.per_step=sometimes",), "sometimes"),
         (("model.denoiser.path=/nowhere.safetensors",), "/nowhere.safetensors"),
     ],
 )

@@ -36,10 +36,10 @@ def load_images() -> tuple[UInt8[Tensor, "1797 1 16 16"], Int[Tensor, "1797"]]:
     """Scikit-learn's 1,797 digits (UCI Optical Recognition of Handwritten Digits, 8x8) at 16x16, and their labels."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 16.0
+    pixels, labels = load_digits(return_X_y=True)  # 64 pixels in rows, 0 .. 16
+    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16.0
     enlarged = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False)
-    return (enlarged.clamp(0, 1) * 255).round().to(torch.uint8), torch.as_tensor(digits.target)
+    return (enlarged.clamp(0, 1) * 255).round().to(torch.uint8), torch.as_tensor(labels)
 
 
 def build_unet() -> UNet2DModel:

@@ -42,8 +42,12 @@ def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int,
 
     def run(inputs: Mapping[str, Any]) -> None:
         seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            return lambda _module, _args, out: seen.__setitem__(name, out)
+
         handles = [
-            module.register_forward_hook(lambda _m, _a, out, name=name: seen.__setitem__(name, out))
+            module.register_forward_hook(keep(name))
             for name, module in unet.named_modules()
             if isinstance(module, LAYERS)
         ]

@@ -205,7 +205,7 @@ class Stages:
             model = self.weighted_model()
             data = self.calibration_set()
             with self.bars.stage("activations", len(data)) as advance:
-                self.method.activations(model, data, derive_seed(self.seed, "activations"), lambda done, _: advance(done, ""))
+                self.method.activations(model, data, derive_seed(self.seed, "activations"), lambda done: advance(done, ""))
             write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
 
         path = self.pull("activations", self.activations, compute) / "quantized.safetensors"

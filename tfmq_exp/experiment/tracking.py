@@ -98,7 +98,7 @@ class WandbMirror:
     def table(self, name: str, rows: Rows) -> None:
         """A wandb table."""
         if rows:
-            columns = list(rows[0])
+            columns: list[Any] = list(rows[0])
             self.run.log({name: self.wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])})
 
     def image(self, name: str, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The sampling step of every row of the batch: how the timestep reaches the quantizers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -53,15 +53,15 @@ class StepClock:
         inside = (t >= 0) & (t < len(table))
         steps = torch.where(inside, table[t.clamp(0, len(table) - 1)], -1)
         if bool((steps < 0).any()):
-            wrong = sorted(set(t[steps < 0].tolist()))
+            wrong = int(t[steps < 0][0])
             raise ValueError(
-                f"timestep {wrong[0]} is outside the calibrated finite set of {len(set(self.timesteps))} timesteps "
+                f"timestep {wrong} is outside the calibrated finite set of {len(set(self.timesteps))} timesteps "
                 f"({min(self.timesteps)} .. {max(self.timesteps)}): sample with the calibrated steps or calibrate these"
             )
         return steps
 
     @contextmanager
-    def at(self, t: Shaped[Tensor, "batch"]) -> Iterator[None]:
+    def at(self, t: Shaped[Tensor, "batch"]) -> Generator[None]:
         """Set the timesteps of the batch for the duration of a forward pass."""
         before, self._index = self._index, self.steps_of(t)
         try:

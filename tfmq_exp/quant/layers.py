@@ -39,8 +39,8 @@ class QuantLayer(nn.Module):
     def from_float(cls, layer: nn.Module) -> Self:
         """Turn a float layer into its twin, in place of copying: weight and bias are shared, quantizers absent."""
         twin = cls.__new__(cls)
-        twin.__dict__.update(layer.__dict__)
-        twin._modules = dict(layer._modules)
+        # registries of its own: replacing the twin's weight, children or hooks must not reach the float layer
+        twin.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
         twin.input_quantizer = nn.Identity()
         twin.weight_quantizer = nn.Identity()
         return twin

@@ -96,7 +96,7 @@ def bin_edges(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"], bins: in
 
 
 def bin_counts(x: Float[Tensor, "*range values"], edges: Float[Tensor, "*range edges"]) -> Float[Tensor, "*range bins"]:
-    """How many values fall into each bin. Bins own their left border, the last one both; values outside do not count."""
+    """How many values fall into each bin. Bins own their left border, the last one both; the rest does not count."""
     inside = (x >= edges[..., :1]) & (x <= edges[..., -1:])
     bins = torch.searchsorted(edges[..., 1:-1].contiguous(), x.contiguous(), right=True)
     counts = torch.zeros((*x.shape[:-1], edges.shape[-1] - 1), dtype=torch.float64, device=x.device)
@@ -110,12 +110,12 @@ def density(x: Float[Tensor, "*range values"], edges: Float[Tensor, "*range edge
 
 @dataclass(frozen=True)
 class KLSearch:
-    """The shrunken range whose clipped values have the density closest to that of all values (the `kl` of TFMQ-DM).
+    """The shrunken range whose clipped values have the density closest to that of all values: the `kl` of TFMQ-DM.
 
-    `candidates` ranges s * [lo, hi], s from `smallest` to 1, are tried together; ties keep the narrowest. Both densities
-    have one bin per level. As in the release, bins are paired by walking both sets from the left and taking at most one
-    bin of the clipped density for each bin of the other; densities are compared without normalising. The rule follows the
-    data only loosely: it is here to compare with.
+    `candidates` ranges s * [lo, hi], s from `smallest` to 1, are tried together; ties keep the narrowest. Both
+    densities have one bin per level. As in the release, bins are paired by walking both sets from the left, at most
+    one bin of the clipped density for each bin of the other, and densities are compared without normalising: the rule
+    follows the data only loosely and is here to compare with.
 
     Args:
         epsilon: added to both densities, so that empty bins have a logarithm.
@@ -128,7 +128,7 @@ class KLSearch:
     memory: int = 2**28
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """lo and hi of the best candidate, widened to include zero."""
+        """The best candidate, widened to include zero."""
         rows, shape = per_range(x, spec).float(), spec.range_shape(x.shape)
         lo, hi = rows.amin(dim=1).double(), rows.amax(dim=1).double()
         ends = torch.tensor([self.smallest, 1.0], dtype=torch.float64, device=x.device)
@@ -137,7 +137,8 @@ class KLSearch:
         best = torch.cat(
             [self.divergences(part, factors, spec.levels).argmin(dim=1) for part in rows.split(rows_at_once)]
         )
-        return include_zero(*((end * factors[best]).float().reshape(shape) for end in (lo, hi)))
+        shrunk = torch.where(lo == hi, 1.0, factors[best])  # equal values have no density
+        return include_zero(*((end * shrunk).float().reshape(shape) for end in (lo, hi)))
 
     def divergences(
         self, rows: Float[Tensor, "ranges values"], factors: Float[Tensor, "candidates"], levels: int
@@ -152,7 +153,7 @@ class KLSearch:
         left = edges[:, None, :-1].double().expand(-1, len(factors), -1).contiguous()
         passed = torch.searchsorted(clipped_edges, left, right=True)
         bins = torch.arange(levels, device=rows.device)
-        # before bin k, i bins are used up; bin k uses another one only if a border of the clipped density is behind it
+        # bin k takes the next bin of the clipped density if that one's left border is not to the right of its own
         used = (bins + (passed - bins).cummin(dim=2).values.clamp(max=1)).clamp(min=0)
         padded = torch.nn.functional.pad(density(clipped, clipped_edges), (1, 1))
         q = padded.gather(2, used) + self.epsilon
@@ -161,21 +162,22 @@ class KLSearch:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The range that clips only the largest magnitudes: it ends in the middle of the histogram bin that completes `mass`.
+    """The range that clips only the largest magnitudes: the `hist` of TFMQ-DM.
 
-    The histogram of |x| has one bin per level, from 0 to the largest magnitude.
+    It ends in the middle of the histogram bin that completes `mass`. The histogram of |x| has one bin per level, from
+    0 to the largest magnitude.
 
     Args:
         mass: share of the values that must lie at or below that bin.
-        positive_only: count positive values alone, as TFMQ-DM's release does for `hist` (it fails where there are none).
-            A range without any then keeps its whole extent.
+        positive_only: count positive values alone, as the release does, which fails where there are none. A range
+            without any then keeps its whole extent.
     """
 
     mass: float = 0.99999
     positive_only: bool = False
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """lo and hi, both at most the clipping magnitude, widened to include zero."""
+        """Both at most the clipping magnitude, widened to include zero."""
         rows, shape = per_range(x, spec).float(), spec.range_shape(x.shape)
         largest = rows.abs().amax(dim=1)
         edges = bin_edges(torch.zeros_like(largest), largest, spec.levels)

@@ -53,22 +53,23 @@ class BlockReconstruction(pl.LightningModule):
         recipe: Recipe,
     ) -> None:
         super().__init__()
-        self.unit, self.roundings, self.arrange, self.recipe = unit, nn.ModuleList(roundings), arrange, recipe
+        self.unit, self.arrange, self.recipe, self.learned = unit, arrange, recipe, roundings
+        self.error = torch.zeros(())
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Loss of one batch."""
         (args, kwargs), targets = self.arrange(batch)
         outputs = pytree.tree_leaves(self.unit(*args, **kwargs))
         pairs = zip(outputs, pytree.tree_leaves(targets), strict=True)
-        loss = sum(lp_loss(out, want, self.recipe.p, channel_dim(want)) for out, want in pairs)
+        loss = torch.stack([lp_loss(out, want, self.recipe.p, channel_dim(want)) for out, want in pairs]).sum()
         count, iterations = self.global_step + 1, self.recipe.iterations
         self.error = loss.detach()
         if self.recipe.annealing.active(count, iterations):
             beta = self.recipe.annealing.beta(count, iterations)
-            together = torch.cat([rounding.h.flatten() for rounding in self.roundings])
+            together = torch.cat([rounding.h.flatten() for rounding in self.learned])
             loss = loss + self.recipe.penalty_weight * rounding_penalty(together, beta)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on every V."""
-        return torch.optim.Adam(list(self.roundings.parameters()), lr=self.recipe.learning_rate, fused=True)
+        return torch.optim.Adam([rounding.v for rounding in self.learned], lr=self.recipe.learning_rate, fused=True)

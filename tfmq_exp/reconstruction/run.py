@@ -83,6 +83,7 @@ class Report(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         """After each iteration."""
+        assert isinstance(module, BlockReconstruction)
         step = trainer.global_step
         if step % self.every == 0 or step == self.iterations:
             self.watcher.iteration(self.unit, step, self.iterations, float(module.error))

@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -35,7 +37,7 @@ def trajectory_error(rows: Rows, path: Path, title: str) -> None:
     _finish(figure, (axis,), title, path)
 
 
-def _finish(figure: plt.Figure, axes: Sequence[plt.Axes], title: str, path: Path) -> None:
+def _finish(figure: Figure, axes: Sequence[Axes], title: str, path: Path) -> None:
     """Sampling runs from the noisiest timestep on the left to the image on the right."""
     for axis in axes:
         axis.set(xlabel="timestep t (sampling goes to the right)")

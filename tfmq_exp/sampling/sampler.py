@@ -75,9 +75,10 @@ def trajectory(
     scheduler = sampler.scheduler(schedule)
     for index, t in enumerate(scheduler.timesteps):
         eps = predict(x, t.expand(len(x)).to(x.device))
-        out = scheduler.step(eps, t, x, eta=sampler.eta, generator=list(generators) if sampler.eta else None)
-        yield Step(index, int(t), x, eps, out.prev_sample)
-        x = out.prev_sample
+        noise: Any = list(generators) if sampler.eta else None
+        (x_next, *_) = scheduler.step(eps, int(t), x, eta=sampler.eta, generator=noise, return_dict=False)
+        yield Step(index, int(t), x, eps, x_next)
+        x = x_next
 
 
 def noise_predictor(unet: torch.nn.Module) -> Predict:

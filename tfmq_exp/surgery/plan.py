@@ -6,18 +6,17 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from tfmq_exp.denoisers.anatomy import TEMPORAL_ROLES, Anatomy, Role, Site
-from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.spec import QuantSpec, Scheme
 
 WEIGHT_BITS = range(2, 9)
 INPUT_BITS = range(4, 9)
 PROBABILITY_BITS = range(4, 17)
 
 
-def checked(bits: int | None, allowed: range, what: str) -> int | None:
-    """`bits` if it is None (float) or allowed; ValueError otherwise."""
+def checked(bits: int | None, allowed: range, what: str) -> None:
+    """Raise ValueError unless `bits` is None (float) or allowed."""
     if bits is not None and bits not in allowed:
         raise ValueError(f"{what} bits must be {allowed[0]} to {allowed[-1]} or null (float), got {bits!r}")
-    return bits
 
 
 def weight_spec(bits: int | None) -> QuantSpec | None:
@@ -26,7 +25,8 @@ def weight_spec(bits: int | None) -> QuantSpec | None:
     8 bits: symmetric (an asymmetric code minus its zero point would need 9 bits). Fewer: asymmetric with a zero point
     inside the grid, so that code - zero point is a signed 8-bit integer.
     """
-    if checked(bits, WEIGHT_BITS, "weight") is None:
+    checked(bits, WEIGHT_BITS, "weight")
+    if bits is None:
         return None
     return QuantSpec(bits, "symmetric" if bits == 8 else "affine", axis=0)
 
@@ -140,19 +140,21 @@ class SurgeryPlan:
             if not any(fnmatchcase(name, pattern) for name in anatomy.sites):
                 raise ValueError(f"the pattern {pattern!r} in surgery.sites matches no layer")
 
-        def source(bits: int | None, role: Role | None, **grid: Any) -> InputPlan | None:
-            return bits and InputPlan(QuantSpec(bits, **grid), scales.is_per_step(role), scales.momentum)
+        def source(bits: int, role: Role | None, scheme: Scheme = "affine") -> InputPlan:
+            return InputPlan(QuantSpec(bits, scheme), scales.is_per_step(role), scales.momentum)
 
-        table = {}
+        table: dict[str, ResolvedSite] = {}
         for name, site in anatomy.sites.items():
             plan = self.at(site)
             if plan.weight or plan.input:
-                table[name] = ResolvedSite(weight_spec(plan.weight), source(plan.input, site.role))
-        operand, probabilities = self.attention.operands, self.attention.probabilities
-        quantizers = {
-            **({part: source(operand, None) for part in ("query", "key", "value")} if operand else {}),
-            **({"probabilities": source(probabilities, None, scheme="unsigned")} if probabilities else {}),
-        }
+                table[name] = ResolvedSite(
+                    weight_spec(plan.weight), source(plan.input, site.role) if plan.input else None
+                )
+        quantizers: dict[str, InputPlan] = {}
+        if self.attention.operands:
+            quantizers |= {part: source(self.attention.operands, None) for part in ("query", "key", "value")}
+        if self.attention.probabilities:
+            quantizers["probabilities"] = source(self.attention.probabilities, None, "unsigned")
         if not table and not quantizers:
             raise ValueError("this plan quantizes nothing: every role is float")
         return ResolvedPlan(table, {name: quantizers for name in attentions} if quantizers else {}, timesteps)

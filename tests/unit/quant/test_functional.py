@@ -74,7 +74,7 @@ def test_gradient_stops_where_values_are_clamped():
     torch.testing.assert_close(x.grad, torch.tensor([0.0, 1.0, 0.0]))
 
 
-@pytest.mark.parametrize("bits", [0, 1, 17, -4, 4.0, "8", None])
+@pytest.mark.parametrize("bits", [0, 1, 17, -4, 4.5, "8", None])
 def test_impossible_bits_raise(bits):
     with pytest.raises(ValueError, match="bits"):
         QuantSpec(bits)

@@ -1,6 +1,6 @@
 """What a quantizer is, and how its mode is set."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from enum import Enum
 
@@ -39,7 +39,7 @@ class Quantizer(nn.Module):
 
 
 @contextmanager
-def modes(quantizers: Iterable[Quantizer], mode: Mode) -> Iterator[None]:
+def modes(quantizers: Iterable[Quantizer], mode: Mode) -> Generator[None]:
     """Set the mode of some quantizers for the duration of a block; afterwards each is as it was."""
     before = [(quantizer, quantizer.mode) for quantizer in quantizers]
     try:

@@ -15,6 +15,7 @@ class Source(nn.Module):
     """Gives the scale and zero point for a tensor whose first dimension is the batch."""
 
     spec: QuantSpec
+    per_step: bool = False  # whether every range belongs to one sampling step
 
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
         """Take statistics from a calibration batch. Nothing to do where the scale does not come from data."""
@@ -66,4 +67,4 @@ class RunningRange(Source):
 
     def uncalibrated(self) -> list[int]:
         """Entries without a scale."""
-        return torch.nonzero(self.scale.isnan()).flatten().tolist()
+        return [int(i) for i in torch.nonzero(self.scale.isnan())]

@@ -16,6 +16,8 @@ class PerStep(RunningRange):
     image, and their ranges move as in `Static`.
     """
 
+    per_step = True
+
     def __init__(self, spec: QuantSpec, clock: StepClock, *, momentum: float) -> None:
         super().__init__(spec, entries=clock.num_steps, momentum=momentum)
         self.clock = clock

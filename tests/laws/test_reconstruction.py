@@ -1,0 +1,399 @@
+"""Learning the rounding of weights, one unit at a time."""
+
+import contextlib
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
+from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.denoisers.anatomy import Kind, Role
+from tfmq_exp.denoisers.unet import anatomy
+from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
+from tfmq_exp.reconstruction.capture import capture_inputs, capture_outputs, groups_within, output_bytes
+from tfmq_exp.reconstruction.module import Recipe
+from tfmq_exp.reconstruction.objectives import Annealing
+from tfmq_exp.reconstruction.partition import Blockwise, TemporalAware
+from tfmq_exp.reconstruction.run import Means, UnitReport, reconstruct
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+CPU = torch.device("cpu")
+TEMPORAL_UNIT = "temporal_information_block"
+
+
+class Shelf:
+    """Keeps finished units in memory, and what the model's parameters were after each."""
+
+    def __init__(self, model: QuantizedUNet, kept: Mapping[str, Mapping[str, QuantizedWeight]] | None = None) -> None:
+        self.model = model
+        self.kept = dict(kept or {})
+        self.reports: dict[str, UnitReport] = {}
+        self.snapshots = [parameters(model)]
+
+    def get(self, unit: str) -> Mapping[str, QuantizedWeight] | None:
+        return self.kept.get(unit)
+
+    def put(self, unit: str, integers: Mapping[str, QuantizedWeight], report: UnitReport) -> None:
+        self.kept[unit], self.reports[unit] = integers, report
+        self.snapshots.append(parameters(self.model))
+
+
+class Interruption(Exception):  # noqa: N818 - nothing is wrong
+    """Stands for a kill."""
+
+
+class Log:
+    """Notes what it is told; interrupts after so many units."""
+
+    def __init__(self, units: int | None = None) -> None:
+        self.limit = units
+        self.expected = 0
+        self.finishings: list[tuple[str, bool]] = []
+        self.iterations: Counter[str] = Counter()
+
+    def start(self, units: int) -> None:
+        self.expected = units
+
+    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
+        assert 1 <= number <= of
+        self.iterations[unit] += 1
+
+    def finished(self, unit: str, report: UnitReport | None) -> None:
+        self.finishings.append((unit, report is not None))
+        if len(self.finishings) == self.limit:
+            raise Interruption
+
+
+def parameters(model: QuantizedUNet) -> dict[str, Tensor]:
+    named = model.unet.named_parameters()
+    return {name: parameter.detach().clone() for name, parameter in named if "quantizer" not in name}
+
+
+def means(cache_bytes: int = 2**30) -> Means:
+    trainer = functools.partial(
+        pl.Trainer,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return Means(batch=16, cache_bytes=cache_bytes, trainer=trainer)
+
+
+def recipe(iterations: int) -> Recipe:
+    return Recipe(iterations, 8, 1e-2, 2.0, 0.01, Annealing(0.2, 20.0, 2.0))
+
+
+def calibration(unet: nn.Module, each: int = 6, seed: int = 2) -> CalibrationSet:
+    """As many samples of each timestep."""
+    inputs = example_inputs(unet, tuple(t for t in TIMESTEPS for _ in range(each)), seed)
+    steps = torch.arange(len(TIMESTEPS)).repeat_interleave(each)
+    conditions = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
+    return CalibrationSet(inputs["sample"], inputs["timestep"], steps, torch.arange(len(steps)), conditions)
+
+
+def learned(
+    unet: nn.Module,
+    iterations: int,
+    *,
+    cache_bytes: int = 2**30,
+    kept: Mapping[str, Any] | None = None,
+    log: Log | None = None,
+) -> tuple[QuantizedUNet, Shelf, Log]:
+    """A fresh model, reconstructed until the end or until the log interrupts."""
+    model, log = quantizable(unet, weight=3, activation=None), log or Log()
+    shelf, parts, data = Shelf(model, kept), anatomy(unet, example_inputs(unet)), calibration(unet)
+    with contextlib.suppress(Interruption):
+        reconstruct(model, unet, parts, TemporalAware(), data, recipe(iterations), means(cache_bytes), 0, shelf, log)
+    return model, shelf, log
+
+
+def same_integers(one: QuantizedUNet, other: QuantizedUNet) -> bool:
+    return one.integers.keys() == other.integers.keys() and all(
+        torch.equal(one.integers[site].codes, other.integers[site].codes)
+        and torch.equal(one.integers[site].dequantize(), other.integers[site].dequantize())
+        for site in one.integers
+    )
+
+
+def output_error(model: nn.Module, unet: nn.Module, data: CalibrationSet) -> float:
+    with torch.no_grad():
+        return float((model(**data.inputs(CPU)).sample - unet(**data.inputs(CPU)).sample).square().mean())
+
+
+Run = tuple[QuantizedUNet, Shelf, Log]
+
+
+@pytest.fixture(scope="module")
+def run(unet: nn.Module) -> Run:
+    """A whole reconstruction of each family, long enough to learn something."""
+    return learned(unet, 60)
+
+
+def test_every_weight_becomes_integer(unet: nn.Module, run: Run) -> None:
+    model, shelf, log = run
+    sites = set(anatomy(unet, example_inputs(unet)).sites)
+    assert set(model.integers) == sites
+    assert log.expected == len(shelf.kept) == len(log.finishings)
+    assert set(log.iterations) == set(shelf.kept)
+    assert not model.weight_quantizers()
+    for site, integers in model.integers.items():
+        assert torch.equal(model.layer(site).weight, integers.dequantize())
+        # each weight went to one of the two points beside it
+        wanted = unet.get_submodule(site).weight.clamp(integers.dequantize().min(), integers.dequantize().max())
+        assert ((integers.dequantize() - wanted).abs() <= 1.001 * integers.qparams.scale).all()
+
+
+def test_units_are_nearer_to_the_float_network_than_with_nearest_rounding(run: Run) -> None:
+    reports = run[1].reports.values()
+    better = [report.unit for report in reports if report.error_learned < report.error_nearest]
+    assert len(better) >= 0.8 * len(reports)
+    assert all(report.error_learned < 1.1 * report.error_nearest for report in reports)
+
+
+def test_outputs_are_nearer_to_the_float_network_than_with_nearest_rounding(unet: nn.Module, run: Run) -> None:
+    nearest = calibrated(quantizable(unet, weight=3, activation=None))
+    for data in (calibration(unet), calibration(unet, seed=9)):
+        assert output_error(run[0], unet, data) < 0.9 * output_error(nearest, unet, data)
+
+
+def test_unit_changes_its_own_weights_only(unet: nn.Module, run: Run) -> None:
+    _, shelf, log = run
+    for (unit, _), before, after in zip(log.finishings, shelf.snapshots, shelf.snapshots[1:], strict=False):
+        changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert changed == {f"{site}.weight" for site in shelf.kept[unit]}
+    assert len(shelf.snapshots) == 1 + len(shelf.kept)
+
+
+def test_temporal_unit_learns_the_temporal_sites_first_and_alone(unet: nn.Module, run: Run) -> None:
+    _, shelf, log = run
+    parts = anatomy(unet, example_inputs(unet))
+    assert log.finishings[0] == (TEMPORAL_UNIT, True)
+    assert set(shelf.kept[TEMPORAL_UNIT]) == set(parts.temporal_sites)
+    others = [site for unit, integers in shelf.kept.items() if unit != TEMPORAL_UNIT for site in integers]
+    assert not any("time" in site for site in others)
+
+
+def test_blockwise_learns_embedding_projections_inside_their_blocks(unet: nn.Module) -> None:
+    parts = anatomy(unet, example_inputs(unet))
+    units = {unit.name: unit for unit in Blockwise()(parts, frozenset(parts.sites))}
+    for site in parts.by_role(Role.TIME_PROJ):
+        block = site.name.removesuffix(".time_emb_proj")
+        assert units[block].kind is Kind.RESIDUAL
+        assert site.name in units[block].sites
+
+
+@pytest.fixture(scope="module")
+def short(unet: nn.Module) -> QuantizedUNet:
+    """A reconstruction of as few iterations as have a choice of batches."""
+    return learned(unet, 2)[0]
+
+
+def test_interrupted_run_ends_as_the_uninterrupted_one(unet: nn.Module, short: QuantizedUNet) -> None:
+    _, shelf, _ = learned(unet, 2, log=Log(units=2))
+    assert len(shelf.kept) == 2
+    resumed, after, log = learned(unet, 2, kept=shelf.kept)
+    assert [is_new for _, is_new in log.finishings] == [False] * 2 + [True] * (log.expected - 2)
+    assert len(after.reports) == log.expected - 2
+    assert same_integers(resumed, short)
+
+
+def test_size_of_the_cache_does_not_matter(unet: nn.Module, short: QuantizedUNet) -> None:
+    assert same_integers(learned(unet, 2, cache_bytes=20_000)[0], short)
+
+
+def test_iterations_matter(run: Run, short: QuantizedUNet) -> None:
+    assert not same_integers(run[0], short)
+
+
+def test_reconstruction_leaves_the_float_network_alone(unet: nn.Module, run: Run) -> None:
+    state = parameters(quantizable(unet))
+    assert all(torch.equal(parameter, state[name]) for name, parameter in unet.named_parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+# what units are fed and return
+
+
+def recorded(
+    model: nn.Module, modules: Mapping[str, nn.Module], data: CalibrationSet, batch: int
+) -> tuple[dict[str, list[list[Tensor]]], dict[str, list[list[Tensor]]]]:
+    """Tensors that go into and come out of modules during whole forward passes."""
+    inputs: dict[str, list[list[Tensor]]] = {name: [] for name in modules}
+    outputs: dict[str, list[list[Tensor]]] = {name: [] for name in modules}
+
+    def hook(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        inputs[name].append([tensor.clone() for tensor in tensors_of((args, kwargs))])
+        outputs[name].append([tensor.clone() for tensor in tensors_of(output)])
+
+    handles = [
+        module.register_forward_hook(lambda _m, a, k, out, name=name: hook(name, a, k, out), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    with torch.no_grad():
+        for start in range(0, len(data), batch):
+            model(**data[slice(start, start + batch)].inputs(CPU))
+    for handle in handles:
+        handle.remove()
+    return inputs, outputs
+
+
+def tensors_of(structure: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def joined(batches: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+def test_captured_inputs_are_those_of_a_whole_forward(unet: nn.Module) -> None:
+    data, model = calibration(unet, each=3), calibrated(quantizable(unet, weight=3, activation=None))
+    units = Blockwise()(anatomy(unet, example_inputs(unet)), frozenset(model.weight_sites()))
+    modules = {unit.name: unit.module(model.unet) for unit in units}
+    inputs, outputs = recorded(model, modules, data, 5)
+    for name, module in modules.items():
+        captured = capture_inputs(model, module, data, 5, Storage(2**30))
+        assert equal(captured.tensors, joined(inputs[name]))
+        # and the unit can be called again with them; their strides differ, and with them the order of summation
+        args, kwargs = captured.structure([tensor[:5] for tensor in captured.tensors])
+        torch.testing.assert_close(tensors_of(module(*args, **kwargs)), outputs[name][0], atol=5e-6, rtol=0)
+
+
+def test_captured_outputs_are_those_of_a_whole_forward(unet: nn.Module) -> None:
+    data, parts = calibration(unet, each=3), anatomy(unet, example_inputs(unet))
+    units = Blockwise()(parts, frozenset(parts.sites))
+    modules = {unit.name: unit.module(unet) for unit in units}
+    captured = capture_outputs(unet, units, data, 5, Storage(2**30))
+    _, outputs = recorded(unet, modules, data, 5)
+    sizes = output_bytes(unet, modules, data)
+    assert set(captured) == set(modules)
+    for name, leaves in captured.items():
+        assert equal(leaves.tensors, joined(outputs[name]))
+        assert sizes[name] * len(data) == sum(tensor.nbytes for tensor in leaves.tensors)
+
+
+def test_capture_stops_where_everything_was_seen(unet: nn.Module) -> None:
+    data, parts = calibration(unet, each=1), anatomy(unet, example_inputs(unet))
+    units = [unit for unit in Blockwise()(parts, frozenset(parts.sites)) if unit.name.startswith("down_blocks")]
+    beyond: list[int] = []
+    handle = unet.mid_block.register_forward_hook(lambda *_: beyond.append(1))
+    capture_inputs(unet, units[-1].module(unet), data, 2, Storage(2**30))
+    capture_outputs(unet, units, data, 2, Storage(2**30))
+    handle.remove()
+    assert units
+    assert not beyond
+
+
+def test_no_data_is_refused(tiny_unet: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no calibration data"):
+        capture_inputs(tiny_unet, tiny_unet.conv_in, calibration(tiny_unet)[slice(0, 0)], 2, Storage(2**30))
+
+
+# storage and batches
+
+
+def test_storage_spills_beyond_its_budget(tmp_path: Path) -> None:
+    storage = Storage(1000, tmp_path)
+    first = storage.allocate((10, 25), torch.float32)
+    assert not list(tmp_path.rglob("*"))
+    second = storage.allocate((3, 7), torch.float64)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.stat().st_size for path in files] == [3 * 7 * 8]
+    first.fill_(1)
+    second.copy_(torch.arange(21).reshape(3, 7))
+    assert (second.shape, second.dtype) == ((3, 7), torch.float64)
+    assert files[0].read_bytes() == torch.arange(21, dtype=torch.float64).numpy().tobytes()
+    storage.clear()
+    assert not list(tmp_path.rglob("*"))
+    storage.allocate((250,), torch.float32)
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("budget", [0, 2**20])
+def test_leaves_hold_a_structure_over_all_samples(budget: int) -> None:
+    def batch(start: int, stop: int) -> Any:
+        rows = torch.arange(start, stop)
+        return ((rows.float()[:, None], None), {"flag": True, "nested": [rows, "name"]})
+
+    leaves = Leaves.like(batch(0, 3), 8, Storage(budget))
+    for start in (0, 3, 6):
+        leaves.write(start, batch(start, min(start + 3, 8)))
+    rows = torch.tensor([6, 1])
+    (x, nothing), further = leaves.structure([tensor[rows] for tensor in leaves.tensors])
+    assert x.tolist() == [[6.0], [1.0]]
+    assert nothing is None
+    assert further["flag"] is True
+    assert further["nested"][0].tolist() == [6, 1]
+    assert further["nested"][1] == "name"
+
+
+def test_groups_are_consecutive_and_within_the_budget() -> None:
+    sizes = {"a": 4, "b": 4, "c": 5, "d": 20, "e": 1, "f": 9}
+    groups = groups_within(sizes, 10)
+    assert groups == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(12, 4), (10, 4), (9, 2)])
+def test_random_batches_visit_all_rows_once_per_pass(samples: int, batch: int) -> None:
+    rows = torch.arange(samples)
+    whole = samples // batch
+    batches = list(RandomBatches([rows, -rows], batch, 5 * whole, seed=3))
+    assert len(batches) == 5 * whole
+    assert all(torch.equal(first, -second) and len(first) == batch for first, second in batches)
+    passes = [torch.cat([first for first, _ in batches[i : i + whole]]).tolist() for i in range(0, 5 * whole, whole)]
+    assert all(len(set(seen)) == whole * batch for seen in passes)
+    assert len({tuple(seen) for seen in passes}) == 5
+
+
+def test_random_batches_depend_on_the_seed_alone() -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        return [rows.tolist() for (rows,) in RandomBatches([torch.arange(20)], 5, 8, seed)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_few_rows_come_all_at_once() -> None:
+    batches = list(RandomBatches([torch.arange(4)], 8, 3, seed=0))
+    assert [rows.tolist() for (rows,) in batches] == [[0, 1, 2, 3]] * 3
+
+
+def test_annealing_is_off_during_warmup_then_falls_linearly() -> None:
+    annealing = Annealing(warmup=0.2, start=20.0, end=2.0)
+    active = [annealing.active(count, 100) for count in range(1, 101)]
+    betas = [annealing.beta(count, 100) for count in range(20, 101)]
+    assert active == [False] * 19 + [True] * 81
+    assert betas[0] == pytest.approx(20.0)
+    assert betas[-1] == pytest.approx(2.0)
+    steps = [b - a for a, b in itertools.pairwise(betas)]
+    assert steps == pytest.approx([-18 / 80] * 80)
+
+
+@pytest.mark.parametrize(("iterations", "batch"), [(0, 8), (10, 0)])
+def test_empty_recipes_are_refused(iterations: int, batch: int) -> None:
+    with pytest.raises(ValueError, match=f"got {iterations} and {batch}"):
+        Recipe(iterations, batch, 1e-3, 2.0, 0.01, Annealing(0.2, 20.0, 2.0))
+
+
+def test_units_without_anything_to_learn_do_not_appear(tiny_conditional_unet: nn.Module) -> None:
+    parts = anatomy(tiny_conditional_unet, example_inputs(tiny_conditional_unet))
+    learnable = frozenset(site.name for site in parts.by_role(Role.ATTN_QKV, Role.ATTN_OUT))
+    units = TemporalAware()(parts, learnable)
+    assert {unit.kind for unit in units} == {Kind.ATTENTION}
+    assert all("attentions" in unit.name for unit in units)

@@ -1,0 +1,96 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tfmq_exp.quant.functional import fake_quantize
+from tfmq_exp.quant.layers import TWINS
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.ranges import LpSearch
+from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.spec import QuantSpec
+
+LAYERS = {
+    "linear": (nn.Linear(6, 5), (3, 6)),
+    "linear without bias": (nn.Linear(6, 5, bias=False), (3, 4, 6)),
+    "conv": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 7, 7)),
+    "reflecting conv": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 7, 7)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_and_input(request) -> tuple[nn.Module, torch.Tensor]:
+    layer, shape = LAYERS[request.param]
+    return copy.deepcopy(layer), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def twin_of(layer, bits=4, scheme="affine"):
+    """A twin with its weight quantizer placed and switched on."""
+    twin = TWINS[type(layer)].from_float(layer)
+    twin.weight_quantizer = WeightQuantizer(twin.weight, QuantSpec(bits, scheme, axis=0), LpSearch())
+    twin.weight_quantizer.observe(twin.weight)
+    twin.weight_quantizer.mode = Mode.QUANTIZE
+    return twin
+
+
+def test_a_bare_twin_is_the_float_layer(layer_and_input):
+    layer, x = layer_and_input
+    before, keys = layer(x), list(layer.state_dict())
+    twin = TWINS[type(layer)].from_float(layer)
+    assert twin.weight is layer.weight
+    assert twin.bias is layer.bias
+    assert isinstance(twin, type(layer))
+    assert list(twin.state_dict()) == keys
+    assert torch.equal(twin(x), before)
+
+
+def test_quantizing_a_twin_leaves_the_float_layer_alone(layer_and_input):
+    layer, x = layer_and_input
+    before, weight = layer(x), layer.weight.detach().clone()
+    twin = twin_of(layer, bits=2)
+    assert not torch.equal(twin(x), before)
+    twin.freeze_weight(twin.quantized_weight())
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.weight, weight)
+    assert not list(layer.children())
+
+
+def test_both_operands_are_quantized(layer_and_input):
+    layer, x = layer_and_input
+    twin = twin_of(layer)
+    twin.input_quantizer = AffineQuantizer(Static(QuantSpec(4), momentum=0.9))
+    twin.input_quantizer.observe(x)
+    twin.input_quantizer.mode = Mode.QUANTIZE
+    expected = copy.deepcopy(layer)
+    expected.weight = nn.Parameter(twin.weight_quantizer(layer.weight))
+    x_on_grid = fake_quantize(x, twin.input_quantizer.source(x), QuantSpec(4))
+    assert torch.equal(twin(x), expected(x_on_grid))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("scheme", ["affine", "symmetric"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_freezing_changes_no_bit(layer_and_input, bits, scheme, learned):
+    layer, x = layer_and_input
+    twin = twin_of(layer, bits, scheme)
+    if learned:
+        rounding = twin.weight_quantizer.learn_rounding(twin.weight)
+        with torch.no_grad():
+            rounding.v.neg_()
+        rounding.harden()
+    before, weight = twin(x), twin.weight_quantizer(twin.weight)
+    integers = twin.quantized_weight()
+    assert integers.codes.dtype is torch.uint8
+    assert int(integers.codes.max()) < 2**bits
+    twin.freeze_weight(integers)
+    assert torch.equal(twin.weight, weight)
+    assert torch.equal(twin(x), before)
+    assert not twin.weight.requires_grad
+    assert not isinstance(twin.weight_quantizer, WeightQuantizer)
+
+
+def test_a_float_weight_has_no_integers():
+    with pytest.raises(TypeError, match="not quantized"):
+        TWINS[nn.Linear].from_float(nn.Linear(2, 2)).quantized_weight()

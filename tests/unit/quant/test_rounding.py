@@ -1,0 +1,102 @@
+"""Learned rounding against autograd of the textbook formulas (arXiv 2004.10568, eq. 22 to 24)."""
+
+import pytest
+import torch
+
+from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize
+from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.ranges import LpSearch, MinMax
+from tfmq_exp.quant.rounding import AdaRound, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
+from tfmq_exp.quant.spec import QuantSpec
+
+SPECS = [QuantSpec(bits, scheme, axis=0) for bits in (2, 4, 8) for scheme in ("affine", "symmetric")]
+
+
+def setting(spec: QuantSpec, estimator=LpSearch(), dtype=torch.float64):  # noqa: B008
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(4, 5, 3, generator=generator, dtype=dtype) * torch.logspace(-1, 1, 4, dtype=dtype)[:, None, None]
+    q = qparams_from_range(*estimator(w, spec), spec)
+    return w, type(q)(*(part.to(dtype) for part in q)), torch.randn(w.shape, generator=generator, dtype=dtype)
+
+
+def textbook(w, q, spec, v):
+    h = (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
+    return q.scale * (((w / q.scale).floor() + h + q.zero_point).clamp(spec.qmin, spec.qmax) - q.zero_point), h
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+@pytest.mark.parametrize("beta", [20.0, 7.3, 2.0])
+def test_value_and_gradient_are_those_of_the_textbook(spec, beta):
+    w, q, noise = setting(spec)
+    rounding = AdaRound(w, q, spec)
+    with torch.no_grad():
+        rounding.v.add_(3 * noise)
+    v = rounding.v.detach().clone().requires_grad_()
+    expected, h = textbook(w, q, spec, v)
+    (expected.mul(noise).sum() + 0.3 * (1 - (2 * h - 1).abs().pow(beta)).sum()).backward()
+    ours = rounding.weight()
+    (ours.mul(noise).sum() + 0.3 * rounding_penalty(rounding.h, beta)).backward()
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rounding.v.grad, v.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [20.0, 2.0])
+def test_penalty_counts_undecided_weights(beta):
+    assert float(rounding_penalty(torch.tensor([0.0, 1.0, 0.0]), beta)) == 0
+    assert float(rounding_penalty(torch.tensor([0.5, 0.5]), beta)) == 2
+    h = torch.tensor([0.5, 0.0, 1.0], requires_grad=True)
+    rounding_penalty(h, beta).backward()
+    assert h.grad.tolist() == [0, 2 * beta, -2 * beta]
+
+
+def test_inverse_of_the_rectified_sigmoid():
+    h = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(rectified_sigmoid(inverse_rectified_sigmoid(h)), h, rtol=0, atol=1e-12)
+    assert rectified_sigmoid(torch.tensor([-9.0, 9.0])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_starts_at_the_weight_wherever_the_grid_reaches_it(spec):
+    w, q, _ = setting(spec)
+    lowest, highest = (q.scale * (end - q.zero_point) for end in (spec.qmin, spec.qmax))
+    soft = AdaRound(w, q, spec).weight()
+    torch.testing.assert_close(soft, w.clamp(lowest, highest), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_at_its_start_it_decides_for_the_nearest_point(spec):
+    w, q, _ = setting(spec, MinMax())
+    rounding = AdaRound(w, q, spec)
+    rounding.harden()
+    assert torch.equal(fake_quantize(w, q, spec, rounding), fake_quantize(w, q, spec))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_hardened_weights_are_the_decided_codes(spec):
+    w, _, noise = setting(spec, dtype=torch.float32)
+    quantizer = WeightQuantizer(w, spec, LpSearch())
+    quantizer.observe(w)
+    quantizer.mode = Mode.QUANTIZE
+    rounding = quantizer.learn_rounding(w)
+    with torch.no_grad():
+        rounding.v.add_(2 * noise)
+    soft = quantizer(w)
+    rounding.harden()
+    codes = quantizer.codes(w)
+    up = (rounding.v >= 0).float()
+    expected = ((w / quantizer.scale).floor() + up + quantizer.zero_point).clamp(spec.qmin, spec.qmax)
+    assert torch.equal(codes, expected)
+    assert torch.equal(quantizer(w), dequantize(codes, quantizer.qparams))
+    assert torch.equal(codes, quantize(w, quantizer.qparams, spec, rounding))
+    assert not torch.equal(soft, quantizer(w))
+    assert bool(((quantizer(w) - soft).abs() <= quantizer.scale * (1 + 1e-5)).all())
+
+
+def test_saturated_decisions_have_no_gradient():
+    w, q, _ = setting(QuantSpec(4, axis=0))
+    rounding = AdaRound(w, q, QuantSpec(4, axis=0))
+    with torch.no_grad():
+        rounding.v.fill_(9)
+    rounding.weight().sum().backward()
+    assert bool((rounding.v.grad == 0).all())

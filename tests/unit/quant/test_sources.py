@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer
+from tfmq_exp.quant.quantizers.base import Mode, modes
+from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.sources.per_step import PerStep
+from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.spec import QuantSpec
+
+TIMESTEPS = (751, 501, 251, 1)
+SPEC = QuantSpec(8)
+
+
+@pytest.fixture
+def clock() -> StepClock:
+    return StepClock(TIMESTEPS)
+
+
+def rows_per_step(rows: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of very different sizes for every timestep."""
+    t = torch.tensor(TIMESTEPS).repeat_interleave(rows)
+    x = torch.randn(len(t), 3, 5, generator=torch.Generator().manual_seed(seed))
+    return x * torch.logspace(-2, 2, 4).repeat_interleave(rows)[:, None, None], t
+
+
+def test_a_shuffled_mixed_batch_equals_one_step_at_a_time(clock):
+    x, t = rows_per_step()
+    order = torch.randperm(len(t), generator=torch.Generator().manual_seed(1))
+    mixed, single = PerStep(SPEC, clock, momentum=0.95), PerStep(SPEC, clock, momentum=0.95)
+    with clock.at(t[order]):
+        mixed.observe(x[order])
+        quantized = fake_quantize(x[order], mixed(x[order]), SPEC)
+    for timestep in TIMESTEPS:
+        here = t == timestep
+        with clock.at(t[here]):
+            single.observe(x[here])
+            expected = fake_quantize(x[here], single(x[here]), SPEC)
+        assert not torch.equal(expected, x[here])
+        assert torch.equal(quantized[order.argsort()][here], expected)
+    assert torch.equal(mixed.scale, single.scale)
+    assert torch.equal(mixed.zero_point, single.zero_point)
+
+
+def test_every_step_has_the_range_of_its_own_rows(clock):
+    x, t = rows_per_step()
+    source = PerStep(SPEC, clock, momentum=0.95)
+    with clock.at(t):
+        source.observe(x)
+    for step, timestep in enumerate(TIMESTEPS):
+        q = qparams_from_range(*MinMax()(x[t == timestep], SPEC), SPEC)
+        assert float(source.scale[step]) == float(q.scale)
+        assert float(source.zero_point[step]) == float(q.zero_point)
+
+
+def test_equal_tables_quantize_like_static(clock):
+    x, t = rows_per_step()
+    static, table = Static(SPEC, momentum=0.95), PerStep(SPEC, clock, momentum=0.95)
+    static.observe(x)
+    table.scale.fill_(float(static.scale))
+    table.zero_point.fill_(float(static.zero_point))
+    with clock.at(t):
+        assert torch.equal(fake_quantize(x, table(x), SPEC), fake_quantize(x, static(x), SPEC))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95])
+def test_static_is_a_moving_average(momentum):
+    batches = torch.randn(6, 4, 7, generator=torch.Generator().manual_seed(2))
+    source = Static(SPEC, momentum=momentum)
+    lo = hi = None
+    for batch in batches:
+        source.observe(batch)
+        least, greatest = float(batch.min()), float(batch.max())
+        lo = least if lo is None else momentum * lo + (1 - momentum) * least
+        hi = greatest if hi is None else momentum * hi + (1 - momentum) * greatest
+    assert float(source.lo) == pytest.approx(lo, rel=1e-6)
+    assert float(source.hi) == pytest.approx(hi, rel=1e-6)
+    assert float(source.scale) == pytest.approx((hi - lo) / 255, rel=1e-6)
+
+
+def test_steps_that_a_batch_lacks_stay_as_they_were(clock):
+    x, t = rows_per_step()
+    source = PerStep(SPEC, clock, momentum=0.95)
+    with clock.at(t[t != 251]):
+        source.observe(x[t != 251])
+    assert source.uncalibrated() == [2]
+    before = source.scale.clone()
+    with clock.at(t[t == 1]):
+        source.observe(10 * x[t == 1])
+    changed = source.scale != before
+    assert changed.tolist() == [False, False, True, True]  # NaN differs from itself
+    assert bool(source.scale[2].isnan())
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5)])
+def test_parameters_broadcast_over_any_shape(clock, shape):
+    x = torch.randn(shape)
+    for source in (Static(SPEC, momentum=0.9), PerStep(SPEC, clock, momentum=0.9)):
+        with clock.at(torch.tensor(TIMESTEPS)):
+            source.observe(x)
+            assert fake_quantize(x, source(x), SPEC).shape == x.shape
+
+
+def test_only_scales_are_saved(clock):
+    source = PerStep(SPEC, clock, momentum=0.95)
+    assert set(source.state_dict()) == {"scale", "zero_point"}
+    assert source.scale.shape == (4,)
+
+
+def test_one_sided_and_zero_batches_keep_zero_on_the_grid():
+    for x in (torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), -5.0)):
+        source = Static(SPEC, momentum=0.9)
+        source.observe(x)
+        assert 0 <= float(source.zero_point) <= 255
+        torch.testing.assert_close(fake_quantize(x, source(x), SPEC), x)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_momentum_outside_its_range_raises(momentum):
+    with pytest.raises(ValueError, match="momentum"):
+        Static(SPEC, momentum=momentum)
+
+
+def test_ranges_per_channel_are_refused():
+    with pytest.raises(ValueError, match="axis"):
+        Static(QuantSpec(8, axis=1), momentum=0.9)
+
+
+def test_modes_of_a_quantizer():
+    x = torch.randn(4, 5)
+    quantizer = AffineQuantizer(Static(SPEC, momentum=0.9))
+    assert quantizer(x) is x
+    assert quantizer.source.uncalibrated() == [0]
+    with modes([quantizer], Mode.OBSERVE):
+        assert quantizer(x) is x
+    assert quantizer.source.uncalibrated() == []
+    with modes([quantizer], Mode.QUANTIZE):
+        assert torch.equal(quantizer(x), fake_quantize(x, quantizer.source(x), SPEC))
+    with pytest.raises(RuntimeError, match="inside"), modes([quantizer], Mode.QUANTIZE):
+        raise RuntimeError("inside")
+    assert quantizer.mode is Mode.OFF

@@ -1,0 +1,80 @@
+"""Tables: what may stand together, and what a cell says."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tfmq_exp.reporting.figures import mosaic
+from tfmq_exp.reporting.records import ScoreRecord, read_records
+from tfmq_exp.reporting.tables import by_protocol, cell, render, table
+
+FLOAT = ScoreRecord(
+    model="m",
+    quant="fp32",
+    method="float",
+    seed=0,
+    scores={"fid": 1.0, "sfid": 2.0, "is": 9.0},
+    protocol={"images": 8},
+    evaluator={"name": "E", "reference": "R"},
+    weights_bytes=400,
+)
+
+
+def record(method: str, quant: str, seed: int, fid: float, **changes: object) -> ScoreRecord:
+    return dataclasses.replace(FLOAT, method=method, quant=quant, seed=seed, scores={"fid": fid}, **changes)
+
+
+def test_mean_and_standard_deviation_over_seeds() -> None:
+    header, rows = table([FLOAT, record("a", "w4a8", 0, 3.0), record("a", "w4a8", 1, 4.0), record("a", "w4a8", 2, 8.0)])
+    assert header[:3] == ["bits", "method", "FID (E) ↓"]
+    assert rows[1][2] == f"5.00 ± {statistics.stdev([3, 4, 8]):.2f}"
+    assert rows[1][-1] == "3"
+
+
+def test_the_float_row_comes_first_and_more_bits_before_fewer() -> None:
+    _, rows = table([record("a", "w3a8", 0, 1), record("b", "w8a8", 0, 1), record("a", "w4a8", 0, 1), FLOAT])
+    assert [row[:2] for row in rows] == [["fp32", "float"], ["w8a8", "b"], ["w4a8", "a"], ["w3a8", "a"]]
+
+
+def test_missing_numbers_stay_empty() -> None:
+    assert cell([None, None], 2) == "–"
+    assert cell([None, 2.0], 1) == "2.0"
+
+
+def test_an_ablation_keeps_its_cells_apart() -> None:
+    choices = [{"method/scales": "static"}, {"method/scales": "finite_set"}]
+    _, rows = table([record("tfmq", "w4a8", 0, 1.0, choices=choice) for choice in choices])
+    assert [row[1] for row in rows] == ["tfmq (method/scales=finite_set)", "tfmq (method/scales=static)"]
+
+
+def test_different_protocols_never_share_a_table() -> None:
+    other = dataclasses.replace(FLOAT, protocol={"images": 9})
+    assert len(by_protocol([FLOAT, other])) == 2
+    with pytest.raises(ValueError, match="different protocols"):
+        table([FLOAT, other])
+
+
+def test_markdown_and_csv() -> None:
+    assert render(["a", "b"], [["1", "2"]], "markdown") == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert render(["a", "b"], [["1", "2,3"]], "csv").splitlines() == ["a,b", '1,"2,3"']
+    with pytest.raises(ValueError, match="latex"):
+        render(["a"], [], "latex")
+
+
+def test_records_survive_their_file_and_a_wrong_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "results.json"
+    path.write_text(json.dumps({"rows": [FLOAT.to_json()]}))
+    assert read_records(tmp_path) == [FLOAT]
+    path.write_text('{"rows": [{"model": "m"}]}')
+    with pytest.raises(ValueError, match=r"results\.json"):
+        read_records(tmp_path)
+
+
+def test_a_mosaic_keeps_pixels_and_order() -> None:
+    images = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2)
+    assert mosaic(images, 2).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 0, 0], [10, 11, 0, 0]]
