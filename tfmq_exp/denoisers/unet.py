@@ -78,10 +78,11 @@ def block_modules(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
 def anatomy(unet: nn.Module, example: Mapping[str, Any]) -> Anatomy:
     """Sites, their cost, and blocks in execution order, from one traced forward pass.
 
-    The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions before
-    the resnets that feed them), hence the trace.
+    The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions
+    before the resnets that feed them), hence the trace.
 
     Args:
+        unet: the network.
         example: keyword arguments of one forward pass, with a batch of one.
     """
     role_of = roles(unet)
