@@ -31,7 +31,9 @@ def main() -> int:
         profile = Path(folder) / "profile"
         python = [sys.executable, *(["-m", "cProfile", "-o", str(profile)] if args.profile else [])]
         began = time.perf_counter()
-        done = subprocess.run([*python, str(ROOT / "run.py"), f"paths.outputs={folder}", *overrides], cwd=ROOT, check=False)
+        done = subprocess.run(
+            [*python, str(ROOT / "run.py"), f"paths.outputs={folder}", *overrides], cwd=ROOT, check=False
+        )
         if done.returncode:
             return done.returncode
         wall = time.perf_counter() - began

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from rich.console import Console
 from rich.table import Table

@@ -86,7 +86,9 @@ class Forgetful:
 
     def finished(self, unit: str, report: UnitReport | None) -> None:
         if report is not None:
-            logging.info("%-48s error %.4f -> %.4f  %.1f s", unit, report.error_nearest, report.error_learned, report.seconds)
+            logging.info(
+                "%-48s error %.4f -> %.4f  %.1f s", unit, report.error_nearest, report.error_learned, report.seconds
+            )
 
 
 def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> CalibrationSet:
@@ -100,7 +102,9 @@ def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> Cali
 @torch.no_grad()
 def output_error(model: nn.Module, data: CalibrationSet, wanted: Tensor) -> float:
     """Mean squared error of the outputs over the variance of the float ones, averaged over steps as the original does."""
-    outputs = torch.cat([model(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)])
+    outputs = torch.cat(
+        [model(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)]
+    )
     errors, variances = [], []
     for step in data.step.unique():
         rows = data.step == step
@@ -202,7 +206,10 @@ def main() -> int:
     with phases.timed("reconstruction (capture + learning)"):
         reconstruct(model, float_unet, parts, TemporalAware(), calibration, learning, means, args.seed, quiet, quiet)
     quality_start = time.process_time()
-    weights_only = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
+    weights_only = [
+        output_error(model, calibration, tensors["fp_out"]),
+        output_error(model, held, tensors["fp_out_held"]),
+    ]
     quality = time.process_time() - quality_start
     with phases.timed("activation ranges"):
         Observe(recipe["samples_per_step"])(model, calibration, args.seed)
@@ -213,12 +220,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         size = artifact.save(model, Path(folder) / "quantized.safetensors")
     fp32 = 4 * sum(p.numel() for p in float_unet.parameters())
-    own_plan = SurgeryPlan({role.value: SitePlan(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"]) for role in Role})
-    own_size = own_policy_size(float_unet, own_plan.resolve(parts, (), ScalePlan("temporal"), tuple(timesteps)), calibration)
+    own_plan = SurgeryPlan(
+        {
+            role.value: SitePlan(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"])
+            for role in Role
+        }
+    )
+    own_size = own_policy_size(
+        float_unet, own_plan.resolve(parts, (), ScalePlan("temporal"), tuple(timesteps)), calibration
+    )
 
     runs = [run for run in reference["runs"].values() if run["iters"] == iterations]
     return print_tables(
-        runs, phases.seconds, weights_only, both, cosine, size / fp32, own_size / fp32, deviation, coverage(resolved, parts)
+        runs,
+        phases.seconds,
+        weights_only,
+        both,
+        cosine,
+        size / fp32,
+        own_size / fp32,
+        deviation,
+        coverage(resolved, parts),
     )
 
 
@@ -230,7 +252,9 @@ def isinstance_of_unconditional_ldm(architecture: Mapping[str, Any]) -> bool:
 @torch.no_grad()
 def output_outputs(unet: nn.Module, data: CalibrationSet) -> Tensor:
     """Outputs over a whole set."""
-    return torch.cat([unet(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)])
+    return torch.cat(
+        [unet(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)]
+    )
 
 
 def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> int:
@@ -285,11 +309,25 @@ def print_tables(
     for name, (ours, theirs) in errors.items():
         spread = statistics.stdev(theirs) if len(theirs) > 1 else 0.0
         row(name, ours, theirs, statistics.mean(theirs) + 2 * spread if theirs else None, ".5f")
-    row("temporal feature cosine", cosine, [statistics.mean(q["adaround_wa"]["temporal_cos_per_step"]) for q in quality], None, ".5f")
+    row(
+        "temporal feature cosine",
+        cosine,
+        [statistics.mean(q["adaround_wa"]["temporal_cos_per_step"]) for q in quality],
+        None,
+        ".5f",
+    )
     for phase, ours in seconds.items():
         theirs = [reference_phases(run)[phase] for run in runs]
-        row(f"CPU s, {phase}", ours, theirs, statistics.mean(theirs) / 2 if theirs and phase == "total" else None, ".2f")
-    row("artefact / fp32 bytes, original's exceptions", size, [r["ckpt"]["bytes"] / r["ckpt"]["fp32_bytes"] for r in runs], 0.27, ".3f")
+        row(
+            f"CPU s, {phase}", ours, theirs, statistics.mean(theirs) / 2 if theirs and phase == "total" else None, ".2f"
+        )
+    row(
+        "artefact / fp32 bytes, original's exceptions",
+        size,
+        [r["ckpt"]["bytes"] / r["ckpt"]["fp32_bytes"] for r in runs],
+        0.27,
+        ".3f",
+    )
     row("artefact / fp32 bytes, our default policy", own_size, [], 0.18, ".3f")
     console.print(table)
     return missed

@@ -102,7 +102,9 @@ def augment(images: Tensor) -> Tensor:
     return F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
-def train(name: str, module: Training, data: TensorDataset, held_out: TensorDataset | None, args: argparse.Namespace) -> dict:
+def train(
+    name: str, module: Training, data: TensorDataset, held_out: TensorDataset | None, args: argparse.Namespace
+) -> dict:
     """Fit `module`, resuming from its last checkpoint under `args.out`, and export it. Returns what was measured."""
     folder = args.out / name
     sampler = RandomSampler(data, replacement=True, num_samples=module.steps * args.batch)
@@ -115,7 +117,9 @@ def train(name: str, module: Training, data: TensorDataset, held_out: TensorData
         val_check_interval=min(250, module.steps),
         callbacks=[
             EMAWeightAveraging(decay=0.999, use_buffers=False),
-            ModelCheckpoint(folder, filename="last", every_n_train_steps=100, save_weights_only=False, enable_version_counter=False),
+            ModelCheckpoint(
+                folder, filename="last", every_n_train_steps=100, save_weights_only=False, enable_version_counter=False
+            ),
             TQDMProgressBar(refresh_rate=10),
         ],
     )
@@ -155,7 +159,9 @@ def main() -> None:
     """Parse the command line and train what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", choices=["denoiser", "classifier", "all"])
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: 7000 for the denoiser, 2500 for the classifier)")
+    parser.add_argument(
+        "--steps", type=int, help="optimiser steps (default: 7000 for the denoiser, 2500 for the classifier)"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/digits"), help="checkpoints and logs")
@@ -168,7 +174,12 @@ def main() -> None:
         pl.seed_everything(args.seed)
         module: Training = ClassifierTraining(args.steps or 2500)
         held_out = TensorDataset(images[unseen], labels[unseen])
-        export("classifier", module, train("classifier", module, TensorDataset(images[seen], labels[seen]), held_out, args), args)
+        export(
+            "classifier",
+            module,
+            train("classifier", module, TensorDataset(images[seen], labels[seen]), held_out, args),
+            args,
+        )
     if args.network in ("denoiser", "all"):
         pl.seed_everything(args.seed)
         module = DenoiserTraining(args.steps or 7000)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, InstantiationException
 from safetensors.torch import load_file, save_file
 
 from tests.smoke.jobs import composed, job
@@ -33,7 +33,9 @@ def failure(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
     return said[0]
 
 
-@pytest.mark.parametrize("override", ["quantt=w4a8", "quant=w5a5", "method=tfqm", "method.weights.iterz=5", "model.protocol.step=3"])
+@pytest.mark.parametrize(
+    "override", ["quantt=w4a8", "quant=w5a5", "method=tfqm", "method.weights.iterz=5", "model.protocol.step=3"]
+)
 def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigCompositionException) as error:
         composed(tmp_path, override)
@@ -90,7 +92,9 @@ def test_a_damaged_store_entry_is_named_and_can_be_made_again(
     job(tmp_path, "runtime=smoke", "method=nearest")
 
 
-def test_a_read_only_or_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_or_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk fills up while the calibration data are written: a clear line, and the next run is as if nothing was."""
 
     def no_room(*_: object, **__: object) -> None:
@@ -115,7 +119,9 @@ def _hold(entry: Entry, seconds: float) -> None:
         entry.finish()
 
 
-def test_an_entry_that_another_process_is_writing_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_entry_that_another_process_is_writing_is_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Store(tmp_path)
     entry = store.entry("stage", {"a": 1})
     other = multiprocessing.get_context("fork").Process(target=_hold, args=(entry, 1.0))
@@ -146,12 +152,14 @@ def test_a_dead_process_does_not_keep_its_lock(tmp_path: Path) -> None:
 def test_a_manifest_that_is_no_json_is_damage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     entry = store.entry("stage", {})
-    store.pull(entry, lambda folder: save_file({"x": load_file(WEIGHTS / "classifier.safetensors")["head.bias"]}, folder / "x"))
+    store.pull(
+        entry, lambda folder: save_file({"x": load_file(WEIGHTS / "classifier.safetensors")["head.bias"]}, folder / "x")
+    )
     entry.manifest.write_text("{")
     with pytest.raises(DamagedEntry, match=r"manifest\.json"):
         store.pull(entry, lambda folder: None)
 
 
 def test_a_traceback_on_request(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got 1"):
+    with pytest.raises(InstantiationException, match="got 1"):
         app.main(composed(tmp_path, "runtime=smoke", "quant.weight=1", "runtime.traceback=true"))

@@ -61,7 +61,9 @@ def test_a_run_leaves_everything_that_a_person_looks_at(default_run: Path) -> No
     assert all(torch.isfinite(torch.tensor(list(row["scores"].values()))).all() for row in rows)
     units = list(csv.DictReader((default_run / "units.csv").open()))
     assert units[0]["unit"] == "temporal_information_block"
-    assert sum(int(unit["layers"]) for unit in units) == json.loads((default_run / "quantized.json").read_text())["layers"]
+    assert (
+        sum(int(unit["layers"]) for unit in units) == json.loads((default_run / "quantized.json").read_text())["layers"]
+    )
 
 
 def test_a_second_run_computes_nothing_and_finds_the_same(default_run: Path) -> None:
@@ -82,7 +84,9 @@ def test_methods_share_what_they_have_in_common(default_run: Path) -> None:
     assert static["activations"]
 
 
-@pytest.mark.parametrize("overrides", [("method=nearest", "quant=w8a32"), ("method=brecq", "quant=w2a4"), ("goal=weights",)])
+@pytest.mark.parametrize(
+    "overrides", [("method=nearest", "quant=w8a32"), ("method=brecq", "quant=w2a4"), ("goal=weights",)]
+)
 def test_other_configurations_take_the_same_path(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     run = job(tmp_path, "runtime=smoke", *overrides)
     assert (run / "artifacts.json").is_file()
@@ -153,7 +157,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("store/weights/*/units/*.safetensors")}
     run = job(tmp_path, "runtime=smoke")
     for path in tmp_path.glob("store/weights/*/units/*.safetensors"):
-        assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "a finished unit was learned again"
+        assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, (
+            "a finished unit was learned again"
+        )
     wanted = default_run.parent / "store"
     for pattern in ("activations/*/quantized.safetensors", "images/*/images-*.safetensors"):
         ours = {str(p.relative_to(tmp_path / "store")): sha(p) for p in (tmp_path / "store").glob(pattern)}

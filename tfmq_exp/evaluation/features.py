@@ -45,5 +45,9 @@ def digits_evaluator() -> Evaluator:
     def extract(batch: Tensor) -> Features:
         return Features(*classifier(batch))
 
-    provenance = {"extractor_sha256": sha256, "reference": "scikit-learn digits, 16x16", "reference_images": len(images)}
+    provenance = {
+        "extractor_sha256": sha256,
+        "reference": "scikit-learn digits, 16x16",
+        "reference_images": len(images),
+    }
     return Evaluator("digits features", extract, images, provenance)

@@ -31,7 +31,8 @@ def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, anatomy:
     relative = torch.stack([(a - b).square().mean(1) / b.square().mean(1) for a, b in pairs]).mean(0)
     columns = zip(t.tolist(), cosine.tolist(), mse.tolist(), relative.tolist(), strict=True)
     return [
-        {"step": step, "t": when, "cosine": c, "mse": m, "relative_mse": r} for step, (when, c, m, r) in enumerate(columns)
+        {"step": step, "t": when, "cosine": c, "mse": m, "relative_mse": r}
+        for step, (when, c, m, r) in enumerate(columns)
     ]
 
 

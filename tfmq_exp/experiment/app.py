@@ -131,7 +131,7 @@ def pull(
     elif cfg.goal == "weights":
         stages.weighted_model()
     else:
-        stages.quantized_model()
+        _ = stages.quantized_model
     if GOALS.index(cfg.goal) >= GOALS.index("weights"):
         units = stages.unit_reports()
         if units:
@@ -162,7 +162,10 @@ def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
     )
     for what, names in (("weights", covered["float_weights"]), ("inputs", covered["float_inputs"])):
         if names:
-            console.print(f"  float {what} ({len(names)}): {', '.join(names[:6])}{' …' if len(names) > 6 else ''}", highlight=False)
+            console.print(
+                f"  float {what} ({len(names)}): {', '.join(names[:6])}{' …' if len(names) > 6 else ''}",
+                highlight=False,
+            )
     operands = covered["attention_operands"]
     console.print(f"  attention products: {', '.join(operands) if operands else 'float'}", highlight=False)
 
@@ -230,7 +233,12 @@ def score_records(
     quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
     return [
         ScoreRecord(
-            quant="fp32", method="float", scores=float_scores, weights_bytes=stages.float_bytes, cost={"size_ratio": 1.0}, **shared
+            quant="fp32",
+            method="float",
+            scores=float_scores,
+            weights_bytes=stages.float_bytes,
+            cost={"size_ratio": 1.0},
+            **shared,
         ),
         ScoreRecord(
             quant=cfg.quant.name,
@@ -263,7 +271,9 @@ def show(records: list[ScoreRecord], console: Console) -> None:
     title = f"{record.model}, {record.protocol['images']} images, seed {record.seed}, simulated quantization"
     view = Table(title=title, title_justify="left")
     header, rows = tables.table(records)
-    shown = [i for i, name in enumerate(header) if name not in ("weights integer", "MACs integer", "size / fp32", "seeds")]
+    shown = [
+        i for i, name in enumerate(header) if name not in ("weights integer", "MACs integer", "size / fp32", "seeds")
+    ]
     for i in shown:
         view.add_column(header[i].replace(" (", "\n("), justify="left" if header[i] in ("bits", "method") else "right")
     view.add_column("weights\nkB", justify="right")

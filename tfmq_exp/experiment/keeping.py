@@ -26,7 +26,7 @@ def save_integers(path: Path, integers: Integers, note: Mapping[str, Any]) -> No
         for part, value in (("codes", codes), ("scale", scale), ("zero_point", zero_point)):
             tensors[f"{site}/{part}"] = value.cpu().contiguous()
     specs = {site: dataclasses.asdict(weight.spec) for site, weight in integers.items()}
-    metadata = {"specs": json.dumps(specs, sort_keys=True), "note": json.dumps(note, sort_keys=True)}
+    metadata = {"header": json.dumps({"specs": specs, "note": note}, sort_keys=True)}
     write_atomically(path, lambda p: save_file(tensors, p, metadata))
 
 
@@ -38,9 +38,9 @@ def load_integers(path: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Any
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            header = json.loads(file.metadata()["header"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        specs = {site: QuantSpec(**spec) for site, spec in json.loads(metadata["specs"]).items()}
+        specs = {site: QuantSpec(**spec) for site, spec in header["specs"].items()}
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to have it made again") from error
     integers = {
@@ -49,7 +49,7 @@ def load_integers(path: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Any
         )
         for site, spec in specs.items()
     }
-    return integers, json.loads(metadata["note"])
+    return integers, header["note"]
 
 
 class UnitFiles:

@@ -6,6 +6,7 @@ Each method here says in its first lines what the stage depends on; that is its 
 import dataclasses
 import json
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -78,15 +79,16 @@ class Stages:
     bars: Bars
     mirror: Mirror
     hits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    inner_seconds: float = 0.0  # spent in the stages that the present one pulled
 
     @cached_property
     def anatomy(self) -> Anatomy:
         """The network's parts, with the temporal ones confirmed by measurement."""
         example = self.denoiser.example()
         found = anatomy(self.denoiser.unet, example)
-        first, *_, last = self.sampler.timesteps(self.denoiser.schedule)
-        measured = measured_temporal_sites(self.denoiser.unet, example, first, last) if first != last else None
-        if measured is not None and measured != set(found.temporal_sites):
+        last = self.sampler.timesteps(self.denoiser.schedule)[-1]
+        measured = measured_temporal_sites(self.denoiser.unet, example, last, last + 1)
+        if measured != set(found.temporal_sites):
             wrong = sorted(measured.symmetric_difference(found.temporal_sites))
             raise ValueError(f"by measurement these layers' dependence on t is not what their roles say: {wrong}")
         return found
@@ -109,12 +111,22 @@ class Stages:
         }
 
     def pull(self, name: str, entry: Entry, compute: Callable[[Path], None]) -> Path:
-        """Have the store hold the entry, and remember how that went."""
+        """Have the store hold the entry, and remember how that went: seconds are the stage's own, without those it pulls."""
+        outer, self.inner_seconds = self.inner_seconds, 0.0
         began = time.perf_counter()
         computed = self.store.pull(entry, compute)
         seconds = time.perf_counter() - began
-        self.hits[name] = {"key": entry.key, "computed": computed, "seconds": round(seconds, 2), "path": str(entry.path)}
-        log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
+        hit = {
+            "key": entry.key,
+            "computed": computed,
+            "seconds": round(seconds - self.inner_seconds, 2),
+            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "path": str(entry.path),
+        }
+        self.inner_seconds = outer + seconds
+        if name not in self.hits:
+            self.hits[name] = hit
+            log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
         return entry.path
 
     # trajectory --------------------------------------------------------------------------------------------------
@@ -180,8 +192,9 @@ class Stages:
         return model
 
     def unit_reports(self) -> list[dict[str, Any]]:
-        """What learning each unit did; empty for methods that learn nothing."""
-        return json.loads((self.weights.path / "units.json").read_text())
+        """What learning each unit did; empty for methods that learn nothing, or if the weights have left the store."""
+        path = self.weights.path / "units.json"
+        return json.loads(path.read_text()) if path.is_file() else []
 
     # activations -------------------------------------------------------------------------------------------------
 
@@ -198,6 +211,7 @@ class Stages:
         }
         return self.store.entry("activations", inputs)
 
+    @cached_property
     def quantized_model(self) -> QuantizedUNet:
         """The finished model, loaded from its artefact."""
 
@@ -205,7 +219,9 @@ class Stages:
             model = self.weighted_model()
             data = self.calibration_set()
             with self.bars.stage("activations", len(data)) as advance:
-                self.method.activations(model, data, derive_seed(self.seed, "activations"), lambda done: advance(done, ""))
+                self.method.activations(
+                    model, data, derive_seed(self.seed, "activations"), lambda done: advance(done, "")
+                )
             write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
 
         path = self.pull("activations", self.activations, compute) / "quantized.safetensors"
@@ -223,7 +239,7 @@ class Stages:
         name = "images" if quantized else "float images"
 
         def compute(folder: Path) -> None:
-            unet: nn.Module = self.quantized_model() if quantized else self.denoiser.unet
+            unet: nn.Module = self.quantized_model if quantized else self.denoiser.unet
             with self.bars.stage(name, self.images.count) as advance:
                 for shard in self.images.shards():
                     target = folder / f"images-{shard.start:06d}.safetensors"
@@ -260,10 +276,15 @@ class Stages:
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
         """Temporal-feature error per timestep and error along the trajectory, against the float network."""
-        inputs = {**self.model_inputs, "activations": self.activations.key, "diagnostics": self.diagnostics, "seed": self.seed}
+        inputs = {
+            **self.model_inputs,
+            "activations": self.activations.key,
+            "diagnostics": self.diagnostics,
+            "seed": self.seed,
+        }
 
         def compute(folder: Path) -> None:
-            model = self.quantized_model()
+            model = self.quantized_model
             with self.bars.stage("diagnostics", self.sampler.steps) as advance:
                 along = trajectory_error(
                     model,

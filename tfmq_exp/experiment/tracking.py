@@ -73,7 +73,9 @@ def no_mirror(**_: Any) -> NoMirror:
 class WandbMirror:
     """Weights & Biases. `offline` needs no account; `wandb sync` uploads it later."""
 
-    def __init__(self, project: str, mode: str, folder: Path, name: str, settings: Mapping[str, Any], group: str) -> None:
+    def __init__(
+        self, project: str, mode: str, folder: Path, name: str, settings: Mapping[str, Any], group: str
+    ) -> None:
         import wandb
 
         if mode not in ("online", "offline"):

@@ -21,7 +21,7 @@ class RangeEstimator(Protocol):
     """Anything that maps a tensor to a range."""
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """lo and hi with shape `spec.range_shape(x.shape)`."""
+        """Lo and hi with shape `spec.range_shape(x.shape)`."""
         ...
 
 
@@ -40,7 +40,7 @@ class MinMax:
     """The whole range of the values, widened to include zero."""
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """lo = min(x, 0), hi = max(x, 0)."""
+        """Lo = min(x, 0), hi = max(x, 0)."""
         rows, shape = per_range(x, spec), spec.range_shape(x.shape)
         return include_zero(rows.amin(dim=1).reshape(shape), rows.amax(dim=1).reshape(shape))
 
@@ -64,7 +64,7 @@ class LpSearch:
     memory: int = 2**28
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """lo and hi of the best candidate."""
+        """Lo and hi of the best candidate."""
         rows = per_range(x, spec)
         lo, hi = rows.amin(dim=1).double(), rows.amax(dim=1).double()
         if self.widen:

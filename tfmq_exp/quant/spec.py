@@ -24,7 +24,7 @@ class QuantSpec:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 17):
+        if type(self.bits) is not int or not 2 <= self.bits <= 16:
             raise ValueError(f"bits must be an integer from 2 to 16, got {self.bits!r}")
         if self.scheme not in ("affine", "symmetric", "unsigned"):
             raise ValueError(f"scheme must be affine, symmetric or unsigned, got {self.scheme!r}")

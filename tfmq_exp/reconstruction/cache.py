@@ -55,6 +55,7 @@ class Leaves:
     @classmethod
     def like(cls, example: Any, samples: int, storage: Storage) -> "Leaves":
         """Room for `samples` samples of a structure of which `example` is one batch."""
+
         def room(leaf: Any) -> Any:
             return storage.allocate((samples, *leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 

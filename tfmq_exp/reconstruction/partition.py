@@ -38,9 +38,7 @@ class Blockwise:
 
     def __call__(self, anatomy: Anatomy, learnable: frozenset[str]) -> list[Unit]:
         """Units that have something to learn; their sites are disjoint and cover `learnable`."""
-        units = [
-            unit_of(b.name, b.kind, tuple(site for site in b.sites if site in learnable)) for b in anatomy.blocks
-        ]
+        units = [unit_of(b.name, b.kind, tuple(site for site in b.sites if site in learnable)) for b in anatomy.blocks]
         return [unit for unit in units if unit.sites]
 
 

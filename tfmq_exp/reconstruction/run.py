@@ -197,9 +197,7 @@ def learn(
         nearest = relative_error(module, tensors, arrange, means.batch, device)
         roundings = [q.learn_rounding(layer.weight) for layer, q in zip(layers, quantizers, strict=True)]
         batches = RandomBatches(tensors, recipe.batch, recipe.iterations, seed)
-        trainer = means.trainer(
-            max_steps=recipe.iterations, callbacks=[Report(watcher, unit.name, recipe.iterations)]
-        )
+        trainer = means.trainer(max_steps=recipe.iterations, callbacks=[Report(watcher, unit.name, recipe.iterations)])
         with torch.enable_grad():
             trainer.fit(BlockReconstruction(module, roundings, arrange, recipe), batches)
         module.to(device)
@@ -224,7 +222,9 @@ def relative_error(
         (args, kwargs), targets = arrange([x[start : start + batch].to(device) for x in tensors])
         outputs, wanted = pytree.tree_leaves(module(*args, **kwargs)), pytree.tree_leaves(targets)
         squared.append(torch.stack([(o - w).square().sum() for o, w in zip(outputs, wanted, strict=True)]))
-        power.append(torch.stack([torch.stack([w.sum(), w.square().sum(), torch.tensor(w.numel()).to(w)]) for w in wanted]))
+        power.append(
+            torch.stack([torch.stack([w.sum(), w.square().sum(), torch.tensor(w.numel()).to(w)]) for w in wanted])
+        )
     total = torch.stack(power).double().sum(0)
     count = total[:, 2]
     variance = total[:, 1] / count - (total[:, 0] / count) ** 2

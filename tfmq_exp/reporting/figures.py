@@ -30,7 +30,9 @@ def trajectory_error(rows: Rows, path: Path, title: str) -> None:
     """Error of the predicted noise at each step, and the distance that the trajectories have accumulated."""
     t = [row["t"] for row in rows]
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axis.plot(t, [row["eps_error"] for row in rows], marker="o", markersize=3, label="noise prediction, on the float path")
+    axis.plot(
+        t, [row["eps_error"] for row in rows], marker="o", markersize=3, label="noise prediction, on the float path"
+    )
     axis.plot(t, [row["x_error"] for row in rows], marker="o", markersize=3, label="distance of the trajectories")
     axis.set(ylabel="mean squared error / variance", yscale="log")
     axis.legend()

@@ -56,7 +56,9 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
         groups.setdefault((record.method != "float", record.quant, record.method, extra), []).append(record)
     header = ["bits", "method", *[name for name, _, _ in cols], "seeds"]
     rows = []
-    for (_, quant, method, extra), members in sorted(groups.items(), key=lambda item: (item[0][0], _bits(item[0][1]), item[0])):
+    for (_, quant, method, extra), members in sorted(
+        groups.items(), key=lambda item: (item[0][0], _bits(item[0][1]), item[0])
+    ):
         seeds = sorted({r.seed for r in members})
         name = f"{method} ({extra})" if extra else method
         rows.append([quant, name, *[cell([read(r) for r in members], d) for _, read, d in cols], str(len(seeds))])
@@ -73,7 +75,9 @@ def by_protocol(records: Sequence[ScoreRecord]) -> list[list[ScoreRecord]]:
     """Records that may stand in one table."""
     groups: dict[str, list[ScoreRecord]] = {}
     for record in records:
-        groups.setdefault(json.dumps([record.model, record.protocol, record.evaluator], sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps([record.model, record.protocol, record.evaluator], sort_keys=True), []).append(
+            record
+        )
     return list(groups.values())
 
 

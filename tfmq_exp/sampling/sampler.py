@@ -35,7 +35,7 @@ class DDIM:
     eta: float = 0.0
 
     def scheduler(self, schedule: Mapping[str, Any]) -> DDIMScheduler:
-        """diffusers' scheduler for a noise schedule, with its timesteps set.
+        """Diffusers' scheduler for a noise schedule, with its timesteps set.
 
         Raises:
             ValueError: a number of steps that does not divide the training timesteps.

@@ -72,7 +72,9 @@ def save(model: QuantizedUNet, path: Path) -> int:
 
     Raises:
         ValueError: some weight is not frozen to integers yet.
+        RuntimeError: some activation quantizer has seen no calibration data.
     """
+    model.require_calibrated()
     if missing := [site for site in model.weight_sites() if site not in model.integers]:
         raise ValueError(f"{len(missing)} weights are not integers yet, first {missing[0]!r}")
     tensors: dict[str, Tensor] = {}
@@ -101,8 +103,9 @@ def save(model: QuantizedUNet, path: Path) -> int:
     }
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(manifest, sort_keys=True)
-    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": text, "sha256": checksum(text, stored)}
-    save_file(stored, path, metadata)
+    header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "sha256": checksum(text, stored)}
+    # one entry: safetensors writes several in random order, and equal models shall be equal files
+    save_file(stored, path, {"header": json.dumps(header, sort_keys=True)})
     return path.stat().st_size
 
 
@@ -110,16 +113,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and the tensors of an undamaged file of this version; ValueError otherwise."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable artefact (damaged or truncated?): {error}") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-        found = f"{metadata.get('format')} version {metadata.get('version')}"
+    if header.get("format") != FORMAT or header.get("version") != VERSION:
+        found = f"{header.get('format')} version {header.get('version')}"
         raise ValueError(f"{path} holds {found}; this program reads {FORMAT} version {VERSION}")
-    if metadata.get("sha256") != checksum(metadata.get("manifest", ""), tensors):
+    manifest = header.get("manifest", {})
+    if header.get("sha256") != checksum(json.dumps(manifest, sort_keys=True), tensors):
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
-    return json.loads(metadata["manifest"]), tensors
+    return manifest, tensors
 
 
 def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:

@@ -168,7 +168,8 @@ def resolved_from_json(data: Mapping[str, Any]) -> ResolvedPlan:
 
     sites = {
         name: ResolvedSite(
-            QuantSpec(**line["weight"]) if line["weight"] else None, input_plan(line["input"]) if line["input"] else None
+            QuantSpec(**line["weight"]) if line["weight"] else None,
+            input_plan(line["input"]) if line["input"] else None,
         )
         for name, line in data["sites"].items()
     }

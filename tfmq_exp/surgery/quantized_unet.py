@@ -79,15 +79,17 @@ class QuantizedUNet(nn.Module):
         Raises:
             RuntimeError: asked to quantize while some source has seen no data at some step.
         """
-        quantizers = self.activation_quantizers()
         if mode is Mode.QUANTIZE:
-            for name, quantizer in quantizers.items():
-                if missing := quantizer.source.uncalibrated():
-                    raise RuntimeError(
-                        f"{name} has seen no calibration data ({len(missing)} of {len(self.clock.timesteps)} steps)"
-                    )
-        for quantizer in quantizers.values():
+            self.require_calibrated()
+        for quantizer in self.activation_quantizers().values():
             quantizer.mode = mode
+
+    def require_calibrated(self) -> None:
+        """Raise RuntimeError, naming it, if some activation source has seen no data at some step."""
+        for name, quantizer in self.activation_quantizers().items():
+            if missing := quantizer.source.uncalibrated():
+                steps = self.clock.num_steps
+                raise RuntimeError(f"{name} has seen no calibration data ({len(missing)} of {steps} steps)")
 
 
 def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> QuantizedUNet:
