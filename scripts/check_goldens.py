@@ -246,6 +246,7 @@ def adaround(goldens: Goldens) -> Iterator[Group]:
         soft = rounding.weight()
         soft.backward(golden["grad_out"])
         group.compare(soft, golden["soft_out_pert"])
+        assert rounding.v.grad is not None
         group.compare(rounding.v.grad, golden["alpha_grad"])
     v, h = (goldens.tensors[f"adaround.soft_grid.{name}"] for name in ("alpha", "h"))
     group.compare(rectified_sigmoid(v), h)
@@ -330,7 +331,8 @@ def learn(
     losses = []
     for count in range(1, iterations + 1):
         optimizer.zero_grad()
-        total = sum(lp_loss(out, want, 2, dim=1) for out, want in zip(forward(), targets, strict=True))
+        errors = [lp_loss(out, want, 2, dim=1) for out, want in zip(forward(), targets, strict=True)]
+        total = torch.stack(errors).sum()
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)
             total = total + record["w"] * sum(rounding_penalty(rounding.h, beta) for rounding in roundings)

@@ -73,18 +73,20 @@ class Forgetful:
     """Keeps nothing and says nothing: this comparison is short."""
 
     def get(self, unit: str) -> Mapping[str, QuantizedWeight] | None:
+        """Nothing was kept."""
         return None
 
     def put(self, unit: str, integers: Mapping[str, QuantizedWeight], report: UnitReport) -> None:
-        pass
+        """Nothing is kept."""
 
     def start(self, units: int) -> None:
-        pass
+        """Nothing."""
 
     def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
-        pass
+        """Nothing."""
 
     def finished(self, unit: str, report: UnitReport | None) -> None:
+        """A line, if lines are wanted."""
         if report is not None:
             logging.info(
                 "%-48s error %.4f -> %.4f  %.1f s", unit, report.error_nearest, report.error_learned, report.seconds

@@ -58,7 +58,8 @@ class DenoiserTraining(Training):
     """The simple loss of DDPM (arXiv 2006.11239, eq. 14): predict the noise at a uniformly drawn timestep."""
 
     def __init__(self, steps: int) -> None:
-        super().__init__(build_unet().to(memory_format=torch.channels_last), steps, weight_decay=0.0)
+        unet: Any = build_unet()  # whose `to` pyright takes for a decorator's
+        super().__init__(unet.to(memory_format=torch.channels_last), steps, weight_decay=0.0)
         self.schedule = build_schedule()
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:  # noqa: D102

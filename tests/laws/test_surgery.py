@@ -264,6 +264,15 @@ def test_saving_float_weights_is_refused(unet: nn.Module, tmp_path: Path) -> Non
         artifact.save(model, tmp_path / "model.safetensors")
 
 
+def test_saving_uncalibrated_activations_is_refused(unet: nn.Module, tmp_path: Path) -> None:
+    model = quantizable(unet)
+    model.place_weight_grids()
+    for site in model.weight_sites():
+        model.freeze(site)
+    with pytest.raises(RuntimeError, match="has seen no calibration data"):
+        artifact.save(model, tmp_path / "model.safetensors")
+
+
 def header_size(path: Path) -> int:
     return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
 
@@ -319,14 +328,14 @@ def test_any_damaged_byte_is_refused(saved: Path, tmp_path: Path) -> None:
             refused(tmp_path / "model.safetensors", bytes(damaged))
 
 
-def rewritten(path: Path, folder: Path, tensors: dict[str, Tensor | None], **metadata: str) -> Path:
-    """A consistent file with other tensors (None: without this one) and other metadata."""
+def rewritten(path: Path, folder: Path, tensors: dict[str, Tensor | None], **changes: object) -> Path:
+    """A consistent file with other tensors (None: without this one) and another header."""
     with safe_open(path, framework="pt") as file:
         stored = {key: file.get_tensor(key) for key in file.keys()} | tensors  # noqa: SIM118
-        described = file.metadata() | metadata
+        header = json.loads(file.metadata()["header"]) | changes
     kept = {key: value for key, value in stored.items() if value is not None}
-    described["sha256"] = artifact.checksum(described["manifest"], kept)
-    save_file(kept, folder / "model.safetensors", described)
+    header["sha256"] = artifact.checksum(json.dumps(header["manifest"], sort_keys=True), kept)
+    save_file(kept, folder / "model.safetensors", {"header": json.dumps(header)})
     return folder / "model.safetensors"
 
 
@@ -363,7 +372,7 @@ def test_tensor_of_another_size_is_refused(saved: Path, tmp_path: Path) -> None:
 
 
 def test_other_versions_and_formats_are_named(saved: Path, tmp_path: Path) -> None:
-    path = rewritten(saved, tmp_path, {}, version="2")
+    path = rewritten(saved, tmp_path, {}, version=2)
     assert "version 2; this program reads tfmq_exp.quantized_unet version 1" in refused(path, path.read_bytes())
     path = rewritten(saved, tmp_path, {}, format="another")
     assert "holds another version 1" in refused(path, path.read_bytes())
@@ -371,8 +380,8 @@ def test_other_versions_and_formats_are_named(saved: Path, tmp_path: Path) -> No
 
 def test_unknown_network_is_named(saved: Path, tmp_path: Path) -> None:
     with safe_open(saved, framework="pt") as file:
-        manifest = json.loads(file.metadata()["manifest"])
-    path = rewritten(saved, tmp_path, {}, manifest=json.dumps(manifest | {"network": "AutoencoderKL"}))
+        manifest = json.loads(file.metadata()["header"])["manifest"]
+    path = rewritten(saved, tmp_path, {}, manifest=manifest | {"network": "AutoencoderKL"})
     assert "unknown network 'AutoencoderKL'" in refused(path, path.read_bytes())
 
 

@@ -79,7 +79,7 @@ def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
     }
     scale_shift = "scale_shift" if kwargs.get("use_scale_shift_norm") else "default"
     if conditional:
-        count = heads if width == -1 else [c // width for c in channels]
+        count: Any = heads if width == -1 else [c // width for c in channels]
         return UNet2DConditionModel(
             **shared,
             cross_attention_dim=kwargs["context_dim"],
@@ -169,7 +169,7 @@ def split_qkv(fused: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def convert(state: Mapping[str, Tensor], unet: nn.Module, *, ddim: bool) -> dict[str, Tensor]:
+def convert(state: Mapping[str, Tensor], unet: Any, *, ddim: bool) -> dict[str, Tensor]:
     """A state dict for `unet` from one with original key names (bare UNet keys)."""
     keys = frozenset(state)
     layers = unet.config["layers_per_block"]

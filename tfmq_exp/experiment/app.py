@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from tfmq_exp.experiment.environment import describe_environment, pick_device, prepare
 from tfmq_exp.experiment.progress import Bars
+from tfmq_exp.experiment.results import score_records
 from tfmq_exp.experiment.stages import CalibrationPlan, DiagnosticPlan, Stages
 from tfmq_exp.experiment.store import Store, write_json
 from tfmq_exp.experiment.tracking import Mirror, write_csv
@@ -27,6 +27,7 @@ from tfmq_exp.reconstruction.run import Means
 from tfmq_exp.reporting import figures, tables
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
+from tfmq_exp.surgery.quantized_unet import coverage
 
 GOALS = ("trajectory", "weights", "activations", "images", "scores")
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def pull(
     stages: Stages, cfg: DictConfig, folder: Path, console: Console, environment: Mapping[str, Any], began: float
 ) -> None:
     """Pull stages up to the goal and write their results."""
-    covered = stages.coverage()
+    covered = dict(coverage(stages.plan, stages.anatomy))
     write_json(folder / "quantized.json", covered)
     report_coverage(covered, console)
     if cfg.goal == "trajectory":
@@ -138,8 +139,8 @@ def pull(
             write_csv(folder / "units.csv", units)
             stages.mirror.table("units", units)
     if GOALS.index(cfg.goal) >= GOALS.index("activations"):
-        size = stages.artefact().stat().st_size
-        log.info("artefact %s: %.1f kB, %.3f of fp32", stages.artefact(), size / 1e3, size / stages.float_bytes)
+        size = stages.artefact.stat().st_size
+        log.info("artefact %s: %.1f kB, %.3f of fp32", stages.artefact, size / 1e3, size / stages.float_bytes)
     if GOALS.index(cfg.goal) >= GOALS.index("images"):
         save_grid(stages, folder)
     if cfg.goal == "scores":
@@ -195,74 +196,6 @@ def save_errors(errors: Mapping[str, list[dict[str, Any]]], folder: Path, mirror
         plots[name](rows, folder / f"{name}_error.png", f"{name} error, {title}")
         mirror.table(f"{name}_error", rows)
         mirror.image(f"{name}_error", folder / f"{name}_error.png")
-
-
-def score_records(
-    stages: Stages,
-    cfg: DictConfig,
-    covered: Mapping[str, Any],
-    errors: Mapping[str, list[dict[str, Any]]],
-    environment: Mapping[str, Any],
-    began: float,
-) -> list[ScoreRecord]:
-    """The float row and this run's row."""
-    float_scores, evaluator = stages.scores(quantized=False)
-    scores, _ = stages.scores(quantized=True)
-    shared: dict[str, Any] = {
-        "model": cfg.model.name,
-        "seed": cfg.seed,
-        "protocol": stages.described(),
-        "evaluator": evaluator,
-        "environment": dict(environment),
-    }
-    size = stages.artefact().stat().st_size
-    mean = {
-        "temporal_cosine": _mean(errors["temporal"], "cosine"),
-        "temporal_mse": _mean(errors["temporal"], "mse"),
-        "temporal_relative_mse": _mean(errors["temporal"], "relative_mse"),
-        "step": _mean(errors["trajectory"], "eps_error"),
-        "trajectory": errors["trajectory"][-1]["x_error"],
-    }
-    cost = {
-        **stages.samples_learned_from(),
-        "size_ratio": size / stages.float_bytes,
-        "seconds": round(time.perf_counter() - began, 1),
-        "stages": stages.hits,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
-    return [
-        ScoreRecord(
-            quant="fp32",
-            method="float",
-            scores=float_scores,
-            weights_bytes=stages.float_bytes,
-            cost={"size_ratio": 1.0},
-            **shared,
-        ),
-        ScoreRecord(
-            quant=cfg.quant.name,
-            method=cfg.method.name,
-            scores=scores,
-            weights_bytes=size,
-            choices=method_choices(),
-            errors=mean,
-            quantized=quantized,
-            cost=cost,
-            keys={name: hit["key"] for name, hit in stages.hits.items()},
-            **shared,
-        ),
-    ]
-
-
-def method_choices() -> dict[str, str]:
-    """What the command line or an experiment changed inside the method."""
-    overrides = (text.split("=", 1) for text in HydraConfig.get().overrides.task if "=" in text)
-    return {key: value for key, value in overrides if key.startswith(("method/", "method.", "quant."))}
-
-
-def _mean(rows: list[dict[str, Any]], column: str) -> float:
-    return float(np.mean([row[column] for row in rows]))
 
 
 def show(records: list[ScoreRecord], console: Console) -> None:

@@ -3,7 +3,6 @@
 Each method here says in its first lines what the stage depends on; that is its key.
 """
 
-import dataclasses
 import json
 import logging
 import resource
@@ -28,7 +27,7 @@ from tfmq_exp.evaluation.scores import score
 from tfmq_exp.evaluation.temporal import temporal_feature_error, trajectory_error
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_integers, save_integers
 from tfmq_exp.experiment.progress import Bars
-from tfmq_exp.experiment.store import Entry, Store, describe, write_atomically, write_json
+from tfmq_exp.experiment.store import Entry, Store, write_atomically, write_json
 from tfmq_exp.experiment.tracking import Mirror
 from tfmq_exp.methods.method import Method
 from tfmq_exp.methods.weights import Reconstruct
@@ -38,7 +37,7 @@ from tfmq_exp.sampling.sampler import DDIM
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import ResolvedPlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build, coverage
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 
 log = logging.getLogger(__name__)
 
@@ -300,10 +299,7 @@ class Stages:
         path = self.pull("diagnostics", self.store.entry("diagnostics", inputs), compute)
         return json.loads((path / "errors.json").read_text())
 
-    def coverage(self) -> dict[str, Any]:
-        """How much of the network is integer."""
-        return dict(coverage(self.plan, self.anatomy))
-
+    @property
     def artefact(self) -> Path:
         """The file that holds the quantized model."""
         return self.activations.path / "quantized.safetensors"
@@ -312,25 +308,3 @@ class Stages:
     def float_bytes(self) -> int:
         """Size of the float network in float32."""
         return 4 * sum(p.numel() for p in self.denoiser.unet.parameters())
-
-    def described(self) -> dict[str, Any]:
-        """Sampler, images and calibration as plain data: what makes rows comparable."""
-        return {
-            "sampler": describe(self.sampler),
-            "images": self.images.count,
-            "uint8_rule": "round((x + 1) * 127.5)",
-            "calibration_images": self.calibration.images,
-        }
-
-    def samples_learned_from(self) -> dict[str, int]:
-        """Calibration samples that weights and activations saw, and iterations per unit."""
-        total = self.calibration.images * self.sampler.steps
-        if not isinstance(self.method.weights, Reconstruct):
-            return {"weight_samples": 0, "activation_samples": total, "iterations": 0}
-        steps = -(-self.sampler.steps // self.method.weights.timesteps.k)
-        recipe = dataclasses.asdict(self.method.weights.recipe)
-        return {
-            "weight_samples": self.calibration.images * steps,
-            "activation_samples": total,
-            "iterations": recipe["iterations"],
-        }

@@ -30,6 +30,11 @@ def per_range(x: Float[Tensor, "*shape"], spec: QuantSpec) -> Float[Tensor, "ran
     return x.reshape(1, -1) if spec.axis is None else x.movedim(spec.axis, 0).flatten(1)
 
 
+def slices(count: int, size: int) -> list[slice]:
+    """0 .. count - 1 in consecutive pieces of at most `size`."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 def include_zero(lo: Tensor, hi: Tensor) -> Range:
     """Widen a range so that zero is a point of its grid: padding and ReLU need it, and the zero point fits the bits."""
     return lo.clamp(max=0), hi.clamp(min=0)
@@ -75,8 +80,10 @@ class LpSearch:
         rows_at_once = max(1, self.memory // (4 * rows.element_size() * rows.shape[1] * self.candidates))
         best = torch.cat(
             [
-                self.errors(values[:, None], qparams_from_range(a, b, row_spec), row_spec).argmin(dim=1)
-                for values, a, b in zip(*(part.split(rows_at_once) for part in (rows, low, high)), strict=True)
+                self.errors(rows[part, None], qparams_from_range(low[part], high[part], row_spec), row_spec).argmin(
+                    dim=1
+                )
+                for part in slices(len(rows), rows_at_once)
             ]
         )
         shape = spec.range_shape(x.shape)
@@ -135,7 +142,10 @@ class KLSearch:
         factors = bin_edges(ends[0], ends[1], self.candidates - 1)
         rows_at_once = max(1, self.memory // (32 * self.candidates * max(rows.shape[1], spec.levels)))
         best = torch.cat(
-            [self.divergences(part, factors, spec.levels).argmin(dim=1) for part in rows.split(rows_at_once)]
+            [
+                self.divergences(rows[part], factors, spec.levels).argmin(dim=1)
+                for part in slices(len(rows), rows_at_once)
+            ]
         )
         shrunk = torch.where(lo == hi, 1.0, factors[best])  # equal values have no density
         return include_zero(*((end * shrunk).float().reshape(shape) for end in (lo, hi)))

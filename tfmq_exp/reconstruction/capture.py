@@ -1,7 +1,7 @@
 """Inputs and outputs of units while the denoiser runs over the calibration set."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,10 +33,8 @@ def run(model: nn.Module, data: CalibrationSet, batch: int) -> Iterator[int]:
     device = next(model.parameters()).device
     for start in range(0, len(data), batch):
         part = data[slice(start, start + batch)]
-        try:
+        with suppress(StopForward):
             model(**part.inputs(device))
-        except StopForward:
-            pass
         yield start
 
 

@@ -70,6 +70,9 @@ def trajectory(
 
     Args:
         predict: (x, t) -> noise, with t of shape [batch].
+        sampler: which steps.
+        schedule: the noise that the network was trained on.
+        x: where to start, pure noise.
         generators: one per row, for samplers that add noise.
     """
     scheduler = sampler.scheduler(schedule)

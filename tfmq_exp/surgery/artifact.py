@@ -24,6 +24,7 @@ from tfmq_exp.denoisers.unet import attentions, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.sources.base import RunningRange
 from tfmq_exp.quant.spec import QParams
 from tfmq_exp.surgery.plan import resolved_from_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
@@ -63,7 +64,7 @@ def checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(manifest.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -74,9 +75,9 @@ def save(model: QuantizedUNet, path: Path) -> int:
         ValueError: some weight is not frozen to integers yet.
         RuntimeError: some activation quantizer has seen no calibration data.
     """
-    model.require_calibrated()
     if missing := [site for site in model.weight_sites() if site not in model.integers]:
         raise ValueError(f"{len(missing)} weights are not integers yet, first {missing[0]!r}")
+    model.require_calibrated()
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for site, (codes, qparams, spec) in model.integers.items():
@@ -86,8 +87,11 @@ def save(model: QuantizedUNet, path: Path) -> int:
             tensors[f"weights/{site}/zero_point"] = smallest(qparams.zero_point.flatten())
         shapes[site] = list(codes.shape)
     for name, quantizer in model.activation_quantizers().items():
-        tensors[f"inputs/{name}/scale"] = quantizer.source.scale
-        tensors[f"inputs/{name}/zero_point"] = smallest(quantizer.source.zero_point)
+        source = quantizer.source
+        if not isinstance(source, RunningRange):
+            raise TypeError(f"a {type(source).__name__} has no table of scales to store ({name})")
+        tensors[f"inputs/{name}/scale"] = source.scale
+        tensors[f"inputs/{name}/zero_point"] = smallest(source.zero_point)
     integer = {f"{site}.weight" for site in model.integers}
     sources = tuple(f"{name}." for name in model.activation_quantizers())
     for name, value in model.unet.state_dict().items():

@@ -32,6 +32,9 @@ class QuantAttnProcessor(nn.Module):
         **_: Any,
     ) -> Float[Tensor, "batch ..."]:
         """As diffusers' AttnProcessor, with an explicit softmax."""
+        assert attn.to_k is not None
+        assert attn.to_v is not None
+        assert attn.to_out is not None
         if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross:
             raise ValueError("quantized attention supports no mask, spatial norm or cross norm")
         residual, shape = hidden_states, hidden_states.shape

@@ -28,6 +28,8 @@ class QuantizedUNet(nn.Module):
     integers stand for; those are then in `integers`.
     """
 
+    unet: Any  # one of diffusers' UNets
+
     def __init__(self, unet: nn.Module, plan: ResolvedPlan) -> None:
         super().__init__()
         self.unet, self.plan = unet, plan
@@ -114,7 +116,8 @@ def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> Qua
         setattr(model.unet.get_submodule(parent), name, twin)
     modules = attentions(model.unet)
     for name, parts in plan.operands.items():
-        modules[name].set_processor(QuantAttnProcessor({part: quantizer(line) for part, line in parts.items()}))
+        processor: Any = QuantAttnProcessor({part: quantizer(line) for part, line in parts.items()})
+        modules[name].set_processor(processor)
     device = next(unet.parameters()).device
     return model.to(device)
 

@@ -1,0 +1,103 @@
+"""What a run found, as the records that tables are made of."""
+
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from tfmq_exp.experiment.stages import Stages
+from tfmq_exp.experiment.store import describe
+from tfmq_exp.methods.weights import Reconstruct
+from tfmq_exp.reporting.records import ScoreRecord
+
+
+def protocol(stages: Stages) -> dict[str, Any]:
+    """What makes rows comparable: sampler, images, the rule that makes them bytes, calibration."""
+    return {
+        "sampler": describe(stages.sampler),
+        "images": stages.images.count,
+        "uint8_rule": "round((x + 1) * 127.5)",
+        "calibration_images": stages.calibration.images,
+    }
+
+
+def samples_learned_from(stages: Stages) -> dict[str, int]:
+    """Calibration samples that weights and activations saw, and iterations per unit."""
+    weights, steps = stages.method.weights, stages.sampler.steps
+    samples = {"weight_samples": 0, "activation_samples": stages.calibration.images * steps, "iterations": 0}
+    if isinstance(weights, Reconstruct):
+        samples["weight_samples"] = stages.calibration.images * -(-steps // weights.timesteps.k)
+        samples["iterations"] = weights.recipe.iterations
+    return samples
+
+
+def score_records(
+    stages: Stages,
+    cfg: DictConfig,
+    covered: Mapping[str, Any],
+    errors: Mapping[str, list[dict[str, Any]]],
+    environment: Mapping[str, Any],
+    began: float,
+) -> list[ScoreRecord]:
+    """The float row and this run's row."""
+    float_scores, evaluator = stages.scores(quantized=False)
+    scores, _ = stages.scores(quantized=True)
+    shared: dict[str, Any] = {
+        "model": cfg.model.name,
+        "seed": cfg.seed,
+        "protocol": protocol(stages),
+        "evaluator": evaluator,
+        "environment": dict(environment),
+    }
+    size = stages.artefact.stat().st_size
+    mean = {
+        "temporal_cosine": _mean(errors["temporal"], "cosine"),
+        "temporal_mse": _mean(errors["temporal"], "mse"),
+        "temporal_relative_mse": _mean(errors["temporal"], "relative_mse"),
+        "step": _mean(errors["trajectory"], "eps_error"),
+        "trajectory": errors["trajectory"][-1]["x_error"],
+    }
+    cost = {
+        **samples_learned_from(stages),
+        "size_ratio": size / stages.float_bytes,
+        "seconds": round(time.perf_counter() - began, 1),
+        "stages": stages.hits,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
+    return [
+        ScoreRecord(
+            quant="fp32",
+            method="float",
+            scores=float_scores,
+            weights_bytes=stages.float_bytes,
+            cost={"size_ratio": 1.0},
+            **shared,
+        ),
+        ScoreRecord(
+            quant=cfg.quant.name,
+            method=cfg.method.name,
+            scores=scores,
+            weights_bytes=size,
+            choices=method_choices(),
+            errors=mean,
+            quantized=quantized,
+            cost=cost,
+            keys={name: hit["key"] for name, hit in stages.hits.items()},
+            **shared,
+        ),
+    ]
+
+
+def method_choices() -> dict[str, str]:
+    """What the command line or an experiment changed inside the method."""
+    overrides = (text.split("=", 1) for text in HydraConfig.get().overrides.task if "=" in text)
+    return {key: value for key, value in overrides if key.startswith(("method/", "method.", "quant."))}
+
+
+def _mean(rows: list[dict[str, Any]], column: str) -> float:
+    return float(np.mean([row[column] for row in rows]))
