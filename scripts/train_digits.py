@@ -3,8 +3,8 @@
     python scripts/train_digits.py all --out outputs/digits          # both, from nothing (about 1.5 h on two CPU cores)
     python scripts/train_digits.py denoiser --steps 7000             # one of them; run again after a crash to resume
 
-Writes checkpoints and logs under --out and, when training is complete, `<name>.safetensors`, `<name>.log.csv` and
-`<name>.json` (how it was made, with hash) under --weights.
+Writes checkpoints and logs under --out and, when training is complete, `<name>.safetensors`, `<name>.log.csv`,
+`<name>.json` (how it was made, with hash) and for the denoiser `denoiser.png` (64 samples) under --weights.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
@@ -33,8 +34,12 @@ from tfmq_exp.denoisers.digits import (
     build_schedule,
     build_unet,
     cosine_with_warmup,
+    load_denoiser,
     load_images,
 )
+from tfmq_exp.reporting.figures import mosaic
+from tfmq_exp.sampling.images import sample_shard
+from tfmq_exp.sampling.sampler import DDIM
 
 HELD_OUT = 360  # a fifth of the digits, never seen by the classifier while it trains
 log = logging.getLogger(__name__)
@@ -113,7 +118,7 @@ def train(
         max_steps=module.steps,
         accelerator="auto",
         devices=1,
-        logger=CSVLogger(folder, name="", version=""),
+        logger=CSVLogger(folder, name="log"),  # a resumed training starts another file, `export` joins them
         log_every_n_steps=50,
         val_check_interval=min(250, module.steps),
         callbacks=[
@@ -148,12 +153,21 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
         "machine": platform.machine(),
     }
     (args.weights / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    rows = list(csv.DictReader((args.out / name / "metrics.csv").open()))
+    files = sorted((args.out / name / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    rows = list({row["step"]: row for path in files for row in csv.DictReader(path.open())}.values())
     fields = [f for f in ("step", "loss", "held_out_accuracy") if f in rows[0]]
     with (args.weights / f"{name}.log.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def save_samples(weights: Path, steps: int = 50) -> None:
+    """64 samples of the trained denoiser by deterministic DDIM, as one picture."""
+    denoiser = load_denoiser(str(weights / "denoiser.safetensors"))
+    images = sample_shard(denoiser.unet, denoiser, DDIM(steps), seed=0, indices=range(64))
+    picture = Image.fromarray(mosaic(images.numpy(), columns=16))
+    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(weights / "denoiser.png")
 
 
 def main() -> None:
@@ -185,6 +199,7 @@ def main() -> None:
         pl.seed_everything(args.seed)
         module = DenoiserTraining(args.steps or 7000)
         export("denoiser", module, train("denoiser", module, TensorDataset(images, labels), None, args), args)
+        save_samples(args.weights)
 
 
 if __name__ == "__main__":
