@@ -154,8 +154,11 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
     }
     (args.weights / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     files = sorted((args.out / name / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    rows = list({row["step"]: row for path in files for row in csv.DictReader(path.open())}.values())
-    fields = [f for f in ("step", "loss", "held_out_accuracy") if f in rows[0]]
+    joined: dict[str, dict[str, str]] = {}  # a step's losses and its validation are rows of their own
+    for row in (row for path in files for row in csv.DictReader(path.open())):
+        joined.setdefault(row["step"], {}).update({key: value for key, value in row.items() if value})
+    rows = list(joined.values())
+    fields = [f for f in ("step", "loss", "held_out_accuracy") if any(f in row for row in rows)]
     with (args.weights / f"{name}.log.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()

@@ -17,8 +17,8 @@ Column = tuple[str, Callable[[ScoreRecord], float | None], int]
 def columns(evaluator: str) -> list[Column]:
     """What a table shows. Score names carry the evaluator's."""
     return [
-        (f"FID ({evaluator}) ↓", lambda r: r.scores.get("fid"), 2),
-        (f"sFID ({evaluator}) ↓", lambda r: r.scores.get("sfid"), 2),
+        (f"FID ({evaluator}) ↓", lambda r: r.scores.get("fid"), 3),
+        (f"sFID ({evaluator}) ↓", lambda r: r.scores.get("sfid"), 3),
         (f"IS ({evaluator}) ↑", lambda r: r.scores.get("is"), 2),
         ("temporal error ↓", lambda r: r.errors.get("temporal_relative_mse"), 5),
         ("trajectory error ↓", lambda r: r.errors.get("trajectory"), 4),

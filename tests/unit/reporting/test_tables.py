@@ -31,7 +31,7 @@ def record(method: str, quant: str, seed: int, fid: float, **changes: object) ->
 def test_mean_and_standard_deviation_over_seeds() -> None:
     header, rows = table([FLOAT, record("a", "w4a8", 0, 3.0), record("a", "w4a8", 1, 4.0), record("a", "w4a8", 2, 8.0)])
     assert header[:3] == ["bits", "method", "FID (E) ↓"]
-    assert rows[1][2] == f"5.00 ± {statistics.stdev([3, 4, 8]):.2f}"
+    assert rows[1][2] == f"5.000 ± {statistics.stdev([3, 4, 8]):.3f}"
     assert rows[1][-1] == "3"
 
 
