@@ -9,9 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.smoke.jobs import job
+from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.digits import DigitClassifier, load_classifier
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +82,55 @@ def test_the_comparison_with_the_original_program(
     said = capsys.readouterr().out
     assert "86.0% of all" in said
     assert "MISSED" not in said
+
+
+GOLDENS = ROOT / "tests/goldens/compvis"
+RECIPE = {
+    "w_bits": 4,
+    "a_bits": 8,
+    "iters": 2,
+    "batch_size": 4,
+    "w": 0.01,
+    "p": 2.0,
+    "warmup": 0.2,
+    "b_range": [20, 2],
+    "samples_per_step": 4,
+}
+
+
+@pytest.mark.parametrize("case", ["ldm_cin256_v2", "ddim_cifar10"])
+def test_the_comparison_takes_other_architectures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    """Cross-attention context and DDIM networks: folders of the same layout, made here from the original checkpoints."""
+    config = yaml.safe_load((GOLDENS / f"{case}.config.yaml").read_text())
+    state = {k: v.float() for k, v in load_file(GOLDENS / f"{case}.model.safetensors").items()}
+    if "data" in config:
+        architecture = {"cls": "ddim", "config": config}
+    else:
+        architecture = {"cls": "ldm", "kwargs": config["model"]["params"]["unet_config"]["params"]}
+        prefix = "model.diffusion_model."
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    unet = compvis.load(architecture, state)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"tsteps": torch.tensor([1, 501])}
+    for part, output in (("cali", "fp_out"), ("held", "fp_out_held")):
+        x = torch.randn(8, unet.config["in_channels"], 8, 8, generator=generator)
+        t = torch.tensor([501] * 4 + [1] * 4)
+        context = {}
+        if "cross_attention_dim" in unet.config:
+            context["encoder_hidden_states"] = torch.randn(
+                8, 1, unet.config["cross_attention_dim"], generator=generator
+            )
+            tensors[f"{part}.c"] = context["encoder_hidden_states"]
+        tensors |= {f"{part}.x": x, f"{part}.t": t.float(), output: unet(x, t, **context).sample}
+    save_file(state, tmp_path / "init_state.safetensors")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "data.safetensors")
+    (tmp_path / "reference.json").write_text(json.dumps({"architecture": architecture, "recipe": RECIPE, "runs": {}}))
+    assert call(monkeypatch, "compare_reference", str(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert "float outputs differ from the original's by at most 0.0e+00" in said
+    assert "temporal feature cosine" in said
 
 
 def test_a_reference_folder_that_lacks_a_file_is_named(

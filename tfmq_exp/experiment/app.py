@@ -140,7 +140,11 @@ def pull(
             stages.mirror.table("units", units)
     if GOALS.index(cfg.goal) >= GOALS.index("activations"):
         size = stages.artefact.stat().st_size
-        log.info("artefact %s: %.1f kB, %.3f of fp32", stages.artefact, size / 1e3, size / stages.float_bytes)
+        share = size / stages.float_bytes
+        console.print(
+            f"artefact: {size / 1e3:.0f} kB, {share:.3f} of fp32: {stages.artefact}", highlight=False, soft_wrap=True
+        )
+        log.info("artefact %s: %d bytes, %.4f of fp32", stages.artefact, size, share)
     if GOALS.index(cfg.goal) >= GOALS.index("images"):
         save_grid(stages, folder)
     if cfg.goal == "scores":
