@@ -174,9 +174,9 @@ def main() -> int:
     timesteps = [int(t) for t in tensors["tsteps"].tolist()]
     timesteps = sorted(timesteps, reverse=True)
     calibration, held = read(tensors, "cali", timesteps), read(tensors, "held", timesteps)
-    deviation = float((output_outputs(float_unet, calibration) - tensors["fp_out"]).abs().max())
+    deviation = float((outputs_of(float_unet, calibration) - tensors["fp_out"]).abs().max())
     parts = anatomy(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
-    fuses_qkv = isinstance_of_unconditional_ldm(reference["architecture"])
+    fuses_qkv = is_unconditional_ldm(reference["architecture"])
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv)
     resolved = plan.resolve(parts, tuple(attentions(float_unet)), ScalePlan("all", 0.95), tuple(timesteps))
 
@@ -246,13 +246,13 @@ def main() -> int:
     )
 
 
-def isinstance_of_unconditional_ldm(architecture: Mapping[str, Any]) -> bool:
+def is_unconditional_ldm(architecture: Mapping[str, Any]) -> bool:
     """Whether the original's attention is a Conv1d (LDM without a spatial transformer)."""
     return "kwargs" in architecture and not architecture["kwargs"].get("use_spatial_transformer")
 
 
 @torch.no_grad()
-def output_outputs(unet: nn.Module, data: CalibrationSet) -> Tensor:
+def outputs_of(unet: nn.Module, data: CalibrationSet) -> Tensor:
     """Outputs over a whole set."""
     return torch.cat(
         [unet(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)]

@@ -355,7 +355,7 @@ def test_groups_are_consecutive_and_within_the_budget() -> None:
 def test_random_batches_visit_all_rows_once_per_pass(samples: int, batch: int) -> None:
     rows = torch.arange(samples)
     whole = samples // batch
-    batches = list(RandomBatches([rows, -rows], batch, 5 * whole, seed=3))
+    batches = list(RandomBatches([rows, -rows], batch, 5 * whole, seed=3).batches())
     assert len(batches) == 5 * whole
     assert all(torch.equal(first, -second) and len(first) == batch for first, second in batches)
     passes = [torch.cat([first for first, _ in batches[i : i + whole]]).tolist() for i in range(0, 5 * whole, whole)]
@@ -365,14 +365,14 @@ def test_random_batches_visit_all_rows_once_per_pass(samples: int, batch: int) -
 
 def test_random_batches_depend_on_the_seed_alone() -> None:
     def drawn(seed: int) -> list[list[int]]:
-        return [rows.tolist() for (rows,) in RandomBatches([torch.arange(20)], 5, 8, seed)]
+        return [rows.tolist() for (rows,) in RandomBatches([torch.arange(20)], 5, 8, seed).batches()]
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
 
 
 def test_few_rows_come_all_at_once() -> None:
-    batches = list(RandomBatches([torch.arange(4)], 8, 3, seed=0))
+    batches = list(RandomBatches([torch.arange(4)], 8, 3, seed=0).batches())
     assert [rows.tolist() for (rows,) in batches] == [[0, 1, 2, 3]] * 3
 
 
@@ -399,3 +399,14 @@ def test_units_without_anything_to_learn_do_not_appear(tiny_conditional_unet: nn
     units = TemporalAware()(parts, learnable)
     assert {unit.kind for unit in units} == {Kind.ATTENTION}
     assert all("attentions" in unit.name for unit in units)
+
+
+@pytest.mark.parametrize(("iterations", "together"), [(1, 10), (10, 10), (23, 10), (7, 3)])
+def test_batches_come_in_chunks_and_none_is_lost(iterations: int, together: int) -> None:
+    source = RandomBatches([torch.arange(20)], 5, iterations, 0, together)
+    chunks = list(source)
+    assert len(chunks) == len(source)
+    assert [len(chunk) for chunk in chunks[:-1]] == [together] * (len(chunks) - 1)
+    flat = [batch for chunk in chunks for batch in chunk]
+    assert [b.tolist() for (b,) in flat] == [b.tolist() for (b,) in source.batches()]
+    assert len(flat) == iterations

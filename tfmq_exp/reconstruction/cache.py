@@ -1,5 +1,6 @@
 """A unit's inputs and outputs over the calibration set, in memory up to a budget and on disk beyond."""
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,17 +90,24 @@ class Place:
 
 @dataclass
 class RandomBatches:
-    """`iterations` batches of rows drawn without replacement within each pass over the set."""
+    """`iterations` batches of rows drawn without replacement within each pass over the set, `together` at a time."""
 
     tensors: list[Tensor]
     batch: int
     iterations: int
     seed: int
+    together: int = 10
 
     def __len__(self) -> int:
-        return self.iterations
+        return -(-self.iterations // self.together)
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def __iter__(self) -> Iterator[list[list[Tensor]]]:
+        batches = self.batches()
+        while chunk := list(itertools.islice(batches, self.together)):
+            yield chunk
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """One after the other."""
         generator = torch.Generator().manual_seed(self.seed)
         samples = len(self.tensors[0])
         if samples <= self.batch:

@@ -42,7 +42,8 @@ class BlockReconstruction(pl.LightningModule):
     """Fit the outputs of a unit with soft rounding to those of the float unit.
 
     Loss: sum over the unit's outputs of `lp_loss`, plus the weighted rounding penalty of all its layers. A batch is what
-    `arrange` turns into ((args, kwargs), targets).
+    `arrange` turns into ((args, kwargs), targets). Lightning is handed several batches at a time: an iteration of a small
+    unit takes a few milliseconds, and Lightning's own work per step would be a tenth of it.
     """
 
     def __init__(
@@ -53,22 +54,32 @@ class BlockReconstruction(pl.LightningModule):
         recipe: Recipe,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.unit, self.arrange, self.recipe, self.learned = unit, arrange, recipe, roundings
-        self.error = torch.zeros(())
+        self.count = 0  # iterations so far
+        self.error = torch.zeros(())  # of the last batch, without the penalty
 
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """Loss of one batch."""
+    def training_step(self, batches: list[list[Tensor]], _: int) -> None:
+        """One optimiser step for each batch."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        for batch in batches:
+            self.count += 1
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        """What is minimised, for one batch."""
         (args, kwargs), targets = self.arrange(batch)
         outputs = pytree.tree_leaves(self.unit(*args, **kwargs))
         pairs = zip(outputs, pytree.tree_leaves(targets), strict=True)
         loss = torch.stack([lp_loss(out, want, self.recipe.p, channel_dim(want)) for out, want in pairs]).sum()
-        count, iterations = self.global_step + 1, self.recipe.iterations
         self.error = loss.detach()
-        if self.recipe.annealing.active(count, iterations):
-            beta = self.recipe.annealing.beta(count, iterations)
-            together = torch.cat([rounding.h.flatten() for rounding in self.learned])
-            loss = loss + self.recipe.penalty_weight * rounding_penalty(together, beta)
-        return loss
+        if not self.recipe.annealing.active(self.count, self.recipe.iterations):
+            return loss
+        beta = self.recipe.annealing.beta(self.count, self.recipe.iterations)
+        together = torch.cat([rounding.h.flatten() for rounding in self.learned])
+        return loss + self.recipe.penalty_weight * rounding_penalty(together, beta)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on every V."""

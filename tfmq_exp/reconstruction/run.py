@@ -22,10 +22,12 @@ from tfmq_exp.reconstruction.partition import Unit
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
+JUDGED = 128  # samples that a unit's error is measured on, before and after
+
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What learning one unit did. Errors are of its outputs, relative to their variance, over the calibration set."""
+    """What learning one unit did. Errors are of its outputs, relative to their variance, on part of the calibration set."""
 
     unit: str
     kind: str
@@ -75,18 +77,15 @@ class Means:
 
 
 class Report(pl.Callback):
-    """Tells the watcher about the loss, rarely enough to cost nothing."""
+    """Tells the watcher about the loss."""
 
     def __init__(self, watcher: Watcher, unit: str, iterations: int) -> None:
         self.watcher, self.unit, self.iterations = watcher, unit, iterations
-        self.every = max(1, iterations // 50)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        """After each iteration."""
+        """After some iterations."""
         assert isinstance(module, BlockReconstruction)
-        step = trainer.global_step
-        if step % self.every == 0 or step == self.iterations:
-            self.watcher.iteration(self.unit, step, self.iterations, float(module.error))
+        self.watcher.iteration(self.unit, module.count, self.iterations, float(module.error))
 
 
 def reconstruct(
@@ -192,18 +191,19 @@ def learn(
         return inputs.structure(tensors[:split]), targets.structure(tensors[split:])
 
     tensors = [*inputs.tensors, *targets.tensors]
+    some = [x[:: max(1, len(x) // JUDGED)] for x in tensors]  # evenly spread over the steps
     device = next(model.parameters()).device
     with modes(quantizers, Mode.QUANTIZE):
-        nearest = relative_error(module, tensors, arrange, means.batch, device)
+        nearest = relative_error(module, some, arrange, means.batch, device)
         roundings = [q.learn_rounding(layer.weight) for layer, q in zip(layers, quantizers, strict=True)]
         batches = RandomBatches(tensors, recipe.batch, recipe.iterations, seed)
-        trainer = means.trainer(max_steps=recipe.iterations, callbacks=[Report(watcher, unit.name, recipe.iterations)])
+        trainer = means.trainer(max_epochs=1, callbacks=[Report(watcher, unit.name, recipe.iterations)])
         with torch.enable_grad():
             trainer.fit(BlockReconstruction(module, roundings, arrange, recipe), batches)
         module.to(device)
         for rounding in roundings:
             rounding.harden()
-        learned = relative_error(module, tensors, arrange, means.batch, device)
+        learned = relative_error(module, some, arrange, means.batch, device)
     return nearest, learned
 
 
