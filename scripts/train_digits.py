@@ -169,7 +169,7 @@ def save_samples(weights: Path, steps: int = 50) -> None:
     """64 samples of the trained denoiser by deterministic DDIM, as one picture."""
     denoiser = load_denoiser(str(weights / "denoiser.safetensors"))
     images = sample_shard(denoiser.unet, denoiser, DDIM(steps), seed=0, indices=range(64))
-    picture = Image.fromarray(mosaic(images.numpy(), columns=16))
+    picture = Image.fromarray(mosaic(images.numpy(), columns=16, gap=1))
     picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(weights / "denoiser.png")
 
 

@@ -73,8 +73,9 @@ class UnitFiles:
 
     def reports(self) -> list[dict[str, Any]]:
         """What was measured, unit by unit, in the order in which they were learned."""
-        notes = [(path.stat().st_mtime_ns, load_integers(path)[1]) for path in self.folder.glob("*.safetensors")]
-        return [note for _, note in sorted(notes, key=lambda item: item[0])]
+        columns = [field.name for field in dataclasses.fields(UnitReport)]
+        files = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        return [{column: note[column] for column in columns} for note in (load_integers(path)[1] for path in files)]
 
 
 class UnitProgress:

@@ -54,15 +54,16 @@ def side_by_side(left: np.ndarray, right: np.ndarray, path: Path, titles: tuple[
     """Two sets of images, uint8 [n, channels, height, width], as two grids; image i of both has the same seed."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
     for axis, images, title in zip(axes, (left, right), titles, strict=True):
-        axis.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.imshow(mosaic(images, columns, gap=1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.axis("off")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images as one picture, [height, width] or [height, width, 3], row by row."""
+def mosaic(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
+    """Images as one picture, [height, width] or [height, width, 3], row by row, with a grey `gap` to the right and below."""
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=96)
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     canvas = np.zeros((rows * columns, channels, height, width), dtype=np.uint8)

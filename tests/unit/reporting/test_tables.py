@@ -77,4 +77,5 @@ def test_records_survive_their_file_and_a_wrong_file_is_named(tmp_path: Path) ->
 
 def test_a_mosaic_keeps_pixels_and_order() -> None:
     images = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2)
+    assert mosaic(images[:1], 1, gap=1).tolist() == [[0, 1, 96], [2, 3, 96], [96, 96, 96]]
     assert mosaic(images, 2).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 0, 0], [10, 11, 0, 0]]
