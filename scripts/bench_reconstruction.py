@@ -10,15 +10,12 @@ depend on the machine's speed.
 
 import argparse
 import copy
-import functools
 import json
 import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from compare_reference import Forgetful, is_unconditional_ldm, read, released_plan
 from rich.console import Console
@@ -37,7 +34,7 @@ from tfmq_exp.reconstruction.capture import capture_inputs
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.objectives import Annealing
 from tfmq_exp.reconstruction.partition import TemporalAware, Unit
-from tfmq_exp.reconstruction.run import Means, float_targets, learn
+from tfmq_exp.reconstruction.run import Means, float_targets, learn, quiet_trainer
 from tfmq_exp.surgery.plan import ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 
@@ -96,15 +93,7 @@ def main() -> None:
     resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan("all"), tuple(timesteps))
     model = build(unet, resolved, LpSearch())
     model.place_weight_grids()
-    trainer: Any = functools.partial(
-        pl.Trainer,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    means = Means(2 * recipe["batch_size"], 2**32, trainer)
+    means = Means(2 * recipe["batch_size"], 2**32, quiet_trainer("cpu"))
     learning = Recipe(args.iterations, recipe["batch_size"], 1e-3, 2.0, recipe["w"], Annealing(0.2, 20.0, 2.0))
     table = Table(title=f"CPU ms per iteration, {args.iterations} iterations a unit", title_justify="left")
     for column in ("unit", "ours", "plain", "ours / plain"):

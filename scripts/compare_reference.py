@@ -9,7 +9,6 @@ the original's single thread.
 """
 
 import argparse
-import functools
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +40,7 @@ from tfmq_exp.quant.ranges import LpSearch
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.objectives import Annealing
 from tfmq_exp.reconstruction.partition import TemporalAware
-from tfmq_exp.reconstruction.run import Means, UnitReport, reconstruct
+from tfmq_exp.reconstruction.run import Means, UnitReport, quiet_trainer, reconstruct
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import AttentionPlan, ScalePlan, SitePlan, SurgeryPlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build, coverage
@@ -188,14 +186,7 @@ def main() -> int:
     means = Means(
         batch=recipe["batch_size"] * 2,
         cache_bytes=2**32,
-        trainer=functools.partial(
-            pl.Trainer,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ),
+        trainer=quiet_trainer("cpu"),
     )
     learning = Recipe(
         iterations,

@@ -25,7 +25,7 @@ THIRD_PARTY = {
     "wandb": {"experiment"},
     "rich": {"experiment"},
     "filelock": {"experiment"},
-    "pytorch_lightning": {"reconstruction", "experiment"},  # experiment makes the Trainer
+    "pytorch_lightning": {"reconstruction"},
     "torchmetrics": {"evaluation"},
     "matplotlib": {"reporting"},
     "sklearn": {"denoisers"},

@@ -1,7 +1,6 @@
 """Learning the rounding of weights, one unit at a time."""
 
 import contextlib
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -24,7 +22,7 @@ from tfmq_exp.reconstruction.capture import capture_inputs, capture_outputs, gro
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.objectives import Annealing
 from tfmq_exp.reconstruction.partition import Blockwise, TemporalAware
-from tfmq_exp.reconstruction.run import Means, UnitReport, reconstruct
+from tfmq_exp.reconstruction.run import Means, UnitReport, quiet_trainer, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 CPU = torch.device("cpu")
@@ -82,15 +80,7 @@ def parameters(model: QuantizedUNet) -> dict[str, Tensor]:
 
 
 def means(cache_bytes: int = 2**30) -> Means:
-    trainer = functools.partial(
-        pl.Trainer,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    return Means(batch=16, cache_bytes=cache_bytes, trainer=trainer)
+    return Means(batch=16, cache_bytes=cache_bytes, trainer=quiet_trainer("cpu"))
 
 
 def recipe(iterations: int) -> Recipe:

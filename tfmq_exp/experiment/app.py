@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -23,7 +22,7 @@ from tfmq_exp.experiment.results import score_records
 from tfmq_exp.experiment.stages import CalibrationPlan, DiagnosticPlan, Stages
 from tfmq_exp.experiment.store import Store, write_json
 from tfmq_exp.experiment.tracking import Mirror, write_csv
-from tfmq_exp.reconstruction.run import Means
+from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures, tables
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
@@ -94,15 +93,7 @@ def build_stages(cfg: DictConfig, device: torch.device, bars: Bars, mirror: Mirr
     make: Any = functools.partial(instantiate, _convert_="all")
     denoiser = make(cfg.model.denoiser)
     denoiser.unet.to(device)
-    trainer = functools.partial(
-        pl.Trainer,
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer("gpu" if device.type == "cuda" else "cpu")
     protocol, runtime = cfg.model.protocol, cfg.runtime
     return Stages(
         denoiser=denoiser,

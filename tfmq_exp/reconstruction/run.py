@@ -1,5 +1,6 @@
 """Reconstruct a quantized network unit by unit, in order, keeping every finished unit."""
 
+import functools
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,6 +75,19 @@ class Means:
     batch: int
     cache_bytes: int
     trainer: Callable[..., pl.Trainer]
+
+
+def quiet_trainer(accelerator: str) -> Callable[..., pl.Trainer]:
+    """Makes trainers for units: one device, and nothing written, drawn or said for each of the many."""
+    return functools.partial(
+        pl.Trainer,
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 class Report(pl.Callback):
