@@ -65,7 +65,7 @@ def test_methods_differ_only_in_what_their_page_says(tmp_path: Path) -> None:
 
     brecq, tfmq = flat("brecq"), flat("tfmq")
     changed = {key for key in brecq.keys() | tfmq.keys() if brecq.get(key) != tfmq.get(key)}
-    assert changed == {".name", ".weights.partition._target_", ".scales.per_step"}
+    assert changed == {".name", ".weights.partition._target_", ".scales.scope"}
 
 
 def test_the_ablation_is_four_cells_with_one_surgery(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_ablation_is_four_cells_with_one_surgery(tmp_path: Path) -> None:
     axes = [[f"{key}={v}" for v in values.split(",")] for key, values in experiment.hydra.sweeper.params.items()]
     cells = [composed(tmp_path, *cell).method for cell in itertools.product(*axes)]
     assert len(cells) == 4
-    assert len({(c.weights.partition._target_, c.scales.per_step) for c in cells}) == 4
+    assert len({(c.weights.partition._target_, c.scales.scope) for c in cells}) == 4
     assert all(cell.surgery == cells[0].surgery for cell in cells)
 
 

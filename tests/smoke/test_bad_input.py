@@ -51,7 +51,7 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
         (("goal=fid",), "goal must be one of"),
         (("+method.weights.iterz=5",), "iterz"),
         (("trainer=gpu",), "CUDA"),
-        (("method.scales.per_step=sometimes",), "sometimes"),
+        (("method.scales.scope=sometimes",), "sometimes"),
         (("model.denoiser.path=/nowhere.safetensors",), "/nowhere.safetensors"),
     ],
 )

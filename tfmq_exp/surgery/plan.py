@@ -52,21 +52,21 @@ class ScalePlan:
     """Where activation scales come from.
 
     Args:
-        per_step: which layers have one scale per sampling step, which is Finite Set Calibration (FSC): `temporal`, those
+        scope: which layers have one scale per sampling step, which is Finite Set Calibration (FSC): `temporal`, those
             of the Temporal Information Block (the paper, arXiv 2311.16503, section 4.3); `all` (its release); `none`.
         momentum: weight of the past in the running ranges.
     """
 
-    per_step: Literal["none", "temporal", "all"] = "none"
+    scope: Literal["none", "temporal", "all"] = "none"
     momentum: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.per_step not in ("none", "temporal", "all"):
-            raise ValueError(f"per_step must be none, temporal or all, got {self.per_step!r}")
+        if self.scope not in ("none", "temporal", "all"):
+            raise ValueError(f"scope must be none, temporal or all, got {self.scope!r}")
 
     def is_per_step(self, role: Role | None) -> bool:
         """Whether a layer of this role (None: attention's operands) has one scale per step."""
-        return self.per_step == "all" or (self.per_step == "temporal" and role in TEMPORAL_ROLES)
+        return self.scope == "all" or (self.scope == "temporal" and role in TEMPORAL_ROLES)
 
 
 @dataclass(frozen=True)
