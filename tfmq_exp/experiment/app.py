@@ -1,6 +1,7 @@
 """One run: from a composed configuration to scores, tables and pictures in the run's folder."""
 
 import functools
+import gc
 import json
 import logging
 import time
@@ -50,6 +51,8 @@ def main(cfg: DictConfig) -> None:
         if cfg.runtime.traceback:
             raise
         raise SystemExit(1) from None
+    finally:
+        gc.collect()  # trainers and their modules refer to each other, and with them to large tensors; sweeps go on
 
 
 def _root_cause(error: BaseException) -> BaseException:

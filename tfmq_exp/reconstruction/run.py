@@ -182,7 +182,7 @@ def float_targets(
             storage.clear()
             group = [driven[name] for name in group_of[unit.name]]
             stored = capture_outputs(float_unet, group, data, means.batch, storage)
-        yield unit, stored[unit.name]
+        yield unit, stored.pop(unit.name)
 
 
 def learn(
