@@ -200,15 +200,13 @@ def show(records: list[ScoreRecord], console: Console) -> None:
     """The table at the end of a run."""
     record = records[0]
     title = f"{record.model}, {record.protocol['images']} images, seed {record.seed}, simulated quantization"
-    view = Table(title=title, title_justify="left")
     header, rows = tables.table(records)
-    shown = [
-        i for i, name in enumerate(header) if name not in ("weights integer", "MACs integer", "size / fp32", "seeds")
-    ]
-    for i in shown:
-        view.add_column(header[i].replace(" (", "\n("), justify="left" if header[i] in ("bits", "method") else "right")
-    view.add_column("weights\nkB", justify="right")
-    for row, record in zip(rows, records, strict=True):
-        view.add_row(*[row[i] for i in shown], f"{record.weights_bytes / 1e3:.0f}")
+    view = Table(title=title, title_justify="left")  # one column for each way of quantizing: it fits 80 characters
+    for name in ("", *(f"{row[0]} {row[1]}" for row in rows)):
+        view.add_column(name, justify="right" if name else "left")
+    for i, name in enumerate(header):
+        if name not in ("bits", "method", "seeds"):
+            view.add_row(name, *(row[i] for row in rows))
+    view.add_row("weights, kB", *(f"{record.weights_bytes / 1e3:.0f}" for record in records))
     console.print(view)
     log.debug("results %s", json.dumps([record.scores for record in records]))
