@@ -1,6 +1,6 @@
 """Collect calibration data in one pass: every step of every trajectory, T denoiser calls for T steps.
 
-The releases restart from fresh noise for every captured step, T(T-1)/2 calls (specs of TFMQ-DM and Q-Diffusion).
+The releases restart from fresh noise for every captured step, T(T-1)/2 calls.
 """
 
 from collections.abc import Callable
