@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers import compvis
-from tfmq_exp.denoisers.anatomy import Anatomy, Role
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock
+from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.evaluation.temporal import temporal_feature_error
 from tfmq_exp.methods.activations import Observe
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.layers import QuantizedWeight
@@ -43,7 +43,7 @@ from tfmq_exp.reconstruction.partition import TemporalAware
 from tfmq_exp.reconstruction.run import Means, UnitReport, quiet_trainer, reconstruct
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import AttentionPlan, ScalePlan, SitePlan, SurgeryPlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build, coverage
+from tfmq_exp.surgery.quantized_unet import build, coverage
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> SurgeryPlan:
@@ -102,26 +102,13 @@ def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> Cali
 @torch.no_grad()
 def output_error(model: nn.Module, data: CalibrationSet, wanted: Tensor) -> float:
     """Mean squared error of the outputs over the variance of the float ones, averaged over steps as the original does."""
-    outputs = torch.cat(
-        [model(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)]
-    )
+    outputs = outputs_of(model, data)
     errors, variances = [], []
     for step in data.step.unique():
         rows = data.step == step
         errors.append((outputs[rows] - wanted[rows]).square().mean())
         variances.append(wanted[rows].var())
     return float(torch.stack(errors).mean() / torch.stack(variances).mean())
-
-
-@torch.no_grad()
-def temporal_cosine(model: QuantizedUNet, float_unet: nn.Module, parts: Anatomy, timesteps: list[int]) -> float:
-    """Cosine of quantized and float temporal features, averaged over blocks and timesteps."""
-    t = torch.tensor(timesteps)
-    with model.clock.at(t):
-        features = TemporalInformationBlock(model.unet, parts)(t)
-    wanted = TemporalInformationBlock(float_unet, parts)(t)
-    cosines = [torch.cosine_similarity(a, b, dim=1) for a, b in zip(features, wanted, strict=True)]
-    return float(torch.stack(cosines).mean())
 
 
 class Phases:
@@ -209,7 +196,7 @@ def main() -> int:
     total = time.process_time() - start - quality
     phases.seconds["total"] = total
     both = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
-    cosine = temporal_cosine(model, float_unet, parts, timesteps)
+    cosine = statistics.mean(row["cosine"] for row in temporal_feature_error(model, float_unet, parts))
     with tempfile.TemporaryDirectory() as folder:
         size = artifact.save(model, Path(folder) / "quantized.safetensors")
     fp32 = 4 * sum(p.numel() for p in float_unet.parameters())

@@ -122,7 +122,6 @@ def reconstruct(
     """
     units = partition(anatomy, frozenset(model.weight_sites()))
     watcher.start(len(units))
-    model.place_weight_grids()
     todo: list[Unit] = []
     for unit in units:
         integers = None if todo else keeper.get(unit.name)
@@ -132,6 +131,7 @@ def reconstruct(
         for site, integer in integers.items():
             model.freeze(site, integer)
         watcher.finished(unit.name, None)
+    model.place_weight_grids()
     inputs_storage, targets_storage = Storage(means.cache_bytes // 2), Storage(means.cache_bytes // 2)
     timesteps = torch.tensor(model.clock.timesteps)
     for unit, targets in float_targets(todo, float_unet, data, timesteps, means, targets_storage):
