@@ -27,16 +27,18 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.quant.ranges import LpSearch
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
 from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
 from tfmq_exp.reconstruction.capture import capture_inputs
-from tfmq_exp.reconstruction.module import Recipe
-from tfmq_exp.reconstruction.objectives import Annealing
+from tfmq_exp.reconstruction.inputs import QuantizedInputs
+from tfmq_exp.reconstruction.module import LearnRounding, Recipe
+from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.partition import TemporalAware, Unit
-from tfmq_exp.reconstruction.run import Means, float_targets, learn, quiet_trainer
-from tfmq_exp.surgery.plan import ScalePlan
+from tfmq_exp.reconstruction.run import Means, float_views, learn, quiet_trainer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.scales import PerStepScale, ScalePlan
 
 
 def plain(model: QuantizedUNet, unit: Unit, unet: nn.Module, inputs: Leaves, targets: Leaves, recipe: Recipe) -> None:
@@ -51,7 +53,9 @@ def plain(model: QuantizedUNet, unit: Unit, unet: nn.Module, inputs: Leaves, tar
         inverse_rectified_sigmoid((w / q.scale - (w / q.scale).floor()).detach()).requires_grad_()
         for w, q in zip(originals, quantizers, strict=True)
     ]
-    optimizer = torch.optim.Adam(alphas, lr=recipe.learning_rate)
+    rounding = recipe.rounding
+    assert rounding is not None
+    optimizer = torch.optim.Adam(alphas, lr=rounding.learning_rate)
     split = len(inputs.tensors)
     batches = RandomBatches([*inputs.tensors, *targets.tensors], recipe.batch, recipe.iterations, seed=0)
     for count, batch in enumerate(batches.batches(), start=1):
@@ -60,15 +64,15 @@ def plain(model: QuantizedUNet, unit: Unit, unet: nn.Module, inputs: Leaves, tar
             name: q.scale * (((w / q.scale).floor() + h + q.zero_point).clamp(q.spec.qmin, q.spec.qmax) - q.zero_point)
             for name, w, q, h in zip(names, originals, quantizers, hs, strict=True)
         }
-        args, kwargs = inputs.structure(batch[:split])
+        _, args, kwargs = inputs.structure(batch[:split])
         outputs = pytree.tree_leaves(functional_call(module, soft, args, kwargs))
         wanted: list[Tensor] = pytree.tree_leaves(targets.structure(batch[split:]))
         errors = [(out - want).abs().pow(2.0).sum(1).mean() for out, want in zip(outputs, wanted, strict=True)]
         loss = torch.stack(errors).sum()
-        if recipe.annealing.active(count, recipe.iterations):
-            beta = recipe.annealing.beta(count, recipe.iterations)
+        if rounding.annealing.active(count, recipe.iterations):
+            beta = rounding.annealing.beta(count, recipe.iterations)
             for h in hs:
-                loss = loss + recipe.penalty_weight * (1 - ((h - 0.5).abs() * 2).pow(beta)).sum()
+                loss = loss + rounding.penalty_weight * (1 - ((h - 0.5).abs() * 2).pow(beta)).sum()
         optimizer.zero_grad()
         loss.backward(retain_graph=True)
         optimizer.step()
@@ -90,28 +94,33 @@ def main() -> None:
     data = read(tensors, "cali", timesteps)
     parts = anatomy(unet, {k: v[:1] for k, v in data.inputs(torch.device("cpu")).items()})
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], is_unconditional_ldm(reference["architecture"]))
-    resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan("all"), tuple(timesteps))
+    resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan(PerStepScale(), PerStepScale()), tuple(timesteps))
     model = build(unet, resolved, LpSearch())
     model.place_weight_grids()
     means = Means(2 * recipe["batch_size"], 2**32, quiet_trainer("cpu"))
-    learning = Recipe(args.iterations, recipe["batch_size"], 1e-3, 2.0, recipe["w"], Annealing(0.2, 20.0, 2.0))
+    learning = Recipe(
+        args.iterations,
+        recipe["batch_size"],
+        Lp(2.0),
+        QuantizedInputs(),
+        rounding=LearnRounding(1e-3, recipe["w"], Annealing(0.2, 20.0, 2.0)),
+    )
     table = Table(title=f"CPU ms per iteration, {args.iterations} iterations a unit", title_justify="left")
     for column in ("unit", "ours", "plain", "ours / plain"):
         table.add_column(column, justify="left" if column == "unit" else "right")
     total = [0.0, 0.0]
     units = TemporalAware()(parts, frozenset(model.weight_sites()))
     when = torch.tensor(timesteps)
-    for unit, targets in float_targets(units, unet, data, when, means, Storage(2**32)):
+    for unit, view, _ in float_views(units, unet, data, when, learning, means):
         module = unit.module(model.unet)
-        inputs = Leaves.of(((when,), {}))
-        if unit.driver == "denoiser":
-            inputs = capture_inputs(model, module, data, means.batch, Storage(2**32))
+        inputs = view.fed or capture_inputs(model, module, data, means.batch, Storage(2**32))
         seconds = []
         began = time.process_time()
-        plain(model, unit, learnable, inputs, targets, learning)
+        plain(model, unit, learnable, inputs, view.returned, learning)
         seconds.append(time.process_time() - began)
         began = time.process_time()
-        learn(model, unit, module, inputs, targets, learning, means, 0, Forgetful())
+        with modes(model.weight_quantizers(unit.sites), Mode.QUANTIZE):
+            learn(model, unit, module, {"quantized": inputs}, view.returned, None, learning, means, 0, Forgetful())
         seconds.insert(0, time.process_time() - began)
         for site in unit.sites:
             model.freeze(site)

@@ -29,21 +29,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.evaluation.temporal import temporal_feature_error
 from tfmq_exp.methods.activations import Observe
 from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.ranges import LpSearch
-from tfmq_exp.reconstruction.module import Recipe
-from tfmq_exp.reconstruction.objectives import Annealing
+from tfmq_exp.reconstruction.inputs import QuantizedInputs
+from tfmq_exp.reconstruction.module import LearnRounding, Recipe
+from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.partition import TemporalAware
-from tfmq_exp.reconstruction.run import Means, UnitReport, quiet_trainer, reconstruct
+from tfmq_exp.reconstruction.run import Learned, Means, UnitReport, quiet_trainer, reconstruct
 from tfmq_exp.surgery import artifact
-from tfmq_exp.surgery.plan import AttentionPlan, ScalePlan, SitePlan, SurgeryPlan
+from tfmq_exp.surgery.plan import AttentionPlan, SitePlan, SurgeryPlan
 from tfmq_exp.surgery.quantized_unet import build, coverage
+from tfmq_exp.surgery.scales import PerStepScale, ScalePlan, StaticScale
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> SurgeryPlan:
@@ -70,12 +72,16 @@ def released_plan(weight: int, activation: int, fuses_qkv: bool) -> SurgeryPlan:
 class Forgetful:
     """Keeps nothing and says nothing: this comparison is short."""
 
-    def get(self, unit: str) -> Mapping[str, QuantizedWeight] | None:
+    def get(self, unit: str) -> Learned | None:
         """Nothing was kept."""
         return None
 
-    def put(self, unit: str, integers: Mapping[str, QuantizedWeight], report: UnitReport) -> None:
+    def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
         """Nothing is kept."""
+
+    def part(self, name: str) -> "Forgetful":
+        """The same."""
+        return self
 
     def start(self, units: int) -> None:
         """Nothing."""
@@ -87,7 +93,7 @@ class Forgetful:
         """A line, if lines are wanted."""
         if report is not None:
             logging.info(
-                "%-48s error %.4f -> %.4f  %.1f s", unit, report.error_nearest, report.error_learned, report.seconds
+                "%-48s error %.4f -> %.4f  %.1f s", unit, report.error_before, report.error_after, report.seconds
             )
 
 
@@ -163,7 +169,9 @@ def main() -> int:
     parts = anatomy(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
     fuses_qkv = is_unconditional_ldm(reference["architecture"])
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv)
-    resolved = plan.resolve(parts, tuple(attentions(float_unet)), ScalePlan("all", 0.95), tuple(timesteps))
+    resolved = plan.resolve(
+        parts, tuple(attentions(float_unet)), ScalePlan(PerStepScale(), PerStepScale()), tuple(timesteps)
+    )
 
     phases, quiet = Phases(), Forgetful()
     start = time.process_time()
@@ -178,13 +186,17 @@ def main() -> int:
     learning = Recipe(
         iterations,
         recipe["batch_size"],
-        1e-3,
-        recipe["p"],
-        recipe["w"],
-        Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1])),
+        Lp(recipe["p"]),
+        QuantizedInputs(),
+        rounding=LearnRounding(
+            1e-3,
+            recipe["w"],
+            Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1])),
+        ),
     )
     with phases.timed("reconstruction (capture + learning)"):
-        reconstruct(model, float_unet, parts, TemporalAware(), calibration, learning, means, args.seed, quiet, quiet)
+        units = TemporalAware()(parts, frozenset(model.weight_sites()))
+        reconstruct(model, float_unet, parts, units, calibration, learning, means, args.seed, quiet, quiet)
     quality_start = time.process_time()
     weights_only = [
         output_error(model, calibration, tensors["fp_out"]),
@@ -192,7 +204,7 @@ def main() -> int:
     ]
     quality = time.process_time() - quality_start
     with phases.timed("activation ranges"):
-        Observe(recipe["samples_per_step"])(model, calibration, args.seed)
+        Observe(recipe["samples_per_step"], EveryKth()).ranges(model, calibration, args.seed)
     total = time.process_time() - start - quality
     phases.seconds["total"] = total
     both = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
@@ -207,7 +219,7 @@ def main() -> int:
         }
     )
     own_size = own_policy_size(
-        float_unet, own_plan.resolve(parts, (), ScalePlan("temporal"), tuple(timesteps)), calibration
+        float_unet, own_plan.resolve(parts, (), ScalePlan(PerStepScale(), StaticScale()), tuple(timesteps)), calibration
     )
 
     runs = [run for run in reference["runs"].values() if run["iters"] == iterations]
@@ -243,7 +255,7 @@ def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> i
     model.place_weight_grids()
     for site in model.weight_sites():
         model.freeze(site)
-    Observe(32)(model, data, 0)
+    Observe(32, EveryKth()).ranges(model, data, 0)
     with tempfile.TemporaryDirectory() as folder:
         return artifact.save(model, Path(folder) / "quantized.safetensors")
 

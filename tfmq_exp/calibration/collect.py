@@ -9,7 +9,7 @@ import torch
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.sampling.sampler import DDIM, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import Sampler, noise_predictor, trajectory
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 STREAM = "calibration"
@@ -17,7 +17,7 @@ STREAM = "calibration"
 
 def collect(
     denoiser: Denoiser,
-    sampler: DDIM,
+    sampler: Sampler,
     *,
     images: int,
     seed: int,

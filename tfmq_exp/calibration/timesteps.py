@@ -1,8 +1,21 @@
 """Which points of the trajectory a method learns from."""
 
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+
+
+class TimestepPolicy(Protocol):
+    """Chooses calibration samples out of whole trajectories."""
+
+    def __call__(self, data: CalibrationSet) -> CalibrationSet:
+        """The samples that are kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -18,3 +31,51 @@ class EveryKth:
     def __call__(self, data: CalibrationSet) -> CalibrationSet:
         """The part of the set that is kept."""
         return data[data.step % self.k == 0]
+
+
+@dataclass(frozen=True)
+class NormallyDistributed:
+    """Normally distributed timesteps, more of them near the image (NDTC of PTQ4DM, arXiv 2211.15736, section 3.3).
+
+    Sample i is one point of one trajectory, at noise level floor(T N(mean, std)), clamped to 0 .. T - 1, with T sampling
+    steps and 0 the level next to the image.
+
+    Args:
+        samples: how many are drawn; trajectories take turns.
+        mean: of the level, as a share of T; the paper asks for at most 0.5, its release uses 0.4.
+        std: likewise; 0.4 in the release.
+        seed: of the draws.
+        released_labels: count as the release does: its counter runs from the noisiest step while its labels count from the
+            image, so that a sample of level T - 2 - j is fed to the network with the timestep of level j.
+
+    Raises:
+        ValueError: no samples, or a negative spread.
+    """
+
+    samples: int
+    mean: float
+    std: float
+    seed: int = 0
+    released_labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.std < 0:
+            raise ValueError(f"{self.samples} samples with a spread of {self.std} cannot be drawn")
+
+    def levels(self, steps: int) -> Int[Tensor, "samples"]:
+        """The drawn noise levels."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = steps * (self.mean + self.std * torch.randn(self.samples, generator=generator))
+        return drawn.clamp(0, steps - 1).floor().long()
+
+    def __call__(self, data: CalibrationSet) -> CalibrationSet:
+        """The samples that are kept, in the order of the draws."""
+        steps, images = int(data.step.max()) + 1, data.image.unique()
+        position = torch.full((steps, int(images.max()) + 1), -1)
+        position[data.step, data.image] = torch.arange(len(data))
+        levels, image = self.levels(steps), images[torch.arange(self.samples) % len(images)]
+        if not self.released_labels:
+            return data[position[steps - 1 - levels, image]]
+        levels = levels.clamp(max=steps - 2)
+        shown, labelled = data[position[levels + 1, image]], data[position[steps - 1 - levels, image]]
+        return CalibrationSet(shown.x, labelled.t, labelled.step, shown.image, shown.conditions)

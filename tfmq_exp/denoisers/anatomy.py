@@ -38,13 +38,15 @@ class Kind(StrEnum):
 class Site:
     """A layer with weights: its name in the network, its role, and how much of the network it is.
 
-    `macs` counts multiply-accumulates for one sample.
+    `macs` counts multiply-accumulates for one sample. `split` is the number of trunk channels at the start of the input
+    of a shortcut where trunk and skip are joined; None elsewhere.
     """
 
     name: str
     role: Role
     weights: int
     macs: int
+    split: int | None = None
 
 
 @dataclass(frozen=True)

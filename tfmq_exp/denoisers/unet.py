@@ -112,18 +112,31 @@ def anatomy(unet: nn.Module, example: Mapping[str, Any]) -> Anatomy:
     finally:
         for handle in handles:
             handle.remove()
+    splits = shortcut_splits(unet)
     sites = {
-        name: Site(name, role, unet.get_submodule(name).get_parameter("weight").numel(), macs[name])
+        name: Site(name, role, unet.get_submodule(name).get_parameter("weight").numel(), macs[name], splits.get(name))
         for name, role in role_of.items()
     }
     members = {block: tuple(layer for layer in role_of if inside.get(layer, layer) == block) for block in order}
     return Anatomy(sites, tuple(Block(name, blocks[name], members[name]) for name in order))
 
 
+def shortcut_splits(unet: Any) -> dict[str, int]:
+    """How many channels of a decoder shortcut's input come from the trunk, which stands first; the others are the skip's."""
+    found: dict[str, int] = {}
+    trunk = unet.mid_block.resnets[-1].out_channels if unet.mid_block is not None else None
+    for i, block in enumerate(unet.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            if resnet.conv_shortcut is not None and trunk is not None and trunk < resnet.in_channels:
+                found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = trunk
+            trunk = resnet.out_channels
+    return found
+
+
 def time_embedding(unet: Any, t: Tensor) -> Tensor:
     """What the UNet feeds to every embedding projection: SiLU of the time embedding, shape [steps, channels]."""
     # not `unet.dtype`, which walks over every parameter of the network
-    sinusoid = unet.time_proj(t).to(unet.time_embedding.linear_1.weight.dtype)
+    sinusoid = unet.time_proj(t).to(next(unet.parameters()).dtype)
     return torch.nn.functional.silu(unet.time_embedding(sinusoid))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.sampling.sampler import DDIM, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import Predict, Sampler, noise_predictor, trajectory
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -37,15 +37,16 @@ def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, anatomy:
 
 
 def trajectory_error(
-    model: nn.Module,
+    predict: Predict,
+    quantized_sampler: Sampler,
     denoiser: Denoiser,
-    sampler: DDIM,
+    sampler: Sampler,
     *,
     images: int,
     seed: int,
     each_step: Callable[[int], None] = lambda _: None,
 ) -> list[Row]:
-    """Float and quantized sampling from the same noise, side by side, for every step.
+    """Float and quantized sampling (`predict`, `quantized_sampler`) from the same noise, side by side, for every step.
 
     `eps_error`: error of the predicted noise on the float trajectory (what one step does); `x_error`: distance of the two
     trajectories (what has accumulated). Both are mean squared errors over the variance of the float quantity.
@@ -55,8 +56,7 @@ def trajectory_error(
     x = initial_noise(generators, denoiser.sample_shape, device)
     own_noise = image_generators(seed, "diagnostics", range(images))
     initial_noise(own_noise, denoiser.sample_shape, device)
-    predict = noise_predictor(model)
-    walk = trajectory(predict, sampler, denoiser.schedule, x, own_noise)
+    walk = trajectory(predict, quantized_sampler, denoiser.schedule, x, own_noise)
     rows: list[Row] = []
     for step in trajectory(noise_predictor(denoiser.unet), sampler, denoiser.schedule, x, generators):
         quantized = next(walk)

@@ -29,7 +29,7 @@ from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.surgery.quantized_unet import coverage
 
-GOALS = ("trajectory", "weights", "activations", "images", "scores")
+GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
 log = logging.getLogger(__name__)
 
 
@@ -127,6 +127,9 @@ def pull(
         stages.weighted_model()
     else:
         _ = stages.quantized_model
+    if GOALS.index(cfg.goal) >= GOALS.index("correction") and stages.statistics is not None:
+        write_csv(folder / "noise.csv", stages.statistics.rows())
+        stages.mirror.table("noise", stages.statistics.rows())
     if GOALS.index(cfg.goal) >= GOALS.index("weights"):
         units = stages.unit_reports()
         if units:

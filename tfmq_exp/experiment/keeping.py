@@ -14,24 +14,23 @@ from tfmq_exp.experiment.store import write_atomically
 from tfmq_exp.experiment.tracking import Mirror
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.reconstruction.run import UnitReport
-
-Integers = Mapping[str, QuantizedWeight]
+from tfmq_exp.reconstruction.run import Learned, UnitReport
 
 
-def save_integers(path: Path, integers: Integers, note: Mapping[str, Any]) -> None:
-    """Codes, scales and zero points by site, with a note; the file appears whole or not at all."""
-    tensors = {}
-    for site, (codes, (scale, zero_point), _) in integers.items():
-        for part, value in (("codes", codes), ("scale", scale), ("zero_point", zero_point)):
-            tensors[f"{site}/{part}"] = value.cpu().contiguous()
-    specs = {site: dataclasses.asdict(weight.spec) for site, weight in integers.items()}
+def save_learned(path: Path, learned: Learned, note: Mapping[str, Any]) -> None:
+    """Integers by site and activation state by name, with a note; the file appears whole or not at all."""
+    tensors = {f"activations/{name}": value.cpu().contiguous() for name, value in learned.activations.items()}
+    for site, parts in learned.integers.items():
+        for i, (codes, (scale, zero_point), _) in enumerate(parts):
+            for what, value in (("codes", codes), ("scale", scale), ("zero_point", zero_point)):
+                tensors[f"weights/{site}/{i}/{what}"] = value.cpu().contiguous()
+    specs = {site: [dataclasses.asdict(part.spec) for part in parts] for site, parts in learned.integers.items()}
     metadata = {"header": json.dumps({"specs": specs, "note": note}, sort_keys=True)}
     write_atomically(path, lambda p: save_file(tensors, p, metadata))
 
 
-def load_integers(path: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Any]]:
-    """What `save_integers` wrote.
+def load_learned(path: Path) -> tuple[Learned, dict[str, Any]]:
+    """What `save_learned` wrote.
 
     Raises:
         ValueError: a damaged file.
@@ -40,16 +39,20 @@ def load_integers(path: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Any
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["header"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        specs = {site: QuantSpec(**spec) for site, spec in header["specs"].items()}
+
+        def part(name: str, spec: Mapping[str, Any]) -> QuantizedWeight:
+            codes, scale, zero_point = (tensors[f"{name}/{what}"] for what in ("codes", "scale", "zero_point"))
+            return QuantizedWeight(codes, QParams(scale, zero_point), QuantSpec(**spec))
+
+        integers = {
+            site: tuple(part(f"weights/{site}/{i}", spec) for i, spec in enumerate(specs))
+            for site, specs in header["specs"].items()
+        }
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to have it made again") from error
-    integers = {
-        site: QuantizedWeight(
-            tensors[f"{site}/codes"], QParams(tensors[f"{site}/scale"], tensors[f"{site}/zero_point"]), spec
-        )
-        for site, spec in specs.items()
-    }
-    return integers, header["note"]
+    prefix = "activations/"
+    activations = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    return Learned(integers, activations), header["note"]
 
 
 class UnitFiles:
@@ -59,23 +62,27 @@ class UnitFiles:
         self.folder = folder
         folder.mkdir(exist_ok=True)
 
+    def part(self, name: str) -> "UnitFiles":
+        """A folder of its own for work that goes over the same units again."""
+        return UnitFiles(self.folder / name)
+
     def path(self, unit: str) -> Path:
-        """Where a unit's integers are."""
+        """Where a unit is."""
         return self.folder / f"{unit}.safetensors"
 
-    def get(self, unit: str) -> Integers | None:
-        """The integers of a finished unit."""
-        return load_integers(self.path(unit))[0] if self.path(unit).is_file() else None
+    def get(self, unit: str) -> Learned | None:
+        """What a finished unit has learned."""
+        return load_learned(self.path(unit))[0] if self.path(unit).is_file() else None
 
-    def put(self, unit: str, integers: Integers, report: UnitReport) -> None:
+    def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
         """Keep a unit, with what was measured while it was learned."""
-        save_integers(self.path(unit), integers, dataclasses.asdict(report))
+        save_learned(self.path(unit), learned, dataclasses.asdict(report))
 
     def reports(self) -> list[dict[str, Any]]:
         """What was measured, unit by unit, in the order in which they were learned."""
         columns = [field.name for field in dataclasses.fields(UnitReport)]
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        return [{column: note[column] for column in columns} for note in (load_integers(path)[1] for path in files)]
+        files = sorted(self.folder.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        return [{column: note[column] for column in columns} for note in (load_learned(path)[1] for path in files)]
 
 
 class UnitProgress:
@@ -86,8 +93,8 @@ class UnitProgress:
         self.finished_units, self.total = 0, 0
 
     def start(self, units: int) -> None:
-        """The bar counts units; it is given as a share of one."""
-        self.total = units
+        """The bar counts units; it is given as a share of one. A second start goes over them again."""
+        self.finished_units, self.total = 0, units
 
     def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
         """Within a unit."""
@@ -97,5 +104,5 @@ class UnitProgress:
     def finished(self, unit: str, report: UnitReport | None) -> None:
         """After a unit."""
         self.finished_units += 1
-        note = "kept from before" if report is None else f"{report.error_nearest:.2e} → {report.error_learned:.2e}"
+        note = "kept from before" if report is None else f"{report.error_before:.2e} → {report.error_after:.2e}"
         self.advance(self.finished_units / self.total, f"{unit}  {note}")

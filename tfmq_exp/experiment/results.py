@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import describe
+from tfmq_exp.methods.activations import Learn, Observe
 from tfmq_exp.methods.weights import Reconstruct
 from tfmq_exp.reporting.records import ScoreRecord
 
@@ -26,13 +27,17 @@ def protocol(stages: Stages) -> dict[str, Any]:
 
 
 def samples_learned_from(stages: Stages) -> dict[str, int]:
-    """Calibration samples that weights and activations saw, and iterations per unit."""
-    weights, steps = stages.method.weights, stages.sampler.steps
-    samples = {"weight_samples": 0, "activation_samples": stages.calibration.images * steps, "iterations": 0}
+    """Calibration samples that weights and activations learned from, and iterations per unit."""
+    data, weights, activations = stages.calibration_set(), stages.method.weights, stages.method.activations
+    found = {"weight_samples": 0, "weight_iterations": 0, "activation_samples": 0, "activation_iterations": 0}
     if isinstance(weights, Reconstruct):
-        samples["weight_samples"] = stages.calibration.images * -(-steps // weights.timesteps.k)
-        samples["iterations"] = weights.recipe.iterations
-    return samples
+        found |= {"weight_samples": len(weights.timesteps(data)), "weight_iterations": weights.recipe.iterations}
+    if isinstance(activations, Learn):
+        found["activation_iterations"] = activations.recipe.iterations
+        found["activation_samples"] = len(activations.timesteps(data))
+    elif isinstance(activations, Observe):
+        found["activation_samples"] = len(activations.timesteps(data))
+    return found
 
 
 def score_records(

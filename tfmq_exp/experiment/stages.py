@@ -1,4 +1,4 @@
-"""The stages of a run, each pulled through the store: trajectory, weights, activations, images, scores.
+"""The stages of a run, each pulled through the store: trajectory, weights, activations, correction, images, scores.
 
 Each method here says in its first lines what the stage depends on; that is its key.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_exp.calibration.collect import collect
 from tfmq_exp.calibration.dataset import CalibrationSet
@@ -25,15 +25,16 @@ from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.evaluation.features import Evaluator
 from tfmq_exp.evaluation.scores import score
 from tfmq_exp.evaluation.temporal import temporal_feature_error, trajectory_error
-from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_integers, save_integers
+from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, save_learned
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.store import Entry, Store, write_atomically, write_json
 from tfmq_exp.experiment.tracking import Mirror
+from tfmq_exp.methods.correction import NoCorrection, NoiseStatistics
 from tfmq_exp.methods.method import Method
-from tfmq_exp.methods.weights import Reconstruct
-from tfmq_exp.reconstruction.run import Means
+from tfmq_exp.methods.weights import Reconstruct, ReconstructJointly
+from tfmq_exp.reconstruction.run import Learned, Means
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.sampler import Predict, Sampler, noise_predictor
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import ResolvedPlan
@@ -66,7 +67,7 @@ class Stages:
     """Everything that a run is made of, and the stages that turn it into scores."""
 
     denoiser: Denoiser
-    sampler: DDIM
+    sampler: Sampler
     method: Method
     evaluator: Callable[[], Evaluator]
     calibration: CalibrationPlan
@@ -158,44 +159,65 @@ class Stages:
 
     @cached_property
     def weights(self) -> Entry:
-        """Integer weights: depend on the data only where the method learns from it, and never on activation choices."""
-        learned = isinstance(self.method.weights, Reconstruct)
-        inputs = {
+        """Integer weights: depend on data only where the method learns, on activations only where it learns both."""
+        method, lines = self.method, self.plan.sites.items()
+        inputs: dict[str, Any] = {
             "weights_sha256": self.denoiser.weights_sha256,
-            "specs": {name: line.weight for name, line in self.plan.sites.items() if line.weight},
-            "range": self.method.weight_range,
-            "weights": self.method.weights,
-            **({"trajectory": self.trajectory.key, "seed": self.seed} if learned else {}),
+            "specs": {name: line.weight for name, line in lines if line.weight},
+            "splits": {name: line.split for name, line in lines if line.weight and line.split},
+            "range": method.weight_range,
+            "weights": method.weights,
         }
+        if isinstance(method.weights, Reconstruct):
+            inputs |= {"trajectory": self.trajectory.key, "seed": self.seed}
+        if isinstance(method.weights, ReconstructJointly):
+            inputs |= self.activation_inputs
         return self.store.entry("weights", inputs)
 
     def weighted_model(self) -> QuantizedUNet:
-        """The model with integer weights and activations still float."""
+        """The model with integer weights; activations are still float, or learned already if that was done jointly."""
         model = build(self.denoiser.unet, self.plan, self.method.weight_range)
 
         def compute(folder: Path) -> None:
-            keeper = UnitFiles(folder / "units")
-            data = self.calibration_set()
-            with self.bars.stage("weights", 1) as advance:
-                watcher = UnitProgress(advance, self.mirror)
-                self.method.weights(
-                    model, self.denoiser.unet, self.anatomy, data, self.means, self.seed, keeper, watcher
-                )
-            save_integers(folder / "weights.safetensors", model.integers, {})
+            keeper = self.learn("weights", self.method.weights, model, self.seed, folder)
+            state = model.activation_state() if isinstance(self.method.weights, ReconstructJointly) else {}
+            save_learned(folder / "weights.safetensors", Learned(model.integers, state), {})
             write_json(folder / "units.json", keeper.reports())
 
-        path = self.pull("weights", self.weights, compute)
-        for site, weight in load_integers(path / "weights.safetensors")[0].items():
+        learned, _ = load_learned(self.pull("weights", self.weights, compute) / "weights.safetensors")
+        for site, weight in learned.integers.items():
             if site not in model.integers:
                 model.freeze(site, weight)
+        model.load_activations(learned.activations)
         return model
 
+    def learn(self, name: str, phase: Callable[..., None], model: QuantizedUNet, seed: int, folder: Path) -> UnitFiles:
+        """Run a method's phase under a progress bar, with every finished unit kept in the folder."""
+        keeper, data = UnitFiles(folder / "units"), self.calibration_set()
+        with self.bars.stage(name, 1) as advance:
+            watcher = UnitProgress(advance, self.mirror)
+            phase(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher)
+        return keeper
+
     def unit_reports(self) -> list[dict[str, Any]]:
-        """What learning each unit did; empty for methods that learn nothing, or if the weights have left the store."""
-        path = self.weights.path / "units.json"
-        return json.loads(path.read_text()) if path.is_file() else []
+        """What learning each unit did, phase by phase; empty for methods that learn nothing."""
+        rows: list[dict[str, Any]] = []
+        for phase, entry in (("weights", self.weights), ("activations", self.activations)):
+            path = entry.path / "units.json"
+            rows += [{"phase": phase, **row} for row in json.loads(path.read_text())] if path.is_file() else []
+        return rows
 
     # activations -------------------------------------------------------------------------------------------------
+
+    @property
+    def activation_inputs(self) -> dict[str, Any]:
+        """Where activations are quantized and how."""
+        return {
+            "inputs": {name: line.input for name, line in self.plan.sites.items()},
+            "outputs": {name: line.output for name, line in self.plan.sites.items()},
+            "splits": {name: line.split for name, line in self.plan.sites.items()},
+            "operands": self.plan.operands,
+        }
 
     @cached_property
     def activations(self) -> Entry:
@@ -203,9 +225,9 @@ class Stages:
         inputs = {
             "weights": self.weights.key,
             "trajectory": self.trajectory.key,
-            "inputs": {name: line.input for name, line in self.plan.sites.items()},
-            "operands": self.plan.operands,
+            **self.activation_inputs,
             "activations": self.method.activations,
+            "temporal": self.method.temporal,
             "seed": self.seed,
         }
         return self.store.entry("activations", inputs)
@@ -216,21 +238,75 @@ class Stages:
 
         def compute(folder: Path) -> None:
             model = self.weighted_model()
-            data = self.calibration_set()
-            with self.bars.stage("activations", len(data)) as advance:
-                self.method.activations(
-                    model, data, derive_seed(self.seed, "activations"), lambda done: advance(done, "")
-                )
+            keeper = self.learn(
+                "activations", self.method.activations, model, derive_seed(self.seed, "activations"), folder
+            )
+            self.method.temporal(model, self.denoiser.unet, self.anatomy)
+            model.merge_sources()
             write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
+            write_json(folder / "units.json", keeper.reports())
 
         path = self.pull("activations", self.activations, compute) / "quantized.safetensors"
         return artifact.load(path).to(next(self.denoiser.unet.parameters()).device)
+
+    # correction --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def correction(self) -> Entry | None:
+        """Statistics of the quantization noise, for methods that correct it."""
+        if isinstance(self.method.correction, NoCorrection):
+            return None
+        inputs = {
+            **self.model_inputs,
+            "activations": self.activations.key,
+            "correction": self.method.correction,
+            "seed": self.seed,
+        }
+        return self.store.entry("correction", inputs)
+
+    @cached_property
+    def statistics(self) -> NoiseStatistics | None:
+        """The same, measured if the store has none."""
+        if self.correction is None or isinstance(self.method.correction, NoCorrection):
+            return None
+        correction = self.method.correction
+
+        def compute(folder: Path) -> None:
+            batch = self.images.batch
+            with self.bars.stage("correction", -(-correction.images // batch) * self.sampler.steps) as advance:
+                statistics = correction.measure(
+                    self.quantized_model,
+                    self.denoiser,
+                    self.sampler,
+                    seed=self.seed,
+                    batch=batch,
+                    each_step=lambda done: advance(done, ""),
+                )
+            write_atomically(folder / "statistics.safetensors", lambda path: save_file(statistics.tensors(), path))
+
+        return NoiseStatistics.of(
+            load_file(self.pull("correction", self.correction, compute) / "statistics.safetensors")
+        )
+
+    @cached_property
+    def corrected(self) -> tuple[Predict, Sampler]:
+        """What the finished method samples with: the quantized network's prediction and the sampler, both corrected."""
+        model, statistics = self.quantized_model, self.statistics
+        if statistics is not None and statistics.bits:
+            model.use_bits(statistics.bits)
+        correction: Any = self.method.correction
+        return correction(noise_predictor(model), self.sampler, statistics)
+
+    @property
+    def finished(self) -> Entry:
+        """The last entry that says what is sampled with."""
+        return self.correction or self.activations
 
     # images and scores -------------------------------------------------------------------------------------------
 
     def images_entry(self, *, quantized: bool) -> Entry:
         """Images: depend on the network that makes them, the sampler, count and seed, and (in the last bit) the batch."""
-        network = {"activations": self.activations.key} if quantized else {}
+        network = {"network": self.finished.key} if quantized else {}
         return self.store.entry("images", {**self.model_inputs, **network, "images": self.images})
 
     def sampled(self, *, quantized: bool) -> Iterator[Tensor]:
@@ -238,15 +314,16 @@ class Stages:
         name = "images" if quantized else "float images"
 
         def compute(folder: Path) -> None:
-            unet: nn.Module = self.quantized_model if quantized else self.denoiser.unet
+            float_pair = noise_predictor(self.denoiser.unet), self.sampler
+            predict, sampler = self.corrected if quantized else float_pair
             with self.bars.stage(name, self.images.count) as advance:
                 for shard in self.images.shards():
                     target = folder / f"images-{shard.start:06d}.safetensors"
                     if not target.is_file():
                         images = sample_shard(
-                            unet,
+                            predict,
                             self.denoiser,
-                            self.sampler,
+                            sampler,
                             self.images.seed,
                             shard,
                             lambda step, shard=shard: advance(
@@ -277,23 +354,22 @@ class Stages:
         """Temporal-feature error per timestep and error along the trajectory, against the float network."""
         inputs = {
             **self.model_inputs,
-            "activations": self.activations.key,
+            "network": self.finished.key,
             "diagnostics": self.diagnostics,
             "seed": self.seed,
         }
 
         def compute(folder: Path) -> None:
-            model = self.quantized_model
             with self.bars.stage("diagnostics", self.sampler.steps) as advance:
                 along = trajectory_error(
-                    model,
+                    *self.corrected,
                     self.denoiser,
                     self.sampler,
                     images=self.diagnostics.images,
                     seed=self.seed,
                     each_step=lambda step: advance(step + 1, ""),
                 )
-            temporal = temporal_feature_error(model, self.denoiser.unet, self.anatomy)
+            temporal = temporal_feature_error(self.quantized_model, self.denoiser.unet, self.anatomy)
             write_json(folder / "errors.json", {"temporal": temporal, "trajectory": along})
 
         path = self.pull("diagnostics", self.store.entry("diagnostics", inputs), compute)

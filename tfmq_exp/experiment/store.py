@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-SCHEMA = 1  # part of every key: raise it when the meaning of stored files changes
+SCHEMA = 2  # part of every key: raise it when the meaning of stored files changes
 log = logging.getLogger(__name__)
 
 

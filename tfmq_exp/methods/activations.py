@@ -4,9 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.calibration.timesteps import TimestepPolicy
+from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.reconstruction.module import Recipe
+from tfmq_exp.reconstruction.partition import Unit
+from tfmq_exp.reconstruction.run import Keeper, Means, Watcher, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
@@ -14,27 +20,109 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 class Observe:
     """Show the calibration set to all quantizers at once, with weights already integer and activations still float.
 
-    Batches are drawn from all sampling steps: a range shared by all steps needs that (in the order of the trajectory its
-    moving average would forget the early steps), and the temporal features' ranges are exact either way. Where every range
-    belongs to one step, the steps stay together, which gives each range the most samples per observation.
+    Batches are drawn from all sampling steps: a range shared by several steps needs that (in the order of the trajectory
+    its moving average would forget the early steps), and the temporal features' ranges are exact either way. Where every
+    range belongs to one step, the steps stay together, which gives each range the most samples per observation. Sources
+    that need no data are shown none.
 
     Args:
         batch: samples that one observation is made of.
+        timesteps: which of the calibration samples.
     """
 
     batch: int
+    timesteps: TimestepPolicy
+
+    def __call__(
+        self,
+        model: QuantizedUNet,
+        float_unet: nn.Module,
+        anatomy: Anatomy,
+        data: CalibrationSet,
+        means: Means,
+        seed: int,
+        keeper: Keeper,
+        watcher: Watcher,
+    ) -> None:
+        """Set all ranges and switch the quantizers on."""
+        watcher.start(1)
+        total = len(data)
+        self.ranges(model, data, seed, lambda done: watcher.iteration("ranges", done, total, 0.0))
+        watcher.finished("ranges", None)
 
     @torch.no_grad()
-    def __call__(
+    def ranges(
         self, model: QuantizedUNet, data: CalibrationSet, seed: int, each_batch: Callable[[int], None] = lambda _: None
     ) -> None:
-        """Set all ranges and switch the quantizers on. `each_batch` is told how many samples are done."""
-        if not all(quantizer.source.per_step for quantizer in model.activation_quantizers().values()):
-            data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
-        device = next(model.parameters()).device
-        model.set_activations(Mode.OBSERVE)
-        for start in range(0, len(data), self.batch):
-            part = data[slice(start, start + self.batch)]
-            model(**part.inputs(device))
-            each_batch(start + len(part))
+        """The work itself; `each_batch` is told how many samples are done."""
+        sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
+        if any(source.needs_data for source in sources):
+            data = self.timesteps(data)
+            if not all(source.per_step for source in sources if source.needs_data):
+                data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
+            device = next(model.parameters()).device
+            model.set_activations(Mode.OBSERVE)
+            for start in range(0, len(data), self.batch):
+                part = data[slice(start, start + self.batch)]
+                model(**part.inputs(device))
+                each_batch(start + len(part))
+        model.set_activations(Mode.QUANTIZE)
+
+
+@dataclass(frozen=True)
+class Learn:
+    """Observe, then learn what the sources can learn, unit by unit, with integer weights (Q-Diffusion, BRECQ, TDQ).
+
+    Whatever `trainable` yields is learned: a scale, a table of scales, a network. Where a step can choose between
+    bit-widths, each width is learned in turn. Zero points stay.
+
+    Args:
+        observe: how ranges start.
+        partition: what a unit is.
+        timesteps: which sampling steps the units learn from.
+        recipe: iterations, batch, learning rate, objective.
+    """
+
+    observe: Observe
+    partition: Callable[[Anatomy, frozenset[str]], list[Unit]]
+    timesteps: TimestepPolicy
+    recipe: Recipe
+
+    def __call__(
+        self,
+        model: QuantizedUNet,
+        float_unet: nn.Module,
+        anatomy: Anatomy,
+        data: CalibrationSet,
+        means: Means,
+        seed: int,
+        keeper: Keeper,
+        watcher: Watcher,
+    ) -> None:
+        """Set and learn all ranges; the quantizers are on afterwards."""
+        self.observe.ranges(model, data, seed)
+        units, kept = self.partition(anatomy, frozenset(model.plan.sites)), self.timesteps(data)
+        for bits in model.activation_bits() or (None,):
+            if bits is not None:
+                model.use_bits([bits] * model.clock.num_steps)
+            shelf = keeper.part(f"a{bits}") if bits else keeper
+            reconstruct(model, float_unet, anatomy, units, kept, self.recipe, means, seed, shelf, watcher)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Activation scales are already what they shall be: they were learned together with the weights."""
+
+    def __call__(
+        self,
+        model: QuantizedUNet,
+        float_unet: nn.Module,
+        anatomy: Anatomy,
+        data: CalibrationSet,
+        means: Means,
+        seed: int,
+        keeper: Keeper,
+        watcher: Watcher,
+    ) -> None:
+        """Switch the quantizers on."""
         model.set_activations(Mode.QUANTIZE)

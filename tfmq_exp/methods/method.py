@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 
-from tfmq_exp.methods.activations import Observe
+from tfmq_exp.calibration.timesteps import TimestepPolicy
+from tfmq_exp.methods.activations import Keep, Learn, Observe
+from tfmq_exp.methods.correction import NoCorrection, NoiseCorrection
+from tfmq_exp.methods.temporal import CacheFeatures, ComputeFeatures
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
 from tfmq_exp.quant.ranges import RangeEstimator
-from tfmq_exp.surgery.plan import ScalePlan, SurgeryPlan
+from tfmq_exp.surgery.plan import SurgeryPlan
+from tfmq_exp.surgery.scales import ScalePlan
 
 
 @dataclass(frozen=True)
@@ -15,15 +19,21 @@ class Method:
     Args:
         name: as the papers call it.
         surgery: what becomes integer, in how many bits.
-        scales: which activation scales depend on the sampling step.
+        scales: where activation scales come from.
         weight_range: how the grid of a weight is placed.
+        timesteps: which points of the trajectory are learned from; weights and activations refer to it.
         weights: how weights are rounded.
         activations: how activation ranges are found.
+        temporal: how temporal features come about.
+        correction: what is done about the noise that remains.
     """
 
     name: str
     surgery: SurgeryPlan
     scales: ScalePlan
     weight_range: RangeEstimator
+    timesteps: TimestepPolicy
     weights: RoundToNearest | Reconstruct
-    activations: Observe
+    activations: Observe | Learn | Keep
+    temporal: ComputeFeatures | CacheFeatures
+    correction: NoCorrection | NoiseCorrection

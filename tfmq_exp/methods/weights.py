@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.calibration.timesteps import EveryKth
+from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.denoisers.anatomy import Anatomy
+from tfmq_exp.methods.activations import Observe
+from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
 from tfmq_exp.reconstruction.run import Keeper, Means, Watcher, reconstruct
+from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+Partition = Callable[[Anatomy, frozenset[str]], list[Unit]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Reconstruct:
         recipe: iterations, batch, learning rate, objective.
     """
 
-    partition: Callable[[Anatomy, frozenset[str]], list[Unit]]
-    timesteps: EveryKth
+    partition: Partition
+    timesteps: TimestepPolicy
     recipe: Recipe
 
     def __call__(
@@ -61,5 +66,33 @@ class Reconstruct:
         watcher: Watcher,
     ) -> None:
         """Learn and freeze every weight."""
-        kept = self.timesteps(data)
-        reconstruct(model, float_unet, anatomy, self.partition, kept, self.recipe, means, seed, keeper, watcher)
+        units, kept = self.partition(anatomy, frozenset(model.weight_sites())), self.timesteps(data)
+        reconstruct(model, float_unet, anatomy, units, kept, self.recipe, means, seed, keeper, watcher)
+
+
+@dataclass(frozen=True)
+class ReconstructJointly(Reconstruct):
+    """Weights and activation scales together, with activations quantized meanwhile (QDrop, arXiv 2203.05740).
+
+    Args:
+        observe: how activation ranges start, under weights rounded to nearest.
+    """
+
+    observe: Observe
+
+    def __call__(
+        self,
+        model: QuantizedUNet,
+        float_unet: nn.Module,
+        anatomy: Anatomy,
+        data: CalibrationSet,
+        means: Means,
+        seed: int,
+        keeper: Keeper,
+        watcher: Watcher,
+    ) -> None:
+        """Place the activations' grids, then learn both."""
+        model.place_weight_grids()
+        with modes(model.weight_quantizers(), Mode.QUANTIZE):
+            self.observe.ranges(model, data, derive_seed(seed, "activations"))
+        super().__call__(model, float_unet, anatomy, data, means, seed, keeper, watcher)

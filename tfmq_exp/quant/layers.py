@@ -1,4 +1,4 @@
-"""Twins of torch's layers with a quantizer on the input and one on the weight.
+"""Twins of torch's layers with quantizers on the input, the weight and the output.
 
 They inherit from the float layers, so names, parameters and state-dict keys of the network stay what they were.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.quant.functional import dequantize
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Quantizer
+from tfmq_exp.quant.quantizers.split import SplitQuantizer
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
@@ -32,8 +32,9 @@ class QuantLayer(nn.Module):
     """What the twins share. An absent quantizer is an `nn.Identity`."""
 
     weight: nn.Parameter
-    input_quantizer: Quantizer | nn.Identity
-    weight_quantizer: WeightQuantizer | nn.Identity
+    input_quantizer: nn.Module
+    weight_quantizer: WeightQuantizer | SplitQuantizer[WeightQuantizer] | nn.Identity
+    output_quantizer: nn.Module
 
     @classmethod
     def from_float(cls, layer: nn.Module) -> Self:
@@ -43,36 +44,50 @@ class QuantLayer(nn.Module):
         twin.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
         twin.input_quantizer = nn.Identity()
         twin.weight_quantizer = nn.Identity()
+        twin.output_quantizer = nn.Identity()
         return twin
 
-    def quantized_weight(self) -> QuantizedWeight:
-        """The weight as integers, under the present rounding."""
+    def weight_parts(self) -> list[tuple[WeightQuantizer, Float[Tensor, "out *rest"]]]:
+        """The weight's quantizers, each with the slice of the weight (along its inputs) that it quantizes."""
         quantizer = self.weight_quantizer
-        if not isinstance(quantizer, WeightQuantizer):
-            raise TypeError("this layer's weight is not quantized")
-        codes = (quantizer.codes(self.weight).detach() - quantizer.spec.qmin).to(torch.uint8)
-        return QuantizedWeight(codes, quantizer.qparams, quantizer.spec)
+        if isinstance(quantizer, SplitQuantizer):
+            return quantizer.pieces(self.weight)
+        return [(quantizer, self.weight)] if isinstance(quantizer, WeightQuantizer) else []
 
-    def freeze_weight(self, quantized: QuantizedWeight) -> None:
+    def quantized_weight(self) -> tuple[QuantizedWeight, ...]:
+        """The weight as integers, under the present rounding, in as many parts as it has quantizers."""
+        parts = self.weight_parts()
+        if not parts:
+            raise TypeError("this layer's weight is not quantized")
+        return tuple(
+            QuantizedWeight((q.codes(part).detach() - q.spec.qmin).to(torch.uint8), q.qparams, q.spec)
+            for q, part in parts
+        )
+
+    def freeze_weight(self, parts: tuple[QuantizedWeight, ...]) -> None:
         """Replace the weight by what the integers stand for, and drop its quantizer: nothing is left to round."""
-        self.weight = nn.Parameter(quantized.dequantize().to(self.weight), requires_grad=False)
+        weight = parts[0].dequantize() if len(parts) == 1 else torch.cat([p.dequantize() for p in parts], dim=1)
+        self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
         self.weight_quantizer = nn.Identity()
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """y = Q(x) Q(W)^T + b."""
+    """y = Q(Q(x) Q(W)^T + b)."""
 
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """As `nn.Linear`, on quantized operands."""
-        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return self.output_quantizer(
+            F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        )
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """y = Q(W) * Q(x) + b."""
+    """y = Q(Q(W) * Q(x) + b)."""
 
     def forward(self, input: Float[Tensor, "batch in height width"]) -> Float[Tensor, "batch out height2 width2"]:
         """As `nn.Conv2d`, on quantized operands."""
-        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        quantized = self.input_quantizer(input), self.weight_quantizer(self.weight)
+        return self.output_quantizer(self._conv_forward(*quantized, self.bias))
 
 
 TWINS: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}

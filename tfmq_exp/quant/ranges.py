@@ -42,12 +42,60 @@ def include_zero(lo: Tensor, hi: Tensor) -> Range:
 
 @dataclass(frozen=True)
 class MinMax:
-    """The whole range of the values, widened to include zero."""
+    """The whole range of the values.
+
+    Args:
+        widen: include zero in it.
+    """
+
+    widen: bool = True
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """Lo = min(x, 0), hi = max(x, 0)."""
+        """Lo = min(x, 0), hi = max(x, 0); without widening min(x) and max(x)."""
         rows, shape = per_range(x, spec), spec.range_shape(x.shape)
-        return include_zero(rows.amin(dim=1).reshape(shape), rows.amax(dim=1).reshape(shape))
+        ends = rows.amin(dim=1).reshape(shape), rows.amax(dim=1).reshape(shape)
+        return include_zero(*ends) if self.widen else ends
+
+
+@dataclass(frozen=True)
+class ThresholdSearch:
+    """The symmetric threshold whose quantization error has the smallest L_p norm: PTQ4DM's range (arXiv 2211.15736, QDrop's code).
+
+    Thresholds R i / candidates, i = 1 .. candidates, R the largest magnitude, are tried together; ties keep the smallest.
+    The range is [-threshold, threshold], and one-sided for a tensor without values on the other side.
+
+    Args:
+        memory: how many bytes the candidates may take at once; they are tried in chunks that fit.
+    """
+
+    p: float = 2.4
+    candidates: int = 100
+    memory: int = 2**28
+
+    def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
+        """Lo and hi of the best threshold."""
+        rows, shape = per_range(x, spec), spec.range_shape(x.shape)
+        lo, hi = rows.amin(dim=1).double(), rows.amax(dim=1).double()
+        largest = torch.maximum(lo.abs(), hi.abs())
+        shares = torch.arange(1, self.candidates + 1, dtype=torch.float64, device=x.device) / self.candidates
+        row_spec = QuantSpec(spec.bits, spec.scheme)
+
+        def ends(share: Tensor) -> tuple[Tensor, Tensor]:
+            reach = largest[:, None] * share
+            return -reach * (lo < 0)[:, None], reach * (hi > 0)[:, None]
+
+        at_once = max(1, self.memory // (4 * rows.element_size() * rows.numel()))
+        errors = [
+            lp_errors(rows[:, None], qparams_from_range(low[..., None], high[..., None], row_spec), row_spec, self.p)
+            for low, high in (ends(shares[part]) for part in slices(self.candidates, at_once))
+        ]
+        low, high = ends(shares[torch.cat(errors, dim=1).argmin(dim=1)][:, None])
+        return low.reshape(shape), high.reshape(shape)
+
+
+def lp_errors(values: Tensor, q: QParams, spec: QuantSpec, p: float) -> Float[Tensor, "ranges candidates"]:
+    """Mean p-th power of the quantization error of every candidate; `values` are [ranges, 1, values]."""
+    return (fake_quantize(values, q, spec) - values).abs_().pow_(p).mean(dim=2)
 
 
 @dataclass(frozen=True)
@@ -80,18 +128,14 @@ class LpSearch:
         rows_at_once = max(1, self.memory // (4 * rows.element_size() * rows.shape[1] * self.candidates))
         best = torch.cat(
             [
-                self.errors(rows[part, None], qparams_from_range(low[part], high[part], row_spec), row_spec).argmin(
-                    dim=1
-                )
+                lp_errors(
+                    rows[part, None], qparams_from_range(low[part], high[part], row_spec), row_spec, self.p
+                ).argmin(dim=1)
                 for part in slices(len(rows), rows_at_once)
             ]
         )
         shape = spec.range_shape(x.shape)
         return (lo * factors[best]).reshape(shape), (hi * factors[best]).reshape(shape)
-
-    def errors(self, values: Tensor, q: QParams, spec: QuantSpec) -> Float[Tensor, "ranges candidates"]:
-        """Mean p-th power of the quantization error of every candidate."""
-        return (fake_quantize(values, q, spec) - values).abs_().pow_(self.p).mean(dim=2)
 
 
 def bin_edges(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"], bins: int) -> Float[Tensor, "*range edges"]:

@@ -76,6 +76,28 @@ class Leaves:
         for stored, value in zip(self.tensors, values, strict=True):
             stored[start : start + len(value)] = value.detach()
 
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    @property
+    def whole(self) -> Any:
+        """The structure with all samples."""
+        return self.structure(self.tensors)
+
+    def every(self, k: int) -> "Leaves":
+        """Every k-th sample."""
+        return Leaves([x[::k] for x in self.tensors], self.template)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for x in self.tensors)
+
+    def batches(self, batch: int, device: torch.device) -> Iterator[Any]:
+        """The structure for consecutive samples, `batch` at a time."""
+        for start in range(0, len(self), batch):
+            yield self.structure([x[start : start + batch].to(device) for x in self.tensors])
+
     def structure(self, tensors: Sequence[Tensor]) -> Any:
         """Tensors of some samples, in the structure that they came in."""
         return pytree.tree_map(lambda leaf: tensors[leaf.index] if isinstance(leaf, Place) else leaf, self.template)

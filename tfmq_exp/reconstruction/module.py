@@ -1,6 +1,7 @@
-"""One LightningModule reconstructs every kind of unit."""
+"""One LightningModule reconstructs every kind of unit, whatever is learned in it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,53 +10,88 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
-from tfmq_exp.reconstruction.objectives import Annealing, channel_dim, lp_loss
+from tfmq_exp.quant.sources.base import Source
+from tfmq_exp.reconstruction.capture import call
+from tfmq_exp.reconstruction.inputs import UnitInputs
+from tfmq_exp.reconstruction.objectives import Annealing, Objective
+
+
+@dataclass(frozen=True)
+class LearnRounding:
+    """AdaRound's share of a recipe.
+
+    Args:
+        learning_rate: of Adam on the rounding variables V.
+        penalty_weight: weight of AdaRound's penalty against the output error.
+        annealing: the penalty's exponent over time.
+    """
+
+    learning_rate: float
+    penalty_weight: float
+    annealing: Annealing
+
+
+@dataclass(frozen=True)
+class LearnScales:
+    """The activation sources' share of a recipe: Adam, its rate falling to 0 along a cosine."""
+
+    learning_rate: float
+
+    def rate(self, done: float) -> float:
+        """Share of the learning rate after a share of the iterations."""
+        return 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one unit's rounding is learned. The papers' numbers live in conf/.
+    """How one unit learns. The papers' numbers live in conf/.
 
     Args:
         iterations: optimiser steps per unit.
         batch: samples per step.
-        learning_rate: of Adam on the rounding variables V.
-        p: norm of the output error.
-        penalty_weight: weight of AdaRound's penalty against the output error.
-        annealing: its exponent over time.
+        objective: error of the unit's outputs.
+        inputs: what it is fed.
+        rounding: how the rounding of weights is learned, if it is.
+        scales: how activation scales are learned, if they are.
     """
 
     iterations: int
     batch: int
-    learning_rate: float
-    p: float
-    penalty_weight: float
-    annealing: Annealing
+    objective: Objective
+    inputs: UnitInputs
+    rounding: LearnRounding | None = None
+    scales: LearnScales | None = None
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.batch < 1:
             raise ValueError(f"iterations and batch must be at least 1, got {self.iterations} and {self.batch}")
+        if self.rounding is None and self.scales is None:
+            raise ValueError("a recipe learns the rounding of weights, activation scales, or both; this one neither")
 
 
 class BlockReconstruction(pl.LightningModule):
-    """Fit the outputs of a unit with soft rounding to those of the float unit.
+    """Fit the outputs of a unit to those of the float unit, by its rounding variables, its activation scales, or both.
 
-    Loss: sum over the unit's outputs of `lp_loss`, plus the weighted rounding penalty of all its layers. A batch is what
-    `arrange` turns into ((args, kwargs), targets). Lightning is handed several batches at a time: an iteration of a small
-    unit takes a few milliseconds, and Lightning's own work per step would be a tenth of it.
+    Loss: the objective summed over the unit's outputs, plus the weighted rounding penalty of all its layers. A batch is what
+    `arrange` turns into inputs, targets and importance. Lightning is handed several batches at a time: an iteration of a
+    small unit takes a few milliseconds, and Lightning's own work per step would be a tenth of it.
     """
 
     def __init__(
         self,
         unit: nn.Module,
-        roundings: list[AdaRound],
-        arrange: Callable[[list[Tensor]], tuple[Any, Any]],
+        clock: StepClock,
+        roundings: Sequence[AdaRound],
+        sources: Sequence[Source],
+        arrange: Callable[[list[Tensor]], Any],
         recipe: Recipe,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.unit, self.arrange, self.recipe, self.learned = unit, arrange, recipe, roundings
+        self.unit, self.clock, self.arrange, self.recipe = unit, clock, arrange, recipe
+        self.roundings, self.sources = roundings, sources
         self.count = 0  # iterations so far
         self.error = torch.zeros(())  # of the last batch, without the penalty
 
@@ -63,24 +99,44 @@ class BlockReconstruction(pl.LightningModule):
         """One optimiser step for each batch."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         for batch in batches:
+            self.set_rates(optimizer)
             self.count += 1
             optimizer.zero_grad()
             self.loss(batch).backward()
             optimizer.step()
+            for source in self.sources:
+                source.keep_valid()
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         """What is minimised, for one batch."""
-        (args, kwargs), targets = self.arrange(batch)
-        outputs = pytree.tree_leaves(self.unit(*args, **kwargs))
-        pairs = zip(outputs, pytree.tree_leaves(targets), strict=True)
-        loss = torch.stack([lp_loss(out, want, self.recipe.p, channel_dim(want)) for out, want in pairs]).sum()
+        data = self.arrange(batch)
+        outputs = call(self.unit, self.clock, self.recipe.inputs.combine(data["fed"]))
+        wanted = pytree.tree_leaves(data["wanted"])
+        importance = [None] * len(wanted) if data["importance"] is None else pytree.tree_leaves(data["importance"])
+        triples = zip(pytree.tree_leaves(outputs), wanted, importance, strict=True)
+        loss = torch.stack([self.recipe.objective.loss(*triple) for triple in triples]).sum()
         self.error = loss.detach()
-        if not self.recipe.annealing.active(self.count, self.recipe.iterations):
+        learning = self.recipe.rounding
+        if learning is None or not learning.annealing.active(self.count, self.recipe.iterations):
             return loss
-        beta = self.recipe.annealing.beta(self.count, self.recipe.iterations)
-        together = torch.cat([rounding.h.flatten() for rounding in self.learned])
-        return loss + self.recipe.penalty_weight * rounding_penalty(together, beta)
+        beta = learning.annealing.beta(self.count, self.recipe.iterations)
+        together = torch.cat([rounding.h.flatten() for rounding in self.roundings])
+        return loss + learning.penalty_weight * rounding_penalty(together, beta)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on every V."""
-        return torch.optim.Adam([rounding.v for rounding in self.learned], lr=self.recipe.learning_rate, fused=True)
+        """Adam on every V and every parameter of a source, each kind with its own rate."""
+        groups: list[dict[str, Any]] = []
+        if self.recipe.rounding and self.roundings:
+            params = [rounding.v for rounding in self.roundings]
+            groups.append({"params": params, "lr": self.recipe.rounding.learning_rate})
+        if self.recipe.scales and self.sources:
+            params = [parameter for source in self.sources for parameter in source.trainable()]
+            groups.append({"params": params, "lr": self.recipe.scales.learning_rate, "scales": True})
+        return torch.optim.Adam(groups, fused=True)
+
+    def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the rates of the scales along their cosine."""
+        scales = self.recipe.scales
+        for group in optimizer.param_groups:
+            if scales and group.get("scales"):
+                group["lr"] = scales.learning_rate * scales.rate(self.count / self.recipe.iterations)

@@ -1,9 +1,17 @@
 """What reconstruction minimises: the error of a unit's outputs, and a penalty that makes the rounding decide."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.reconstruction.cache import Leaves, Storage
+from tfmq_exp.reconstruction.capture import capture_squared_gradients
+from tfmq_exp.reconstruction.partition import Unit
 
 
 def lp_loss(
@@ -21,6 +29,68 @@ def channel_dim(x: Tensor) -> int:
     The releases sum over dimension 1 of tokens too, which ties the balance of the two terms to the resolution.
     """
     return 2 if x.dim() == 3 else 1
+
+
+class Objective(Protocol):
+    """The error of one output of a unit."""
+
+    def importance(
+        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
+    ) -> Mapping[str, Leaves]:
+        """Weights of the elements of the units' outputs, for those units that have any."""
+        ...
+
+    def loss(
+        self,
+        prediction: Float[Tensor, "batch *rest"],
+        target: Float[Tensor, "batch *rest"],
+        importance: Float[Tensor, "batch *rest"] | None,
+    ) -> Float[Tensor, ""]:
+        """What is minimised."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lp:
+    """|error|^p: p = 2 for weights, 2.4 for activation scales in all the releases."""
+
+    p: float = 2.0
+
+    def importance(
+        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
+    ) -> Mapping[str, Leaves]:
+        """All elements count the same."""
+        return {}
+
+    def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
+        """Summed over channels, averaged over the rest."""
+        return lp_loss(prediction, target, self.p, channel_dim(target))
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Squared error weighted by the diagonal of the Fisher information at the unit's output (BRECQ, arXiv 2102.05426, eq. 10).
+
+    A denoiser's likelihood is Gaussian around the predicted noise, so labels drawn from the model are that noise plus
+    standard normal v, and the gradient of the loss is J^T v with J the Jacobian from the unit's output to the
+    prediction: its square has the expectation diag(J^T J). One draw per calibration sample. The release takes a softmax
+    over the outputs instead, which means nothing for noise, and adds 1. Weights are scaled to a mean of 1 per unit, so that
+    the balance with the rounding penalty stays what it is without them. A unit that is driven by timesteps alone has none.
+    """
+
+    seed: int = 0
+
+    def importance(
+        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
+    ) -> Mapping[str, Leaves]:
+        """Squared gradients at every unit's output."""
+        return capture_squared_gradients(unet, units, data, batch, storage, torch.Generator().manual_seed(self.seed))
+
+    def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
+        """Summed over channels, averaged over the rest."""
+        squared = (prediction - target).square()
+        weighted = squared if importance is None else squared * importance
+        return weighted.mean() * target.shape[channel_dim(target)]
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,32 @@ import functools
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
+from tfmq_exp.quant.rounding import AdaRound
+from tfmq_exp.quant.sources.base import Source
 from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
-from tfmq_exp.reconstruction.capture import capture_inputs, capture_outputs, groups_within, output_bytes
+from tfmq_exp.reconstruction.capture import (
+    FloatView,
+    Replay,
+    bytes_at,
+    capture_float,
+    capture_inputs,
+    groups_within,
+    run_unit,
+)
+from tfmq_exp.reconstruction.inputs import Origin
 from tfmq_exp.reconstruction.module import BlockReconstruction, Recipe
 from tfmq_exp.reconstruction.partition import Unit
 from tfmq_exp.sampling.seeds import derive_seed
@@ -34,21 +46,32 @@ class UnitReport:
     kind: str
     layers: int
     weights: int
-    error_nearest: float
-    error_learned: float
+    error_before: float
+    error_after: float
     seconds: float
     peak_mib: float
+
+
+class Learned(NamedTuple):
+    """What a unit has learned: integers of its weights by site, and the state of its activation quantizers by name."""
+
+    integers: Mapping[str, tuple[QuantizedWeight, ...]]
+    activations: Mapping[str, Tensor]
 
 
 class Keeper(Protocol):
     """Keeps finished units, so that an interrupted run goes on after the last of them."""
 
-    def get(self, unit: str) -> Mapping[str, QuantizedWeight] | None:
-        """The integers of a finished unit, or None."""
+    def get(self, unit: str) -> Learned | None:
+        """What a finished unit has learned, or None."""
         ...
 
-    def put(self, unit: str, integers: Mapping[str, QuantizedWeight], report: UnitReport) -> None:
+    def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
         """Keep a unit that has just been learned."""
+        ...
+
+    def part(self, name: str) -> "Keeper":
+        """A keeper of its own for work that goes over the same units again."""
         ...
 
 
@@ -106,7 +129,7 @@ def reconstruct(
     model: QuantizedUNet,
     float_unet: nn.Module,
     anatomy: Anatomy,
-    partition: Callable[[Anatomy, frozenset[str]], list[Unit]],
+    units: Sequence[Unit],
     data: CalibrationSet,
     recipe: Recipe,
     means: Means,
@@ -114,132 +137,189 @@ def reconstruct(
     keeper: Keeper,
     watcher: Watcher,
 ) -> None:
-    """Learn the rounding of every quantized weight and freeze it to integers.
+    """Learn, unit by unit, what the recipe says: the rounding of weights (frozen to integers after), activation scales, or both.
 
-    A unit learns from the outputs of the float network, on the inputs that the already quantized part of the network gives
-    it. Finished units are taken from the keeper; the random numbers of a unit depend on the seed and its name alone, so the
-    result is the same however often the work was interrupted.
+    A unit learns to return what the float unit returns, on inputs that the recipe chooses. Finished units are taken from the
+    keeper; the random numbers of a unit depend on the seed and its name alone, so the result is the same however often the
+    work was interrupted.
     """
-    units = partition(anatomy, frozenset(model.weight_sites()))
+    units = [unit for unit in units if something_to_learn(model, unit, recipe)]
     watcher.start(len(units))
     todo: list[Unit] = []
     for unit in units:
-        integers = None if todo else keeper.get(unit.name)
-        if integers is None:
+        learned = None if todo else keeper.get(unit.name)
+        if learned is None:
             todo.append(unit)
             continue
-        for site, integer in integers.items():
-            model.freeze(site, integer)
+        for site, integers in learned.integers.items():
+            model.freeze(site, integers)
+        model.load_activations(learned.activations)
         watcher.finished(unit.name, None)
-    model.place_weight_grids()
-    inputs_storage, targets_storage = Storage(means.cache_bytes // 2), Storage(means.cache_bytes // 2)
+    if recipe.rounding:
+        model.place_weight_grids()
+    storage, replay = Storage(means.cache_bytes // 4), Replay(means.cache_bytes // 4)
     timesteps = torch.tensor(model.clock.timesteps)
-    for unit, targets in float_targets(todo, float_unet, data, timesteps, means, targets_storage):
+    for unit, view, importance in float_views(todo, float_unet, data, timesteps, recipe, means):
         began = time.perf_counter()
         module = unit.module(model.unet)
-        if unit.driver == "timesteps":
-            inputs = Leaves.of(((timesteps,), {}))
-        else:
-            inputs = capture_inputs(model, module, data, means.batch, inputs_storage)
-        errors = learn(model, unit, module, inputs, targets, recipe, means, derive_seed(seed, unit.name), watcher)
-        for site in unit.sites:
-            model.freeze(site)
-        inputs_storage.clear()
+        fed: dict[Origin, Leaves] = {"float": view.fed} if view.fed else {}
+        if "quantized" in recipe.inputs.origins and unit.driver == "denoiser":
+            with replay.instead(means.batch):
+                fed["quantized"] = capture_inputs(model, module, data, means.batch, storage)
+        fed = {origin: fed.get(origin) or view.fed for origin in recipe.inputs.origins}  # type: ignore[misc]
+        first, judged = fed[recipe.inputs.origins[0]], max(1, len(view.returned) // JUDGED)
+        with modes(model.weight_quantizers(unit.sites) if recipe.rounding else (), Mode.QUANTIZE):
+            before = run_unit(module, model.clock, first.every(judged), means.batch, Storage(means.cache_bytes))
+            learn(
+                model,
+                unit,
+                module,
+                fed,
+                view.returned,
+                importance,
+                recipe,
+                means,
+                derive_seed(seed, unit.name),
+                watcher,
+            )
+        for site in unit.sites if recipe.rounding else ():
+            if site in model.weight_sites():
+                model.freeze(site)
+        returned = run_unit(module, model.clock, first, means.batch, Storage(means.cache_bytes // 4))
+        if unit.driver == "denoiser" and "quantized" in fed:
+            replay.add(module, returned)
+        wanted = view.returned.every(judged)
+        storage.clear()
         report = UnitReport(
             unit.name,
             unit.kind.value,
             len(unit.sites),
             sum(anatomy.sites[site].weights for site in unit.sites),
-            *errors,
+            relative_error(before, wanted),
+            relative_error(returned.every(judged), wanted),
             seconds=time.perf_counter() - began,
             peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
-        keeper.put(unit.name, {site: model.integers[site] for site in unit.sites}, report)
+        keeper.put(unit.name, what_was_learned(model, unit, recipe), report)
         watcher.finished(unit.name, report)
 
 
-def float_targets(
+def quantizers_of(model: QuantizedUNet, unit: Unit, recipe: Recipe) -> dict[str, AffineQuantizer]:
+    """Activation quantizers of a unit that the recipe can learn."""
+    if recipe.scales is None:
+        return {}
+    found = model.activation_quantizers_in(unit.name, unit.sites)
+    return {name: quantizer for name, quantizer in found.items() if any(True for _ in quantizer.source.trainable())}
+
+
+def something_to_learn(model: QuantizedUNet, unit: Unit, recipe: Recipe) -> bool:
+    """Whether the recipe finds weights or scales in a unit."""
+    weights = set(unit.sites).intersection(model.weight_sites()) if recipe.rounding else set()
+    return bool(weights or quantizers_of(model, unit, recipe))
+
+
+def what_was_learned(model: QuantizedUNet, unit: Unit, recipe: Recipe) -> Learned:
+    """For the keeper."""
+    sites = [site for site in unit.sites if recipe.rounding and site in model.integers]
+    activations = {
+        f"{name}.{key}": value.detach().clone()
+        for name, quantizer in quantizers_of(model, unit, recipe).items()
+        for key, value in quantizer.state_dict().items()
+    }
+    return Learned({site: model.integers[site] for site in sites}, activations)
+
+
+def float_views(
     units: Sequence[Unit],
     float_unet: nn.Module,
     data: CalibrationSet,
     timesteps: Tensor,
+    recipe: Recipe,
     means: Means,
-    storage: Storage,
-) -> Iterator[tuple[Unit, Leaves]]:
-    """Every unit with its float outputs. One pass over the data serves as many units as the storage has room for."""
+) -> Iterator[tuple[Unit, FloatView, Leaves | None]]:
+    """Every unit with what the float network does there and how much each element of it matters.
+
+    One pass over the data serves as many units as half the cache has room for.
+    """
+    with_inputs, storage = "float" in recipe.inputs.origins, Storage(means.cache_bytes // 2)
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     modules = {name: unit.module(float_unet) for name, unit in driven.items()}
-    sizes = {name: size * len(data) for name, size in output_bytes(float_unet, modules, data).items()}
+    sizes = {name: size * len(data) for name, size in bytes_at(float_unet, modules, data, fed=with_inputs).items()}
     group_of = {name: group for group in groups_within({n: sizes[n] for n in driven}, storage.budget) for name in group}
-    stored: dict[str, Leaves] = {}
+    views: dict[str, FloatView] = {}
+    importance: dict[str, Leaves] = {}
     for unit in units:
         if unit.driver == "timesteps":
             with torch.no_grad():
                 outputs = unit.module(float_unet)(timesteps.to(next(float_unet.parameters()).device))
-            yield unit, Leaves.of(outputs)
+            yield unit, FloatView(Leaves.of((timesteps, (timesteps,), {})), Leaves.of(outputs)), None
             continue
-        if unit.name not in stored:
+        if unit.name not in views:
             storage.clear()
             group = [driven[name] for name in group_of[unit.name]]
-            stored = capture_outputs(float_unet, group, data, means.batch, storage)
-        yield unit, stored.pop(unit.name)
+            views = capture_float(float_unet, group, data, means.batch, storage, fed=with_inputs)
+            importance = dict(recipe.objective.importance(float_unet, group, data, means.batch, storage))
+        yield unit, views.pop(unit.name), importance.pop(unit.name, None)
 
 
 def learn(
     model: QuantizedUNet,
     unit: Unit,
     module: nn.Module,
-    inputs: Leaves,
-    targets: Leaves,
+    fed: Mapping[Origin, Leaves],
+    wanted: Leaves,
+    importance: Leaves | None,
     recipe: Recipe,
     means: Means,
     seed: int,
     watcher: Watcher,
-) -> tuple[float, float]:
-    """Learn one unit's rounding; returns the output error of nearest rounding and of the learned one."""
-    layers = [model.layer(site) for site in unit.sites]
-    quantizers = model.weight_quantizers(unit.sites)
-    split = len(inputs.tensors)
-
-    def arrange(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
-        return inputs.structure(tensors[:split]), targets.structure(tensors[split:])
-
-    tensors = [*inputs.tensors, *targets.tensors]
-    some = [x[:: max(1, len(x) // JUDGED)] for x in tensors]  # evenly spread over the steps
+) -> None:
+    """Learn one unit; its weights end rounded up or down."""
     device = next(model.parameters()).device
-    with modes(quantizers, Mode.QUANTIZE):
-        nearest = relative_error(module, some, arrange, means.batch, device)
-        roundings = [q.learn_rounding(layer.weight) for layer, q in zip(layers, quantizers, strict=True)]
-        batches = RandomBatches(tensors, recipe.batch, recipe.iterations, seed)
-        trainer = means.trainer(max_epochs=1, callbacks=[Report(watcher, unit.name, recipe.iterations)])
-        with torch.enable_grad():
-            trainer.fit(BlockReconstruction(module, roundings, arrange, recipe), batches)
-        module.to(device)
-        for rounding in roundings:
-            rounding.harden()
-        learned = relative_error(module, some, arrange, means.batch, device)
-    return nearest, learned
+    samples = Leaves.of(
+        {
+            "fed": {origin: leaves.whole for origin, leaves in fed.items()},
+            "wanted": wanted.whole,
+            "importance": importance.whole if importance else None,
+        }
+    )
+    roundings: list[AdaRound] = []
+    if recipe.rounding:
+        roundings = [rounding for site in unit.sites for rounding in model.learn_rounding(site)]
+    quantizers = quantizers_of(model, unit, recipe)
+    sources = [quantizer.source for quantizer in quantizers.values()]
+    inside = list(model.activation_quantizers_in(unit.name, unit.sites).values())
+    lesson = BlockReconstruction(module, model.clock, roundings, sources, samples.structure, recipe)
+    batches = RandomBatches(samples.tensors, recipe.batch, recipe.iterations, seed)
+    trainer = means.trainer(max_epochs=1, callbacks=[Report(watcher, unit.name, recipe.iterations)])
+    with learning(sources, seed), recipe.inputs.inside(inside):
+        trainer.fit(lesson, batches)
+    module.to(device)
+    for rounding in roundings:
+        rounding.harden()
 
 
-@torch.no_grad()
-def relative_error(
-    module: nn.Module,
-    tensors: Sequence[Tensor],
-    arrange: Callable[[Sequence[Tensor]], tuple[Any, Any]],
-    batch: int,
-    device: torch.device,
-) -> float:
-    """Mean squared error of the unit's outputs over their variance, averaged over its outputs."""
-    squared: list[Tensor] = []
-    power: list[Tensor] = []
-    for start in range(0, len(tensors[0]), batch):
-        (args, kwargs), targets = arrange([x[start : start + batch].to(device) for x in tensors])
-        outputs, wanted = pytree.tree_leaves(module(*args, **kwargs)), pytree.tree_leaves(targets)
-        squared.append(torch.stack([(o - w).square().sum() for o, w in zip(outputs, wanted, strict=True)]))
-        power.append(
-            torch.stack([torch.stack([w.sum(), w.square().sum(), torch.tensor(w.numel()).to(w)]) for w in wanted])
-        )
-    total = torch.stack(power).double().sum(0)
-    count = total[:, 2]
-    variance = total[:, 1] / count - (total[:, 0] / count) ** 2
-    return float((torch.stack(squared).double().sum(0) / count / variance).mean())
+@contextmanager
+def learning(sources: Sequence[Source], seed: int) -> Iterator[None]:
+    """Sources learn (their dropout is on), and random numbers come from the seed, whatever was drawn before."""
+    parameters = [parameter for source in sources for parameter in source.trainable()]
+    with torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for source in sources:
+            source.train()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            for source in sources:
+                source.eval()
+
+
+def relative_error(returned: Leaves, wanted: Leaves) -> float:
+    """Mean squared error of the outputs over their variance, averaged over the outputs."""
+    pairs = zip(returned.tensors, wanted.tensors, strict=True)
+    errors = [float((r - w.to(r)).square().mean() / w.to(r).var(correction=0)) for r, w in pairs]
+    return sum(errors) / len(errors)

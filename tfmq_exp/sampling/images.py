@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.sampling.sampler import DDIM, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import Predict, Sampler, trajectory
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 STREAM = "images"
@@ -38,18 +38,18 @@ class ImagePlan:
 
 
 def sample_shard(
-    unet: nn.Module,
+    predict: Predict,
     denoiser: Denoiser,
-    sampler: DDIM,
+    sampler: Sampler,
     seed: int,
     indices: range,
     each_step: Callable[[int], None] = lambda _: None,
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Images `indices` of the run with `seed`."""
-    device = next(unet.parameters()).device
+    device = next(denoiser.unet.parameters()).device
     generators = image_generators(seed, STREAM, indices)
     x = initial_noise(generators, denoiser.sample_shape, device)
-    for step in trajectory(noise_predictor(unet), sampler, denoiser.schedule, x, generators):
+    for step in trajectory(predict, sampler, denoiser.schedule, x, generators):
         each_step(step.index)
         x = step.x_next
     return to_uint8(x).cpu()

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,6 +21,34 @@ class Step(NamedTuple):
     x: Float[Tensor, "batch ..."]
     eps: Float[Tensor, "batch ..."]
     x_next: Float[Tensor, "batch ..."]
+
+
+class Sampler(Protocol):
+    """Which timesteps are visited, and how one leads to the next."""
+
+    @property
+    def steps(self) -> int:
+        """Denoiser calls for one image."""
+        ...
+
+    @property
+    def eta(self) -> float:
+        """How much noise a step adds, against that of DDPM; 0 for deterministic samplers."""
+        ...
+
+    def scheduler(self, schedule: Mapping[str, Any]) -> DDIMScheduler:
+        """Diffusers' scheduler with its timesteps set."""
+        ...
+
+    def timesteps(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """The finite set, in the order of sampling."""
+        ...
+
+    def step(
+        self, scheduler: DDIMScheduler, index: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """From `x` at step `index` to the next."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,11 +86,86 @@ class DDIM:
         """The finite set, in the order of sampling."""
         return tuple(int(t) for t in self.scheduler(schedule).timesteps)
 
+    def step(
+        self,
+        scheduler: DDIMScheduler,
+        index: int,
+        eps: Float[Tensor, "batch ..."],
+        x: Float[Tensor, "batch ..."],
+        generators: Sequence[torch.Generator],
+    ) -> Float[Tensor, "batch ..."]:
+        """From `x` at step `index` to the next; noise, if any, from each row's own generator."""
+        noise: Any = list(generators) if self.eta else None
+        t = int(scheduler.timesteps[index])
+        return scheduler.step(eps, t, x, eta=self.eta, generator=noise, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class VarianceCalibrated:
+    """DDIM that adds less noise where the prediction brings noise of its own (PTQD, arXiv 2305.10657, section 3.3).
+
+    sigma'^2 = max(0, sigma^2 - B^2 s^2), with s the standard deviation of the prediction's noise and
+    B = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a) what it is multiplied with on the way to the next x.
+
+    Args:
+        sampler: the plain one.
+        residual: s for every step.
+        keep_drift: take the deterministic part with the original sigma; the release takes sigma' there too.
+    """
+
+    sampler: Sampler
+    residual: tuple[float, ...]
+    keep_drift: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Denoiser calls for one image."""
+        return self.sampler.steps
+
+    @property
+    def eta(self) -> float:
+        """That of the plain sampler."""
+        return self.sampler.eta
+
+    def scheduler(self, schedule: Mapping[str, Any]) -> DDIMScheduler:
+        """The plain sampler's."""
+        return self.sampler.scheduler(schedule)
+
+    def timesteps(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """The plain sampler's."""
+        return self.sampler.timesteps(schedule)
+
+    def remaining(self, scheduler: DDIMScheduler, index: int) -> float:
+        """Sigma' as a share of sigma."""
+        t, jump = int(scheduler.timesteps[index]), scheduler.config["num_train_timesteps"] // self.steps
+        alpha = float(scheduler.alphas_cumprod[t])
+        following = float(scheduler.alphas_cumprod[t - jump] if t >= jump else scheduler.final_alpha_cumprod)
+        variance = self.eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
+        if variance <= 0:
+            return 0.0
+        b = (1 - following - variance) ** 0.5 - (following * (1 - alpha) / alpha) ** 0.5
+        return max(0.0, 1 - (b * self.residual[index]) ** 2 / variance) ** 0.5
+
+    def step(
+        self,
+        scheduler: DDIMScheduler,
+        index: int,
+        eps: Float[Tensor, "batch ..."],
+        x: Float[Tensor, "batch ..."],
+        generators: Sequence[torch.Generator],
+    ) -> Float[Tensor, "batch ..."]:
+        """From `x` at step `index` to the next."""
+        t, share, each = int(scheduler.timesteps[index]), self.remaining(scheduler, index), list(generators)
+        noise = randn_tensor(tuple(eps.shape), generator=each, device=eps.device, dtype=eps.dtype)
+        eta = self.eta if self.keep_drift else self.eta * share
+        noise = noise * share if self.keep_drift else noise
+        return scheduler.step(eps, t, x, eta=eta, variance_noise=noise, return_dict=False)[0]  # type: ignore[no-any-return]
+
 
 @torch.no_grad()
 def trajectory(
     predict: Predict,
-    sampler: DDIM,
+    sampler: Sampler,
     schedule: Mapping[str, Any],
     x: Float[Tensor, "batch ..."],
     generators: Sequence[torch.Generator],
@@ -78,8 +182,7 @@ def trajectory(
     scheduler = sampler.scheduler(schedule)
     for index, t in enumerate(scheduler.timesteps):
         eps = predict(x, t.expand(len(x)).to(x.device))
-        noise: Any = list(generators) if sampler.eta else None
-        (x_next, *_) = scheduler.step(eps, int(t), x, eta=sampler.eta, generator=noise, return_dict=False)
+        x_next = sampler.step(scheduler, index, eps, x, generators)
         yield Step(index, int(t), x, eps, x_next)
         x = x_next
 

@@ -25,11 +25,12 @@ from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
 from tfmq_exp.quant.sources.base import RunningRange
-from tfmq_exp.quant.spec import QParams
-from tfmq_exp.surgery.plan import resolved_from_json
+from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.surgery.plan import resolved_from_json, resolved_to_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.temporal_cache import Unneeded
 
-FORMAT, VERSION = "tfmq_exp.quantized_unet", 1
+FORMAT, VERSION = "tfmq_exp.quantized_unet", 2
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
 
 
@@ -68,6 +69,19 @@ def checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def packed(integers: QuantizedWeight) -> dict[str, Tensor]:
+    """Integers as they are stored; a zero point that is always 0 is not."""
+    codes, qparams, spec = integers
+    parts = {"codes": pack(codes, spec.bits), "scale": qparams.scale.flatten()}
+    return parts | ({"zero_point": smallest(qparams.zero_point.flatten())} if spec.scheme == "affine" else {})
+
+
+def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
+    """All integer tensors by the name that they have in the file: weights part by part, and cached temporal features."""
+    weights = {f"weights/{site}/{i}": part for site, parts in model.integers.items() for i, part in enumerate(parts)}
+    return weights | {f"cached/{site}": integers for site, integers in model.cached.items()}
+
+
 def save(model: QuantizedUNet, path: Path) -> int:
     """Write the artefact; returns its size in bytes.
 
@@ -80,18 +94,13 @@ def save(model: QuantizedUNet, path: Path) -> int:
     model.require_calibrated()
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
-    for site, (codes, qparams, spec) in model.integers.items():
-        tensors[f"weights/{site}/codes"] = pack(codes, spec.bits)
-        tensors[f"weights/{site}/scale"] = qparams.scale.flatten()
-        if spec.scheme == "affine":
-            tensors[f"weights/{site}/zero_point"] = smallest(qparams.zero_point.flatten())
-        shapes[site] = list(codes.shape)
+    for name, integers in stored_integers(model).items():
+        tensors |= {f"{name}/{part}": value for part, value in packed(integers).items()}
+        shapes[name] = list(integers.codes.shape)
     for name, quantizer in model.activation_quantizers().items():
-        source = quantizer.source
-        if not isinstance(source, RunningRange):
-            raise TypeError(f"a {type(source).__name__} has no table of scales to store ({name})")
-        tensors[f"inputs/{name}/scale"] = source.scale
-        tensors[f"inputs/{name}/zero_point"] = smallest(source.zero_point)
+        if isinstance(quantizer.source, RunningRange):
+            tensors[f"activations/{name}/scale"] = quantizer.source.scale
+            tensors[f"activations/{name}/zero_point"] = smallest(quantizer.source.zero_point)
     integer = {f"{site}.weight" for site in model.integers}
     sources = tuple(f"{name}." for name in model.activation_quantizers())
     for name, value in model.unet.state_dict().items():
@@ -100,8 +109,10 @@ def save(model: QuantizedUNet, path: Path) -> int:
     manifest = {
         "network": type(model.unet).__name__,
         "config": {k: v for k, v in dict(model.unet.config).items() if not k.startswith("_")},
-        "plan": dataclasses.asdict(model.plan),
+        "plan": resolved_to_json(model.plan),
         "shapes": shapes,
+        "cached": {site: dataclasses.asdict(integers.spec) for site, integers in model.cached.items()},
+        "unneeded": [name for name, module in model.unet.named_modules() if isinstance(module, Unneeded)],
         # not always what the configuration says: the original networks have one number of heads at every width
         "heads": {name: module.heads for name, module in attentions(model.unet).items()},
     }
@@ -130,43 +141,68 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return manifest, tensors
 
 
-def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
-    """The model that a manifest describes, with its tensors; ValueError or RuntimeError where they do not fit."""
+class Stored:
+    """The tensors of a file, each of which is taken exactly once; ValueError for one that is missing or left over."""
+
+    def __init__(self, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.manifest, self.tensors = manifest, dict(tensors)
+
+    def take(self, key: str) -> Tensor:
+        """One tensor."""
+        if key not in self.tensors:
+            raise ValueError(f"it lacks {key!r}")
+        return self.tensors.pop(key)
+
+    def integers(self, name: str, spec: QuantSpec) -> QuantizedWeight:
+        """What `packed` stored."""
+        shape = tuple(self.manifest["shapes"][name])
+        scale = self.take(f"{name}/scale").reshape(spec.range_shape(shape))
+        zero_point = torch.zeros_like(scale)
+        if spec.scheme == "affine":
+            zero_point = self.take(f"{name}/zero_point").float().reshape(scale.shape)
+        return QuantizedWeight(unpack(self.take(f"{name}/codes"), spec.bits, shape), QParams(scale, zero_point), spec)
+
+    def end(self) -> None:
+        """Everything must have been taken."""
+        if self.tensors:
+            count, first = len(self.tensors), min(self.tensors)
+            raise ValueError(f"it holds {count} tensors that the model has no place for, first {first!r}")
+
+
+def empty_network(manifest: Mapping[str, Any]) -> torch.nn.Module:
+    """The float network that a manifest describes, with nothing in its parameters yet."""
     if manifest["network"] not in NETWORKS:
         raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
-    plan = resolved_from_json(manifest["plan"])
     with torch.device("meta"):
         unet = getattr(diffusers, manifest["network"]).from_config(manifest["config"])
     unet.to_empty(device="cpu")
     for name, attention in attentions(unet).items():
         set_heads(attention, manifest["heads"][name])
-    model = build(unet, plan, MinMax())
-    taken: set[str] = set()
+    return unet
 
-    def take(key: str) -> Tensor:
-        taken.add(key)
-        if key not in tensors:
-            raise ValueError(f"it lacks {key!r}")
-        return tensors[key]
 
+def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
+    """The model that a manifest describes, with its tensors; ValueError or RuntimeError where they do not fit."""
+    stored = Stored(manifest, tensors)
+    plan = resolved_from_json(manifest["plan"])
+    model = build(empty_network(manifest), plan, MinMax())
     state = {}
     for site in model.weight_sites():
-        spec = plan.sites[site].weight
-        assert spec is not None
-        shape = tuple(manifest["shapes"][site])
-        scale = take(f"weights/{site}/scale").reshape(spec.range_shape(shape))
-        zero_point = torch.zeros_like(scale)
-        if spec.scheme == "affine":
-            zero_point = take(f"weights/{site}/zero_point").float().reshape(scale.shape)
-        codes = unpack(take(f"weights/{site}/codes"), spec.bits, shape)
-        model.freeze(site, QuantizedWeight(codes, QParams(scale, zero_point), spec))
+        line = plan.sites[site]
+        assert line.weight is not None
+        parts = range(2 if line.split else 1)
+        model.freeze(site, tuple(stored.integers(f"weights/{site}/{i}", line.weight) for i in parts))
         state[f"{site}.weight"] = model.layer(site).weight
-    for name in model.activation_quantizers():
-        for part in ("scale", "zero_point"):
-            state[f"{name}.source.{part}"] = take(f"inputs/{name}/{part}").float()
-    state |= {name: take(f"float/{name}") for name in model.unet.state_dict() if name not in state}
-    if extra := set(tensors) - taken:
-        raise ValueError(f"it holds {len(extra)} tensors that the model has no place for, first {min(extra)!r}")
+    for site, spec in manifest["cached"].items():
+        model.cache_feature(site, stored.integers(f"cached/{site}", QuantSpec(**spec)))
+    for site in manifest["unneeded"]:
+        model.drop(site)
+    for name, quantizer in model.activation_quantizers().items():
+        if isinstance(quantizer.source, RunningRange):
+            for part in ("scale", "zero_point"):
+                state[f"{name}.source.{part}"] = stored.take(f"activations/{name}/{part}").float()
+    state |= {name: stored.take(f"float/{name}") for name in model.unet.state_dict() if name not in state}
+    stored.end()
     model.unet.load_state_dict(state, strict=True)
     model.set_activations(Mode.QUANTIZE)
     return model

@@ -1,42 +1,76 @@
 """What becomes integer: a plan by role, resolved into a table with one line per layer."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from tfmq_exp.denoisers.anatomy import TEMPORAL_ROLES, Anatomy, Role, Site
+from tfmq_exp.denoisers.anatomy import Anatomy, Role, Site
 from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.surgery.scales import Scale, ScalePlan, scale_from_json, scale_to_json
 
 WEIGHT_BITS = range(2, 9)
 INPUT_BITS = range(4, 9)
 PROBABILITY_BITS = range(4, 17)
 
 
-def checked(bits: int | None, allowed: range, what: str) -> None:
+Bits = int | Sequence[int]  # several activation widths: which acts is chosen per sampling step
+
+
+def checked(bits: Bits | None, allowed: range, what: str) -> None:
     """Raise ValueError unless `bits` is None (float) or allowed."""
-    if bits is not None and bits not in allowed:
-        raise ValueError(f"{what} bits must be {allowed[0]} to {allowed[-1]} or null (float), got {bits!r}")
+    for b in widths(bits):
+        if b not in allowed:
+            raise ValueError(f"{what} bits must be {allowed[0]} to {allowed[-1]} or null (float), got {b!r}")
 
 
-def weight_spec(bits: int | None) -> QuantSpec | None:
-    """The grid of a weight, one range per output channel, that an integer engine executes exactly.
+def widths(bits: Bits | None) -> tuple[int, ...]:
+    """One width or several as a tuple, empty for float."""
+    return () if bits is None else tuple(bits) if isinstance(bits, Sequence) else (bits,)
 
-    8 bits: symmetric (an asymmetric code minus its zero point would need 9 bits). Fewer: asymmetric with a zero point
-    inside the grid, so that code - zero point is a signed 8-bit integer.
+
+@dataclass(frozen=True)
+class GridPlan:
+    """Kinds of grids.
+
+    Args:
+        weights: `deployable` is what an integer engine executes exactly: 8 bits symmetric (an asymmetric code minus its zero
+            point would need 9 bits), fewer asymmetric with a zero point inside the grid. Or `affine`, `symmetric` always.
+        per: weights have a range per output `channel`, or one per `tensor` (PTQD's release).
+        activations: `affine`, or `symmetric` (some recipes of Q-Diffusion's release).
     """
-    checked(bits, WEIGHT_BITS, "weight")
-    if bits is None:
-        return None
-    return QuantSpec(bits, "symmetric" if bits == 8 else "affine", axis=0)
+
+    weights: Literal["deployable", "affine", "symmetric"] = "deployable"
+    per: Literal["channel", "tensor"] = "channel"
+    activations: Literal["affine", "symmetric"] = "affine"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "weights": ("deployable", "affine", "symmetric"),
+            "per": ("channel", "tensor"),
+            "activations": ("affine", "symmetric"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"grids.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+
+    def weight(self, bits: int | None) -> QuantSpec | None:
+        """The grid of a weight."""
+        if bits is None:
+            return None
+        scheme = self.weights
+        if scheme == "deployable":
+            scheme = "symmetric" if bits == 8 else "affine"
+        return QuantSpec(bits, scheme, axis=0 if self.per == "channel" else None)
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """Bits of a layer's weight and of its input; None stays float."""
+    """Bits of a layer's weight, of its input and of its output; None stays float."""
 
     weight: int | None = None
-    input: int | None = None
+    input: Bits | None = None
+    output: Bits | None = None
 
 
 @dataclass(frozen=True)
@@ -48,42 +82,25 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True)
-class ScalePlan:
-    """Where activation scales come from.
+class ActivationPlan:
+    """One quantized activation: its grid, or several to choose from step by step, and its scale."""
 
-    Args:
-        scope: which layers have one scale per sampling step, which is Finite Set Calibration (FSC): `temporal`, those
-            of the Temporal Information Block (the paper, arXiv 2311.16503, section 4.3); `all` (its release); `none`.
-        momentum: weight of the past in the running ranges.
-    """
+    specs: tuple[QuantSpec, ...]
+    scale: Scale
 
-    scope: Literal["none", "temporal", "all"] = "none"
-    momentum: float = 0.95
-
-    def __post_init__(self) -> None:
-        if self.scope not in ("none", "temporal", "all"):
-            raise ValueError(f"scope must be none, temporal or all, got {self.scope!r}")
-
-    def is_per_step(self, role: Role | None) -> bool:
-        """Whether a layer of this role (None: attention's operands) has one scale per step."""
-        return self.scope == "all" or (self.scope == "temporal" and role in TEMPORAL_ROLES)
-
-
-@dataclass(frozen=True)
-class InputPlan:
-    """One activation quantizer: its grid and its scale source."""
-
-    spec: QuantSpec
-    per_step: bool
-    momentum: float
+    def merged(self) -> "ActivationPlan":
+        """As it is once calibration and learning are over."""
+        return ActivationPlan(self.specs, self.scale.merged())
 
 
 @dataclass(frozen=True)
 class ResolvedSite:
-    """One line of the table: what happens to one layer."""
+    """One line of the table: what happens to one layer. `split` channels come from the trunk, the rest from the skip."""
 
     weight: QuantSpec | None
-    input: InputPlan | None
+    input: ActivationPlan | None
+    output: ActivationPlan | None = None
+    split: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +108,21 @@ class ResolvedPlan:
     """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set."""
 
     sites: Mapping[str, ResolvedSite]
-    operands: Mapping[str, Mapping[str, InputPlan]]
+    operands: Mapping[str, Mapping[str, ActivationPlan]]
     timesteps: tuple[int, ...]
+
+    def merged(self) -> "ResolvedPlan":
+        """As it is once calibration and learning are over."""
+
+        def line(plan: ActivationPlan | None) -> ActivationPlan | None:
+            return plan.merged() if plan else None
+
+        sites = {
+            name: ResolvedSite(site.weight, line(site.input), line(site.output), site.split)
+            for name, site in self.sites.items()
+        }
+        operands = {name: {k: v.merged() for k, v in parts.items()} for name, parts in self.operands.items()}
+        return ResolvedPlan(sites, operands, self.timesteps)
 
 
 @dataclass(frozen=True)
@@ -102,13 +132,18 @@ class SurgeryPlan:
     Args:
         roles: every role of `Role` by its value; a role that is missing or unknown is an error, so the file that holds the
             plan says everything.
+        attention: bits of attention's operands.
         sites: shell patterns of layer names -> plan of those layers, later patterns win; one that matches nothing is an
             error.
+        grids: which kinds of grids.
+        split_shortcuts: give trunk and skip channels of every shortcut grids of their own (Q-Diffusion).
     """
 
     roles: Mapping[str, SitePlan]
     attention: AttentionPlan = field(default_factory=AttentionPlan)
     sites: Mapping[str, SitePlan] = field(default_factory=dict)
+    grids: GridPlan = field(default_factory=GridPlan)
+    split_shortcuts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("roles", "sites"):  # YAML gives plain mappings
@@ -120,6 +155,7 @@ class SurgeryPlan:
         for plan in (*self.roles.values(), *self.sites.values()):
             checked(plan.weight, WEIGHT_BITS, "weight")
             checked(plan.input, INPUT_BITS, "activation")
+            checked(plan.output, INPUT_BITS, "activation")
         checked(self.attention.operands, INPUT_BITS, "attention operand")
         checked(self.attention.probabilities, PROBABILITY_BITS, "attention probability")
 
@@ -140,40 +176,64 @@ class SurgeryPlan:
             if not any(fnmatchcase(name, pattern) for name in anatomy.sites):
                 raise ValueError(f"the pattern {pattern!r} in surgery.sites matches no layer")
 
-        def source(bits: int, role: Role | None, scheme: Scheme = "affine") -> InputPlan:
-            return InputPlan(QuantSpec(bits, scheme), scales.is_per_step(role), scales.momentum)
+        def activation(bits: Bits | None, role: Role | None, scheme: Scheme | None = None) -> ActivationPlan | None:
+            specs = tuple(QuantSpec(b, scheme or self.grids.activations) for b in widths(bits))
+            return ActivationPlan(specs, scales.of(role)) if specs else None
 
         table: dict[str, ResolvedSite] = {}
         for name, site in anatomy.sites.items():
             plan = self.at(site)
-            if plan.weight or plan.input:
+            if plan.weight or plan.input or plan.output:
                 table[name] = ResolvedSite(
-                    weight_spec(plan.weight), source(plan.input, site.role) if plan.input else None
+                    self.grids.weight(plan.weight),
+                    activation(plan.input, site.role),
+                    activation(plan.output, site.role),
+                    site.split if self.split_shortcuts else None,
                 )
-        quantizers: dict[str, InputPlan] = {}
-        if self.attention.operands:
-            quantizers |= {part: source(self.attention.operands, None) for part in ("query", "key", "value")}
-        if self.attention.probabilities:
-            quantizers["probabilities"] = source(self.attention.probabilities, None, "unsigned")
+        operand = activation(self.attention.operands, None)
+        quantizers = {part: operand for part in ("query", "key", "value")} if operand else {}
+        if probabilities := activation(self.attention.probabilities, None, "unsigned"):
+            quantizers["probabilities"] = probabilities
         if not table and not quantizers:
             raise ValueError("this plan quantizes nothing: every role is float")
         return ResolvedPlan(table, {name: quantizers for name in attentions} if quantizers else {}, timesteps)
 
 
-def resolved_from_json(data: Mapping[str, Any]) -> ResolvedPlan:
-    """Read back `dataclasses.asdict(resolved plan)` after a trip through JSON."""
+def resolved_to_json(plan: ResolvedPlan) -> dict[str, Any]:
+    """A merged plan as plain data."""
 
-    def input_plan(d: Mapping[str, Any]) -> InputPlan:
-        return InputPlan(QuantSpec(**d["spec"]), d["per_step"], d["momentum"])
+    def line(activation: ActivationPlan | None) -> dict[str, Any] | None:
+        if activation is None:
+            return None
+        return {"specs": [asdict(spec) for spec in activation.specs], "scale": scale_to_json(activation.scale)}
+
+    sites = {
+        name: {
+            "weight": asdict(site.weight) if site.weight else None,
+            "input": line(site.input),
+            "output": line(site.output),
+            "split": site.split,
+        }
+        for name, site in plan.sites.items()
+    }
+    operands = {name: {part: line(a) for part, a in parts.items()} for name, parts in plan.operands.items()}
+    return {"sites": sites, "operands": operands, "timesteps": list(plan.timesteps)}
+
+
+def resolved_from_json(data: Mapping[str, Any]) -> ResolvedPlan:
+    """The inverse of `resolved_to_json`."""
+
+    def line(d: Mapping[str, Any]) -> ActivationPlan:
+        return ActivationPlan(tuple(QuantSpec(**spec) for spec in d["specs"]), scale_from_json(d["scale"]))
 
     sites = {
         name: ResolvedSite(
-            QuantSpec(**line["weight"]) if line["weight"] else None,
-            input_plan(line["input"]) if line["input"] else None,
+            QuantSpec(**site["weight"]) if site["weight"] else None,
+            line(site["input"]) if site["input"] else None,
+            line(site["output"]) if site["output"] else None,
+            site["split"],
         )
-        for name, line in data["sites"].items()
+        for name, site in data["sites"].items()
     }
-    operands = {
-        name: {part: input_plan(plan) for part, plan in parts.items()} for name, parts in data["operands"].items()
-    }
+    operands = {name: {part: line(a) for part, a in parts.items()} for name, parts in data["operands"].items()}
     return ResolvedPlan(sites, operands, tuple(data["timesteps"]))

@@ -1,7 +1,8 @@
 """The quantized UNet: the float network with some layers replaced by their quantized twins."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +15,21 @@ from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.layers import TWINS, QuantizedWeight, QuantLayer
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.ranges import RangeEstimator
-from tfmq_exp.quant.sources.per_step import PerStep
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.surgery.attention import QuantAttnProcessor
-from tfmq_exp.surgery.plan import InputPlan, ResolvedPlan
+from tfmq_exp.surgery.plan import ActivationPlan, ResolvedPlan
+from tfmq_exp.surgery.temporal_cache import CachedFeature, Unneeded
 
 
 class QuantizedUNet(nn.Module):
     """Called like the UNet it holds. Owns the clock; sets it from the timestep at every forward pass.
 
     Quantizers start in mode OFF. A layer's weight is either still float, with a quantizer, or already replaced by what its
-    integers stand for; those are then in `integers`.
+    integers stand for; those are then in `integers`. Embedding projections that were replaced by stored features are in
+    `cached`.
     """
 
     unet: Any  # one of diffusers' UNets
@@ -34,13 +38,16 @@ class QuantizedUNet(nn.Module):
         super().__init__()
         self.unet, self.plan = unet, plan
         self.clock = StepClock(plan.timesteps)
-        self.integers: dict[str, QuantizedWeight] = {}
+        self.integers: dict[str, tuple[QuantizedWeight, ...]] = {}
+        self.cached: dict[str, QuantizedWeight] = {}
 
     def forward(self, sample: Float[Tensor, "batch ..."], timestep: Shaped[Tensor, "..."], **conditions: Any) -> Any:
         """The UNet's own output. Raises ValueError at a timestep outside the finite set."""
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         with self.clock.at(t):
             return self.unet(sample, t, **conditions)
+
+    # weights -----------------------------------------------------------------------------------------------------
 
     def layer(self, site: str) -> QuantLayer:
         """The quantized twin at a site."""
@@ -55,25 +62,38 @@ class QuantizedUNet(nn.Module):
 
     def weight_quantizers(self, sites: Collection[str] | None = None) -> list[WeightQuantizer]:
         """Quantizers of the weights that are not frozen yet."""
-        found = [self.layer(name).weight_quantizer for name in (self.weight_sites() if sites is None else sites)]
-        return [quantizer for quantizer in found if isinstance(quantizer, WeightQuantizer)]
+        wanted = self.weight_sites() if sites is None else [s for s in sites if s in self.plan.sites]
+        return [quantizer for site in wanted for quantizer, _ in self.layer(site).weight_parts()]
+
+    def place_weight_grids(self) -> None:
+        """Set the scale and zero point of every weight quantizer from its weight."""
+        for site in self.weight_sites():
+            for quantizer, weight in self.layer(site).weight_parts():
+                quantizer.observe(weight)
+
+    def learn_rounding(self, site: str) -> list[AdaRound]:
+        """Start AdaRound on a weight, on each of its parts; nothing for a weight that stays float."""
+        if site not in self.plan.sites:
+            return []
+        return [quantizer.learn_rounding(weight) for quantizer, weight in self.layer(site).weight_parts()]
+
+    def freeze(self, site: str, integers: tuple[QuantizedWeight, ...] | None = None) -> None:
+        """Turn one weight into integers: those given, or the quantizer's own under its present rounding."""
+        layer = self.layer(site)
+        self.integers[site] = integers or layer.quantized_weight()
+        layer.freeze_weight(self.integers[site])
+
+    # activations -------------------------------------------------------------------------------------------------
 
     def activation_quantizers(self) -> dict[str, AffineQuantizer]:
         """Every activation quantizer by its name in the network."""
         return {name: module for name, module in self.unet.named_modules() if isinstance(module, AffineQuantizer)}
 
-    def place_weight_grids(self) -> None:
-        """Set the scale and zero point of every weight quantizer from its weight."""
-        for site in self.weight_sites():
-            layer = self.layer(site)
-            if isinstance(layer.weight_quantizer, WeightQuantizer):
-                layer.weight_quantizer.observe(layer.weight)
-
-    def freeze(self, site: str, integers: QuantizedWeight | None = None) -> None:
-        """Turn one weight into integers: those given, or the quantizer's own under its present rounding."""
-        layer = self.layer(site)
-        self.integers[site] = integers or layer.quantized_weight()
-        layer.freeze_weight(self.integers[site])
+    def activation_quantizers_in(self, block: str, sites: Collection[str]) -> dict[str, AffineQuantizer]:
+        """Those of some layers, and those of the operands of attentions inside a block."""
+        attentions = [name for name in self.plan.operands if name == block or name.startswith(f"{block}.")]
+        owners = tuple([f"{site}." for site in sites] + [f"{name}.processor." for name in attentions])
+        return {name: q for name, q in self.activation_quantizers().items() if name.startswith(owners)}
 
     def set_activations(self, mode: Mode) -> None:
         """Set the mode of every activation quantizer.
@@ -90,36 +110,94 @@ class QuantizedUNet(nn.Module):
         """Raise RuntimeError, naming it, if some activation source has seen no data at some step."""
         for name, quantizer in self.activation_quantizers().items():
             if missing := quantizer.source.uncalibrated():
-                steps = self.clock.num_steps
-                raise RuntimeError(f"{name} has seen no calibration data ({len(missing)} of {steps} steps)")
+                raise RuntimeError(
+                    f"{name} has seen no calibration data ({len(missing)} of its ranges, "
+                    f"{self.clock.num_steps} sampling steps)"
+                )
+
+    def activation_state(self) -> dict[str, Tensor]:
+        """Everything that activation quantizers have learned, by name."""
+        quantizers = self.activation_quantizers().items()
+        return {f"{name}.{key}": value for name, q in quantizers for key, value in q.state_dict().items()}
+
+    def load_activations(self, state: Mapping[str, Tensor]) -> None:
+        """Put back the state of some activation quantizers; KeyError for a name that is not here."""
+        own = self.activation_state()
+        for name, value in state.items():
+            own[name].copy_(value)
+
+    def activation_bits(self) -> tuple[int, ...]:
+        """The bit-widths that a step can choose from, ascending; one where there is no choice."""
+        return tuple(sorted({quantizer.spec.bits for quantizer in self.switched()}))
+
+    def switched(self) -> list[AffineQuantizer]:
+        """The quantizers among which a choice is made."""
+        return [choice for switch in self.switches() for choice in switch.choices]  # type: ignore[misc]
+
+    def switches(self) -> list[StepSwitch]:
+        """Activations with more than one bit-width."""
+        return [module for module in self.unet.modules() if isinstance(module, StepSwitch)]
+
+    def use_bits(self, bits: Sequence[int]) -> None:
+        """Set the bit-width of every step where there is a choice."""
+        for switch in self.switches():
+            switch.use(bits)
+
+    def merge_sources(self) -> None:
+        """Replace every source by what is left of it after learning: generated intervals become tables."""
+        for quantizer in self.activation_quantizers().values():
+            quantizer.source = quantizer.source.merged()
+        self.plan = self.plan.merged()
+
+    # temporal features -------------------------------------------------------------------------------------------
+
+    def cache_feature(self, site: str, integers: QuantizedWeight) -> None:
+        """Replace an embedding projection by its stored features."""
+        self.cached[site] = integers
+        self._replace(site, CachedFeature(integers, self.clock))
+
+    def drop(self, site: str) -> None:
+        """Take out a layer whose output nobody reads any more."""
+        self._replace(site, Unneeded())
+
+    def _replace(self, site: str, module: nn.Module) -> None:
+        self.unet.set_submodule(site, module.to(next(self.unet.parameters()).device))
+        self.integers.pop(site, None)
+        self.plan = replace(self.plan, sites={k: v for k, v in self.plan.sites.items() if k != site})
 
 
 def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> QuantizedUNet:
     """A quantized copy of `unet` with exactly the quantizers of the table. The float network is left as it is."""
     model = QuantizedUNet(copy.deepcopy(unet).requires_grad_(False).eval(), plan)
 
-    def quantizer(line: InputPlan) -> AffineQuantizer:
-        if line.per_step:
-            return AffineQuantizer(PerStep(line.spec, model.clock, momentum=line.momentum))
-        return AffineQuantizer(Static(line.spec, momentum=line.momentum))
+    def quantizer(line: ActivationPlan) -> nn.Module:
+        choices = [AffineQuantizer(line.scale.source(spec, model.clock)) for spec in line.specs]
+        return choices[0] if len(choices) == 1 else StepSwitch(choices, model.clock)
 
     for site, line in plan.sites.items():
         layer = model.unet.get_submodule(site)
         if type(layer) not in TWINS:
             raise TypeError(f"{site} is a {type(layer).__name__}, which has no quantized twin")
         twin = TWINS[type(layer)].from_float(layer)
+        sizes = (line.split, twin.weight.shape[1] - line.split) if line.split else ()
         if line.weight:
-            twin.weight_quantizer = WeightQuantizer(twin.weight, line.weight, estimator)
+            pieces = twin.weight.split(sizes, dim=1) if sizes else (twin.weight,)
+            parts = [WeightQuantizer(piece, line.weight, estimator) for piece in pieces]
+            twin.weight_quantizer = SplitQuantizer(parts, sizes) if sizes else parts[0]
         if line.input:
-            twin.input_quantizer = quantizer(line.input)
-        parent, _, name = site.rpartition(".")
-        setattr(model.unet.get_submodule(parent), name, twin)
+            inputs = line.input
+            twin.input_quantizer = (
+                SplitQuantizer([quantizer(inputs) for _ in sizes], sizes) if sizes else quantizer(inputs)  # type: ignore[type-var]
+            )
+        if line.output:
+            twin.output_quantizer = quantizer(line.output)
+        model.unet.set_submodule(site, twin)
     modules = attentions(model.unet)
     for name, parts in plan.operands.items():
         processor: Any = QuantAttnProcessor({part: quantizer(line) for part, line in parts.items()})
         modules[name].set_processor(processor)
     device = next(unet.parameters()).device
-    return model.to(device)
+    return model.to(device).eval()
 
 
 def coverage(plan: ResolvedPlan, anatomy: Anatomy) -> Mapping[str, Any]:
@@ -128,11 +206,13 @@ def coverage(plan: ResolvedPlan, anatomy: Anatomy) -> Mapping[str, Any]:
     macs = sum(site.macs for site in anatomy.sites.values())
     lines = [(anatomy.sites[name], line) for name, line in plan.sites.items()]
     both = [site for site, line in lines if line.weight and line.input]
+    outputs = [site for site, line in lines if line.output]
     return {
         "layers": len(anatomy.sites),
         "weight_share": sum(site.weights for site, line in lines if line.weight) / weights,
         "mac_share_weights": sum(site.macs for site, line in lines if line.weight) / macs,
         "mac_share_weights_and_inputs": sum(site.macs for site in both) / macs,
+        "mac_share_outputs": sum(site.macs for site in outputs) / macs,
         "float_weights": [name for name in anatomy.sites if name not in plan.sites or not plan.sites[name].weight],
         "float_inputs": [name for name in anatomy.sites if name not in plan.sites or not plan.sites[name].input],
         "attention_operands": sorted({part for parts in plan.operands.values() for part in parts}),

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tfmq_exp.quant.functional import qparams_from_range
-from tfmq_exp.quant.ranges import include_zero
+from tfmq_exp.quant.functional import SMALLEST_SCALE, qparams_from_range
+from tfmq_exp.quant.ranges import MinMax, RangeEstimator, include_zero
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
@@ -15,6 +15,7 @@ class Source(nn.Module):
     """Gives the scale and zero point for a tensor whose first dimension is the batch."""
 
     spec: QuantSpec
+    needs_data: bool = True  # whether `observe` has to be shown calibration data
     per_step: bool = False  # whether every range belongs to one sampling step
 
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
@@ -32,29 +33,52 @@ class Source(nn.Module):
         """Parameters that a method may learn."""
         return iter(())
 
+    def keep_valid(self) -> None:
+        """Called after every step of an optimiser on `trainable`."""
+
+    def merged(self) -> "Source":
+        """An equal source that is fit for sampling: what can be computed beforehand is."""
+        return self
+
 
 class RunningRange(Source):
     """A table of ranges, each an exponential moving average over the batches that it was shown (arXiv 1712.05877, 3.1).
 
-    The first batch sets a range, later ones move it: lo <- momentum * lo + (1 - momentum) * min of the batch. Scales follow
-    at once; only they are part of the state that is saved. NaN marks what has seen no data.
+    The first batch sets a range, later ones move it: lo <- momentum * lo + (1 - momentum) * lo of the batch. Scales follow
+    at once; only they are part of the state that is saved, and only they can be learned: zero points stay what
+    calibration made them. NaN marks what has seen no data.
+
+    Args:
+        spec: the grid.
+        entries: how many ranges.
+        momentum: weight of the past; 0.95 in Q-Diffusion and TFMQ-DM.
+        estimator: the range of one batch.
     """
 
     lo: Tensor
     hi: Tensor
-    scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, spec: QuantSpec, entries: int, momentum: float) -> None:
+    def __init__(self, spec: QuantSpec, entries: int, *, momentum: float, estimator: RangeEstimator) -> None:
         super().__init__()
         if spec.axis is not None:
             raise ValueError("activations have one range per tensor: spec.axis must be None")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        self.spec, self.momentum = spec, momentum
-        for name in ("lo", "hi", "scale", "zero_point"):
-            self.register_buffer(name, torch.full((entries,), torch.nan), persistent=name in ("scale", "zero_point"))
+        self.spec, self.momentum, self.estimator = spec, momentum, estimator
+        for name in ("lo", "hi", "zero_point"):
+            self.register_buffer(name, torch.full((entries,), torch.nan), persistent=name == "zero_point")
+        self.scale = nn.Parameter(torch.full((entries,), torch.nan), requires_grad=False)
 
+    def show(self, x: Float[Tensor, "batch *rest"], entry_of_row: Int[Tensor, "batch"]) -> None:
+        """Move the ranges of the entries that the rows belong to."""
+        lo, hi = torch.full_like(self.lo, torch.inf), torch.full_like(self.hi, torch.inf)
+        for entry in sorted({int(i) for i in entry_of_row}):
+            ends = self.estimator(x[entry_of_row == entry], self.spec)
+            lo[entry], hi[entry] = (end.reshape(()) for end in ends)
+        self.update(lo, hi)
+
+    @torch.no_grad()
     def update(self, lo: Float[Tensor, "entries"], hi: Float[Tensor, "entries"]) -> None:
         """Move the ranges towards those of a batch; entries that are infinite had no data in it."""
         here = torch.isfinite(lo)
@@ -68,3 +92,15 @@ class RunningRange(Source):
     def uncalibrated(self) -> list[int]:
         """Entries without a scale."""
         return [int(i) for i in torch.nonzero(self.scale.isnan())]
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """The scales."""
+        yield self.scale
+
+    @torch.no_grad()
+    def keep_valid(self) -> None:
+        """A scale that a step has made negative would turn the grid around."""
+        self.scale.clamp_(min=SMALLEST_SCALE)
+
+
+DEFAULT_ESTIMATOR = MinMax(widen=False)  # the running range is widened, not each batch's

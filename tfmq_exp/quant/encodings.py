@@ -1,0 +1,62 @@
+"""Encodings of the timestep for a network that reads it (TDQ, arXiv 2306.02316, section 4 and supplement, table 2)."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class TimeEncoding(Protocol):
+    """Timesteps as vectors."""
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        """One row per timestep."""
+        ...
+
+
+@dataclass(frozen=True)
+class Frequency:
+    """[cos(t w_i), sin(t w_i)], w_i = 10000^(-2i / width): the encoding of the UNet itself; TDQ's choice."""
+
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.width < 2 or self.width % 2:
+            raise ValueError(f"the width of a frequency encoding must be even and at least 2, got {self.width}")
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        """Cosines first."""
+        half = self.width // 2
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """t / T, one number: what TDQ_thin reads. T = 1 leaves raw timesteps, with which TDQ's training diverges."""
+
+    train_timesteps: int
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        """A single column."""
+        return t.float()[:, None] / self.train_timesteps
+
+
+@dataclass(frozen=True)
+class RandomFourier:
+    """[cos 2 pi B t / T, sin 2 pi B t / T], B drawn once from N(0, sigma^2)."""
+
+    width: int
+    sigma: float
+    train_timesteps: int
+    seed: int = 0
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        """Cosines first."""
+        generator = torch.Generator().manual_seed(self.seed)
+        b = self.sigma * torch.randn(self.width // 2, generator=generator).to(t.device)
+        angles = 2 * math.pi * (t.float()[:, None] / self.train_timesteps) * b
+        return torch.cat([angles.cos(), angles.sin()], dim=1)

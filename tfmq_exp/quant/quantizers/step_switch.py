@@ -1,0 +1,49 @@
+"""Step-aware mixed precision: another bit-width at other sampling steps (PTQD, arXiv 2305.10657, section 3.4)."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer
+from tfmq_exp.quant.quantizers.base import Mode
+
+
+class StepSwitch(nn.Module):
+    """Several quantizers of one activation, one of which acts at each step; the widest until a choice is made.
+
+    Weights do not change with the step, so one copy of them serves all.
+    """
+
+    at: Tensor
+
+    def __init__(self, choices: Sequence[AffineQuantizer], clock: StepClock) -> None:
+        super().__init__()
+        self.choices, self.clock = nn.ModuleList(choices), clock
+        self.bits = tuple(choice.spec.bits for choice in choices)
+        widest = self.bits.index(max(self.bits))
+        self.register_buffer("at", torch.full((clock.num_steps,), widest), persistent=False)
+
+    def use(self, bits: Sequence[int]) -> None:
+        """Set the bit-width of every step. Raises ValueError for a width that is not among the choices."""
+        if wrong := set(bits).difference(self.bits):
+            raise ValueError(f"no quantizer has {min(wrong)} bits; there are {', '.join(map(str, self.bits))}")
+        self.at.copy_(torch.tensor([self.bits.index(b) for b in bits]))
+
+    def forward(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
+        """Show `x` to every choice while they observe; else let each row's step decide."""
+        if any(choice.mode is not Mode.QUANTIZE for choice in self.choices):
+            for choice in self.choices:
+                choice(x)
+            return x
+        chosen = self.at[self.clock.index]
+        used: list[int] = sorted({int(i) for i in chosen})
+        if len(used) == 1:
+            return self.choices[used[0]](x)
+        rows = chosen.reshape(-1, *(1,) * (x.dim() - 1))
+        out = x
+        for i in used:
+            out = torch.where(rows == i, self.choices[i](x), out)
+        return out
