@@ -4,6 +4,7 @@ TFMQ-DM (arXiv 2311.16503), eq. 4 and 5; rounding is half to even, as in every e
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,8 +57,35 @@ def fake_quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
     """`dequantize` after `quantize`: the nearest point of the grid, still a real number (simulated quantization)."""
-    learning = torch.is_grad_enabled() and (x.requires_grad or q.scale.requires_grad)
-    if rounding is round_ste and not learning:  # the same operations without a new tensor for each
-        codes = (x / q.scale).round_().add_(q.zero_point).clamp_(spec.qmin, spec.qmax)
-        return codes.sub_(q.zero_point).mul_(q.scale)
-    return dequantize(quantize(x, q, spec, rounding), q)
+    if rounding is not round_ste:
+        return dequantize(quantize(x, q, spec, rounding), q)
+    if torch.is_grad_enabled() and (x.requires_grad or q.scale.requires_grad):
+        return _FakeQuantize.apply(x, q.scale, q.zero_point, spec)  # type: ignore[no-any-return]
+    # the same operations without a new tensor for each
+    codes = (x / q.scale).round_().add_(q.zero_point).clamp_(spec.qmin, spec.qmax)
+    return codes.sub_(q.zero_point).mul_(q.scale)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Rounding to nearest with its straight-through gradients written out; autograd's graph takes twice the time.
+
+    To x: 1 inside the grid, 0 outside. To the scale: round(x / s) - x / s inside, code - zero point outside (LSQ, arXiv
+    1902.08153, eq. 3, with a zero point).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        scaled = x / scale
+        rounded = scaled.round().add_(zero_point)
+        steps = rounded.clamp(spec.qmin, spec.qmax)
+        inside = rounded.eq_(steps)  # 1 where nothing was clamped
+        steps.sub_(zero_point)
+        ctx.scale_shape = scale.shape
+        ctx.save_for_backward(inside, torch.addcmul(steps, scaled, inside, value=-1) if scale.requires_grad else None)
+        return steps.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        inside, slope = ctx.saved_tensors
+        to_scale = (grads[0] * slope).sum_to_size(ctx.scale_shape) if slope is not None else None
+        return (grads[0] * inside if ctx.needs_input_grad[0] else None), to_scale, None, None

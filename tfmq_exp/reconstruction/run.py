@@ -185,9 +185,12 @@ def reconstruct(
         for site in unit.sites if recipe.rounding else ():
             if site in model.weight_sites():
                 model.freeze(site)
-        returned = run_unit(module, model.clock, first, means.batch, Storage(means.cache_bytes // 4))
         if unit.driver == "denoiser" and "quantized" in fed:
+            returned = run_unit(module, model.clock, first, means.batch, Storage(means.cache_bytes // 4))
             replay.add(module, returned)
+            after = returned.every(judged)
+        else:
+            after = run_unit(module, model.clock, first.every(judged), means.batch, Storage(means.cache_bytes))
         wanted = view.returned.every(judged)
         storage.clear()
         report = UnitReport(
@@ -196,7 +199,7 @@ def reconstruct(
             len(unit.sites),
             sum(anatomy.sites[site].weights for site in unit.sites),
             relative_error(before, wanted),
-            relative_error(returned.every(judged), wanted),
+            relative_error(after, wanted),
             seconds=time.perf_counter() - began,
             peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
