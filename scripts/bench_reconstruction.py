@@ -1,11 +1,13 @@
-"""CPU seconds of learning the rounding: ours beside the published formulas written down plainly, on the same units.
+"""CPU seconds of the whole recipe: ours beside the published one written down plainly, on the same network and data.
 
-    python scripts/bench_reconstruction.py DIR [--iterations 50]
+    python scripts/bench_reconstruction.py DIR [--iterations 200]
 
-DIR is a folder as `compare_reference.py` takes it. The plain version is what the original program does in every iteration:
-AdaRound, loss and penalty through autograd, the floor taken anew, gradients also for weights, biases and norms, the graph
-retained, Adam tensor by tensor. Both run the same units on the same data in turn, in this process, so their ratio does not
-depend on the machine's speed.
+DIR is a folder as `compare_reference.py` takes it; its recorded seconds come from another machine, these do not. The plain
+version does what the original program does: every range candidate of every channel in turn; for every unit a float and a
+quantized pass from the network's input to the unit; AdaRound, loss and penalty through autograd, the floor taken anew,
+gradients also for weights, biases and norms, the graph retained, Adam tensor by tensor; and for activations a range search
+whose result the moving average replaces. Both learn the same units in turn, in this process, so their ratio does not depend
+on the machine's speed. Set OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -14,10 +16,12 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from compare_reference import Forgetful, is_unconditional_ldm, read, released_plan
+from compare_reference import Forgetful, is_unconditional_ldm, read, recipe_of, released_plan
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -25,18 +29,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.unet import anatomy, attentions
-from tfmq_exp.quant.quantizers.base import Mode, modes
+from tfmq_exp.methods.activations import Observe
 from tfmq_exp.quant.ranges import LpSearch
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
 from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
-from tfmq_exp.reconstruction.capture import capture_inputs
-from tfmq_exp.reconstruction.inputs import QuantizedInputs
-from tfmq_exp.reconstruction.module import LearnRounding, Recipe
-from tfmq_exp.reconstruction.objectives import Annealing, Lp
+from tfmq_exp.reconstruction.capture import capture_inputs, hooks
+from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import TemporalAware, Unit
-from tfmq_exp.reconstruction.run import Means, float_views, learn, quiet_trainer
+from tfmq_exp.reconstruction.run import Means, float_views, quiet_trainer, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 from tfmq_exp.surgery.scales import PerStepScale, ScalePlan
 
@@ -78,11 +82,83 @@ def plain(model: QuantizedUNet, unit: Unit, unet: nn.Module, inputs: Leaves, tar
         optimizer.step()
 
 
+def plain_search(x: Tensor, bits: int) -> Tensor:
+    """The best of 80 ranges for one tensor, one after the other; its scale."""
+    best, scale, levels = 1e10, x.new_ones(()), 2**bits
+    low, high = x.min(), x.max()
+    for i in range(80):
+        delta = (high - low) * (1 - 0.01 * i) / (levels - 1)
+        zero_point = (-low * (1 - 0.01 * i) / delta).round()
+        codes = ((x / delta).round() + zero_point).clamp(0, levels - 1)
+        score = float((x - delta * (codes - zero_point)).abs().pow(2.4).mean())
+        if score < best:
+            best, scale = score, delta
+    return scale
+
+
+@torch.no_grad()
+def plain_weight_grids(model: QuantizedUNet) -> None:
+    """Channel by channel."""
+    for site in model.weight_sites():
+        for quantizer, weight in model.layer(site).weight_parts():
+            for channel in weight:
+                plain_search(channel, quantizer.spec.bits)
+
+
+def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: CalibrationSet, batch: int) -> None:
+    """Two passes from the start of the network to the unit, in the batches that it learns with."""
+    if unit.driver == "denoiser":
+        for network, inner in ((unet, unet), (model, model.get_submodule("unet"))):
+            capture_inputs(network, unit.module(inner), data, batch, Storage(2**32))
+
+
+@torch.no_grad()
+def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> None:
+    """Per sampling step: a search for every quantized input, then a pass that takes minimum and maximum instead."""
+    sites = [name for name, line in model.plan.sites.items() if line.input]
+
+    def search(_: nn.Module, args: tuple[Tensor]) -> None:
+        plain_search(args[0], bits)
+
+    def range_of(_: nn.Module, args: tuple[Tensor]) -> None:
+        torch.stack([args[0].flatten(1).amin(1), args[0].flatten(1).amax(1)])
+
+    for step in range(model.clock.num_steps):
+        for hook in (search, range_of):
+            with hooks([model.layer(site).register_forward_pre_hook(hook) for site in sites]):
+                model(**data[data.step == step].inputs(torch.device("cpu")))
+
+
+class Stopwatch:
+    """CPU seconds by phase, for the plain version and for ours."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def of(self, who: str, phase: str) -> Iterator[None]:
+        """Add the CPU seconds of a block."""
+        start = time.process_time()
+        yield
+        row = self.seconds.setdefault(phase, {"ours": 0.0, "plain": 0.0})
+        row[who] += time.process_time() - start
+
+    def table(self, title: str) -> Table:
+        """All phases and their sum."""
+        table = Table(title=title, title_justify="left")
+        for column in ("", "ours, s", "plain, s", "ours / plain"):
+            table.add_column(column, justify="right" if column else "left")
+        total = {who: sum(row[who] for row in self.seconds.values()) for who in ("ours", "plain")}
+        for phase, row in {**self.seconds, "total": total}.items():
+            table.add_row(phase, f"{row['ours']:.2f}", f"{row['plain']:.2f}", f"{row['ours'] / row['plain']:.2f}")
+        return table
+
+
 def main() -> None:
-    """Time every unit twice."""
+    """Time every phase twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--iterations", type=int, help="per unit (default: the recipe's)")
     args = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -94,41 +170,34 @@ def main() -> None:
     data = read(tensors, "cali", timesteps)
     parts = anatomy(unet, {k: v[:1] for k, v in data.inputs(torch.device("cpu")).items()})
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], is_unconditional_ldm(reference["architecture"]))
-    resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan(PerStepScale(), PerStepScale()), tuple(timesteps))
-    model = build(unet, resolved, LpSearch())
-    model.place_weight_grids()
+    scales = ScalePlan(PerStepScale(), PerStepScale())
+    resolved = plan.resolve(parts, tuple(attentions(unet)), scales, tuple(timesteps))
     means = Means(2 * recipe["batch_size"], 2**32, quiet_trainer("cpu"))
-    learning = Recipe(
-        args.iterations,
-        recipe["batch_size"],
-        Lp(2.0),
-        QuantizedInputs(),
-        rounding=LearnRounding(1e-3, recipe["w"], Annealing(0.2, 20.0, 2.0)),
-    )
-    table = Table(title=f"CPU ms per iteration, {args.iterations} iterations a unit", title_justify="left")
-    for column in ("unit", "ours", "plain", "ours / plain"):
-        table.add_column(column, justify="left" if column == "unit" else "right")
-    total = [0.0, 0.0]
+    learning = recipe_of(reference, args.iterations or recipe["iters"])
+    watch, quiet = Stopwatch(), Forgetful()
+
+    model = build(unet, resolved, LpSearch())
     units = TemporalAware()(parts, frozenset(model.weight_sites()))
-    when = torch.tensor(timesteps)
-    for unit, view, _ in float_views(units, unet, data, when, learning, means):
-        module = unit.module(model.unet)
-        inputs = view.fed or capture_inputs(model, module, data, means.batch, Storage(2**32))
-        seconds = []
-        began = time.process_time()
-        plain(model, unit, learnable, inputs, view.returned, learning)
-        seconds.append(time.process_time() - began)
-        began = time.process_time()
-        with modes(model.weight_quantizers(unit.sites), Mode.QUANTIZE):
-            learn(model, unit, module, {"quantized": inputs}, view.returned, None, learning, means, 0, Forgetful())
-        seconds.insert(0, time.process_time() - began)
+    with watch.of("plain", "weight grids"):
+        plain_weight_grids(model)
+    with watch.of("ours", "weight grids"):
+        model.place_weight_grids()
+    for unit, view, _ in float_views(units, unet, data, torch.tensor(timesteps), learning, means):
+        inputs = view.fed or capture_inputs(model, unit.module(model.unet), data, means.batch, Storage(2**32))
+        with watch.of("plain", "capture and learning"):
+            plain_capture(model, unet, unit, data, recipe["batch_size"])
+            plain(model, unit, learnable, inputs, view.returned, learning)
         for site in unit.sites:
             model.freeze(site)
-        total = [a + b for a, b in zip(total, seconds, strict=True)]
-        row = [f"{1e3 * s / args.iterations:.1f}" for s in seconds]
-        table.add_row(unit.name, *row, f"{seconds[0] / seconds[1]:.2f}")
-    table.add_row("all", *[f"{1e3 * s / args.iterations:.1f}" for s in total], f"{total[0] / total[1]:.2f}")
-    Console().print(table)
+    with watch.of("plain", "activation ranges"):
+        plain_activations(model, data, recipe["a_bits"])
+
+    model = build(unet, resolved, LpSearch())
+    with watch.of("ours", "capture and learning"):
+        reconstruct(model, unet, parts, units, data, learning, means, 0, quiet, quiet)
+    with watch.of("ours", "activation ranges"):
+        Observe(recipe["samples_per_step"], EveryKth()).ranges(model, data, 0)
+    Console().print(watch.table(f"CPU seconds, {len(units)} units of {learning.iterations} iterations"))
 
 
 if __name__ == "__main__":

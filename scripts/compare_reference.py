@@ -69,6 +69,14 @@ def released_plan(weight: int, activation: int, fuses_qkv: bool) -> SurgeryPlan:
     )
 
 
+def recipe_of(reference: Mapping[str, Any], iterations: int) -> Recipe:
+    """What the original learned with."""
+    recipe = reference["recipe"]
+    annealing = Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1]))
+    rounding = LearnRounding(1e-3, recipe["w"], annealing)
+    return Recipe(iterations, recipe["batch_size"], Lp(recipe["p"]), QuantizedInputs(), rounding=rounding)
+
+
 class Forgetful:
     """Keeps nothing and says nothing: this comparison is short."""
 
@@ -183,17 +191,7 @@ def main() -> int:
         cache_bytes=2**32,
         trainer=quiet_trainer("cpu"),
     )
-    learning = Recipe(
-        iterations,
-        recipe["batch_size"],
-        Lp(recipe["p"]),
-        QuantizedInputs(),
-        rounding=LearnRounding(
-            1e-3,
-            recipe["w"],
-            Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1])),
-        ),
-    )
+    learning = recipe_of(reference, iterations)
     with phases.timed("reconstruction (capture + learning)"):
         units = TemporalAware()(parts, frozenset(model.weight_sites()))
         reconstruct(model, float_unet, parts, units, calibration, learning, means, args.seed, quiet, quiet)

@@ -12,8 +12,9 @@ from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
-from tfmq_exp.surgery.plan import AttentionPlan, ScalePlan, SitePlan, SurgeryPlan
+from tfmq_exp.surgery.plan import AttentionPlan, Bits, SitePlan, SurgeryPlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.scales import PerStepScale, ScalePlan, StaticScale
 
 torch.set_num_threads(1)
 
@@ -92,17 +93,26 @@ def calibrated(model: QuantizedUNet, seed: int = 1) -> QuantizedUNet:
     return model
 
 
+SCALES: dict[str, ScalePlan] = {
+    "none": ScalePlan(StaticScale(), StaticScale()),
+    "temporal": ScalePlan(PerStepScale(), StaticScale()),
+    "all": ScalePlan(PerStepScale(), PerStepScale()),
+}
+
+
 def quantizable(
     unet: nn.Module,
     *,
     weight: int | None = 4,
-    activation: int | None = 8,
-    per_step: Any = "temporal",
+    activation: Bits | None = 8,
+    output: Bits | None = None,
+    scales: str | ScalePlan = "temporal",
     attention: AttentionPlan | None = None,
     sites: dict[str, SitePlan] | None = None,
+    split: bool = False,
 ) -> QuantizedUNet:
-    """A quantized twin with all quantizers still off; the same bits for every role."""
-    roles = {role.value: SitePlan(weight, activation) for role in Role}
-    plan = SurgeryPlan(roles, attention or AttentionPlan(), sites or {})
-    parts = anatomy(unet, example_inputs(unet))
-    return build(unet, plan.resolve(parts, tuple(attentions(unet)), ScalePlan(per_step), TIMESTEPS), MinMax())
+    """A quantized twin with all quantizers still off; the same bits for every role. `scales` may name one of `SCALES`."""
+    roles = {role.value: SitePlan(weight, activation, output) for role in Role}
+    plan = SurgeryPlan(roles, attention or AttentionPlan(), sites or {}, split_shortcuts=split)
+    parts, chosen = anatomy(unet, example_inputs(unet)), SCALES[scales] if isinstance(scales, str) else scales
+    return build(unet, plan.resolve(parts, tuple(attentions(unet)), chosen, TIMESTEPS), MinMax())

@@ -113,7 +113,7 @@ def test_temporal_information_block_is_what_the_network_computes(unet: nn.Module
 
 @pytest.mark.parametrize("per_step", ["none", "temporal"])
 def test_temporal_information_block_follows_quantization(unet: nn.Module, parts: Anatomy, per_step: str) -> None:
-    t, model = torch.tensor(TIMESTEPS), calibrated(quantizable(unet, per_step=per_step))
+    t, model = torch.tensor(TIMESTEPS), calibrated(quantizable(unet, scales=per_step))
     with model.clock.at(t):
         features = TemporalInformationBlock(model.unet, parts)(t)
     assert sorted_features(features) == sorted_features(inner_features(model.unet, model, t))

@@ -1,7 +1,6 @@
 """From the float network to the quantized one, and from there to a file and back."""
 
 import copy
-import dataclasses
 import json
 import math
 import struct
@@ -14,18 +13,33 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
+from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quantizable
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions, set_heads
+from tfmq_exp.quant.encodings import Normalised
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.artifact import pack, unpack
-from tfmq_exp.surgery.plan import AttentionPlan, ScalePlan, SitePlan, SurgeryPlan, resolved_from_json
+from tfmq_exp.surgery.plan import (
+    AttentionPlan,
+    Bits,
+    GridPlan,
+    SitePlan,
+    SurgeryPlan,
+    resolved_from_json,
+    resolved_to_json,
+)
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, coverage
+from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan, StaticScale, scale_from_json
 
 ALL_STEPS = 2 * TIMESTEPS
 OPERANDS = AttentionPlan(operands=8, probabilities=16)
-SCOPES = ["none", "temporal", "all"]
+GENERATED = GeneratedScale(Normalised(1000), (8,), dropout=0.2, last="default")
+EVERY_SCALE = SCALES | {
+    "intervals": ScalePlan(IntervalScale(2, 1000), IntervalScale(3, 1000)),
+    "dynamic": ScalePlan(DynamicScale("sample"), DynamicScale("tensor")),
+    "generated": ScalePlan(GENERATED, StaticScale()),
+}
 
 
 def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -33,15 +47,17 @@ def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         return model(**inputs).sample
 
 
-def plan_of(weight: int | None = 4, activation: int | None = 8, **further: Any) -> SurgeryPlan:
-    return SurgeryPlan({role.value: SitePlan(weight, activation) for role in Role}, **further)
+def plan_of(
+    weight: int | None = 4, activation: Bits | None = 8, output: Bits | None = None, **further: Any
+) -> SurgeryPlan:
+    return SurgeryPlan({role.value: SitePlan(weight, activation, output) for role in Role}, **further)
 
 
 def mixed_bits(unet: nn.Module) -> dict[str, SitePlan]:
-    """Weights of 2 to 8 bits and float ones, inputs of 4 to 8 bits and float ones, all in one network."""
-    weights, inputs = [2, 3, 4, 5, 6, 7, 8, None], [4, 5, 6, 7, 8, None]
+    """Weights of 2 to 8 bits and float ones, activations of 4 to 8 bits and float ones, all in one network."""
+    weights, inputs, outputs = [2, 3, 4, 5, 6, 7, 8, None], [4, 5, 6, 7, 8, None], [None, None, 8, None, 4]
     layers = anatomy(unet, example_inputs(unet)).sites
-    return {name: SitePlan(weights[i % 8], inputs[i % 6]) for i, name in enumerate(layers)}
+    return {name: SitePlan(weights[i % 8], inputs[i % 6], outputs[i % 5]) for i, name in enumerate(layers)}
 
 
 # everything off
@@ -72,7 +88,7 @@ def test_surgery_leaves_the_float_network_alone(unet: nn.Module) -> None:
     types = [type(module) for module in unet.modules()]
     processors = {name: module.processor for name, module in attentions(unet).items()}
     before = output(unet, inputs)
-    calibrated(quantizable(unet, weight=2, activation=4, per_step="all", attention=OPERANDS))
+    calibrated(quantizable(unet, weight=2, activation=4, scales="all", attention=OPERANDS))
     assert [type(module) for module in unet.modules()] == types
     assert all(module.processor is processors[name] for name, module in attentions(unet).items())
     assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
@@ -106,8 +122,9 @@ def test_weight_bits_outside_2_to_8_are_named(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [0, 3, 9, 16])
 def test_activation_bits_outside_4_to_8_are_named(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"activation bits must be 4 to 8 .* got {bits}$"):
-        plan_of(activation=bits)
+    for wrong in ({"activation": bits}, {"activation": (8, bits)}, {"output": bits}):
+        with pytest.raises(ValueError, match=f"activation bits must be 4 to 8 .* got {bits}$"):
+            plan_of(**wrong)
     with pytest.raises(ValueError, match=f"attention operand bits .* got {bits}$"):
         plan_of(attention=AttentionPlan(operands=bits))
 
@@ -128,9 +145,39 @@ def test_plan_that_quantizes_nothing_is_refused(unet: nn.Module) -> None:
         quantizable(unet, weight=None, activation=None)
 
 
-def test_unknown_scope_is_named() -> None:
+def test_unknown_kind_of_scale_is_named() -> None:
     with pytest.raises(ValueError, match="'sometimes'"):
-        ScalePlan("sometimes")  # type: ignore[arg-type]
+        scale_from_json({"kind": "sometimes"})
+
+
+@pytest.mark.parametrize("kind", ["weights", "per", "activations"])
+def test_unknown_kind_of_grid_is_named(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"^grids\.{kind} must be one of .* got 'sometimes'$"):
+        GridPlan(**{kind: "sometimes"})
+
+
+@pytest.mark.parametrize(
+    ("grids", "bits", "scheme", "axis"),
+    [
+        (GridPlan(), 8, "symmetric", 0),
+        (GridPlan(), 7, "affine", 0),
+        (GridPlan(weights="affine"), 8, "affine", 0),
+        (GridPlan(weights="symmetric"), 4, "symmetric", 0),
+        (GridPlan(per="tensor", activations="symmetric"), 4, "affine", None),
+    ],
+)
+def test_every_activation_and_weight_has_the_grid_of_the_plan(
+    unet: nn.Module, grids: GridPlan, bits: int, scheme: str, axis: int | None
+) -> None:
+    parts = anatomy(unet, example_inputs(unet))
+    plan = plan_of(bits, 8, 6, attention=OPERANDS, grids=grids)
+    resolved = plan.resolve(parts, tuple(attentions(unet)), SCALES["none"], TIMESTEPS)
+    lines = [line for site in resolved.sites.values() for line in (site.input, site.output)]
+    assert {(s.weight.bits, s.weight.scheme, s.weight.axis) for s in resolved.sites.values()} == {(bits, scheme, axis)}
+    assert {spec.scheme for line in lines for spec in line.specs} == {grids.activations}
+    for operands in resolved.operands.values():
+        schemes = {part: line.specs[0].scheme for part, line in operands.items()}
+        assert schemes == dict.fromkeys(("query", "key", "value"), grids.activations) | {"probabilities": "unsigned"}
 
 
 def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Module) -> None:
@@ -139,7 +186,7 @@ def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Mod
         sites={"down_blocks.*": SitePlan(3, 6), "down_blocks.0.*": SitePlan(2, None), "conv_out": SitePlan()},
     )
     bits = {
-        site: (line.weight.bits if line.weight else None, line.input.spec.bits if line.input else None)
+        site: (line.weight.bits if line.weight else None, line.input.specs[0].bits if line.input else None)
         for site, line in model.plan.sites.items()
     }
     for site in anatomy(unet, example_inputs(unet)).sites:
@@ -153,19 +200,27 @@ def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Mod
             assert bits[site] == (4, 8)
 
 
-@pytest.mark.parametrize("per_step", SCOPES)
+@pytest.mark.parametrize("per_step", SCALES)
 def test_scope_says_who_has_a_scale_per_step(unet: nn.Module, per_step: str) -> None:
-    model = quantizable(unet, per_step=per_step, attention=OPERANDS)
+    model = quantizable(unet, scales=per_step, output=8, attention=OPERANDS)
     temporal = anatomy(unet, example_inputs(unet)).temporal_sites
     for name, quantizer in model.activation_quantizers().items():
-        is_temporal = name.removesuffix(".input_quantizer") in temporal
+        is_temporal = name.removesuffix(".input_quantizer").removesuffix(".output_quantizer") in temporal
         expected = len(TIMESTEPS) if per_step == "all" or (per_step == "temporal" and is_temporal) else 1
         assert quantizer.source.scale.shape == (expected,)
 
 
-def test_resolved_plan_survives_json(unet: nn.Module) -> None:
-    plan = quantizable(unet, sites=mixed_bits(unet), attention=OPERANDS).plan
-    assert resolved_from_json(json.loads(json.dumps(dataclasses.asdict(plan)))) == plan
+@pytest.mark.parametrize("scales", EVERY_SCALE)
+def test_resolved_plan_survives_json(unet: nn.Module, scales: str) -> None:
+    sites = mixed_bits(unet) | {"conv_out": SitePlan(4, (4, 8))}
+    plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.merged()
+    assert resolved_from_json(json.loads(json.dumps(resolved_to_json(plan)))) == plan
+    assert plan.merged() == plan
+
+
+def test_scale_that_must_be_merged_first_is_named(tiny_unet: nn.Module) -> None:
+    with pytest.raises(TypeError, match="a GeneratedScale must be merged"):
+        resolved_to_json(quantizable(tiny_unet, scales=EVERY_SCALE["generated"]).plan)
 
 
 def test_coverage_by_hand(unet: nn.Module) -> None:
@@ -187,19 +242,21 @@ def test_coverage_by_hand(unet: nn.Module) -> None:
 
 
 def test_timestep_outside_the_finite_set_is_named(unet: nn.Module) -> None:
-    model = calibrated(quantizable(unet, per_step="all"))
+    model = calibrated(quantizable(unet, scales="all"))
     for t in (2, 999, -1):
         with pytest.raises(ValueError, match=rf"timestep {t} is outside"):
             model(**example_inputs(unet, (1, t)))
 
 
 def test_uncalibrated_quantizer_is_named(unet: nn.Module) -> None:
-    model = quantizable(unet, per_step="all")
-    with pytest.raises(RuntimeError, match=r"conv_in\.input_quantizer has seen no calibration data \(4 of 4 steps\)"):
+    model = quantizable(unet, scales="all")
+    with pytest.raises(
+        RuntimeError, match=r"conv_in\.input_quantizer has seen no calibration data \(4 of its ranges, 4"
+    ):
         model.set_activations(Mode.QUANTIZE)
     model.set_activations(Mode.OBSERVE)
     model(**example_inputs(unet, TIMESTEPS[:3]))
-    with pytest.raises(RuntimeError, match=r"_quantizer has seen no calibration data \(1 of 4 steps\)"):
+    with pytest.raises(RuntimeError, match=r"_quantizer has seen no calibration data \(1 of its ranges, 4"):
         model.set_activations(Mode.QUANTIZE)
 
 
@@ -207,7 +264,7 @@ def test_integer_weights_are_signed_bytes_that_stand_for_the_weight(unet: nn.Mod
     wanted = mixed_bits(unet)
     model = calibrated(quantizable(unet, sites=wanted))
     assert set(model.integers) == {name for name, plan in wanted.items() if plan.weight}
-    for site, (codes, (scale, zero_point), spec) in model.integers.items():
+    for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
         assert int(codes.max()) < 2 ** wanted[site].weight
         signed = codes.double() + spec.qmin - zero_point.double()
         assert torch.equal(signed, signed.round())
@@ -222,7 +279,7 @@ def test_integer_weights_are_signed_bytes_that_stand_for_the_weight(unet: nn.Mod
 @pytest.mark.parametrize("per_step", ["temporal", "all"])
 def test_mixed_steps_in_a_batch_equal_each_alone(unet: nn.Module, per_step: str) -> None:
     # in double precision, where the batch size moves no activation across the middle between two integers
-    model = calibrated(quantizable(unet, per_step=per_step, attention=OPERANDS)).double()
+    model = calibrated(quantizable(unet, scales=per_step, attention=OPERANDS)).double()
     inputs = example_inputs(unet, (501, 1, 751, 501, 251))
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     together = output(model, inputs)
@@ -234,15 +291,27 @@ def test_mixed_steps_in_a_batch_equal_each_alone(unet: nn.Module, per_step: str)
 # the file
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("attention", [AttentionPlan(), OPERANDS])
-@pytest.mark.parametrize("per_step", SCOPES)
-def test_loaded_model_is_bit_equal(unet: nn.Module, tmp_path: Path, per_step: str, attention: AttentionPlan) -> None:
-    model = calibrated(quantizable(unet, per_step=per_step, attention=attention, sites=mixed_bits(unet)))
+@pytest.mark.parametrize("scales", EVERY_SCALE)
+def test_loaded_model_is_bit_equal(
+    unet: nn.Module, tmp_path: Path, scales: str, attention: AttentionPlan, split: bool
+) -> None:
+    sites = mixed_bits(unet) | {"conv_out": SitePlan(4, (4, 8))}
+    model = calibrated(quantizable(unet, scales=EVERY_SCALE[scales], attention=attention, sites=sites, split=split))
+    assert any(len(parts) == 2 for parts in model.integers.values()) == split
+    inputs = example_inputs(unet, ALL_STEPS, seed=5)
+    before = output(model, inputs)
+    model.merge_sources()
+    assert torch.equal(output(model, inputs), before)
     artifact.save(model, tmp_path / "model.safetensors")
     loaded = artifact.load(tmp_path / "model.safetensors")
-    inputs = example_inputs(unet, ALL_STEPS, seed=5)
-    assert torch.equal(output(loaded, inputs), output(model, inputs))
+    assert torch.equal(output(loaded, inputs), before)
     assert loaded.plan == model.plan
+    for bits in (4, 8):
+        for either in (model, loaded):
+            either.use_bits([bits] * len(TIMESTEPS))
+        assert torch.equal(output(loaded, inputs), output(model, inputs))
 
 
 def test_loaded_model_has_the_number_of_heads_of_the_saved_one(tiny_unet: nn.Module, tmp_path: Path) -> None:
@@ -290,8 +359,8 @@ def test_size_is_bits_over_8_of_the_weights(unet: nn.Module, tmp_path: Path) -> 
         else:
             grid = 4 if plan.weight == 8 else 5  # a float32 scale and, unless symmetric, a byte of zero point
             expected += math.ceil(weight.numel() * plan.weight / 8) + grid * len(weight)
-        if plan.input is not None:
-            expected += 5 * (len(TIMESTEPS) if name in temporal else 1)
+        quantized = [bits for bits in (plan.input, plan.output) if bits is not None]
+        expected += 5 * len(quantized) * (len(TIMESTEPS) if name in temporal else 1)
     assert size - header_size(path) == expected
 
 
@@ -349,9 +418,9 @@ def test_rewriting_alone_changes_nothing(saved: Path, tmp_path: Path, tiny_unet:
     "key",
     [
         "float/conv_in.bias",
-        "weights/conv_out/codes",
-        "weights/conv_out/zero_point",
-        "inputs/conv_in.input_quantizer/scale",
+        "weights/conv_out/0/codes",
+        "weights/conv_out/0/zero_point",
+        "activations/conv_in.input_quantizer/scale",
     ],
 )
 def test_missing_tensor_is_named(saved: Path, tmp_path: Path, key: str) -> None:
@@ -360,22 +429,22 @@ def test_missing_tensor_is_named(saved: Path, tmp_path: Path, key: str) -> None:
 
 
 def test_extra_tensor_is_named(saved: Path, tmp_path: Path) -> None:
-    path = rewritten(saved, tmp_path, {"weights/novelty/codes": torch.zeros(1)})
+    path = rewritten(saved, tmp_path, {"weights/novelty/0/codes": torch.zeros(1)})
     assert "1 tensors that the model has no place for, first 'weights/novelty" in refused(path, path.read_bytes())
 
 
 def test_tensor_of_another_size_is_refused(saved: Path, tmp_path: Path) -> None:
     path = rewritten(saved, tmp_path, {"float/conv_in.bias": torch.zeros(3)})
     assert "conv_in.bias" in refused(path, path.read_bytes())
-    path = rewritten(saved, tmp_path, {"weights/conv_out/codes": torch.zeros(3, dtype=torch.uint8)})
+    path = rewritten(saved, tmp_path, {"weights/conv_out/0/codes": torch.zeros(3, dtype=torch.uint8)})
     assert "3 bytes cannot hold 432 codes of 4 bits" in refused(path, path.read_bytes())
 
 
 def test_other_versions_and_formats_are_named(saved: Path, tmp_path: Path) -> None:
-    path = rewritten(saved, tmp_path, {}, version=2)
-    assert "version 2; this program reads tfmq_exp.quantized_unet version 1" in refused(path, path.read_bytes())
+    path = rewritten(saved, tmp_path, {}, version=1)
+    assert "version 1; this program reads tfmq_exp.quantized_unet version 2" in refused(path, path.read_bytes())
     path = rewritten(saved, tmp_path, {}, format="another")
-    assert "holds another version 1" in refused(path, path.read_bytes())
+    assert "holds another version 2" in refused(path, path.read_bytes())
 
 
 def test_unknown_network_is_named(saved: Path, tmp_path: Path) -> None:

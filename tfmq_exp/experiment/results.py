@@ -11,8 +11,6 @@ from omegaconf import DictConfig
 
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import describe
-from tfmq_exp.methods.activations import Learn, Observe
-from tfmq_exp.methods.weights import Reconstruct
 from tfmq_exp.reporting.records import ScoreRecord
 
 
@@ -26,18 +24,16 @@ def protocol(stages: Stages) -> dict[str, Any]:
     }
 
 
-def samples_learned_from(stages: Stages) -> dict[str, int]:
-    """Calibration samples that weights and activations learned from, and iterations per unit."""
-    data, weights, activations = stages.calibration_set(), stages.method.weights, stages.method.activations
-    found = {"weight_samples": 0, "weight_iterations": 0, "activation_samples": 0, "activation_iterations": 0}
-    if isinstance(weights, Reconstruct):
-        found |= {"weight_samples": len(weights.timesteps(data)), "weight_iterations": weights.recipe.iterations}
-    if isinstance(activations, Learn):
-        found["activation_iterations"] = activations.recipe.iterations
-        found["activation_samples"] = len(activations.timesteps(data))
-    elif isinstance(activations, Observe):
-        found["activation_samples"] = len(activations.timesteps(data))
-    return found
+def effort(stages: Stages) -> dict[str, int]:
+    """Calibration samples that weights and activations saw, and iterations of learning per unit."""
+    data, method = stages.calibration_set(), stages.method
+    weights, activations = method.weights.effort(data), method.activations.effort(data)
+    return {
+        "weight_samples": weights.samples,
+        "weight_iterations": weights.iterations,
+        "activation_samples": activations.samples,
+        "activation_iterations": activations.iterations,
+    }
 
 
 def score_records(
@@ -67,7 +63,7 @@ def score_records(
         "trajectory": errors["trajectory"][-1]["x_error"],
     }
     cost = {
-        **samples_learned_from(stages),
+        **effort(stages),
         "size_ratio": size / stages.float_bytes,
         "seconds": round(time.perf_counter() - began, 1),
         "stages": stages.hits,

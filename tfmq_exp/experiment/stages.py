@@ -29,9 +29,8 @@ from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, s
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.store import Entry, Store, write_atomically, write_json
 from tfmq_exp.experiment.tracking import Mirror
-from tfmq_exp.methods.correction import NoCorrection, NoiseStatistics
+from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.methods.method import Method
-from tfmq_exp.methods.weights import Reconstruct, ReconstructJointly
 from tfmq_exp.reconstruction.run import Learned, Means
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import Predict, Sampler, noise_predictor
@@ -168,9 +167,9 @@ class Stages:
             "range": method.weight_range,
             "weights": method.weights,
         }
-        if isinstance(method.weights, Reconstruct):
+        if method.weights.learns:
             inputs |= {"trajectory": self.trajectory.key, "seed": self.seed}
-        if isinstance(method.weights, ReconstructJointly):
+        if "activations" in method.weights.learns:
             inputs |= self.activation_inputs
         return self.store.entry("weights", inputs)
 
@@ -180,7 +179,7 @@ class Stages:
 
         def compute(folder: Path) -> None:
             keeper = self.learn("weights", self.method.weights, model, self.seed, folder)
-            state = model.activation_state() if isinstance(self.method.weights, ReconstructJointly) else {}
+            state = model.activation_state() if "activations" in self.method.weights.learns else {}
             save_learned(folder / "weights.safetensors", Learned(model.integers, state), {})
             write_json(folder / "units.json", keeper.reports())
 
@@ -254,7 +253,7 @@ class Stages:
     @cached_property
     def correction(self) -> Entry | None:
         """Statistics of the quantization noise, for methods that correct it."""
-        if isinstance(self.method.correction, NoCorrection):
+        if not self.method.correction.measures:
             return None
         inputs = {
             **self.model_inputs,
@@ -267,9 +266,9 @@ class Stages:
     @cached_property
     def statistics(self) -> NoiseStatistics | None:
         """The same, measured if the store has none."""
-        if self.correction is None or isinstance(self.method.correction, NoCorrection):
+        correction: Any = self.method.correction
+        if self.correction is None:
             return None
-        correction = self.method.correction
 
         def compute(folder: Path) -> None:
             batch = self.images.batch

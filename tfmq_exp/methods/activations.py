@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +15,13 @@ from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
 from tfmq_exp.reconstruction.run import Keeper, Means, Watcher, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+
+class Effort(NamedTuple):
+    """What a phase of a method costs: calibration samples that it sees, and iterations of learning per unit."""
+
+    samples: int
+    iterations: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,10 @@ class Observe:
 
     batch: int
     timesteps: TimestepPolicy
+
+    def effort(self, data: CalibrationSet) -> Effort:
+        """One pass."""
+        return Effort(len(self.timesteps(data)), 0)
 
     def __call__(
         self,
@@ -88,6 +100,10 @@ class Learn:
     timesteps: TimestepPolicy
     recipe: Recipe
 
+    def effort(self, data: CalibrationSet) -> Effort:
+        """Of one unit."""
+        return Effort(len(self.timesteps(data)), self.recipe.iterations)
+
     def __call__(
         self,
         model: QuantizedUNet,
@@ -112,6 +128,10 @@ class Learn:
 @dataclass(frozen=True)
 class Keep:
     """Activation scales are already what they shall be: they were learned together with the weights."""
+
+    def effort(self, data: CalibrationSet) -> Effort:
+        """None."""
+        return Effort(0, 0)
 
     def __call__(
         self,

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -116,6 +116,8 @@ class NoiseStatistics:
 class NoCorrection:
     """The prediction as the quantized network makes it."""
 
+    measures: ClassVar[bool] = False
+
     def __call__(self, predict: Predict, sampler: Sampler, statistics: None) -> tuple[Predict, Sampler]:
         """What is sampled with."""
         return predict, sampler
@@ -137,6 +139,7 @@ class NoiseCorrection:
     bias: Literal["residual", "total"]
     sigma: Literal["pooled", "per_sample"]
     keep_drift: bool
+    measures: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.images < 1:

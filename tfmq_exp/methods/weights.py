@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.denoisers.anatomy import Anatomy
-from tfmq_exp.methods.activations import Observe
+from tfmq_exp.methods.activations import Effort, Observe
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
@@ -22,6 +23,12 @@ Partition = Callable[[Anatomy, frozenset[str]], list[Unit]]
 @dataclass(frozen=True)
 class RoundToNearest:
     """Every weight to the nearest point of its grid; no data needed."""
+
+    learns: ClassVar[frozenset[str]] = frozenset()
+
+    def effort(self, data: CalibrationSet) -> Effort:
+        """None."""
+        return Effort(0, 0)
 
     def __call__(
         self,
@@ -53,6 +60,11 @@ class Reconstruct:
     partition: Partition
     timesteps: TimestepPolicy
     recipe: Recipe
+    learns: ClassVar[frozenset[str]] = frozenset({"weights"})
+
+    def effort(self, data: CalibrationSet) -> Effort:
+        """Of one unit."""
+        return Effort(len(self.timesteps(data)), self.recipe.iterations)
 
     def __call__(
         self,
@@ -79,6 +91,7 @@ class ReconstructJointly(Reconstruct):
     """
 
     observe: Observe
+    learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
 
     def __call__(
         self,

@@ -24,9 +24,21 @@ def columns(evaluator: str) -> list[Column]:
         ("trajectory error ↓", lambda r: r.errors.get("trajectory"), 4),
         ("weights integer", lambda r: r.quantized.get("weight_share"), 3),
         ("MACs integer", lambda r: r.quantized.get("mac_share_weights_and_inputs"), 3),
+        ("outputs quantized", lambda r: r.quantized.get("mac_share_outputs"), 3),
+        ("samples", lambda r: _most(r, "weight_samples", "activation_samples"), 0),
+        ("iterations", lambda r: _sum(r, "weight_iterations", "activation_iterations"), 0),
         ("size / fp32", lambda r: r.cost.get("size_ratio"), 3),
         ("seconds", lambda r: r.cost.get("seconds"), 0),
     ]
+
+
+def _most(record: ScoreRecord, *names: str) -> float | None:
+    return max((record.cost[name] for name in names if name in record.cost), default=None)
+
+
+def _sum(record: ScoreRecord, *names: str) -> float | None:
+    found = [record.cost[name] for name in names if name in record.cost]
+    return sum(found) if found else None
 
 
 def cell(values: Sequence[float | None], digits: int) -> str:

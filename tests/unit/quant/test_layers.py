@@ -35,6 +35,14 @@ def twin_of(layer, bits=4, scheme="affine"):
     return twin
 
 
+def switched_on(x):
+    """A quantizer of activations that has seen `x`."""
+    quantizer = AffineQuantizer(Static(QuantSpec(4), momentum=0.9))
+    quantizer.observe(x)
+    quantizer.mode = Mode.QUANTIZE
+    return quantizer
+
+
 def test_a_bare_twin_is_the_float_layer(layer_and_input):
     layer, x = layer_and_input
     before, keys = layer(x), list(layer.state_dict())
@@ -60,13 +68,19 @@ def test_quantizing_a_twin_leaves_the_float_layer_alone(layer_and_input):
 def test_both_operands_are_quantized(layer_and_input):
     layer, x = layer_and_input
     twin = twin_of(layer)
-    twin.input_quantizer = AffineQuantizer(Static(QuantSpec(4), momentum=0.9))
-    twin.input_quantizer.observe(x)
-    twin.input_quantizer.mode = Mode.QUANTIZE
+    twin.input_quantizer = switched_on(x)
     expected = copy.deepcopy(layer)
     expected.weight = nn.Parameter(twin.weight_quantizer(layer.weight))
     x_on_grid = fake_quantize(x, twin.input_quantizer.source(x), QuantSpec(4))
     assert torch.equal(twin(x), expected(x_on_grid))
+
+
+def test_the_output_is_quantized_with_its_bias(layer_and_input):
+    layer, x = layer_and_input
+    twin, before = TWINS[type(layer)].from_float(layer), layer(x)
+    twin.output_quantizer = switched_on(before)
+    assert torch.equal(twin(x), fake_quantize(before, twin.output_quantizer.source(before), QuantSpec(4)))
+    assert not torch.equal(twin(x), before)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -81,10 +95,10 @@ def test_freezing_changes_no_bit(layer_and_input, bits, scheme, learned):
             rounding.v.neg_()
         rounding.harden()
     before, weight = twin(x), twin.weight_quantizer(twin.weight)
-    integers = twin.quantized_weight()
+    (integers,) = twin.quantized_weight()
     assert integers.codes.dtype is torch.uint8
     assert int(integers.codes.max()) < 2**bits
-    twin.freeze_weight(integers)
+    twin.freeze_weight((integers,))
     assert torch.equal(twin.weight, weight)
     assert torch.equal(twin(x), before)
     assert not twin.weight.requires_grad

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
+from tfmq_exp.quant.functional import SMALLEST_SCALE, fake_quantize, qparams_from_range
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.ranges import MinMax, ThresholdSearch
 from tfmq_exp.quant.sources.per_step import PerStep
 from tfmq_exp.quant.sources.static import Static
 from tfmq_exp.quant.spec import QuantSpec
@@ -78,6 +78,37 @@ def test_static_is_a_moving_average(momentum):
     assert float(source.lo) == pytest.approx(lo, rel=1e-6)
     assert float(source.hi) == pytest.approx(hi, rel=1e-6)
     assert float(source.scale) == pytest.approx((hi - lo) / 255, rel=1e-6)
+
+
+def test_the_estimator_gives_the_range_of_every_batch(clock):
+    x, t = rows_per_step()
+    estimator = ThresholdSearch(candidates=20)
+    static = Static(SPEC, momentum=0.5, estimator=estimator)
+    table = PerStep(SPEC, clock, momentum=0.5, estimator=estimator)
+    for batch in (x, 3 * x):
+        static.observe(batch)
+        with clock.at(t):
+            table.observe(batch)
+    for source, entry, rows in ((static, 0, x), *((table, k, x[t == at]) for k, at in enumerate(TIMESTEPS))):
+        first, second = (float(estimator(batch, SPEC)[1]) for batch in (rows, 3 * rows))
+        assert float(source.hi[entry]) == pytest.approx(0.5 * first + 0.5 * second, rel=1e-6)
+        assert float(source.lo[entry]) == -float(source.hi[entry])  # the least value is not minus the greatest
+
+
+def test_scales_alone_can_be_learned_and_stay_positive(clock):
+    x, t = rows_per_step()
+    for source in (Static(SPEC), PerStep(SPEC, clock)):
+        with clock.at(t):
+            source.observe(x)
+            assert [parameter is source.scale for parameter in source.trainable()] == [True]
+            assert not source.scale.requires_grad
+            source.scale.requires_grad_()
+            (fake_quantize(x, source(x), SPEC) - x).square().sum().backward()
+            assert bool((source.scale.grad != 0).all())
+        with torch.no_grad():
+            source.scale.sub_(1e6)
+        source.keep_valid()
+        assert bool((source.scale == SMALLEST_SCALE).all())
 
 
 def test_steps_that_a_batch_lacks_stay_as_they_were(clock):
