@@ -32,12 +32,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.layers import QuantConv2d
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers.split import SplitQuantizer
 from tfmq_exp.quant.ranges import Histogram, KLSearch, LpSearch, MinMax, RangeEstimator
 from tfmq_exp.quant.rounding import AdaRound, rectified_sigmoid, rounding_penalty
 from tfmq_exp.quant.sources.static import Static
@@ -176,6 +178,18 @@ def place(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors: Record) -
     for ours, golden in zip(q, stored(tensors, key), strict=True):
         group.compare(ours, golden)
     return fake_quantize(x, q, spec)
+
+
+def input_quantizer(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors: Record) -> AffineQuantizer:
+    """A quantizer placed on an activation as the release does, compared with the golden scale and zero point."""
+    quantizer = AffineQuantizer(Static(spec))
+    for name, ours, golden in zip(
+        ("scale", "zero_point"), qparams_from_range(*RELEASED(x, spec), spec), stored(tensors, key), strict=True
+    ):
+        group.compare(ours, golden)
+        getattr(quantizer.source, name).data.copy_(ours.flatten())
+    quantizer.mode = Mode.QUANTIZE
+    return quantizer
 
 
 def scalers(goldens: Goldens) -> Iterator[Group]:
@@ -473,24 +487,27 @@ def split_case(goldens: Goldens, record: Record, group: Group, exact: Group) -> 
     tensors, key, meta = goldens.tensors, record["key"], goldens.meta["loss"]
     x, weight, bias, target = (tensors[f"split.{name}"] for name in ("x", "weight", "bias", "fp"))
     sizes = [record["split"], weight.shape[1] - record["split"]]
-    xs, weights = x.split(sizes, dim=1), weight.split(sizes, dim=1)
-    names = [f"{key}.wqtizer", f"{key}.wqtizer1"]
-    quantizers = [weight_quantizer(w, record["w_bits"], exact, n, tensors) for w, n in zip(weights, names, strict=True)]
+    names, inputs = [f"{key}.wqtizer", f"{key}.wqtizer1"], [f"{key}.aqtizer", f"{key}.aqtizer1"]
     input_spec, weight_spec = QuantSpec(record["a_bits"]), QuantSpec(record["w_bits"], axis=0)
-
-    def output(x: Tensor) -> Tensor:
-        halves = [quantizer(w) for quantizer, w in zip(quantizers, weights, strict=True)]
-        return F.conv2d(x, torch.cat(halves, dim=1), bias)
-
-    quantized = [place(h, input_spec, exact, f"{key}.aqtizer{n}", tensors) for h, n in zip(xs, ("", "1"), strict=True)]
-    group.compare(output(torch.cat(quantized, dim=1)), tensors[f"{key}.y"])
-    group.compare(output(x), tensors[f"{key}.y_weight_only"])
+    layer = QuantConv2d.from_float(nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:]).requires_grad_(False))
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    halves = zip(weight.split(sizes, dim=1), names, strict=True)
+    layer.weight_quantizer = SplitQuantizer(
+        [weight_quantizer(w, record["w_bits"], exact, name, tensors) for w, name in halves], sizes
+    )
+    pieces = zip(x.split(sizes, dim=1), inputs, strict=True)
+    layer.input_quantizer = SplitQuantizer(
+        [input_quantizer(piece, input_spec, exact, name, tensors) for piece, name in pieces], sizes
+    )
+    group.compare(layer(x), tensors[f"{key}.y"])
+    layer.input_quantizer = nn.Identity()
+    group.compare(layer(x), tensors[f"{key}.y_weight_only"])
     group.compare(F.conv2d(on_grid(x, input_spec), on_grid(weight, weight_spec), bias), tensors[f"{key}.y_nosplit"])
 
-    roundings = [q.learn_rounding(w) for q, w in zip(quantizers, weights, strict=True)]
+    roundings = [quantizer.learn_rounding(part) for quantizer, part in layer.weight_parts()]
     for rounding, name in zip(roundings, names, strict=True):
         at(rounding, tensors[f"{name}.alpha"])
-    soft = output(x)
+    soft = layer(x)
     beta = Annealing(meta["warmup"], *meta["b_range"]).beta(100, meta["iters"])
     shares = [size / weight.shape[1] for size in sizes]
     penalty = sum(share * rounding_penalty(r.h, beta) for share, r in zip(shares, roundings, strict=True))
@@ -500,7 +517,7 @@ def split_case(goldens: Goldens, record: Record, group: Group, exact: Group) -> 
     group.compare(error + meta["w"] * penalty, record["block_loss_count100"])
     for rounding in roundings:
         rounding.harden()
-    group.compare(output(x), tensors[f"{key}.y_adaround_hard"])
+    group.compare(layer(x), tensors[f"{key}.y_adaround_hard"])
 
 
 def attention(goldens: Goldens) -> Iterator[Group]:

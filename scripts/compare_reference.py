@@ -41,7 +41,8 @@ from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.module import LearnRounding, Recipe
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.partition import TemporalAware
-from tfmq_exp.reconstruction.run import Learned, Means, UnitReport, quiet_trainer, reconstruct
+from tfmq_exp.reconstruction.report import Learned, UnitReport
+from tfmq_exp.reconstruction.run import Means, quiet_trainer, reconstruct
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import AttentionPlan, SitePlan, SurgeryPlan
 from tfmq_exp.surgery.quantized_unet import build, coverage

@@ -91,3 +91,24 @@ def test_no_mutable_defaults() -> None:
             if isinstance(node, ast.FunctionDef):
                 for default in [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]:
                     assert not isinstance(default, ast.List | ast.Dict | ast.Set), f"{path}: {node.name}"
+
+
+def test_no_code_asks_which_method_runs() -> None:
+    """A method is data: no comparison with its name, and no test for a class of one of its choices."""
+    names = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
+    choices = {
+        node.name
+        for path in (PACKAGE / "methods").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert len(names) >= 12
+    assert {"Learn", "Reconstruct", "NoiseCorrection"} <= choices
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                constants = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
+                assert not constants & names, f"{path}:{node.lineno} compares with the name of a method"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                classes = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                assert not classes & choices, f"{path}:{node.lineno} asks for a choice of a method"

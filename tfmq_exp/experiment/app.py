@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.experiment.environment import describe_environment, pick_device, prepare
+from tfmq_exp.experiment.network_stages import CalibrationPlan
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.results import score_records
-from tfmq_exp.experiment.stages import CalibrationPlan, DiagnosticPlan, Stages
+from tfmq_exp.experiment.stages import DiagnosticPlan, Stages
 from tfmq_exp.experiment.store import Store, write_json
 from tfmq_exp.experiment.tracking import Mirror, write_csv
 from tfmq_exp.reconstruction.run import Means, quiet_trainer
@@ -104,6 +105,7 @@ def build_stages(cfg: DictConfig, device: torch.device, bars: Bars, mirror: Mirr
         method=make(cfg.method),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
+        batch=runtime.batch,
         images=ImagePlan(protocol.images, cfg.seed, runtime.batch),
         diagnostics=DiagnosticPlan(protocol.diagnostic_images),
         seed=cfg.seed,

@@ -14,7 +14,7 @@ from tfmq_exp.experiment.store import write_atomically
 from tfmq_exp.experiment.tracking import Mirror
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.reconstruction.run import Learned, UnitReport
+from tfmq_exp.reconstruction.report import Learned, UnitReport
 
 
 def save_learned(path: Path, learned: Learned, note: Mapping[str, Any]) -> None:

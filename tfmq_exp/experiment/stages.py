@@ -1,57 +1,21 @@
-"""The stages of a run, each pulled through the store: trajectory, weights, activations, correction, images, scores.
-
-Each method here says in its first lines what the stage depends on; that is its key.
-"""
+"""From the finished method to images, scores and diagnostics, pulled through the store."""
 
 import json
-import logging
-import resource
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tfmq_exp.calibration.collect import collect
-from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.denoisers.anatomy import Anatomy
-from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.temporal import measured_temporal_sites
-from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.evaluation.features import Evaluator
 from tfmq_exp.evaluation.scores import score
 from tfmq_exp.evaluation.temporal import temporal_feature_error, trajectory_error
-from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, save_learned
-from tfmq_exp.experiment.progress import Bars
-from tfmq_exp.experiment.store import Entry, Store, write_atomically, write_json
-from tfmq_exp.experiment.tracking import Mirror
-from tfmq_exp.methods.correction import NoiseStatistics
-from tfmq_exp.methods.method import Method
-from tfmq_exp.reconstruction.run import Learned, Means
+from tfmq_exp.experiment.network_stages import NetworkStages
+from tfmq_exp.experiment.store import Entry, write_atomically, write_json
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.sampler import Predict, Sampler, noise_predictor
-from tfmq_exp.sampling.seeds import derive_seed
-from tfmq_exp.surgery import artifact
-from tfmq_exp.surgery.plan import ResolvedPlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CalibrationPlan:
-    """How many trajectories of the float model calibration sees, and how many run together."""
-
-    images: int
-    batch: int
-
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.batch < 1:
-            raise ValueError(f"calibration images and batch must be at least 1, got {self.images} and {self.batch}")
+from tfmq_exp.sampling.sampler import noise_predictor
 
 
 @dataclass(frozen=True)
@@ -62,246 +26,12 @@ class DiagnosticPlan:
 
 
 @dataclass
-class Stages:
+class Stages(NetworkStages):
     """Everything that a run is made of, and the stages that turn it into scores."""
 
-    denoiser: Denoiser
-    sampler: Sampler
-    method: Method
-    evaluator: Callable[[], Evaluator]
-    calibration: CalibrationPlan
-    images: ImagePlan
-    diagnostics: DiagnosticPlan
-    seed: int
-    means: Means
-    store: Store
-    bars: Bars
-    mirror: Mirror
-    hits: dict[str, dict[str, Any]] = field(default_factory=dict)
-    inner_seconds: float = 0.0  # spent in the stages that the present one pulled
-
-    @cached_property
-    def anatomy(self) -> Anatomy:
-        """The network's parts, with the temporal ones confirmed by measurement."""
-        example = self.denoiser.example()
-        found = anatomy(self.denoiser.unet, example)
-        last = self.sampler.timesteps(self.denoiser.schedule)[-1]
-        measured = measured_temporal_sites(self.denoiser.unet, example, last, last + 1)
-        if measured != set(found.temporal_sites):
-            wrong = sorted(measured.symmetric_difference(found.temporal_sites))
-            raise ValueError(f"by measurement these layers' dependence on t is not what their roles say: {wrong}")
-        return found
-
-    @cached_property
-    def plan(self) -> ResolvedPlan:
-        """What is quantized, layer by layer."""
-        timesteps = self.sampler.timesteps(self.denoiser.schedule)
-        names = tuple(attentions(self.denoiser.unet))
-        return self.method.surgery.resolve(self.anatomy, names, self.method.scales, timesteps)
-
-    @cached_property
-    def model_inputs(self) -> dict[str, Any]:
-        """What identifies the float model and the way it is sampled."""
-        return {
-            "model": self.denoiser.name,
-            "weights_sha256": self.denoiser.weights_sha256,
-            "schedule": dict(self.denoiser.schedule),
-            "sampler": self.sampler,
-        }
-
-    def pull(self, name: str, entry: Entry, compute: Callable[[Path], None]) -> Path:
-        """Have the store hold the entry, and remember how that went: seconds are the stage's own, without those it pulls."""
-        outer, self.inner_seconds = self.inner_seconds, 0.0
-        began = time.perf_counter()
-        computed = self.store.pull(entry, compute)
-        seconds = time.perf_counter() - began
-        hit = {
-            "key": entry.key,
-            "computed": computed,
-            "seconds": round(seconds - self.inner_seconds, 2),
-            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "path": str(entry.path),
-        }
-        self.inner_seconds = outer + seconds
-        if name not in self.hits:
-            self.hits[name] = hit
-            log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
-        return entry.path
-
-    # trajectory --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def trajectory(self) -> Entry:
-        """Calibration data: depends on the float model, the sampler, how many images, and the seed."""
-        return self.store.entry("trajectory", {**self.model_inputs, "calibration": self.calibration, "seed": self.seed})
-
-    def calibration_set(self) -> CalibrationSet:
-        """The calibration data, collected in one pass if the store has none."""
-
-        def compute(folder: Path) -> None:
-            batches = -(-self.calibration.images // self.calibration.batch)
-            with self.bars.stage("trajectory", batches * self.sampler.steps) as advance:
-                done = iter(range(1, batches * self.sampler.steps + 1))
-                data = collect(
-                    self.denoiser,
-                    self.sampler,
-                    images=self.calibration.images,
-                    seed=self.seed,
-                    batch=self.calibration.batch,
-                    each_step=lambda step: advance(next(done), f"step {step + 1}"),
-                )
-            write_atomically(folder / "calibration.safetensors", data.save)
-
-        return CalibrationSet.load(self.pull("trajectory", self.trajectory, compute) / "calibration.safetensors")
-
-    # weights -----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def weights(self) -> Entry:
-        """Integer weights: depend on data only where the method learns, on activations only where it learns both."""
-        method, lines = self.method, self.plan.sites.items()
-        inputs: dict[str, Any] = {
-            "weights_sha256": self.denoiser.weights_sha256,
-            "specs": {name: line.weight for name, line in lines if line.weight},
-            "splits": {name: line.split for name, line in lines if line.weight and line.split},
-            "range": method.weight_range,
-            "weights": method.weights,
-        }
-        if method.weights.learns:
-            inputs |= {"trajectory": self.trajectory.key, "seed": self.seed}
-        if "activations" in method.weights.learns:
-            inputs |= self.activation_inputs
-        return self.store.entry("weights", inputs)
-
-    def weighted_model(self) -> QuantizedUNet:
-        """The model with integer weights; activations are still float, or learned already if that was done jointly."""
-        model = build(self.denoiser.unet, self.plan, self.method.weight_range)
-
-        def compute(folder: Path) -> None:
-            keeper = self.learn("weights", self.method.weights, model, self.seed, folder)
-            state = model.activation_state() if "activations" in self.method.weights.learns else {}
-            save_learned(folder / "weights.safetensors", Learned(model.integers, state), {})
-            write_json(folder / "units.json", keeper.reports())
-
-        learned, _ = load_learned(self.pull("weights", self.weights, compute) / "weights.safetensors")
-        for site, weight in learned.integers.items():
-            if site not in model.integers:
-                model.freeze(site, weight)
-        model.load_activations(learned.activations)
-        return model
-
-    def learn(self, name: str, phase: Callable[..., None], model: QuantizedUNet, seed: int, folder: Path) -> UnitFiles:
-        """Run a method's phase under a progress bar, with every finished unit kept in the folder."""
-        keeper, data = UnitFiles(folder / "units"), self.calibration_set()
-        with self.bars.stage(name, 1) as advance:
-            watcher = UnitProgress(advance, self.mirror)
-            phase(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher)
-        return keeper
-
-    def unit_reports(self) -> list[dict[str, Any]]:
-        """What learning each unit did, phase by phase; empty for methods that learn nothing."""
-        rows: list[dict[str, Any]] = []
-        for phase, entry in (("weights", self.weights), ("activations", self.activations)):
-            path = entry.path / "units.json"
-            rows += [{"phase": phase, **row} for row in json.loads(path.read_text())] if path.is_file() else []
-        return rows
-
-    # activations -------------------------------------------------------------------------------------------------
-
-    @property
-    def activation_inputs(self) -> dict[str, Any]:
-        """Where activations are quantized and how."""
-        return {
-            "inputs": {name: line.input for name, line in self.plan.sites.items()},
-            "outputs": {name: line.output for name, line in self.plan.sites.items()},
-            "splits": {name: line.split for name, line in self.plan.sites.items()},
-            "operands": self.plan.operands,
-        }
-
-    @cached_property
-    def activations(self) -> Entry:
-        """The finished quantized model: depends on weights, data, and everything about activations."""
-        inputs = {
-            "weights": self.weights.key,
-            "trajectory": self.trajectory.key,
-            **self.activation_inputs,
-            "activations": self.method.activations,
-            "temporal": self.method.temporal,
-            "seed": self.seed,
-        }
-        return self.store.entry("activations", inputs)
-
-    @cached_property
-    def quantized_model(self) -> QuantizedUNet:
-        """The finished model, loaded from its artefact."""
-
-        def compute(folder: Path) -> None:
-            model = self.weighted_model()
-            keeper = self.learn(
-                "activations", self.method.activations, model, derive_seed(self.seed, "activations"), folder
-            )
-            self.method.temporal(model, self.denoiser.unet, self.anatomy)
-            model.merge_sources()
-            write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
-            write_json(folder / "units.json", keeper.reports())
-
-        path = self.pull("activations", self.activations, compute) / "quantized.safetensors"
-        return artifact.load(path).to(next(self.denoiser.unet.parameters()).device)
-
-    # correction --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def correction(self) -> Entry | None:
-        """Statistics of the quantization noise, for methods that correct it."""
-        if not self.method.correction.measures:
-            return None
-        inputs = {
-            **self.model_inputs,
-            "activations": self.activations.key,
-            "correction": self.method.correction,
-            "seed": self.seed,
-        }
-        return self.store.entry("correction", inputs)
-
-    @cached_property
-    def statistics(self) -> NoiseStatistics | None:
-        """The same, measured if the store has none."""
-        correction: Any = self.method.correction
-        if self.correction is None:
-            return None
-
-        def compute(folder: Path) -> None:
-            batch = self.images.batch
-            with self.bars.stage("correction", -(-correction.images // batch) * self.sampler.steps) as advance:
-                statistics = correction.measure(
-                    self.quantized_model,
-                    self.denoiser,
-                    self.sampler,
-                    seed=self.seed,
-                    batch=batch,
-                    each_step=lambda done: advance(done, ""),
-                )
-            write_atomically(folder / "statistics.safetensors", lambda path: save_file(statistics.tensors(), path))
-
-        return NoiseStatistics.of(
-            load_file(self.pull("correction", self.correction, compute) / "statistics.safetensors")
-        )
-
-    @cached_property
-    def corrected(self) -> tuple[Predict, Sampler]:
-        """What the finished method samples with: the quantized network's prediction and the sampler, both corrected."""
-        model, statistics = self.quantized_model, self.statistics
-        if statistics is not None and statistics.bits:
-            model.use_bits(statistics.bits)
-        correction: Any = self.method.correction
-        return correction(noise_predictor(model), self.sampler, statistics)
-
-    @property
-    def finished(self) -> Entry:
-        """The last entry that says what is sampled with."""
-        return self.correction or self.activations
-
-    # images and scores -------------------------------------------------------------------------------------------
+    evaluator: Callable[[], Evaluator] = field(kw_only=True)
+    images: ImagePlan = field(kw_only=True)
+    diagnostics: DiagnosticPlan = field(kw_only=True)
 
     def images_entry(self, *, quantized: bool) -> Entry:
         """Images: depend on the network that makes them, the sampler, count and seed, and (in the last bit) the batch."""

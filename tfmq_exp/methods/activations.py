@@ -13,7 +13,8 @@ from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
-from tfmq_exp.reconstruction.run import Keeper, Means, Watcher, reconstruct
+from tfmq_exp.reconstruction.report import Keeper, Watcher
+from tfmq_exp.reconstruction.run import Means, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 

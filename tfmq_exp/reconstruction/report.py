@@ -1,0 +1,76 @@
+"""What is known and kept of a unit that learns, and who is told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.reconstruction.module import BlockReconstruction
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What learning one unit did. Errors are of its outputs, relative to their variance, on part of the calibration set."""
+
+    unit: str
+    kind: str
+    layers: int
+    weights: int
+    error_before: float
+    error_after: float
+    seconds: float
+    peak_mib: float
+
+
+class Learned(NamedTuple):
+    """What a unit has learned: integers of its weights by site, and the state of its activation quantizers by name."""
+
+    integers: Mapping[str, tuple[QuantizedWeight, ...]]
+    activations: Mapping[str, Tensor]
+
+
+class Keeper(Protocol):
+    """Keeps finished units, so that an interrupted run goes on after the last of them."""
+
+    def get(self, unit: str) -> Learned | None:
+        """What a finished unit has learned, or None."""
+        ...
+
+    def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
+        """Keep a unit that has just been learned."""
+        ...
+
+    def part(self, name: str) -> "Keeper":
+        """A keeper of its own for work that goes over the same units again."""
+        ...
+
+
+class Watcher(Protocol):
+    """Is told how the work goes."""
+
+    def start(self, units: int) -> None:
+        """Before the first unit."""
+        ...
+
+    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
+        """After some iterations of a unit."""
+        ...
+
+    def finished(self, unit: str, report: UnitReport | None) -> None:
+        """After a unit; without a report if it was finished before."""
+        ...
+
+
+class Report(pl.Callback):
+    """Tells the watcher about the loss."""
+
+    def __init__(self, watcher: Watcher, unit: str, iterations: int) -> None:
+        self.watcher, self.unit, self.iterations = watcher, unit, iterations
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        """After some iterations."""
+        assert isinstance(module, BlockReconstruction)
+        self.watcher.iteration(self.unit, module.count, self.iterations, float(module.error))
