@@ -40,7 +40,7 @@ from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
 from tfmq_exp.reconstruction.capture import capture_inputs, hooks
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import TemporalAware, Unit
-from tfmq_exp.reconstruction.run import Means, float_views, quiet_trainer, reconstruct
+from tfmq_exp.reconstruction.run import Means, Task, float_views, quiet_trainer, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 from tfmq_exp.surgery.scales import PerStepScale, ScalePlan
 
@@ -194,7 +194,7 @@ def main() -> None:
 
     model = build(unet, resolved, LpSearch())
     with watch.of("ours", "capture and learning"):
-        reconstruct(model, unet, parts, units, data, learning, means, 0, quiet, quiet)
+        reconstruct(Task(model, unet, parts, data, means, 0, quiet, quiet), units, learning)
     with watch.of("ours", "activation ranges"):
         Observe(recipe["samples_per_step"], EveryKth()).ranges(model, data, 0)
     Console().print(watch.table(f"CPU seconds, {len(units)} units of {learning.iterations} iterations"))

@@ -42,7 +42,7 @@ from tfmq_exp.reconstruction.module import LearnRounding, Recipe
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.partition import TemporalAware
 from tfmq_exp.reconstruction.report import Learned, UnitReport
-from tfmq_exp.reconstruction.run import Means, quiet_trainer, reconstruct
+from tfmq_exp.reconstruction.run import Means, Task, quiet_trainer, reconstruct
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import AttentionPlan, SitePlan, SurgeryPlan
 from tfmq_exp.surgery.quantized_unet import build, coverage
@@ -195,7 +195,8 @@ def main() -> int:
     learning = recipe_of(reference, iterations)
     with phases.timed("reconstruction (capture + learning)"):
         units = TemporalAware()(parts, frozenset(model.weight_sites()))
-        reconstruct(model, float_unet, parts, units, calibration, learning, means, args.seed, quiet, quiet)
+        task = Task(model, float_unet, parts, calibration, means, args.seed, quiet, quiet)
+        reconstruct(task, units, learning)
     quality_start = time.process_time()
     weights_only = [
         output_error(model, calibration, tensors["fp_out"]),

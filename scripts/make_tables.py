@@ -1,6 +1,6 @@
 """The comparison table from run folders: mean and standard deviation over seeds, the float network first.
 
-    python scripts/make_tables.py outputs/runs outputs/sweeps [--format markdown|csv] [--out FILE]
+    python scripts/make_tables.py outputs/runs outputs/sweeps [--format markdown|csv] [--out FILE] [--save FILE]
 
 Rows that were made under different protocols (sampler, images, evaluator) stand in different tables.
 """
@@ -9,25 +9,34 @@ import argparse
 import sys
 from pathlib import Path
 
-from tfmq_exp.reporting.records import ScoreRecord, read_records
+from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
 from tfmq_exp.reporting.tables import FORMATS, by_protocol, render, table
 
 
 def main() -> int:
     """Print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs/runs"), Path("outputs/sweeps")])
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        type=Path,
+        help="folders of runs, or saved records",
+        default=[Path("outputs/runs"), Path("outputs/sweeps")],
+    )
     parser.add_argument("--format", choices=FORMATS, default="markdown")
+    parser.add_argument("--save", type=Path, help="write the records themselves here, to make the table from later")
     parser.add_argument("--out", type=Path, help="write here instead of printing")
     args = parser.parse_args()
     try:
-        records = [record for folder in args.folders for record in read_records(folder)]
+        records = [record for source in args.sources for record in read_records(source)]
         text = "\n".join(titled(group, args.format) for group in by_protocol(records))
         if not records:
-            raise ValueError(f"no results.json under {', '.join(map(str, args.folders))}")
+            raise ValueError(f"no results.json under {', '.join(map(str, args.sources))}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.save:
+        save_records(records, args.save)
     if args.out:
         args.out.write_text(text)
     else:

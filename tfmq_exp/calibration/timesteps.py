@@ -73,6 +73,8 @@ class NormallyDistributed:
         steps, images = int(data.step.max()) + 1, data.image.unique()
         position = torch.full((steps, int(images.max()) + 1), -1)
         position[data.step, data.image] = torch.arange(len(data))
+        if bool((position[:, images] < 0).any()) or (self.released_labels and steps < 2):
+            raise ValueError(f"normally distributed timesteps need whole trajectories, of {steps} steps here")
         levels, image = self.levels(steps), images[torch.arange(self.samples) % len(images)]
         if not self.released_labels:
             return data[position[steps - 1 - levels, image]]

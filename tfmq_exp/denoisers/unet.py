@@ -124,10 +124,10 @@ def anatomy(unet: nn.Module, example: Mapping[str, Any]) -> Anatomy:
 def shortcut_splits(unet: Any) -> dict[str, int]:
     """How many channels of a decoder shortcut's input come from the trunk, which stands first; the others are the skip's."""
     found: dict[str, int] = {}
-    trunk = unet.mid_block.resnets[-1].out_channels if unet.mid_block is not None else None
+    trunk = (unet.mid_block or unet.down_blocks[-1]).resnets[-1].out_channels
     for i, block in enumerate(unet.up_blocks):
         for j, resnet in enumerate(block.resnets):
-            if resnet.conv_shortcut is not None and trunk is not None and trunk < resnet.in_channels:
+            if resnet.conv_shortcut is not None and trunk < resnet.in_channels:
                 found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = trunk
             trunk = resnet.out_channels
     return found

@@ -28,7 +28,7 @@ from tfmq_exp.experiment.tracking import Mirror
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.report import Learned
-from tfmq_exp.reconstruction.run import Means
+from tfmq_exp.reconstruction.run import Means, Task
 from tfmq_exp.sampling.sampler import Predict, Sampler, noise_predictor
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery import artifact
@@ -182,7 +182,7 @@ class NetworkStages:
         keeper, data = UnitFiles(folder / "units"), self.calibration_set()
         with self.bars.stage(name, 1) as advance:
             watcher = UnitProgress(advance, self.mirror)
-            phase(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher)
+            phase(Task(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher))
         return keeper
 
     def unit_reports(self) -> list[dict[str, Any]]:

@@ -1,11 +1,10 @@
 """How activation quantizers get their ranges."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
@@ -13,8 +12,7 @@ from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
-from tfmq_exp.reconstruction.report import Keeper, Watcher
-from tfmq_exp.reconstruction.run import Means, reconstruct
+from tfmq_exp.reconstruction.run import Task, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
@@ -46,22 +44,12 @@ class Observe:
         """One pass."""
         return Effort(len(self.timesteps(data)), 0)
 
-    def __call__(
-        self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        anatomy: Anatomy,
-        data: CalibrationSet,
-        means: Means,
-        seed: int,
-        keeper: Keeper,
-        watcher: Watcher,
-    ) -> None:
+    def __call__(self, task: Task) -> None:
         """Set all ranges and switch the quantizers on."""
-        watcher.start(1)
-        total = len(data)
-        self.ranges(model, data, seed, lambda done: watcher.iteration("ranges", done, total, 0.0))
-        watcher.finished("ranges", None)
+        task.watcher.start(1)
+        total = len(task.data)
+        self.ranges(task.model, task.data, task.seed, lambda done: task.watcher.iteration("ranges", done, total, 0.0))
+        task.watcher.finished("ranges", None)
 
     @torch.no_grad()
     def ranges(
@@ -87,7 +75,8 @@ class Learn:
     """Observe, then learn what the sources can learn, unit by unit, with integer weights (Q-Diffusion, BRECQ, TDQ).
 
     Whatever `trainable` yields is learned: a scale, a table of scales, a network. Where a step can choose between
-    bit-widths, each width is learned in turn. Zero points stay.
+    bit-widths, each width is learned in turn, the widest last; sources with one width take part each time. Zero points
+    stay.
 
     Args:
         observe: how ranges start.
@@ -105,25 +94,17 @@ class Learn:
         """Of one unit."""
         return Effort(len(self.timesteps(data)), self.recipe.iterations)
 
-    def __call__(
-        self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        anatomy: Anatomy,
-        data: CalibrationSet,
-        means: Means,
-        seed: int,
-        keeper: Keeper,
-        watcher: Watcher,
-    ) -> None:
+    def __call__(self, task: Task) -> None:
         """Set and learn all ranges; the quantizers are on afterwards."""
-        self.observe.ranges(model, data, seed)
-        units, kept = self.partition(anatomy, frozenset(model.plan.sites)), self.timesteps(data)
-        for bits in model.activation_bits() or (None,):
-            if bits is not None:
-                model.use_bits([bits] * model.clock.num_steps)
-            shelf = keeper.part(f"a{bits}") if bits else keeper
-            reconstruct(model, float_unet, anatomy, units, kept, self.recipe, means, seed, shelf, watcher)
+        model = task.model
+        self.observe.ranges(model, task.data, task.seed)
+        units = self.partition(task.anatomy, frozenset(model.plan.sites))
+        task = task.on(self.timesteps(task.data))
+        if not model.activation_bits():
+            reconstruct(task, units, self.recipe)
+        for bits in model.activation_bits():
+            model.use_bits([bits] * model.clock.num_steps)
+            reconstruct(replace(task, keeper=task.keeper.part(f"a{bits}")), units, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -134,16 +115,6 @@ class Keep:
         """None."""
         return Effort(0, 0)
 
-    def __call__(
-        self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        anatomy: Anatomy,
-        data: CalibrationSet,
-        means: Means,
-        seed: int,
-        keeper: Keeper,
-        watcher: Watcher,
-    ) -> None:
+    def __call__(self, task: Task) -> None:
         """Switch the quantizers on."""
-        model.set_activations(Mode.QUANTIZE)
+        task.model.set_activations(Mode.QUANTIZE)

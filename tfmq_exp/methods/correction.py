@@ -129,6 +129,8 @@ class NoiseCorrection:
 
     Args:
         images: float trajectories that the statistics are taken from.
+        intercept: of the fit that gives k: one for each `channel`, as the noise model has it; or one `shared` by all, as
+            in the release, where means that differ between channels leak into k.
         bias: `residual`, the mean of what k e leaves; or `total`, the mean of all noise, as the release has it.
         sigma: `pooled` over everything but the channel's mean; or `per_sample`, the mean of the samples' standard
             deviations, as the release has it.
@@ -136,6 +138,7 @@ class NoiseCorrection:
     """
 
     images: int
+    intercept: Literal["channel", "shared"]
     bias: Literal["residual", "total"]
     sigma: Literal["pooled", "per_sample"]
     keep_drift: bool
@@ -144,21 +147,24 @@ class NoiseCorrection:
     def __post_init__(self) -> None:
         if self.images < 1:
             raise ValueError(f"noise statistics need at least one trajectory, got {self.images}")
+        if self.intercept not in ("channel", "shared"):
+            raise ValueError(f"intercept must be channel or shared, got {self.intercept!r}")
         if self.bias not in ("residual", "total"):
             raise ValueError(f"bias must be residual or total, got {self.bias!r}")
         if self.sigma not in ("pooled", "per_sample"):
             raise ValueError(f"sigma must be pooled or per_sample, got {self.sigma!r}")
 
     def estimate(self, moments: NoiseMoments, timesteps: tuple[int, ...]) -> NoiseStatistics:
-        """k: slope of the least-squares fit of d on e over all pixels of a step, at least 0 (PTQD, section 3.2)."""
-        count = moments.pixels * moments.e.shape[1] * moments.e.shape[2]
-        mean = {name: getattr(moments, name).sum((1, 2)) / count for name in ("e", "d", "ee", "dd", "ed")}
-        var_e, var_d = mean["ee"] - mean["e"] ** 2, mean["dd"] - mean["d"] ** 2
-        covariance = mean["ed"] - mean["e"] * mean["d"]
+        """k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance."""
+        per_channel = moments.pixels * moments.e.shape[1]
+        mean = {name: getattr(moments, name).sum(1) / per_channel for name in ("e", "d", "ee", "dd", "ed")}
+        if self.intercept == "shared":
+            mean = {name: value.mean(1, keepdim=True) for name, value in mean.items()}
+        var_e, var_d = ((mean[x + x] - mean[x] ** 2).mean(1) for x in ("e", "d"))
+        covariance = (mean["ed"] - mean["e"] * mean["d"]).mean(1)
         tiny = torch.finfo(torch.float64).tiny
         k = (covariance / var_e.clamp(min=tiny)).clamp(min=0)
         r2 = covariance**2 / (var_e * var_d).clamp(min=tiny)
-        per_channel = moments.pixels * moments.e.shape[1]
         slope = k[:, None]
         residual_mean = (moments.d.sum(1) - slope * moments.e.sum(1)) / per_channel
         bias = residual_mean if self.bias == "residual" else moments.d.sum(1) / per_channel

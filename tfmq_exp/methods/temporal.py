@@ -41,6 +41,8 @@ class CacheFeatures:
     select: Literal["disturbance", "always"]
 
     def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"stored features have 2 to 8 bits, got {self.bits}")
         if self.select not in ("disturbance", "always"):
             raise ValueError(f"select must be disturbance or always, got {self.select!r}")
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.denoisers.anatomy import Anatomy
@@ -13,10 +11,8 @@ from tfmq_exp.methods.activations import Effort, Observe
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
-from tfmq_exp.reconstruction.report import Keeper, Watcher
-from tfmq_exp.reconstruction.run import Means, reconstruct
+from tfmq_exp.reconstruction.run import Task, reconstruct
 from tfmq_exp.sampling.seeds import derive_seed
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Partition = Callable[[Anatomy, frozenset[str]], list[Unit]]
 
@@ -31,21 +27,11 @@ class RoundToNearest:
         """None."""
         return Effort(0, 0)
 
-    def __call__(
-        self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        anatomy: Anatomy,
-        data: CalibrationSet,
-        means: Means,
-        seed: int,
-        keeper: Keeper,
-        watcher: Watcher,
-    ) -> None:
+    def __call__(self, task: Task) -> None:
         """Freeze every weight."""
-        model.place_weight_grids()
-        for site in model.weight_sites():
-            model.freeze(site)
+        task.model.place_weight_grids()
+        for site in task.model.weight_sites():
+            task.model.freeze(site)
 
 
 @dataclass(frozen=True)
@@ -67,20 +53,10 @@ class Reconstruct:
         """Of one unit."""
         return Effort(len(self.timesteps(data)), self.recipe.iterations)
 
-    def __call__(
-        self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        anatomy: Anatomy,
-        data: CalibrationSet,
-        means: Means,
-        seed: int,
-        keeper: Keeper,
-        watcher: Watcher,
-    ) -> None:
+    def __call__(self, task: Task) -> None:
         """Learn and freeze every weight."""
-        units, kept = self.partition(anatomy, frozenset(model.weight_sites())), self.timesteps(data)
-        reconstruct(model, float_unet, anatomy, units, kept, self.recipe, means, seed, keeper, watcher)
+        units = self.partition(task.anatomy, frozenset(task.model.weight_sites()))
+        reconstruct(task.on(self.timesteps(task.data)), units, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -94,19 +70,15 @@ class ReconstructJointly(Reconstruct):
     observe: Observe
     learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
 
-    def __call__(
-        self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        anatomy: Anatomy,
-        data: CalibrationSet,
-        means: Means,
-        seed: int,
-        keeper: Keeper,
-        watcher: Watcher,
-    ) -> None:
-        """Place the activations' grids, then learn both."""
-        model.place_weight_grids()
-        with modes(model.weight_quantizers(), Mode.QUANTIZE):
-            self.observe.ranges(model, data, derive_seed(seed, "activations"))
-        super().__call__(model, float_unet, anatomy, data, means, seed, keeper, watcher)
+    def __call__(self, task: Task) -> None:
+        """Place the activations' grids, then learn both.
+
+        Raises:
+            ValueError: activations with several bit-widths, of which weights could fit only one.
+        """
+        if widths := task.model.activation_bits():
+            raise ValueError(f"weights and scales can be learned together for one activation width, not for {widths}")
+        task.model.place_weight_grids()
+        with modes(task.model.weight_quantizers(), Mode.QUANTIZE):
+            self.observe.ranges(task.model, task.data, derive_seed(task.seed, "activations"))
+        super().__call__(task)

@@ -17,6 +17,12 @@ class TimeEncoding(Protocol):
         ...
 
 
+def checked_width(width: int) -> None:
+    """Raise ValueError unless cosines and sines can share it."""
+    if width < 2 or width % 2:
+        raise ValueError(f"the width of an encoding must be even and at least 2, got {width}")
+
+
 @dataclass(frozen=True)
 class Frequency:
     """[cos(t w_i), sin(t w_i)], w_i = 10000^(-2i / width): the encoding of the UNet itself; TDQ's choice."""
@@ -24,8 +30,7 @@ class Frequency:
     width: int
 
     def __post_init__(self) -> None:
-        if self.width < 2 or self.width % 2:
-            raise ValueError(f"the width of a frequency encoding must be even and at least 2, got {self.width}")
+        checked_width(self.width)
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         """Cosines first."""
@@ -53,6 +58,9 @@ class RandomFourier:
     sigma: float
     train_timesteps: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked_width(self.width)
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         """Cosines first."""

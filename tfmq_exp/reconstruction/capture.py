@@ -120,6 +120,8 @@ def capture_squared_gradients(
 ) -> dict[str, Leaves]:
     """(J^T v)^2 at the units' outputs, J from there to the predicted noise, v standard normal; mean 1 for every unit."""
     modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
+    if not modules:
+        return {}
     device = next(unet.parameters()).device
     outputs: dict[str, Any] = {}
     stored: dict[str, Leaves] = {}

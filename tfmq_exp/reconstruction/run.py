@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytorch_lightning as pl
 import torch
@@ -59,41 +59,60 @@ def quiet_trainer(accelerator: str) -> Callable[..., pl.Trainer]:
     )
 
 
-def reconstruct(
-    model: QuantizedUNet,
-    float_unet: nn.Module,
-    anatomy: Anatomy,
-    units: Sequence[Unit],
-    data: CalibrationSet,
-    recipe: Recipe,
-    means: Means,
-    seed: int,
-    keeper: Keeper,
-    watcher: Watcher,
-) -> None:
+@dataclass(frozen=True)
+class Task:
+    """What a phase of a method works on, and with what.
+
+    Args:
+        model: the network that is being quantized.
+        float_unet: the one that it shall be near to.
+        anatomy: their parts.
+        data: calibration samples.
+        means: memory and machine.
+        seed: of all random numbers.
+        keeper: what survives a crash.
+        watcher: who is told.
+    """
+
+    model: QuantizedUNet
+    float_unet: nn.Module
+    anatomy: Anatomy
+    data: CalibrationSet
+    means: Means
+    seed: int
+    keeper: Keeper
+    watcher: Watcher
+
+    def on(self, data: CalibrationSet) -> "Task":
+        """The same with other samples."""
+        return replace(self, data=data)
+
+
+def reconstruct(task: Task, units: Sequence[Unit], recipe: Recipe) -> None:
     """Learn, unit by unit, what the recipe says: the rounding of weights (frozen to integers after), activation scales, or both.
 
     A unit learns to return what the float unit returns, on inputs that the recipe chooses. Finished units are taken from the
     keeper; the random numbers of a unit depend on the seed and its name alone, so the result is the same however often the
     work was interrupted.
     """
+    model, means, data = task.model, task.means, task.data
     units = [unit for unit in units if something_to_learn(model, unit, recipe)]
-    watcher.start(len(units))
+    task.watcher.start(len(units))
     todo: list[Unit] = []
     for unit in units:
-        learned = None if todo else keeper.get(unit.name)
+        learned = None if todo else task.keeper.get(unit.name)
         if learned is None:
             todo.append(unit)
             continue
         for site, integers in learned.integers.items():
             model.freeze(site, integers)
         model.load_activations(learned.activations)
-        watcher.finished(unit.name, None)
+        task.watcher.finished(unit.name, None)
     if recipe.rounding:
         model.place_weight_grids()
     storage, replay = Storage(means.cache_bytes // 4), Replay(means.cache_bytes // 4)
     timesteps = torch.tensor(model.clock.timesteps)
-    for unit, view, importance in float_views(todo, float_unet, data, timesteps, recipe, means):
+    for unit, view, importance in float_views(todo, task.float_unet, data, timesteps, recipe, means):
         began = time.perf_counter()
         module = unit.module(model.unet)
         fed: dict[Origin, Leaves] = {"float": view.fed} if view.fed else {}
@@ -104,18 +123,7 @@ def reconstruct(
         first, judged = fed[recipe.inputs.origins[0]], max(1, len(view.returned) // JUDGED)
         with modes(model.weight_quantizers(unit.sites) if recipe.rounding else (), Mode.QUANTIZE):
             before = run_unit(module, model.clock, first.every(judged), means.batch, Storage(means.cache_bytes))
-            learn(
-                model,
-                unit,
-                module,
-                fed,
-                view.returned,
-                importance,
-                recipe,
-                means,
-                derive_seed(seed, unit.name),
-                watcher,
-            )
+            learn(task, unit, module, fed, view.returned, importance, recipe)
         for site in unit.sites if recipe.rounding else ():
             if site in model.weight_sites():
                 model.freeze(site)
@@ -131,14 +139,14 @@ def reconstruct(
             unit.name,
             unit.kind.value,
             len(unit.sites),
-            sum(anatomy.sites[site].weights for site in unit.sites),
+            sum(task.anatomy.sites[site].weights for site in unit.sites),
             relative_error(before, wanted),
             relative_error(after, wanted),
             seconds=time.perf_counter() - began,
             peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
-        keeper.put(unit.name, what_was_learned(model, unit, recipe), report)
-        watcher.finished(unit.name, report)
+        task.keeper.put(unit.name, what_was_learned(model, unit, recipe), report)
+        task.watcher.finished(unit.name, report)
 
 
 def quantizers_of(model: QuantizedUNet, unit: Unit, recipe: Recipe) -> dict[str, AffineQuantizer]:
@@ -200,18 +208,16 @@ def float_views(
 
 
 def learn(
-    model: QuantizedUNet,
+    task: Task,
     unit: Unit,
     module: nn.Module,
     fed: Mapping[Origin, Leaves],
     wanted: Leaves,
     importance: Leaves | None,
     recipe: Recipe,
-    means: Means,
-    seed: int,
-    watcher: Watcher,
 ) -> None:
     """Learn one unit; its weights end rounded up or down."""
+    model, seed = task.model, derive_seed(task.seed, unit.name)
     device = next(model.parameters()).device
     samples = Leaves.of(
         {
@@ -228,7 +234,7 @@ def learn(
     inside = list(model.activation_quantizers_in(unit.name, unit.sites).values())
     lesson = BlockReconstruction(module, model.clock, roundings, sources, samples.structure, recipe)
     batches = RandomBatches(samples.tensors, recipe.batch, recipe.iterations, seed)
-    trainer = means.trainer(max_epochs=1, callbacks=[Report(watcher, unit.name, recipe.iterations)])
+    trainer = task.means.trainer(max_epochs=1, callbacks=[Report(task.watcher, unit.name, recipe.iterations)])
     with learning(sources, seed), recipe.inputs.inside(inside):
         trainer.fit(lesson, batches)
     module.to(device)

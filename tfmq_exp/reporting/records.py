@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,27 @@ class ScoreRecord:
         return dataclasses.asdict(self)
 
 
+def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
+    """One record per line, so that a table can be made again where the run folders are gone."""
+    path.write_text("".join(json.dumps(record.to_json(), sort_keys=True) + "\n" for record in records))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Records as plain data, from a `results.json` or from a file of `save_records`."""
+    text = path.read_text()
+    return json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
 def read_records(root: Path) -> list[ScoreRecord]:
-    """Every record in the `results.json` files below a folder, float rows once per protocol and seed.
+    """Every record in a file, or in the `results.json` files below a folder; float rows once per protocol and seed.
 
     Raises:
         ValueError: a file that is not such a record.
     """
     found: dict[str, ScoreRecord] = {}
-    for path in sorted(root.rglob("results.json")):
+    for path in [root] if root.is_file() else sorted(root.rglob("results.json")):
         try:
-            rows = json.loads(path.read_text())["rows"]
-            for row in rows:
+            for row in rows_of(path):
                 record = ScoreRecord(**row)
                 identity = [record.model, record.quant, record.method, record.seed, record.keys, record.protocol]
                 found[json.dumps(identity, sort_keys=True)] = record

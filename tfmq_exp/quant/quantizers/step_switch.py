@@ -27,7 +27,9 @@ class StepSwitch(nn.Module):
         self.register_buffer("at", torch.full((clock.num_steps,), widest), persistent=False)
 
     def use(self, bits: Sequence[int]) -> None:
-        """Set the bit-width of every step. Raises ValueError for a width that is not among the choices."""
+        """Set the bit-width of every step. Raises ValueError for a width that is not among the choices, or too few."""
+        if len(bits) != self.clock.num_steps:
+            raise ValueError(f"{self.clock.num_steps} steps need as many bit-widths, got {len(bits)}")
         if wrong := set(bits).difference(self.bits):
             raise ValueError(f"no quantizer has {min(wrong)} bits; there are {', '.join(map(str, self.bits))}")
         self.at.copy_(torch.tensor([self.bits.index(b) for b in bits]))

@@ -26,13 +26,14 @@ def softplus_inverse(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def initialise(layer: nn.Linear, how: LastLayer, generator: torch.Generator) -> None:
-    """Weights of one layer, bias 0; `default` is what torch gives a linear layer."""
+    """Weights of one layer. `default` is what torch gives a linear layer, bias included; else the bias starts at 0."""
+    bound = layer.in_features**-0.5
     nn.init.zeros_(layer.bias)
     if how == "zero":
         nn.init.zeros_(layer.weight)
     elif how == "default":
-        bound = layer.in_features**-0.5
         nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     elif how == "he":
         nn.init.kaiming_normal_(layer.weight, generator=generator)
     elif how == "xavier":
