@@ -26,7 +26,7 @@ def softplus_inverse(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def initialise(layer: nn.Linear, how: LastLayer, generator: torch.Generator) -> None:
-    """Weights of one layer. `default` is what torch gives a linear layer, bias included; else the bias starts at 0."""
+    """One layer. `default` is what torch gives a linear layer, bias included; else the bias starts at 0."""
     bound = layer.in_features**-0.5
     nn.init.zeros_(layer.bias)
     if how == "zero":
@@ -90,6 +90,7 @@ class Generated(Static):
             width = size
         output = nn.Linear(width, 1)
         initialise(output, last, generator)
+        nn.init.zeros_(output.bias)  # s_0 is the bias of the last layer
         self.mlp = nn.Sequential(*layers, nn.Dropout(dropout), output).requires_grad_(False)
 
     def table(self) -> QParams:
