@@ -30,8 +30,8 @@ from tfmq_exp.reconstruction.module import BlockReconstruction, LearnRounding, L
 from tfmq_exp.reconstruction.objectives import Annealing, Fisher, Lp, Objective
 from tfmq_exp.reconstruction.partition import Blockwise, TemporalAware
 from tfmq_exp.reconstruction.qdrop import MixedInputs
-from tfmq_exp.reconstruction.run import Learned, Means, UnitReport, quiet_trainer, reconstruct
-from tfmq_exp.surgery.plan import AttentionPlan, SitePlan
+from tfmq_exp.reconstruction.run import Learned, Means, Task, UnitReport, quiet_trainer, reconstruct
+from tfmq_exp.surgery.plan import AttentionPlan, Bits, SitePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.scales import GeneratedScale, IntervalScale, ScalePlan
 
@@ -129,11 +129,18 @@ def frozen(unet: nn.Module, **further: Any) -> QuantizedUNet:
     return model
 
 
+def end_of_network(weight: int, activation: Bits) -> dict[str, Any]:
+    """A plan of four units: temporal layers, two blocks, the last layer."""
+    plan = SitePlan(weight, activation)
+    sites = dict.fromkeys(("time_embedding.*", "up_blocks.1.*", "conv_out"), plan)
+    return {"weight": None, "activation": None, "sites": sites}
+
+
 def run(phase: Any, model: QuantizedUNet, unet: nn.Module, shelf: Shelf | None = None, log: Log | None = None) -> Shelf:
     """A method's phase until the end, or until the log interrupts."""
     shelf = shelf or Shelf()
     with contextlib.suppress(Interruption):
-        phase(model, unet, parts_of(unet), calibration(unet), means(), 0, shelf, log or Log())
+        phase(Task(model, unet, parts_of(unet), calibration(unet), means(), 0, shelf, log or Log()))
     return shelf
 
 
@@ -173,15 +180,14 @@ def test_learning_scales_lowers_errors_and_leaves_weights_and_zero_points(tiny_u
     start, end = trainable(observed), trainable(model)
     assert all(start.values())
     for name, parameters in start.items():
-        assert any(not torch.equal(old, new) for old, new in zip(parameters, end[name], strict=True)), name
+        moved = [old != new for old, new in zip(parameters, end[name], strict=True)]
+        assert all(part.any() if source == "generated" else part.all() for part in moved), name
         assert all(bool(new.isfinite().all()) for new in end[name])
     errors = [(report.error_before, report.error_after) for report in shelf.reports]
     assert sum(after for _, after in errors) < sum(before for before, _ in errors)
-    assert (
-        log.expected
-        == [len(shelf.reports)]
-        == [len(TemporalAware()(parts_of(tiny_unet), frozenset(start_sites(model))))]
-    )
+    units = TemporalAware()(parts_of(tiny_unet), frozenset(model.plan.sites))
+    assert log.new == [unit.name for unit in units]
+    assert log.expected == [len(units)]
     assert all(quantizer.mode is Mode.QUANTIZE for quantizer in model.activation_quantizers().values())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules() if not isinstance(module, nn.Identity))
@@ -198,34 +204,42 @@ def test_learned_scales_bring_the_whole_network_nearer(tiny_conditional_unet: nn
     assert errors[1] < errors[0]
 
 
-def test_interrupted_learning_of_scales_ends_as_the_uninterrupted_one(tiny_unet: nn.Module) -> None:
-    whole, resumed = (frozen(tiny_unet, activation=4, scales=SOURCES["generated"]) for _ in range(2))
-    run(learn(2), whole, tiny_unet)
-    shelf = run(learn(2), frozen(tiny_unet, activation=4, scales=SOURCES["generated"]), tiny_unet, log=Log(units=3))
-    assert len(shelf.kept) == 3
-    log = Log()
-    run(learn(2), resumed, tiny_unet, shelf, log)
-    assert len(log.old) == 3
-    assert len(log.new) == log.expected[0] - 3
+@pytest.mark.parametrize("source", ["static", "generated"])
+def test_interrupted_learning_of_scales_ends_as_the_uninterrupted_one(tiny_unet: nn.Module, source: str) -> None:
+    settings = end_of_network(4, 4) | {"scales": SOURCES[source]}
+    whole, killed, resumed = (frozen(tiny_unet, **settings) for _ in range(3))
+    run(learn(3), whole, tiny_unet)
+    shelf, log = run(learn(3), killed, tiny_unet, log=Log(units=2)), Log()
+    assert len(shelf.kept) == 2
+    run(learn(3), resumed, tiny_unet, shelf, log)
+    assert (log.expected, len(log.old), len(log.new)) == ([4], 2, 2)
     assert same_state(resumed, whole)
+    assert not same_state(killed, whole)
 
 
 def test_every_width_is_learned_and_kept_on_its_own(tiny_unet: nn.Module) -> None:
-    start, whole, resumed = (frozen(tiny_unet, activation=(4, 8)) for _ in range(3))
+    start, whole, killed, resumed = (frozen(tiny_unet, **end_of_network(4, (4, 8))) for _ in range(4))
     SHARDS.ranges(start, calibration(tiny_unet), 0)
-    shelf = run(learn(2), whole, tiny_unet)
+    shelf = run(learn(3), whole, tiny_unet)
     assert not shelf.kept
     assert shelf.parts.keys() == {"a4", "a8"}
     assert shelf.parts["a4"].kept.keys() == shelf.parts["a8"].kept.keys()
     before, after = trainable(start), trainable(whole)
     assert all(not torch.equal(before[name][0], after[name][0]) for name in before)
-    units = len(shelf.parts["a4"].kept)
-    interrupted = run(learn(2), frozen(tiny_unet, activation=(4, 8)), tiny_unet, log=Log(units=units + 2))
-    assert [len(interrupted.parts[part].kept) for part in ("a4", "a8")] == [units, 2]
-    log = Log()
-    run(learn(2), resumed, tiny_unet, interrupted, log)
-    assert (len(log.old), len(log.new)) == (units + 2, units - 2)
+    interrupted, log = run(learn(3), killed, tiny_unet, log=Log(units=6)), Log()
+    assert [len(interrupted.parts[part].kept) for part in ("a4", "a8")] == [4, 2]
+    run(learn(3), resumed, tiny_unet, interrupted, log)
+    assert (log.expected, len(log.old), len(log.new)) == ([4, 4], 6, 2)
     assert same_state(resumed, whole)
+
+
+def test_learning_one_width_leaves_the_other_alone(tiny_unet: nn.Module) -> None:
+    start, model = (frozen(tiny_unet, **end_of_network(4, (4, 8))) for _ in range(2))
+    SHARDS.ranges(start, calibration(tiny_unet), 0)
+    run(learn(3), model, tiny_unet, log=Log(units=4))
+    before, after = trainable(start), trainable(model)
+    for name, quantizer in model.activation_quantizers().items():
+        assert torch.equal(before[name][0], after[name][0]) is (quantizer.spec.bits == 8)
 
 
 # weights, alone and together with scales
@@ -245,7 +259,7 @@ def test_weight_phase_skips_units_without_weights(tiny_unet: nn.Module) -> None:
     ):
         shelf, log = Shelf(), Log()
         target = fresh if learned.rounding else model
-        reconstruct(target, tiny_unet, parts, units, calibration(tiny_unet), learned, means(), 0, shelf, log)
+        reconstruct(Task(target, tiny_unet, parts, calibration(tiny_unet), means(), 0, shelf, log), units, learned)
         assert log.new == [name for name in names if name not in skipped]
         assert log.expected == [len(names) - len(skipped)]
         assert shelf.kept.keys() == set(names) - skipped
@@ -288,11 +302,12 @@ def test_joint_learning_moves_scales_and_rounds_all_weights(tiny_unet: nn.Module
 
 
 def test_interrupted_joint_learning_ends_as_the_uninterrupted_one(tiny_unet: nn.Module) -> None:
-    whole, resumed = (quantizable(tiny_unet, weight=3, activation=6) for _ in range(2))
-    run(jointly(2), whole, tiny_unet)
-    shelf = run(jointly(2), quantizable(tiny_unet, weight=3, activation=6), tiny_unet, log=Log(units=4))
-    assert len(shelf.kept) == 4
-    run(jointly(2), resumed, tiny_unet, shelf)
+    whole, killed, resumed = (quantizable(tiny_unet, **end_of_network(3, 6)) for _ in range(3))
+    run(jointly(3), whole, tiny_unet)
+    shelf, log = run(jointly(3), killed, tiny_unet, log=Log(units=2)), Log()
+    assert len(shelf.kept) == 2
+    run(jointly(3), resumed, tiny_unet, shelf, log)
+    assert (log.expected, len(log.old), len(log.new)) == ([4], 2, 2)
     assert same_state(resumed, whole)
 
 
@@ -451,7 +466,7 @@ def test_draws_of_importance_depend_on_the_seed(tiny_unet: nn.Module) -> None:
 
 
 def test_units_learn_with_importance(tiny_unet: nn.Module) -> None:
-    models = [frozen(tiny_unet, activation=4) for _ in range(2)]
+    models = [frozen(tiny_unet, **end_of_network(4, 4)) for _ in range(2)]
     for model, objective in zip(models, (Lp(), Fisher()), strict=True):
         run(learn(2, objective=objective), model, tiny_unet)
     assert not same_state(*models)
@@ -498,6 +513,7 @@ def test_inputs_are_mixed_element_by_element(keep: float) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
 def test_activations_inside_the_unit_are_mixed_while_it_learns(keep: float) -> None:
+    torch.manual_seed(0)
     x, quantizer = torch.randn(100, 100), AffineQuantizer(Static(QuantSpec(2)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE

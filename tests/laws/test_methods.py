@@ -1,4 +1,4 @@
-"""What the methods make of whole networks: through the file and back, mixed widths, stored features, split shortcuts."""
+"""What methods make of whole networks: through the file and back, mixed widths, stored features, split shortcuts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +108,8 @@ def test_loaded_model_is_bit_equal(plain: Plain, tmp_path: Path, variant: str) -
 def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Path, scale: GeneratedScale) -> None:
     model = calibrated(quantizable(tiny_unet, scales=ScalePlan(scale, scale)))
     assert all(isinstance(quantizer.source, Generated) for quantizer in model.activation_quantizers().values())
-    tables = {name: quantizer.source.table() for name, quantizer in model.activation_quantizers().items()}  # type: ignore[operator]
+    quantizers = model.activation_quantizers().items()
+    tables = {name: quantizer.source.table() for name, quantizer in quantizers}  # type: ignore[operator]
     loaded = reloaded(model, tmp_path)
     for name, quantizer in loaded.activation_quantizers().items():
         assert isinstance(quantizer.source, PerStep)

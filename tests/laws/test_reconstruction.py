@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.module import LearnRounding, Recipe
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.partition import Blockwise, TemporalAware
-from tfmq_exp.reconstruction.run import Learned, Means, UnitReport, quiet_trainer, reconstruct
+from tfmq_exp.reconstruction.report import Learned, UnitReport
+from tfmq_exp.reconstruction.run import Means, Task, quiet_trainer, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 CPU = torch.device("cpu")
@@ -85,6 +86,25 @@ class Log:
             raise Interruption
 
 
+class Runs(Log):
+    """Counts how often every layer computes something, in all and until its unit is finished."""
+
+    def __init__(self, model: QuantizedUNet) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.until: dict[str, Counter[str]] = {}
+        for site in model.weight_sites():
+            # inside the layer: a layer that is a unit itself would also be seen by its own hooks when it is replayed
+            model.layer(site).input_quantizer.register_forward_hook(lambda *_, site=site: self.counts.update([site]))
+
+    def finished(self, unit: str, report: UnitReport | None) -> None:
+        self.until[unit] = Counter(self.counts)
+        super().finished(unit, report)
+
+    def after(self, unit: str, sites: Collection[str]) -> set[int]:
+        return {self.counts[site] - self.until[unit][site] for site in sites}
+
+
 def parameters(model: QuantizedUNet) -> dict[str, Tensor]:
     named = model.unet.named_parameters()
     return {name: parameter.detach().clone() for name, parameter in named if "quantizer" not in name}
@@ -113,13 +133,14 @@ def learned(
     cache_bytes: int = 2**30,
     kept: Mapping[str, Learned] | None = None,
     log: Log | None = None,
+    model: QuantizedUNet | None = None,
 ) -> tuple[QuantizedUNet, Shelf, Log]:
-    """A fresh model, reconstructed until the end or until the log interrupts."""
-    model, log = quantizable(unet, weight=3, activation=None), log or Log()
+    """A fresh model (or this one), reconstructed until the end or until the log interrupts."""
+    model, log = model or quantizable(unet, weight=3, activation=None), log or Log()
     shelf, parts, data = Shelf(model, kept), anatomy(unet, example_inputs(unet)), calibration(unet)
     units = TemporalAware()(parts, frozenset(model.weight_sites()))
     with contextlib.suppress(Interruption):
-        reconstruct(model, unet, parts, units, data, recipe(iterations), means(cache_bytes), 0, shelf, log)
+        reconstruct(Task(model, unet, parts, data, means(cache_bytes), 0, shelf, log), units, recipe(iterations))
     return model, shelf, log
 
 
@@ -218,6 +239,19 @@ def test_size_of_the_cache_does_not_matter(unet: nn.Module, short: QuantizedUNet
     assert same_integers(learned(unet, 2, cache_bytes=20_000)[0], short)
 
 
+@pytest.mark.parametrize(("cache_bytes", "passes"), [(2**30, 0), (20_000, 2)])
+def test_finished_units_run_again_only_where_the_cache_has_no_room_for_what_they_return(
+    unet: nn.Module, cache_bytes: int, passes: int
+) -> None:
+    model = quantizable(unet, weight=3, activation=None)
+    log = Runs(model)
+    _, shelf, _ = learned(unet, 1, cache_bytes=cache_bytes, log=log, model=model)
+    units = [unit for unit in shelf.kept if unit != TEMPORAL_UNIT]
+    # 24 samples go through the network 16 at a time, once for every unit that is still to come
+    expected = {unit: {passes * (len(units) - 1 - i)} for i, unit in enumerate(units)}
+    assert {unit: log.after(unit, shelf.kept[unit].integers) for unit in units} == expected
+
+
 def test_iterations_matter(run: Run, short: QuantizedUNet) -> None:
     assert not same_integers(run[0], short)
 
@@ -310,6 +344,46 @@ def test_capture_stops_where_everything_was_seen(unet: nn.Module) -> None:
     assert not beyond
 
 
+def test_replayed_units_feed_later_ones_the_same_numbers(unet: nn.Module) -> None:
+    data, model = calibration(unet, each=3), calibrated(quantizable(unet, weight=3, activation=None))
+    units = Blockwise()(anatomy(unet, example_inputs(unet)), frozenset(model.weight_sites()))
+    replay = Replay(2**30)
+    different = []
+    for unit in units:
+        module = unit.module(model.unet)
+        run_as_usual = capture_inputs(model, module, data, 5, Storage(2**30))
+        with replay.instead(5):
+            replayed = capture_inputs(model, module, data, 5, Storage(2**30))
+        different += [] if equal(replayed.tensors, run_as_usual.tensors) else [unit.name]
+        replay.add(module, run_unit(module, model.clock, replayed, 5, Storage(2**30)))
+    assert len(replay.outputs) == len(units)
+    assert not different
+
+
+def test_the_oldest_outputs_make_room_for_new_ones() -> None:
+    units = [nn.Linear(1, 1) for _ in range(4)]
+    replay = Replay(budget=100)
+    kept = []
+    for unit, size in zip(units, (10, 10, 10, 26), strict=True):  # floats
+        replay.add(unit, Leaves.of(torch.zeros(size)))
+        kept.append([units.index(other) for other in replay.outputs])
+    assert kept == [[0], [0, 1], [1, 2], []]
+
+
+def test_units_compute_again_after_a_replay() -> None:
+    unit, x = nn.Linear(1, 1), torch.ones(3, 1)
+    outputs = torch.arange(5.0)[:, None]
+    replay, wanted = Replay(budget=100), unit(x)
+    replay.add(unit, Leaves.of(outputs))
+    for _ in range(2):
+        with replay.instead(3):
+            assert torch.equal(torch.cat([unit(x), unit(x[:2])]), outputs)
+        assert torch.equal(unit(x), wanted)
+    with pytest.raises(RuntimeError, match="inside"), replay.instead(3):
+        raise RuntimeError("inside")
+    assert torch.equal(unit(x), wanted)
+
+
 def test_no_data_is_refused(tiny_unet: nn.Module) -> None:
     with pytest.raises(ValueError, match="no calibration data"):
         capture_inputs(tiny_unet, tiny_unet.conv_in, calibration(tiny_unet)[slice(0, 0)], 2, Storage(2**30))
@@ -351,6 +425,16 @@ def test_leaves_hold_a_structure_over_all_samples(budget: int) -> None:
     assert further["flag"] is True
     assert further["nested"][0].tolist() == [6, 1]
     assert further["nested"][1] == "name"
+    assert len(leaves) == 8
+    assert leaves.nbytes == 8 * (4 + 8)
+    assert leaves.whole[1]["nested"][0].tolist() == list(range(8))
+    assert leaves.every(3).whole[0][0].tolist() == [[0.0], [3.0], [6.0]]
+    batches = [structure[1]["nested"] for structure in leaves.batches(3, CPU)]
+    assert [(rows.tolist(), name) for rows, name in batches] == [
+        ([0, 1, 2], "name"),
+        ([3, 4, 5], "name"),
+        ([6, 7], "name"),
+    ]
 
 
 def test_groups_are_consecutive_and_within_the_budget() -> None:

@@ -12,6 +12,7 @@ from tfmq_exp.calibration import collect as collecting
 from tfmq_exp.calibration.collect import collect
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.evaluation.temporal import trajectory_error
 from tfmq_exp.sampling import images
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.sampler import DDIM, noise_predictor, trajectory
@@ -135,6 +136,24 @@ def test_shards_are_the_whole_run(denoiser: Denoiser) -> None:
     assert [(shard.dtype, tuple(shard.shape)) for shard in shards] == [(torch.uint8, (n, *SHAPE)) for n in (3, 3, 1)]
     alone = sample_shard(predict, denoiser, DDIM(4), plan.seed, range(4, 5))
     assert int((shards[1][1].int() - alone[0].int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_error_along_the_trajectory(denoiser: Denoiser, eta: float) -> None:
+    sampler, exact = DDIM(4, eta), noise_predictor(denoiser.unet)
+    same = trajectory_error(exact, sampler, denoiser, sampler, images=3, seed=2)
+    assert [(row["step"], row["t"]) for row in same] == [(0, 751), (1, 501), (2, 251), (3, 1)]
+    assert all(row["eps_error"] == row["x_error"] == 0 for row in same)  # both add the same noise, if any
+
+    def shifted(x: Tensor, t: Tensor) -> Tensor:
+        eps = exact(x, t)
+        return eps + 0.1 * eps.std()
+
+    wrong = trajectory_error(shifted, sampler, denoiser, sampler, images=3, seed=2)
+    assert [row["eps_error"] for row in wrong] == pytest.approx([0.01] * 4, rel=1e-4)
+    assert all(row["x_error"] > 0 for row in wrong)
+    other = trajectory_error(exact, DDIM(4, 1 - eta), denoiser, sampler, images=3, seed=2)
+    assert all(row["eps_error"] == 0 < row["x_error"] for row in other)  # errors of one step are on the float path
 
 
 @pytest.mark.parametrize(("count", "batch"), [(0, 1), (1, 0), (-1, 4)])

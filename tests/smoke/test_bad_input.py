@@ -51,7 +51,15 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
         (("goal=fid",), "goal must be one of"),
         (("+method.weights.iterz=5",), "iterz"),
         (("trainer=gpu",), "CUDA"),
-        (("method.scales.scope=sometimes",), "sometimes"),
+        (("method/scales=dynamic", "method.scales.temporal.per=sometimes"), "sometimes"),
+        (("method/scales=intervals", "method.scales.temporal.count=0"), "1 to 1000, got 0"),
+        (("method/scales=tdq", "method.scales.temporal.last=sometimes"), "sometimes"),
+        (("method.surgery.grids.weights=sometimes",), "grids.weights must be one of"),
+        (("method/timesteps=normal", "method.timesteps.samples=0"), "0 samples"),
+        (("method/weights=jointly", "method.weights.recipe.inputs.keep=2"), "keep is a probability, got 2"),
+        (("method/weights=reconstruct", "method.weights.recipe.rounding=null"), "this one neither"),
+        (("method/temporal=cache", "method.temporal.select=sometimes"), "sometimes"),
+        (("method/correction=noise", "method.correction.bias=sometimes"), "sometimes"),
         (("model.denoiser.path=/nowhere.safetensors",), "/nowhere.safetensors"),
     ],
 )
@@ -72,14 +80,14 @@ def test_a_checkpoint_of_another_network(tmp_path: Path, capsys: pytest.CaptureF
     assert "another network" in failure(tmp_path, capsys, f"model.denoiser.path={other}")
 
 
-@pytest.mark.parametrize("stage", ["trajectory", "activations", "images"])
+@pytest.mark.parametrize("stage", ["trajectory", "weights", "activations", "images"])
 def test_a_damaged_store_entry_is_named_and_can_be_made_again(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "store/scores")
     shutil.rmtree(tmp_path / "store/diagnostics")
-    shutil.rmtree(tmp_path / "store/activations") if stage == "trajectory" else None
+    shutil.rmtree(tmp_path / "store/activations") if stage in ("trajectory", "weights") else None
     victims = sorted((tmp_path / "store" / stage).glob("*/*.safetensors"))
     entries = {victim.parent for victim in victims}
     for victim in victims:

@@ -58,7 +58,11 @@ def test_methods_share_data_and_float_images(tmp_path: Path, store: Path) -> Non
         found = hits(job(tmp_path / method, f"method={method}", "runtime=smoke", f"paths.store={store}"))
         for stage in ("trajectory", "float images", "float scores"):
             keys.setdefault(stage, set()).add(found[stage]["key"])
-    assert {stage: len(found) for stage, found in keys.items()} == {"trajectory": 1, "float images": 1, "float scores": 1}
+    assert {stage: len(found) for stage, found in keys.items()} == {
+        "trajectory": 1,
+        "float images": 1,
+        "float scores": 1,
+    }
 
 
 def test_weights_are_learned_once_for_methods_that_share_them(tmp_path: Path, store: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def test_a_run_leaves_everything_that_a_person_looks_at(default_run: Path) -> No
     assert all(torch.isfinite(torch.tensor(list(row["scores"].values()))).all() for row in rows)
     units = list(csv.DictReader((default_run / "units.csv").open()))
     assert units[0]["unit"] == "temporal_information_block"
+    assert {unit["phase"] for unit in units} == {"weights"}
     assert (
         sum(int(unit["layers"]) for unit in units) == json.loads((default_run / "quantized.json").read_text())["layers"]
     )
@@ -116,14 +118,14 @@ def test_the_table_shows_spread_over_seeds(default_run: Path, tmp_path: Path) ->
     assert rows[1][-1] == "2"
 
 
-def _run_in_child(folder: Path) -> None:
+def _run_in_child(folder: Path, *overrides: str) -> None:
     torch.set_num_threads(1)
-    job(folder, "runtime=smoke")
+    job(folder, "runtime=smoke", *overrides)
 
 
-def _kill_when(folder: Path, condition: Callable[[Path], bool]) -> None:
+def _kill_when(folder: Path, condition: Callable[[Path], bool], *overrides: str) -> None:
     """Start a job in a child process and SIGKILL it as soon as the store looks as wanted."""
-    child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(folder,))
+    child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(folder, *overrides))
     child.start()
     deadline = time.monotonic() + 120
     while not condition(folder / "store"):
@@ -167,6 +169,28 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         assert ours
         assert ours.items() <= theirs.items()
     assert json.loads((run / "results.json").read_text())["rows"][1]["scores"]
+
+
+@pytest.mark.parametrize(("method", "stage"), [("brecq", "activations"), ("qdrop", "weights")])
+def test_a_run_killed_while_it_learns_scales_resumes_to_the_same_bytes(
+    default_run: Path, tmp_path: Path, method: str, stage: str
+) -> None:
+    overrides = ("runtime=smoke", f"method={method}", "goal=activations")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(default_run.parent / "store/trajectory", folder / "store/trajectory")
+    job(whole, *overrides)
+    _kill_when(killed, lambda store: _unfinished(store, stage, "units/*.safetensors", 3), *overrides[1:])
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob(f"store/{stage}/*/units/*.safetensors")}
+    job(killed, *overrides)
+    assert len(kept) >= 3
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a finished unit was learned again"
+    ours, theirs = (
+        {str(path.relative_to(folder)): sha(path) for path in folder.glob("store/activations/*/quantized.safetensors")}
+        for folder in (killed, whole)
+    )
+    assert ours
+    assert ours == theirs
 
 
 def test_wandb_offline_mirrors_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,12 @@ class Leaves:
         """Room for `samples` samples of a structure of which `example` is one batch."""
 
         def room(leaf: Any) -> Any:
-            return storage.allocate((samples, *leaf.shape[1:]), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                return leaf
+            # in the example's memory layout: layers sum in the order of memory, and bits shall not depend on being stored
+            order = [0, *sorted(range(1, leaf.dim()), key=leaf.stride, reverse=True)]
+            stored = storage.allocate((samples, *(leaf.shape[dim] for dim in order[1:])), leaf.dtype)
+            return stored.permute([order.index(dim) for dim in range(leaf.dim())])
 
         return cls.of(pytree.tree_map(room, example))
 

@@ -49,7 +49,7 @@ def test_drawn_levels_have_the_requested_mean_and_spread(mean: float, std: float
     assert 0 < float(levels.min()) < float(levels.max()) < 1 - 1 / steps
 
 
-@pytest.mark.parametrize("steps", [20, 250])
+@pytest.mark.parametrize("steps", [4, 20, 250])
 def test_wide_draws_are_clamped_to_both_ends(steps: int) -> None:
     samples, mean, std = 4096, 0.4, 0.4
     levels = NormallyDistributed(samples, mean, std).levels(steps)
