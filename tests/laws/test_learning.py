@@ -530,3 +530,13 @@ def test_activations_inside_the_unit_are_mixed_while_it_learns(keep: float) -> N
 def test_impossible_probabilities_are_named(keep: float) -> None:
     with pytest.raises(ValueError, match=f"got {keep}"):
         MixedInputs(keep)
+
+
+def test_joint_learning_refuses_a_choice_of_widths(tiny_unet: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"not for \(4, 8\)"):
+        run(jointly(1), quantizable(tiny_unet, activation=(4, 8)), tiny_unet)
+
+
+def test_temporal_units_have_no_importance(tiny_unet: nn.Module) -> None:
+    temporal = TemporalAware()(parts_of(tiny_unet), frozenset(parts_of(tiny_unet).sites))[:1]
+    assert Fisher().importance(tiny_unet, temporal, calibration(tiny_unet), 8, Storage(2**30)) == {}

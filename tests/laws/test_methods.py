@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
@@ -293,6 +294,12 @@ def test_computing_features_changes_nothing(tiny_unet: nn.Module) -> None:
     assert torch.equal(output(model, inputs), before)
 
 
+@pytest.mark.parametrize("bits", [1, 9])
+def test_stored_features_have_2_to_8_bits(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"2 to 8 bits, got {bits}"):
+        CacheFeatures(bits, "always")
+
+
 def test_unknown_selection_is_named() -> None:
     with pytest.raises(ValueError, match="'never'"):
         CacheFeatures(8, "never")  # type: ignore[arg-type]
@@ -334,6 +341,13 @@ def test_split_is_where_trunk_and_skip_were_joined(unet: nn.Module, monkeypatch:
     assert {name: [parts.sites[name].split] if parts.sites[name].split else [] for name in fed} == trunk
     assert sum(bool(sizes) for sizes in trunk.values()) == sum(len(block.resnets) for block in unet.up_blocks)
     assert all(site.split is None for site in parts.sites.values() if site.name not in fed)
+
+
+def test_without_a_middle_the_trunk_comes_from_the_encoder(tiny_unet: nn.Module) -> None:
+    bare = UNet2DModel.from_config({**tiny_unet.config, "mid_block_type": None}).eval()
+    parts = anatomy(bare, example_inputs(bare))
+    first = parts.sites["up_blocks.0.resnets.0.conv_shortcut"]
+    assert first.split == bare.down_blocks[-1].resnets[-1].out_channels
 
 
 def test_only_shortcuts_of_the_decoder_are_split(unet: nn.Module) -> None:

@@ -127,3 +127,11 @@ def test_draws_depend_on_the_seed_alone() -> None:
 def test_impossible_draws_are_named(samples: int, std: float) -> None:
     with pytest.raises(ValueError, match=f"{samples} samples with a spread of {std}"):
         NormallyDistributed(samples, 0.4, std)
+
+
+def test_incomplete_trajectories_are_refused() -> None:
+    data = trajectories(5, 3)
+    with pytest.raises(ValueError, match="whole trajectories"):
+        NormallyDistributed(4, 0.4, 0.4)(data[torch.arange(len(data)) != 7])
+    with pytest.raises(ValueError, match="of 1 steps"):
+        NormallyDistributed(4, 0.4, 0.4, released_labels=True)(trajectories(1, 3))

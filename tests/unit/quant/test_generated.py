@@ -216,8 +216,9 @@ def test_frequency_encoding_by_its_formula(width: int) -> None:
 
 @pytest.mark.parametrize("width", [0, 1, 7, -2])
 def test_odd_and_empty_frequency_encodings_are_refused(width: int) -> None:
-    with pytest.raises(ValueError, match=f"even and at least 2, got {width}"):
-        Frequency(width)
+    for encoding in (Frequency, lambda width: RandomFourier(width, 1.0, 1000)):
+        with pytest.raises(ValueError, match=f"even and at least 2, got {width}"):
+            encoding(width)
 
 
 def test_normalised_encoding_is_a_share() -> None:

@@ -69,6 +69,11 @@ def test_the_widest_acts_until_a_choice_is_made(clock: StepClock, widths: tuple[
         assert torch.equal(made(x), made.choices[widths.index(8)](x))
 
 
+def test_every_step_needs_a_width(clock: StepClock) -> None:
+    with pytest.raises(ValueError, match=f"{clock.num_steps} steps"):
+        switch(clock, widths=(4, 8)).use([4])
+
+
 def test_order_of_the_choices_does_not_matter(clock: StepClock) -> None:
     x, one, other = activations(), switch(clock, widths=(4, 6, 8)), switch(clock, widths=(8, 4, 6))
     for made in (one, other):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tfmq_exp.reporting.figures import mosaic
-from tfmq_exp.reporting.records import ScoreRecord, read_records
+from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
 from tfmq_exp.reporting.tables import by_protocol, cell, render, table
 
 FLOAT = ScoreRecord(
@@ -79,3 +79,9 @@ def test_a_mosaic_keeps_pixels_and_order() -> None:
     images = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2)
     assert mosaic(images[:1], 1, gap=1).tolist() == [[0, 1, 96], [2, 3, 96], [96, 96, 96]]
     assert mosaic(images, 2).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 0, 0], [10, 11, 0, 0]]
+
+
+def test_saved_records_make_the_same_table(tmp_path: Path) -> None:
+    other = dataclasses.replace(FLOAT, method="brecq", quant="w4a8", seed=1)
+    save_records([FLOAT, other], tmp_path / "records.jsonl")
+    assert read_records(tmp_path / "records.jsonl") == [FLOAT, other]
