@@ -97,15 +97,23 @@ class NetworkStages:
         }
 
     def pull(self, name: str, entry: Entry, compute: Callable[[Path], None]) -> Path:
-        """Have the store hold the entry, and remember how that went: seconds are the stage's own, without those it pulls."""
+        """Have the store hold the entry, and remember how that went.
+
+        Seconds are the stage's own, without those that it pulls; `took` is what the entry took when it was made, also
+        where this run only found it.
+        """
         outer, self.inner_seconds = self.inner_seconds, 0.0
         began = time.perf_counter()
         computed = self.store.pull(entry, compute)
         seconds = time.perf_counter() - began
+        own = round(seconds - self.inner_seconds, 2)
+        if computed:
+            entry.note_time(own)
         hit = {
             "key": entry.key,
             "computed": computed,
-            "seconds": round(seconds - self.inner_seconds, 2),
+            "seconds": own,
+            "took": entry.took,
             "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "path": str(entry.path),
         }

@@ -36,6 +36,13 @@ def effort(stages: Stages) -> dict[str, int]:
     }
 
 
+def quantization_seconds(stages: Stages) -> float | None:
+    """What data, weights, activations and correction took when they were made, by this run or by another that shares them."""
+    entries = (stages.trajectory, stages.weights, stages.activations, stages.correction)
+    took = [entry.took for entry in entries if entry is not None]
+    return None if None in took else round(sum(filter(None, took)), 1)
+
+
 def score_records(
     stages: Stages,
     cfg: DictConfig,
@@ -65,6 +72,7 @@ def score_records(
     cost = {
         **effort(stages),
         "size_ratio": size / stages.float_bytes,
+        "quantization_seconds": quantization_seconds(stages),
         "seconds": round(time.perf_counter() - began, 1),
         "stages": stages.hits,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -83,6 +83,16 @@ class Entry:
         """Whether the entry is finished."""
         return self.manifest.is_file()
 
+    @property
+    def took(self) -> float | None:
+        """Seconds that it took to make, if they were noted."""
+        path = self.path / "took.json"
+        return json.loads(path.read_text())["seconds"] if path.is_file() else None
+
+    def note_time(self, seconds: float) -> None:
+        """Keep how long it took; beside the result, since no two runs take the same."""
+        write_json(self.path / "took.json", {"seconds": seconds})
+
     def verify(self) -> None:
         """Compare every file with its hash.
 

@@ -28,7 +28,7 @@ def columns(evaluator: str) -> list[Column]:
         ("samples", lambda r: _most(r, "weight_samples", "activation_samples"), 0),
         ("iterations", lambda r: _sum(r, "weight_iterations", "activation_iterations"), 0),
         ("size / fp32", lambda r: r.cost.get("size_ratio"), 3),
-        ("seconds", lambda r: r.cost.get("seconds"), 0),
+        ("quantization, s", lambda r: r.cost.get("quantization_seconds"), 0),
     ]
 
 
