@@ -437,6 +437,14 @@ def test_leaves_hold_a_structure_over_all_samples(budget: int) -> None:
     ]
 
 
+def test_single_numbers_are_constants() -> None:
+    example = {"x": torch.zeros(2, 2), "s": torch.tensor(5.0)}
+    leaves = Leaves.like(example, 4, Storage(2**20))
+    leaves.write(2, example)
+    assert leaves.structure([x[2:] for x in leaves.tensors])["s"] == 5
+    assert len(leaves) == 4
+
+
 def test_groups_are_consecutive_and_within_the_budget() -> None:
     sizes = {"a": 4, "b": 4, "c": 5, "d": 20, "e": 1, "f": 9}
     groups = groups_within(sizes, 10)

@@ -43,6 +43,11 @@ class Storage:
             self._spill = None
 
 
+def has_samples(leaf: Any) -> bool:
+    """Whether a leaf of a structure has a row for every sample; a single number is a constant."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
 @dataclass
 class Leaves:
     """A nested structure over all samples: its tensors with the sample first, everything else as constants.
@@ -58,7 +63,7 @@ class Leaves:
         """Room for `samples` samples of a structure of which `example` is one batch."""
 
         def room(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            if not has_samples(leaf):
                 return leaf
             # in the example's memory layout: layers sum in the order of memory, and bits shall not depend on being stored
             order = [0, *sorted(range(1, leaf.dim()), key=leaf.stride, reverse=True)]
@@ -70,14 +75,14 @@ class Leaves:
     @classmethod
     def of(cls, structure: Any) -> "Leaves":
         """A structure that already holds all samples."""
-        tensors = [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves(structure) if has_samples(leaf)]
         places = iter(range(len(tensors)))
-        template = pytree.tree_map(lambda leaf: Place(next(places)) if isinstance(leaf, Tensor) else leaf, structure)
+        template = pytree.tree_map(lambda leaf: Place(next(places)) if has_samples(leaf) else leaf, structure)
         return cls(tensors, template)
 
     def write(self, start: int, batch: Any) -> None:
         """Store one batch at position `start`."""
-        values = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        values = [leaf for leaf in pytree.tree_leaves(batch) if has_samples(leaf)]
         for stored, value in zip(self.tensors, values, strict=True):
             stored[start : start + len(value)] = value.detach()
 
