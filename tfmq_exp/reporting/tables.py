@@ -77,6 +77,28 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """One score with a row for each pair of bits and a column for each method, as papers print ablations.
+
+    Raises:
+        ValueError: a method that no record is of, or a score that none has.
+    """
+    known = sorted({record.method for record in records})
+    if missing := [method for method in methods if method not in known]:
+        raise ValueError(f"no results of {', '.join(missing)}; there are {', '.join(known)}")
+    if not any(score in record.scores for record in records):
+        raise ValueError(f"no record has the score {score!r}; there are {', '.join(sorted(records[0].scores))}")
+    rows = [
+        [quant]
+        + [
+            cell([r.scores.get(score) for r in records if (r.quant, r.method) == (quant, method)], 3)
+            for method in methods
+        ]
+        for quant in sorted({r.quant for r in records if r.method in methods}, key=_bits)
+    ]
+    return ["bits", *methods], rows
+
+
 def _bits(quant: str) -> tuple[int, ...]:
     """Sort key of names like w4a8: more bits first."""
     digits = "".join(c if c.isdigit() else " " for c in quant).split()

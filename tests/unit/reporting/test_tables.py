@@ -10,7 +10,7 @@ import pytest
 
 from tfmq_exp.reporting.figures import mosaic
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import by_protocol, cell, render, table
+from tfmq_exp.reporting.tables import by_protocol, cell, pivot, render, table
 
 FLOAT = ScoreRecord(
     model="m",
@@ -85,3 +85,19 @@ def test_saved_records_make_the_same_table(tmp_path: Path) -> None:
     other = dataclasses.replace(FLOAT, method="brecq", quant="w4a8", seed=1)
     save_records([FLOAT, other], tmp_path / "records.jsonl")
     assert read_records(tmp_path / "records.jsonl") == [FLOAT, other]
+
+
+def test_a_pivot_has_methods_as_columns() -> None:
+    records = [
+        dataclasses.replace(FLOAT, method=method, quant=quant, seed=seed, scores={"fid": value + seed})
+        for method, quant, value in (("a", "w4a8", 1.0), ("b", "w4a8", 3.0), ("a", "w8a8", 5.0))
+        for seed in (0, 1)
+    ]
+    assert pivot(records, "fid", ["b", "a"]) == (
+        ["bits", "b", "a"],
+        [["w8a8", "–", "5.500 ± 0.707"], ["w4a8", "3.500 ± 0.707", "1.500 ± 0.707"]],
+    )
+    with pytest.raises(ValueError, match="no results of c; there are a, b"):
+        pivot(records, "fid", ["c"])
+    with pytest.raises(ValueError, match="'clip'"):
+        pivot(records, "clip", ["a"])
