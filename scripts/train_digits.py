@@ -39,7 +39,7 @@ from tfmq_exp.denoisers.digits import (
 )
 from tfmq_exp.reporting.figures import mosaic
 from tfmq_exp.sampling.images import sample_shard
-from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.sampler import DDIM, noise_predictor
 
 HELD_OUT = 360  # a fifth of the digits, never seen by the classifier while it trains
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
 def save_samples(weights: Path, steps: int = 50) -> None:
     """64 samples of the trained denoiser by deterministic DDIM, as one picture."""
     denoiser = load_denoiser(str(weights / "denoiser.safetensors"))
-    images = sample_shard(denoiser.unet, denoiser, DDIM(steps), seed=0, indices=range(64))
+    images = sample_shard(noise_predictor(denoiser.unet), denoiser, DDIM(steps), seed=0, indices=range(64))
     picture = Image.fromarray(mosaic(images.numpy(), columns=16, gap=1))
     picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(weights / "denoiser.png")
 
