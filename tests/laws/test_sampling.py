@@ -1,11 +1,17 @@
-"""Trajectories: what an image is does not depend on its batch, and DDIM is the formula of its paper."""
+"""Trajectories: an image does not depend on its batch, and samplers are those of the original programs."""
 
 import copy
+import json
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tfmq_exp.calibration import collect as collecting
@@ -14,8 +20,10 @@ from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.evaluation.temporal import trajectory_error
 from tfmq_exp.sampling import images
+from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.sampler import DDIM, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler, finite_set, noise_predictor, trajectory
+from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -78,23 +86,135 @@ def test_trajectory_is_the_formula(tiny_unet: nn.Module, eta: float) -> None:
     assert [step.index for step in taken] == list(range(10))
     assert [step.t for step in taken] == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
     for step, x, x_next in zip(taken, path[:-1], path[1:], strict=True):
-        # the scheduler holds its coefficients as float32
-        torch.testing.assert_close(step.x, x, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(step.x_next, x_next, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step.x, x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(step.x_next, x_next, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("steps", "neighbours"),
-    [(30, "20, 25, 40"), (300, "125, 200, 250"), (0, "1, 2, 4"), (1000, "200, 250, 500"), (-5, "1, 2, 4")],
-)
-def test_steps_that_do_not_divide_are_refused(steps: int, neighbours: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{steps} sampler steps.* 1000 .*: {neighbours}$"):
-        DDIM(steps).timesteps(SCHEDULE)
+@pytest.mark.parametrize("steps", [0, -5, 1001])
+def test_impossible_steps_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"^{steps} sampler steps are not 1 to 1000"):
+        DDIM(steps).calls(SCHEDULE)
+
+
+@pytest.mark.parametrize(("steps", "near"), [(300, "125, 200, 250"), (1000, "200, 250, 500"), (37, "25, 40, 50")])
+def test_steps_that_leave_the_training_range_are_refused(steps: int, near: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{steps} sampler steps would visit timestep 1000 .*: {near}$"):
+        DDIM(steps).calls(SCHEDULE)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 10, 100, 500])
 def test_finite_set(steps: int) -> None:
-    assert DDIM(steps).timesteps(SCHEDULE) == tuple(sorted(range(1, 1000, 1000 // steps), reverse=True))
+    assert finite_set(DDIM(steps), SCHEDULE) == tuple(sorted(range(1, 1000, 1000 // steps), reverse=True))
+
+
+@pytest.mark.parametrize("sampler", [DDIM(100, spacing="quadratic", offset=0), PLMS(10)])
+def test_a_timestep_that_is_visited_twice_is_in_the_finite_set_once(sampler: Sampler) -> None:
+    calls = sampler.calls(SCHEDULE)
+    assert len(set(calls)) < len(calls)
+    assert sorted(set(calls), reverse=True) == list(finite_set(sampler, SCHEDULE))
+
+
+@pytest.mark.parametrize("sampler", [PLMS, DPMSolver])
+def test_deterministic_samplers_refuse_noise(sampler: type[PLMS | DPMSolver]) -> None:
+    with pytest.raises(ValueError, match="eta must be 0"):
+        sampler(10, eta=1.0)
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(10, 0.0), (50, 0.0), (20, 1.0)])
+def test_uniform_ddim_is_that_of_diffusers(steps: int, eta: float) -> None:
+    scheduler = DDIMScheduler(
+        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"
+    )
+    scheduler.set_timesteps(steps)
+    noise = initial_noise(image_generators(7, "images", range(2)), SHAPE, CPU)
+    x, generators = noise, image_generators(8, "steps", range(2))
+    theirs: Any = list(image_generators(8, "steps", range(2)))
+    for step in trajectory(lambda x, t: 0.6 * x.tanh(), DDIM(steps, eta), SCHEDULE, noise, generators):
+        assert step.t == int(scheduler.timesteps[step.index])
+        x = scheduler.step(0.6 * x.tanh(), step.t, x, eta=eta, generator=theirs).prev_sample
+        torch.testing.assert_close(step.x_next, x, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
+
+
+def test_dpm_solver_is_that_of_diffusers() -> None:
+    sampler = DPMSolver(10)
+    scheduler = sampler.scheduler(SCHEDULE)
+    noise = initial_noise(image_generators(7, "images", range(2)), SHAPE, CPU)
+    x = noise
+    for step in trajectory(lambda x, t: 0.6 * x.tanh(), sampler, SCHEDULE, noise, []):
+        x = scheduler.step(0.6 * x.tanh(), scheduler.timesteps[step.index], x).prev_sample
+        assert torch.equal(step.x_next, x)
+    assert step.index == 9
+
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "compvis"
+CASES = json.loads((GOLDENS / "samplers.json").read_text())
+
+
+def original(case: dict[str, Any]) -> tuple[Sampler, dict[str, Any]]:
+    """The sampler and the schedule of a case."""
+    ldm = case["kind"] != "ddim_generalized"
+    schedule = {
+        "num_train_timesteps": 1000,
+        "beta_start": case["linear_start"] or 1e-4,
+        "beta_end": case["linear_end"] or 0.02,
+        "beta_schedule": "scaled_linear" if ldm else "linear",
+    }
+    spacing: Spacing = "uniform" if case["discretize"] == "uniform" else "quadratic"
+    if case["kind"] == "ldm_plms":
+        return PLMS(case["steps"]), schedule
+    return DDIM(case["steps"], case["eta"], spacing, offset=int(ldm), ends_clean=not ldm), schedule
+
+
+def analytic(case: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
+    """The prediction that a case was made with."""
+    when = t.to(x).reshape(-1, 1, 1, 1)
+    if case["eps"] == "lin":
+        return 0.1 * x + 0.01 * when / 1000
+    return 0.6 * x.tanh() + 0.3 * (when / 100).sin() * x.cos()
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["id"])
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "tolerance"), [("traj", torch.float32, 2e-6), ("traj_f64", torch.float64, 1e-12)]
+)
+def test_trajectories_are_those_of_the_original_programs(
+    case: dict[str, Any], suffix: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goldens = load_file(GOLDENS / "samplers.safetensors")
+    wanted, noise = goldens[f"{case['id']}.{suffix}"], iter(goldens.get(f"{case['id']}.noise", ()))
+    monkeypatch.setattr(sampler_module, "row_noise", lambda like, _: next(noise).to(like))
+    sampler, schedule = original(case)
+    assert list(sampler.calls(schedule)) == case["model_call_timesteps"]
+    x = goldens["x_T"].to(dtype)
+    path = [x, *(step.x_next for step in trajectory(lambda x, t: analytic(case, x, t), sampler, schedule, x, []))]
+    if isinstance(sampler, PLMS):
+        del path[1]  # where the look-ahead stood
+    assert (torch.stack(path) - wanted).abs().max() <= tolerance * wanted.abs().max()
+    assert next(noise, None) is None
+
+
+@pytest.mark.parametrize(("name", "calls"), CASES["timestep_lists_call_order"].items())
+def test_timesteps_of_the_published_commands(name: str, calls: list[int]) -> None:
+    number = int(re.findall(r"(?:-c|steps|timesteps|quad) (\d+)", name)[0])
+    cifar = name.startswith("ddim_cifar10")
+    spacing: Spacing = "quadratic" if "quad" in name else "uniform"
+    assert list(DDIM(number, spacing=spacing, offset=int(not cifar)).calls(SCHEDULE)) == calls
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "end", "kind"),
+    [
+        ("lsun_beds_celeba_ffhq_cin256", 0.0015, 0.0195, "scaled_linear"),
+        ("lsun_churches", 0.0015, 0.0155, "scaled_linear"),
+        ("sd_v1", 0.00085, 0.012, "scaled_linear"),
+        ("ddim_cifar10", 1e-4, 0.02, "linear"),
+    ],
+)
+def test_noise_schedules_are_those_of_the_original_programs(name: str, start: float, end: float, kind: str) -> None:
+    stored = load_file(GOLDENS / "schedules.safetensors")[f"{name}.alphas_cumprod"]
+    schedule = {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end, "beta_schedule": kind}
+    rounding = 5e-7 if kind == "linear" else 2e-7  # DDIM's own program multiplies a thousand factors in float32
+    torch.testing.assert_close(alphas_cumprod(schedule).float(), stored, rtol=rounding, atol=0)
 
 
 def test_collection_calls_the_denoiser_once_per_step(denoiser: Denoiser) -> None:

@@ -29,7 +29,7 @@ from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.report import Learned
 from tfmq_exp.reconstruction.run import Means, Task
-from tfmq_exp.sampling.sampler import Predict, Sampler, noise_predictor
+from tfmq_exp.sampling.sampler import Predict, Sampler, finite_set, noise_predictor
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import ResolvedPlan
@@ -72,18 +72,30 @@ class NetworkStages:
         """The network's parts, with the temporal ones confirmed by measurement."""
         example = self.denoiser.example()
         found = anatomy(self.denoiser.unet, example)
-        last = self.sampler.timesteps(self.denoiser.schedule)[-1]
-        measured = measured_temporal_sites(self.denoiser.unet, example, last, last + 1)
+        measured = measured_temporal_sites(self.denoiser.unet, example, self.calls[-1], self.calls[-1] + 1)
         if measured != set(found.temporal_sites):
             wrong = sorted(measured.symmetric_difference(found.temporal_sites))
             raise ValueError(f"by measurement these layers' dependence on t is not what their roles say: {wrong}")
         return found
 
     @cached_property
+    def calls(self) -> tuple[int, ...]:
+        """Timesteps at which the network is called for one image."""
+        calls = self.sampler.calls(self.denoiser.schedule)
+        log.info(
+            "%s: %d network calls at %d timesteps, %d .. %d",
+            self.sampler,
+            len(calls),
+            len(set(calls)),
+            calls[0],
+            calls[-1],
+        )
+        return calls
+
+    @cached_property
     def plan(self) -> ResolvedPlan:
         """What is quantized, layer by layer."""
-        timesteps = self.sampler.timesteps(self.denoiser.schedule)
-        names = tuple(attentions(self.denoiser.unet))
+        names, timesteps = tuple(attentions(self.denoiser.unet)), finite_set(self.sampler, self.denoiser.schedule)
         return self.method.surgery.resolve(self.anatomy, names, self.method.scales, timesteps)
 
     @cached_property
@@ -135,8 +147,8 @@ class NetworkStages:
 
         def compute(folder: Path) -> None:
             batches = -(-self.calibration.images // self.calibration.batch)
-            with self.bars.stage("trajectory", batches * self.sampler.steps) as advance:
-                done = iter(range(1, batches * self.sampler.steps + 1))
+            with self.bars.stage("trajectory", batches * len(self.calls)) as advance:
+                done = iter(range(1, batches * len(self.calls) + 1))
                 data = collect(
                     self.denoiser,
                     self.sampler,
@@ -267,7 +279,7 @@ class NetworkStages:
 
         def compute(folder: Path) -> None:
             batch = self.batch
-            with self.bars.stage("correction", -(-correction.images // batch) * self.sampler.steps) as advance:
+            with self.bars.stage("correction", -(-correction.images // batch) * len(self.calls)) as advance:
                 statistics = correction.measure(
                     self.quantized_model,
                     self.denoiser,

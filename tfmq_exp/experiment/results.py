@@ -18,6 +18,7 @@ def protocol(stages: Stages) -> dict[str, Any]:
     """What makes rows comparable: sampler, images, the rule that makes them bytes, calibration."""
     return {
         "sampler": describe(stages.sampler),
+        "network_calls": len(stages.calls),
         "images": stages.images.count,
         "uint8_rule": "round((x + 1) * 127.5)",
         "calibration_images": stages.calibration.images,

@@ -56,7 +56,7 @@ class Stages(NetworkStages):
                             self.images.seed,
                             shard,
                             lambda step, shard=shard: advance(
-                                shard.start + len(shard) * (step + 1) / self.sampler.steps, f"step {step + 1}"
+                                shard.start + len(shard) * (step + 1) / len(self.calls), f"step {step + 1}"
                             ),
                         )
                         write_atomically(target, lambda path, images=images: save_file({"images": images}, path))
@@ -89,7 +89,7 @@ class Stages(NetworkStages):
         }
 
         def compute(folder: Path) -> None:
-            with self.bars.stage("diagnostics", self.sampler.steps) as advance:
+            with self.bars.stage("diagnostics", len(self.calls)) as advance:
                 along = trajectory_error(
                     *self.corrected,
                     self.denoiser,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.sampling.sampler import Predict, Sampler, VarianceCalibrated, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import DDIM, Predict, Sampler, VarianceCalibrated, noise_predictor, trajectory
+from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -195,9 +196,13 @@ class NoiseCorrection:
             indices = range(start, min(start + batch, self.images))
             generators = image_generators(seed, "correction", indices)
             x = initial_noise(generators, denoiser.sample_shape, next(denoiser.unet.parameters()).device)
+            seen: set[int] = set()
             for bits in widths:
                 rows[bits].append([])
             for step in trajectory(noise_predictor(denoiser.unet), sampler, denoiser.schedule, x, generators):
+                if step.t in seen:  # statistics are those of a timestep, however often it is visited
+                    continue
+                seen.add(step.t)
                 t = torch.full((len(step.x),), step.t, device=step.x.device)
                 for bits in widths:
                     if bits:
@@ -210,7 +215,7 @@ class NoiseCorrection:
         statistics = {bits: self.estimate(m, model.clock.timesteps) for bits, m in moments.items()}
         if widths == (0,):
             return statistics[0]
-        alphas = sampler.scheduler(denoiser.schedule).alphas_cumprod[list(model.clock.timesteps)]
+        alphas = alphas_cumprod(denoiser.schedule)[list(model.clock.timesteps)]
         chosen = choose_bits({bits: m.signal_to_noise() for bits, m in moments.items()}, alphas)
         picked = {
             name: torch.stack([getattr(statistics[bits], name)[step] for step, bits in enumerate(chosen)])
@@ -223,7 +228,9 @@ class NoiseCorrection:
         if not sampler.eta:
             log.info("eta is 0: the sampler adds no noise that could shrink; only bias and correlation are corrected")
             return statistics.corrected(predict), sampler
-        residual = tuple(statistics.residual.tolist())
+        if not isinstance(sampler, DDIM):
+            raise ValueError(f"the noise of a {type(sampler).__name__} cannot be calibrated, only that of DDIM")
+        residual = dict(zip(statistics.timesteps, statistics.residual.tolist(), strict=True))
         return statistics.corrected(predict), VarianceCalibrated(sampler, residual, self.keep_drift)
 
 

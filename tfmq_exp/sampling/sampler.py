@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers import DDIMScheduler
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, visited
+
 Predict = Callable[[Tensor, Tensor], Tensor]
+Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, eps, x, generators) -> next x
 
 
 class Step(NamedTuple):
@@ -24,80 +26,82 @@ class Step(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Which timesteps are visited, and how one leads to the next."""
-
-    @property
-    def steps(self) -> int:
-        """Denoiser calls for one image."""
-        ...
+    """Which timesteps the network is called at, and how its prediction leads on."""
 
     @property
     def eta(self) -> float:
         """How much noise a step adds, against that of DDPM; 0 for deterministic samplers."""
         ...
 
-    def scheduler(self, schedule: Mapping[str, Any]) -> DDIMScheduler:
-        """Diffusers' scheduler with its timesteps set."""
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """The timestep of every call of the network, in order; some samplers call twice at the same."""
         ...
 
-    def timesteps(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
-        """The finite set, in the order of sampling."""
+    def start(self, schedule: Mapping[str, Any]) -> Move:
+        """A trajectory's moves. It may remember predictions, so every trajectory has its own."""
         ...
 
-    def step(
-        self, scheduler: DDIMScheduler, index: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        """From `x` at step `index` to the next."""
-        ...
+
+def finite_set(sampler: Sampler, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+    """The distinct timesteps, in the order in which they are first visited."""
+    return tuple(dict.fromkeys(sampler.calls(schedule)))
+
+
+def row_noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise, each row from its own generator."""
+    rows = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generators]
+    return torch.stack(rows).to(like.device)
+
+
+def ddim_sigma(alpha: Tensor, following: Tensor, eta: float) -> Tensor:
+    """Standard deviation of the noise that a step adds: DDIM, arXiv 2010.02502, eq. 16."""
+    return eta * ((1 - following) / (1 - alpha) * (1 - alpha / following)).sqrt()
+
+
+def ddim_drift(x: Tensor, eps: Tensor, alpha: Tensor, following: Tensor, sigma: Tensor) -> Tensor:
+    """The deterministic part of a step: eq. 12 without its last term."""
+    clean = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    return following.sqrt() * clean + (1 - following - sigma**2).clamp(min=0).sqrt() * eps
 
 
 @dataclass(frozen=True)
 class DDIM:
-    """DDIM (arXiv 2010.02502) with LDM's uniform timesteps: t = 1 + k * (1000 / steps), from the largest down.
+    """DDIM (arXiv 2010.02502).
 
     Args:
-        steps: denoiser calls; must divide the number of training timesteps (LDM's own code silently runs another number).
+        steps: network calls that are asked for; how many they become is `calls`' to say.
         eta: 0 deterministic, 1 the variance of DDPM.
+        spacing, offset: see `visited`; LDM adds 1, DDIM's own program 0.
+        ends_clean: alpha-bar after the last step is 1 (DDIM's own program), not that of timestep 0 (LDM).
     """
 
     steps: int
     eta: float = 0.0
+    spacing: Spacing = "uniform"
+    offset: int = 1
+    ends_clean: bool = False
 
-    def scheduler(self, schedule: Mapping[str, Any]) -> DDIMScheduler:
-        """Diffusers' scheduler for a noise schedule, with its timesteps set.
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """One at every visited timestep."""
+        return visited(self.steps, int(schedule["num_train_timesteps"]), self.spacing, self.offset)
 
-        Raises:
-            ValueError: a number of steps that does not divide the training timesteps.
-        """
-        train = int(schedule["num_train_timesteps"])
-        if not 1 <= self.steps < train or train % self.steps:
-            near = sorted((d for d in range(1, train) if train % d == 0), key=lambda d: abs(d - self.steps))[:3]
-            raise ValueError(
-                f"{self.steps} sampler steps do not divide {train} training timesteps; nearest that do: "
-                f"{', '.join(map(str, sorted(near)))}"
-            )
-        scheduler = DDIMScheduler(
-            **schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"
-        )
-        scheduler.set_timesteps(self.steps)
-        return scheduler
+    def alphas(self, schedule: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Alpha-bar of every call and of what follows it, in double precision."""
+        table, calls = alphas_cumprod(schedule), self.calls(schedule)
+        last = torch.ones_like(table[0]) if self.ends_clean else table[0]
+        return list(zip(table[list(calls)], [*table[list(calls[1:])], last], strict=True))
 
-    def timesteps(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
-        """The finite set, in the order of sampling."""
-        return tuple(int(t) for t in self.scheduler(schedule).timesteps)
+    def start(self, schedule: Mapping[str, Any]) -> Move:
+        """Moves that remember nothing."""
+        pairs = self.alphas(schedule)
 
-    def step(
-        self,
-        scheduler: DDIMScheduler,
-        index: int,
-        eps: Float[Tensor, "batch ..."],
-        x: Float[Tensor, "batch ..."],
-        generators: Sequence[torch.Generator],
-    ) -> Float[Tensor, "batch ..."]:
-        """From `x` at step `index` to the next; noise, if any, from each row's own generator."""
-        noise: Any = list(generators) if self.eta else None
-        t = int(scheduler.timesteps[index])
-        return scheduler.step(eps, t, x, eta=self.eta, generator=noise, return_dict=False)[0]  # type: ignore[no-any-return]
+        def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            alpha, following = (a.to(x) for a in pairs[call])
+            sigma = ddim_sigma(alpha, following, self.eta)
+            moved = ddim_drift(x, eps, alpha, following, sigma)
+            return moved + sigma * row_noise(x, generators) if self.eta else moved
+
+        return move
 
 
 @dataclass(frozen=True)
@@ -109,57 +113,111 @@ class VarianceCalibrated:
 
     Args:
         sampler: the plain one.
-        residual: s for every step.
+        residual: s by timestep.
         keep_drift: take the deterministic part with the original sigma; the release takes sigma' there too.
     """
 
-    sampler: Sampler
-    residual: tuple[float, ...]
+    sampler: DDIM
+    residual: Mapping[int, float]
     keep_drift: bool = True
-
-    @property
-    def steps(self) -> int:
-        """Denoiser calls for one image."""
-        return self.sampler.steps
 
     @property
     def eta(self) -> float:
         """That of the plain sampler."""
         return self.sampler.eta
 
-    def scheduler(self, schedule: Mapping[str, Any]) -> DDIMScheduler:
-        """The plain sampler's."""
-        return self.sampler.scheduler(schedule)
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """Those of the plain sampler."""
+        return self.sampler.calls(schedule)
 
-    def timesteps(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
-        """The plain sampler's."""
-        return self.sampler.timesteps(schedule)
+    def remaining(self, schedule: Mapping[str, Any]) -> list[float]:
+        """Sigma' as a share of sigma, for every call."""
+        shares: list[float] = []
+        for t, (alpha, following) in zip(self.calls(schedule), self.sampler.alphas(schedule), strict=True):
+            variance = float(ddim_sigma(alpha, following, self.eta) ** 2)
+            b = float((1 - following - variance).clamp(min=0).sqrt() - (following * (1 - alpha) / alpha).sqrt())
+            shares.append(max(0.0, 1 - (b * self.residual[t]) ** 2 / variance) ** 0.5 if variance > 0 else 0.0)
+        return shares
 
-    def remaining(self, scheduler: DDIMScheduler, index: int) -> float:
-        """Sigma' as a share of sigma."""
-        t, jump = int(scheduler.timesteps[index]), scheduler.config["num_train_timesteps"] // self.steps
-        alpha = float(scheduler.alphas_cumprod[t])
-        following = float(scheduler.alphas_cumprod[t - jump] if t >= jump else scheduler.final_alpha_cumprod)
-        variance = self.eta**2 * (1 - following) / (1 - alpha) * (1 - alpha / following)
-        if variance <= 0:
-            return 0.0
-        b = (1 - following - variance) ** 0.5 - (following * (1 - alpha) / alpha) ** 0.5
-        return max(0.0, 1 - (b * self.residual[index]) ** 2 / variance) ** 0.5
+    def start(self, schedule: Mapping[str, Any]) -> Move:
+        """Moves that remember nothing."""
+        pairs, shares = self.sampler.alphas(schedule), self.remaining(schedule)
 
-    def step(
-        self,
-        scheduler: DDIMScheduler,
-        index: int,
-        eps: Float[Tensor, "batch ..."],
-        x: Float[Tensor, "batch ..."],
-        generators: Sequence[torch.Generator],
-    ) -> Float[Tensor, "batch ..."]:
-        """From `x` at step `index` to the next."""
-        t, share, each = int(scheduler.timesteps[index]), self.remaining(scheduler, index), list(generators)
-        noise = randn_tensor(tuple(eps.shape), generator=each, device=eps.device, dtype=eps.dtype)
-        eta = self.eta if self.keep_drift else self.eta * share
-        noise = noise * share if self.keep_drift else noise
-        return scheduler.step(eps, t, x, eta=eta, variance_noise=noise, return_dict=False)[0]  # type: ignore[no-any-return]
+        def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            alpha, following = (a.to(x) for a in pairs[call])
+            sigma = ddim_sigma(alpha, following, self.eta)
+            less = sigma * shares[call]
+            moved = ddim_drift(x, eps, alpha, following, sigma if self.keep_drift else less)
+            return moved + less * row_noise(x, generators) if self.eta else moved
+
+        return move
+
+
+@dataclass(frozen=True)
+class PLMS:
+    """Pseudo linear multistep (PNDM, arXiv 2202.09778) as in LDM and Stable Diffusion: one call more than steps.
+
+    The second timestep is visited twice: once to look ahead for the first step, once for its own.
+    """
+
+    steps: int
+    offset: int = 1
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.eta:
+            raise ValueError(f"PLMS is deterministic: eta must be 0, got {self.eta}")
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """The visited timesteps, the second one twice."""
+        found = visited(self.steps, int(schedule["num_train_timesteps"]), "uniform", self.offset)
+        return (*found[:2], *found[1:])
+
+    def start(self, schedule: Mapping[str, Any]) -> Move:
+        """Moves that remember the last predictions."""
+        scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=self.offset)
+        scheduler.set_timesteps(self.steps)
+        scheduler.alphas_cumprod = alphas_cumprod(schedule)
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+        calls = self.calls(schedule)
+        scheduler.timesteps = torch.tensor(calls)
+
+        def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            return scheduler.step(eps, calls[call], x, return_dict=False)[0]  # type: ignore[no-any-return]
+
+        return move
+
+
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver++ (arXiv 2211.01095), multistep, as diffusers has it."""
+
+    steps: int
+    order: int = 2
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.eta:
+            raise ValueError(f"DPM-Solver++ is deterministic: eta must be 0, got {self.eta}")
+
+    def scheduler(self, schedule: Mapping[str, Any]) -> Any:
+        """Diffusers' scheduler with its timesteps set."""
+        scheduler: Any = DPMSolverMultistepScheduler(**schedule, solver_order=self.order, timestep_spacing="linspace")
+        scheduler.set_timesteps(self.steps)
+        return scheduler
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """One at every timestep that diffusers chooses."""
+        return tuple(int(t) for t in self.scheduler(schedule).timesteps)
+
+    def start(self, schedule: Mapping[str, Any]) -> Move:
+        """Moves that remember the last predictions."""
+        scheduler = self.scheduler(schedule)
+
+        def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            return scheduler.step(eps, scheduler.timesteps[call], x, return_dict=False)[0]
+
+        return move
 
 
 @torch.no_grad()
@@ -170,7 +228,7 @@ def trajectory(
     x: Float[Tensor, "batch ..."],
     generators: Sequence[torch.Generator],
 ) -> Iterator[Step]:
-    """The only sampling loop: denoise `x` step by step.
+    """The only sampling loop: denoise `x` call by call.
 
     Args:
         predict: (x, t) -> noise, with t of shape [batch].
@@ -179,11 +237,11 @@ def trajectory(
         x: where to start, pure noise.
         generators: one per row, for samplers that add noise.
     """
-    scheduler = sampler.scheduler(schedule)
-    for index, t in enumerate(scheduler.timesteps):
-        eps = predict(x, t.expand(len(x)).to(x.device))
-        x_next = sampler.step(scheduler, index, eps, x, generators)
-        yield Step(index, int(t), x, eps, x_next)
+    move = sampler.start(schedule)
+    for index, t in enumerate(sampler.calls(schedule)):
+        eps = predict(x, torch.full((len(x),), t, device=x.device))
+        x_next = move(index, eps, x, generators)
+        yield Step(index, t, x, eps, x_next)
         x = x_next
 
 

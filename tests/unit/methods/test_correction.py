@@ -175,7 +175,7 @@ def test_zero_statistics_reproduce_ddim_bit_by_bit(tiny_unet: nn.Module, eta: fl
     zero = NoiseStatistics(TIMESTEPS, torch.zeros(4), torch.zeros(4), torch.zeros(4, 3), torch.zeros(4))
     predict, plain = noise_predictor(tiny_unet), DDIM(4, eta)
     corrected = correction(keep_drift=keep_drift)(predict, plain, zero)
-    calibrated_sampler = VarianceCalibrated(plain, (0.0,) * 4, keep_drift)
+    calibrated_sampler = VarianceCalibrated(plain, dict.fromkeys(TIMESTEPS, 0.0), keep_drift)
     expected, states = sampled(predict, plain)
     assert torch.equal(sampled(*corrected)[0], expected)
     final, states_after = sampled(predict, calibrated_sampler)
@@ -192,7 +192,9 @@ def test_deterministic_sampling_adds_no_noise_for_any_sigma(
 ) -> None:
     predict, plain = noise_predictor(tiny_unet), DDIM(4, 0.0)
     expected, _ = sampled(predict, plain)
-    assert torch.equal(sampled(predict, VarianceCalibrated(plain, (sigma,) * 4, keep_drift))[0], expected)
+    assert torch.equal(
+        sampled(predict, VarianceCalibrated(plain, dict.fromkeys(TIMESTEPS, sigma), keep_drift))[0], expected
+    )
     found = statistics(sigma=sigma)
     by_hand, _ = sampled(found.corrected(predict), plain)
     assert torch.equal(sampled(*correction(keep_drift=keep_drift)(predict, plain, found))[0], by_hand)
@@ -203,7 +205,13 @@ def test_noisy_sampling_shrinks_its_noise_by_the_residual_of_the_corrected_predi
     found = statistics(sigma=0.01)
     _, sampler = correction()(lambda x, _: x, DDIM(4, 1.0), found)
     assert isinstance(sampler, VarianceCalibrated)
-    assert sampler.residual == pytest.approx([0.01 * s / (1 + 0.3 * s) for s in (1, 2, 3, 4)])
+    assert list(sampler.residual) == list(TIMESTEPS)
+    assert list(sampler.residual.values()) == pytest.approx([0.01 * s / (1 + 0.3 * s) for s in (1, 2, 3, 4)])
+
+
+def calibrated_ddim(steps: int, eta: float, residual: float, *, keep_drift: bool = True) -> VarianceCalibrated:
+    plain = DDIM(steps, eta)
+    return VarianceCalibrated(plain, dict.fromkeys(plain.calls(SCHEDULE), residual), keep_drift)
 
 
 def coefficients(step: int, steps: int, eta: float) -> tuple[float, float, float]:
@@ -225,27 +233,30 @@ def remaining_variance(step: int, steps: int, eta: float, residual: float) -> fl
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("residual", [0.0, 0.01, 0.1, 0.5, 3.0, 100.0])
 def test_remaining_noise_is_what_the_formula_leaves_and_never_negative(steps: int, eta: float, residual: float) -> None:
-    sampler = VarianceCalibrated(DDIM(steps, eta), (residual,) * steps)
-    scheduler, zeros = sampler.scheduler(SCHEDULE), torch.zeros(2, *SHAPE, dtype=torch.float64)
+    sampler = calibrated_ddim(steps, eta, residual)
+    move, shares, zeros = (
+        sampler.start(SCHEDULE),
+        sampler.remaining(SCHEDULE),
+        torch.zeros(2, *SHAPE, dtype=torch.float64),
+    )
     for step in range(steps):
         drawn = torch.stack(
             [torch.randn(SHAPE, generator=g, dtype=torch.float64) for g in image_generators(3, "n", range(2))]
         )
-        added = sampler.step(scheduler, step, zeros, zeros, image_generators(3, "n", range(2)))
+        added = move(step, zeros, zeros, image_generators(3, "n", range(2)))
         deviation = math.sqrt(remaining_variance(step, steps, eta, residual))
         torch.testing.assert_close(added, deviation * drawn, rtol=1e-3, atol=1e-5)
-        share = sampler.remaining(scheduler, step)
-        assert 0 <= share <= 1
+        assert 0 <= shares[step] <= 1
     if residual == 100:
-        assert not any(sampler.remaining(scheduler, step) for step in range(steps))
+        assert not any(shares)
 
 
 @pytest.mark.parametrize("keep_drift", [True, False])
 @pytest.mark.parametrize("residual", [0.05, 0.3])
 def test_only_the_release_changes_the_drift(keep_drift: bool, residual: float) -> None:
     steps, eta = 20, 1.0
-    sampler = VarianceCalibrated(DDIM(steps, eta), (residual,) * steps, keep_drift)
-    scheduler = sampler.scheduler(SCHEDULE)
+    sampler = calibrated_ddim(steps, eta, residual, keep_drift=keep_drift)
+    move = sampler.start(SCHEDULE)
     x, eps = standard_normal(2, 2, *SHAPE, seed=4)
     differences = []
     for step in range(steps):
@@ -259,7 +270,7 @@ def test_only_the_release_changes_the_drift(keep_drift: bool, residual: float) -
             math.sqrt(following) * clean + math.sqrt(1 - following - used) * eps + math.sqrt(left) * noise
             for used in (variance, left)
         ]
-        taken = sampler.step(scheduler, step, eps, x, image_generators(3, "n", range(2)))
+        taken = move(step, eps, x, image_generators(3, "n", range(2)))
         torch.testing.assert_close(taken, moved[0 if keep_drift else 1], rtol=1e-3, atol=1e-4)
         differences.append(float((moved[0] - moved[1]).abs().max()))
     assert max(differences) > 0.01
@@ -268,8 +279,8 @@ def test_only_the_release_changes_the_drift(keep_drift: bool, residual: float) -
 @pytest.mark.parametrize("steps", [4, 20, 200])
 def test_ddim_form_is_the_ddpm_form_for_eta_1(steps: int) -> None:
     k, sigma_q = 0.2, 0.3
-    sampler = VarianceCalibrated(DDIM(steps, 1.0), (sigma_q / (1 + k),) * steps)
-    scheduler = sampler.scheduler(SCHEDULE)
+    sampler = calibrated_ddim(steps, 1.0, sigma_q / (1 + k))
+    shares = sampler.remaining(SCHEDULE)
     shrunk = 0
     for step in range(steps):
         cumulative, following, variance = coefficients(step, steps, 1.0)
@@ -277,7 +288,7 @@ def test_ddim_form_is_the_ddpm_form_for_eta_1(steps: int) -> None:
         beta = 1 - alpha
         assert variance == pytest.approx((1 - following) / (1 - cumulative) * beta)
         expected = variance - beta**2 / (alpha * (1 - cumulative) * (1 + k) ** 2) * sigma_q**2
-        assert sampler.remaining(scheduler, step) ** 2 * variance == pytest.approx(max(0, expected), rel=1e-3, abs=1e-7)
+        assert shares[step] ** 2 * variance == pytest.approx(max(0, expected), rel=1e-3, abs=1e-7)
         shrunk += 0 < expected < 0.999 * variance
     assert shrunk
 

@@ -1,0 +1,59 @@
+"""The noise that a network was trained on, and which of its timesteps a sampler visits."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+Spacing = Literal["uniform", "quadratic"]
+
+
+def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
+    """alpha-bar of every training timestep, in double precision as LDM computes it.
+
+    Args:
+        schedule: `num_train_timesteps`, `beta_start`, `beta_end` and `beta_schedule`: `linear`, or `scaled_linear`, which
+            is linear in the square root of beta (what LDM calls linear).
+
+    Raises:
+        ValueError: another kind of schedule.
+    """
+    count, kind = int(schedule["num_train_timesteps"]), schedule["beta_schedule"]
+    start, end = float(schedule["beta_start"]), float(schedule["beta_end"])
+    if kind == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float64)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
+    else:
+        raise ValueError(f"beta_schedule must be linear or scaled_linear, got {kind!r}")
+    return (1 - betas).cumprod(0)
+
+
+def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int, ...]:
+    """Timesteps in the order of sampling, from the noisiest.
+
+    uniform: 0, c, 2c, ... below `train` with c = train // steps, which are more than `steps` where `steps` does not divide
+    `train` (400 of 1000 become 500, as in LDM). quadratic: the squares of `steps` equal parts of sqrt(0.8 train), rounded
+    down; some come more than once. `offset` is added to each (1 in LDM, 0 in DDIM).
+
+    Raises:
+        ValueError: no steps, more than there are timesteps, or a rule that leaves the training range.
+    """
+    if not 1 <= steps <= train:
+        raise ValueError(f"{steps} sampler steps are not 1 to {train}")
+    if spacing == "uniform":
+        found = [t + offset for t in range(0, train, train // steps)]
+    elif spacing == "quadratic":
+        ends = torch.linspace(0, (0.8 * train) ** 0.5, steps, dtype=torch.float64).tolist()
+        found = [int(root**2) + offset for root in ends]
+    else:
+        raise ValueError(f"spacing must be uniform or quadratic, got {spacing!r}")
+    if max(found) >= train:
+        near = sorted((d for d in range(1, train) if train % d == 0), key=lambda d: abs(d - steps))[:3]
+        raise ValueError(
+            f"{steps} sampler steps would visit timestep {max(found)} of 0 .. {train - 1}; "
+            f"numbers near it that divide {train}: {', '.join(map(str, sorted(near)))}"
+        )
+    return tuple(reversed(found))
