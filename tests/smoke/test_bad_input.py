@@ -47,7 +47,7 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
     [
         (("quant.weight=1",), "got 1"),
         (("quant.activation=3",), "got 3"),
-        (("model.protocol.steps=7",), "7 sampler steps do not divide 1000"),
+        (("model.protocol.steps=37",), "37 sampler steps would visit timestep 1000"),
         (("goal=fid",), "goal must be one of"),
         (("+method.weights.iterz=5",), "iterz"),
         (("trainer=gpu",), "CUDA"),
