@@ -322,6 +322,10 @@ def print_tables(
     )
     row("artefact / fp32 bytes, our default policy", own_size, [], 0.18, ".3f")
     console.print(table)
+    console.print(
+        "The reference's seconds were recorded on its own machine; bench_reconstruction.py times the same recipe, "
+        "written down plainly, beside ours on this one."
+    )
     return missed
 
 
