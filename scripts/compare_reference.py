@@ -95,6 +95,9 @@ class Forgetful:
     def start(self, units: int) -> None:
         """Nothing."""
 
+    def progress(self, what: str, number: int, of: int) -> None:
+        """Nothing."""
+
     def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
         """Nothing."""
 

@@ -76,6 +76,9 @@ class Log:
     def start(self, units: int) -> None:
         self.expected = units
 
+    def progress(self, what: str, number: int, of: int) -> None:
+        assert 1 <= number <= of
+
     def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
         assert 1 <= number <= of
         self.iterations[unit] += 1

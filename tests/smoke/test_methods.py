@@ -50,6 +50,7 @@ def test_method(tmp_path: Path, store: Path, method: str) -> None:
     again = job(tmp_path / "second", *overrides)
     assert not [name for name, hit in hits(again).items() if hit["computed"]]
     assert rows(again)[1]["scores"] == row["scores"]
+    assert rows(again)[1]["cost"]["quantization_seconds"] == row["cost"]["quantization_seconds"] > 0
 
 
 def test_methods_share_data_and_float_images(tmp_path: Path, store: Path) -> None:

@@ -17,6 +17,10 @@ class TimestepPolicy(Protocol):
         """The samples that are kept."""
         ...
 
+    def count(self, images: int, calls: int) -> int:
+        """How many they are, of so many trajectories with so many network calls each."""
+        ...
+
 
 @dataclass(frozen=True)
 class EveryKth:
@@ -31,6 +35,10 @@ class EveryKth:
     def __call__(self, data: CalibrationSet) -> CalibrationSet:
         """The part of the set that is kept."""
         return data[data.step % self.k == 0]
+
+    def count(self, images: int, calls: int) -> int:
+        """Every trajectory gives as many."""
+        return images * -(-calls // self.k)
 
 
 @dataclass(frozen=True)
@@ -81,3 +89,7 @@ class NormallyDistributed:
         levels = levels.clamp(max=steps - 2)
         shown, labelled = data[position[levels + 1, image]], data[position[steps - 1 - levels, image]]
         return CalibrationSet(shown.x, labelled.t, labelled.step, shown.image, shown.conditions)
+
+    def count(self, images: int, calls: int) -> int:
+        """As many as are drawn, whatever they are drawn from."""
+        return self.samples

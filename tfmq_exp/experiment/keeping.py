@@ -86,20 +86,26 @@ class UnitFiles:
 
 
 class UnitProgress:
-    """Shows reconstruction on a progress bar and mirrors the loss curves."""
+    """Shows a phase of a method on a progress bar and mirrors its loss curves: one for each unit, phase and time around."""
 
-    def __init__(self, advance: Advance, mirror: Mirror) -> None:
-        self.advance, self.mirror = advance, mirror
-        self.finished_units, self.total = 0, 0
+    def __init__(self, advance: Advance, mirror: Mirror, phase: str) -> None:
+        self.advance, self.mirror, self.phase = advance, mirror, phase
+        self.finished_units, self.total, self.rounds = 0, 0, 0
 
     def start(self, units: int) -> None:
         """The bar counts units; it is given as a share of one. A second start goes over them again."""
         self.finished_units, self.total = 0, units
+        self.rounds += 1
+
+    def progress(self, what: str, number: int, of: int) -> None:
+        """During work that has no units and no loss."""
+        self.advance(number / of, what)
 
     def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
         """Within a unit."""
         self.advance((self.finished_units + number / of) / self.total, f"{unit}  loss {loss:.2e}")
-        self.mirror.loss(unit, number, loss)
+        again = f" {self.rounds}" if self.rounds > 1 else ""
+        self.mirror.loss(f"{self.phase}{again}/{unit}", number, loss)
 
     def finished(self, unit: str, report: UnitReport | None) -> None:
         """After a unit."""

@@ -201,7 +201,7 @@ class NetworkStages:
         """Run a method's phase under a progress bar, with every finished unit kept in the folder."""
         keeper, data = UnitFiles(folder / "units"), self.calibration_set()
         with self.bars.stage(name, 1) as advance:
-            watcher = UnitProgress(advance, self.mirror)
+            watcher = UnitProgress(advance, self.mirror, name)
             phase(Task(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher))
         return keeper
 

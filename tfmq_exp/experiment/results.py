@@ -27,8 +27,8 @@ def protocol(stages: Stages) -> dict[str, Any]:
 
 def effort(stages: Stages) -> dict[str, int]:
     """Calibration samples that weights and activations saw, and iterations of learning per unit."""
-    data, method = stages.calibration_set(), stages.method
-    weights, activations = method.weights.effort(data), method.activations.effort(data)
+    method, given = stages.method, (stages.calibration.images, len(stages.calls))
+    weights, activations = method.weights.effort(*given), method.activations.effort(*given)
     return {
         "weight_samples": weights.samples,
         "weight_iterations": weights.iterations,

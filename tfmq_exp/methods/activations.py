@@ -40,22 +40,23 @@ class Observe:
     batch: int
     timesteps: TimestepPolicy
 
-    def effort(self, data: CalibrationSet) -> Effort:
+    def effort(self, images: int, calls: int) -> Effort:
         """One pass."""
-        return Effort(len(self.timesteps(data)), 0)
+        return Effort(self.timesteps.count(images, calls), 0)
 
     def __call__(self, task: Task) -> None:
         """Set all ranges and switch the quantizers on."""
-        task.watcher.start(1)
-        total = len(task.data)
-        self.ranges(task.model, task.data, task.seed, lambda done: task.watcher.iteration("ranges", done, total, 0.0))
-        task.watcher.finished("ranges", None)
+        self.ranges(task.model, task.data, task.seed, lambda done, of: task.watcher.progress("ranges", done, of))
 
     @torch.no_grad()
     def ranges(
-        self, model: QuantizedUNet, data: CalibrationSet, seed: int, each_batch: Callable[[int], None] = lambda _: None
+        self,
+        model: QuantizedUNet,
+        data: CalibrationSet,
+        seed: int,
+        each_batch: Callable[[int, int], None] = lambda _done, _of: None,
     ) -> None:
-        """The work itself; `each_batch` is told how many samples are done."""
+        """The work itself; `each_batch` is told how many samples are done, of how many."""
         sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
         if any(source.needs_data for source in sources):
             data = self.timesteps(data)
@@ -66,7 +67,7 @@ class Observe:
             for start in range(0, len(data), self.batch):
                 part = data[slice(start, start + self.batch)]
                 model(**part.inputs(device))
-                each_batch(start + len(part))
+                each_batch(start + len(part), len(data))
         model.set_activations(Mode.QUANTIZE)
 
 
@@ -90,9 +91,9 @@ class Learn:
     timesteps: TimestepPolicy
     recipe: Recipe
 
-    def effort(self, data: CalibrationSet) -> Effort:
+    def effort(self, images: int, calls: int) -> Effort:
         """Of one unit."""
-        return Effort(len(self.timesteps(data)), self.recipe.iterations)
+        return Effort(self.timesteps.count(images, calls), self.recipe.iterations)
 
     def __call__(self, task: Task) -> None:
         """Set and learn all ranges; the quantizers are on afterwards."""
@@ -111,7 +112,7 @@ class Learn:
 class Keep:
     """Activation scales are already what they shall be: they were learned together with the weights."""
 
-    def effort(self, data: CalibrationSet) -> Effort:
+    def effort(self, images: int, calls: int) -> Effort:
         """None."""
         return Effort(0, 0)
 

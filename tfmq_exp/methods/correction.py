@@ -190,6 +190,7 @@ class NoiseCorrection:
     ) -> NoiseStatistics:
         """Statistics on the float trajectory; where a step can choose between bit-widths, the choice too."""
         steps, widths = model.clock.num_steps, model.activation_bits() or (0,)
+        calls = len(sampler.calls(denoiser.schedule))
         predict = noise_predictor(model)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for start in range(0, self.images, batch):
@@ -210,7 +211,7 @@ class NoiseCorrection:
                     with torch.no_grad():
                         noise = predict(step.x, t) - step.eps
                     rows[bits][-1].append(NoiseMoments.of(step.eps[None], noise[None]))
-                each_step(start // batch * steps + step.index + 1)
+                each_step(start // batch * calls + step.index + 1)
         moments = {bits: NoiseMoments.join(batches) for bits, batches in rows.items()}
         statistics = {bits: self.estimate(m, model.clock.timesteps) for bits, m in moments.items()}
         if widths == (0,):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.methods.activations import Effort, Observe
@@ -23,7 +22,7 @@ class RoundToNearest:
 
     learns: ClassVar[frozenset[str]] = frozenset()
 
-    def effort(self, data: CalibrationSet) -> Effort:
+    def effort(self, images: int, calls: int) -> Effort:
         """None."""
         return Effort(0, 0)
 
@@ -49,9 +48,9 @@ class Reconstruct:
     recipe: Recipe
     learns: ClassVar[frozenset[str]] = frozenset({"weights"})
 
-    def effort(self, data: CalibrationSet) -> Effort:
+    def effort(self, images: int, calls: int) -> Effort:
         """Of one unit."""
-        return Effort(len(self.timesteps(data)), self.recipe.iterations)
+        return Effort(self.timesteps.count(images, calls), self.recipe.iterations)
 
     def __call__(self, task: Task) -> None:
         """Learn and freeze every weight."""

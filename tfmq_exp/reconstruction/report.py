@@ -55,6 +55,10 @@ class Watcher(Protocol):
         """Before the first unit."""
         ...
 
+    def progress(self, what: str, number: int, of: int) -> None:
+        """During work that has no units and no loss."""
+        ...
+
     def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
         """After some iterations of a unit."""
         ...

@@ -64,6 +64,21 @@ def ddim_drift(x: Tensor, eps: Tensor, alpha: Tensor, following: Tensor, sigma: 
     return following.sqrt() * clean + (1 - following - sigma**2).clamp(min=0).sqrt() * eps
 
 
+def ddim_moves(
+    alphas: Sequence[tuple[Tensor, Tensor]], eta: float, shares: Sequence[float], *, keep_drift: bool
+) -> Move:
+    """DDIM's moves, with only a share of each step's noise; without `keep_drift` the rest of the step knows of that."""
+
+    def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        alpha, following = (a.to(x) for a in alphas[call])
+        sigma = ddim_sigma(alpha, following, eta)
+        less = sigma * shares[call]
+        moved = ddim_drift(x, eps, alpha, following, sigma if keep_drift else less)
+        return moved + less * row_noise(x, generators) if eta else moved
+
+    return move
+
+
 @dataclass(frozen=True)
 class DDIM:
     """DDIM (arXiv 2010.02502).
@@ -94,14 +109,7 @@ class DDIM:
     def start(self, schedule: Mapping[str, Any]) -> Move:
         """Moves that remember nothing."""
         pairs = self.alphas(schedule)
-
-        def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-            alpha, following = (a.to(x) for a in pairs[call])
-            sigma = ddim_sigma(alpha, following, self.eta)
-            moved = ddim_drift(x, eps, alpha, following, sigma)
-            return moved + sigma * row_noise(x, generators) if self.eta else moved
-
-        return move
+        return ddim_moves(pairs, self.eta, [1.0] * len(pairs), keep_drift=True)
 
 
 @dataclass(frozen=True)
@@ -141,16 +149,7 @@ class VarianceCalibrated:
 
     def start(self, schedule: Mapping[str, Any]) -> Move:
         """Moves that remember nothing."""
-        pairs, shares = self.sampler.alphas(schedule), self.remaining(schedule)
-
-        def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-            alpha, following = (a.to(x) for a in pairs[call])
-            sigma = ddim_sigma(alpha, following, self.eta)
-            less = sigma * shares[call]
-            moved = ddim_drift(x, eps, alpha, following, sigma if self.keep_drift else less)
-            return moved + less * row_noise(x, generators) if self.eta else moved
-
-        return move
+        return ddim_moves(self.sampler.alphas(schedule), self.eta, self.remaining(schedule), keep_drift=self.keep_drift)
 
 
 @dataclass(frozen=True)

@@ -127,12 +127,8 @@ class QuantizedUNet(nn.Module):
             own[name].copy_(value)
 
     def activation_bits(self) -> tuple[int, ...]:
-        """The bit-widths that a step can choose from, ascending; one where there is no choice."""
-        return tuple(sorted({quantizer.spec.bits for quantizer in self.switched()}))
-
-    def switched(self) -> list[AffineQuantizer]:
-        """The quantizers among which a choice is made."""
-        return [choice for switch in self.switches() for choice in switch.choices]  # type: ignore[misc]
+        """The bit-widths that a step can choose from, ascending; none where there is no choice."""
+        return tuple(sorted({bits for switch in self.switches() for bits in switch.bits}))
 
     def switches(self) -> list[StepSwitch]:
         """Activations with more than one bit-width."""

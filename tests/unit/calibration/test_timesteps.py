@@ -135,3 +135,9 @@ def test_incomplete_trajectories_are_refused() -> None:
         NormallyDistributed(4, 0.4, 0.4)(data[torch.arange(len(data)) != 7])
     with pytest.raises(ValueError, match="of 1 steps"):
         NormallyDistributed(4, 0.4, 0.4, released_labels=True)(trajectories(1, 3))
+
+
+@pytest.mark.parametrize("policy", [EveryKth(1), EveryKth(3), EveryKth(7), NormallyDistributed(11, 0.4, 0.4)])
+@pytest.mark.parametrize("steps", [2, 6, 10])
+def test_count_is_how_many_are_kept(policy: EveryKth | NormallyDistributed, steps: int) -> None:
+    assert policy.count(IMAGES, steps) == len(policy(trajectories(steps)))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfmq_exp.experiment.keeping import UnitFiles, load_learned, save_learned
+from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, save_learned
+from tfmq_exp.experiment.tracking import NoMirror
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.report import Learned, UnitReport
@@ -61,3 +62,26 @@ def test_work_that_goes_over_the_same_units_again_keeps_them_apart(tmp_path: Pat
     assert all(found is not None and same(found, learned(seed)) for seed, found in enumerate(kept))
     assert [row["error_after"] for row in files.reports()] == [0.25, 0.125]
     assert files.reports()[0] == dataclasses.asdict(REPORT)
+
+
+class Curves(NoMirror):
+    """Notes the loss curves."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def loss(self, unit: str, iteration: int, value: float) -> None:
+        self.names.append(unit)
+
+
+def test_curves_of_a_unit_are_apart_by_phase_and_round() -> None:
+    curves, shown = Curves(), list[tuple[float, str]]()
+    for phase in ("weights", "activations"):
+        watcher = UnitProgress(lambda done, note: shown.append((done, note)), curves, phase)
+        watcher.progress("ranges", 1, 4)
+        for _ in range(2):
+            watcher.start(2)
+            watcher.iteration("a", 5, 10, 1.0)
+    assert len(set(curves.names)) == len(curves.names) == 4
+    assert shown[0] == (0.25, "ranges")
+    assert shown[1][0] == 0.25

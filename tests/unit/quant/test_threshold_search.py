@@ -93,3 +93,15 @@ def test_zeros_stay_zero() -> None:
     x, spec = torch.zeros(2, 8), QuantSpec(8, axis=0)
     q = qparams_from_range(*ThresholdSearch()(x, spec), spec)
     assert torch.equal(fake_quantize(x, q, spec), x)
+
+
+@pytest.mark.parametrize("most", [50, 250])
+def test_fewer_values_are_evenly_spaced_ones(most: int) -> None:
+    x, spec = torch.randn(1000, generator=torch.Generator().manual_seed(3)), QuantSpec(4)
+    x[0] = 6.0  # the largest magnitude stays among the values
+    kept = x[:: 1000 // most]
+    found = ThresholdSearch(values=most)(x, spec)
+    assert torch.equal(torch.stack(found), torch.stack(ThresholdSearch()(kept, spec)))
+    assert not torch.equal(torch.stack(found), torch.stack(ThresholdSearch()(x, spec)))
+    everything = ThresholdSearch(values=1000)(x, spec)
+    assert torch.equal(torch.stack(everything), torch.stack(ThresholdSearch()(x, spec)))
