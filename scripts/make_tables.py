@@ -1,22 +1,46 @@
-"""The comparison table from run folders: mean and standard deviation over seeds, the float network first.
+"""Tables from run folders: mean and standard deviation over seeds, the float network first.
 
     python scripts/make_tables.py outputs/runs outputs/sweeps [--format markdown|csv] [--out FILE] [--save FILE]
 
     python scripts/make_tables.py outputs/sweeps --pivot fid --methods tdq,tdq_thin,s1,s4
 
-Rows that were made under different protocols (sampler, images, evaluator) stand in different tables.
+    python scripts/make_tables.py --list                          what published tables there are
+    python scripts/make_tables.py --paper tfmq-dm --table 2       one of them, beside our numbers
+
+Rows that were made under different protocols (sampler, images, evaluator) stand in different tables. Beside a published
+number ours stands with its difference only where the protocols agree; footnotes say what differs.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from tfmq_exp.reporting.comparison import choose, compare, listing
+from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
+from tfmq_exp.reporting.published import read_published
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
 from tfmq_exp.reporting.tables import FORMATS, by_protocol, pivot, render, table
+
+PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 
 
 def main() -> int:
     """Print or write the tables."""
+    args = arguments()
+    try:
+        text = listed() if args.list else made(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.out:
+        args.out.write_text(text)
+    else:
+        print(text, end="")
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "sources",
@@ -28,24 +52,43 @@ def main() -> int:
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--pivot", metavar="SCORE", help="one score, methods as columns")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="columns of --pivot (default: all)")
+    parser.add_argument("--paper", help="a paper whose numbers stand beside ours; needs --table")
+    parser.add_argument("--table", help="which of its tables")
+    parser.add_argument("--list", action="store_true", help="name the published tables")
     parser.add_argument("--save", type=Path, help="write the records themselves here, to make the table from later")
     parser.add_argument("--out", type=Path, help="write here instead of printing")
-    args = parser.parse_args()
-    try:
-        records = [record for source in args.sources for record in read_records(source)]
-        text = "\n".join(titled(group, args) for group in by_protocol(records))
-        if not records:
-            raise ValueError(f"no results.json under {', '.join(map(str, args.sources))}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return parser.parse_args()
+
+
+def listed() -> str:
+    """The published tables, paper by paper."""
+    papers = listing(read_published(PUBLISHED))
+    return "".join(
+        f'--paper "{paper}" --table "{name}"    {title}\n'
+        for paper, tables in papers.items()
+        for name, title in tables.items()
+    )
+
+
+def made(args: argparse.Namespace) -> str:
+    """The tables that were asked for.
+
+    Raises:
+        ValueError: no such published table, or nothing measured to make a table of.
+    """
+    if (args.paper or args.table) and args.pivot:
+        raise ValueError("--pivot is of our records alone; leave it out with --paper and --table")
+    published = read_published(PUBLISHED) if args.paper or args.table else []
+    rows = choose(published, args.paper or "", args.table or "") if published else []
+    records = [record for source in args.sources for record in read_records(source)]
+    if not records and not rows:
+        raise ValueError(f"no results.json under {', '.join(map(str, args.sources))}")
     if args.save:
         save_records(records, args.save)
-    if args.out:
-        args.out.write_text(text)
-    else:
-        print(text, end="")
-    return 0
+    if rows:
+        comparison = compare(rows, records)
+        return as_csv(comparison) if args.format == "csv" else as_markdown(comparison)
+    return "\n".join(titled(group, args) for group in by_protocol(records))
 
 
 def titled(records: list[ScoreRecord], args: argparse.Namespace) -> str:

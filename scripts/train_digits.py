@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from tfmq_exp.data.digits import load_images
 from tfmq_exp.denoisers.digits import (
     WEIGHTS,
     DigitClassifier,
@@ -35,11 +36,11 @@ from tfmq_exp.denoisers.digits import (
     build_unet,
     cosine_with_warmup,
     load_denoiser,
-    load_images,
 )
 from tfmq_exp.reporting.figures import mosaic
-from tfmq_exp.sampling.images import sample_shard
-from tfmq_exp.sampling.sampler import DDIM, noise_predictor
+from tfmq_exp.sampling.images import ImagePlan, sample_shard
+from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.sampling import Sampling
 
 HELD_OUT = 360  # a fifth of the digits, never seen by the classifier while it trains
 log = logging.getLogger(__name__)
@@ -168,7 +169,8 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
 def save_samples(weights: Path, steps: int = 50) -> None:
     """64 samples of the trained denoiser by deterministic DDIM, as one picture."""
     denoiser = load_denoiser(str(weights / "denoiser.safetensors"))
-    images = sample_shard(noise_predictor(denoiser.unet), denoiser, DDIM(steps), seed=0, indices=range(64))
+    sampling, plan = Sampling(DDIM(steps)), ImagePlan(64, seed=0, batch=64)
+    images = sample_shard(sampling.predictor(denoiser.unet), denoiser, sampling, plan, range(64))
     picture = Image.fromarray(mosaic(images.numpy(), columns=16, gap=1))
     picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(weights / "denoiser.png")
 

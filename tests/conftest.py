@@ -110,9 +110,10 @@ def quantizable(
     attention: AttentionPlan | None = None,
     sites: dict[str, SitePlan] | None = None,
     split: bool = False,
+    tie_qkv: bool = False,
 ) -> QuantizedUNet:
     """A quantized twin with all quantizers still off; the same bits for every role. `scales` may name one of `SCALES`."""
     roles = {role.value: SitePlan(weight, activation, output) for role in Role}
-    plan = SurgeryPlan(roles, attention or AttentionPlan(), sites or {}, split_shortcuts=split)
+    plan = SurgeryPlan(roles, attention or AttentionPlan(), sites or {}, split_shortcuts=split, tie_qkv=tie_qkv)
     parts, chosen = anatomy(unet, example_inputs(unet)), SCALES[scales] if isinstance(scales, str) else scales
     return build(unet, plan.resolve(parts, tuple(attentions(unet)), chosen, TIMESTEPS), MinMax())

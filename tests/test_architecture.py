@@ -10,7 +10,7 @@ PACKAGE = ROOT / "tfmq_exp"
 
 # A package imports only packages that stand before it.
 ORDER = (
-    ("quant", "denoisers", "reporting"),
+    ("quant", "denoisers", "data", "reporting"),
     ("sampling",),
     ("calibration", "surgery", "evaluation"),
     ("reconstruction",),
@@ -28,7 +28,9 @@ THIRD_PARTY = {
     "pytorch_lightning": {"reconstruction"},
     "torchmetrics": {"evaluation"},
     "matplotlib": {"reporting"},
-    "sklearn": {"denoisers"},
+    "sklearn": {"data"},
+    "lmdb": {"data"},
+    "PIL": {"data"},
     "diffusers": {"denoisers", "sampling", "surgery"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

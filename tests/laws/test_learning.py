@@ -196,6 +196,32 @@ def test_learning_scales_lowers_errors_and_leaves_weights_and_zero_points(tiny_u
     assert not any(module.training for module in model.modules() if not isinstance(module, nn.Identity))
 
 
+@pytest.mark.parametrize("source", ["static", "generated"])
+def test_tied_inputs_learn_as_one(tiny_unet: nn.Module, source: str) -> None:
+    """Without the tie q, k and v observe the same range and go apart while they learn."""
+    names = tuple(f"down_blocks.1.attentions.0.to_{part}" for part in "qkv")
+    scales = {}
+    for tied in (False, True):
+        observed, model = (frozen(tiny_unet, activation=4, scales=SOURCES[source], tie_qkv=tied) for _ in range(2))
+        SHARDS.ranges(observed, calibration(tiny_unet), 0)
+        run(learn(5, rate=1e-2), model, tiny_unet)
+        model.merge_sources()
+        quantizers = [model.layer(name).input_quantizer for name in names]
+        scales[tied] = [quantizer.source.scale for quantizer in quantizers]
+        if source == "static":
+            ranges = [observed.layer(name).input_quantizer.source.scale for name in names]
+            assert torch.equal(ranges[0], ranges[1])
+            assert torch.equal(ranges[0], ranges[2])
+            assert not torch.equal(ranges[0], scales[tied][0])
+    assert all(torch.equal(scale, scales[True][0]) for scale in scales[True])
+    assert not torch.equal(scales[False][0], scales[False][1])
+
+
+def test_only_layers_with_one_input_are_tied(tiny_conditional_unet: nn.Module) -> None:
+    with pytest.raises(ValueError, match="without transformer blocks"):
+        quantizable(tiny_conditional_unet, tie_qkv=True)
+
+
 def test_learned_scales_bring_the_whole_network_nearer(tiny_conditional_unet: nn.Module) -> None:
     unet, data = tiny_conditional_unet, calibration(tiny_conditional_unet, seed=9)
     observed, model = (frozen(unet, weight=8, activation=4, attention=AttentionPlan(4, 4)) for _ in range(2))

@@ -17,18 +17,21 @@ from torch import Tensor, nn
 from tfmq_exp.calibration import collect as collecting
 from tfmq_exp.calibration.collect import collect
 from tfmq_exp.calibration.timesteps import EveryKth
-from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.evaluation.temporal import trajectory_error
 from tfmq_exp.sampling import images
 from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler, finite_set, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Predict, Sampler, finite_set, trajectory
+from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SHAPE = (3, 8, 8)
 CPU = torch.device("cpu")
+NONE = Conditions()
+FOUR = Sampling(DDIM(4))
 
 
 @pytest.fixture
@@ -36,11 +39,16 @@ def denoiser(tiny_unet: nn.Module) -> Denoiser:
     return Denoiser("tiny", tiny_unet, SHAPE, SCHEDULE, "0" * 64)
 
 
+def predictor(unet: nn.Module) -> Predict:
+    """The network's own prediction, without guidance."""
+    return Sampling(DDIM(1)).predictor(unet)
+
+
 def sampled(unet: nn.Module, sampler: DDIM, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Initial noise and final float images."""
     generators = image_generators(7, "images", indices)
     noise = initial_noise(generators, SHAPE, CPU)
-    *_, last = trajectory(noise_predictor(unet), sampler, SCHEDULE, noise, generators)
+    *_, last = trajectory(predictor(unet), sampler, SCHEDULE, noise, generators, NONE)
     return noise, last.x_next
 
 
@@ -82,7 +90,7 @@ def test_trajectory_is_the_formula(tiny_unet: nn.Module, eta: float) -> None:
     noise = initial_noise(image_generators(7, "images", range(2)), SHAPE, CPU)
     path = ddim_by_formula(unet, noise, image_generators(8, "steps", range(2)), 10, eta)
     generators = image_generators(8, "steps", range(2))
-    taken = list(trajectory(noise_predictor(unet), DDIM(10, eta), SCHEDULE, noise.double(), generators))
+    taken = list(trajectory(predictor(unet), DDIM(10, eta), SCHEDULE, noise.double(), generators, NONE))
     assert [step.index for step in taken] == list(range(10))
     assert [step.t for step in taken] == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
     for step, x, x_next in zip(taken, path[:-1], path[1:], strict=True):
@@ -129,7 +137,7 @@ def test_uniform_ddim_is_that_of_diffusers(steps: int, eta: float) -> None:
     noise = initial_noise(image_generators(7, "images", range(2)), SHAPE, CPU)
     x, generators = noise, image_generators(8, "steps", range(2))
     theirs: Any = list(image_generators(8, "steps", range(2)))
-    for step in trajectory(lambda x, t: 0.6 * x.tanh(), DDIM(steps, eta), SCHEDULE, noise, generators):
+    for step in trajectory(lambda x, *_: 0.6 * x.tanh(), DDIM(steps, eta), SCHEDULE, noise, generators, NONE):
         assert step.t == int(scheduler.timesteps[step.index])
         x = scheduler.step(0.6 * x.tanh(), step.t, x, eta=eta, generator=theirs).prev_sample
         torch.testing.assert_close(step.x_next, x, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
@@ -140,7 +148,7 @@ def test_dpm_solver_is_that_of_diffusers() -> None:
     scheduler = sampler.scheduler(SCHEDULE)
     noise = initial_noise(image_generators(7, "images", range(2)), SHAPE, CPU)
     x = noise
-    for step in trajectory(lambda x, t: 0.6 * x.tanh(), sampler, SCHEDULE, noise, []):
+    for step in trajectory(lambda x, *_: 0.6 * x.tanh(), sampler, SCHEDULE, noise, [], NONE):
         x = scheduler.step(0.6 * x.tanh(), scheduler.timesteps[step.index], x).prev_sample
         assert torch.equal(step.x_next, x)
     assert step.index == 9
@@ -186,7 +194,10 @@ def test_trajectories_are_those_of_the_original_programs(
     sampler, schedule = original(case)
     assert list(sampler.calls(schedule)) == case["model_call_timesteps"]
     x = goldens["x_T"].to(dtype)
-    path = [x, *(step.x_next for step in trajectory(lambda x, t: analytic(case, x, t), sampler, schedule, x, []))]
+    path = [
+        x,
+        *(step.x_next for step in trajectory(lambda x, t, _: analytic(case, x, t), sampler, schedule, x, [], NONE)),
+    ]
     if isinstance(sampler, PLMS):
         del path[1]  # where the look-ahead stood
     assert (torch.stack(path) - wanted).abs().max() <= tolerance * wanted.abs().max()
@@ -221,7 +232,7 @@ def test_collection_calls_the_denoiser_once_per_step(denoiser: Denoiser) -> None
     calls: list[int] = []
     handle = denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
     seen: list[int] = []
-    data = collect(denoiser, DDIM(4), images=5, seed=3, batch=2, each_step=seen.append)
+    data = collect(denoiser, FOUR, images=5, seed=3, batch=2, each_step=seen.append)
     handle.remove()
     assert len(calls) == 3 * 4
     assert seen == [0, 1, 2, 3] * 3
@@ -229,20 +240,20 @@ def test_collection_calls_the_denoiser_once_per_step(denoiser: Denoiser) -> None
 
 
 def test_collected_inputs_are_the_trajectory(denoiser: Denoiser) -> None:
-    data = collect(denoiser, DDIM(4), images=5, seed=3, batch=2)
+    data = collect(denoiser, FOUR, images=5, seed=3, batch=2)
     assert data.step.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     assert data.image.tolist() == [0, 1, 2, 3, 4] * 4
     for indices in (range(2), range(2, 4), range(4, 5)):
         generators = image_generators(3, collecting.STREAM, indices)
         x = initial_noise(generators, SHAPE, CPU)
-        for step in trajectory(noise_predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators):
+        for step in trajectory(predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators, NONE):
             rows = (data.step == step.index) & torch.isin(data.image, torch.tensor(indices))
             assert torch.equal(data.x[rows], step.x)
             assert set(data.t[rows].tolist()) == {step.t}
 
 
 def test_evaluation_does_not_see_calibration_noise(denoiser: Denoiser) -> None:
-    calibration = collect(denoiser, DDIM(1), images=8, seed=0, batch=8).x
+    calibration = collect(denoiser, Sampling(DDIM(1)), images=8, seed=0, batch=8).x
     evaluation = initial_noise(image_generators(0, images.STREAM, range(8)), SHAPE, CPU)
     distances = torch.cdist(calibration.flatten(1), evaluation.flatten(1))
     assert distances.min() > 10  # independent noise in 192 dimensions is about 19.6 apart
@@ -251,28 +262,29 @@ def test_evaluation_does_not_see_calibration_noise(denoiser: Denoiser) -> None:
 def test_shards_are_the_whole_run(denoiser: Denoiser) -> None:
     plan = ImagePlan(count=7, seed=5, batch=3)
     assert [list(shard) for shard in plan.shards()] == [[0, 1, 2], [3, 4, 5], [6]]
-    predict = noise_predictor(denoiser.unet)
-    shards = [sample_shard(predict, denoiser, DDIM(4), plan.seed, indices) for indices in plan.shards()]
+    predict = predictor(denoiser.unet)
+    shards = [sample_shard(predict, denoiser, FOUR, plan, indices) for indices in plan.shards()]
     assert [(shard.dtype, tuple(shard.shape)) for shard in shards] == [(torch.uint8, (n, *SHAPE)) for n in (3, 3, 1)]
-    alone = sample_shard(predict, denoiser, DDIM(4), plan.seed, range(4, 5))
+    alone = sample_shard(predict, denoiser, FOUR, plan, range(4, 5))
     assert int((shards[1][1].int() - alone[0].int()).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_error_along_the_trajectory(denoiser: Denoiser, eta: float) -> None:
-    sampler, exact = DDIM(4, eta), noise_predictor(denoiser.unet)
-    same = trajectory_error(exact, sampler, denoiser, sampler, images=3, seed=2)
+    sampling = Sampling(DDIM(4, eta))
+    exact = sampling.predictor(denoiser.unet)
+    same = trajectory_error(exact, sampling, denoiser, sampling, images=3, seed=2)
     assert [(row["step"], row["t"]) for row in same] == [(0, 751), (1, 501), (2, 251), (3, 1)]
     assert all(row["eps_error"] == row["x_error"] == 0 for row in same)  # both add the same noise, if any
 
-    def shifted(x: Tensor, t: Tensor) -> Tensor:
-        eps = exact(x, t)
+    def shifted(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        eps = exact(x, t, conditions)
         return eps + 0.1 * eps.std()
 
-    wrong = trajectory_error(shifted, sampler, denoiser, sampler, images=3, seed=2)
+    wrong = trajectory_error(shifted, sampling, denoiser, sampling, images=3, seed=2)
     assert [row["eps_error"] for row in wrong] == pytest.approx([0.01] * 4, rel=1e-4)
     assert all(row["x_error"] > 0 for row in wrong)
-    other = trajectory_error(exact, DDIM(4, 1 - eta), denoiser, sampler, images=3, seed=2)
+    other = trajectory_error(exact, Sampling(DDIM(4, 1 - eta)), denoiser, sampling, images=3, seed=2)
     assert all(row["eps_error"] == 0 < row["x_error"] for row in other)  # errors of one step are on the float path
 
 
@@ -285,15 +297,16 @@ def test_empty_image_plans_are_refused(count: int, batch: int) -> None:
 def test_to_uint8_boundaries() -> None:
     half = 0.5 / 127.5
     x = torch.tensor([-7.0, -1.0, -1 + 0.9 * half, -1 + 1.1 * half, 1 - 1.1 * half, 1 - 0.9 * half, 1.0, 7.0])
-    assert to_uint8(x).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
-    assert to_uint8(x).dtype is torch.uint8
+    assert to_uint8(x, "round").tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+    assert to_uint8(x, "truncate").tolist() == [0, 0, 0, 0, 254, 254, 255, 255]
+    assert to_uint8(x, "round").dtype is torch.uint8
     every = torch.arange(256)
-    assert torch.equal(to_uint8(every / 127.5 - 1).long(), every)
+    assert torch.equal(to_uint8(every / 127.5 - 1, "round").long(), every)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 9])
 def test_every_kth_step_with_its_rows(denoiser: Denoiser, k: int) -> None:
-    data = collect(denoiser, DDIM(4), images=2, seed=3, batch=2)
+    data = collect(denoiser, FOUR, images=2, seed=3, batch=2)
     kept = EveryKth(k)(data)
     rows = [row for row in range(8) if (row // 2) % k == 0]
     assert torch.equal(kept.x, data.x[rows])

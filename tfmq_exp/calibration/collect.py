@@ -9,35 +9,40 @@ import torch
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.sampling.sampler import Sampler, noise_predictor, trajectory
-from tfmq_exp.sampling.seeds import image_generators, initial_noise
+from tfmq_exp.sampling.sampling import Sampling
 
 STREAM = "calibration"
 
 
 def collect(
     denoiser: Denoiser,
-    sampler: Sampler,
+    sampling: Sampling,
     *,
     images: int,
     seed: int,
     batch: int,
     each_step: Callable[[int], None] = lambda _: None,
 ) -> CalibrationSet:
-    """All steps of `images` trajectories of the float model, ordered by step. Seeds are apart from the evaluation's."""
-    device = next(denoiser.unet.parameters()).device
-    parts = []
+    """All steps of `images` trajectories of the float model, ordered by step. Seeds are apart from the evaluation's.
+
+    Under guidance the network sees every state twice, with and without condition, and so does the set.
+    """
+    parts: list[CalibrationSet] = []
+    predict = sampling.predictor(denoiser.unet)
     for start in range(0, images, batch):
         indices = range(start, min(start + batch, images))
-        generators = image_generators(seed, STREAM, indices)
-        x = initial_noise(generators, denoiser.sample_shape, device)
-        for step in trajectory(noise_predictor(denoiser.unet), sampler, denoiser.schedule, x, generators):
-            n = len(indices)
-            parts.append(
-                CalibrationSet(
-                    step.x.cpu(), torch.full((n,), step.t), torch.full((n,), step.index), torch.tensor(list(indices))
-                )
-            )
+        n = len(indices)
+        conditions = sampling.conditions(denoiser, seed, STREAM, indices).to(torch.device("cpu"))
+        table = dict(conditions.given)
+        rows = torch.arange(n) if table else torch.zeros(n, dtype=torch.long)
+        if sampling.guided:  # the last row is that of no condition
+            table = {name: torch.cat([value, conditions.null[name]]) for name, value in table.items()}
+            rows = torch.cat([rows, torch.full((n,), n)])
+        halves = len(rows) // n
+        image = torch.tensor(indices).repeat(halves)
+        for step in sampling.trajectory(predict, denoiser, seed=seed, stream=STREAM, indices=indices):
+            at = (torch.full_like(rows, step.t), torch.full_like(rows, step.index))
+            parts.append(CalibrationSet(step.x.cpu().repeat(halves, 1, 1, 1), *at, image, table, rows))
             each_step(step.index)
     whole = CalibrationSet.join(parts)
     return whole[torch.argsort(whole.step, stable=True)]

@@ -1,6 +1,6 @@
 """Which points of the trajectory a method learns from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ class TimestepPolicy(Protocol):
         ...
 
     def count(self, images: int, calls: int) -> int:
-        """How many they are, of so many trajectories with so many network calls each."""
+        """How many states they are, of so many trajectories with so many network calls each."""
         ...
 
 
@@ -77,18 +77,20 @@ class NormallyDistributed:
         return drawn.clamp(0, steps - 1).floor().long()
 
     def __call__(self, data: CalibrationSet) -> CalibrationSet:
-        """The samples that are kept, in the order of the draws."""
-        steps, images = int(data.step.max()) + 1, data.image.unique()
-        position = torch.full((steps, int(images.max()) + 1), -1)
-        position[data.step, data.image] = torch.arange(len(data))
-        if bool((position[:, images] < 0).any()) or (self.released_labels and steps < 2):
+        """The samples that are kept, in the order of the draws; a state that comes twice is kept twice."""
+        steps, images = int(data.step.max()) + 1, len(data.image.unique())
+        state = data.step * (int(data.image.max()) + 1) + data.image
+        rows = state.unique(return_counts=True)[1]  # two under guidance: with and without condition
+        whole = len(rows) == steps * images and bool((rows == rows[0]).all())
+        if not whole or (self.released_labels and steps < 2):
             raise ValueError(f"normally distributed timesteps need whole trajectories, of {steps} steps here")
-        levels, image = self.levels(steps), images[torch.arange(self.samples) % len(images)]
+        position = torch.argsort(state, stable=True).reshape(steps, images, -1)
+        levels, image = self.levels(steps), torch.arange(self.samples) % images
         if not self.released_labels:
-            return data[position[steps - 1 - levels, image]]
+            return data[position[steps - 1 - levels, image].flatten()]
         levels = levels.clamp(max=steps - 2)
-        shown, labelled = data[position[levels + 1, image]], data[position[steps - 1 - levels, image]]
-        return CalibrationSet(shown.x, labelled.t, labelled.step, shown.image, shown.conditions)
+        shown, labelled = (data[position[at, image].flatten()] for at in (levels + 1, steps - 1 - levels))
+        return replace(shown, t=labelled.t, step=labelled.step)
 
     def count(self, images: int, calls: int) -> int:
         """As many as are drawn, whatever they are drawn from."""

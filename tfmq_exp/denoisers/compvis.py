@@ -8,9 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.assigning import assign_weights
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
 INNER = {
@@ -47,9 +49,18 @@ DDIM_ATTENTION = {
     ".proj_out.": ".to_out.0.",
 }
 
+# q, k, v in another order; conditions that are added to the time embedding; linear layers for projections
+UNSUPPORTED = ("use_new_attention_order", "num_classes", "use_linear_in_transformer", "n_embed")
+
 
 def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
-    """The diffusers network of an LDM `UNetModel` with these constructor arguments."""
+    """The diffusers network of an LDM `UNetModel` with these constructor arguments.
+
+    Raises:
+        ValueError: an option that would need another network.
+    """
+    if other := [option for option in UNSUPPORTED if kwargs.get(option)]:
+        raise ValueError(f"UNetModel's option {other[0]}={kwargs[other[0]]!r} is not supported")
     multipliers: Sequence[int] = kwargs["channel_mult"]
     channels = [kwargs["model_channels"] * m for m in multipliers]
     attends = [2**level in kwargs["attention_resolutions"] for level in range(len(channels))]
@@ -124,13 +135,13 @@ def ddim_unet(config: Mapping[str, Any]) -> nn.Module:
 
 
 def openai_key(key: str, layers_per_block: int, keys: frozenset[str]) -> str:
-    """The diffusers name of one parameter of an LDM UNet."""
+    """The diffusers name of one parameter of an LDM UNet; the key itself if it is none."""
     module, _, parameter = key.rpartition(".")
     if module in TOP:
         return f"{TOP[module]}.{parameter}"
     place = re.match(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?(\d+)\.(.+)", module)
     if place is None:
-        raise KeyError(key)
+        return key
     part, index, child, inner = place.groups()
     outer = module.removesuffix(inner)
     siblings = {k.removeprefix(outer).split(".")[0] for k in keys if k.startswith(outer)}
@@ -170,21 +181,29 @@ def split_qkv(fused: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def convert(state: Mapping[str, Tensor], unet: Any, *, ddim: bool) -> dict[str, Tensor]:
-    """A state dict for `unet` from one with original key names (bare UNet keys)."""
+    """A state dict for `unet` from one with original key names (bare UNet keys); what it has no place for keeps its name."""
     keys = frozenset(state)
     layers = unet.config["layers_per_block"]
+    heads = {name: module.heads for name, module in attentions(unet).items()}
     matrices = {name for name, value in unet.state_dict().items() if value.dim() == 2}
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
         name = ddim_key(key, len(unet.config["block_out_channels"])) if ddim else openai_key(key, layers, keys)
-        if ".qkv." in name:
-            module, parameter = name.split(".qkv.")
-            heads = unet.get_submodule(module).heads
-            for part, rows in zip(("to_q", "to_k", "to_v"), split_qkv(value, heads), strict=True):
-                converted[f"{module}.{part}.{parameter}"] = rows
-        else:
-            converted[name] = value.flatten(1) if name in matrices else value  # a convolution of size 1
-    return {name: value.clone().float() for name, value in converted.items()}
+        module, fused, parameter = name.partition(".qkv.")
+        if fused and module in heads and len(value) % (3 * heads[module]) == 0:
+            parts = zip(("to_q", "to_k", "to_v"), split_qkv(value, heads[module]), strict=True)
+            converted |= {f"{module}.{part}.{parameter}": rows for part, rows in parts}
+        else:  # a matrix may have been a convolution of size 1
+            converted[name] = value.flatten(1) if name in matrices and value.dim() > 1 else value
+    return converted
+
+
+def build(architecture: Mapping[str, Any]) -> nn.Module:
+    """The diffusers UNet of an original architecture record; see `load`."""
+    try:
+        return ddim_unet(architecture["config"]) if "config" in architecture else openai_unet(architecture["kwargs"])
+    except KeyError as error:
+        raise ValueError(f"the architecture of the UNet lacks {error}") from error
 
 
 def load(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
@@ -192,15 +211,12 @@ def load(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Mod
 
     Args:
         architecture: `kwargs` of an LDM UNetModel, or the `config` of a DDIM model.
-        state: parameters of the UNet alone, by their original names.
+        state: parameters of the UNet alone, by their original names. The network takes them over, without a copy.
 
     Raises:
-        ValueError: weights that do not fit the architecture.
+        ValueError: an architecture that is not known here, or weights that do not fit it.
     """
-    ddim = "config" in architecture
-    unet = ddim_unet(architecture["config"]) if ddim else openai_unet(architecture["kwargs"])
-    try:
-        unet.load_state_dict(convert(state, unet, ddim=ddim), strict=True)
-    except (RuntimeError, AttributeError, KeyError) as error:
-        raise ValueError(f"the weights do not fit the architecture: {error}") from error
-    return unet.eval().requires_grad_(False)
+    with torch.device("meta"):
+        unet = build(architecture)
+    assign_weights(unet, convert(state, unet, ddim="config" in architecture))
+    return unet

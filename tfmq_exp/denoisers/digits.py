@@ -10,10 +10,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,16 +28,6 @@ class DigitFeatures(NamedTuple):
     pooled: Float[Tensor, "batch 64"]
     spatial: Float[Tensor, "batch 112"]
     logits: Float[Tensor, "batch 10"]
-
-
-def load_images() -> tuple[UInt8[Tensor, "1797 1 16 16"], Int[Tensor, "1797"]]:
-    """Scikit-learn's 1,797 digits (UCI Optical Recognition of Handwritten Digits, 8x8) at 16x16, and their labels."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)  # 64 pixels in rows, 0 .. 16
-    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16.0
-    enlarged = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False)
-    return (enlarged.clamp(0, 1) * 255).round().to(torch.uint8), torch.as_tensor(labels)
 
 
 def build_unet() -> UNet2DModel:

@@ -1,18 +1,16 @@
-"""Feature extractors: one pass over an image gives all that the scores read."""
+"""Features of images: one pass of an extractor gives all that the scores read."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tfmq_exp.denoisers.digits import load_classifier, load_images
-
 
 class Features(NamedTuple):
-    """Pooled features (FID), spatial features (sFID) and logits (IS) of a batch of images."""
+    """Pooled features (FID, KID, precision, recall), spatial features (sFID) and logits (IS)."""
 
     pooled: Float[Tensor, "batch pooled"]
     spatial: Float[Tensor, "batch spatial"]
@@ -20,34 +18,29 @@ class Features(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """Who judges the images, and against which reference.
+class Extractor:
+    """A network whose inner layers are the features.
 
     Args:
-        name: goes into the name of every score, so that scores of different evaluators are never confused.
-        extract: uint8 images to features.
-        reference: the images that a perfect sampler would draw from.
-        provenance: what identifies extractor and reference: hashes, counts.
+        network: uint8 images to features; moves images to where it is.
+        widths: how many pooled and how many spatial features it has.
+        identity: hashes, the rule that resizes, versions of libraries: plain JSON data.
+        batch: images in one forward pass.
+        device: where features are compared with each other, once there are all.
     """
 
-    name: str
-    extract: Callable[[UInt8[Tensor, "batch channels height width"]], Features]
-    reference: UInt8[Tensor, "images channels height width"]
-    provenance: dict[str, str | int]
+    network: Callable[[UInt8[Tensor, "batch channels height width"]], Features]
+    widths: tuple[int, int]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 64
+    device: str = "cpu"
 
-
-def digits_evaluator() -> Evaluator:
-    """The shipped digit classifier against all 1,797 real digits: offline scores, not comparable with Inception's."""
-    classifier, sha256 = load_classifier()
-    images, _ = load_images()
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"an extractor's batch must be at least 1, got {self.batch}")
 
     @torch.no_grad()
-    def extract(batch: Tensor) -> Features:
-        return Features(*classifier(batch))
-
-    provenance = {
-        "extractor_sha256": sha256,
-        "reference": "scikit-learn digits, 16x16",
-        "reference_images": len(images),
-    }
-    return Evaluator("digits features", extract, images, provenance)
+    def __call__(self, images: UInt8[Tensor, "images channels height width"]) -> Features:
+        """Features of any number of images, float32, on the CPU."""
+        parts = [self.network(batch) for batch in images.split(self.batch)]
+        return Features(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))

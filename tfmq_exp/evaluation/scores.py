@@ -1,75 +1,167 @@
-"""FID, sFID and IS by torchmetrics, from features that are extracted once."""
+"""Scores of generated images against a reference, from features that are extracted once, as images come."""
 
-import warnings
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import UInt8
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
-from tfmq_exp.evaluation.features import Evaluator, Features
+from tfmq_exp.evaluation.evaluator import Evaluator
+from tfmq_exp.evaluation.inception_score import SPLITS, inception_score, inception_score_adm
+from tfmq_exp.evaluation.moments import Moments, frechet_distance
+from tfmq_exp.evaluation.neighbours import kernel_distance, precision_recall
+from tfmq_exp.evaluation.references import ReferenceStatistics
+
+log = logging.getLogger(__name__)
 
 
-class Given(nn.Module):
-    """Stands where torchmetrics expects an extractor: the features have been extracted already."""
+class Rows(NamedTuple):
+    """What is kept of images one by one."""
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        """The features themselves."""
-        return features
+    logits: Float[Tensor, "images classes"]
+    pooled: Float[Tensor, "images pooled"]  # width 0 where only moments are asked for
+    clip: Float[Tensor, "images"]  # empty where there is no judge of captions
 
 
 class Scores:
-    """Streaming scores: moments for the two Fréchet distances, logits for the Inception score.
+    """Streaming scores: moments for the two Fréchet distances, rows for what needs images one by one.
 
-    IS is the mean over `splits` shuffled parts (torch-fidelity's convention), with a fixed shuffle.
+    Images have indices; what processes have gathered from different images merges into what one would have gathered from
+    all of them, whatever came first.
+
+    Raises:
+        ValueError: a reference without the features that the evaluator's scores need.
     """
 
-    def __init__(self, evaluator: Evaluator, splits: int = 10) -> None:
-        self.evaluator, self.splits = evaluator, splits
-        example = evaluator.extract(evaluator.reference[:2])
-        self.fid = FrechetInceptionDistance(feature=Given(example.pooled.shape[1]))
-        self.sfid = FrechetInceptionDistance(feature=Given(example.spatial.shape[1]))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that IS keeps its features, which here are 10 numbers
-            self.inception = InceptionScore(feature=Given(example.logits.shape[1]), splits=splits)
-        self.count = 0
-        for batch in evaluator.reference.split(512):
-            self._moments(evaluator.extract(batch), real=True)
+    def __init__(self, evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+        if evaluator.kept and not len(reference.manifold):
+            raise ValueError("KID, precision and recall need features of the reference's images, and none were kept")
+        self.evaluator, self.reference = evaluator, reference
+        self.pooled, self.spatial = (Moments.zeros(width) for width in evaluator.extract.widths)
+        self.rows: dict[int, Rows] = {}  # by the index of the first image
 
-    def _moments(self, features: Features, *, real: bool) -> None:
-        self.fid.update(features.pooled, real=real)
-        self.sfid.update(features.spatial, real=real)
+    def update(
+        self, images: UInt8[Tensor, "batch channels height width"], first: int, captions: Sequence[str] = ()
+    ) -> None:
+        """Take generated images into account.
 
-    def update(self, images: UInt8[Tensor, "batch channels height width"]) -> None:
-        """Take generated images into account."""
-        features = self.evaluator.extract(images)
-        self._moments(features, real=False)
-        self.inception.update(features.logits)
-        self.count += len(images)
-
-    def compute(self) -> dict[str, float]:
-        """`fid`, `sfid` (lower is better) and `is` (higher is better).
+        Args:
+            images: images `first`, `first + 1`, ...
+            first: index among all.
+            captions: what they were made from, where the evaluator has a judge for that.
 
         Raises:
-            ValueError: fewer than two images.
+            ValueError: images of another kind or size than the reference's, or captions of other images.
         """
-        if self.count < 2:
-            raise ValueError(f"scores need at least two images, got {self.count}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(2020)  # torch-fidelity's default
-            inception = self.inception.compute()[0] if self.count >= self.splits else torch.tensor(float("nan"))
-        return {"fid": float(self.fid.compute()), "sfid": float(self.sfid.compute()), "is": float(inception)}
+        shape = tuple(images.shape[1:])
+        if images.dtype is not torch.uint8 or self.reference.shape not in (None, shape):
+            wanted = f"uint8 {self.reference.shape}"
+            raise ValueError(f"the reference's images are {wanted}, the generated ones {images.dtype} {shape}")
+        clip = torch.zeros(0)
+        if self.evaluator.clip is not None:
+            if len(captions) != len(images) or not all(isinstance(caption, str) for caption in captions):
+                raise ValueError(f"the CLIP score needs a caption for each image, got {list(captions)[:3]}")
+            clip = self.evaluator.clip(images, captions)
+        features = self.evaluator.extract(images)
+        kept = features.pooled if self.evaluator.kept else features.pooled[:, :0]
+        self._put(first, Rows(features.logits, kept.clone(), clip))
+        self.pooled.update(features.pooled)
+        self.spatial.update(features.spatial)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was gathered, by name: what another process needs in order to merge it."""
+        moments = {"pooled": self.pooled, "spatial": self.spatial}
+        named = {f"{name}.{part}": x for name, sums in moments.items() for part, x in sums.tensors().items()}
+        rows = {f"rows.{first}.{part}": x for first, kept in self.rows.items() for part, x in kept._asdict().items()}
+        return named | rows
+
+    def merge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take into account what the same evaluator has gathered from other images, in this process or another.
+
+        Raises:
+            ValueError: an image that is in both.
+        """
+        for first in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("rows.")}):
+            self._put(first, Rows(*(tensors[f"rows.{first}.{part}"] for part in Rows._fields)))
+        for name, sums in (("pooled", self.pooled), ("spatial", self.spatial)):
+            sums.merge(Moments.of({part: tensors[f"{name}.{part}"] for part in sums.tensors()}))
+
+    def _put(self, first: int, rows: Rows) -> None:
+        for start, there in self.rows.items():
+            if first < start + len(there.logits) and start < first + len(rows.logits):
+                raise ValueError(f"image {max(first, start)} came twice")
+        self.rows[first] = rows
+
+    def gathered(self) -> Rows:
+        """The rows in the order of their indices.
+
+        Raises:
+            ValueError: no images, or some are missing between others.
+        """
+        expected = min(self.rows, default=0)
+        for first in sorted(self.rows):
+            if first != expected:
+                raise ValueError(f"images {expected} to {first - 1} are missing")
+            expected += len(self.rows[first].logits)
+        parts = [self.rows[first] for first in sorted(self.rows)]
+        if not parts:
+            raise ValueError("scores need at least two images, got 0")
+        return Rows(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def compute(self) -> dict[str, float]:
+        """Lower is better for `fid`, `sfid`, `kid`; higher for `is`, `is_adm`, `precision`, `recall`, `clip`.
+
+        The last five are there where the evaluator asks for them. nan where there are too few images for a score.
+
+        Raises:
+            ValueError: fewer than two images, or some are missing.
+        """
+        rows = self.gathered()
+        count, device = len(rows.logits), self.evaluator.extract.device
+        if count < 2:
+            raise ValueError(f"scores need at least two images, got {count}")
+        self._warn_of_few(count)
+        scores = {
+            "fid": frechet_distance(self.reference.pooled, self.pooled.gaussian()),
+            "sfid": frechet_distance(self.reference.spatial, self.spatial.gaussian()),
+            "is": inception_score(rows.logits),
+            "is_adm": inception_score_adm(rows.logits),
+        }
+        real, generated = self.reference.manifold[: self.evaluator.kept].to(device), rows.pooled.to(device)
+        if self.evaluator.kid:
+            scores["kid"] = kernel_distance(real, generated)
+        if self.evaluator.precision_recall:
+            scores["precision"], scores["recall"] = precision_recall(real, generated)
+        if self.evaluator.clip is not None:
+            scores["clip"] = max(0.0, float(rows.clip.double().mean()))
+        return scores
+
+    def _warn_of_few(self, count: int) -> None:
+        """A covariance of too few images is singular, and the distance is biased by their number."""
+        name, widths = self.evaluator.name, self.evaluator.extract.widths
+        for what, images in (("generated", count), ("reference", self.reference.provenance.get("images", math.inf))):
+            if images <= max(widths):
+                log.warning(
+                    "%s: %d %s images for %d pooled and %d spatial features: their covariance is singular, and FID and "
+                    "sFID compare only with those of as many images",
+                    *(name, images, what, *widths),
+                )
+        if count < SPLITS:
+            log.warning("%s: %d images are too few for an Inception score over %d parts", name, count, SPLITS)
 
 
-def score(evaluator: Evaluator, shards: Iterable[UInt8[Tensor, "batch channels height width"]]) -> dict[str, float]:
-    """Scores of images that come in shards."""
-    scores = Scores(evaluator)
+def score(
+    evaluator: Evaluator,
+    reference: ReferenceStatistics,
+    shards: Iterable[UInt8[Tensor, "batch channels height width"]],
+    captions: Callable[[range], Sequence[str]] = lambda _: (),
+) -> dict[str, float]:
+    """Scores of images that come in shards, in the order of their indices, made from the captions of these indices."""
+    scores, count = Scores(evaluator, reference), 0
     for images in shards:
-        scores.update(images)
+        scores.update(images, count, captions(range(count, count + len(images))))
+        count += len(images)
     return scores.compute()

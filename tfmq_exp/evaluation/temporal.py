@@ -1,17 +1,19 @@
 """How far a quantized network is from its float one, step by step: in its temporal features, and along the trajectory."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.anatomy import Anatomy
-from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.sampling.sampler import Predict, Sampler, noise_predictor, trajectory
-from tfmq_exp.sampling.seeds import image_generators, initial_noise
+from tfmq_exp.sampling.sampler import Predict, Step
+from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
+STREAM = "diagnostics"
 Row = dict[str, float | int]
 
 
@@ -38,36 +40,33 @@ def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, anatomy:
 
 def trajectory_error(
     predict: Predict,
-    quantized_sampler: Sampler,
+    quantized: Sampling,
     denoiser: Denoiser,
-    sampler: Sampler,
+    sampling: Sampling,
     *,
     images: int,
     seed: int,
     each_step: Callable[[int], None] = lambda _: None,
 ) -> list[Row]:
-    """Float and quantized sampling (`predict`, `quantized_sampler`) from the same noise, side by side, for every step.
+    """Float and quantized sampling (`predict`, `quantized`) from the same noise, side by side, for every step.
 
     `eps_error`: error of the predicted noise on the float trajectory (what one step does); `x_error`: distance of the two
     trajectories (what has accumulated). Both are mean squared errors over the variance of the float quantity.
     """
-    device = next(denoiser.unet.parameters()).device
-    generators = image_generators(seed, "diagnostics", range(images))
-    x = initial_noise(generators, denoiser.sample_shape, device)
-    own_noise = image_generators(seed, "diagnostics", range(images))
-    initial_noise(own_noise, denoiser.sample_shape, device)
-    walk = trajectory(predict, quantized_sampler, denoiser.schedule, x, own_noise)
+    start: dict[str, Any] = {"seed": seed, "stream": STREAM, "indices": range(images)}
+    conditions = sampling.conditions(denoiser, *start.values())
+    walk = quantized.trajectory(predict, denoiser, **start)
     rows: list[Row] = []
-    for step in trajectory(noise_predictor(denoiser.unet), sampler, denoiser.schedule, x, generators):
-        quantized = next(walk)
+    for step in sampling.trajectory(sampling.predictor(denoiser.unet), denoiser, **start):
+        other = next(walk)
         # at the first step both are at x_T, where the quantized prediction is at hand
-        on_path = quantized.eps if step.index == 0 else _predict(predict, step.x, step.t)
+        on_path = other.eps if step.index == 0 else _predict(predict, step, conditions)
         rows.append(
             {
                 "step": step.index,
                 "t": step.t,
                 "eps_error": _relative(on_path, step.eps),
-                "x_error": _relative(quantized.x_next, step.x_next),
+                "x_error": _relative(other.x_next, step.x_next),
             }
         )
         each_step(step.index)
@@ -75,8 +74,8 @@ def trajectory_error(
 
 
 @torch.no_grad()
-def _predict(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: int) -> Tensor:
-    return predict(x, torch.full((len(x),), t, device=x.device))
+def _predict(predict: Predict, step: Step, conditions: Conditions) -> Tensor:
+    return predict(step.x, torch.full((len(step.x),), step.t, device=step.x.device), conditions)
 
 
 def _relative(value: Tensor, wanted: Tensor) -> float:

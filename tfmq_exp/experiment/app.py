@@ -28,6 +28,7 @@ from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures, tables
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
+from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.surgery.quantized_unet import coverage
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
@@ -101,12 +102,12 @@ def build_stages(cfg: DictConfig, device: torch.device, bars: Bars, mirror: Mirr
     protocol, runtime = cfg.model.protocol, cfg.runtime
     return Stages(
         denoiser=denoiser,
-        sampler=make(cfg.sampler),
+        sampling=Sampling(make(cfg.sampler), **make(cfg.model.sampling)),
         method=make(cfg.method),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
         batch=runtime.batch,
-        images=ImagePlan(protocol.images, cfg.seed, runtime.batch),
+        images=ImagePlan(protocol.images, cfg.seed, runtime.batch, protocol.uint8),
         diagnostics=DiagnosticPlan(protocol.diagnostic_images),
         seed=cfg.seed,
         means=Means(runtime.batch, int(runtime.cache_gib * 2**30), trainer),

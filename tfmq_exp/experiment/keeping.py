@@ -19,7 +19,7 @@ from tfmq_exp.reconstruction.report import Learned, UnitReport
 
 def save_learned(path: Path, learned: Learned, note: Mapping[str, Any]) -> None:
     """Integers by site and activation state by name, with a note; the file appears whole or not at all."""
-    tensors = {f"activations/{name}": value.cpu().contiguous() for name, value in learned.activations.items()}
+    tensors = {f"activations/{name}": value.cpu().clone() for name, value in learned.activations.items()}
     for site, parts in learned.integers.items():
         for i, (codes, (scale, zero_point), _) in enumerate(parts):
             for what, value in (("codes", codes), ("scale", scale), ("zero_point", zero_point)):

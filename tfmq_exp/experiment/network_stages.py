@@ -29,7 +29,8 @@ from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.report import Learned
 from tfmq_exp.reconstruction.run import Means, Task
-from tfmq_exp.sampling.sampler import Predict, Sampler, finite_set, noise_predictor
+from tfmq_exp.sampling.sampler import Predict
+from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.plan import ResolvedPlan
@@ -55,7 +56,7 @@ class NetworkStages:
     """Everything that a quantized network is made of, and the stages that make it."""
 
     denoiser: Denoiser
-    sampler: Sampler
+    sampling: Sampling
     method: Method
     calibration: CalibrationPlan
     batch: int  # images that go through the network together
@@ -81,10 +82,10 @@ class NetworkStages:
     @cached_property
     def calls(self) -> tuple[int, ...]:
         """Timesteps at which the network is called for one image."""
-        calls = self.sampler.calls(self.denoiser.schedule)
+        calls = self.sampling.calls(self.denoiser)
         log.info(
             "%s: %d network calls at %d timesteps, %d .. %d",
-            self.sampler,
+            self.sampling.sampler,
             len(calls),
             len(set(calls)),
             calls[0],
@@ -95,17 +96,22 @@ class NetworkStages:
     @cached_property
     def plan(self) -> ResolvedPlan:
         """What is quantized, layer by layer."""
-        names, timesteps = tuple(attentions(self.denoiser.unet)), finite_set(self.sampler, self.denoiser.schedule)
+        names, timesteps = tuple(attentions(self.denoiser.unet)), self.sampling.finite_set(self.denoiser)
         return self.method.surgery.resolve(self.anatomy, names, self.method.scales, timesteps)
+
+    @property
+    def network_inputs(self) -> dict[str, Any]:
+        """What identifies the float network."""
+        return {"weights_sha256": self.denoiser.weights_sha256, "settings": dict(self.denoiser.settings)}
 
     @cached_property
     def model_inputs(self) -> dict[str, Any]:
         """What identifies the float model and the way it is sampled."""
         return {
             "model": self.denoiser.name,
-            "weights_sha256": self.denoiser.weights_sha256,
+            **self.network_inputs,
             "schedule": dict(self.denoiser.schedule),
-            "sampler": self.sampler,
+            "sampling": self.sampling,
         }
 
     def pull(self, name: str, entry: Entry, compute: Callable[[Path], None]) -> Path:
@@ -151,7 +157,7 @@ class NetworkStages:
                 done = iter(range(1, batches * len(self.calls) + 1))
                 data = collect(
                     self.denoiser,
-                    self.sampler,
+                    self.sampling,
                     images=self.calibration.images,
                     seed=self.seed,
                     batch=self.calibration.batch,
@@ -168,7 +174,7 @@ class NetworkStages:
         """Integer weights: depend on data only where the method learns, on activations only where it learns both."""
         method, lines = self.method, self.plan.sites.items()
         inputs: dict[str, Any] = {
-            "weights_sha256": self.denoiser.weights_sha256,
+            **self.network_inputs,
             "specs": {name: line.weight for name, line in lines if line.weight},
             "splits": {name: line.split for name, line in lines if line.weight and line.split},
             "range": method.weight_range,
@@ -223,6 +229,7 @@ class NetworkStages:
             "outputs": {name: line.output for name, line in self.plan.sites.items()},
             "splits": {name: line.split for name, line in self.plan.sites.items()},
             "operands": self.plan.operands,
+            "tied": self.plan.tied,
         }
 
     @cached_property
@@ -283,7 +290,7 @@ class NetworkStages:
                 statistics = correction.measure(
                     self.quantized_model,
                     self.denoiser,
-                    self.sampler,
+                    self.sampling,
                     seed=self.seed,
                     batch=batch,
                     each_step=lambda done: advance(done, ""),
@@ -295,15 +302,15 @@ class NetworkStages:
         )
 
     @cached_property
-    def corrected(self) -> tuple[Predict, Sampler]:
-        """What the finished method samples with: the quantized network's prediction and the sampler, both corrected."""
+    def corrected(self) -> tuple[Predict, Sampling]:
+        """What the finished method samples with: the quantized network's prediction and the sampling, both corrected."""
         model, statistics = self.quantized_model, self.statistics
         if statistics is not None and statistics.bits:
             model.use_bits(statistics.bits)
         elif widths := model.activation_bits():
             log.warning("nothing chooses between %s activation bits: %d at every step", widths, widths[-1])
         correction: Any = self.method.correction
-        return correction(noise_predictor(model), self.sampler, statistics)
+        return correction(self.sampling.predictor(model), self.sampling, statistics)
 
     @property
     def finished(self) -> Entry:

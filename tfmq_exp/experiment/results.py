@@ -17,10 +17,13 @@ from tfmq_exp.reporting.records import ScoreRecord
 def protocol(stages: Stages) -> dict[str, Any]:
     """What makes rows comparable: sampler, images, the rule that makes them bytes, calibration."""
     return {
-        "sampler": describe(stages.sampler),
+        "sampler": describe(stages.sampling.sampler),
+        "conditioning": describe(stages.sampling.conditioning),
+        "guidance": stages.sampling.guidance,
+        "precision": stages.sampling.precision,
         "network_calls": len(stages.calls),
         "images": stages.images.count,
-        "uint8_rule": "round((x + 1) * 127.5)",
+        "uint8_rule": f"{stages.images.uint8}((x + 1) * 127.5)",
         "calibration_images": stages.calibration.images,
     }
 
@@ -28,11 +31,12 @@ def protocol(stages: Stages) -> dict[str, Any]:
 def effort(stages: Stages) -> dict[str, int]:
     """Calibration samples that weights and activations saw, and iterations of learning per unit."""
     method, given = stages.method, (stages.calibration.images, len(stages.calls))
+    halves = 2 if stages.sampling.guided else 1
     weights, activations = method.weights.effort(*given), method.activations.effort(*given)
     return {
-        "weight_samples": weights.samples,
+        "weight_samples": weights.samples * halves,
         "weight_iterations": weights.iterations,
-        "activation_samples": activations.samples,
+        "activation_samples": activations.samples * halves,
         "activation_iterations": activations.iterations,
     }
 

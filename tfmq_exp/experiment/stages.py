@@ -1,7 +1,7 @@
 """From the finished method to images, scores and diagnostics, pulled through the store."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tfmq_exp.evaluation.features import Evaluator
+from tfmq_exp.evaluation.evaluator import Evaluator
+from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import score
 from tfmq_exp.evaluation.temporal import temporal_feature_error, trajectory_error
 from tfmq_exp.experiment.network_stages import NetworkStages
 from tfmq_exp.experiment.store import Entry, write_atomically, write_json
-from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.sampler import noise_predictor
+from tfmq_exp.sampling.images import STREAM, ImagePlan, sample_shard
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Stages(NetworkStages):
         name = "images" if quantized else "float images"
 
         def compute(folder: Path) -> None:
-            float_pair = noise_predictor(self.denoiser.unet), self.sampler
-            predict, sampler = self.corrected if quantized else float_pair
+            float_pair = self.sampling.predictor(self.denoiser.unet), self.sampling
+            predict, sampling = self.corrected if quantized else float_pair
             with self.bars.stage(name, self.images.count) as advance:
                 for shard in self.images.shards():
                     target = folder / f"images-{shard.start:06d}.safetensors"
@@ -52,8 +52,8 @@ class Stages(NetworkStages):
                         images = sample_shard(
                             predict,
                             self.denoiser,
-                            sampler,
-                            self.images.seed,
+                            sampling,
+                            self.images,
                             shard,
                             lambda step, shard=shard: advance(
                                 shard.start + len(shard) * (step + 1) / len(self.calls), f"step {step + 1}"
@@ -66,18 +66,39 @@ class Stages(NetworkStages):
         for file in sorted(path.glob("images-*.safetensors")):
             yield load_file(file)["images"]
 
-    def scores(self, *, quantized: bool) -> tuple[dict[str, float], dict[str, Any]]:
-        """FID, sFID and IS of the images, and who says so."""
-        evaluator = self.evaluator()
-        identity = {"name": evaluator.name, **evaluator.provenance}
-        inputs = {"images": self.images_entry(quantized=quantized).key, "evaluator": identity}
+    def reference(self, evaluator: Evaluator) -> tuple[Entry, ReferenceStatistics]:
+        """What images are compared with: depends on the reference, the extractor, and how many features are kept."""
+        source, extract, keep = evaluator.reference, evaluator.extract, evaluator.kept
+        inputs = {"reference": source.identity, "extractor": extract.identity, "features_kept": keep}
+        entry = self.store.entry("reference", inputs)
 
         def compute(folder: Path) -> None:
-            write_json(folder / "scores.json", score(evaluator, self.sampled(quantized=quantized)))
+            with self.bars.stage("reference", 1) as advance:
+                statistics = reference_statistics(
+                    source, extract, keep, lambda done, of: advance(done / of, f"{done} of {of}")
+                )
+            write_atomically(folder / "statistics.safetensors", statistics.save)
+
+        return entry, ReferenceStatistics.load(self.pull("reference", entry, compute) / "statistics.safetensors")
+
+    def scores(self, *, quantized: bool) -> tuple[dict[str, float], dict[str, Any]]:
+        """Scores of the images, and who says so against which reference."""
+        evaluator = self.evaluator()
+        entry, reference = self.reference(evaluator)
+        images = self.images_entry(quantized=quantized)
+        inputs = {"images": images.key, "evaluator": evaluator.identity, "reference": entry.key}
+
+        def captions(indices: range) -> Sequence[Any]:
+            return self.sampling.conditioning.choose(self.images.seed, STREAM, indices)
+
+        def compute(folder: Path) -> None:
+            found = score(evaluator, reference, self.sampled(quantized=quantized), captions)
+            write_json(folder / "scores.json", found)
 
         name = "scores" if quantized else "float scores"
         path = self.pull(name, self.store.entry("scores", inputs), compute)
-        return json.loads((path / "scores.json").read_text()), identity
+        judge = {**evaluator.identity, "reference": reference.title, "reference_provenance": reference.provenance}
+        return json.loads((path / "scores.json").read_text()), judge
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
         """Temporal-feature error per timestep and error along the trajectory, against the float network."""
@@ -93,7 +114,7 @@ class Stages(NetworkStages):
                 along = trajectory_error(
                     *self.corrected,
                     self.denoiser,
-                    self.sampler,
+                    self.sampling,
                     images=self.diagnostics.images,
                     seed=self.seed,
                     each_step=lambda step: advance(step + 1, ""),

@@ -2,20 +2,21 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.sampling.sampler import DDIM, Predict, Sampler, VarianceCalibrated, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import DDIM, Predict, VarianceCalibrated
+from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.schedule import alphas_cumprod
-from tfmq_exp.sampling.seeds import image_generators, initial_noise
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
+STREAM = "correction"
 log = logging.getLogger(__name__)
 
 
@@ -70,12 +71,12 @@ class NoiseStatistics:
         """(prediction - bias) / (1 + k), at each row's own step."""
         clock = StepClock(self.timesteps)
 
-        def corrected_predict(x: Tensor, t: Tensor) -> Tensor:
+        def corrected_predict(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
             step = clock.steps_of(t).cpu()
             shape = (len(x), *(1,) * (x.dim() - 1))
             k = self.k[step].to(x).reshape(shape)
             bias = self.bias[step].to(x).reshape(len(x), -1, *(1,) * (x.dim() - 2))
-            return (predict(x, t) - bias) / (1 + k)
+            return (predict(x, t, conditions) - bias) / (1 + k)
 
         return corrected_predict
 
@@ -119,9 +120,9 @@ class NoCorrection:
 
     measures: ClassVar[bool] = False
 
-    def __call__(self, predict: Predict, sampler: Sampler, statistics: None) -> tuple[Predict, Sampler]:
+    def __call__(self, predict: Predict, sampling: Sampling, statistics: None) -> tuple[Predict, Sampling]:
         """What is sampled with."""
-        return predict, sampler
+        return predict, sampling
 
 
 @dataclass(frozen=True)
@@ -182,25 +183,24 @@ class NoiseCorrection:
         self,
         model: QuantizedUNet,
         denoiser: Denoiser,
-        sampler: Sampler,
+        sampling: Sampling,
         *,
         seed: int,
         batch: int,
         each_step: Callable[[int], None] = lambda _: None,
     ) -> NoiseStatistics:
-        """Statistics on the float trajectory; where a step can choose between bit-widths, the choice too."""
+        """Statistics on the float trajectory, after guidance; where a step can choose between bit-widths, the choice too."""
         steps, widths = model.clock.num_steps, model.activation_bits() or (0,)
-        calls = len(sampler.calls(denoiser.schedule))
-        predict = noise_predictor(model)
+        calls = len(sampling.calls(denoiser))
+        predict, exact = sampling.predictor(model), sampling.predictor(denoiser.unet)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for start in range(0, self.images, batch):
             indices = range(start, min(start + batch, self.images))
-            generators = image_generators(seed, "correction", indices)
-            x = initial_noise(generators, denoiser.sample_shape, next(denoiser.unet.parameters()).device)
             seen: set[int] = set()
             for bits in widths:
                 rows[bits].append([])
-            for step in trajectory(noise_predictor(denoiser.unet), sampler, denoiser.schedule, x, generators):
+            conditions = sampling.conditions(denoiser, seed, STREAM, indices)
+            for step in sampling.trajectory(exact, denoiser, seed=seed, stream=STREAM, indices=indices):
                 if step.t in seen:  # statistics are those of a timestep, however often it is visited
                     continue
                 seen.add(step.t)
@@ -209,7 +209,7 @@ class NoiseCorrection:
                     if bits:
                         model.use_bits([bits] * steps)
                     with torch.no_grad():
-                        noise = predict(step.x, t) - step.eps
+                        noise = predict(step.x, t, conditions) - step.eps
                     rows[bits][-1].append(NoiseMoments.of(step.eps[None], noise[None]))
                 each_step(start // batch * calls + step.index + 1)
         moments = {bits: NoiseMoments.join(batches) for bits, batches in rows.items()}
@@ -224,15 +224,17 @@ class NoiseCorrection:
         }
         return NoiseStatistics(model.clock.timesteps, bits=chosen, **picked)
 
-    def __call__(self, predict: Predict, sampler: Sampler, statistics: NoiseStatistics) -> tuple[Predict, Sampler]:
+    def __call__(self, predict: Predict, sampling: Sampling, statistics: NoiseStatistics) -> tuple[Predict, Sampling]:
         """What is sampled with."""
+        sampler = sampling.sampler
         if not sampler.eta:
             log.info("eta is 0: the sampler adds no noise that could shrink; only bias and correlation are corrected")
-            return statistics.corrected(predict), sampler
+            return statistics.corrected(predict), sampling
         if not isinstance(sampler, DDIM):
             raise ValueError(f"the noise of a {type(sampler).__name__} cannot be calibrated, only that of DDIM")
         residual = dict(zip(statistics.timesteps, statistics.residual.tolist(), strict=True))
-        return statistics.corrected(predict), VarianceCalibrated(sampler, residual, self.keep_drift)
+        calibrated = VarianceCalibrated(sampler, residual, self.keep_drift)
+        return statistics.corrected(predict), replace(sampling, sampler=calibrated)
 
 
 def choose_bits(

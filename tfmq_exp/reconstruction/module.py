@@ -130,8 +130,8 @@ class BlockReconstruction(pl.LightningModule):
             params = [rounding.v for rounding in self.roundings]
             groups.append({"params": params, "lr": self.recipe.rounding.learning_rate})
         if self.recipe.scales and self.sources:
-            params = [parameter for source in self.sources for parameter in source.trainable()]
-            groups.append({"params": params, "lr": self.recipe.scales.learning_rate, "scales": True})
+            params = dict.fromkeys(parameter for source in self.sources for parameter in source.trainable())
+            groups.append({"params": list(params), "lr": self.recipe.scales.learning_rate, "scales": True})
         return torch.optim.Adam(groups, fused=True)
 
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:

@@ -2,34 +2,43 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.sampling.sampler import Predict, Sampler, trajectory
-from tfmq_exp.sampling.seeds import image_generators, initial_noise
+from tfmq_exp.sampling.sampler import Predict
+from tfmq_exp.sampling.sampling import Sampling
 
 STREAM = "images"
+Rule = Literal["round", "truncate"]
 
 
-def to_uint8(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to 0 .. 255, rounded: the only place where images change their range (diffusers' rule)."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_uint8(x: Float[Tensor, "*shape"], rule: Rule) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0 .. 255: the only place where images change their range.
+
+    (x + 1) * 127.5 is rounded by DDIM's own program and by diffusers, and truncated by LDM's scripts; FID can tell.
+    """
+    scaled = (x.clamp(-1, 1) + 1) * 127.5
+    return (scaled.round() if rule == "round" else scaled).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """How many images, from which seed, and how many go through the network together."""
+    """How many images, from which seed, how many go through the network together, and how they become bytes."""
 
     count: int
     seed: int
     batch: int
+    uint8: Rule = "round"
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.batch < 1:
             raise ValueError(f"images and batch must be at least 1, got {self.count} and {self.batch}")
+        if self.uint8 not in ("round", "truncate"):
+            raise ValueError(f"uint8 must be round or truncate, got {self.uint8!r}")
 
     def shards(self) -> Iterator[range]:
         """Ranges of image indices, one batch each. The last may be short."""
@@ -37,19 +46,20 @@ class ImagePlan:
             yield range(start, min(start + self.batch, self.count))
 
 
+@torch.no_grad()
 def sample_shard(
     predict: Predict,
     denoiser: Denoiser,
-    sampler: Sampler,
-    seed: int,
+    sampling: Sampling,
+    plan: ImagePlan,
     indices: range,
     each_step: Callable[[int], None] = lambda _: None,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Images `indices` of the run with `seed`."""
-    device = next(denoiser.unet.parameters()).device
-    generators = image_generators(seed, STREAM, indices)
-    x = initial_noise(generators, denoiser.sample_shape, device)
-    for step in trajectory(predict, sampler, denoiser.schedule, x, generators):
+    """Images `indices` of a plan."""
+    last = None
+    for step in sampling.trajectory(predict, denoiser, seed=plan.seed, stream=STREAM, indices=indices):
         each_step(step.index)
-        x = step.x_next
-    return to_uint8(x).cpu()
+        last = step.x_next
+    if last is None:
+        raise ValueError("the sampler takes no step")
+    return to_uint8(denoiser.first_stage.decode(last), plan.uint8).cpu().contiguous()

@@ -9,9 +9,10 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, visited
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, t of every row, conditions) -> noise
 Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, eps, x, generators) -> next x
 
 
@@ -226,24 +227,21 @@ def trajectory(
     schedule: Mapping[str, Any],
     x: Float[Tensor, "batch ..."],
     generators: Sequence[torch.Generator],
+    conditions: Conditions,
 ) -> Iterator[Step]:
     """The only sampling loop: denoise `x` call by call.
 
     Args:
-        predict: (x, t) -> noise, with t of shape [batch].
+        predict: (x, t, conditions) -> noise, with t of shape [batch].
         sampler: which steps.
         schedule: the noise that the network was trained on.
         x: where to start, pure noise.
         generators: one per row, for samplers that add noise.
+        conditions: what the rows are conditioned on.
     """
     move = sampler.start(schedule)
     for index, t in enumerate(sampler.calls(schedule)):
-        eps = predict(x, torch.full((len(x),), t, device=x.device))
+        eps = predict(x, torch.full((len(x),), t, device=x.device), conditions)
         x_next = move(index, eps, x, generators)
         yield Step(index, t, x, eps, x_next)
         x = x_next
-
-
-def noise_predictor(unet: torch.nn.Module) -> Predict:
-    """A UNet as a function (x, t) -> noise."""
-    return lambda x, t: unet(x, t).sample

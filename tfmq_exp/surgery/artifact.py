@@ -99,7 +99,7 @@ def save(model: QuantizedUNet, path: Path) -> int:
         shapes[name] = list(integers.codes.shape)
     for name, quantizer in model.activation_quantizers().items():
         if isinstance(quantizer.source, RunningRange):
-            tensors[f"activations/{name}/scale"] = quantizer.source.scale
+            tensors[f"activations/{name}/scale"] = quantizer.source.scale.clone()  # tied ones share their memory
             tensors[f"activations/{name}/zero_point"] = smallest(quantizer.source.zero_point)
     integer = {f"{site}.weight" for site in model.integers}
     sources = tuple(f"{name}." for name in model.activation_quantizers())

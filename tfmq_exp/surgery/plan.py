@@ -105,11 +105,15 @@ class ResolvedSite:
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set."""
+    """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set.
+
+    `tied` are layers with one input, whose input quantizers learn together; of no importance once learning is over.
+    """
 
     sites: Mapping[str, ResolvedSite]
     operands: Mapping[str, Mapping[str, ActivationPlan]]
     timesteps: tuple[int, ...]
+    tied: tuple[tuple[str, ...], ...] = ()
 
     def merged(self) -> "ResolvedPlan":
         """As it is once calibration and learning are over."""
@@ -137,6 +141,8 @@ class SurgeryPlan:
             error.
         grids: which kinds of grids.
         split_shortcuts: give trunk and skip channels of every shortcut grids of their own (Q-Diffusion).
+        tie_qkv: one input quantizer for q, k and v of an attention, as where the original network has them in one layer
+            (unconditional LDM). Observed ranges are the same either way; learned scales are not.
     """
 
     roles: Mapping[str, SitePlan]
@@ -144,6 +150,7 @@ class SurgeryPlan:
     sites: Mapping[str, SitePlan] = field(default_factory=dict)
     grids: GridPlan = field(default_factory=GridPlan)
     split_shortcuts: bool = False
+    tie_qkv: bool = False
 
     def __post_init__(self) -> None:
         for name in ("roles", "sites"):  # YAML gives plain mappings
@@ -196,7 +203,20 @@ class SurgeryPlan:
             quantizers["probabilities"] = probabilities
         if not table and not quantizers:
             raise ValueError("this plan quantizes nothing: every role is float")
-        return ResolvedPlan(table, {name: quantizers for name in attentions} if quantizers else {}, timesteps)
+        operands = {name: quantizers for name in attentions} if quantizers else {}
+        return ResolvedPlan(table, operands, timesteps, self._tied(anatomy, table))
+
+    def _tied(self, anatomy: Anatomy, table: Mapping[str, ResolvedSite]) -> tuple[tuple[str, ...], ...]:
+        """Layers whose input quantizers learn together: q, k and v of every attention."""
+        if not self.tie_qkv:
+            return ()
+        if anatomy.by_role(Role.FEED_FORWARD):
+            raise ValueError("tie_qkv is for networks without transformer blocks, whose q, k and v have one input")
+        groups: dict[str, list[str]] = {}
+        for site in anatomy.by_role(Role.ATTN_QKV):
+            if site.name in table and table[site.name].input:
+                groups.setdefault(site.name.rpartition(".")[0], []).append(site.name)
+        return tuple(tuple(names) for names in groups.values())
 
 
 def resolved_to_json(plan: ResolvedPlan) -> dict[str, Any]:

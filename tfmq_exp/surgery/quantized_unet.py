@@ -188,12 +188,23 @@ def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> Qua
         if line.output:
             twin.output_quantizer = quantizer(line.output)
         model.unet.set_submodule(site, twin)
+    for names in plan.tied:
+        tie([model.layer(name).input_quantizer for name in names])
     modules = attentions(model.unet)
     for name, parts in plan.operands.items():
         processor: Any = QuantAttnProcessor({part: quantizer(line) for part, line in parts.items()})
         modules[name].set_processor(processor)
     device = next(unet.parameters()).device
     return model.to(device).eval()
+
+
+def tie(quantizers: Sequence[Any]) -> None:
+    """Give all of them the parameters of the first: what one of them learns, all do."""
+    for name, _ in list(quantizers[0].named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        shared = quantizers[0].get_parameter(name)
+        for other in quantizers[1:]:
+            setattr(other.get_submodule(owner), leaf, shared)
 
 
 def coverage(plan: ResolvedPlan, anatomy: Anatomy) -> Mapping[str, Any]:

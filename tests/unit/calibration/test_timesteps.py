@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth, NormallyDistributed
@@ -23,6 +24,11 @@ def trajectories(steps: int, images: int = IMAGES) -> CalibrationSet:
     return CalibrationSet(x, t, step, image, {"text": -x.flatten()})
 
 
+def text(data: CalibrationSet) -> Tensor:
+    """What the rows are conditioned on."""
+    return data.inputs(torch.device("cpu"))["text"]
+
+
 def origins(data: CalibrationSet) -> list[tuple[int, int]]:
     """Step and image that every stored x was made at."""
     return [divmod(int(value), 1000) for value in data.x.flatten()]
@@ -36,7 +42,7 @@ def test_selector_takes_every_kth_step_with_all_its_images(steps: int, k: int, e
     assert len(expected) == {100: 20, 50: 25, 4: 4}[steps]
     assert origins(kept) == [(step, image) for step in expected for image in range(IMAGES)]
     assert kept.t.tolist() == [timestep(step, steps) for step, _ in origins(kept)]
-    assert torch.equal(kept.conditions["text"], -kept.x.flatten())
+    assert torch.equal(text(kept), -kept.x.flatten())
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.4, 0.05), (0.5, 0.1), (0.3, 0.07)])
@@ -75,7 +81,7 @@ def test_every_sample_has_the_label_of_its_own_noise_level(steps: int) -> None:
         assert step == labelled == steps - 1 - level
         assert t == timestep(step, steps)
     assert kept.image.tolist() == [image for _, image in origins(kept)]
-    assert torch.equal(kept.conditions["text"], -kept.x.flatten())
+    assert torch.equal(text(kept), -kept.x.flatten())
 
 
 @pytest.mark.parametrize("steps", [4, 20, 100])
@@ -96,7 +102,7 @@ def test_released_labels_count_from_the_wrong_end(steps: int) -> None:
         assert t == timestep(steps - 1 - j, steps)
         assert labelled == steps - 1 - j
         assert own == image
-    assert torch.equal(kept.conditions["text"], -kept.x.flatten())
+    assert torch.equal(text(kept), -kept.x.flatten())
     wrong = [t != timestep(step, steps) for (step, _), t in zip(origins(kept), kept.t.tolist(), strict=True)]
     assert sum(wrong) > 100
 

@@ -1,92 +1,210 @@
-"""Scores against the textbook formulas, in double precision."""
+"""Scores against the textbook formulas, in double precision, whatever the shards and whoever gathered them."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
-from tfmq_exp.evaluation.features import Evaluator, Features, digits_evaluator
+from tests.unit.evaluation.material import TensorSource, frechet, linear_extractor, pictures
+from tfmq_exp.evaluation.evaluator import Evaluator, digits_evaluator
+from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores, score
 
+SHAPE = (1, 6, 6)
+REAL, GENERATED = pictures(300, 6, 0, channels=1), pictures(250, 6, 1, channels=1)
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 sqrt(A B))."""
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    left, right = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    return float(mean + np.trace(left + right - 2 * scipy.linalg.sqrtm(left @ right).real))
+
+class Brightness:
+    """Judges a caption by its length and an image by its mean."""
+
+    identity = {"judge": "brightness"}
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        return images.double().mean((1, 2, 3)) - 100 * torch.tensor([len(caption) for caption in captions])
 
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    """A random linear extractor: cheap, and nothing about it is special."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(36, n, generator=generator) * 0.02 for n in (5, 7, 4)]
-
-    def extract(images: Tensor) -> Features:
-        rows = images.flatten(1).float()
-        return Features(*(rows @ w for w in weights))
-
-    reference = torch.randint(0, 256, (300, 1, 6, 6), generator=generator, dtype=torch.uint8)
-    return Evaluator("random", extract, reference, {})
+    return Evaluator("random", linear_extractor(SHAPE), TensorSource(REAL), kid=True, precision_recall=True)
 
 
 @pytest.fixture(scope="module")
-def images() -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 200, (250, 1, 6, 6), generator=generator, dtype=torch.uint8)
+def reference(evaluator: Evaluator) -> ReferenceStatistics:
+    return measured(evaluator)
 
 
-def test_frechet_distances(evaluator: Evaluator, images: Tensor) -> None:
-    ours = score(evaluator, [images])
+def measured(evaluator: Evaluator) -> ReferenceStatistics:
+    return reference_statistics(evaluator.reference, evaluator.extract, evaluator.kept, lambda _done, _of: None)
+
+
+def test_frechet_distances(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+    ours = score(evaluator, reference, [GENERATED])
     for name, part in (("fid", "pooled"), ("sfid", "spatial")):
-        features = [getattr(evaluator.extract(x), part).double().numpy() for x in (evaluator.reference, images)]
+        features = [getattr(evaluator.extract(x), part).double().numpy() for x in (REAL, GENERATED)]
         assert ours[name] == pytest.approx(frechet(*features), rel=1e-4)
 
 
-def test_inception_score(evaluator: Evaluator, images: Tensor) -> None:
-    scores = Scores(evaluator, splits=1)
-    scores.update(images)
-    p = evaluator.extract(images).logits.double().softmax(1).numpy()
+def test_inception_score_of_few_images_is_over_one_part_in_adms_convention(
+    evaluator: Evaluator, reference: ReferenceStatistics
+) -> None:
+    p = evaluator.extract(GENERATED).logits.double().softmax(1).numpy()
     divergence = (p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()
-    assert scores.compute()["is"] == pytest.approx(math.exp(divergence), rel=1e-5)
+    ours = score(evaluator, reference, [GENERATED])
+    assert ours["is_adm"] == pytest.approx(math.exp(divergence), rel=1e-5)
+    assert ours["is_adm"] > 1.05
 
 
-def test_shards_make_no_difference_and_neither_does_the_global_seed(evaluator: Evaluator, images: Tensor) -> None:
+def test_shards_make_no_difference_and_neither_does_the_global_seed(
+    evaluator: Evaluator, reference: ReferenceStatistics
+) -> None:
     torch.manual_seed(5)
-    whole = score(evaluator, [images])
+    whole = score(evaluator, reference, [GENERATED])
+    assert whole.keys() == {"fid", "sfid", "is", "is_adm", "kid", "precision", "recall"}
     torch.manual_seed(6)
-    parts = score(evaluator, images.split(37))
-    assert parts == pytest.approx(whole, rel=1e-6)
+    assert score(evaluator, reference, GENERATED.split(37)) == pytest.approx(whole, rel=1e-6)
 
 
-def test_the_reference_itself_is_at_distance_zero(evaluator: Evaluator) -> None:
-    ours = score(evaluator, [evaluator.reference])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_shards_gathered_apart_merge_into_the_whole(
+    evaluator: Evaluator, reference: ReferenceStatistics, order: tuple[int, ...]
+) -> None:
+    """Three processes with images in turn and of different number, and what they hand over as bytes."""
+    parts = [Scores(evaluator, reference) for _ in range(3)]
+    starts = [0, 30, 31, 100, 170, 222]
+    for i, (start, stop) in enumerate(zip(starts, [*starts[1:], len(GENERATED)], strict=True)):
+        parts[i % 3].update(GENERATED[start:stop], start)
+    whole = Scores(evaluator, reference)
+    for i in order:
+        whole.merge(load(save(parts[i].tensors())))
+    assert whole.compute() == pytest.approx(score(evaluator, reference, [GENERATED]), rel=1e-6)
+
+
+def test_order_matters_to_the_scores_that_the_merge_has_to_keep_it_for(
+    evaluator: Evaluator, reference: ReferenceStatistics
+) -> None:
+    ours = score(evaluator, reference, [GENERATED])
+    assert score(evaluator, reference, [GENERATED.flip(0)])["is"] != pytest.approx(ours["is"], rel=1e-6)
+
+
+def test_images_that_came_twice_or_not_at_all(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+    one, other = Scores(evaluator, reference), Scores(evaluator, reference)
+    one.update(GENERATED[:10], 0)
+    other.update(GENERATED[8:20], 8)
+    with pytest.raises(ValueError, match="image 8 came twice"):
+        one.merge(other.tensors())
+    with pytest.raises(ValueError, match="image 9 came twice"):
+        one.update(GENERATED[9:12], 9)
+    one.update(GENERATED[15:20], 15)
+    with pytest.raises(ValueError, match="images 10 to 14 are missing"):
+        one.compute()
+
+
+def test_rows_are_kept_only_where_a_score_reads_them(evaluator: Evaluator) -> None:
+    plain = dataclasses.replace(evaluator, kid=False, precision_recall=False)
+    statistics = measured(plain)
+    assert len(statistics.manifold) == 0
+    scores = Scores(plain, statistics)
+    scores.update(GENERATED, 0)
+    assert scores.rows[0].pooled.numel() == 0
+    assert scores.compute().keys() == {"fid", "sfid", "is", "is_adm"}
+    with pytest.raises(ValueError, match="none were kept"):
+        Scores(evaluator, statistics)
+
+
+def test_only_the_first_images_of_the_reference_make_the_manifold(evaluator: Evaluator) -> None:
+    few = dataclasses.replace(evaluator, manifold_images=40)
+    ours = score(few, measured(few), [GENERATED])
+    half = dataclasses.replace(evaluator, reference=TensorSource(REAL[:40]))
+    wanted = score(half, measured(half), [GENERATED])
+    assert {k: ours[k] for k in ("kid", "precision", "recall")} == {
+        k: wanted[k] for k in ("kid", "precision", "recall")
+    }
+    assert ours["fid"] != wanted["fid"]
+
+
+def test_the_reference_itself_is_at_distance_zero(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+    ours = score(evaluator, reference, [REAL])
     assert abs(ours["fid"]) < 1e-3
     assert abs(ours["sfid"]) < 1e-3
+    assert (ours["precision"], ours["recall"]) == (1.0, 1.0)
 
 
-def test_one_image_is_too_few(evaluator: Evaluator, images: Tensor) -> None:
-    with pytest.raises(ValueError, match="at least two"):
-        score(evaluator, [images[:1]])
+def test_too_few_images(evaluator: Evaluator, reference: ReferenceStatistics, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="at least two images, got 1"):
+        score(evaluator, reference, [GENERATED[:1]])
+    with pytest.raises(ValueError, match="at least two images, got 0"):
+        score(evaluator, reference, [])
+    few = score(evaluator, reference, [GENERATED[:3]])
+    assert all(math.isfinite(few[name]) for name in ("fid", "sfid", "is_adm", "kid"))
+    assert all(math.isnan(few[name]) for name in ("is", "precision", "recall"))
+    for said in ("3 generated images for 5 pooled and 7 spatial", "Inception score", "precision and recall need"):
+        assert said in caplog.text
+
+
+@pytest.mark.parametrize("images", [pictures(4, 7, 0, channels=1), pictures(4, 6, 0), GENERATED.float()])
+def test_images_of_another_kind_than_the_references(
+    evaluator: Evaluator, reference: ReferenceStatistics, images: Tensor
+) -> None:
+    with pytest.raises(ValueError, match=r"reference's images are uint8 \(1, 6, 6\), the generated ones"):
+        score(evaluator, reference, [images])
+
+
+def test_a_reference_that_does_not_say_its_size(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+    silent = dataclasses.replace(reference, shape=None)
+    assert score(evaluator, silent, [GENERATED]) == score(evaluator, reference, [GENERATED])
+
+
+def test_captions_reach_their_images(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+    judged = dataclasses.replace(evaluator, clip=Brightness())
+    captions = ["x" * (i % 2) for i in range(len(GENERATED))]
+    ours = score(judged, reference, GENERATED.split(37), lambda indices: [captions[i] for i in indices])
+    wanted = GENERATED.double().mean() - 100 * np.mean([len(caption) for caption in captions])
+    assert ours["clip"] == pytest.approx(float(wanted), rel=1e-6)
+    assert score(judged, reference, [GENERATED], lambda i: ["long" * 9] * len(i))["clip"] == 0.0
+    wrong: list[Any] = [[], ["one"], list(range(len(GENERATED)))]
+    for given in wrong:
+        with pytest.raises(ValueError, match="a caption for each image"):
+            score(judged, reference, [GENERATED], lambda _, given=given: given)
+
+
+def test_who_judges_is_part_of_the_identity(evaluator: Evaluator) -> None:
+    changed = [
+        dataclasses.replace(evaluator, name="another"),
+        dataclasses.replace(evaluator, kid=False),
+        dataclasses.replace(evaluator, manifold_images=7),
+        dataclasses.replace(evaluator, clip=Brightness()),
+    ]
+    identities = [str(e.identity) for e in (evaluator, *changed)]
+    assert len(set(identities)) == 5
+    with pytest.raises(ValueError, match="manifold_images must be at least 1, got 0"):
+        dataclasses.replace(evaluator, manifold_images=0)
 
 
 def test_the_digit_classifier_knows_digits_and_its_scores_get_worse_with_noise() -> None:
-    evaluator = digits_evaluator()
-    clean = evaluator.reference[:400]
+    from tfmq_exp.data.digits import DigitsImages
+
+    evaluator = digits_evaluator(DigitsImages())
+    clean = next(DigitsImages().batches(400))
     noise = torch.randint(0, 128, clean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     noisy = (clean.int() + noise.int()).clamp(0, 255).to(torch.uint8)
-    good, bad = score(evaluator, [clean]), score(evaluator, [noisy])
+    reference = measured(evaluator)
+    good, bad = score(evaluator, reference, [clean]), score(evaluator, reference, [noisy])
     assert good["fid"] < bad["fid"] / 5
     assert good["sfid"] < bad["sfid"]
     assert good["is"] > bad["is"]
     assert evaluator.name == "digits features"
+    assert reference.provenance["images"] == 1797
 
 
 def test_the_classifier_is_as_accurate_as_its_record_says_on_digits_it_never_saw() -> None:
-    from tfmq_exp.denoisers.digits import load_classifier, load_images
+    from tfmq_exp.data.digits import load_images
+    from tfmq_exp.denoisers.digits import load_classifier
 
     classifier, _ = load_classifier()
     images, labels = load_images()

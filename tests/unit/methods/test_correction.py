@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, quantizable
-from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.methods.correction import NoCorrection, NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
-from tfmq_exp.sampling.sampler import DDIM, Predict, Sampler, VarianceCalibrated, noise_predictor, trajectory
+from tfmq_exp.sampling.sampler import DDIM, Predict, VarianceCalibrated, trajectory
+from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -69,8 +70,8 @@ def test_corrected_prediction_has_no_mean_error_and_less_spread() -> None:
     found = correction().estimate(NoiseMoments.of(*synthetic()), T)
     fresh_e, fresh_d = synthetic(seed=1)
     for step, t in enumerate(T):
-        predict = found.corrected(lambda x, _, step=step: x + fresh_d[step])
-        error = predict(fresh_e[step], torch.full((IMAGES,), t)) - fresh_e[step]
+        predict = found.corrected(lambda x, *_, step=step: x + fresh_d[step])
+        error = predict(fresh_e[step], torch.full((IMAGES,), t), Conditions()) - fresh_e[step]
         residual = SIGMA[step] / (1 + K[step])
         assert error.mean((0, 2, 3)).tolist() == pytest.approx([0] * CHANNELS, abs=0.02)
         assert float(error.std()) == pytest.approx(residual, rel=0.02)
@@ -137,7 +138,7 @@ def statistics(k: float = 0.3, sigma: float = 0.2, bits: tuple[int, ...] = ()) -
 
 def test_every_row_is_corrected_with_the_statistics_of_its_own_step() -> None:
     found, x, t = statistics(), torch.randn(5, *SHAPE), torch.tensor([1, 751, 251, 251, 501])
-    corrected = found.corrected(lambda x, t: x * t.reshape(-1, 1, 1, 1))(x, t)
+    corrected = found.corrected(lambda x, t, _: x * t.reshape(-1, 1, 1, 1))(x, t, Conditions())
     for row, when in enumerate(t.tolist()):
         step = TIMESTEPS.index(when)
         for channel in range(3):
@@ -161,11 +162,11 @@ def test_statistics_survive_their_tensors(tmp_path: Path, bits: tuple[int, ...])
 # sampling
 
 
-def sampled(predict: Predict, sampler: Sampler) -> tuple[Tensor, list[Tensor]]:
+def sampled(predict: Predict, sampling: Sampling) -> tuple[Tensor, list[Tensor]]:
     """Final images, and where the generators stand afterwards."""
     generators = image_generators(7, "images", range(2))
     x = initial_noise(generators, SHAPE, torch.device("cpu"))
-    *_, last = trajectory(predict, sampler, SCHEDULE, x, generators)
+    *_, last = trajectory(predict, sampling.sampler, SCHEDULE, x, generators, Conditions())
     return last.x_next, [generator.get_state() for generator in generators]
 
 
@@ -173,9 +174,10 @@ def sampled(predict: Predict, sampler: Sampler) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("keep_drift", [True, False])
 def test_zero_statistics_reproduce_ddim_bit_by_bit(tiny_unet: nn.Module, eta: float, keep_drift: bool) -> None:
     zero = NoiseStatistics(TIMESTEPS, torch.zeros(4), torch.zeros(4), torch.zeros(4, 3), torch.zeros(4))
-    predict, plain = noise_predictor(tiny_unet), DDIM(4, eta)
+    plain = Sampling(DDIM(4, eta))
+    predict = plain.predictor(tiny_unet)
     corrected = correction(keep_drift=keep_drift)(predict, plain, zero)
-    calibrated_sampler = VarianceCalibrated(plain, dict.fromkeys(TIMESTEPS, 0.0), keep_drift)
+    calibrated_sampler = Sampling(VarianceCalibrated(DDIM(4, eta), dict.fromkeys(TIMESTEPS, 0.0), keep_drift))
     expected, states = sampled(predict, plain)
     assert torch.equal(sampled(*corrected)[0], expected)
     final, states_after = sampled(predict, calibrated_sampler)
@@ -190,11 +192,11 @@ def test_zero_statistics_reproduce_ddim_bit_by_bit(tiny_unet: nn.Module, eta: fl
 def test_deterministic_sampling_adds_no_noise_for_any_sigma(
     tiny_unet: nn.Module, sigma: float, keep_drift: bool
 ) -> None:
-    predict, plain = noise_predictor(tiny_unet), DDIM(4, 0.0)
+    plain = Sampling(DDIM(4, 0.0))
+    predict = plain.predictor(tiny_unet)
     expected, _ = sampled(predict, plain)
-    assert torch.equal(
-        sampled(predict, VarianceCalibrated(plain, dict.fromkeys(TIMESTEPS, sigma), keep_drift))[0], expected
-    )
+    calibrated_sampler = VarianceCalibrated(DDIM(4), dict.fromkeys(TIMESTEPS, sigma), keep_drift)
+    assert torch.equal(sampled(predict, Sampling(calibrated_sampler))[0], expected)
     found = statistics(sigma=sigma)
     by_hand, _ = sampled(found.corrected(predict), plain)
     assert torch.equal(sampled(*correction(keep_drift=keep_drift)(predict, plain, found))[0], by_hand)
@@ -203,7 +205,8 @@ def test_deterministic_sampling_adds_no_noise_for_any_sigma(
 
 def test_noisy_sampling_shrinks_its_noise_by_the_residual_of_the_corrected_prediction() -> None:
     found = statistics(sigma=0.01)
-    _, sampler = correction()(lambda x, _: x, DDIM(4, 1.0), found)
+    _, sampling = correction()(lambda x, *_: x, Sampling(DDIM(4, 1.0)), found)
+    sampler = sampling.sampler
     assert isinstance(sampler, VarianceCalibrated)
     assert list(sampler.residual) == list(TIMESTEPS)
     assert list(sampler.residual.values()) == pytest.approx([0.01 * s / (1 + 0.3 * s) for s in (1, 2, 3, 4)])
@@ -320,7 +323,7 @@ def denoiser(tiny_unet: nn.Module) -> Denoiser:
 
 
 def measured(denoiser: Denoiser, model: Any, batch: int) -> NoiseStatistics:
-    return correction().measure(model, denoiser, DDIM(4), seed=3, batch=batch)
+    return correction().measure(model, denoiser, Sampling(DDIM(4)), seed=3, batch=batch)
 
 
 @torch.no_grad()
@@ -328,7 +331,7 @@ def noise_on_the_float_path(denoiser: Denoiser, model: Any) -> tuple[Tensor, Ten
     """E and d of every step, all images at once."""
     generators = image_generators(3, "correction", range(5))
     x = initial_noise(generators, SHAPE, torch.device("cpu"))
-    steps = list(trajectory(noise_predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators))
+    steps = list(trajectory(Sampling(DDIM(4)).predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators, Conditions()))
     noise = [model(step.x, torch.tensor(step.t)).sample - step.eps for step in steps]
     return torch.stack([step.eps for step in steps]), torch.stack(noise)
 
@@ -336,7 +339,7 @@ def noise_on_the_float_path(denoiser: Denoiser, model: Any) -> tuple[Tensor, Ten
 def test_measured_statistics_are_those_of_the_float_path(denoiser: Denoiser, tiny_unet: nn.Module) -> None:
     model, seen = calibrated(quantizable(tiny_unet)), list[int]()
     expected = correction().estimate(NoiseMoments.of(*noise_on_the_float_path(denoiser, model)), TIMESTEPS)
-    found = correction().measure(model, denoiser, DDIM(4), seed=3, batch=2, each_step=seen.append)
+    found = correction().measure(model, denoiser, Sampling(DDIM(4)), seed=3, batch=2, each_step=seen.append)
     for name in ("k", "r2", "bias", "sigma"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=2e-2, atol=2e-3)
     assert found.bits == ()

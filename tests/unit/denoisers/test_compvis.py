@@ -13,7 +13,7 @@ from torch import Tensor
 from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.unet import time_embedding
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDENS = Path(__file__).parents[2] / "goldens"
 TOLERANCE = 3e-5  # float32 rounding in another order of operations; the goldens' own README
 PREFIX = "model.diffusion_model."
 

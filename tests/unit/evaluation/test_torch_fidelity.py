@@ -1,0 +1,77 @@
+"""All scores of one evaluation against torch-fidelity's own program and, for sFID, which it has not, the definition."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch_fidelity
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tests.unit.evaluation.material import TensorSource, frechet_of_few, pictures
+from tfmq_exp.evaluation.inception import inception_evaluator
+from tfmq_exp.evaluation.references import reference_statistics
+from tfmq_exp.evaluation.scores import score
+
+COUNT = 12  # KID's subsets are then all images on both sides, whatever the random numbers
+OPTIONS = {"cuda": False, "batch_size": COUNT, "cache": False, "save_cpu_ram": True, "verbose": False}
+
+
+class Bytes(Dataset[Tensor]):
+    """Images as torch-fidelity takes them."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def shards(images: Tensor) -> Iterator[Tensor]:
+    yield from images.split([5, 1, len(images) - 6])
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_torch_fidelity(inception_file: Path) -> None:
+    real, generated = pictures(COUNT, 32, seed=0), pictures(COUNT, 32, seed=2, noise=60)
+    evaluator = inception_evaluator(
+        str(inception_file), TensorSource(real), kid=True, precision_recall=True, batch=COUNT, device="cpu"
+    )
+    reference = reference_statistics(evaluator.reference, evaluator.extract, evaluator.kept, lambda _done, _of: None)
+    spatial: list[Tensor] = []
+    block = evaluator.extract.network.network.Mixed_6d
+    with block.register_forward_hook(lambda _module, _inputs, output: spatial.append(output[:, :7])):
+        ours = score(evaluator, reference, shards(generated))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Bytes(generated),
+        input2=Bytes(real),
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=COUNT,
+        kid_subsets=3,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(inception_file),
+        **OPTIONS,
+    )
+    pairs = {
+        "fid": "frechet_inception_distance",
+        "kid": "kernel_inception_distance_mean",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    for name, theirs_name in pairs.items():
+        assert ours[name] == pytest.approx(theirs[theirs_name], rel=1e-3), name
+    excess = ours["is"] - 1  # random weights hardly tell classes apart
+    assert excess > 1e-5
+    assert excess == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
+    assert abs(ours["kid"]) > 0.01
+    assert 0 < ours["precision"] < 1 or 0 < ours["recall"] < 1
+    generated_maps = torch.cat(spatial).permute(0, 2, 3, 1).flatten(1).double().numpy()
+    real_maps = evaluator.extract(real).spatial.double().numpy()
+    assert ours["sfid"] == pytest.approx(frechet_of_few(real_maps, generated_maps), rel=1e-3)

@@ -1,0 +1,1 @@
+"""Real images and captions from local files: what generated images are compared with."""

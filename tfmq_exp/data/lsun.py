@@ -1,0 +1,81 @@
+"""LSUN as it is published: a database of encoded images (arXiv 1506.03365)."""
+
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import lmdb
+from jaxtyping import UInt8
+from torch import Tensor
+
+from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stacked
+from tfmq_exp.data.preparation import CropThenResize, Pixels, Preparation
+
+
+class LSUN:
+    """The images of an LMDB folder, whose values are WebP or JPEG files, in the order of their keys.
+
+    A database can be open once in a process, so its batches are read by one reader at a time.
+
+    Args:
+        path: the folder with `data.mdb`, such as `church_outdoor_train_lmdb`.
+        size: pixels of a side after preparation.
+        preparation: how an image becomes a square; null for latent-diffusion's way.
+        origin: where the data set is published; a part of the message if it is missing.
+
+    Raises:
+        FileNotFoundError: no database there.
+        ValueError: damaged or empty.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        preparation: Preparation | None = None,
+        origin: str = "https://github.com/fyu/lsun",
+    ) -> None:
+        self.path, self.preparation = Path(path), preparation or CropThenResize()
+        if not (self.path / "data.mdb").is_file():
+            raise FileNotFoundError(
+                f"no LMDB at {path}: expected a folder such as church_outdoor_train_lmdb, with data.mdb in it, from {origin} "
+                "(nothing is downloaded); for a folder of image files set data=image_folder"
+            )
+        with open_database(self.path) as database:
+            self.count, state = database.stat()["entries"], database.info()
+        if not self.count:
+            raise ValueError(f"the LMDB at {path} is empty")
+        self.shape = (3, size, size)
+        self.identity: Mapping[str, Any] = {
+            "database": self.path.resolve().name,
+            "images": self.count,
+            "last_page": state["last_pgno"],
+            "size": size,
+            "preparation": describe(self.preparation),
+        }
+
+    def __len__(self) -> int:
+        """How many images."""
+        return self.count
+
+    def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
+        """All of them, `size` at a time; ValueError names the key of the first that cannot be read."""
+        check_batch(size)
+        return self._read(size)
+
+    def _read(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
+        with open_database(self.path) as database, database.begin() as transaction:
+            yield from stacked(in_order(self._decode, transaction.cursor()), size)
+
+    def _decode(self, entry: tuple[bytes, bytes]) -> Pixels:
+        key, value = entry
+        return decode(f"{self.path}: {key!r}", BytesIO(value), self.shape[1], self.preparation)
+
+
+def open_database(path: Path) -> lmdb.Environment:
+    """The database, for reading alone and without a lock file, so that it may lie on a read-only disk."""
+    try:
+        return lmdb.open(str(path), readonly=True, lock=False, create=False, readahead=False)
+    except lmdb.Error as error:
+        raise ValueError(f"cannot open the LMDB at {path}: {error}") from error

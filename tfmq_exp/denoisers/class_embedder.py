@@ -1,0 +1,38 @@
+"""Class labels as conditions (LDM's ClassEmbedder)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, tensor
+
+from tfmq_exp.denoisers.denoiser import Conditions
+
+
+class ClassEmbedder:
+    """One learned vector for each class, as a sequence of length one for cross-attention.
+
+    Args:
+        embedding: the vectors; the last stands for no class (1000 of the 1001 that LDM's ImageNet model has).
+    """
+
+    def __init__(self, embedding: Float[Tensor, "classes channels"]) -> None:
+        self.embedding = embedding
+
+    def __call__(self, choices: Sequence[Any]) -> Conditions:
+        """Conditions of these labels.
+
+        Raises:
+            ValueError: no label, or one that is no class.
+        """
+        count = len(self.embedding) - 1
+        wrong = [label for label in choices if type(label) is not int or not 0 <= label < count]
+        if wrong or not choices:
+            given = f"got {wrong[0]!r}" if wrong else "got none"
+            raise ValueError(f"this network is conditioned on a class for each image, 0 .. {count - 1}: {given}")
+        given, null = self.embedding[tensor(list(choices))], self.embedding[-1:]
+        return Conditions({"encoder_hidden_states": given[:, None]}, {"encoder_hidden_states": null[:, None]})
+
+    def example(self) -> Conditions:
+        """Of class 0."""
+        return self([0])

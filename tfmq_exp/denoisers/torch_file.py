@@ -1,0 +1,109 @@
+"""Files of `torch.save`: where the pickles and the bytes of the tensors lie.
+
+Formats of `torch.serialization`: a zip file, and before torch 1.6 pickles followed by the storages.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tfmq_exp.denoisers.unpickling import RefusedError, Storage, TensorRecord, Unpickler
+
+LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # magic number and version, as torch.serialization has them
+Reader: TypeAlias = Callable[[Storage], Tensor]  # the bytes of a storage
+
+
+def open_zip(file: BinaryIO) -> tuple[Any, Reader]:
+    """What a zip file of `torch.save` holds, and how to read its storages."""
+    archive = zipfile.ZipFile(file)
+    records = {record.filename: record for record in archive.infolist()}
+    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    prefix = pickles[0].removesuffix("data.pkl") if pickles else ""
+    if len(pickles) != 1 or prefix + "constants.pkl" in records:
+        raise RefusedError("is a zip file or a TorchScript program; expected a checkpoint of torch.save")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
+        raise RefusedError("holds compressed records, which can grow without limit; torch.save never writes them")
+    if prefix + "byteorder" in records and archive.read(prefix + "byteorder") != b"little":
+        raise RefusedError("was saved in another byte order; expected little-endian numbers")
+
+    def read(storage: Storage) -> Tensor:
+        name = f"{prefix}data/{storage.key}"
+        if archive.getinfo(name).file_size != storage.size:
+            raise RefusedError(f"is damaged: record {name!r} is not as long as its tensors say")
+        with archive.open(name) as record:
+            return read_bytes(record, storage.size)
+
+    with archive.open(pickles[0]) as record:
+        return Unpickler(record).load(), read
+
+
+def open_legacy(file: BinaryIO) -> tuple[Any, Reader]:
+    """What a file of `torch.save` before the zip format holds, and how to read its storages."""
+    magic, version, machine = (Unpickler(file).load() for _ in range(3))
+    if (magic, version) != LEGACY or not machine["little_endian"]:
+        raise RefusedError("is not a checkpoint: expected a file of torch.save, with little-endian numbers")
+    unpickler = Unpickler(file)
+    root = unpickler.load()
+    keys: list[str] = Unpickler(file).load()
+    start = file.tell()
+    end = file.seek(0, 2)
+    places: dict[str, int] = {}
+    for key in keys:  # the storages follow each other, each after the number of its elements
+        file.seek(start)
+        size = int.from_bytes(file.read(8), "little") * unpickler.storages[key].dtype.itemsize
+        places[key] = start + 8
+        start += 8 + size
+        if start > end or size != unpickler.storages[key].size:
+            raise RefusedError("is truncated or damaged: a storage is not as long as its tensors say")
+
+    def read(storage: Storage) -> Tensor:
+        file.seek(places[storage.key])
+        return read_bytes(file, storage.size)
+
+    return root, read
+
+
+def read_bytes(file: Any, count: int) -> Tensor:
+    """This many bytes from the present position of a file."""
+    data = torch.empty(count, dtype=torch.uint8)
+    if count and file.readinto(data.numpy()) != count:
+        raise RefusedError("is truncated: a storage ends early")
+    return data
+
+
+def build(records: Mapping[str, TensorRecord], read: Reader) -> dict[str, Tensor]:
+    """The tensors themselves; what shared a storage in the file shares it in memory."""
+    storages: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, record in records.items():
+        key = record.storage.key
+        storages[key] = data = storages[key] if key in storages else read(record.storage)
+        if data.numel() != record.storage.size or not fits(record):
+            raise RefusedError(f"is damaged: the tensor {name!r} does not lie within its storage")
+        place = (data.untyped_storage(), record.offset, record.size, record.stride)
+        tensors[name] = torch.empty(0, dtype=record.dtype).set_(*place)
+    return tensors
+
+
+def fits(record: TensorRecord) -> bool:
+    """Whether every element lies within the storage; torch would enlarge the storage, with whatever is in memory."""
+    numbers = (record.offset, *record.size, *record.stride)
+    if len(record.size) != len(record.stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        return False
+    last = record.offset + sum((n - 1) * step for n, step in zip(record.size, record.stride, strict=True))
+    return 0 in record.size or (last + 1) * record.dtype.itemsize <= record.storage.size
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, Reader]]:
+    """What a file of `torch.save` holds, with records in the place of tensors, and how to read their storages.
+
+    Any error at all if it is damaged.
+    """
+    with path.open("rb") as file:
+        yield open_zip(file) if file.peek(4).startswith(b"PK\x03\x04") else open_legacy(file)

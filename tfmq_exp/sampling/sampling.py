@@ -1,0 +1,87 @@
+"""How images are sampled, whichever network is asked: what two networks must share to be compared."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
+from tfmq_exp.sampling.sampler import Predict, Sampler, Step, finite_set, trajectory
+from tfmq_exp.sampling.seeds import image_generators, initial_noise
+
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampler, conditions, and how the network is asked for the noise.
+
+    Args:
+        sampler: which timesteps, and how one leads to the next.
+        conditioning: what image i is conditioned on.
+        guidance: scale of classifier-free guidance (arXiv 2207.12598) as LDM and Stable Diffusion count it: 1 is none.
+        precision: of the network's products, by torch's autocast; the sampler itself works in float32.
+    """
+
+    sampler: Sampler
+    conditioning: Conditioning = field(default_factory=Unconditional)
+    guidance: float = 1.0
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether every step asks the network twice, with and without condition."""
+        return self.guidance != 1.0
+
+    def calls(self, denoiser: Denoiser) -> tuple[int, ...]:
+        """The timestep of every step's call of the network."""
+        return self.sampler.calls(denoiser.schedule)
+
+    def finite_set(self, denoiser: Denoiser) -> tuple[int, ...]:
+        """The distinct timesteps, in the order in which they are first visited."""
+        return finite_set(self.sampler, denoiser.schedule)
+
+    def conditions(self, denoiser: Denoiser, seed: int, stream: str, indices: Sequence[int]) -> Conditions:
+        """Of images `indices` of a stream, where the network is.
+
+        Raises:
+            ValueError: guidance of a network that knows no unconditional mode.
+        """
+        found = denoiser.encoder(self.conditioning.choose(seed, stream, indices)).to(denoiser.device)
+        if self.guided and not found.null:
+            raise ValueError(f"{denoiser.name} has no unconditional mode: guidance must be 1, got {self.guidance}")
+        return found
+
+    def predictor(self, unet: torch.nn.Module) -> Predict:
+        """A UNet as a function (x, t, conditions) -> noise, after guidance: e_null + s (e_given - e_null)."""
+        dtype, scale = PRECISIONS[self.precision], self.guidance
+
+        def ask(x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+            given = conditions.given
+            if self.guided:  # both halves in one pass, the unconditional first
+                null = {name: value.expand(len(x), *value.shape[1:]) for name, value in conditions.null.items()}
+                given = {name: torch.cat([null[name], value]) for name, value in given.items()}
+                x, t = torch.cat([x, x]), torch.cat([t, t])
+            with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
+                eps = unet(x, t, **given).sample.to(x.dtype)
+            if self.guided:
+                without, with_condition = eps.chunk(2)
+                return without + scale * (with_condition - without)
+            return eps
+
+        return ask
+
+    def trajectory(
+        self, predict: Predict, denoiser: Denoiser, *, seed: int, stream: str, indices: Sequence[int]
+    ) -> Iterator[Step]:
+        """Denoise images `indices` of a stream, step by step."""
+        generators = image_generators(seed, stream, indices)
+        x = initial_noise(generators, denoiser.sample_shape, denoiser.device)
+        conditions = self.conditions(denoiser, seed, stream, indices)
+        return trajectory(predict, self.sampler, denoiser.schedule, x, generators, conditions)
