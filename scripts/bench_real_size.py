@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class RandomContext:
         """Of one row."""
         return self([0])
 
+    def to(self, device: torch.device) -> None:
+        """Made on the CPU each time, it is on no device."""
+
 
 def generic(network: nn.Module) -> nn.Module:
     """Without special values: what starts as zero or as the identity would hide what it multiplies."""
@@ -75,26 +78,27 @@ def generic(network: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def random_denoiser(name: str) -> Denoiser:
-    """The networks of a model at full size, weights from a seed."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = compose("config", [f"model={name}"]).model.denoiser.config
-    params = config.model.params
-    arguments = params.unet_config.params
+def random_denoiser(name: str, architecture: str) -> Denoiser:
+    """The networks of a model, weights from a seed. The hydra configuration calls this in place of the loader.
+
+    Args:
+        name: of the model.
+        architecture: in the original program's layout, as JSON.
+    """
+    config = json.loads(architecture)
+    params = config["model"]["params"]
+    arguments = params["unet_config"]["params"]
     torch.manual_seed(0)
     unet = generic(compvis.openai_unet(arguments))
     scale = float(params.get("scale_factor", 1.0))
-    decoder = first_stage.LatentDecoder(generic(first_stage.build(params.first_stage_config, scale)), scale)  # type: ignore[arg-type]
+    autoencoder = first_stage.build(params["first_stage_config"], scale)
+    generic(autoencoder)
     encoder: ConditionEncoder = NoConditions()
     if arguments.get("use_spatial_transformer"):
-        encoder = RandomContext(1 if name == "ldm_imagenet" else 77, arguments.context_dim)
-    shape = original.square(params.channels, params.image_size)
+        encoder = RandomContext(1 if name == "ldm_imagenet" else 77, arguments["context_dim"])
+    shape = original.square(params["channels"], params["image_size"])
+    decoder = first_stage.LatentDecoder(autoencoder, scale)
     return Denoiser(name, unet, shape, original.schedule(config), "random", encoder, decoder)
-
-
-def make_denoiser(name: str, **_: Any) -> Denoiser:
-    """What the configuration's `denoiser` is replaced by."""
-    return random_denoiser(name)
 
 
 def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
@@ -104,7 +108,12 @@ def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg: DictConfig = compose("config", [*words, *overrides, *args.overrides])
     with open_dict(cfg):
-        cfg.model.denoiser = {"_target_": "bench_real_size.make_denoiser", "name": args.model}
+        architecture = json.dumps(OmegaConf.to_container(cfg.model.denoiser.config, resolve=True))
+        cfg.model.denoiser = {
+            "_target_": f"{__name__}.random_denoiser",
+            "name": args.model,
+            "architecture": architecture,
+        }
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}
     return app.build_stages(cfg, torch.device("cpu"), Bars(Console(quiet=True)), NoMirror())
@@ -239,7 +248,7 @@ def main() -> int:
     parser.add_argument("--candidates", type=int, default=4, help="of a weight's range; 0 for the method's own")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("overrides", nargs="*", help="of run.py, for the fraction and for the full recipe")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     console = Console()
     prepare(1)
     logging.disable(logging.WARNING)

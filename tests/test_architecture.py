@@ -27,6 +27,8 @@ THIRD_PARTY = {
     "filelock": {"experiment"},
     "pytorch_lightning": {"reconstruction"},
     "torchmetrics": {"evaluation"},
+    "torch_fidelity": {"evaluation"},
+    "transformers": {"denoisers", "evaluation"},
     "matplotlib": {"reporting"},
     "sklearn": {"data"},
     "lmdb": {"data"},

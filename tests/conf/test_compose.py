@@ -1,6 +1,5 @@
 """Every file in conf/ composes, and every node with a target fits its constructor."""
 
-import importlib
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from tests.smoke.jobs import CONF, composed
@@ -41,8 +41,7 @@ def test_every_file_composes_and_fits_its_constructors(tmp_path: Path, file: Pat
     found = list(targets(cfg))
     assert found
     for node in found:
-        module, _, name = node["_target_"].rpartition(".")
-        constructor = getattr(importlib.import_module(module), name)
+        constructor, name = get_object(node["_target_"]), node["_target_"].rpartition(".")[2]
         given = {key: value for key, value in node.items() if not key.startswith("_")}
         if name in ("no_mirror", "WandbMirror"):
             given |= dict.fromkeys(("folder", "name", "settings"))  # what the run itself adds

@@ -38,6 +38,9 @@ class Table:
     def example(self) -> Conditions:
         return self([0])
 
+    def to(self, device: torch.device) -> None:
+        self.rows = self.rows.to(device)
+
 
 @pytest.fixture
 def denoiser(tiny_conditional_unet: nn.Module) -> Denoiser:
@@ -106,7 +109,8 @@ def test_calibration_sees_both_halves_of_guidance(
                 here = (data.step == step.index) & (data.image == image)
                 assert set(data.t[here].tolist()) == {step.t}
                 assert all(torch.equal(x, step.x[row]) for x in data.x[here])
-                wanted = [table[image % NULL], table[NULL]][:halves]
+                label = sampling.conditioning.choose(3, STREAM, [image])[0]
+                wanted = [table[label], table[NULL]][:halves]
                 assert torch.equal(seen[here], torch.stack(wanted))
 
 
@@ -143,9 +147,18 @@ def test_lower_precision_is_near_and_returns_to_float32(denoiser: Denoiser, prec
 # plans
 
 
-def test_classes_in_turn_are_balanced_in_every_part() -> None:
-    labels = Classes(10).choose(0, "images", range(30))
-    assert labels == [*range(10)] * 3
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 10, 12, 997, 1000])
+def test_classes_in_turn_are_balanced_in_every_part(count: int) -> None:
+    labels = Classes(count).choose(0, "images", range(3 * count))
+    for start in (0, 1, count // 2, count):
+        assert sorted(labels[start : start + count]) == [*range(count)]
+
+
+@pytest.mark.parametrize("images", [8, 32, 256])
+def test_few_images_are_spread_over_all_classes(images: int) -> None:
+    labels = sorted(Classes(1000).choose(0, "calibration", range(images)))
+    gaps = [b - a for a, b in zip(labels, [*labels[1:], labels[0] + 1000], strict=True)]
+    assert max(gaps) < 3 * 1000 / images
 
 
 def test_random_classes_depend_on_seed_stream_and_image_alone() -> None:

@@ -22,7 +22,7 @@ ARRAY_NAMES = {
 class Record:
     """What a pickle says of an array or of its type; nothing is done with it.
 
-    By its `__setstate__` alone could a pickle change it, or the class, which that refuses.
+    Where there is a `__setstate__`, a pickle sets no attributes: so it cannot change this class for the next file.
     """
 
     __slots__ = ("arguments", "state")

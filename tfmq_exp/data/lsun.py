@@ -51,6 +51,7 @@ class LSUN:
             "database": self.path.resolve().name,
             "images": self.count,
             "last_page": state["last_pgno"],
+            "last_transaction": state["last_txnid"],
             "size": size,
             "preparation": describe(self.preparation),
         }

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
-from torch import Tensor, tensor
+from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions
 
@@ -30,9 +31,13 @@ class ClassEmbedder:
         if wrong or not choices:
             given = f"got {wrong[0]!r}" if wrong else "got none"
             raise ValueError(f"this network is conditioned on a class for each image, 0 .. {count - 1}: {given}")
-        given, null = self.embedding[tensor(list(choices))], self.embedding[-1:]
+        given, null = self.embedding[list(choices)], self.embedding[-1:]
         return Conditions({"encoder_hidden_states": given[:, None]}, {"encoder_hidden_states": null[:, None]})
 
     def example(self) -> Conditions:
         """Of class 0."""
         return self([0])
+
+    def to(self, device: torch.device) -> None:
+        """The vectors move."""
+        self.embedding = self.embedding.to(device)

@@ -39,6 +39,10 @@ class ConditionEncoder(Protocol):
         """Conditions of one row, to trace the network with."""
         ...
 
+    def to(self, device: torch.device) -> None:
+        """Work on another device from now on."""
+        ...
+
 
 class NoConditions:
     """Of a network that is told nothing but the timestep."""
@@ -50,6 +54,9 @@ class NoConditions:
     def example(self) -> Conditions:
         """Empty."""
         return Conditions()
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to move."""
 
 
 class FirstStage(Protocol):
@@ -94,6 +101,11 @@ class Denoiser:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.unet.parameters()).device
+
+    def to(self, device: torch.device) -> None:
+        """Move the network and what encodes its conditions; the first stage follows what it is given."""
+        self.unet.to(device)
+        self.encoder.to(device)
 
     def example(self) -> dict[str, Any]:
         """Keyword arguments of one forward pass, batch of one."""

@@ -81,6 +81,10 @@ class TextEncoder:
         """Of the empty caption."""
         return Conditions({"encoder_hidden_states": self.null}, {"encoder_hidden_states": self.null})
 
+    def to(self, device: torch.device) -> None:
+        """The text model moves."""
+        self.model.to(device)
+
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
     """The files that make a tokenizer; FileNotFoundError if they are not there."""

@@ -1,20 +1,46 @@
-"""The Inception score (arXiv 1606.03498) in the two conventions that papers report: they differ in splits and order."""
+"""The Inception score (arXiv 1606.03498) by torchmetrics, in the two conventions that papers report: splits and order."""
 
 import math
+import warnings
+from collections.abc import Sequence
 
+import numpy as np
+import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch import Tensor, nn
+from torchmetrics.image.inception import InceptionScore
 
 SPLITS, SEED = 10, 2020  # torch-fidelity's defaults
 ADM_SPLIT = 5000  # guided-diffusion's evaluator
 
 
+class Given(nn.Module):
+    """Stands where torchmetrics expects a network: the logits are there already."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """As they are."""
+        return logits
+
+
+def mean_over(parts: Sequence[Float[Tensor, "images classes"]]) -> float:
+    """Mean of the scores of parts, each in double precision; within a part order does not matter."""
+    found: list[float] = []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # torchmetrics shuffles, by the global generator
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps what it is given, and of one part's deviation
+        for part in parts:
+            score = InceptionScore(feature=Given(), splits=1)
+            score.update(part.double())
+            found.append(float(score.compute()[0]))
+    return sum(found) / len(found)
+
+
 def inception_score(logits: Float[Tensor, "images classes"]) -> float:
     """Mean over 10 parts of all images in torch-fidelity's own random order; nan for fewer images than parts."""
-    if len(logits) < SPLITS:
+    count = len(logits)
+    if count < SPLITS:
         return math.nan
-    return isc_features_to_metric(logits, SPLITS, True, SEED)[KEY_METRIC_ISC_MEAN]
+    shuffled = logits[torch.from_numpy(np.random.RandomState(SEED).permutation(count))]
+    return mean_over([shuffled[i * count // SPLITS : (i + 1) * count // SPLITS] for i in range(SPLITS)])
 
 
 def inception_score_adm(logits: Float[Tensor, "images classes"]) -> float:
@@ -22,5 +48,4 @@ def inception_score_adm(logits: Float[Tensor, "images classes"]) -> float:
 
     Files ordered by class get a score that is far too low.
     """
-    parts = logits.split(ADM_SPLIT)
-    return sum(isc_features_to_metric(part, 1, False)[KEY_METRIC_ISC_MEAN] for part in parts) / len(parts)
+    return mean_over(logits.split(ADM_SPLIT))

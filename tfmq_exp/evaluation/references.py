@@ -113,7 +113,8 @@ def reference_statistics(
     Args:
         reference: images, or a file of statistics.
         extract: images to features.
-        keep: how many of the first images' pooled features to keep, for KID, precision and recall.
+        keep: how many images' pooled features to keep, for KID, precision and recall: images at equal distances, since the
+            first ones of a folder may all be of one class. Of a file of statistics the first, as its own evaluator does.
         each: told after every batch how many images are done, and of how many.
 
     Raises:
@@ -135,6 +136,8 @@ def from_images(
     pooled, spatial = (Moments.zeros(width) for width in extract.widths)
     kept: list[Tensor] = [torch.zeros(0, extract.widths[0])]
     pixels, done = hashlib.sha256(), 0
+    wanted = torch.zeros(count, dtype=torch.bool)
+    wanted[torch.arange(min(keep, count)) * count // max(1, min(keep, count))] = True
     for images in source.batches(extract.batch):
         if images.dtype is not torch.uint8 or tuple(images.shape[1:]) != source.shape:
             given = f"{images.dtype} {tuple(images.shape[1:])}"
@@ -142,7 +145,7 @@ def from_images(
         features = extract(images)
         pooled.update(features.pooled)
         spatial.update(features.spatial)
-        kept.append(features.pooled[: max(0, keep - done)].clone())
+        kept.append(features.pooled[wanted[done : done + len(images)]])
         pixels.update(images.contiguous().numpy().tobytes())
         done += len(images)
         each(done, count)

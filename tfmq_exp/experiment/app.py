@@ -97,7 +97,7 @@ def build_stages(cfg: DictConfig, device: torch.device, bars: Bars, mirror: Mirr
     """All objects of a run. The only place where configuration becomes objects."""
     make: Any = functools.partial(instantiate, _convert_="all")
     denoiser = make(cfg.model.denoiser)
-    denoiser.unet.to(device)
+    denoiser.to(device)
     trainer = quiet_trainer("gpu" if device.type == "cuda" else "cpu")
     protocol, runtime = cfg.model.protocol, cfg.runtime
     return Stages(
@@ -121,6 +121,8 @@ def pull(
     stages: Stages, cfg: DictConfig, folder: Path, console: Console, environment: Mapping[str, Any], began: float
 ) -> None:
     """Pull stages up to the goal and write their results."""
+    if cfg.goal == "scores":
+        _ = stages.judge  # what it needs should be missed before the work, not after
     covered = dict(coverage(stages.plan, stages.anatomy))
     write_json(folder / "quantized.json", covered)
     report_coverage(covered, console)

@@ -108,9 +108,11 @@ def score_records(
 
 
 def method_choices() -> dict[str, str]:
-    """What the command line or an experiment changed inside the method."""
-    overrides = (text.split("=", 1) for text in HydraConfig.get().overrides.task if "=" in text)
-    return {key: value for key, value in overrides if key.startswith(("method/", "method.", "quant."))}
+    """What the command line changed inside the method, a release's own choices included."""
+    overrides = dict(text.split("=", 1) for text in HydraConfig.get().overrides.task if "=" in text)
+    inside = {key: value for key, value in overrides.items() if key.startswith(("method/", "method.", "quant."))}
+    experiment = overrides.get("experiment", "")
+    return inside | ({"experiment": experiment} if experiment.startswith("as_released/") else {})
 
 
 def _mean(rows: list[dict[str, Any]], column: str) -> float:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class Stages(NetworkStages):
     evaluator: Callable[[], Evaluator] = field(kw_only=True)
     images: ImagePlan = field(kw_only=True)
     diagnostics: DiagnosticPlan = field(kw_only=True)
+
+    @cached_property
+    def judge(self) -> Evaluator:
+        """Who judges the images; made once, and with it its network."""
+        return self.evaluator()
 
     def images_entry(self, *, quantized: bool) -> Entry:
         """Images: depend on the network that makes them, the sampler, count and seed, and (in the last bit) the batch."""
@@ -83,7 +89,7 @@ class Stages(NetworkStages):
 
     def scores(self, *, quantized: bool) -> tuple[dict[str, float], dict[str, Any]]:
         """Scores of the images, and who says so against which reference."""
-        evaluator = self.evaluator()
+        evaluator = self.judge
         entry, reference = self.reference(evaluator)
         images = self.images_entry(quantized=quantized)
         inputs = {"images": images.key, "evaluator": evaluator.identity, "reference": entry.key}

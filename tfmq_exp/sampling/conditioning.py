@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,8 +43,9 @@ def _picks(order: Order, count: int, seed: int, stream: str, indices: Iterable[i
 class Classes:
     """Class labels 0 .. count - 1.
 
-    `in_turn` gives every class as often, image after image, so that any part of the images is balanced (files ordered by
-    class ruin the Inception score); `random` draws each image's label from its own seed.
+    `in_turn` gives every class as often, and spreads any number of images over all classes: neighbouring images are of
+    distant classes (files ordered by class ruin the Inception score, and few images should not be all of one kind);
+    `random` draws each image's label from its own seed.
     """
 
     count: int
@@ -55,7 +57,9 @@ class Classes:
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> list[int]:
         """Labels."""
-        return _picks(self.order, self.count, seed, stream, indices)
+        golden = round(0.618 * self.count)  # steps of a golden section leave no large gap at any time
+        stride = next(step for step in range(golden, 0, -1) if math.gcd(step, self.count) == 1) if golden else 1
+        return [pick * stride % self.count for pick in _picks(self.order, self.count, seed, stream, indices)]
 
 
 @cache

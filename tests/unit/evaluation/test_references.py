@@ -1,5 +1,6 @@
 """Statistics of references: of images in one pass, of guided-diffusion's files, and what is wrong with either."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def test_statistics_of_images_are_numpys(extract: Extractor) -> None:
     for gaussian, rows in ((found.pooled, features.pooled), (found.spatial, features.spatial)):
         np.testing.assert_allclose(gaussian.mean, rows.double().numpy().mean(0), rtol=1e-12)
         np.testing.assert_allclose(gaussian.covariance, np.cov(rows.double().numpy(), rowvar=False), rtol=1e-8)
-    assert torch.equal(found.manifold, features.pooled[:12])
+    spread = [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27]  # over all 30, which may be ordered by class
+    assert torch.equal(found.manifold, features.pooled[spread])
     assert found.shape == (3, 6, 6)
     assert found.provenance == {
         "set": "a test's images",
@@ -92,8 +94,9 @@ def test_statistics_survive_a_file(tmp_path: Path, extract: Extractor) -> None:
 
 def test_statistics_of_a_published_file(tmp_path: Path, extract: Extractor) -> None:
     path = statistics_file(tmp_path / "VIRTUAL.npz", extract)
-    found, wanted = read(NpzReference(str(path)), extract, 8), read(TensorSource(IMAGES), extract, 8)
-    same(found, wanted)
+    found, wanted = read(NpzReference(str(path)), extract, 8), read(TensorSource(IMAGES), extract)
+    assert torch.equal(found.manifold, extract(IMAGES[:8]).pooled)
+    same(dataclasses.replace(found, manifold=wanted.manifold), wanted)
     assert found.shape == (3, 6, 6)
     assert found.provenance["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.provenance["images_beside_statistics"] == 10

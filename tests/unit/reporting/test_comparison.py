@@ -2,10 +2,7 @@
 
 import csv
 import dataclasses
-import json
-import runpy
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -297,28 +294,3 @@ def test_csv_has_numbers_alone(tmp_path: Path) -> None:
     parts = [found[f"m FID ↓ {part}"] for part in ("paper", "verified", "ours", "std", "seeds", "difference", "notes")]
     assert parts == ["3.68", "poster", "3.60", "0.14", "2", "-0.08", ""]
     assert found["m sFID ↓ ours"] == ""
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments])
-    return runpy.run_path(str(ROOT / "scripts" / "make_tables.py"))["main"]()
-
-
-def test_the_script_prints_one_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ours = [dataclasses.replace(record, model="ldm_bedroom") for record in (OURS, quantized(3.5))]
-    (tmp_path / "results.json").write_text(json.dumps({"rows": [record.to_json() for record in ours]}))
-    assert run(monkeypatch, str(tmp_path), "--paper", "tfmq", "--table", "2") == 0
-    text = capsys.readouterr().out
-    assert "2.98 P \\| 3.00 (1 seed) \\| +0.02" in text
-    assert "3.68 P \\| 3.50 (1 seed) \\| -0.18" in text
-    assert run(monkeypatch, str(tmp_path / "none"), "--paper", "tfmq", "--table", "2", "--format", "csv") == 0
-    assert capsys.readouterr().out.startswith("bits,method,ldm_bedroom FID ↓ paper,")
-    assert run(monkeypatch, "--list") == 0
-    assert '--paper "TFMQ-DM" --table "2"    Unconditional 256x256, LDM' in capsys.readouterr().out
-    assert run(monkeypatch, "--paper", "tfmq", "--table", "7") == 1
-    assert "there are 1, 2, 3" in capsys.readouterr().err
-    assert run(monkeypatch, str(tmp_path), "--paper", "tfmq", "--table", "2", "--pivot", "fid") == 1
-    assert run(monkeypatch, str(tmp_path)) == 0
-    assert "**ldm_bedroom, DDIM 200 steps, eta 1.0" in capsys.readouterr().out

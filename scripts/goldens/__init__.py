@@ -1,0 +1,1 @@
+"""Comparisons with numbers that the original programs made; `check_goldens.py` runs them."""

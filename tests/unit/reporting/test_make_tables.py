@@ -1,0 +1,52 @@
+"""The script that prints tables, as a user runs it: a published table beside ours."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tfmq_exp.reporting.records import ScoreRecord
+
+ROOT = Path(__file__).parents[3]
+
+
+def record(method: str, quant: str, fid: float) -> ScoreRecord:
+    """A run on LSUN bedrooms under the published protocol."""
+    sampler = {"class": "DDIM", "steps": 200, "eta": 1.0, "spacing": "uniform"}
+    return ScoreRecord(
+        model="ldm_bedroom",
+        quant=quant,
+        method=method,
+        seed=0,
+        scores={"fid": fid},
+        protocol={"sampler": sampler, "network_calls": 200, "guidance": 1.0, "images": 50000},
+        evaluator={"name": "Inception", "reference": "LSUN"},
+        weights_bytes=400,
+    )
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments])
+    return runpy.run_path(str(ROOT / "scripts" / "make_tables.py"))["main"]()
+
+
+def test_the_script_prints_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = [record("float", "fp32", 3.0), record("tfmq", "w4a8", 3.5)]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [row.to_json() for row in ours]}))
+    assert run(monkeypatch, str(tmp_path), "--paper", "tfmq", "--table", "2") == 0
+    text = capsys.readouterr().out
+    assert "2.98 P \\| 3.00 (1 seed) \\| +0.02" in text
+    assert "3.68 P \\| 3.50 (1 seed) \\| -0.18" in text
+    assert run(monkeypatch, str(tmp_path / "none"), "--paper", "tfmq", "--table", "2", "--format", "csv") == 0
+    assert capsys.readouterr().out.startswith("bits,method,ldm_bedroom FID ↓ paper,")
+    assert run(monkeypatch, "--list") == 0
+    assert '--paper "TFMQ-DM" --table "2"    Unconditional 256x256, LDM' in capsys.readouterr().out
+    assert run(monkeypatch, "--paper", "tfmq", "--table", "7") == 1
+    assert "there are 1, 2, 3" in capsys.readouterr().err
+    assert run(monkeypatch, str(tmp_path), "--paper", "tfmq", "--table", "2", "--pivot", "fid") == 1
+    assert run(monkeypatch, str(tmp_path)) == 0
+    assert "**ldm_bedroom, DDIM 200 steps, eta 1.0" in capsys.readouterr().out
