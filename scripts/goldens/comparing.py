@@ -16,6 +16,8 @@ from torch import Tensor
 
 EXACT, ROUNDING = 0.0, 1e-6  # the same bits; the same numbers but for the order of float32 sums
 
+WIDTH = 180  # characters
+
 Values = Tensor | float | Sequence[float]
 
 
@@ -96,7 +98,7 @@ def coverage(name: str, present: Set[str], read: Set[str]) -> Group:
 
 
 def print_groups(groups: Sequence[Group]) -> None:
-    """One line per group."""
+    """One line per group; without a terminal, wide enough for all of it."""
     table = Table(title="differences from the original program", title_justify="left")
     for column in ("group", "comparisons", "values", "worst", "tolerance", "", "note"):
         table.add_column(column, justify="left" if column in ("group", "", "note") else "right")
@@ -104,4 +106,5 @@ def print_groups(groups: Sequence[Group]) -> None:
         tolerance = f"{g.tolerance:.1e}{' abs' if g.absolute else ''}"
         numbers = (str(g.comparisons), str(g.values), f"{g.worst:.1e}", tolerance)
         table.add_row(g.name, *numbers, "ok" if g.ok else "FAILED", g.note)
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)

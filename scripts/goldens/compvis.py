@@ -33,16 +33,15 @@ def check_compvis(folder: Path) -> list[Group]:
         DamagedError: something is missing or cannot be read.
     """
     index = read_json(folder / "index.json")
-    with tempfile.TemporaryDirectory() as scratch:
+    with reading(folder), tempfile.TemporaryDirectory() as scratch:
         families = [read_family(folder, name, settings, Path(scratch)) for name, settings in index.items()]
-        groups = [group for family in families for group in check_family(family)]
         others, files = check_samplers(folder, families)
+        groups = [group for family in families for group in check_family(family)]
         files |= {f"{family.name}.io.safetensors": family.recorded for family in families}
         read = {f"{name}: {key}" for name, recorded in files.items() for key in recorded.read}
         read |= {f"{family.weights.name}: {key}" for family in families for key in family.placed()}
         paths = {*folder.glob("*.safetensors"), *(family.weights for family in families)}
         present: set[str] = set()
         for path in paths:
-            with reading(path):
-                present |= {f"{path.name}: {key}" for key in tensor_names(path)}
+            present |= {f"{path.name}: {key}" for key in tensor_names(path)}
         return [*groups, *others, *check_full_size(folder), coverage("tensors read", present, read)]

@@ -19,7 +19,21 @@ from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.text_encoder import VIT_L_14, load_text_model
 
 UNET, FIRST_STAGE, CONDITIONS = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
-SCHEDULE = ("betas", "alphas_cumprod")
+# of the noise, as LDM keeps them
+SCHEDULE = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
 AVERAGING = (f"{EMA}decay", f"{EMA}num_updates")  # settings of the averaging itself, not weights
 
 
@@ -143,6 +157,8 @@ def read_family(folder: Path, name: str, settings: Record, scratch: Path) -> Fam
     path = folder / f"{name}.config.yaml"
     with reading(path):
         config = yaml.safe_load(path.read_text())
+        if not isinstance(config, Mapping):
+            raise DamagedError(f"{path} holds no architecture")
         recorded = read_recorded(folder / f"{name}.io.safetensors")
         kind = settings["kind"]
         if kind not in ("stored", "formula"):

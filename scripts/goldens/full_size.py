@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from goldens.comparing import EXACT, DamagedError, Group, Record
+from goldens.comparing import EXACT, Group, Record
 from goldens.families import AVERAGING, CONDITIONS, FIRST_STAGE, UNET, read_json
 from tfmq_exp.denoisers import compvis, first_stage, original
 from tfmq_exp.denoisers.checkpoint import EMA, ema_names
@@ -35,10 +35,10 @@ def architecture(name: str) -> dict[str, Any]:
     """That of the model which a manifest is of, as a run would have it.
 
     Raises:
-        DamagedError: a manifest of another model.
+        ValueError: a manifest of another model.
     """
     if name not in MODELS:
-        raise DamagedError(f"{name!r} in {MANIFESTS} must be one of {', '.join(MODELS)}")
+        raise ValueError(f"there is no configuration of {name!r}, only of {', '.join(MODELS)}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", [f"model={MODELS[name]}"]).model.denoiser.config
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
@@ -73,15 +73,11 @@ def networks(config: dict[str, Any], tensors: Mapping[str, list[int]]) -> Iterat
 
 def check_model(name: str, manifest: Record) -> Group:
     """Every key of one model: strictly loaded, an averaged copy of such a key, or a buffer of the schedule."""
-    group, config, tensors = (
-        Group(f"full size {name}: keys, parameters", EXACT),
-        architecture(name),
-        manifest["tensors"],
-    )
+    group, tensors = Group(f"full size {name}: keys, parameters", EXACT), manifest["tensors"]
     counts = {UNET: "unet_params", "": "unet_params", FIRST_STAGE: "first_stage_params"}
     placed: set[str] = set()
     try:
-        for prefix, network in networks(config, tensors):
+        for prefix, network in networks(architecture(name), tensors):
             mapped = {key for key in tensors if key.startswith(prefix) and not key.startswith(EMA)}
             placed |= mapped
             # positions 0, 1, .. are no parameters

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 
 from goldens.comparing import EXACT, ROUNDING, DamagedError, Group
@@ -61,16 +62,12 @@ def our_module(module: str, keys: frozenset[str], unet: Any, *, ddim: bool) -> s
         DamagedError: no weights of such a module.
     """
     layers, levels = unet.config["layers_per_block"], len(unet.config["block_out_channels"])
-    rename = partial(compvis.ddim_key, levels=levels) if ddim else partial(_openai, layers=layers, keys=keys)
+    openai_key = partial(compvis.openai_key, layers_per_block=layers, keys=keys)
+    rename = partial(compvis.ddim_key, levels=levels) if ddim else openai_key
     places = {rename(key).rpartition(".")[0] for key in keys if key.startswith(f"{module}.")}
     if not places:
         raise DamagedError(f"there are no weights of {module!r} in the goldens")
     return places.pop() if len(places) == 1 else places.pop().rpartition(".")[0]
-
-
-def _openai(key: str, layers: int, keys: frozenset[str]) -> str:
-    """`compvis.openai_key` by the names of its other arguments."""
-    return compvis.openai_key(key, layers, keys)
 
 
 def temporal_features(family: Family, unet: nn.Module) -> Iterator[Group]:
@@ -158,12 +155,33 @@ def kept_schedule(family: Family) -> Iterator[Group]:
         yield schedule_group(f"{family.name}: schedule", family, read_tensors(family.weights, names))
 
 
+def noise_tables(alphas: Float64[Tensor, "timesteps"]) -> dict[str, Float64[Tensor, "timesteps"]]:
+    """What LDM keeps about its schedule (`register_schedule`), from the products of alphas."""
+    before = torch.cat([alphas.new_ones(1), alphas[:-1]])
+    betas = 1 - alphas / before
+    variance = betas * (1 - before) / (1 - alphas)
+    return {
+        "betas": betas,
+        "alphas_cumprod": alphas,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": alphas.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alphas).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - alphas),
+        "posterior_mean_coef2": (1 - before) * (alphas / before).sqrt() / (1 - alphas),
+    }
+
+
 def schedule_group(name: str, family: Family, recorded: dict[str, Tensor]) -> Group:
-    """Betas and products of alphas, every value relative to itself: they span orders of magnitude."""
-    alphas = alphas_cumprod(family.schedule)
-    ours = {"betas": 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]]), "alphas_cumprod": alphas}
-    group = Group(name, SCHEDULES)
+    """A schedule's numbers, each relative to itself: they span orders of magnitude."""
+    tables, group = noise_tables(alphas_cumprod(family.schedule)), Group(name, SCHEDULES)
     for kind, golden in recorded.items():
-        same = ours[kind].shape == golden.shape
-        group.compare(ours[kind] / golden if same else ours[kind], torch.ones_like(golden))
+        ours = tables[kind]
+        if ours.shape == golden.shape:  # some begin with zero
+            ours = torch.where(ours == golden, 1.0, ours / golden)
+        group.compare(ours, torch.ones_like(golden))
     return group

@@ -162,7 +162,7 @@ def schedules(recorded: Record, families: Sequence[Family]) -> Iterator[Group]:
     for name in sorted({key.rpartition(".")[0] for key in recorded}):
         for family in families:
             if re.sub("^ldm_", "", family.name) in name:
-                golden = {kind: recorded[f"{name}.{kind}"] for kind in SCHEDULE}
+                golden = {kind: recorded[f"{name}.{kind}"] for kind in SCHEDULE if f"{name}.{kind}" in recorded}
                 yield schedule_group(f"schedule {name}, {family.name}", family, golden)
 
 

@@ -280,7 +280,7 @@ def like_their_kind(costs: Sequence[UnitCost]) -> list[UnitCost]:
     def completed(cost: UnitCost) -> UnitCost:
         if cost.row is not None:
             return cost
-        measured = [other for other in costs if other.row is not None and other.driver == "denoiser"]
+        measured = [other for other in costs if other.row is not None]
         models = [other for other in measured if other.kind == cost.kind] or measured
         by_row = cost.span.seconds / sum(other.span.seconds for other in models)
         by_weight = cost.weights / sum(other.weights for other in models)

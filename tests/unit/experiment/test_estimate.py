@@ -167,15 +167,25 @@ def test_live_tensors_are_counted_at_their_peak() -> None:
 
 
 def test_a_pass_is_timed_with_its_parts() -> None:
+    moment = 0.0
+
     class Slow(nn.Module):
         def forward(self, rows: int) -> None:
-            time.sleep(0.02 * rows)
+            nonlocal moment
+            moment += 0.01 + 0.02 * rows
+
+    def call(rows: int) -> None:
+        nonlocal moment
+        moment += 0.04 * rows
+        network(rows)
+        moment += 0.04 * rows
 
     network = nn.Sequential(Slow())
-    found = measure_pass(lambda rows: [network(rows), time.sleep(0.01 * rows)], 4, time.perf_counter, {"0": network[0]})
-    assert found.seconds == pytest.approx(0.03, rel=0.5)
-    assert found.spans["0"].start == pytest.approx(0, abs=5e-3)
-    assert found.spans["0"].seconds == pytest.approx(0.02, rel=0.5)
+    found = measure_pass(call, 4, lambda: moment, {"0": network[0]})
+    assert found.seconds == pytest.approx(0.1 + 0.01 / 4)  # with all four rows, which take less than PASS
+    assert found.spans["0"] == Span(pytest.approx(0.04), pytest.approx(0.06 + 0.01 / 4))
+    moment = 0.0
+    assert measure_pass(call, 100, lambda: moment, {}).seconds == pytest.approx(0.1 + 0.01 / 4)
 
 
 @pytest.mark.parametrize(
@@ -194,27 +204,50 @@ def stages_of(folder: Path, *overrides: str) -> Stages:
     return app.build_stages(cfg, torch.device("cpu"), Bars(Console(quiet=True)), NoMirror())
 
 
-@pytest.mark.parametrize("method", ["tfmq", "qdiff", "qdrop", "ptqd"])
-def test_the_estimate_knows_what_a_run_has_still_to_do(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("method", ["tfmq", "qdiff", "qdrop", "ptqd", "nearest"])
+def test_the_estimate_knows_what_a_run_has_still_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("tfmq_exp.experiment.survey.PATIENCE", 0.2)
     stages = stages_of(tmp_path, f"method={method}", "runtime.batch=4")
-    names = {"trajectory", "weights", "activations", "float images", "images", "diagnostics"}
-    names |= {"correction"} if method == "ptqd" else set()
+    quantizing = {"trajectory", "weights", "activations"}
+    names = {*quantizing, "float images", "images", "diagnostics"} | ({"correction"} if method == "ptqd" else set())
+    drawn = torch.random.get_rng_state()
     found = estimate(stages, app.GOALS)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
     assert found is not None
     assert {stage.name for stage in found.stages} == names
-    assert all(stage.seconds > 0 for stage in found.stages if stage.name != "activations")
+    assert all(stage.seconds > 0 for stage in found.stages if (method, stage.name) != ("qdrop", "activations"))
     show(found, Console(quiet=True))
-    _ = stages.quantized_model
-    found = estimate(stages, app.GOALS)
-    assert found is not None
-    assert {stage.name for stage in found.stages} == names - {"trajectory", "weights", "activations"}
+    for entry in (stages.trajectory, stages.weights, stages.activations):
+        entry.path.mkdir(parents=True)
+        entry.finish()
     assert estimate(stages, app.GOALS[:3]) is None
+    shard = stages.images_entry(quantized=False).path / "images-000000.safetensors"
+    shard.parent.mkdir(parents=True)
+    shard.touch()
+    rest = estimate(stages, app.GOALS)
+    assert rest is not None
+    assert {stage.name for stage in rest.stages} == names - quantizing
+    shards = {stage.name: stage.disk for stage in rest.stages}
+    assert (shards["float images"], shards["images"]) == (20 * 256, 24 * 256)  # a shard of 4 is there
 
 
+def test_weights_alone_need_no_activations(tmp_path: Path) -> None:
+    stages = stages_of(tmp_path, "method=nearest")
+    found = estimate(stages, app.GOALS[:2])
+    assert found is not None
+    assert [stage.name for stage in found.stages] == ["trajectory", "weights"]
+    found = estimate(stages, app.GOALS[:1])
+    assert found is not None
+    assert [stage.name for stage in found.stages] == ["trajectory"]
+
+
+@pytest.mark.slow
 def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both in CPU seconds, which other work on the machine hardly changes."""
-    few = ("model.protocol.iterations=30", "model.protocol.images=32", "model.protocol.calibration_images=16")
-    stages = stages_of(tmp_path, *few, "model.protocol.recon_batch=16", "model.protocol.steps=10")
+    few = ("model.protocol.iterations=30", "model.protocol.images=16", "model.protocol.calibration_images=8")
+    stages = stages_of(tmp_path, *few, "model.protocol.recon_batch=8", "model.protocol.steps=8")
     monkeypatch.setattr("tfmq_exp.experiment.network_stages.time.perf_counter", time.process_time)
     found = estimate(stages, app.GOALS[:5], time.process_time)
     assert found is not None
