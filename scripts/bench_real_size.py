@@ -147,9 +147,8 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def part_of(full: Counts, small: Stages) -> Counts:
+def part_of(full: Counts, counts: Counts, small: Stages) -> Counts:
     """The counts of the fraction, with units whose costs were measured for the full recipe."""
-    counts = still_to_do(small, PART)
     given = small.calibration.images, len(small.calls)
     phases: dict[str, Any] = {name: getattr(small.method, name) for name in counts.phases}
     seen = {name: counts.halves * phase.effort(*given).samples for name, phase in phases.items()}
@@ -265,13 +264,14 @@ def main() -> int:
         full = stages_of(args, folder)
         words = [f"model.protocol.{name}={value}" for name, value in protocol.items()]
         small = stages_of(args, folder, *words, f"runtime.batch={args.samples}")
+        wanted, fraction = still_to_do(full, app.GOALS), still_to_do(small, PART)
         parameters = sum(p.numel() for p in full.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {in_bytes(peak())}", highlight=False)
         began = time.process_time()
         survey = Survey(full, time.process_time)
-        counts = survey.completed(still_to_do(full, app.GOALS))
+        counts = survey.completed(wanted)
         costs = survey.costs(counts)
-        whole, part = reckon(costs, counts), reckon(costs, part_of(counts, small))
+        whole, part = reckon(costs, counts), reckon(costs, part_of(counts, fraction, small))
         console.print(
             f"the estimate itself took {time.process_time() - began:.1f} s, {in_bytes(peak())}", highlight=False
         )

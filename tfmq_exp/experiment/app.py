@@ -18,11 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.experiment.environment import describe_environment, pick_device, prepare
+from tfmq_exp.experiment.estimate import show as show_estimate
+from tfmq_exp.experiment.estimate import summary
 from tfmq_exp.experiment.network_stages import CalibrationPlan
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.results import score_records
 from tfmq_exp.experiment.stages import DiagnosticPlan, Stages
 from tfmq_exp.experiment.store import Store, write_json
+from tfmq_exp.experiment.survey import estimate
 from tfmq_exp.experiment.tracking import Mirror, write_csv
 from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures, tables
@@ -110,22 +113,28 @@ def build_stages(cfg: DictConfig, device: torch.device, bars: Bars, mirror: Mirr
         images=ImagePlan(protocol.images, cfg.seed, runtime.batch, protocol.uint8),
         diagnostics=DiagnosticPlan(protocol.diagnostic_images),
         seed=cfg.seed,
-        means=Means(runtime.batch, int(runtime.cache_gib * 2**30), trainer),
+        means=Means(runtime.batch, int(runtime.cache_gib * 2**30), trainer, cache_folder(runtime.cache_dir)),
         store=Store(Path(cfg.paths.store)),
         bars=bars,
         mirror=mirror,
     )
 
 
+def cache_folder(path: str | None) -> Path | None:
+    """Where cached activations may go; made if it is not there."""
+    if path is None:
+        return None
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def pull(
     stages: Stages, cfg: DictConfig, folder: Path, console: Console, environment: Mapping[str, Any], began: float
 ) -> None:
     """Pull stages up to the goal and write their results."""
-    if cfg.goal == "scores":
-        _ = stages.judge  # what it needs should be missed before the work, not after
     covered = dict(coverage(stages.plan, stages.anatomy))
     write_json(folder / "quantized.json", covered)
-    report_coverage(covered, console)
+    look_ahead(stages, cfg.goal, covered, console)
     if cfg.goal == "trajectory":
         stages.calibration_set()
     elif cfg.goal == "weights":
@@ -160,8 +169,19 @@ def pull(
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
 
 
+def look_ahead(stages: Stages, goal: str, covered: Mapping[str, Any], console: Console) -> None:
+    """Before the work starts: is everything there, what becomes integer, how long will it take."""
+    if goal == "scores":
+        stages.check_reference()
+    report_coverage(covered, console)
+    expected = estimate(stages, GOALS[: GOALS.index(goal) + 1])
+    if expected is not None:
+        show_estimate(expected, console)
+        log.info("estimate: %s", summary(expected))
+
+
 def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
-    """What became integer and what did not, before the work starts."""
+    """What becomes integer and what does not."""
     console.print(
         f"simulated quantization of {covered['layers']} layers: {covered['weight_share']:.1%} of the weights, "
         f"{covered['mac_share_weights_and_inputs']:.1%} of the multiply-accumulates with both operands integer",

@@ -112,7 +112,7 @@ def method_choices() -> dict[str, str]:
     overrides = dict(text.split("=", 1) for text in HydraConfig.get().overrides.task if "=" in text)
     inside = {key: value for key, value in overrides.items() if key.startswith(("method/", "method.", "quant."))}
     experiment = overrides.get("experiment", "")
-    return inside | ({"experiment": experiment} if experiment.startswith("as_released/") else {})
+    return inside | ({"experiment": experiment} if "as_released/" in experiment else {})
 
 
 def _mean(rows: list[dict[str, Any]], column: str) -> float:

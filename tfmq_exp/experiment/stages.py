@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,6 +87,20 @@ class Stages(NetworkStages):
             write_atomically(folder / "statistics.safetensors", statistics.save)
 
         return entry, ReferenceStatistics.load(self.pull("reference", entry, compute) / "statistics.safetensors")
+
+    def check_reference(self) -> None:
+        """Have the reference's statistics in the store, and know that they are of images like the generated ones.
+
+        Raises:
+            ValueError: images of another size.
+        """
+        _, reference = self.reference(self.judge)
+        blank = torch.zeros(1, *self.denoiser.sample_shape, device=self.denoiser.device)
+        shape = tuple(self.denoiser.first_stage.decode(blank).shape[1:])
+        if reference.shape not in (None, shape):
+            raise ValueError(
+                f"{self.denoiser.name} makes images {shape}, the reference {reference.title} has {reference.shape}"
+            )
 
     def scores(self, *, quantized: bool) -> tuple[dict[str, float], dict[str, Any]]:
         """Scores of the images, and who says so against which reference."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -39,11 +40,19 @@ JUDGED = 128  # samples that a unit's error is measured on, before and after
 
 @dataclass(frozen=True)
 class Means:
-    """What the work may use: forward batch size, bytes of cached activations, and how a Lightning trainer is made."""
+    """What the work may use: forward batch size, bytes of cached activations, and how a Lightning trainer is made.
+
+    `cache_folder` is where activations go that do not fit: the system's temporary folder by default.
+    """
 
     batch: int
     cache_bytes: int
     trainer: Callable[..., pl.Trainer]
+    cache_folder: Path | None = None
+
+    def storage(self, parts: int = 1) -> Storage:
+        """Room for one of so many equal parts of the cache."""
+        return Storage(self.cache_bytes // parts, self.cache_folder)
 
 
 def quiet_trainer(accelerator: str) -> Callable[..., pl.Trainer]:
@@ -110,7 +119,7 @@ def reconstruct(task: Task, units: Sequence[Unit], recipe: Recipe) -> None:
         task.watcher.finished(unit.name, None)
     if recipe.rounding:
         model.place_weight_grids()
-    storage, replay = Storage(means.cache_bytes // 4), Replay(means.cache_bytes // 4)
+    storage, replay = means.storage(4), Replay(means.cache_bytes // 4)
     timesteps = torch.tensor(model.clock.timesteps)
     for unit, view, importance in float_views(todo, task.float_unet, data, timesteps, recipe, means):
         began = time.perf_counter()
@@ -122,17 +131,17 @@ def reconstruct(task: Task, units: Sequence[Unit], recipe: Recipe) -> None:
         fed = {origin: fed.get(origin) or view.fed for origin in recipe.inputs.origins}  # type: ignore[misc]
         first, judged = fed[recipe.inputs.origins[0]], max(1, len(view.returned) // JUDGED)
         with modes(model.weight_quantizers(unit.sites) if recipe.rounding else (), Mode.QUANTIZE):
-            before = run_unit(module, model.clock, first.every(judged), means.batch, Storage(means.cache_bytes))
+            before = run_unit(module, model.clock, first.every(judged), means.batch, means.storage())
             learn(task, unit, module, fed, view.returned, importance, recipe)
         for site in unit.sites if recipe.rounding else ():
             if site in model.weight_sites():
                 model.freeze(site)
         if unit.driver == "denoiser" and "quantized" in fed:
-            returned = run_unit(module, model.clock, first, means.batch, Storage(means.cache_bytes // 4))
+            returned = run_unit(module, model.clock, first, means.batch, means.storage(4))
             replay.add(module, returned)
             after = returned.every(judged)
         else:
-            after = run_unit(module, model.clock, first.every(judged), means.batch, Storage(means.cache_bytes))
+            after = run_unit(module, model.clock, first.every(judged), means.batch, means.storage())
         wanted = view.returned.every(judged)
         storage.clear()
         report = UnitReport(
@@ -186,7 +195,7 @@ def float_views(
 
     One pass over the data serves as many units as half the cache has room for.
     """
-    with_inputs, storage = "float" in recipe.inputs.origins, Storage(means.cache_bytes // 2)
+    with_inputs, storage = "float" in recipe.inputs.origins, means.storage(2)
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     modules = {name: unit.module(float_unet) for name, unit in driven.items()}
     sizes = {name: size * len(data) for name, size in bytes_at(float_unet, modules, data, fed=with_inputs).items()}
