@@ -27,6 +27,7 @@ class Course:
         rounds: once for each activation width.
         quantizing: whether activations are quantized meanwhile.
         importance: seconds per sample of finding the objective's weights.
+        setup: seconds of every unit beside its iterations.
     """
 
     units: tuple[UnitCost, ...]
@@ -36,6 +37,7 @@ class Course:
     rounds: int = 1
     quantizing: bool = False
     importance: float = 0.0
+    setup: float = 0.0
 
     def rows(self, unit: UnitCost) -> int:
         """Rows that a unit learns from."""
@@ -86,7 +88,8 @@ class Course:
     def seconds(self, cache: int, slower: float) -> float:
         """All of it; `slower` is a quantized forward pass over a float one."""
         factor = slower if self.quantizing else 1.0
-        return self.rounds * (self.capturing(cache, factor) + self.judging(factor) + self.learning())
+        found = self.capturing(cache, factor) + self.judging(factor) + self.learning() + len(self.units) * self.setup
+        return self.rounds * found
 
     def cached(self, cache: int) -> tuple[int, int]:
         """Bytes of inputs and outputs that are kept at once at most: in memory, and beyond the budget on disk."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
-from tfmq_exp.reconstruction.cache import Leaves
+from tfmq_exp.reconstruction.cache import Leaves, RandomBatches
 from tfmq_exp.reconstruction.capture import FloatView, hooks
 from tfmq_exp.reconstruction.module import BlockReconstruction, Recipe
 from tfmq_exp.reconstruction.partition import Unit
@@ -269,6 +269,25 @@ def measure_learning(
         row_memory=max(0, live.peak - fixed_memory) // rows,
         fixed_memory=fixed_memory,
     )
+
+
+def measure_setup(
+    model: QuantizedUNet, unit: Unit, view: FloatView, recipe: Recipe, trainer: Callable[..., Any], now: Clock
+) -> float:
+    """Seconds that a trainer takes for a unit beside the iterations: of the second of two, less its one iteration."""
+    device = next(model.parameters()).device
+    with lesson_on(model, unit, view, recipe) as lesson:
+        iteration = timed(lesson.iterate, now)
+
+        def fit() -> None:
+            samples = lesson.samples.tensors
+            trainer(max_epochs=1).fit(lesson.module, RandomBatches(samples, len(samples[0]), 1, 0))
+            lesson.module.to(device)
+
+        fit()
+        began = now()
+        fit()
+        return max(0.0, now() - began - iteration)
 
 
 def like_their_kind(costs: Sequence[UnitCost]) -> list[UnitCost]:

@@ -22,6 +22,7 @@ from tfmq_exp.experiment.measure import (
     like_their_kind,
     measure_learning,
     measure_pass,
+    measure_setup,
     measure_unit,
     rows_for,
     wall_clock,
@@ -234,6 +235,8 @@ class Survey:
     def course(self, units: list[Unit], recipe: Recipe, samples: int, rounds: int) -> Course:
         """Units with their costs: the dearest of every kind measured, others as long as patience lasts."""
         quantizing = recipe.scales is not None
+        if not units:
+            return Course((), recipe, samples, 0, rounds, quantizing)
         self.set_activations(Mode.QUANTIZE if quantizing else Mode.OFF)
         most = min(recipe.batch, samples)
         rows = rows_for(self.forward.seconds, PASS, most)
@@ -266,7 +269,10 @@ class Survey:
             costs[cost.name] = measure_learning(cost, self.model, by_name[cost.name], part, recipe, batch, self.now)
         importance = self.importance(driven, recipe, data)
         done = tuple(like_their_kind(list(costs.values())))
-        return Course(done, recipe, samples, len(timesteps), rounds, quantizing, importance)
+        least = min(done, key=lambda cost: cost.span.seconds).name
+        trainer = self.stages.means.trainer
+        setup = measure_setup(self.model, by_name[least], views[least], recipe, trainer, self.now)
+        return Course(done, recipe, samples, len(timesteps), rounds, quantizing, importance, setup)
 
     def views(self, units: list[Unit], data: CalibrationSet) -> dict[str, FloatView]:
         """What units are fed and return."""

@@ -46,8 +46,17 @@ class ScoreRecord:
 
 
 def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
-    """One record per line, so that a table can be made again where the run folders are gone."""
-    path.write_text("".join(json.dumps(record.to_json(), sort_keys=True) + "\n" for record in records))
+    """One record per line, so that a table can be made again where the run folders are gone.
+
+    Without what speaks of one machine's folders: where stages lie in its store, and the command line.
+    """
+
+    def portable(record: ScoreRecord) -> dict[str, Any]:
+        cost = {key: value for key, value in record.cost.items() if key != "stages"}
+        environment = {key: value for key, value in record.environment.items() if key != "command"}
+        return dataclasses.replace(record, cost=cost, environment=environment).to_json()
+
+    path.write_text("".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
