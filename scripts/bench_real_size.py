@@ -34,7 +34,7 @@ from tfmq_exp.denoisers import compvis, first_stage, original
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.experiment import app
 from tfmq_exp.experiment.environment import prepare
-from tfmq_exp.experiment.estimate import Counts, Estimate, in_bytes, in_words, reckon, summary
+from tfmq_exp.experiment.estimate import Counts, Estimate, in_bytes, in_words, reckon, show
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.survey import Survey, still_to_do
@@ -219,8 +219,11 @@ def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) 
             in_words(stage.seconds / ratios[stage.name]),
         )
     console.print(view)
-    console.print(f"full recipe: {summary(whole)}; implied by the fraction {in_words(implied)}", highlight=False)
-    console.print(f"estimate / implied: {whole.seconds / implied:.2f}", highlight=False)
+    show(whole, console)
+    console.print(
+        f"implied by the fraction: {in_words(implied)}; estimate / implied: {whole.seconds / implied:.2f}",
+        highlight=False,
+    )
     at_peak = max(measured.peak for measured in watch.stages.values())
     console.print(f"fraction: {in_bytes(part.host)} of memory estimated, {in_bytes(at_peak)} measured", highlight=False)
     return {

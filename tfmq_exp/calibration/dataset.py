@@ -39,8 +39,8 @@ class CalibrationSet:
         return len(self.x)
 
     def __getitem__(self, index: slice | Tensor) -> "CalibrationSet":
-        parts = (self.x, self.t, self.step, self.image)
-        return CalibrationSet(*(part[index] for part in parts), self.conditions, self.condition[index])
+        x, t, step, image, condition = (p[index] for p in (self.x, self.t, self.step, self.image, self.condition))
+        return CalibrationSet(x, t, step, image, self.conditions, condition)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of the UNet."""
@@ -56,7 +56,8 @@ class CalibrationSet:
     def of(cls, tensors: Mapping[str, Tensor]) -> "CalibrationSet":
         """The inverse of `tensors`."""
         conditions = {k.removeprefix(CONDITION): v for k, v in tensors.items() if k.startswith(CONDITION)}
-        return cls(*(tensors[name] for name in ("x", "t", "step", "image")), conditions, tensors["condition"])
+        x, t, step, image, condition = (tensors[name] for name in ("x", "t", "step", "image", "condition"))
+        return cls(x, t, step, image, conditions, condition)
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""

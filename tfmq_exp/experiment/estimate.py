@@ -127,7 +127,7 @@ class Costs:
         forward: a row through the float network.
         observing: seconds of a row while activation ranges are observed.
         call, quantized_call: the prediction for one image, guidance included.
-        decoding: one image from the denoiser's space.
+        decoding: one image from the denoiser's space; its memory is that of one batch.
         grids: seconds of placing all weight grids once.
         network: bytes of the float network.
         sample, image: bytes of one calibration sample and of one finished image.
@@ -273,7 +273,7 @@ def reckon(costs: Costs, counts: Counts, *, accelerated: bool = False) -> Estima
     for name, count in counts.images.items():
         call, network = (costs.call, 0) if name == "float images" else (costs.quantized_call, quantized)
         seconds = count * (calls * call.seconds + costs.decoding.seconds)
-        device = network + max(batch * max(call.memory, costs.decoding.memory), costs.network if network else 0)
+        device = network + max(batch * call.memory, costs.decoding.memory, costs.network if network else 0)
         found.append(StageEstimate(name, seconds, device, disk=count * costs.image))
     if counts.diagnostics:  # all in one batch; the quantized network on both trajectories
         seconds = counts.diagnostics * calls * (both + costs.quantized_call.seconds)
@@ -302,10 +302,12 @@ def show(estimate: Estimate, console: Console) -> None:
     """A short table. Scoring, loading and saving are not in it."""
     console.print(f"estimate: {summary(estimate)}", highlight=False, soft_wrap=True)
     view = Table()
-    for name in ("stage", "time", "share"):
+    for name in ("stage", "time", "share", "GPU memory" if estimate.accelerated else "memory"):
         view.add_column(name, justify="left" if name == "stage" else "right")
     for stage in estimate.stages:
-        view.add_row(stage.name, in_words(stage.seconds), f"{stage.seconds / max(estimate.seconds, 1e-9):.0%}")
+        memory = stage.device if estimate.accelerated else estimate.process + stage.device + stage.host
+        share = f"{stage.seconds / max(estimate.seconds, 1e-9):.0%}"
+        view.add_row(stage.name, in_words(stage.seconds), share, in_bytes(memory))
     console.print(view)
 
 

@@ -274,20 +274,15 @@ def measure_learning(
 def measure_setup(
     model: QuantizedUNet, unit: Unit, view: FloatView, recipe: Recipe, trainer: Callable[..., Any], now: Clock
 ) -> float:
-    """Seconds that a trainer takes for a unit beside the iterations: of the second of two, less its one iteration."""
-    device = next(model.parameters()).device
+    """Seconds that a trainer takes for a unit beside the iterations."""
     with lesson_on(model, unit, view, recipe) as lesson:
-        iteration = timed(lesson.iterate, now)
+        samples = lesson.samples.tensors
 
         def fit() -> None:
-            samples = lesson.samples.tensors
             trainer(max_epochs=1).fit(lesson.module, RandomBatches(samples, len(samples[0]), 1, 0))
-            lesson.module.to(device)
+            lesson.module.to(lesson.device)
 
-        fit()
-        began = now()
-        fit()
-        return max(0.0, now() - began - iteration)
+        return max(0.0, timed(fit, now) - timed(lesson.iterate, now))
 
 
 def like_their_kind(costs: Sequence[UnitCost]) -> list[UnitCost]:

@@ -164,28 +164,33 @@ class Survey:
 
     def costs(self, counts: Counts) -> Costs:
         """Everything that does not depend on what is learned."""
-        stages, example = self.stages, self.noise(1)
+        example = self.noise(1)
         observed = any(counts.observed.values())
         observing = self.observing(counts.together) if observed else 0.0
         self.set_activations(Mode.QUANTIZE)
         quantizes = counts.phases or counts.correction or "images" in counts.images
-        decoded = stages.denoiser.first_stage.decode
-        with torch.no_grad():
-            image = decoded(example).numel() if counts.images else 0
+        decoding, image = self.decoding() if counts.images else (Pass(0.0, 0, {}), 0)
         return Costs(
             forward=self.forward,
             observing=observing,
             call=self.call,
             quantized_call=self.predicting(self.model, {}) if quantizes else self.call,
-            decoding=measure_pass(lambda n: decoded(self.noise(n)), stages.batch, self.now, {})
-            if counts.images
-            else Pass(0.0, 0, {}),
+            decoding=decoding,
             grids=self.grids() if counts.grids else 0.0,
             network=sum(p.nbytes for p in self.unet.parameters()),
             sample=example.nbytes + 32,
             image=image,
             process=self.process,
         )
+
+    def decoding(self) -> tuple[Pass, int]:
+        """One image from the denoiser's space, with the memory of a batch, and the bytes of a finished one."""
+        decoder, batch = self.stages.denoiser.first_stage, self.stages.batch
+        found = measure_pass(lambda rows: decoder.decode(self.noise(rows)), batch, self.now, {})
+        with torch.no_grad():
+            image = decoder.decode(self.noise(1)).numel()
+        together = min(batch, getattr(decoder, "rows", batch))  # a decoder that takes only so many rows at once
+        return Pass(found.seconds, together * found.memory + batch * 4 * image, {}), image
 
     def grids(self) -> float:
         """Seconds of placing the grid of every weight, from some channels of the largest."""

@@ -138,6 +138,7 @@ def test_quantized_activations_slow_down_what_runs_them() -> None:
     course = replace(COUNTS.courses["weights"], quantizing=True)
     plain = replace(course, quantizing=False)
     assert course.seconds(GIB, 2.0) - plain.seconds(GIB, 2.0) == pytest.approx(80 * 2 + 6 * 160)
+    assert replace(course, setup=2.0).seconds(GIB, 2.0) - course.seconds(GIB, 2.0) == pytest.approx(3 * 2)
     assert replace(course, rounds=3).seconds(GIB, 2.0) == 3 * course.seconds(GIB, 2.0)
 
 
