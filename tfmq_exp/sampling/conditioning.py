@@ -39,6 +39,24 @@ def _picks(order: Order, count: int, seed: int, stream: str, indices: Iterable[i
     return [derive_seed(seed, stream, "condition", i) % count for i in indices]
 
 
+@cache
+def spreading_stride(count: int) -> int:
+    """The step whose multiples, modulo `count`, visit everything once and leave no large gap at any time.
+
+    Gaps are small where the continued fraction of count / step has small terms, as that of the golden section.
+    """
+
+    def largest_term(step: int) -> int:
+        terms, a, b = [0], count, step
+        while b:
+            terms.append(a // b)
+            a, b = b, a % b
+        return max(terms)
+
+    strides = [step for step in range(1, count) if math.gcd(step, count) == 1]
+    return min(strides, key=lambda step: (largest_term(step), abs(step - 0.618 * count)), default=1)
+
+
 @dataclass(frozen=True)
 class Classes:
     """Class labels 0 .. count - 1.
@@ -57,8 +75,7 @@ class Classes:
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> list[int]:
         """Labels."""
-        golden = round(0.618 * self.count)  # steps of a golden section leave no large gap at any time
-        stride = next(step for step in range(golden, 0, -1) if math.gcd(step, self.count) == 1) if golden else 1
+        stride = spreading_stride(self.count)
         return [pick * stride % self.count for pick in _picks(self.order, self.count, seed, stream, indices)]
 
 

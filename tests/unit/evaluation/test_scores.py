@@ -117,10 +117,11 @@ def test_rows_are_kept_only_where_a_score_reads_them(evaluator: Evaluator) -> No
         Scores(evaluator, statistics)
 
 
-def test_only_the_first_images_of_the_reference_make_the_manifold(evaluator: Evaluator) -> None:
+def test_images_at_equal_distances_in_the_reference_make_the_manifold(evaluator: Evaluator) -> None:
     few = dataclasses.replace(evaluator, manifold_images=40)
     ours = score(few, measured(few), [GENERATED])
-    half = dataclasses.replace(evaluator, reference=TensorSource(REAL[:40]))
+    spread = [i * len(REAL) // 40 for i in range(40)]
+    half = dataclasses.replace(evaluator, reference=TensorSource(REAL[spread]))
     wanted = score(half, measured(half), [GENERATED])
     assert {k: ours[k] for k in ("kid", "precision", "recall")} == {
         k: wanted[k] for k in ("kid", "precision", "recall")
