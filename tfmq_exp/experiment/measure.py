@@ -211,7 +211,8 @@ class Lesson:
 
     def iterate_weights(self) -> None:
         """What of an iteration does not depend on the rows: the weights' own part."""
-        outputs = torch.stack([rounding.weight().sum() for rounding in self.roundings]).sum()
+        # the square asks for what a layer does: the weight to be kept, and a gradient of its size
+        outputs = torch.stack([rounding.weight().square().sum() for rounding in self.roundings]).sum()
         self._step(outputs + rounding_penalty(torch.cat([r.h.flatten() for r in self.roundings]), 2.0))
 
     def _step(self, loss: Tensor) -> None:
@@ -288,7 +289,7 @@ def measure_setup(
 def like_their_kind(costs: Sequence[UnitCost]) -> list[UnitCost]:
     """Units whose learning was not measured, in proportion to measured ones of their kind, or of all kinds if there are none.
 
-    What a row costs goes with the forward pass, what the weights cost with their number.
+    What a row costs goes with the forward pass and the size of what is passed, what the weights cost with their number.
     """
 
     def completed(cost: UnitCost) -> UnitCost:
@@ -298,14 +299,13 @@ def like_their_kind(costs: Sequence[UnitCost]) -> list[UnitCost]:
         models = [other for other in measured if other.kind == cost.kind] or measured
         by_row = cost.span.seconds / sum(other.span.seconds for other in models)
         by_weight = cost.weights / sum(other.weights for other in models)
+        by_size = (cost.fed + cost.returned) / sum(other.fed + other.returned for other in models)
         return replace(
             cost,
             row=by_row * sum(other.row or 0.0 for other in models),
             fixed=by_weight * sum(other.fixed for other in models),
-            row_memory=int(
-                max(other.row_memory / (other.fed + other.returned) for other in models) * (cost.fed + cost.returned)
-            ),
-            fixed_memory=int(by_weight * sum(other.fixed_memory for other in models)),
+            row_memory=round(by_size * sum(other.row_memory for other in models)),
+            fixed_memory=round(by_weight * sum(other.fixed_memory for other in models)),
         )
 
     return [completed(cost) for cost in costs]
