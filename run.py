@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def run(cfg: DictConfig) -> None:
     """One job."""
-    from tfmq_exp.experiment.app import main  # here, so that --help and --cfg answer at once
+    from tfmq_exp.experiment.job import perform  # here, so that --help and --cfg answer at once
 
-    main(cfg)
+    perform(cfg)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from tfmq_exp.experiment.estimate import Counts, Estimate, in_bytes, in_words, r
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.survey import Survey, still_to_do
-from tfmq_exp.experiment.tracking import NoMirror
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.surgery import artifact
+from tfmq_exp.tracking.mirror import NoMirror
 
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = ("ldm_bedroom", "ldm_imagenet", "sd_v1_4")

@@ -172,7 +172,7 @@ def main() -> None:
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], is_unconditional_ldm(reference["architecture"]))
     scales = ScalePlan(PerStepScale(), PerStepScale())
     resolved = plan.resolve(parts, tuple(attentions(unet)), scales, tuple(timesteps))
-    means = Means(2 * recipe["batch_size"], 2**32, quiet_trainer("cpu"))
+    means = Means(2 * recipe["batch_size"], 2**32, quiet_trainer(torch.device("cpu")))
     learning = recipe_of(reference, args.iterations or recipe["iters"])
     watch, quiet = Stopwatch(), Forgetful()
 

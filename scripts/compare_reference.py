@@ -193,7 +193,7 @@ def main() -> int:
     means = Means(
         batch=recipe["batch_size"] * 2,
         cache_bytes=2**32,
-        trainer=quiet_trainer("cpu"),
+        trainer=quiet_trainer(torch.device("cpu")),
     )
     learning = recipe_of(reference, iterations)
     with phases.timed("reconstruction (capture + learning)"):

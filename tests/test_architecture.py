@@ -10,11 +10,11 @@ PACKAGE = ROOT / "tfmq_exp"
 
 # A package imports only packages that stand before it.
 ORDER = (
-    ("quant", "denoisers", "data", "reporting"),
+    ("quant", "denoisers", "data", "reporting", "tracking"),
     ("sampling",),
     ("calibration", "surgery", "evaluation"),
     ("reconstruction",),
-    ("methods",),
+    ("methods", "diagnostics"),
     ("experiment",),
 )
 # Siblings of one level never import each other, but for what is listed here.
@@ -22,17 +22,20 @@ ALSO = {"surgery": {"quant", "denoisers"}, "evaluation": {"surgery"}}
 THIRD_PARTY = {
     "hydra": {"experiment"},
     "omegaconf": {"experiment"},
-    "wandb": {"experiment"},
+    "wandb": {"tracking"},
+    "tensorboard": {"tracking"},
     "rich": {"experiment"},
-    "filelock": {"experiment"},
+    "filelock": {"experiment", "reporting"},
     "pytorch_lightning": {"reconstruction"},
     "torchmetrics": {"evaluation"},
     "torch_fidelity": {"evaluation"},
     "transformers": {"denoisers", "evaluation"},
     "matplotlib": {"reporting"},
+    "plotly": {"reporting"},
+    "jinja2": {"reporting"},
     "sklearn": {"data"},
     "lmdb": {"data"},
-    "PIL": {"data"},
+    "PIL": {"data", "reporting", "tracking"},
     "diffusers": {"denoisers", "sampling", "surgery"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,6 +1,7 @@
 """Learning activation scales, alone or together with the rounding of weights, and what the loss looks at."""
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ class Log:
 
 
 def means() -> Means:
-    return Means(batch=16, cache_bytes=2**30, trainer=quiet_trainer("cpu"))
+    return Means(batch=16, cache_bytes=2**30, trainer=quiet_trainer(torch.device("cpu")))
 
 
 def recipe(
@@ -404,9 +405,26 @@ def test_penalty_is_off_in_warm_up_and_its_exponent_falls_from_20_to_2() -> None
     for count in range(1, 51):
         lesson.count = count
         beta = 20 - 18 * (count - 10) / 40
+        assert lesson.loss(batch).item() == pytest.approx(plain, rel=1e-6)
         penalty = float((1 - (2 * h - 1).abs() ** beta).sum()) if count >= 10 else 0.0
-        assert lesson.loss(batch).item() == pytest.approx(plain + 0.01 * penalty, rel=1e-5)
-        assert float(lesson.error) == pytest.approx(plain, rel=1e-6)
+        assert float(lesson.penalty()) == pytest.approx(0.01 * penalty, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_gradients_are_those_of_the_error_and_the_penalty_however_many_parts(parts: int) -> None:
+    lesson, batch, rounding = one_layer(0.01)
+    lesson.recipe, lesson.count = replace(lesson.recipe, parts=parts), 30
+    error = lesson.loss(batch)
+    (wanted,) = torch.autograd.grad(error + lesson.penalty(), [rounding.v])
+    lesson.set_gradients(batch)
+    assert rounding.v.grad is not None
+    torch.testing.assert_close(rounding.v.grad, wanted, rtol=1e-5, atol=1e-7)
+    assert float(lesson.error) == pytest.approx(float(error), rel=1e-6)
+
+
+def test_more_parts_than_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="8 can have 1 to 8 parts, got 9"):
+        replace(recipe(10), parts=9)
 
 
 def test_loss_sums_over_channels_and_averages_over_the_rest() -> None:

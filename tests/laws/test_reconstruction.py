@@ -114,7 +114,7 @@ def parameters(model: QuantizedUNet) -> dict[str, Tensor]:
 
 
 def means(cache_bytes: int = 2**30) -> Means:
-    return Means(batch=16, cache_bytes=cache_bytes, trainer=quiet_trainer("cpu"))
+    return Means(batch=16, cache_bytes=cache_bytes, trainer=quiet_trainer(torch.device("cpu")))
 
 
 def recipe(iterations: int) -> Recipe:

@@ -3,7 +3,7 @@
 The releases restart from fresh noise for every captured step, T(T-1)/2 calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,22 +27,38 @@ def collect(
 
     Under guidance the network sees every state twice, with and without condition, and so does the set.
     """
-    parts: list[CalibrationSet] = []
-    predict = sampling.predictor(denoiser.unet)
-    for start in range(0, images, batch):
-        indices = range(start, min(start + batch, images))
-        n = len(indices)
-        conditions = sampling.conditions(denoiser, seed, STREAM, indices).to(torch.device("cpu"))
-        table = dict(conditions.given)
-        rows = torch.arange(n) if table else torch.zeros(n, dtype=torch.long)
-        if sampling.guided:  # the last row is that of no condition
-            table = {name: torch.cat([value, conditions.null[name]]) for name, value in table.items()}
-            rows = torch.cat([rows, torch.full((n,), n)])
-        halves = len(rows) // n
-        image = torch.tensor(indices).repeat(halves)
-        for step in sampling.trajectory(predict, denoiser, seed=seed, stream=STREAM, indices=indices):
-            at = (torch.full_like(rows, step.t), torch.full_like(rows, step.index))
-            parts.append(CalibrationSet(step.x.cpu().repeat(halves, 1, 1, 1), *at, image, table, rows))
-            each_step(step.index)
+    ranges = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
+    return ordered([follow(denoiser, sampling, indices, seed=seed, each_step=each_step) for indices in ranges])
+
+
+def ordered(parts: Sequence[CalibrationSet]) -> CalibrationSet:
+    """Several sets as one, ordered by step and then as they came."""
     whole = CalibrationSet.join(parts)
     return whole[torch.argsort(whole.step, stable=True)]
+
+
+def follow(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    indices: range,
+    *,
+    seed: int,
+    each_step: Callable[[int], None] = lambda _: None,
+) -> CalibrationSet:
+    """All steps of the trajectories `indices`, which go through the network together."""
+    n = len(indices)
+    predict = sampling.predictor(denoiser.unet)
+    conditions = sampling.conditions(denoiser, seed, STREAM, indices).to(torch.device("cpu"))
+    table = dict(conditions.given)
+    rows = torch.arange(n) if table else torch.zeros(n, dtype=torch.long)
+    if sampling.guided:  # the last row is that of no condition
+        table = {name: torch.cat([value, conditions.null[name]]) for name, value in table.items()}
+        rows = torch.cat([rows, torch.full((n,), n)])
+    halves = len(rows) // n
+    image = torch.tensor(indices).repeat(halves)
+    parts: list[CalibrationSet] = []
+    for step in sampling.trajectory(predict, denoiser, seed=seed, stream=STREAM, indices=indices):
+        at = (torch.full_like(rows, step.t), torch.full_like(rows, step.index))
+        parts.append(CalibrationSet(step.x.cpu().repeat(halves, 1, 1, 1), *at, image, table, rows))
+        each_step(step.index)
+    return CalibrationSet.join(parts)

@@ -32,7 +32,9 @@ def kernel_distance(
         return math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps its features
-        metric = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=Given(real.shape[1]), sync_on_compute=False, subsets=SUBSETS, subset_size=size
+        )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng(devices=[]):

@@ -125,8 +125,8 @@ class Scores:
             raise ValueError(f"scores need at least two images, got {count}")
         self._warn_of_few(count)
         scores = {
-            "fid": frechet_distance(self.reference.pooled, self.pooled.gaussian()),
-            "sfid": frechet_distance(self.reference.spatial, self.spatial.gaussian()),
+            "fid": frechet_distance(self.reference.pooled, self.pooled.gaussian(), count - 1),
+            "sfid": frechet_distance(self.reference.spatial, self.spatial.gaussian(), count - 1),
             "is": inception_score(rows.logits),
             "is_adm": inception_score_adm(rows.logits),
         }

@@ -15,8 +15,12 @@ import torch
 PACKAGES = ("torch", "diffusers", "pytorch-lightning", "torchmetrics", "hydra-core", "numpy", "safetensors")
 
 
-def pick_device(accelerator: str) -> torch.device:
+def pick_device(accelerator: str, rank: int = 0) -> torch.device:
     """The device for `trainer.accelerator`: auto takes CUDA where there is one.
+
+    Args:
+        accelerator: auto, cpu or gpu.
+        rank: of the process; each has a GPU of its own.
 
     Raises:
         ValueError: an accelerator that is unknown or absent.
@@ -25,7 +29,13 @@ def pick_device(accelerator: str) -> torch.device:
         raise ValueError(f"trainer.accelerator must be auto, cpu or gpu, got {accelerator!r}")
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer=gpu was asked for, but torch sees no CUDA device; use trainer=cpu or trainer=auto")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {rank} has no GPU: torch sees {torch.cuda.device_count()}; set runtime.processes to that"
+        )
+    return torch.device("cuda", rank)
 
 
 def prepare(threads: int | None) -> None:

@@ -169,7 +169,7 @@ class Counts:
         phases: those that run.
         correction: trajectories that noise statistics are taken from, times activation widths.
         images: by stage.
-        diagnostics: trajectories that are compared.
+        diagnostics: trajectories that are compared; `passes` of one image through the quantized network, by diagnosis.
     """
 
     calls: int
@@ -188,6 +188,7 @@ class Counts:
     widths: int = 1
     images: Mapping[str, int] = field(default_factory=dict)
     diagnostics: int = 0
+    passes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -258,8 +259,8 @@ def reckon(costs: Costs, counts: Counts, *, accelerated: bool = False) -> Estima
     """Seconds and bytes of all that is still to be done."""
     found: list[StageEstimate] = []
     batch, calls = counts.batch, counts.calls
-    both = costs.quantized_call.seconds + costs.call.seconds
     quantized = round(costs.network * (1 + INTEGER_SHARE))
+    together = quantized + batch * costs.quantized_call.memory
     if counts.collecting:
         size = counts.samples * costs.sample  # in parts, joined, and put in order
         seconds = counts.trajectories * calls * costs.call.seconds
@@ -269,16 +270,17 @@ def reckon(costs: Costs, counts: Counts, *, accelerated: bool = False) -> Estima
         seconds = counts.correction * (
             calls * costs.call.seconds + counts.timesteps * counts.widths * costs.quantized_call.seconds
         )
-        found.append(StageEstimate("correction", seconds, quantized + batch * costs.quantized_call.memory))
+        found.append(StageEstimate("correction", seconds, together))
     for name, count in counts.images.items():
         call, network = (costs.call, 0) if name == "float images" else (costs.quantized_call, quantized)
         seconds = count * (calls * call.seconds + costs.decoding.seconds)
         device = network + max(batch * call.memory, costs.decoding.memory, costs.network if network else 0)
         found.append(StageEstimate(name, seconds, device, disk=count * costs.image))
     if counts.diagnostics:  # all in one batch; the quantized network on both trajectories
-        seconds = counts.diagnostics * calls * (both + costs.quantized_call.seconds)
+        seconds = counts.diagnostics * calls * (2 * costs.quantized_call.seconds + costs.call.seconds)
         device = quantized + counts.diagnostics * costs.quantized_call.memory
         found.append(StageEstimate("diagnostics", seconds, device))
+    found += [StageEstimate(name, n * costs.quantized_call.seconds, together) for name, n in counts.passes.items()]
     if accelerated:
         found = [StageEstimate(s.name, s.seconds, s.device + costs.network, s.host, s.disk) for s in found]
     return Estimate(tuple(found), costs.process, accelerated)

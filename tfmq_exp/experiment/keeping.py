@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tfmq_exp.experiment.progress import Advance
-from tfmq_exp.experiment.store import write_atomically
-from tfmq_exp.experiment.tracking import Mirror
+from tfmq_exp.experiment.store import Entry, write_atomically, write_json
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.report import Learned, UnitReport
+from tfmq_exp.tracking.mirror import Mirror
+
+POINTS = 100  # of a loss curve that is kept; one more where its first stands before the first hundredth
 
 
-def save_learned(path: Path, learned: Learned, note: Mapping[str, Any]) -> None:
+@dataclasses.dataclass
+class LossCurve:
+    """A unit's loss over its iterations, thinned; `phase` also says which time around where units are gone over again."""
+
+    phase: str
+    unit: str
+    points: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+    def add(self, number: int, of: int, loss: float) -> bool:
+        """Whether this point is kept: the first one, and the first in each hundredth of the iterations."""
+        keep = not self.points or number * POINTS // of > self.points[-1][0] * POINTS // of
+        if keep:
+            self.points.append((number, loss))
+        return keep
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each point."""
+        names = {"phase": self.phase, "unit": self.unit}
+        return [{**names, "iteration": iteration, "loss": loss} for iteration, loss in self.points]
+
+
+Write = Callable[[Path, Callable[[Path], object]], None]
+
+
+def save_learned(path: Path, learned: Learned, note: Mapping[str, Any], write: Write = write_atomically) -> None:
     """Integers by site and activation state by name, with a note; the file appears whole or not at all."""
     tensors = {f"activations/{name}": value.cpu().clone() for name, value in learned.activations.items()}
     for site, parts in learned.integers.items():
@@ -26,7 +52,7 @@ def save_learned(path: Path, learned: Learned, note: Mapping[str, Any]) -> None:
                 tensors[f"weights/{site}/{i}/{what}"] = value.cpu().contiguous()
     specs = {site: [dataclasses.asdict(part.spec) for part in parts] for site, parts in learned.integers.items()}
     metadata = {"header": json.dumps({"specs": specs, "note": note}, sort_keys=True)}
-    write_atomically(path, lambda p: save_file(tensors, p, metadata))
+    write(path, lambda p: save_file(tensors, p, metadata))
 
 
 def load_learned(path: Path) -> tuple[Learned, dict[str, Any]]:
@@ -56,15 +82,18 @@ def load_learned(path: Path) -> tuple[Learned, dict[str, Any]]:
 
 
 class UnitFiles:
-    """Keeps every finished unit as a file of a folder, so that a killed run goes on after the last one."""
+    """Keeps every finished unit as a file of a folder, so that a killed run goes on after the last one.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `curves` are the loss curves of this process, by unit; a unit's is kept with it.
+    """
+
+    def __init__(self, folder: Path, curves: Mapping[str, LossCurve], write: Write = write_atomically) -> None:
+        self.folder, self.curves, self.write = folder, curves, write
         folder.mkdir(exist_ok=True)
 
     def part(self, name: str) -> "UnitFiles":
         """A folder of its own for work that goes over the same units again."""
-        return UnitFiles(self.folder / name)
+        return UnitFiles(self.folder / name, self.curves, self.write)
 
     def path(self, unit: str) -> Path:
         """Where a unit is."""
@@ -76,26 +105,51 @@ class UnitFiles:
 
     def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
         """Keep a unit, with what was measured while it was learned."""
-        save_learned(self.path(unit), learned, dataclasses.asdict(report))
+        curve = self.curves.get(unit)
+        note = {**dataclasses.asdict(report), "curve": dataclasses.asdict(curve) if curve else None}
+        save_learned(self.path(unit), learned, note, self.write)
 
-    def reports(self) -> list[dict[str, Any]]:
+    def notes(self) -> list[dict[str, Any]]:
         """What was measured, unit by unit, in the order in which they were learned."""
-        columns = [field.name for field in dataclasses.fields(UnitReport)]
         files = sorted(self.folder.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        return [{column: note[column] for column in columns} for note in (load_learned(path)[1] for path in files)]
+        return [load_learned(path)[1] for path in files]
+
+    def write_notes(self, folder: Path) -> None:
+        """The reports of all units as `units.json`, their loss curves as `losses.json`."""
+        columns, notes = [field.name for field in dataclasses.fields(UnitReport)], self.notes()
+        curves = [LossCurve(**note["curve"]) for note in notes if note.get("curve")]
+        write_json(folder / "units.json", [{column: note[column] for column in columns} for note in notes])
+        write_json(folder / "losses.json", [row for curve in curves for row in curve.rows()])
+
+
+def noted(entries: Iterable[Entry], name: str) -> list[dict[str, Any]]:
+    """Rows of a file that learning leaves beside what was learned, phase by phase; none where nothing was learned."""
+    paths = {entry.stage: entry.path / name for entry in entries}
+    return [
+        {"phase": stage, **row}
+        for stage, path in paths.items()
+        if path.is_file()
+        for row in json.loads(path.read_text())
+    ]
 
 
 class UnitProgress:
-    """Shows a phase of a method on a progress bar and mirrors its loss curves: one for each unit, phase and time around."""
+    """Shows a phase of a method on a progress bar, and its loss curves, one for each unit and time around, in a mirror.
+
+    `shown` names the curves that the mirror has got; `curves` are those of the present time around, by unit.
+    """
 
     def __init__(self, advance: Advance, mirror: Mirror, phase: str) -> None:
         self.advance, self.mirror, self.phase = advance, mirror, phase
         self.finished_units, self.total, self.rounds = 0, 0, 0
+        self.curves: dict[str, LossCurve] = {}
+        self.shown: set[str] = set()
 
     def start(self, units: int) -> None:
         """The bar counts units; it is given as a share of one. A second start goes over them again."""
         self.finished_units, self.total = 0, units
         self.rounds += 1
+        self.curves.clear()
 
     def progress(self, what: str, number: int, of: int) -> None:
         """During work that has no units and no loss."""
@@ -105,7 +159,10 @@ class UnitProgress:
         """Within a unit."""
         self.advance((self.finished_units + number / of) / self.total, f"{unit}  loss {loss:.2e}")
         again = f" {self.rounds}" if self.rounds > 1 else ""
-        self.mirror.loss(f"{self.phase}{again}/{unit}", number, loss)
+        curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))
+        if curve.add(number, of, loss):
+            self.shown.add(f"{curve.phase}/{unit}")
+            self.mirror.loss(f"{curve.phase}/{unit}", number, loss)
 
     def finished(self, unit: str, report: UnitReport | None) -> None:
         """After a unit."""

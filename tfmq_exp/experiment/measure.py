@@ -199,23 +199,19 @@ class Lesson:
         self.module = BlockReconstruction(
             unit.module(model.unet), model.clock, self.roundings, self.sources, structure, recipe
         )
-        self.module.count = recipe.iterations  # where the penalty is on, as it is most of the time
         self.optimizer = self.module.configure_optimizers()
 
     def iterate(self) -> None:
         """One iteration on all rows."""
         order = torch.randperm(len(self.samples))
-        self._step(self.module.loss([x[order].to(self.device) for x in self.samples.tensors]))
-        for source in self.sources:
-            source.keep_valid()
+        self.module.count = self.module.recipe.iterations - 1  # where the penalty is on, as it is most of the time
+        self.module.iterate(self.optimizer, [x[order].to(self.device) for x in self.samples.tensors])
 
     def iterate_weights(self) -> None:
         """What of an iteration does not depend on the rows: the weights' own part."""
         # the square asks for what a layer does: the weight to be kept, and a gradient of its size
         outputs = torch.stack([rounding.weight().square().sum() for rounding in self.roundings]).sum()
-        self._step(outputs + rounding_penalty(torch.cat([r.h.flatten() for r in self.roundings]), 2.0))
-
-    def _step(self, loss: Tensor) -> None:
+        loss = outputs + rounding_penalty(torch.cat([r.h.flatten() for r in self.roundings]), 2.0)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

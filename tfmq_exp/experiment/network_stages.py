@@ -1,171 +1,33 @@
-"""From the float network to the finished method: trajectory, weights, activations, correction, pulled through the store.
+"""From the float network to the finished method: weights, activations, correction, pulled through the store.
 
 Each method here says in its first lines what the stage depends on; that is its key.
 """
 
-import json
 import logging
-import resource
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tfmq_exp.calibration.collect import collect
-from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.denoisers.anatomy import Anatomy
-from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.temporal import measured_temporal_sites
-from tfmq_exp.denoisers.unet import anatomy, attentions
-from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, save_learned
-from tfmq_exp.experiment.progress import Bars
-from tfmq_exp.experiment.store import Entry, Store, write_atomically, write_json
-from tfmq_exp.experiment.tracking import Mirror
+from tfmq_exp.experiment.float_stages import FloatStages
+from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, noted, save_learned
+from tfmq_exp.experiment.store import Entry, write_atomically
 from tfmq_exp.methods.correction import NoiseStatistics
-from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.report import Learned
-from tfmq_exp.reconstruction.run import Means, Task
+from tfmq_exp.reconstruction.run import Task
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery import artifact
-from tfmq_exp.surgery.plan import ResolvedPlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CalibrationPlan:
-    """How many trajectories of the float model calibration sees, and how many run together."""
-
-    images: int
-    batch: int
-
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.batch < 1:
-            raise ValueError(f"calibration images and batch must be at least 1, got {self.images} and {self.batch}")
-
-
-@dataclass
-class NetworkStages:
-    """Everything that a quantized network is made of, and the stages that make it."""
-
-    denoiser: Denoiser
-    sampling: Sampling
-    method: Method
-    calibration: CalibrationPlan
-    batch: int  # images that go through the network together
-    seed: int
-    means: Means
-    store: Store
-    bars: Bars
-    mirror: Mirror
-    hits: dict[str, dict[str, Any]] = field(default_factory=dict)
-    inner_seconds: float = 0.0  # spent in the stages that the present one pulled
-
-    @cached_property
-    def anatomy(self) -> Anatomy:
-        """The network's parts, with the temporal ones confirmed by measurement."""
-        example = self.denoiser.example()
-        found = anatomy(self.denoiser.unet, example)
-        measured = measured_temporal_sites(self.denoiser.unet, example, self.calls[-1], self.calls[-1] + 1)
-        if measured != set(found.temporal_sites):
-            wrong = sorted(measured.symmetric_difference(found.temporal_sites))
-            raise ValueError(f"by measurement these layers' dependence on t is not what their roles say: {wrong}")
-        return found
-
-    @cached_property
-    def calls(self) -> tuple[int, ...]:
-        """Timesteps at which the network is called for one image."""
-        calls = self.sampling.calls(self.denoiser)
-        log.info(
-            "%s: %d network calls at %d timesteps, %d .. %d",
-            self.sampling.sampler,
-            len(calls),
-            len(set(calls)),
-            calls[0],
-            calls[-1],
-        )
-        return calls
-
-    @cached_property
-    def plan(self) -> ResolvedPlan:
-        """What is quantized, layer by layer."""
-        names, timesteps = tuple(attentions(self.denoiser.unet)), self.sampling.finite_set(self.denoiser)
-        return self.method.surgery.resolve(self.anatomy, names, self.method.scales, timesteps)
-
-    @property
-    def network_inputs(self) -> dict[str, Any]:
-        """What identifies the float network."""
-        return {"weights_sha256": self.denoiser.weights_sha256, "settings": dict(self.denoiser.settings)}
-
-    @cached_property
-    def model_inputs(self) -> dict[str, Any]:
-        """What identifies the float model and the way it is sampled."""
-        return {
-            "model": self.denoiser.name,
-            **self.network_inputs,
-            "schedule": dict(self.denoiser.schedule),
-            "sampling": self.sampling,
-        }
-
-    def pull(self, name: str, entry: Entry, compute: Callable[[Path], None]) -> Path:
-        """Have the store hold the entry, and remember how that went.
-
-        Seconds are the stage's own, without those that it pulls; `took` is what the entry took when it was made, also
-        where this run only found it.
-        """
-        outer, self.inner_seconds = self.inner_seconds, 0.0
-        began = time.perf_counter()
-        computed = self.store.pull(entry, compute)
-        seconds = time.perf_counter() - began
-        own = round(seconds - self.inner_seconds, 2)
-        if computed:
-            entry.note_time(own)
-        hit = {
-            "key": entry.key,
-            "computed": computed,
-            "seconds": own,
-            "took": entry.took,
-            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-            "path": str(entry.path),
-        }
-        self.inner_seconds = outer + seconds
-        if name not in self.hits:
-            self.hits[name] = hit
-            log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
-        return entry.path
-
-    # trajectory --------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def trajectory(self) -> Entry:
-        """Calibration data: depends on the float model, the sampler, how many images, and the seed."""
-        return self.store.entry("trajectory", {**self.model_inputs, "calibration": self.calibration, "seed": self.seed})
-
-    def calibration_set(self) -> CalibrationSet:
-        """The calibration data, collected in one pass if the store has none."""
-
-        def compute(folder: Path) -> None:
-            batches = -(-self.calibration.images // self.calibration.batch)
-            with self.bars.stage("trajectory", batches * len(self.calls)) as advance:
-                done = iter(range(1, batches * len(self.calls) + 1))
-                data = collect(
-                    self.denoiser,
-                    self.sampling,
-                    images=self.calibration.images,
-                    seed=self.seed,
-                    batch=self.calibration.batch,
-                    each_step=lambda step: advance(next(done), f"step {step + 1}"),
-                )
-            write_atomically(folder / "calibration.safetensors", data.save)
-
-        return CalibrationSet.load(self.pull("trajectory", self.trajectory, compute) / "calibration.safetensors")
+class NetworkStages(FloatStages):
+    """The stages that make a quantized network."""
 
     # weights -----------------------------------------------------------------------------------------------------
 
@@ -193,8 +55,9 @@ class NetworkStages:
         def compute(folder: Path) -> None:
             keeper = self.learn("weights", self.method.weights, model, self.seed, folder)
             state = model.activation_state() if "activations" in self.method.weights.learns else {}
-            save_learned(folder / "weights.safetensors", Learned(model.integers, state), {})
-            write_json(folder / "units.json", keeper.reports())
+            if self.processes.first:
+                save_learned(folder / "weights.safetensors", Learned(model.integers, state), {})
+                keeper.write_notes(folder)
 
         learned, _ = load_learned(self.pull("weights", self.weights, compute) / "weights.safetensors")
         for site, weight in learned.integers.items():
@@ -205,19 +68,17 @@ class NetworkStages:
 
     def learn(self, name: str, phase: Callable[..., None], model: QuantizedUNet, seed: int, folder: Path) -> UnitFiles:
         """Run a method's phase under a progress bar, with every finished unit kept in the folder."""
-        keeper, data = UnitFiles(folder / "units"), self.calibration_set()
+        data = self.calibration_set()
         with self.bars.stage(name, 1) as advance:
             watcher = UnitProgress(advance, self.mirror, name)
+            keeper = UnitFiles(folder / "units", watcher.curves, self.store.write)
             phase(Task(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher))
+        self.shown_losses |= watcher.shown
         return keeper
 
-    def unit_reports(self) -> list[dict[str, Any]]:
-        """What learning each unit did, phase by phase; empty for methods that learn nothing."""
-        rows: list[dict[str, Any]] = []
-        for phase, entry in (("weights", self.weights), ("activations", self.activations)):
-            path = entry.path / "units.json"
-            rows += [{"phase": phase, **row} for row in json.loads(path.read_text())] if path.is_file() else []
-        return rows
+    def noted(self, name: str) -> list[dict[str, Any]]:
+        """What learning noted: `units.json`, its effect unit by unit; `losses.json`, thinned curves. Empty without learning."""
+        return noted((self.weights, self.activations), name)
 
     # activations -------------------------------------------------------------------------------------------------
 
@@ -256,8 +117,9 @@ class NetworkStages:
             )
             self.method.temporal(model, self.denoiser.unet, self.anatomy)
             model.merge_sources()
-            write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
-            write_json(folder / "units.json", keeper.reports())
+            if self.processes.first:
+                write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
+                keeper.write_notes(folder)
 
         path = self.pull("activations", self.activations, compute) / "quantized.safetensors"
         return artifact.load(path).to(next(self.denoiser.unet.parameters()).device)
@@ -295,7 +157,7 @@ class NetworkStages:
                     batch=batch,
                     each_step=lambda done: advance(done, ""),
                 )
-            write_atomically(folder / "statistics.safetensors", lambda path: save_file(statistics.tensors(), path))
+            self.store.write(folder / "statistics.safetensors", lambda path: save_file(statistics.tensors(), path))
 
         return NoiseStatistics.of(
             load_file(self.pull("correction", self.correction, compute) / "statistics.safetensors")

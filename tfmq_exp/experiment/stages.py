@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
-from tfmq_exp.evaluation.scores import score
+from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.evaluation.temporal import temporal_feature_error, trajectory_error
 from tfmq_exp.experiment.network_stages import NetworkStages
 from tfmq_exp.experiment.store import Entry, write_atomically, write_json
@@ -27,6 +27,28 @@ class DiagnosticPlan:
     images: int
 
 
+@dataclass(frozen=True)
+class DiagnosisPlan:
+    """How much a diagnosis looks at.
+
+    Args:
+        samples: of the calibration set, spread over its sampling steps: every unit's sensitivity is measured on them.
+        trajectories: whose activations and errors are followed.
+        sensitivity: quantize each unit `alone`, or all the `others` and leave it float.
+    """
+
+    samples: int
+    trajectories: int
+    sensitivity: Literal["alone", "others"]
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "trajectories"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"diagnosis.{name} must be at least 1, got {getattr(self, name)}")
+        if self.sensitivity not in ("alone", "others"):
+            raise ValueError(f"diagnosis.sensitivity must be alone or others, got {self.sensitivity!r}")
+
+
 @dataclass
 class Stages(NetworkStages):
     """Everything that a run is made of, and the stages that turn it into scores."""
@@ -34,6 +56,7 @@ class Stages(NetworkStages):
     evaluator: Callable[[], Evaluator] = field(kw_only=True)
     images: ImagePlan = field(kw_only=True)
     diagnostics: DiagnosticPlan = field(kw_only=True)
+    diagnosis: DiagnosisPlan = field(kw_only=True)
 
     @cached_property
     def judge(self) -> Evaluator:
@@ -45,16 +68,16 @@ class Stages(NetworkStages):
         network = {"network": self.finished.key} if quantized else {}
         return self.store.entry("images", {**self.model_inputs, **network, "images": self.images})
 
-    def sampled(self, *, quantized: bool) -> Iterator[Tensor]:
-        """Images in shards, uint8. A shard is a file; missing ones are made."""
+    def image_files(self, *, quantized: bool) -> dict[range, Path]:
+        """Images by their indices: a shard is a file; missing ones are made."""
         name = "images" if quantized else "float images"
 
         def compute(folder: Path) -> None:
             float_pair = self.sampling.predictor(self.denoiser.unet), self.sampling
             predict, sampling = self.corrected if quantized else float_pair
             with self.bars.stage(name, self.images.count) as advance:
-                for shard in self.images.shards():
-                    target = folder / f"images-{shard.start:06d}.safetensors"
+                for shard in self.processes.own(self.images.shards()):
+                    target = image_file(folder, shard)
                     if not target.is_file():
                         images = sample_shard(
                             predict,
@@ -70,7 +93,11 @@ class Stages(NetworkStages):
                     advance(shard.stop, "")
 
         path = self.pull(name, self.images_entry(quantized=quantized), compute)
-        for file in sorted(path.glob("images-*.safetensors")):
+        return {shard: image_file(path, shard) for shard in self.images.shards()}
+
+    def sampled(self, *, quantized: bool) -> Iterator[Tensor]:
+        """The images, shard by shard, uint8."""
+        for file in self.image_files(quantized=quantized).values():
             yield load_file(file)["images"]
 
     def reference(self, evaluator: Evaluator) -> tuple[Entry, ReferenceStatistics]:
@@ -84,7 +111,7 @@ class Stages(NetworkStages):
                 statistics = reference_statistics(
                     source, extract, keep, lambda done, of: advance(done / of, f"{done} of {of}")
                 )
-            write_atomically(folder / "statistics.safetensors", statistics.save)
+            self.store.write(folder / "statistics.safetensors", statistics.save)
 
         return entry, ReferenceStatistics.load(self.pull("reference", entry, compute) / "statistics.safetensors")
 
@@ -113,8 +140,17 @@ class Stages(NetworkStages):
             return self.sampling.conditioning.choose(self.images.seed, STREAM, indices)
 
         def compute(folder: Path) -> None:
-            found = score(evaluator, reference, self.sampled(quantized=quantized), captions)
-            write_json(folder / "scores.json", found)
+            scores, processes = Scores(evaluator, reference), self.processes
+            for shard, file in processes.own([*self.image_files(quantized=quantized).items()]):
+                scores.update(load_file(file)["images"], shard.start, captions(shard))
+            if not processes.first:
+                save_file(scores.tensors(), folder / f"part-{processes.rank}.safetensors")
+            processes.wait()
+            if processes.first:
+                for part in sorted(folder.glob("part-*.safetensors")):
+                    scores.merge(load_file(part))
+                    part.unlink()
+                write_json(folder / "scores.json", scores.compute())
 
         name = "scores" if quantized else "float scores"
         path = self.pull(name, self.store.entry("scores", inputs), compute)
@@ -141,7 +177,7 @@ class Stages(NetworkStages):
                     each_step=lambda step: advance(step + 1, ""),
                 )
             temporal = temporal_feature_error(self.quantized_model, self.denoiser.unet, self.anatomy)
-            write_json(folder / "errors.json", {"temporal": temporal, "trajectory": along})
+            self.store.write_json(folder / "errors.json", {"temporal": temporal, "trajectory": along})
 
         path = self.pull("diagnostics", self.store.entry("diagnostics", inputs), compute)
         return json.loads((path / "errors.json").read_text())
@@ -155,3 +191,8 @@ class Stages(NetworkStages):
     def float_bytes(self) -> int:
         """Size of the float network in float32."""
         return 4 * sum(p.numel() for p in self.denoiser.unet.parameters())
+
+
+def image_file(folder: Path, shard: range) -> Path:
+    """Where the images of a shard are."""
+    return folder / f"images-{shard.start:06d}.safetensors"

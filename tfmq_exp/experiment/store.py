@@ -13,11 +13,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from tfmq_exp.reconstruction.processes import ALONE, Processes
 
 SCHEMA = 2  # part of every key: raise it when the meaning of stored files changes
 log = logging.getLogger(__name__)
@@ -142,9 +144,10 @@ def sha256_of(path: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The store under a root folder."""
+    """The store under a root folder, for one process or for several that make a run together."""
 
     root: Path
+    processes: Processes = ALONE
 
     def entry(self, stage: str, inputs: Mapping[str, Any]) -> Entry:
         """Where the result of a stage with these inputs is, or will be."""
@@ -152,17 +155,32 @@ class Store:
         key = key_of(stage, plain)
         return Entry(stage, key, self.root / stage / key, plain)
 
+    def write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write a file that all processes have the content of: one is enough."""
+        if self.processes.first:
+            write_atomically(path, write)
+
+    def write_json(self, path: Path, data: Any) -> None:
+        """The same for JSON."""
+        if self.processes.first:
+            write_json(path, data)
+
     def pull(self, entry: Entry, compute: Callable[[Path], None]) -> bool:
         """Make sure that the entry is finished; returns whether it had to be computed.
 
-        `compute` fills the folder; it finds there what an interrupted attempt has left.
+        `compute` fills the folder, together with other processes if there are any; it finds there what an interrupted
+        attempt has left.
         """
         entry.path.mkdir(parents=True, exist_ok=True)
-        with entry.locked():
-            if entry.done:
-                entry.verify()
+        with entry.locked() if self.processes.first else nullcontext():
+            if self.processes.told(entry.done):
+                if self.processes.first:
+                    entry.verify()
                 return False
-            write_json(entry.path / "inputs.json", entry.inputs)
+            self.write_json(entry.path / "inputs.json", entry.inputs)
             compute(entry.path)
-            entry.finish()
+            self.processes.wait()
+            if self.processes.first:
+                entry.finish()
+            self.processes.wait()
             return True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.experiment.diagnose import Diagnosis
 from tfmq_exp.experiment.estimate import Costs, Counts, Course, Estimate, reckon
 from tfmq_exp.experiment.measure import (
     ITERATION,
@@ -50,7 +51,8 @@ def estimate(stages: Stages, goals: Collection[str], now: Clock | None = None) -
         now: what seconds are counted with (default: those of the clock on the wall).
     """
     counts = still_to_do(stages, goals)
-    if not (counts.collecting or counts.phases or counts.correction or counts.images or counts.diagnostics):
+    work = counts.phases, counts.correction, counts.images, counts.diagnostics, counts.passes
+    if not (counts.collecting or any(work)):
         return None
     with torch.random.fork_rng():  # what is measured shall not change what is drawn later
         survey = Survey(stages, now)
@@ -89,6 +91,7 @@ def still_to_do(stages: Stages, goals: Collection[str]) -> Counts:
         widths=width_choices,
         images=images,
         diagnostics=stages.diagnostics.images if "scores" in goals and "images" in images else 0,
+        passes=Diagnosis(stages).passes() if "diagnose" in goals else {},
     )
 
 
@@ -168,7 +171,7 @@ class Survey:
         observed = any(counts.observed.values())
         observing = self.observing(counts.together) if observed else 0.0
         self.set_activations(Mode.QUANTIZE)
-        quantizes = counts.phases or counts.correction or "images" in counts.images
+        quantizes = counts.phases or counts.correction or "images" in counts.images or counts.passes
         decoding, image = self.decoding() if counts.images else (Pass(0.0, 0, {}), 0)
         return Costs(
             forward=self.forward,

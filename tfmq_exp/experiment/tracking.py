@@ -1,13 +1,17 @@
-"""Mirrors of what a run writes. Files are always written; wandb shows the same on request."""
+"""What a run writes as rows, and what it tells its mirror: who it is, and what its curves and numbers are called there."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.experiment.store import write_atomically
-
-Rows = Sequence[Mapping[str, Any]]
+from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.tracking.mirror import Mirror, Points, Rows, RunCard
 
 
 def write_csv(path: Path, rows: Rows) -> None:
@@ -22,95 +26,62 @@ def write_csv(path: Path, rows: Rows) -> None:
     write_atomically(path, write)
 
 
-class Mirror(Protocol):
-    """Shows a run somewhere else than in its folder."""
-
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        """One point of a unit's loss curve."""
-        ...
-
-    def table(self, name: str, rows: Rows) -> None:
-        """A table."""
-        ...
-
-    def image(self, name: str, path: Path) -> None:
-        """A picture."""
-        ...
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers."""
-        ...
-
-    def close(self, *, failed: bool) -> None:
-        """The run is over."""
-        ...
+def run_card(cfg: DictConfig, folder: Path, environment: Mapping[str, Any]) -> RunCard:
+    """The run as Hydra started it."""
+    hydra = HydraConfig.get()
+    chosen = {group: file for group, file in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    return RunCard(
+        folder=folder,
+        name=folder.name,
+        group=sweep_name(folder, Path(cfg.paths.outputs)) if hydra.mode == RunMode.MULTIRUN else None,
+        kind=cfg.method.name,
+        tags=(cfg.model.name, cfg.quant.name),
+        choices={group: str(file) for group, file in sorted(chosen.items()) if file is not None},
+        settings={**_plain(cfg), "environment": dict(environment)},
+    )
 
 
-class NoMirror:
-    """Files only."""
-
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        """Nothing."""
-
-    def table(self, name: str, rows: Rows) -> None:
-        """Nothing."""
-
-    def image(self, name: str, path: Path) -> None:
-        """Nothing."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self, *, failed: bool) -> None:
-        """Nothing."""
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return {str(key): value for key, value in dict(OmegaConf.to_container(cfg, resolve=True)).items()}  # type: ignore[arg-type]
 
 
-def no_mirror(**_: Any) -> NoMirror:
-    """Files only; takes and ignores what other mirrors need."""
-    return NoMirror()
+def sweep_name(folder: Path, outputs: Path) -> str:
+    """What the runs of a sweep share: the folder that holds theirs, named from `outputs/sweeps` on where it is there."""
+    sweep, home = folder.resolve().parent, (outputs / "sweeps").resolve()
+    return "-".join(sweep.relative_to(home).parts) if home in sweep.parents else sweep.name
 
 
-class WandbMirror:
-    """Weights & Biases. `offline` needs no account; `wandb sync` uploads it later."""
+def show_losses(mirror: Mirror, rows: Rows, already: Set[str]) -> None:
+    """The loss curves that the mirror has not seen grow: of units that this run has found learned."""
+    for row in rows:
+        unit = f"{row['phase']}/{row['unit']}"
+        if unit not in already:
+            mirror.loss(unit, row["iteration"], row["loss"])
 
-    def __init__(
-        self, project: str, mode: str, folder: Path, name: str, settings: Mapping[str, Any], group: str
-    ) -> None:
-        import wandb
 
-        if mode not in ("online", "offline"):
-            raise ValueError(f"logger.mode must be online or offline, got {mode!r}")
-        self.wandb = wandb
-        self.run = wandb.init(
-            project=project,
-            mode=mode,
-            dir=folder,
-            name=name,
-            config=dict(settings),
-            group=group or None,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        self.run.define_metric("reconstruction/iteration")
-        self.run.define_metric("reconstruction/*", step_metric="reconstruction/iteration")
+def points(rows: Rows, axis: str) -> Points:
+    """The columns that hold numbers, along another one; sampling step and timestep are no values but places."""
+    places = ("step", "t")
+    return [
+        (row[axis], {key: value for key, value in row.items() if key not in places and isinstance(value, int | float)})
+        for row in rows
+    ]
 
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        """Each unit has its own curve over its own iterations."""
-        self.run.log({f"reconstruction/{unit}": value, "reconstruction/iteration": iteration})
 
-    def table(self, name: str, rows: Rows) -> None:
-        """A wandb table."""
-        if rows:
-            columns: list[Any] = list(rows[0])
-            self.run.log({name: self.wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])})
+def stage_summary(name: str, hit: Mapping[str, Any]) -> dict[str, Any]:
+    """One stage: whether it was computed, its seconds, those that it took when it was made, and the peak memory by then."""
+    stage = name.replace(" ", "_")
+    return {f"stages/{stage}/{key}": hit[key] for key in ("computed", "seconds", "took", "peak_mib")}
 
-    def image(self, name: str, path: Path) -> None:
-        """A wandb image."""
-        self.run.log({name: self.wandb.Image(str(path))})
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """The run's summary."""
-        self.run.summary.update(dict(values))
-
-    def close(self, *, failed: bool) -> None:
-        """Finish, marking a failed run."""
-        self.run.finish(exit_code=int(failed))
+def score_summary(records: Sequence[ScoreRecord]) -> dict[str, Any]:
+    """Scores of the float and of the quantized network, errors between them, and what it cost, under names that say so."""
+    original, quantized = records[0], records[-1]
+    cost = {key: value for key, value in quantized.cost.items() if isinstance(value, int | float)}
+    named = {
+        "float_scores": original.scores,
+        "scores": quantized.scores,
+        "errors": quantized.errors,
+        "cost": {**cost, "weights_bytes": quantized.weights_bytes},
+    }
+    return {f"{name}/{key}": value for name, values in named.items() for key, value in values.items()}

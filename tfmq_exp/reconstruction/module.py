@@ -16,6 +16,8 @@ from tfmq_exp.quant.sources.base import Source
 from tfmq_exp.reconstruction.capture import call
 from tfmq_exp.reconstruction.inputs import UnitInputs
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
+from tfmq_exp.reconstruction.processes import ALONE, Processes
+from tfmq_exp.sampling.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Recipe:
         inputs: what it is fed.
         rounding: how the rounding of weights is learned, if it is.
         scales: how activation scales are learned, if they are.
+        parts: how many parts a batch is computed in. Processes share them; results depend on them in the last bits, and
+            not on the processes.
     """
 
     iterations: int
@@ -63,10 +67,13 @@ class Recipe:
     inputs: UnitInputs
     rounding: LearnRounding | None = None
     scales: LearnScales | None = None
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.batch < 1:
             raise ValueError(f"iterations and batch must be at least 1, got {self.iterations} and {self.batch}")
+        if not 1 <= self.parts <= self.batch:
+            raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
         if self.rounding is None and self.scales is None:
             raise ValueError("a recipe learns the rounding of weights, activation scales, or both; this one neither")
 
@@ -76,7 +83,8 @@ class BlockReconstruction(pl.LightningModule):
 
     Loss: the objective summed over the unit's outputs, plus the weighted rounding penalty of all its layers. A batch is what
     `arrange` turns into inputs, targets and importance. Lightning is handed several batches at a time: an iteration of a
-    small unit takes a few milliseconds, and Lightning's own work per step would be a tenth of it.
+    small unit takes a few milliseconds, and Lightning's own work per step would be a tenth of it. Each process is handed the
+    same batches and computes the gradients of its parts of them.
     """
 
     def __init__(
@@ -87,11 +95,14 @@ class BlockReconstruction(pl.LightningModule):
         sources: Sequence[Source],
         arrange: Callable[[list[Tensor]], Any],
         recipe: Recipe,
+        seed: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.unit, self.clock, self.arrange, self.recipe = unit, clock, arrange, recipe
         self.roundings, self.sources = roundings, sources
+        self.seed, self.processes = seed, processes
         self.count = 0  # iterations so far
         self.error = torch.zeros(())  # of the last batch, without the penalty
 
@@ -99,29 +110,62 @@ class BlockReconstruction(pl.LightningModule):
         """One optimiser step for each batch."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         for batch in batches:
-            self.set_rates(optimizer)
-            self.count += 1
-            optimizer.zero_grad()
-            self.loss(batch).backward()
-            optimizer.step()
-            for source in self.sources:
-                source.keep_valid()
+            self.iterate(optimizer, batch)
+
+    def iterate(self, optimizer: torch.optim.Optimizer, batch: list[Tensor]) -> None:
+        """One optimiser step."""
+        self.set_rates(optimizer)
+        self.count += 1
+        self.set_gradients(batch)
+        optimizer.step()
+        for source in self.sources:
+            source.keep_valid()
+
+    def set_gradients(self, batch: list[Tensor]) -> None:
+        """Gradients of the error, part by part of the batch; the penalty's come with those of the first part."""
+        learned, parts = self.learned(), self.recipe.parts
+        vectors: list[Tensor] = []
+        for part in self.processes.own(range(parts)):
+            torch.manual_seed(
+                derive_seed(self.seed, self.count, part)
+            )  # what is random is so whoever computes the part
+            taken = [x.tensor_split(parts)[part] for x in batch]
+            if len(taken[0]):  # small batches leave the last parts empty
+                error = self.loss(taken) * (len(taken[0]) / len(batch[0]))
+                penalty = self.penalty() if part == 0 else 0.0
+                gradients = torch.autograd.grad(error + penalty, learned, materialize_grads=True)
+                vectors.append(flat([*gradients, error.detach()]))
+        sizes = [parameter.numel() for parameter in learned]
+        nothing = torch.zeros(sum(sizes) + 1, device=batch[0].device)
+        total = self.processes.sum_in_order(vectors or [nothing], parts=min(parts, len(batch[0])))
+        for parameter, gradient in zip(learned, total.split([*sizes, 1]), strict=False):
+            parameter.grad = gradient.view_as(parameter)
+        self.error = total[-1]
 
     def loss(self, batch: list[Tensor]) -> Tensor:
-        """What is minimised, for one batch."""
+        """The error of the outputs for some rows, without the penalty."""
         data = self.arrange(batch)
         outputs = call(self.unit, self.clock, self.recipe.inputs.combine(data["fed"]))
         wanted = pytree.tree_leaves(data["wanted"])
         importance = [None] * len(wanted) if data["importance"] is None else pytree.tree_leaves(data["importance"])
         triples = zip(pytree.tree_leaves(outputs), wanted, importance, strict=True)
-        loss = torch.stack([self.recipe.objective.loss(*triple) for triple in triples]).sum()
-        self.error = loss.detach()
+        return torch.stack([self.recipe.objective.loss(*triple) for triple in triples]).sum()
+
+    def penalty(self) -> Tensor | float:
+        """The weighted rounding penalty, 0 while it is off. It uses what the last forward pass has left."""
         learning = self.recipe.rounding
         if learning is None or not learning.annealing.active(self.count, self.recipe.iterations):
-            return loss
+            return 0.0
         beta = learning.annealing.beta(self.count, self.recipe.iterations)
         together = torch.cat([rounding.h.flatten() for rounding in self.roundings])
-        return loss + learning.penalty_weight * rounding_penalty(together, beta)
+        return learning.penalty_weight * rounding_penalty(together, beta)
+
+    def learned(self) -> list[nn.Parameter]:
+        """Everything that is learned."""
+        sources = (
+            [parameter for source in self.sources for parameter in source.trainable()] if self.recipe.scales else []
+        )
+        return list(dict.fromkeys([*(rounding.v for rounding in self.roundings), *sources]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on every V and every parameter of a source, each kind with its own rate."""
@@ -140,3 +184,8 @@ class BlockReconstruction(pl.LightningModule):
         for group in optimizer.param_groups:
             if scales and group.get("scales"):
                 group["lr"] = scales.learning_rate * scales.rate(self.count / self.recipe.iterations)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of them all."""
+    return torch.cat([x.flatten() for x in tensors])

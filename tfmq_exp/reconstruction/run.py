@@ -29,8 +29,9 @@ from tfmq_exp.reconstruction.capture import (
     run_unit,
 )
 from tfmq_exp.reconstruction.inputs import Origin
-from tfmq_exp.reconstruction.module import BlockReconstruction, Recipe
+from tfmq_exp.reconstruction.module import BlockReconstruction, Recipe, flat
 from tfmq_exp.reconstruction.partition import Unit
+from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.reconstruction.report import Keeper, Learned, Report, UnitReport, Watcher
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -42,25 +43,27 @@ JUDGED = 128  # samples that a unit's error is measured on, before and after
 class Means:
     """What the work may use: forward batch size, bytes of cached activations, and how a Lightning trainer is made.
 
-    `cache_folder` is where activations go that do not fit: the system's temporary folder by default.
+    `cache_folder` is where activations go that do not fit: the system's temporary folder by default. `cache_bytes` is what this
+    process has of what all may use.
     """
 
     batch: int
     cache_bytes: int
     trainer: Callable[..., pl.Trainer]
     cache_folder: Path | None = None
+    processes: Processes = ALONE
 
     def storage(self, parts: int = 1) -> Storage:
         """Room for one of so many equal parts of the cache."""
         return Storage(self.cache_bytes // parts, self.cache_folder)
 
 
-def quiet_trainer(accelerator: str) -> Callable[..., pl.Trainer]:
+def quiet_trainer(device: torch.device) -> Callable[..., pl.Trainer]:
     """Makes trainers for units: one device, and nothing written, drawn or said for each of the many."""
     return functools.partial(
         pl.Trainer,
-        accelerator=accelerator,
-        devices=1,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1 if device.index is None else [device.index],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -241,12 +244,16 @@ def learn(
     quantizers = quantizers_of(model, unit, recipe)
     sources = [quantizer.source for quantizer in quantizers.values()]
     inside = list(model.activation_quantizers_in(unit.name, unit.sites).values())
-    lesson = BlockReconstruction(module, model.clock, roundings, sources, samples.structure, recipe)
+    processes = task.means.processes
+    lesson = BlockReconstruction(
+        module, model.clock, roundings, sources, samples.structure, recipe, seed=seed, processes=processes
+    )
     batches = RandomBatches(samples.tensors, recipe.batch, recipe.iterations, seed)
     trainer = task.means.trainer(max_epochs=1, callbacks=[Report(task.watcher, unit.name, recipe.iterations)])
     with learning(sources, seed), recipe.inputs.inside(inside):
         trainer.fit(lesson, batches)
     module.to(device)
+    processes.check_same(f"what {unit.name} has learned", flat([x.detach() for x in lesson.learned()]))
     for rounding in roundings:
         rounding.harden()
 

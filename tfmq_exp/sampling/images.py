@@ -1,6 +1,6 @@
 """Images from a denoiser, in shards of fixed seed ranges."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,10 +40,9 @@ class ImagePlan:
         if self.uint8 not in ("round", "truncate"):
             raise ValueError(f"uint8 must be round or truncate, got {self.uint8!r}")
 
-    def shards(self) -> Iterator[range]:
+    def shards(self) -> list[range]:
         """Ranges of image indices, one batch each. The last may be short."""
-        for start in range(0, self.count, self.batch):
-            yield range(start, min(start + self.batch, self.count))
+        return [range(start, min(start + self.batch, self.count)) for start in range(0, self.count, self.batch)]
 
 
 @torch.no_grad()

@@ -47,6 +47,15 @@ def test_frechet_distance_is_the_definition(count: int) -> None:
     assert ours == pytest.approx(oracle(real.double().numpy(), generated.double().numpy()), rel=1e-6)
 
 
+@pytest.mark.parametrize("others", [200, 8], ids=["regular", "singular"])
+def test_few_generated_images_are_compared_within_their_range(others: int) -> None:
+    real, generated = rows(others, 30, 0), rows(9, 30, 1)
+    ours = frechet_distance(moments(real).gaussian(), moments(generated).gaussian(), rank=8)
+    wanted = frechet_of_few(real.double().numpy(), generated.double().numpy())
+    assert ours == pytest.approx(wanted, rel=1e-6)
+    assert ours == pytest.approx(frechet_distance(moments(real).gaussian(), moments(generated).gaussian()), rel=1e-4)
+
+
 def test_the_oracles_agree() -> None:
     a, b = rows(8, 5, 0).double().numpy(), rows(9, 5, 1).double().numpy()
     assert frechet(a, b) == pytest.approx(frechet_of_few(a, b), rel=1e-9)

@@ -16,10 +16,10 @@ from tfmq_exp.experiment.measure import LiveTensors, Pass, Span, UnitCost, deare
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.survey import estimate
-from tfmq_exp.experiment.tracking import NoMirror
 from tfmq_exp.reconstruction.inputs import FloatInputs, QuantizedInputs
 from tfmq_exp.reconstruction.module import LearnRounding, Recipe
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
+from tfmq_exp.tracking.mirror import NoMirror
 
 GIB = 2**30
 RECIPE = Recipe(100, 8, Lp(), QuantizedInputs(), LearnRounding(1e-2, 0.01, Annealing(0.2, 20, 2)))
@@ -249,7 +249,7 @@ def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path, monkeypatch: pyte
     """Both in CPU seconds, which other work on the machine hardly changes."""
     few = ("model.protocol.iterations=30", "model.protocol.images=16", "model.protocol.calibration_images=8")
     stages = stages_of(tmp_path, *few, "model.protocol.recon_batch=8", "model.protocol.steps=8")
-    monkeypatch.setattr("tfmq_exp.experiment.network_stages.time.perf_counter", time.process_time)
+    monkeypatch.setattr("tfmq_exp.experiment.float_stages.time.perf_counter", time.process_time)
     found = estimate(stages, app.GOALS[:5], time.process_time)
     assert found is not None
     _ = list(stages.sampled(quantized=False)), list(stages.sampled(quantized=True))

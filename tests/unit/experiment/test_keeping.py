@@ -1,16 +1,18 @@
 """What is kept of unfinished work comes back as it was."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, save_learned
-from tfmq_exp.experiment.tracking import NoMirror
+from tfmq_exp.experiment.keeping import LossCurve, UnitFiles, UnitProgress, load_learned, noted, save_learned
+from tfmq_exp.experiment.store import Store
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.report import Learned, UnitReport
+from tfmq_exp.tracking.mirror import NoMirror
 
 REPORT = UnitReport("a", "residual", 2, 24, 0.5, 0.25, 1.0, 100.0)
 
@@ -53,15 +55,51 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_work_that_goes_over_the_same_units_again_keeps_them_apart(tmp_path: Path) -> None:
-    files = UnitFiles(tmp_path / "units")
+    files = UnitFiles(tmp_path / "units", {})
     files.put("a", learned(), REPORT)
     files.part("again").put("a", learned(1), dataclasses.replace(REPORT, error_after=0.125))
-    assert UnitFiles(tmp_path / "units").get("b") is None
+    assert UnitFiles(tmp_path / "units", {}).get("b") is None
     assert files.part("other").get("a") is None
-    kept = UnitFiles(tmp_path / "units").get("a"), UnitFiles(tmp_path / "units").part("again").get("a")
+    kept = UnitFiles(tmp_path / "units", {}).get("a"), UnitFiles(tmp_path / "units", {}).part("again").get("a")
     assert all(found is not None and same(found, learned(seed)) for seed, found in enumerate(kept))
-    assert [row["error_after"] for row in files.reports()] == [0.25, 0.125]
-    assert files.reports()[0] == dataclasses.asdict(REPORT)
+    files.write_notes(tmp_path)
+    reports = json.loads((tmp_path / "units.json").read_text())
+    assert [row["error_after"] for row in reports] == [0.25, 0.125]
+    assert reports[0] == dataclasses.asdict(REPORT)
+    assert json.loads((tmp_path / "losses.json").read_text()) == []
+
+
+@pytest.mark.parametrize(("every", "of"), [(1, 5), (10, 95), (10, 20_000), (1, 100), (7, 1234)])
+def test_a_curve_is_thinned_and_keeps_its_ends(every: int, of: int) -> None:
+    numbers = sorted({*range(every, of + 1, every), of})
+    curve = LossCurve("weights", "a")
+    kept = [number for number in numbers if curve.add(number, of, number / of)]
+    assert kept == [row["iteration"] for row in curve.rows()]
+    assert (kept[0], kept[-1]) == (numbers[0], of)
+    assert len(kept) <= 101
+    assert len(kept) >= min(len(numbers), 90) or kept == numbers
+    assert curve.rows()[-1] == {"phase": "weights", "unit": "a", "iteration": of, "loss": 1.0}
+
+
+def test_a_curve_is_kept_with_its_unit_and_found_again(tmp_path: Path) -> None:
+    """Two times around, and a process that goes on after the first: rows are those that were seen, the result is the same."""
+    entry = Store(tmp_path).entry("weights", {})
+    entry.path.mkdir(parents=True)
+    mirror = Curves()
+    for part in (False, True):
+        watcher = UnitProgress(lambda done, note: None, mirror, "weights")
+        for _ in range(1 + part):
+            watcher.start(1)
+        files = UnitFiles(entry.path / "units", watcher.curves)
+        watcher.iteration("a", 10, 10, 0.5 + part)
+        (files.part("again") if part else files).put("a", learned(), REPORT)
+    files.write_notes(entry.path)
+    rows = noted([entry, Store(tmp_path).entry("activations", {})], "losses.json")
+    names = [(row["phase"], row["unit"], row["loss"]) for row in rows]
+    assert names == [("weights", "a", 0.5), ("weights 2", "a", 1.5)]
+    assert list(rows[0]) == ["phase", "unit", "iteration", "loss"]
+    assert [f"{phase}/{unit}" for phase, unit, _ in names] == mirror.names
+    assert noted([entry], "units.json")[0] == {"phase": "weights", **dataclasses.asdict(REPORT)}
 
 
 class Curves(NoMirror):

@@ -1,0 +1,57 @@
+"""One HTML page from run folders: tables, charts, samples, times, configurations, and what is missing.
+
+    python scripts/report.py outputs/sweeps/2026-11-21 [-o report.html] [--open]
+
+    python scripts/report.py docs/results/compare_digits.jsonl       from saved records: tables and charts of scores
+
+The page holds all that it shows, pictures and programs included: it opens anywhere, without a network.
+"""
+
+import argparse
+import sys
+import webbrowser
+from pathlib import Path
+
+from tfmq_exp.reporting.html.page import page
+from tfmq_exp.reporting.html.runs import collect
+from tfmq_exp.reporting.published import read_published
+
+PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
+
+
+def main() -> int:
+    """Write the page and say where it is."""
+    args = arguments()
+    try:
+        runs = collect(args.sources)
+        text = page(runs, read_published(PUBLISHED))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.out.with_name(f"{args.out.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(args.out)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {len(runs)} runs, {len(text.encode()) / 1e6:.1f} MB")
+    if args.open:
+        webbrowser.open(args.out.resolve().as_uri())
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        type=Path,
+        default=[Path("outputs")],
+        help="folders of runs, at any depth, or saved records (.jsonl); default: outputs",
+    )
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

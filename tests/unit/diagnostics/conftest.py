@@ -1,0 +1,10 @@
+import pytest
+from torch import nn
+
+from tests.unit.diagnostics.subject import Subject, subject_of
+
+
+@pytest.fixture(scope="session")
+def subject(unet: nn.Module) -> Subject:
+    """Every network family in turn. Shared by all tests, and every test leaves it as it was."""
+    return subject_of(unet)

@@ -1,0 +1,69 @@
+"""Parts of a finished model made float, and put back."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import example_inputs
+from tests.unit.diagnostics.subject import Subject, subject_of
+from tfmq_exp.denoisers.anatomy import Role
+from tfmq_exp.diagnostics.partial import all_float, made_float, quantized_parts
+from tfmq_exp.methods.temporal import CacheFeatures
+from tfmq_exp.surgery.plan import SitePlan
+
+
+def out(network: nn.Module, unet: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return network(**example_inputs(unet, (751, 1))).sample
+
+
+def test_all_parts_float_are_the_float_network_and_come_back(subject: Subject) -> None:
+    parts = quantized_parts(subject.model, subject.unet, subject.anatomy)
+    before = out(subject.model, subject.unet)
+    state = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    with all_float(subject.model, subject.unet, parts):
+        torch.testing.assert_close(out(subject.model, subject.unet), out(subject.unet, subject.unet))
+    assert torch.equal(out(subject.model, subject.unet), before)
+    assert (before - out(subject.unet, subject.unet)).abs().max() > 1e-3
+    assert all(torch.equal(value, state[name]) for name, value in subject.model.state_dict().items())
+
+
+def test_an_error_inside_leaves_nothing_float(subject: Subject) -> None:
+    before = out(subject.model, subject.unet)
+    with pytest.raises(RuntimeError, match="stop"), made_float(subject.model, subject.unet, subject.anatomy.sites):
+        raise RuntimeError("stop")
+    assert torch.equal(out(subject.model, subject.unet), before)
+
+
+def test_parts_hold_every_layer_once_and_the_attentions(subject: Subject) -> None:
+    parts = quantized_parts(subject.model, subject.unet, subject.anatomy)
+    assert sorted(site for part in parts for site in part.sites) == sorted(subject.anatomy.sites)
+    assert sorted(name for part in parts for name in part.attentions) == sorted(subject.model.plan.operands)
+    assert parts[0].sites == subject.anatomy.temporal_sites
+
+
+def test_a_float_layer_is_no_part(tiny_unet: nn.Module) -> None:
+    subject = subject_of(tiny_unet, sites={"conv_in": SitePlan()})
+    names = [part.name for part in quantized_parts(subject.model, subject.unet, subject.anatomy)]
+    assert "conv_in" not in names
+    assert "conv_out" in names
+
+
+def test_stored_features_make_room_for_their_layers(tiny_unet: nn.Module) -> None:
+    subject = subject_of(tiny_unet)
+    CacheFeatures(8, "always")(subject.model, subject.unet, subject.anatomy)
+    temporal, *others = quantized_parts(subject.model, subject.unet, subject.anatomy)
+    assert set(temporal.sites) == {
+        *(site.name for site in subject.anatomy.by_role(Role.TIME_PROJ, Role.TIME_EMBED)),
+    }
+    stored = out(subject.model, subject.unet)
+    with all_float(subject.model, subject.unet, [temporal, *others]):
+        torch.testing.assert_close(out(subject.model, subject.unet), out(subject.unet, subject.unet))
+    with all_float(subject.model, subject.unet, others):
+        alone = out(subject.model, subject.unet)
+    assert (
+        0
+        < (alone - out(subject.unet, subject.unet)).abs().max()
+        < (stored - out(subject.unet, subject.unet)).abs().max()
+    )
+    assert torch.equal(out(subject.model, subject.unet), stored)

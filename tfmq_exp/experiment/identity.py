@@ -1,0 +1,79 @@
+"""What decides the results of a job: its configuration, the program, and the files that it reads."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+PACKAGE = Path(__file__).parents[1]
+# Where files are (those that are read are looked at one by one), and how the work is done, not what comes out.
+ELSEWHERE = ("paths", "repeat", "dry_run", "logger")
+MEANS = ("processes", "threads", "traceback", "cache_gib", "cache_dir")
+# Overrides that name rows of tables: two commands may choose the same and call it differently.
+NAMING = ("method/", "method.", "quant.", "experiment=")
+
+
+def job_identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain data; jobs with the same leave the same files.
+
+    Of a logger only the kind counts, so that a finished job is shown where another logger is asked for.
+    """
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {
+        "settings": {key: value for key, value in settings.items() if key not in (*ELSEWHERE, "runtime")},
+        "runtime": {key: value for key, value in settings["runtime"].items() if key not in MEANS},
+        "named": sorted(text for text in overrides if text.startswith(NAMING)),
+        "shown": sorted(text for key, text in texts(settings["logger"]) if key == "_target_"),
+        "program": program_version(PACKAGE),
+        "files": files_read(settings),
+    }
+
+
+def program_version(package: Path) -> str:
+    """Hash of every file of the package: its code, and the weights that it ships."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if "__pycache__" not in path.parts and path.is_file()):
+        digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def files_read(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Files and folders that the settings name, with a hash of their names, sizes and times of change.
+
+    Hashing gigabytes takes longer than finding a result; a file that was written anew has another time.
+    """
+    named = {text for key, text in texts({k: v for k, v in settings.items() if k not in ELSEWHERE}) if key != "name"}
+    return {text: state_of(Path(text)) for text in sorted(named) if text and exists(Path(text))}
+
+
+def exists(path: Path) -> bool:
+    """False also for texts that cannot be the name of a file."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def state_of(path: Path) -> str:
+    """Hash of the names, sizes and times of change of a file, or of all files below a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256(str(path.resolve()).encode())
+    for file in files:
+        seen = file.stat()
+        digest.update(f"{file.relative_to(path)}\0{seen.st_size}\0{seen.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested plain data, with the key that it stands under."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from texts(value, str(name))
+    elif isinstance(node, list):
+        for value in node:
+            yield from texts(value, key)

@@ -1,0 +1,52 @@
+"""One job of `run.py`: found where it was done before, done otherwise. Light to import, since most of a sweep may be found."""
+
+import json
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from tfmq_exp.experiment.finished import STAGE, keep, take
+from tfmq_exp.experiment.identity import job_identity
+from tfmq_exp.experiment.outcome import attempt
+from tfmq_exp.experiment.score_table import show
+from tfmq_exp.experiment.status import State
+from tfmq_exp.experiment.store import Store
+from tfmq_exp.reporting.records import ScoreRecord
+
+
+def perform(cfg: DictConfig) -> None:
+    """Run one job, or find it.
+
+    Raises:
+        SystemExit: with status 1, when the job failed and was the only one.
+    """
+    attempt(cfg, find_or_run)
+
+
+def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
+    """Results in the folder, whoever made them; `repeat` looks for nobody."""
+    if cfg.dry_run:
+        return run(cfg, folder, console)
+    store = Store(Path(cfg.paths.store))
+    record = store.entry(STAGE, job_identity(cfg, HydraConfig.get().overrides.task))
+    origin = None if cfg.repeat else take(store, record, folder)
+    if origin is None:
+        ended = run(cfg, folder, console)
+        keep(store, record, folder)
+        return ended
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    results = folder / "results.json"
+    if results.is_file():
+        show([ScoreRecord(**row) for row in json.loads(results.read_text())["rows"]], console)
+    console.print(f"finished before in {origin}; repeat=true does it again", highlight=False, soft_wrap=True)
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    return "found", str(origin)
+
+
+def run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
+    """The work itself, and with it torch and all that it takes seconds to import."""
+    from tfmq_exp.experiment.app import work
+
+    return work(cfg, folder, console)

@@ -1,0 +1,120 @@
+"""A dry run: which stages of a job are in the store, and what the others will take."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from tfmq_exp.experiment.estimate import in_words
+from tfmq_exp.experiment.estimate import show as show_estimate
+from tfmq_exp.experiment.stages import Stages
+from tfmq_exp.experiment.store import Entry, Store
+from tfmq_exp.experiment.survey import estimate
+
+Found = Literal["found", "begun", "to be made", "not needed"]
+
+
+class NotThere(LookupError):  # noqa: N818
+    """An entry that a dry run would have to make."""
+
+
+@dataclass(frozen=True)
+class Shelf(Store):
+    """A store that is only looked at; it remembers what was asked for, by stage."""
+
+    seen: dict[str, Entry] = field(default_factory=dict)
+
+    def pull(self, entry: Entry, compute: Callable[[Path], None]) -> bool:
+        """Found, or an error.
+
+        Raises:
+            NotThere: the entry is not finished.
+        """
+        self.seen[entry.stage] = entry
+        if not entry.done:
+            raise NotThere(entry.stage)
+        return False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage; the key is None where it depends on one that is not there yet."""
+
+    stage: str
+    entry: Entry | None
+    needed: bool = True
+
+    @property
+    def state(self) -> Found:
+        """What the store knows of it."""
+        if self.entry is not None and self.entry.done:
+            return "found"
+        if not self.needed:
+            return "not needed"
+        return "begun" if self.entry is not None and (self.entry.path / "inputs.json").is_file() else "to be made"
+
+
+def lines(stages: Stages, goals: Collection[str]) -> list[Line]:
+    """Every stage up to the goal, in the order in which they are made; nothing is made.
+
+    Args:
+        stages: the run.
+        goals: `trajectory`, `weights`, ... up to the one that the run is to reach.
+    """
+    weighing = "weights" in goals and not ("activations" in goals and stages.activations.done)
+    found = [
+        Line("trajectory", stages.trajectory, goals == ("trajectory",) or (weighing and needs_data(stages, goals)))
+    ]
+    if "weights" in goals:
+        found.append(Line("weights", stages.weights, weighing))
+    if "activations" in goals:
+        found.append(Line("activations", stages.activations))
+    if "correction" in goals and stages.correction is not None:
+        found.append(Line("correction", stages.correction))
+    if "images" in goals:
+        found.append(Line("float images", stages.images_entry(quantized=False)))
+        found.append(Line("images", stages.images_entry(quantized=True)))
+    if "scores" in goals:
+        found += [
+            Line("reference", looked_up(stages, "reference", lambda: stages.reference(stages.judge))),
+            Line("float scores", looked_up(stages, "scores", lambda: stages.scores(quantized=False))),
+            Line("scores", looked_up(stages, "scores", lambda: stages.scores(quantized=True))),
+            Line("diagnostics", looked_up(stages, "diagnostics", stages.errors)),
+        ]
+    return found
+
+
+def needs_data(stages: Stages, goals: Collection[str]) -> bool:
+    """Whether activations or weights are still to be found from calibration data."""
+    return "activations" in goals or not stages.weights.done
+
+
+def looked_up(stages: Stages, stage: str, ask: Callable[[], object]) -> Entry | None:
+    """The entry that a stage asks the store for, which is the only one who knows; None where it does not come to that."""
+    store, shelf = stages.store, Shelf(stages.store.root)
+    stages.store = shelf
+    try:
+        ask()
+    except NotThere:
+        pass
+    finally:
+        stages.store = store
+    return shelf.seen.get(stage)
+
+
+def preview(stages: Stages, goals: Collection[str], console: Console) -> None:
+    """The stages as a table, and the estimate of those that are missing."""
+    view = Table(title=f"up to {tuple(goals)[-1]}: nothing is computed", title_justify="left")
+    for name in ("stage", "key", "state", "took"):
+        view.add_column(name, justify="right" if name == "took" else "left")
+    for line in lines(stages, goals):
+        took = line.entry.took if line.state == "found" and line.entry is not None else None
+        key = "" if line.entry is None else line.entry.key
+        view.add_row(line.stage, key, line.state, "" if took is None else in_words(took))
+    console.print(view)
+    expected = estimate(stages, goals)
+    if expected is not None:
+        show_estimate(expected, console)

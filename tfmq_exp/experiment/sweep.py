@@ -1,0 +1,122 @@
+"""The end of a sweep: what became of every job, whoever ran it, read from the run folders."""
+
+import atexit
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from tfmq_exp.experiment.status import GOOD, State, read_status
+from tfmq_exp.experiment.store import write_json
+
+ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Args:
+        seconds: from its beginning to its end; None if it has no end.
+        asked: stages that it needed; the other jobs may have needed the same.
+        computed: those that it made.
+    """
+
+    folder: Path
+    number: int | None
+    state: State
+    reason: str = ""
+    seconds: float | None = None
+    asked: int = 0
+    computed: int = 0
+
+
+def read_job(folder: Path) -> Job:
+    """A run folder; a job that died before it could write anything has an empty one."""
+    try:
+        status = read_status(folder)
+    except (OSError, ValueError, TypeError):
+        return Job(folder, None, "died", "it ended before it began")
+    path = folder / "artifacts.json"
+    stages: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    computed = sum(stage["computed"] for stage in stages.values())
+    return Job(folder, status.number, status.state, status.reason, status.seconds, len(stages), computed)
+
+
+def read_jobs(root: Path) -> list[Job]:
+    """All jobs of a sweep that have begun, in its order."""
+    jobs = [read_job(path.parent) for path in root.rglob(".hydra")]
+    return sorted(jobs, key=lambda job: (job.number is None, job.number, job.folder))
+
+
+def summary(jobs: Sequence[Job], seconds: float) -> str:
+    """One line."""
+    counts = Counter(job.state for job in jobs)
+    states = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
+    computed, asked = sum(job.computed for job in jobs), sum(job.asked for job in jobs)
+    return f"{len(jobs)} jobs: {states}; {computed} of {asked} stages computed; {timedelta(seconds=round(seconds))}"
+
+
+def show(jobs: Sequence[Job], seconds: float, console: Console) -> None:
+    """A row for every job, the reasons of those that are not well, and the sums."""
+    view = Table(title="sweep", title_justify="left")
+    for name in ("job", "state", "computed / stages", "time"):
+        view.add_column(name, justify="left" if name in ("job", "state") else "right")
+    for job in jobs:
+        took = "" if job.seconds is None else str(timedelta(seconds=round(job.seconds)))
+        view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", took)
+    console.print(view)
+    for job in jobs:
+        if job.state not in GOOD:
+            console.print(f"{job.state}: {job.folder}: {job.reason}", highlight=False, soft_wrap=True, markup=False)
+    console.print(summary(jobs, seconds), highlight=False, soft_wrap=True)
+
+
+class SweepReport(Callback):
+    """Hydra calls it when a sweep begins and when it ends; `sweep.json` in the sweep's folder holds the same.
+
+    A launcher whose worker was killed ends the sweep without that second call, hence the look when the process ends.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """From here on there is something to report."""
+        self.folder, self.began = Path(config.hydra.sweep.dir).absolute(), time.monotonic()
+        atexit.register(self.cut_short)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """All jobs have ended.
+
+        Raises:
+            SystemExit: with status 1, where some did not end well.
+        """
+        atexit.unregister(self.cut_short)
+        if any(job.state not in GOOD for job in self.report(Console())):
+            raise SystemExit(1)
+
+    def cut_short(self) -> None:
+        """The launcher gave up."""
+        console = Console()
+        if self.report(console):
+            text = (
+                "the sweep was cut short; run the same command again: what is finished is found, what was begun goes on"
+            )
+            console.print(text, highlight=False, soft_wrap=True)
+
+    def report(self, console: Console) -> list[Job]:
+        """Show and write what became of the jobs."""
+        jobs, seconds = read_jobs(self.folder), time.monotonic() - self.began
+        if jobs:
+            show(jobs, seconds, console)
+            rows = [{**dataclasses.asdict(job), "folder": str(job.folder)} for job in jobs]
+            write_json(self.folder / "sweep.json", {"seconds": round(seconds, 1), "jobs": rows})
+        return jobs

@@ -1,0 +1,84 @@
+"""Pictures inside the page: made smaller, so many at most."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+from tfmq_exp.reporting.html.runs import Run
+from tfmq_exp.reporting.html.ways import Group
+
+PICTURES = 40  # of one kind in a page
+WIDEST = 1400  # pixels
+QUALITY = 82  # of WebP
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what it shows; `uri` holds all of it."""
+
+    title: str
+    uri: str
+    width: int
+    height: int
+
+
+def inlined(path: Path, title: str) -> Picture:
+    """A file as a picture of the page: the smaller of WebP and what it is.
+
+    Raises:
+        OSError: no picture.
+    """
+    given = path.read_bytes()
+    with Image.open(io.BytesIO(given)) as image:
+        image.load()
+        kind, whole, small = image.format, image.size, trimmed(image.convert("RGB"))
+    small.thumbnail((WIDEST, 8 * WIDEST))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=QUALITY, method=4)
+    found = {"image/webp": buffer.getvalue()}
+    if small.size == whole and kind == "PNG":
+        found["image/png"] = given
+    form, smallest = min(found.items(), key=lambda item: len(item[1]))
+    uri = f"data:{form};base64,{base64.b64encode(smallest).decode()}"
+    return Picture(title, uri, small.width, small.height)
+
+
+def trimmed(image: Image.Image) -> Image.Image:
+    """Without the even border around what is drawn."""
+    paper = Image.new("RGB", image.size, image.getpixel((0, 0)))  # type: ignore[arg-type]
+    box = ImageChops.difference(image, paper).getbbox()
+    return image.crop(box) if box else image
+
+
+def sample_files(groups: Sequence[Group], runs: Sequence[Run]) -> tuple[list[tuple[str, Path]], int]:
+    """Grids of samples to show, and how many there are: before any second seed the first of every way.
+
+    Grids of runs without scores come last.
+    """
+    found: list[tuple[int, int, str, Path]] = []
+    for group in groups:
+        for way in group.quantized:
+            for turn, member in enumerate(way.members):
+                title = f"{group.model} {way.bits} {way.label}, seed {member.record.seed}"
+                found.append((turn, len(found), title, member.run.folder / "samples.png"))
+    for run in runs:
+        if not run.records:
+            found.append((len(runs), len(found), run.name, run.folder / "samples.png"))
+    there = sorted(item for item in found if item[3].is_file())
+    shown = sorted(there[:PICTURES], key=lambda item: item[1])
+    return [(title, path) for _, _, title, path in shown], len(there)
+
+
+def gallery(files: Sequence[tuple[str, Path]], problems: list[str]) -> list[Picture]:
+    """The files as pictures; a damaged one is named among the problems."""
+    pictures: list[Picture] = []
+    for title, path in files:
+        try:
+            pictures.append(inlined(path, title))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            problems.append(f"{title}: {path.name} is no picture, or a damaged one")
+    return pictures

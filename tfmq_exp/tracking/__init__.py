@@ -1,0 +1,1 @@
+"""Mirrors: dashboards that show what a run writes to its folder."""
