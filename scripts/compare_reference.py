@@ -33,7 +33,7 @@ from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions
-from tfmq_exp.evaluation.temporal import temporal_feature_error
+from tfmq_exp.evaluation.temporal_features import temporal_feature_error
 from tfmq_exp.methods.activations import Observe
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.ranges import LpSearch

@@ -14,7 +14,7 @@ from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tfmq_exp.denoisers.anatomy import Anatomy, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import anatomy
-from tfmq_exp.evaluation.temporal import temporal_feature_error
+from tfmq_exp.evaluation.temporal_features import temporal_feature_error
 from tfmq_exp.methods.temporal import CacheFeatures, ComputeFeatures
 from tfmq_exp.quant.encodings import Frequency, Normalised
 from tfmq_exp.quant.quantizers.split import SplitQuantizer

@@ -18,7 +18,7 @@ from tfmq_exp.calibration import collect as collecting
 from tfmq_exp.calibration.collect import collect
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.evaluation.temporal import trajectory_error
+from tfmq_exp.evaluation.trajectory import trajectory_error
 from tfmq_exp.sampling import images
 from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8

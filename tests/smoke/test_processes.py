@@ -65,7 +65,8 @@ def die(_: DictConfig, processes: Processes, __: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "said"), [(fail, "process 1 of 2: the second half is missing"), (die, "process 1 of 2 was ended by SIGKILL")]
+    ("share", "said"),
+    [(fail, "process 1 of 2: the second half is missing"), (die, "process 1 of 2 was ended by SIGKILL")],
 )
 def test_a_process_that_fails_ends_the_run_with_its_reason(tmp_path: Path, share: Any, said: str) -> None:
     with (

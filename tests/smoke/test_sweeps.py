@@ -96,7 +96,7 @@ def test_a_failed_job_leaves_the_others_alone_and_a_second_sweep_finds_them(
 
 def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`repeat`, a stage that was deleted, and a result that was changed: each time the stages are asked."""
-    overrides = ("runtime=smoke", "method=nearest", "goal=activations")
+    overrides = ("runtime=smoke", "method=nearest", "goal=trajectory")
 
     def state(*more: str) -> str:
         perform(composed(tmp_path, *overrides, *more))
@@ -104,16 +104,16 @@ def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pyte
 
     assert state() == "done"
     assert state() == "found"
-    assert state("runtime.threads=1", "runtime.cache_gib=1") == "found"
+    assert state("runtime.cache_gib=1") == "found"
     assert state("repeat=true") == "done"
-    next((tmp_path / "store").glob("jobs/*/results/quantized.json")).write_text("{}")
+    next((tmp_path / "store").glob("jobs/*/left.zip")).write_bytes(b"changed")
     assert state() == "done"
     assert state() == "found"
-    next((tmp_path / "store").glob("activations/*/manifest.json")).unlink()
+    next((tmp_path / "store").glob("trajectory/*/manifest.json")).unlink()
     assert state() == "done"
-    assert json.loads((tmp_path / "run/artifacts.json").read_text())["activations"]["computed"]
+    assert json.loads((tmp_path / "run/artifacts.json").read_text())["trajectory"]["computed"]
     capsys.readouterr()
-    assert state("quant.weight=3", "dry_run=true") == "planned"
+    assert state("goal=weights", "dry_run=true") == "planned"
     said = capsys.readouterr().out
     assert re.search(r"trajectory +│ [0-9a-f]{16} │ found +│ +[\d.]+ s", said)
     assert re.search(r"weights +│ [0-9a-f]{16} │ to be made", said)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.evaluation.temporal import STREAM
+from tfmq_exp.evaluation.trajectory import STREAM
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 

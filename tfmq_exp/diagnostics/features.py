@@ -1,41 +1,8 @@
-"""Which layers' temporal features moved, at which timesteps."""
+"""Which layers' temporal features moved."""
 
 from statistics import fmean
-from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from tfmq_exp.denoisers.anatomy import Anatomy, Role
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.denoisers.unet import time_embedding
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.temporal_cache import Unneeded
-
-EMBEDDING = "time_embedding"
-Row = dict[str, Any]
-
-
-@torch.no_grad()
-def feature_errors(model: QuantizedUNet, float_unet: nn.Module, anatomy: Anatomy) -> list[Row]:
-    """For every temporal feature and timestep of the finite set: how far the quantized feature is from the float one.
-
-    The time embedding comes first (after its SiLU, as every projection reads it), then the projections' features in
-    execution order; their mean over layers is `temporal_feature_error` (TFMQ-DM, arXiv 2311.16503, figure 2). The embedding is left out where all
-    features are stored and nothing computes it.
-
-    Returns:
-        rows with `cosine_distance` = 1 - cosine similarity, `mse`, and `relative_mse`, the mse over the float feature's mean
-        square.
-    """
-    t = torch.tensor(model.clock.timesteps, device=next(float_unet.parameters()).device)
-    with model.clock.at(t):
-        found = _features(model.unet, anatomy, t)
-    wanted = _features(float_unet, anatomy, t)
-    if any(isinstance(model.unet.get_submodule(s.name), Unneeded) for s in anatomy.by_role(Role.TIME_EMBED)):
-        del wanted[EMBEDDING]
-    return [row for name, feature in wanted.items() for row in _distances(name, t, found[name], feature)]
+from tfmq_exp.evaluation.temporal_features import Row
 
 
 def features_by_layer(rows: list[Row]) -> list[Row]:
@@ -50,29 +17,4 @@ def features_by_layer(rows: list[Row]) -> list[Row]:
             "at_t": max(group, key=lambda row: row["relative_mse"])["t"],
         }
         for layer, group in by_layer.items()
-    ]
-
-
-def _features(unet: nn.Module, anatomy: Anatomy, t: Tensor) -> dict[str, Tensor]:
-    block = TemporalInformationBlock(unet, anatomy)
-    found = dict(zip(block.names, block(t), strict=True))
-    in_order = [site for part in anatomy.blocks for site in part.sites if site in found]
-    return {EMBEDDING: time_embedding(unet, t), **{site: found[site] for site in in_order}}
-
-
-def _distances(
-    name: str, t: Tensor, found: Float[Tensor, "steps channels"], wanted: Float[Tensor, "steps channels"]
-) -> list[Row]:
-    """One row per timestep."""
-    a, b = found.double(), wanted.double()
-    mse = (a - b).square().mean(1)
-    columns = {
-        "cosine_distance": 1 - torch.cosine_similarity(a, b, dim=1),
-        "mse": mse,
-        "relative_mse": mse / b.square().mean(1),
-    }
-    values = {key: column.tolist() for key, column in columns.items()}
-    return [
-        {"layer": name, "step": step, "t": when, **{key: column[step] for key, column in values.items()}}
-        for step, when in enumerate(t.tolist())
     ]

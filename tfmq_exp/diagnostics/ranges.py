@@ -14,7 +14,7 @@ from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.diagnostics.partial import made_float
 from tfmq_exp.diagnostics.tally import Tally
-from tfmq_exp.evaluation.temporal import STREAM
+from tfmq_exp.evaluation.trajectory import STREAM
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch

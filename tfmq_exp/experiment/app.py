@@ -143,7 +143,11 @@ def pull(
     """Pull stages up to the goal and write their results."""
     covered, reached = dict(coverage(stages.plan, stages.anatomy)), on_the_way(cfg.goal)
     write_json(folder / "quantized.json", covered)
-    look_ahead(stages, cfg.goal, covered, console)
+    if cfg.goal == "scores":
+        stages.check_reference()
+    report_coverage(covered, console)
+    if cfg.runtime.estimate and stages.processes.first:
+        look_ahead(stages, cfg.goal, console)
     if cfg.goal == "trajectory":
         stages.calibration_set()
     elif cfg.goal == "weights":
@@ -187,12 +191,9 @@ def save_learning(stages: Stages, folder: Path) -> None:
         show_losses(stages.mirror, losses, stages.shown_losses)
 
 
-def look_ahead(stages: Stages, goal: str, covered: Mapping[str, Any], console: Console) -> None:
-    """Before the work starts: is everything there, what becomes integer, how long will it take."""
-    if goal == "scores":
-        stages.check_reference()
-    report_coverage(covered, console)
-    expected = estimate(stages, on_the_way(goal)) if stages.processes.first else None
+def look_ahead(stages: Stages, goal: str, console: Console) -> None:
+    """Before the work starts: how long will it take, and how much memory."""
+    expected = estimate(stages, on_the_way(goal))
     if expected is not None:
         show_estimate(expected, console)
         log.info("estimate: %s", summary(expected))

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
-from tfmq_exp.diagnostics.features import feature_errors, features_by_layer
+from tfmq_exp.diagnostics.features import features_by_layer
 from tfmq_exp.diagnostics.partial import Part, quantized_parts
 from tfmq_exp.diagnostics.ranges import activation_ranges, range_changes
 from tfmq_exp.diagnostics.rounding import rounding_changes
 from tfmq_exp.diagnostics.sensitivity import THIRDS, Yardstick, spread_over_steps, unit_error
+from tfmq_exp.evaluation.temporal_features import feature_errors
 from tfmq_exp.experiment.progress import Advance
 from tfmq_exp.experiment.stages import DiagnosisPlan, Stages
 from tfmq_exp.experiment.store import Entry, write_json

@@ -7,10 +7,10 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
-from tfmq_exp.experiment.store import DamagedEntry, Entry, Store, write_json
+from tfmq_exp.experiment.store import DamagedEntry, Entry, Store, write_atomically, write_json
 
 STAGE = "jobs"
 # What every job writes for itself, or a dashboard for it.
@@ -19,15 +19,17 @@ log = logging.getLogger(__name__)
 
 
 def left_in(folder: Path) -> list[Path]:
-    """What a job left in its run folder and another would leave as well: files, and folders of them."""
-    return [path for path in sorted(folder.iterdir()) if path.name not in OWN and not path.name.startswith(".")]
+    """Files that a job left in its run folder, and in folders there, and that another would leave as well."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if (top := path.relative_to(folder).parts[0]) not in OWN and not top.startswith(".")]
 
 
 def keep(store: Store, record: Entry, folder: Path) -> None:
     """Note a job as finished, with copies of what it left."""
 
     def fill(target: Path) -> None:
-        copy(left_in(folder), target / "results")
+        write_atomically(target / "left.zip", lambda path: pack(folder, path))
+        shutil.copyfile(folder / "artifacts.json", target / "artifacts.json")
         write_json(target / "origin.json", {"folder": str(folder)})
 
     if record.done and not whole(record):
@@ -43,26 +45,24 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
     """
     if not (record.done and whole(record)):
         return None
-    stages = json.loads((record.path / "results" / "artifacts.json").read_text())
+    stages = json.loads((record.path / "artifacts.json").read_text())
     for name, stage in stages.items():
         where = Path(stage["path"])
         if not (store.root / where.parent.name / where.name / "manifest.json").is_file():
             log.warning("this job was finished before, but its %s is gone from the store: once more", name)
             return None
-    copy((record.path / "results").iterdir(), folder)
+    with ZipFile(record.path / "left.zip") as archive:
+        archive.extractall(folder)
     here = {name: {**stage, "computed": False, "seconds": 0.0} for name, stage in stages.items()}
     write_json(folder / "artifacts.json", here)
     return Path(json.loads((record.path / "origin.json").read_text())["folder"])
 
 
-def copy(paths: Iterable[Path], target: Path) -> None:
-    """Files and folders into a folder, over what has the same name there."""
-    target.mkdir(exist_ok=True)
-    for path in paths:
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, target / path.name)
+def pack(folder: Path, target: Path) -> None:
+    """An archive of what a job left."""
+    with ZipFile(target, "w", ZIP_DEFLATED) as archive:
+        for path in left_in(folder):
+            archive.write(path, path.relative_to(folder))
 
 
 def whole(record: Entry) -> bool:

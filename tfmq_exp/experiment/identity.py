@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 PACKAGE = Path(__file__).parents[1]
 # Where files are (those that are read are looked at one by one), and how the work is done, not what comes out.
 ELSEWHERE = ("paths", "repeat", "dry_run", "logger")
-MEANS = ("processes", "threads", "traceback", "cache_gib", "cache_dir")
+MEANS = ("processes", "estimate", "threads", "traceback", "cache_gib", "cache_dir")
 # Overrides that name rows of tables: two commands may choose the same and call it differently.
 NAMING = ("method/", "method.", "quant.", "experiment=")
 

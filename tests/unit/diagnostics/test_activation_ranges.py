@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tests.unit.diagnostics.subject import Subject, subject_of
 from tfmq_exp.diagnostics.ranges import activation_name, activation_ranges, range_changes
 from tfmq_exp.diagnostics.tally import Tally
-from tfmq_exp.evaluation.temporal import STREAM
+from tfmq_exp.evaluation.trajectory import STREAM
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.spec import QParams, QuantSpec
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.unit.diagnostics.subject import Subject
 from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
-from tfmq_exp.evaluation.temporal import STREAM, trajectory_error
+from tfmq_exp.evaluation.trajectory import STREAM, trajectory_error
 from tfmq_exp.sampling.sampling import Sampling
 
 

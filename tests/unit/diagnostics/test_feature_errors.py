@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tests.conftest import TIMESTEPS, example_inputs
 from tests.unit.diagnostics.subject import Subject, subject_of
 from tfmq_exp.denoisers.anatomy import Role
-from tfmq_exp.diagnostics.features import EMBEDDING, feature_errors, features_by_layer
-from tfmq_exp.evaluation.temporal import temporal_feature_error
+from tfmq_exp.diagnostics.features import features_by_layer
+from tfmq_exp.evaluation.temporal_features import EMBEDDING, feature_errors, temporal_feature_error
 from tfmq_exp.methods.temporal import CacheFeatures
 
 

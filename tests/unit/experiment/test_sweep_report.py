@@ -30,7 +30,7 @@ def cfg(tmp_path: Path) -> DictConfig:
 def _as_part_of_a_sweep() -> None:
     hydra = HydraConfig.instance().cfg
     assert hydra is not None
-    with read_write(hydra), open_dict(hydra):
+    with read_write(hydra.hydra), open_dict(hydra.hydra):
         hydra.hydra.mode, hydra.hydra.job.num = RunMode.MULTIRUN, 7
 
 

@@ -1,41 +1,17 @@
-"""How far a quantized network is from its float one, step by step: in its temporal features, and along the trajectory."""
+"""How far sampling with a quantized network is from sampling with the float one, step by step."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.sampling.sampler import Predict, Step
 from tfmq_exp.sampling.sampling import Sampling
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 STREAM = "diagnostics"
 Row = dict[str, float | int]
-
-
-@torch.no_grad()
-def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, anatomy: Anatomy) -> list[Row]:
-    """For every timestep: cosine similarity and mean squared error of the temporal features, averaged over blocks.
-
-    `relative_mse` divides by the mean square of the float feature (TFMQ-DM, arXiv 2311.16503, figure 2 shows the cosine).
-    """
-    t = torch.tensor(model.clock.timesteps, device=next(float_unet.parameters()).device)
-    with model.clock.at(t):
-        quantized = TemporalInformationBlock(model.unet, anatomy)(t)
-    wanted = TemporalInformationBlock(float_unet, anatomy)(t)
-    pairs = list(zip(quantized, wanted, strict=True))
-    cosine = torch.stack([torch.cosine_similarity(a, b, dim=1) for a, b in pairs]).mean(0)
-    mse = torch.stack([(a - b).square().mean(1) for a, b in pairs]).mean(0)
-    relative = torch.stack([(a - b).square().mean(1) / b.square().mean(1) for a, b in pairs]).mean(0)
-    columns = zip(t.tolist(), cosine.tolist(), mse.tolist(), relative.tolist(), strict=True)
-    return [
-        {"step": step, "t": when, "cosine": c, "mse": m, "relative_mse": r}
-        for step, (when, c, m, r) in enumerate(columns)
-    ]
 
 
 def trajectory_error(
