@@ -148,12 +148,7 @@ def pull(
     report_coverage(covered, console)
     if cfg.runtime.estimate and stages.processes.first:
         look_ahead(stages, cfg.goal, console)
-    if cfg.goal == "trajectory":
-        stages.calibration_set()
-    elif cfg.goal == "weights":
-        stages.weighted_model()
-    else:
-        _ = stages.quantized_model
+    make_network(stages, cfg.goal)
     if "correction" in reached and stages.statistics is not None:
         write_csv(folder / "noise.csv", stages.statistics.rows())
         stages.mirror.table("noise", stages.statistics.rows())
@@ -178,6 +173,16 @@ def pull(
         write_json(folder / "results.json", {"rows": [record.to_json() for record in records]})
         stages.mirror.summary(score_summary(records))
         show(records, console)
+
+
+def make_network(stages: Stages, goal: str) -> None:
+    """The quantized network, or what the goal wants of it."""
+    if goal == "trajectory":
+        stages.calibration_set()
+    elif goal == "weights":
+        stages.weighted_model()
+    else:
+        _ = stages.quantized_model
 
 
 def save_learning(stages: Stages, folder: Path) -> None:
