@@ -202,6 +202,8 @@ def look_ahead(stages: Stages, goal: str, console: Console) -> None:
     if expected is not None:
         show_estimate(expected, console)
         log.info("estimate: %s", summary(expected))
+        if stages.processes.count > 1:
+            console.print(f"  by one process; {stages.processes.count} share it", highlight=False)
 
 
 def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
