@@ -43,7 +43,7 @@ def test_every_file_composes_and_fits_its_constructors(tmp_path: Path, file: Pat
     found = list(targets(cfg))
     assert found
     for node in found:
-        constructor, name = get_object(node["_target_"]), node["_target_"].rpartition(".")[2]
+        constructor = get_object(node["_target_"])
         given = {key: value for key, value in node.items() if not key.startswith("_")}
         inspect.signature(constructor).bind(**given)
 
