@@ -136,9 +136,9 @@ def test_ranges_reach_as_far_as_their_neighbours(lab: Path) -> None:
     x = torch.randn(len(t), 5, generator=torch.Generator().manual_seed(0)) * t[:, None].double().sqrt()
     record = importlib.import_module("ideas.envelope").EnvelopeScale
     with pytest.raises(ValueError, match="at least 0, got -1"):
-        record(radius=-1, version=1).source(spec, clock)
+        record(radius=-1).source(spec, clock)
     for radius in (0, 1, 7):
-        source = record(radius=radius, version=1, momentum=0.0).source(spec, clock)
+        source = record(radius=radius, momentum=0.0).source(spec, clock)
         with clock.at(t):
             source.observe(x.float())
         for step in range(4):
@@ -214,13 +214,22 @@ def test_a_sweep_with_the_launcher_finds_the_same_job(lab: Path, compared: dict[
     assert found.read_bytes() == (compared["tfmq_ptqd"] / "results.json").read_bytes()
 
 
-def test_a_raised_version_is_another_job_and_another_stage(lab: Path, tmp_path: Path) -> None:
-    word = "method.scales.rest.version={}"
-    jobs = [composed(tmp_path, searched(lab), "method/scales=envelope", word.format(i)) for i in (1, 2)]
-    assert job_identity(jobs[0], ()) != job_identity(jobs[1], ())
-    assert job_identity(jobs[0], ()) == job_identity(composed(tmp_path, searched(lab), "method/scales=envelope"), ())
-    records = [describe(instantiate(cfg.method.scales.rest)) for cfg in jobs]
-    assert records == [{"class": "EnvelopeScale", "radius": 1, "version": i, "momentum": 0.95} for i in (1, 2)]
+def test_changed_code_is_another_job_and_another_stage(lab: Path, tmp_path: Path) -> None:
+    job = composed(tmp_path, searched(lab), "method/scales=envelope")
+    file = lab / "ideas/envelope.py"
+    code, seen = file.read_text(), []
+    try:
+        for line in ("", "# another thought\n", ""):
+            file.write_text(code + line)
+            seen.append((job_identity(job, ()), describe(instantiate(job.method.scales.rest))))
+    finally:
+        file.write_text(code)
+    assert seen[0] == seen[2]
+    assert seen[0][0] != seen[1][0]
+    assert {key for key in seen[0][1] if seen[0][1][key] != seen[1][1][key]} == {"code"}
+    assert seen[0][1] | {"code": ""} == {
+        "class": "EnvelopeScale", "module": "ideas.envelope", "code": "", "radius": 1, "momentum": 0.95
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
