@@ -5,7 +5,11 @@
     python scripts/make_tables.py outputs/sweeps --pivot fid --methods tdq,tdq_thin,s1,s4
 
     python scripts/make_tables.py --list                          what published tables there are
+    python scripts/make_tables.py --paper tfmq-dm                 those of one paper
     python scripts/make_tables.py --paper tfmq-dm --table 2       one of them, beside our numbers
+
+Without sources all runs and sweeps in outputs are read: outputs/runs and outputs/sweeps. A method with other choices has a row,
+or in --pivot a column, of its own.
 
 Rows that were made under different protocols (sampler, images, evaluator) stand in different tables. Beside a published
 number ours stands with its difference only where the protocols agree; footnotes say what differs.
@@ -15,20 +19,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from tfmq_exp.reporting.comparison import choose, compare, listing
+from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
 from tfmq_exp.reporting.tables import FORMATS, by_protocol, pivot, render, table
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
+FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them
 
 
 def main() -> int:
     """Print or write the tables."""
     args = arguments()
     try:
-        text = listed() if args.list else made(args)
+        text = listed(args.paper) if args.list or (args.paper and not args.table and not args.pivot) else made(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -46,27 +51,33 @@ def arguments() -> argparse.Namespace:
         "sources",
         nargs="*",
         type=Path,
-        help="folders of runs, or saved records",
+        help="folders of runs, or saved records; default: outputs/runs and outputs/sweeps",
         default=[Path("outputs/runs"), Path("outputs/sweeps")],
     )
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--pivot", metavar="SCORE", help="one score, methods as columns")
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="columns of --pivot (default: all)")
-    parser.add_argument("--paper", help="a paper whose numbers stand beside ours; needs --table")
-    parser.add_argument("--table", help="which of its tables")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), help="of --pivot, each with its variants (default: all)"
+    )
+    parser.add_argument("--paper", help="a paper whose numbers stand beside ours; without --table: name its tables")
+    parser.add_argument("--table", help="which of the tables of --paper")
     parser.add_argument("--list", action="store_true", help="name the published tables")
     parser.add_argument("--save", type=Path, help="write the records themselves here, to make the table from later")
     parser.add_argument("--out", type=Path, help="write here instead of printing")
     return parser.parse_args()
 
 
-def listed() -> str:
-    """The published tables, paper by paper."""
-    papers = listing(read_published(PUBLISHED))
+def listed(paper: str | None) -> str:
+    """The published tables of one paper or of all, those of `FIRST` at the beginning.
+
+    Raises:
+        ValueError: no such paper, or more than one.
+    """
+    published = read_published(PUBLISHED)
+    papers = listing(published)
+    order = [choose_paper(published, paper)] if paper else list(dict.fromkeys([*FIRST, *papers]))
     return "".join(
-        f'--paper "{paper}" --table "{name}"    {title}\n'
-        for paper, tables in papers.items()
-        for name, title in tables.items()
+        f'--paper "{name}" --table "{table}"    {title}\n' for name in order for table, title in papers[name].items()
     )
 
 
@@ -76,10 +87,11 @@ def made(args: argparse.Namespace) -> str:
     Raises:
         ValueError: no such published table, or nothing measured to make a table of.
     """
-    if (args.paper or args.table) and args.pivot:
+    if args.table and not args.paper:
+        raise ValueError(f"--table {args.table} needs the --paper that it is in; --list names them")
+    if args.paper and args.pivot:
         raise ValueError("--pivot is of our records alone; leave it out with --paper and --table")
-    published = read_published(PUBLISHED) if args.paper or args.table else []
-    rows = choose(published, args.paper or "", args.table or "") if published else []
+    rows = choose(read_published(PUBLISHED), args.paper, args.table) if args.paper else []
     records = read_records(*args.sources)
     if not records and not rows:
         raise ValueError(f"no results.json under {', '.join(map(str, args.sources))}")

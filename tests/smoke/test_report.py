@@ -26,6 +26,7 @@ CHARTS = """[...document.querySelectorAll('.plot')].map(p => {
           p.querySelectorAll('.scatterlayer .trace, .barlayer .trace').length];
 })"""
 COLUMN = "[...document.querySelectorAll('#table-1 tbody tr')].map(row => row.children[{}].textContent.trim())"
+TABLE_ROOM = "(() => { const room = document.querySelector('#table-1').parentElement; return [room.scrollWidth, room.clientWidth] })()"
 WIDE_ROOM = "[document.documentElement.scrollWidth, innerWidth]"
 
 
@@ -71,6 +72,7 @@ class Seen:
     """What the browser saw."""
 
     room: dict[str, list[int]]
+    table: list[int]
     charts: dict[str, list[list[Any]]]
     before: list[str]
     ascending: list[str]
@@ -116,6 +118,7 @@ async def visit(tab: Tab, path: Path) -> Seen:
         await tab.show(path, width, scheme)
         room[name], charts[name] = await tab.value(WIDE_ROOM), await tab.value(CHARTS)
         background[name] = await tab.value("getComputedStyle(document.body).backgroundColor")
+    table = await tab.value(TABLE_ROOM)
     fid = await tab.value("[...document.querySelectorAll('#table-1 th')].findIndex(h => h.innerText.startsWith('FID'))")
     column, button = COLUMN.format(fid), f"document.querySelectorAll('#table-1 th')[{fid}].querySelector('button')"
     before = await tab.value(column)
@@ -138,7 +141,7 @@ async def visit(tab: Tab, path: Path) -> Seen:
     await tab.value("document.querySelectorAll('.views button')[1].click()")
     await asyncio.sleep(0.5)
     switched.append(await tab.value(title))
-    return Seen(room, charts, before, ascending, descending, keyboard, filtered, switched, background, tab.said)
+    return Seen(room, table, charts, before, ascending, descending, keyboard, filtered, switched, background, tab.said)
 
 
 def altered(run: Path, target: Path, bits: str, seed: int, fid: float) -> None:
@@ -178,6 +181,11 @@ def test_no_page_is_wider_than_its_window(seen: Seen) -> None:
     assert seen.room["phone"][1] == 390
     for content, window in seen.room.values():
         assert content <= window
+
+
+def test_the_scores_of_a_run_need_no_scrolling_on_a_wide_screen(seen: Seen) -> None:
+    content, window = seen.table
+    assert content <= window
 
 
 def test_every_chart_is_drawn_within_its_room(seen: Seen) -> None:

@@ -13,8 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from tfmq_exp.experiment.checks import DIAGNOSE, GOALS
 from tfmq_exp.experiment.diagnose import diagnose
-from tfmq_exp.experiment.environment import describe_environment, pick_device, prepare
+from tfmq_exp.experiment.environment import busy, describe_environment, pick_device, prepare
 from tfmq_exp.experiment.estimate import show as show_estimate
 from tfmq_exp.experiment.estimate import summary
 from tfmq_exp.experiment.float_stages import CalibrationPlan
@@ -37,8 +38,6 @@ from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.surgery.quantized_unet import coverage
 from tfmq_exp.tracking.mirror import Mirror, NoMirror
 
-GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
-DIAGNOSE = "diagnose"  # leaves the way to scores once the model is finished
 log = logging.getLogger(__name__)
 
 
@@ -53,12 +52,11 @@ def main(cfg: DictConfig) -> None:
 
 def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     """Build the objects, pull the goal, write what was found; or only say what that would take."""
-    if cfg.goal not in (*GOALS, DIAGNOSE):
-        raise ValueError(f"goal must be one of {', '.join((*GOALS, DIAGNOSE))}, got {cfg.goal!r}")
     prepare(cfg.runtime.threads)
     device = pick_device(cfg.trainer.accelerator)
     if cfg.dry_run:
-        preview(build_stages(cfg, device, Bars(console), NoMirror()), on_the_way(cfg.goal), console)
+        expected = preview(build_stages(cfg, device, Bars(console), NoMirror()), on_the_way(cfg.goal), console)
+        write_json(folder / "estimate.json", {"seconds": 0.0 if expected is None else expected.seconds})
         return "planned", ""
     environment = describe_environment(device)
     write_json(folder / "environment.json", environment)
@@ -77,6 +75,8 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
         failed = False
     finally:
         mirror.close(failed=failed)
+        for line in mirror.where():
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     return "done", ""
 
@@ -165,7 +165,7 @@ def pull(
     if "images" in reached:
         save_grid(stages, folder)
     if cfg.goal == DIAGNOSE:
-        diagnose(stages, folder, console, cfg.name)
+        diagnose(stages, folder, console, f"{cfg.name}, seed {cfg.seed}")
     if cfg.goal == "scores":
         errors = stages.errors()
         save_errors(errors, folder, stages.mirror, cfg.name)
@@ -202,6 +202,8 @@ def look_ahead(stages: Stages, goal: str, console: Console) -> None:
     if expected is not None:
         show_estimate(expected, console)
         log.info("estimate: %s", summary(expected))
+        if note := busy():
+            console.print(note, highlight=False)
         if stages.processes.count > 1:
             console.print(f"  by one process; {stages.processes.count} share it", highlight=False)
 

@@ -28,6 +28,7 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 Row = dict[str, Any]
 WATCHING = 4  # times as long as a pass of the quantized network takes one in which all its activations are watched
 WORST = 5  # rows of each printed table
+WIDEST = 400  # characters of its lines
 
 
 @dataclass
@@ -287,13 +288,16 @@ def show(finding: Finding, console: Console) -> None:
         return
     view = Table(title=finding.title, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(finding.columns):
-        view.add_column(column.replace("_", " "), justify="right" if i else "left", overflow="fold")
+        view.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=not i)
     for row in finding.worst:
         view.add_row(*(_text(row[column]) for column in finding.columns))
-    console.print(view)
+    wide = max(console.width, console.measure(view, options=console.options.update_width(WIDEST)).maximum)
+    console.print(
+        view, width=wide, crop=False, no_wrap=True
+    )  # a terminal folds long lines, nobody can search folded names
 
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return f"{value:.4g}"
     return figures.short_name(value) if isinstance(value, str) else str(value)

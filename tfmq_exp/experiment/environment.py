@@ -62,6 +62,14 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def busy() -> str:
+    """A remark on what is measured now: empty unless more wants to run than the machine has cores for."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load <= cores + 0.5:
+        return ""
+    return f"measured on a busy machine (load {load:.1f} on {cores} cores): it will be faster when others are done"
+
+
 def git_state() -> str:
     """The commit of the source tree, marked when files differ from it; `unknown` outside a repository."""
     root = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.experiment.measure import Pass, UnitCost
+from tfmq_exp.experiment.words import in_bytes, in_words
 from tfmq_exp.reconstruction.cache import RandomBatches
 from tfmq_exp.reconstruction.capture import groups_within
 from tfmq_exp.reconstruction.module import Recipe
@@ -284,20 +285,6 @@ def reckon(costs: Costs, counts: Counts, *, accelerated: bool = False) -> Estima
     if accelerated:
         found = [StageEstimate(s.name, s.seconds, s.device + costs.network, s.host, s.disk) for s in found]
     return Estimate(tuple(found), costs.process, accelerated)
-
-
-def in_words(seconds: float) -> str:
-    """Days and hours, hours and minutes, or minutes and seconds."""
-    for unit, smaller, size, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
-        if seconds >= size:
-            whole, rest = divmod(round(seconds / part), size // part)
-            return f"{whole} {unit} {rest} {smaller}"
-    return f"{seconds:.1f} s"
-
-
-def in_bytes(count: int) -> str:
-    """Gigabytes, or megabytes below one."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def show(estimate: Estimate, console: Console) -> None:

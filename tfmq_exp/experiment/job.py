@@ -1,18 +1,16 @@
-"""One job of `run.py`: found where it was done before, done otherwise. Light to import, since most of a sweep may be found."""
+"""One job of `run.py`: found where it was done before, done otherwise. Light to import, so that mistakes are told at once."""
 
 import json
+import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from tfmq_exp.experiment.finished import STAGE, keep, take
-from tfmq_exp.experiment.identity import job_identity
 from tfmq_exp.experiment.outcome import attempt
 from tfmq_exp.experiment.score_table import show
 from tfmq_exp.experiment.status import State
-from tfmq_exp.experiment.store import Store
 from tfmq_exp.reporting.records import ScoreRecord
 
 
@@ -27,6 +25,12 @@ def perform(cfg: DictConfig) -> None:
 
 def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     """Results in the folder, whoever made them; `repeat` looks for nobody."""
+    if console.is_terminal and "torch" not in sys.modules:
+        console.print("loading ...", style="dim")
+    from tfmq_exp.experiment.finished import STAGE, keep, take  # with the store comes torch
+    from tfmq_exp.experiment.identity import job_identity
+    from tfmq_exp.experiment.store import Store
+
     if cfg.dry_run:
         return run(cfg, folder, console)
     store = Store(Path(cfg.paths.store))

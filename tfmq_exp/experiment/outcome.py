@@ -2,57 +2,127 @@
 
 import gc
 import logging
-from collections.abc import Callable
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from tfmq_exp.experiment.checks import check
 from tfmq_exp.experiment.status import State, begun, occupied
 
 Work = Callable[[DictConfig, Path, Console], tuple[State, str]]
+# All that a run folder holds after a dry run.
+PLANNED = {".hydra", ".running.lock", "run.log", "status.json", "estimate.json"}
+
+
+class Stopped(SystemExit):
+    """SIGTERM: somebody wants the program to end."""
 
 
 def attempt(cfg: DictConfig, work: Work) -> None:
     """Do a job's work; an error is one line on the terminal, its traceback is in the run's log.
 
-    Inside a sweep a job that fails says so in its status alone, and the others go on.
+    Inside a sweep a job that fails says so in its status alone, and the others go on. A dry run that is the only job
+    leaves no folder.
 
     Args:
         cfg: the job.
         work: given the job, its folder and a terminal; returns in which state it ends, and why.
 
     Raises:
-        SystemExit: with status 1, when the job failed and was the only one.
+        SystemExit: with status 1, when the job failed and was the only one; with 128 and the signal's number, when
+            SIGTERM or Ctrl-C ended it.
     """
     hydra, console = HydraConfig.get(), Console()
     folder = Path(hydra.runtime.output_dir)
     sweeping = hydra.mode == RunMode.MULTIRUN
     status = begun(folder.name, hydra.job.num if sweeping else None)
     try:
-        with occupied(folder):
+        with occupied(folder), stoppable():
             status.write(folder)
             try:
+                check(cfg)
                 status = status.turned(*work(cfg, folder, console))
             except Exception as error:
                 status = status.turned("failed", one_line(root_cause(error)))
                 raise
             except BaseException as stop:  # a signal: the job may be started again in this folder
-                status = status.turned("interrupted", f"stopped by {type(stop).__name__}")
+                status = status.turned("interrupted", f"stopped by {what_stopped(stop)}")
                 raise
             finally:
                 status.write(folder)
     except Exception as error:
-        console.print(f"[bold red]error:[/] {one_line(root_cause(error))}", highlight=False, soft_wrap=True)
+        say(console, f"[bold red]error:[/] {one_line(root_cause(error))}")
         logging.getLogger("tfmq_exp.traceback").debug("the job failed", exc_info=error)
         if cfg.runtime.traceback:
             raise
+        say(console, f"its traceback is in {folder}/run.log")
         if not sweeping:
             raise SystemExit(1) from None
+    except BaseException as stop:
+        if not sweeping:
+            say(console, f"{status.reason}; the same command goes on from there. Run folder: {folder}")
+        if isinstance(stop, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
     finally:
         gc.collect()  # trainers and their modules refer to each other, and with them to large tensors; sweeps go on
+    if status.state == "planned" and not sweeping:
+        discard_plan(folder)
+
+
+def say(console: Console, text: str) -> None:
+    """One line, however long."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM, which would end the process without a word, raises `Stopped`; a handler that is there already stays."""
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def stop(number: int, _: FrameType | None) -> None:
+    """Handle a signal.
+
+    Raises:
+        Stopped: always.
+    """
+    raise Stopped(128 + number)
+
+
+def what_stopped(error: BaseException | None) -> str:
+    """The signal, where one is behind it: libraries wrap them in exceptions of their own, or end the program."""
+    name = type(error).__name__
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return "Ctrl-C (SIGINT)"
+        if isinstance(error, Stopped) or type(error).__name__ == "SIGTERMException":  # Lightning's
+            return "SIGTERM"
+        error = error.__cause__ or error.__context__
+    return name
+
+
+def discard_plan(folder: Path) -> None:
+    """Remove the run folder of a dry run; one that was there before, with results, stays."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= PLANNED:
+        shutil.rmtree(folder)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.experiment.diagnose import Diagnosis
-from tfmq_exp.experiment.estimate import in_words
+from tfmq_exp.experiment.environment import busy
+from tfmq_exp.experiment.estimate import Estimate
 from tfmq_exp.experiment.estimate import show as show_estimate
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import Entry, Store
 from tfmq_exp.experiment.survey import estimate
+from tfmq_exp.experiment.words import in_words
 
 Found = Literal["found", "begun", "to be made", "not needed"]
 
@@ -110,8 +112,8 @@ def looked_up(stages: Stages, stage: str, ask: Callable[[], object]) -> Entry | 
     return shelf.seen.get(stage)
 
 
-def preview(stages: Stages, goals: Collection[str], console: Console) -> None:
-    """The stages as a table, and the estimate of those that are missing."""
+def preview(stages: Stages, goals: Collection[str], console: Console) -> Estimate | None:
+    """The stages as a table, and the estimate of those that are missing, which is returned; None if none is."""
     view = Table(title=f"up to {tuple(goals)[-1]}: nothing is computed", title_justify="left")
     for name in ("stage", "key", "state", "took"):
         view.add_column(name, justify="right" if name == "took" else "left")
@@ -123,3 +125,6 @@ def preview(stages: Stages, goals: Collection[str], console: Console) -> None:
     expected = estimate(stages, goals)
     if expected is not None:
         show_estimate(expected, console)
+        if note := busy():
+            console.print(note, highlight=False)
+    return expected

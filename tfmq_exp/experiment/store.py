@@ -44,7 +44,7 @@ def describe(value: Any) -> Any:
         return [describe(v) for v in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    raise TypeError(f"a {type(value).__name__} cannot be part of a key")
+    raise TypeError(f"a {type(value).__name__} cannot be part of a key: make it a frozen dataclass")
 
 
 def origin_of(kind: type) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,13 +12,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.experiment.interrupting import interruptible
+from tfmq_exp.experiment.outcome import discard_plan
 from tfmq_exp.experiment.status import GOOD, State, read_status
-from tfmq_exp.experiment.store import write_json
+from tfmq_exp.experiment.words import in_words
 
 ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")
 
@@ -30,6 +35,7 @@ class Job:
         seconds: from its beginning to its end; None if it has no end.
         asked: stages that it needed; the other jobs may have needed the same.
         computed: those that it made.
+        expected: seconds that a dry run has estimated for the missing ones.
     """
 
     folder: Path
@@ -39,6 +45,7 @@ class Job:
     seconds: float | None = None
     asked: int = 0
     computed: int = 0
+    expected: float = 0.0
 
 
 def read_job(folder: Path) -> Job:
@@ -50,7 +57,9 @@ def read_job(folder: Path) -> Job:
     path = folder / "artifacts.json"
     stages: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     computed = sum(stage["computed"] for stage in stages.values())
-    return Job(folder, status.number, status.state, status.reason, status.seconds, len(stages), computed)
+    estimate = folder / "estimate.json"
+    expected = json.loads(estimate.read_text())["seconds"] if estimate.is_file() else 0.0
+    return Job(folder, status.number, status.state, status.reason, status.seconds, len(stages), computed, expected)
 
 
 def read_jobs(root: Path) -> list[Job]:
@@ -59,12 +68,30 @@ def read_jobs(root: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: (job.number is None, job.number, job.folder))
 
 
+def how_many(config: DictConfig) -> int | None:
+    """Jobs that the sweep is to have; None where its sweeper is not Hydra's own, or cannot say so yet."""
+    sweeper = config.hydra.sweeper
+    if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
+        return None
+    given = [f"{key}={values}" for key, values in (sweeper.get("params") or {}).items()]
+    try:
+        parsed = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
+        sizes = {o.get_key_element(): len(list(o.sweep_string_iterator())) for o in parsed if o.is_sweep_override()}
+    except (HydraException, TypeError, AssertionError):  # a pattern for names of files, say
+        return None
+    return math.prod(sizes.values())
+
+
 def summary(jobs: Sequence[Job], seconds: float) -> str:
     """One line."""
     counts = Counter(job.state for job in jobs)
     states = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
     computed, asked = sum(job.computed for job in jobs), sum(job.asked for job in jobs)
-    return f"{len(jobs)} jobs: {states}; {computed} of {asked} stages computed; {timedelta(seconds=round(seconds))}"
+    told = [f"{computed} of {asked} stages computed"] if counts["planned"] < len(jobs) else []
+    if counts["planned"]:
+        expected = in_words(sum(job.expected for job in jobs))
+        told.append(f"estimate: {expected}, each job by itself (stages that several share are made once)")
+    return "; ".join([f"{len(jobs)} jobs: {states}", *told, str(timedelta(seconds=round(seconds)))])
 
 
 def show(jobs: Sequence[Job], seconds: float, console: Console) -> None:
@@ -88,25 +115,39 @@ class SweepReport(Callback):
     A launcher whose worker was killed ends the sweep without that second call, hence the look when the process ends.
     """
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: launchers send a copy with every job, and it has nothing to report there."""
+        return {}
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """From here on there is something to report."""
         self.folder, self.began = Path(config.hydra.sweep.dir).absolute(), time.monotonic()
+        self.asked = how_many(config)
+        self.uninterruptible = interruptible(self.cut_short)
         atexit.register(self.cut_short)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """All jobs have ended.
+        """All jobs have ended. Dry runs leave no folders.
 
         Raises:
             SystemExit: with status 1, where some did not end well.
         """
         atexit.unregister(self.cut_short)
-        if any(job.state not in GOOD for job in self.report(Console())):
+        self.uninterruptible()
+        jobs = self.report(Console())
+        for job in jobs:
+            if job.state == "planned":
+                discard_plan(job.folder)
+        if any(job.state not in GOOD for job in jobs):
             raise SystemExit(1)
 
     def cut_short(self) -> None:
         """The launcher gave up."""
-        console = Console()
-        if self.report(console):
+        atexit.unregister(self.cut_short)
+        console, jobs = Console(), self.report(Console())
+        if jobs:
+            if self.asked is not None and self.asked > len(jobs):
+                console.print(f"{self.asked - len(jobs)} of {self.asked} jobs never started", highlight=False)
             text = (
                 "the sweep was cut short; run the same command again: what is finished is found, what was begun goes on"
             )
@@ -118,5 +159,6 @@ class SweepReport(Callback):
         if jobs:
             show(jobs, seconds, console)
             rows = [{**dataclasses.asdict(job), "folder": str(job.folder)} for job in jobs]
-            write_json(self.folder / "sweep.json", {"seconds": round(seconds, 1), "jobs": rows})
+            text = json.dumps({"seconds": round(seconds, 1), "jobs": rows}, indent=2, ensure_ascii=False)
+            (self.folder / "sweep.json").write_text(text + "\n")
         return jobs

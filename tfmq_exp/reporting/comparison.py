@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tfmq_exp.reporting.agreement import QUALITY, differing, unstated
 from tfmq_exp.reporting.published import PublishedRow
 from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.reporting.tables import changed
 
 SCORE_ORDER = ("fid", "sfid", "is", "clip", "precision", "gpu_hours", "memory_mb", "size_mb", "latency_s", "speedup")
 CHANGE = "change of "  # the published number is a difference from a baseline
@@ -69,11 +70,11 @@ def listing(published: Sequence[PublishedRow]) -> dict[str, dict[str, str]]:
     return found
 
 
-def choose(published: Sequence[PublishedRow], paper: str, table: str) -> list[PublishedRow]:
-    """The rows of one table. Case, spaces and signs do not count, and the beginning of a paper's name is enough.
+def choose_paper(published: Sequence[PublishedRow], paper: str) -> str:
+    """The name of a paper. Case, spaces and signs do not count, and the beginning of a name is enough.
 
     Raises:
-        ValueError: no such paper, more than one, or no such table; the error names those that there are.
+        ValueError: no such paper, or more than one; the error names those that there are.
     """
     tables = listing(published)
     exact = [name for name in tables if _plain(name) == _plain(paper)]
@@ -82,8 +83,18 @@ def choose(published: Sequence[PublishedRow], paper: str, table: str) -> list[Pu
     if len(names) != 1:
         problem = f"{paper!r} could be {' or '.join(names)}" if names else f"no paper {paper!r}"
         raise ValueError(f"{problem}; there are {', '.join(sorted(tables))}")
-    if not (found := [row for row in published if row.paper == names[0] and _plain(row.table) == _plain(table)]):
-        raise ValueError(f"{names[0]} has no table {table!r}; there are {', '.join(tables[names[0]])}")
+    return names[0]
+
+
+def choose(published: Sequence[PublishedRow], paper: str, table: str) -> list[PublishedRow]:
+    """The rows of one table, chosen as papers are.
+
+    Raises:
+        ValueError: no such paper, more than one, or no such table; the error names those that there are.
+    """
+    name = choose_paper(published, paper)
+    if not (found := [row for row in published if row.paper == name and _plain(row.table) == _plain(table)]):
+        raise ValueError(f"{name} has no table {table!r}; there are {', '.join(listing(published)[name])}")
     return found
 
 
@@ -113,7 +124,7 @@ def published_name(record: ScoreRecord, *, ablation: bool) -> str | None:
 
     In an ablation a record's choices say which part of the method it has; elsewhere it may have no choices of its own.
     """
-    choices = {key: value for key, value in record.choices.items() if record.method != f"s{value}"}  # S_N says its N
+    choices = changed(record)
     if choices.keys() == {PARTITION, SCALES}:
         name = ABLATION.get((record.method, choices[PARTITION], choices[SCALES]))
         return name if ablation or name == record.method else None

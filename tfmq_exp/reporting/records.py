@@ -66,7 +66,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def read_records(*sources: Path) -> list[ScoreRecord]:
-    """Every record in files, or in the `results.json` files below folders; the same scores of the same images count once.
+    """Every record in files, or in the `results.json` files below folders; repeated ones count once.
+
+    Those repeat each other that have the same scores of the same images, under the same choices.
 
     Raises:
         ValueError: a file that is not such a record.
@@ -79,7 +81,8 @@ def read_records(*sources: Path) -> list[ScoreRecord]:
             for row in rows_of(path):
                 record = ScoreRecord(**row)
                 key = record.keys.get("scores", record.keys)  # one for the images and their judge; float rows have none
-                identity = [record.model, record.quant, record.method, record.seed, key, record.protocol]
+                way = [record.model, record.quant, record.method, record.choices]
+                identity = [*way, record.seed, key, record.protocol]
                 found[json.dumps(identity, sort_keys=True)] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a results file of this program: {error}") from error

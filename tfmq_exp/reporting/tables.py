@@ -42,12 +42,24 @@ def _sum(record: ScoreRecord, *names: str) -> float | None:
 
 
 def cell(values: Sequence[float | None], digits: int) -> str:
-    """`mean ± standard deviation` of what is there; a dash when nothing is."""
+    """`mean ± standard deviation` of what is there, the mean alone where all print the same; a dash when nothing is."""
     present = [v for v in values if v is not None]
     if not present:
         return "–"
     mean = f"{statistics.mean(present):.{digits}f}"
-    return mean if len(present) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
+    printed = {f"{v:.{digits}f}" for v in present}
+    return mean if len(printed) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
+
+
+def changed(record: ScoreRecord) -> dict[str, str]:
+    """Choices that were changed in a method and that its name does not say: that of S_N says its N."""
+    return {key: value for key, value in sorted(record.choices.items()) if record.method != f"s{value}"}
+
+
+def label(record: ScoreRecord) -> str:
+    """A method with what was changed in it. What differs here is averaged nowhere."""
+    extra = ", ".join(f"{key}={value}" for key, value in changed(record).items())
+    return f"{record.method} ({extra})" if extra else record.method
 
 
 def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
@@ -62,41 +74,44 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
     if len(protocols) > 1:
         raise ValueError(f"{len(protocols)} different protocols in one table; use `by_protocol` first")
     cols = columns(records[0].evaluator["name"])
-    groups: dict[tuple[bool, str, str, str], list[ScoreRecord]] = {}
+    groups: dict[tuple[bool, str, str], list[ScoreRecord]] = {}
     for record in records:
-        extra = ", ".join(f"{k}={v}" for k, v in sorted(record.choices.items()))
-        groups.setdefault((record.method != "float", record.quant, record.method, extra), []).append(record)
+        groups.setdefault((record.method != "float", record.quant, label(record)), []).append(record)
     header = ["bits", "method", *[name for name, _, _ in cols], "seeds"]
     rows = []
-    for (_, quant, method, extra), members in sorted(
+    for (_, quant, name), members in sorted(
         groups.items(), key=lambda item: (item[0][0], bits_order(item[0][1]), item[0])
     ):
         seeds = sorted({r.seed for r in members})
-        name = f"{method} ({extra})" if extra else method
         rows.append([quant, name, *[cell([read(r) for r in members], d) for _, read, d in cols], str(len(seeds))])
     return header, rows
 
 
 def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """One score with a row for each pair of bits and a column for each method, as papers print ablations.
+    """One score with a row for each pair of bits and a column for each label, as papers print ablations.
+
+    Args:
+        records: of one protocol and one evaluator.
+        score: its name.
+        methods: whose columns, in this order; a method brings all of its labels.
 
     Raises:
         ValueError: a method that no record is of, or a score that none has.
     """
-    known = sorted({record.method for record in records})
-    if missing := [method for method in methods if method not in known]:
-        raise ValueError(f"no results of {', '.join(missing)}; there are {', '.join(known)}")
+    labels: dict[str, set[str]] = {}
+    for record in records:
+        labels.setdefault(record.method, set()).add(label(record))
+    if missing := [method for method in methods if method not in labels]:
+        raise ValueError(f"no results of {', '.join(missing)}; there are {', '.join(sorted(labels))}")
     if not any(score in record.scores for record in records):
         raise ValueError(f"no record has the score {score!r}; there are {', '.join(sorted(records[0].scores))}")
+    names = [name for method in methods for name in sorted(labels[method])]
     rows = [
         [quant]
-        + [
-            cell([r.scores.get(score) for r in records if (r.quant, r.method) == (quant, method)], 3)
-            for method in methods
-        ]
+        + [cell([r.scores.get(score) for r in records if (r.quant, label(r)) == (quant, name)], 3) for name in names]
         for quant in sorted({r.quant for r in records if r.method in methods}, key=bits_order)
     ]
-    return ["bits", *methods], rows
+    return ["bits", *names], rows
 
 
 def bits_order(quant: str) -> tuple[int, ...]:

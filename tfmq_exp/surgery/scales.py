@@ -139,6 +139,10 @@ class ScalePlan:
     temporal: Scale
     rest: Scale
 
+    def __post_init__(self) -> None:
+        for scale in (self.temporal, self.rest):
+            scale_to_json(scale.merged())  # what could not be stored is refused before anything is computed
+
     def of(self, role: Role | None) -> Scale:
         """That of a layer with this role (None: attention's operands)."""
         return self.temporal if role in TEMPORAL_ROLES else self.rest
@@ -153,12 +157,17 @@ KINDS: Mapping[str, type[Any]] = {
 
 
 def scale_to_json(scale: Scale) -> dict[str, Any]:
-    """What a stored model needs to know of a merged scale."""
+    """What a stored model needs to know of a merged scale.
+
+    Raises:
+        TypeError: a kind that cannot be stored.
+    """
     for kind, cls in KINDS.items():
         if isinstance(scale, cls):
             fields = {"intervals": ("count", "train_timesteps"), "dynamic": ("per",)}.get(kind, ())
             return {"kind": kind, **{name: getattr(scale, name) for name in fields}}
-    raise TypeError(f"a {type(scale).__name__} must be merged before it is stored")
+    kinds = ", ".join(cls.__name__ for cls in KINDS.values())
+    raise TypeError(f"a {type(scale).__name__} must be merged before it is stored: into one of {kinds}")
 
 
 def scale_from_json(data: Mapping[str, Any]) -> Scale:

@@ -59,6 +59,10 @@ class Mirror(Protocol):
         """The run is over."""
         ...
 
+    def where(self) -> Sequence[str]:
+        """Lines that say where the run is now and how to look at it; asked for once it is closed."""
+        ...
+
 
 class MirrorChoice(Protocol):
     """A file of `conf/logger/`: which mirror, and how it is set."""
@@ -88,6 +92,10 @@ class NoMirror:
 
     def close(self, *, failed: bool) -> None:
         """Nothing."""
+
+    def where(self) -> Sequence[str]:
+        """Nowhere else."""
+        return ()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class Mirrors:
             for mirror in self.mirrors:
                 closing.callback(mirror.close, failed=failed)
 
+    def where(self) -> list[str]:
+        """What each says."""
+        return [line for mirror in self.mirrors for line in mirror.where()]
+
 
 class Several:
     """The choice of several mirrors, each under a name of its own."""

@@ -1,5 +1,6 @@
 """TensorBoard as a mirror."""
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,3 +79,7 @@ class TensorBoardMirror:
             self.writer.file_writer.add_summary(part)
         self.writer.add_text("status", "failed" if failed else "finished")
         self.writer.close()
+
+    def where(self) -> list[str]:
+        """This run's events; a folder above shows all runs below it."""
+        return [f"TensorBoard: tensorboard --logdir {shlex.quote(str(self.writer.log_dir))}"]

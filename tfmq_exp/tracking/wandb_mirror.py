@@ -1,6 +1,7 @@
 """Weights & Biases as a mirror."""
 
 import os
+import shlex
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class WandbMirror:
     """
 
     def __init__(self, run: Any) -> None:
-        self.run = run
+        self.run, self.folder = run, Path(run.dir).parent  # its files lie in `files` there
         run.define_metric("iteration", hidden=True, summary="none")
         run.define_metric("loss/*", step_metric="iteration", summary="none")
 
@@ -121,3 +122,9 @@ class WandbMirror:
     def close(self, *, failed: bool) -> None:
         """Finish, marking a failed run."""
         self.run.finish(exit_code=int(failed))
+
+    def where(self) -> list[str]:
+        """The page of the run, or the folder that can become one."""
+        if self.run.offline:
+            return [f"Weights & Biases, offline: upload it with: wandb sync {shlex.quote(str(self.folder))}"]
+        return [f"Weights & Biases: {self.run.url}"]

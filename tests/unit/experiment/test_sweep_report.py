@@ -4,7 +4,9 @@ import atexit
 import json
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,9 @@ from rich.console import Console
 
 from tests.smoke.jobs import composed
 from tfmq_exp.experiment import status as status_module
-from tfmq_exp.experiment.outcome import attempt
+from tfmq_exp.experiment.outcome import attempt, what_stopped
 from tfmq_exp.experiment.status import State, begun, read_status
-from tfmq_exp.experiment.sweep import SweepReport, read_jobs, summary
+from tfmq_exp.experiment.sweep import SweepReport, how_many, read_jobs, summary
 
 
 @pytest.fixture
@@ -66,6 +68,43 @@ def test_a_job_that_a_signal_ends_says_so_and_may_begin_again(cfg: DictConfig, t
     assert read_status(tmp_path / "run").state == "done"
 
 
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C (SIGINT)")])
+def test_signals_are_told_by_name(
+    cfg: DictConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, told: str
+) -> None:
+    def work(*_: object) -> tuple[State, str]:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+        return "done", ""
+
+    with pytest.raises(SystemExit) as end:
+        attempt(cfg, work)
+    assert end.value.code == 128 + number
+    found = read_status(tmp_path / "run")
+    assert (found.state, found.reason) == ("interrupted", f"stopped by {told}")
+    assert f"stopped by {told}; the same command goes on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_a_library_makes_of_a_signal_is_understood() -> None:
+    class SIGTERMException(SystemExit):
+        """Named as Lightning's."""
+
+    wrapped = SystemExit(1)
+    wrapped.__context__ = KeyboardInterrupt()
+    assert what_stopped(wrapped) == "Ctrl-C (SIGINT)"
+    assert what_stopped(SIGTERMException()) == "SIGTERM"
+    assert what_stopped(SystemExit(144)) == "SystemExit"
+
+
+def test_an_error_says_where_its_traceback_is(
+    cfg: DictConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        attempt(cfg, _fail)
+    assert f"its traceback is in {tmp_path}/run/run.log\n" in capsys.readouterr().out
+
+
 def _hang(cfg: DictConfig) -> None:
     attempt(cfg, lambda *_: time.sleep(60) or ("done", ""))
 
@@ -98,12 +137,22 @@ def _job(folder: Path, state: State, number: int, stages: tuple[bool, ...] = (),
     (folder / "artifacts.json").write_text(json.dumps(hits))
 
 
+def _sweep(
+    folder: Path, *overrides: str, sweeper: str = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+) -> DictConfig:
+    chosen = {"_target_": sweeper, "params": {"seed": "0,1"}}
+    return OmegaConf.create(
+        {"hydra": {"sweep": {"dir": str(folder)}, "sweeper": chosen, "overrides": {"task": list(overrides)}}}
+    )
+
+
 @pytest.fixture
 def report(tmp_path: Path) -> Iterator[SweepReport]:
     made = SweepReport()
-    made.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    made.on_multirun_start(_sweep(tmp_path))
     yield made
     atexit.unregister(made.cut_short)
+    made.uninterruptible()
 
 
 def test_the_report_counts_jobs_and_stages(
@@ -119,7 +168,8 @@ def test_the_report_counts_jobs_and_stages(
     assert [job.folder.name for job in jobs] == ["2-b", "3-c", "10-a", "11-d"]
     assert summary(jobs, 3700.4) == "4 jobs: 1 done, 1 found, 1 failed, 1 died; 2 of 5 stages computed; 1:01:40"
     _job(tmp_path / "12-e", "running", 12)
-    report.on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    report.uninterruptible()
+    report.on_multirun_start(_sweep(tmp_path))
     with pytest.raises(SystemExit) as stop:
         report.on_multirun_end(DictConfig({}))
     assert stop.value.code == 1
@@ -136,4 +186,48 @@ def test_a_launcher_that_gives_up_is_followed_by_what_to_do(
 ) -> None:
     _job(tmp_path / "0-a", "done", 0)
     report.cut_short()
-    assert "run the same command again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "run the same command again" in said
+    assert "1 of 2 jobs never started" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ((), 2),
+        (("quant=w8a8,w4a8", "goal=weights"), 4),
+        (("seed=range(0,5)", "a=choice(1,2,3)"), 15),
+        (("a=glob(*)",), None),
+    ],
+)
+def test_jobs_of_a_sweep_are_counted_beforehand(tmp_path: Path, overrides: tuple[str, ...], count: int | None) -> None:
+    assert how_many(_sweep(tmp_path, *overrides)) == count
+    assert how_many(_sweep(tmp_path, *overrides, sweeper="another.Sweeper")) is None
+
+
+def test_dry_runs_add_up_their_estimates_and_leave_no_folders(
+    tmp_path: Path, report: SweepReport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        _job(tmp_path / f"{number}-a", "planned", number)
+        (tmp_path / f"{number}-a/artifacts.json").unlink()
+        (tmp_path / f"{number}-a/estimate.json").write_text('{"seconds": 45.0}')
+    (tmp_path / "1-a/results.json").write_text("{}")
+    report.on_multirun_end(DictConfig({}))
+    assert "2 jobs: 2 planned; estimate: 1 min 30 s, " in capsys.readouterr().out
+    assert not (tmp_path / "0-a").exists()
+    assert (tmp_path / "1-a/results.json").exists(), "it was there before the dry run"
+
+
+def test_launchers_can_send_it_along(report: SweepReport) -> None:
+    assert isinstance(pickle.loads(pickle.dumps(report)), SweepReport)
+
+
+def test_ctrl_c_is_silent_and_other_errors_are_not(report: SweepReport, capsys: pytest.CaptureFixture[str]) -> None:
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert not capsys.readouterr().err
+    sys.excepthook(ValueError, ValueError("told"), None)
+    assert "told" in capsys.readouterr().err
+    report.uninterruptible()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -26,6 +26,9 @@ class Heard(NoMirror):
     def close(self, *, failed: bool) -> None:
         self.told.append(("close", failed))
 
+    def where(self) -> list[str]:
+        return [f"told {len(self.told)} times"]
+
 
 class Opened:
     """A choice whose mirror is known; without one it fails to open."""
@@ -100,6 +103,7 @@ def test_several_mirrors_are_told_the_same_and_all_closed(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="stuck"):
         Mirrors([Stuck(), both, Stuck()]).close(failed=True)
     assert one.told == other.told == [("loss", "weights/a", 1, 0.5), ("close", True)]
+    assert both.where() == ["told 2 times"] * 2
 
 
 def test_a_mirror_is_closed_when_the_next_cannot_be_opened(tmp_path: Path) -> None:

@@ -96,7 +96,9 @@ class Reader(html.parser.HTMLParser):
         elif tag == "tr":
             self.tables[self._table].append([])
         elif tag in ("td", "th") and self._table:
-            self.tables[self._table][-1].append(("best " if "best" in (named.get("class") or "") else "", ""))
+            self.tables[self._table][-1].append(
+                (next((f"{word} " for word in ("best", "close") if word in (named.get("class") or "").split()), ""), "")
+            )
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = "" if tag in ("script", "style") else self._inside

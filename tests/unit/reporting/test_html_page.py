@@ -10,7 +10,12 @@ import pytest
 
 from tests.unit.reporting.html_runs import EVALUATOR, FID, PROTOCOL, Reader, read, row, run
 from tfmq_exp.reporting.html import pictures
+from tfmq_exp.reporting.html.curve_charts import temporal_error
+from tfmq_exp.reporting.html.palette import looks
+from tfmq_exp.reporting.html.runs import Run
+from tfmq_exp.reporting.html.ways import Group, Member, Way
 from tfmq_exp.reporting.published import PublishedRow
+from tfmq_exp.reporting.records import ScoreRecord
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,9 @@ def test_the_table_is_mean_and_deviation_over_seeds(seen: Reader) -> None:
         for found in [[FID[method, 0], FID[method, 1]]]
     }
     assert [line[column][1] for line in rows] == ["1.000", wanted["a"], wanted["b"]]
-    assert [line[column][0] for line in rows] == ["", "", "best "]
+    assert [line[column][0] for line in rows] == ["", "", ""]  # two seeds make nobody the best
+    assert "2 of 2 lines have fewer than 3 seeds" in seen.text
+    assert "24 generated images are too few for FID (64 features) and sFID (112 features)" in seen.text
 
 
 def test_the_summary_says_what_was_run(seen: Reader) -> None:
@@ -58,6 +65,7 @@ def test_curves_are_means_with_what_the_seeds_span(seen: Reader) -> None:
     assert line["x"] == [3, 1]
     assert line["y"] == [statistics.mean([0.5, 1.5]), statistics.mean([0.25, 0.75])]
     assert band["y"] == [1.5, 0.75, 0.25, 0.5]  # the most along the steps, the least on the way back
+    assert [trace["mode"] for trace in figures[0]["data"]] == ["lines"] * 2 + ["lines+markers"] * 2  # lines cover bands
 
 
 def test_a_method_has_one_colour_everywhere(seen: Reader) -> None:
@@ -168,3 +176,90 @@ def test_many_pictures_are_capped_with_a_note(sweep: Path, monkeypatch: pytest.M
     assert len(titles) == 2
     assert [str(title).partition(": ")[2] for title in titles] == ["digits w4a8 a, seed 0", "digits w4a8 b, seed 0"]
     assert "2 further grids are left out" in seen.text
+
+
+def test_seeds_that_are_far_apart_are_lines_of_their_own() -> None:
+    runs = [
+        Run("", Path(), "done", tables={"temporal_error.csv": ({"t": 1, "relative_mse": value},)})
+        for value in (1.0, 20.0)
+    ]
+    ways = [Way("w4a8", "a", tuple(Member(ScoreRecord(**row("a", "w4a8", 0, 1.0)), run) for run in runs))]
+    chart = temporal_error(Group("digits", PROTOCOL, EVALUATOR, tuple(ways)), looks(["a"]))
+    assert chart is not None
+    figure = chart.views[0][1].to_plotly_json()
+    assert [list(trace["y"]) for trace in figure["data"]] == [[1.0], [20.0], [10.5]]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """Three seeds of lines that are apart, close, alone in what they quantize, and made by one seed."""
+    fids = {
+        "far": (5.0, 5.1, 5.2),
+        "first": (2.0, 2.1, 2.2),
+        "second": (2.1, 2.15, 2.2),
+        "other": (1.0, 1.0, 1.0),
+        "odd": (0.1, 0.1, 6.2),
+        "lonely": (0.5,),
+    }
+    outputs = {"mac_share_weights_and_inputs": 0.001, "mac_share_outputs": 0.999}
+    records = [
+        row(method, bits, seed, fid, **({"quantized": outputs} if method == "other" else {}))
+        for method, found in fids.items()
+        for seed, fid in enumerate(found)
+        for bits in (["w4a8"] if method in ("odd", "lonely") else ["w4a8", "w3a8"])
+        if (bits, method) != ("w3a8", "second")
+    ]
+    path = tmp_path_factory.mktemp("compared") / "kept.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read(path)
+
+
+def marks(seen: Reader, bits: str) -> dict[str, str]:
+    header, *rows = seen.tables["table-1"]
+    fid = next(i for i, (_, text) in enumerate(header) if text.startswith("FID"))
+    return {line[1][1]: line[fid][0].strip() for line in rows if line[0][1] == bits}
+
+
+def test_only_what_can_be_compared_is_the_best(compared: Reader) -> None:
+    assert marks(compared, "w3a8") == {"far": "", "first": "best", "other": ""}
+    header = [text for _, text in compared.tables["table-1"][0]]
+    assert header.index("MACs integer") < next(i for i, text in enumerate(header) if text.startswith("FID"))
+    assert (
+        "other with 0.000 of the weights and 0.001 of the MACs integer, 0.999 of the outputs quantized" in compared.text
+    )
+
+
+def test_a_single_seed_that_leads_leaves_nobody_the_best(compared: Reader) -> None:
+    assert set(marks(compared, "w4a8").values()) == {""}
+
+
+def test_what_one_deviation_does_not_tell_apart_is_close(tmp_path: Path) -> None:
+    fids = {"far": (5.0, 5.1, 5.2), "first": (2.0, 2.1, 2.2), "second": (2.1, 2.15, 2.2), "odd": (0.1, 0.1, 7.0)}
+    records = [row(method, "w4a8", seed, fid) for method, found in fids.items() for seed, fid in enumerate(found)]
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert marks(read(tmp_path / "kept.jsonl"), "w4a8") == {"far": "", "first": "close", "second": "close", "odd": ""}
+
+
+def test_a_mean_that_one_seed_makes_is_named_with_its_seeds(compared: Reader) -> None:
+    said = (
+        "FID: one seed makes the mean its own, marked † below: w4a8 odd (seed 0: 0.100, seed 1: 0.100, seed 2: 6.200)."
+    )
+    assert said in compared.text
+    titles = [attributes.get("title") for tag, attributes in compared.elements if tag == "td"]
+    assert "seed 0: 2.000, seed 1: 2.100, seed 2: 2.200" in titles
+    assert sum("†" in text for line in compared.tables["table-1"] for _, text in line) == 2  # FID and the trajectory's
+
+
+def test_models_without_scores_smoke_runs_and_methods_are_told(tmp_path: Path) -> None:
+    made = run(tmp_path / "0")
+    (made / ".hydra").mkdir()
+    (made / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {runtime: smoke}}}")
+    (run(tmp_path / "1", model="ldm", seed=1) / "results.json").unlink()
+    run(tmp_path / "2", bits="w3a8")
+    seen = read(tmp_path)
+    assert "digits: quantization report" in seen.text
+    assert "models without scores ldm" in seen.text
+    assert "1 run was made with runtime=smoke" in seen.text
+    assert "1 of 2 runs were made with runtime=smoke" in seen.text
+    assert "digits a: 2 grids" in seen.text
+    assert "runs without scores: 1 grid" in seen.text

@@ -1,14 +1,18 @@
 """Arithmetic behind the page's charts, against slow or known answers."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from tfmq_exp.reporting.html.chart import POINTS, kept
-from tfmq_exp.reporting.html.configurations import flat
-from tfmq_exp.reporting.html.palette import looks
-from tfmq_exp.reporting.html.score_charts import bit_operations, front
+from tfmq_exp.reporting.html.configurations import differences, flat
+from tfmq_exp.reporting.html.palette import METHODS, looks
+from tfmq_exp.reporting.html.runs import Run
+from tfmq_exp.reporting.html.score_charts import apart, bit_operations, front
 from tfmq_exp.reporting.records import ScoreRecord
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_front_is_what_no_other_point_beats() -> None:
@@ -44,6 +48,29 @@ def test_looks_stay_apart() -> None:
     names = [f"method {i}" for i in range(18)]
     assert len(set(looks(names).values())) == len(names)
     assert looks(names) == looks(reversed(names))
+
+
+def test_a_method_looks_alike_in_every_page() -> None:
+    configured = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
+    assert set(METHODS) <= configured  # others look as their hash says
+    assert len(set(looks(METHODS).values())) == len(METHODS)
+    assert len({look.colour for look in looks(METHODS[:6]).values()}) == 6
+    some = looks(["tfmq", "zebra", "s4", "tfmq (scales=static)"])
+    for label, look in some.items():
+        assert looks([label]) == {label: look}
+
+
+def test_labels_of_points_do_not_meet() -> None:
+    assert apart([(1.0, 1.0), (1.001, 1.001), (2.0, 9.0), (2.0, 9.1)]) == {(1.0, 1.0), (2.0, 9.0)}
+    assert apart([(3.0, 3.0)]) == {(3.0, 3.0)}
+
+
+def test_targets_are_named_inside_the_project() -> None:
+    configs = [{"model": {"name": "m"}, "quant": {"_target_": f"tfmq_exp.quant.{name}"}} for name in ("A", "B")]
+    found = differences(
+        [Run(name, Path(name), "done", config=config) for name, config in zip("ab", configs, strict=True)]
+    )
+    assert found[0].rows == ((("quant._target_",), ("quant.A, quant.B",)),)
 
 
 def test_leaves_of_a_configuration_by_dotted_keys() -> None:

@@ -44,7 +44,15 @@ def test_the_script_prints_one_table(
     assert run(monkeypatch, str(tmp_path / "none"), "--paper", "tfmq", "--table", "2", "--format", "csv") == 0
     assert capsys.readouterr().out.startswith("bits,method,ldm_bedroom FID ↓ paper,")
     assert run(monkeypatch, "--list") == 0
-    assert '--paper "TFMQ-DM" --table "2"    Unconditional 256x256, LDM' in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert '--paper "TFMQ-DM" --table "2"    Unconditional 256x256, LDM' in lines
+    papers = [line.split('"')[1] for line in lines]
+    assert list(dict.fromkeys(papers))[:4] == ["TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ"]
+    assert len(set(papers)) > 4
+    assert run(monkeypatch, "--paper", "tfmq") == 0
+    assert {line.split('"')[1] for line in capsys.readouterr().out.splitlines()} == {"TFMQ-DM"}
+    assert run(monkeypatch, "--table", "2") == 1
+    assert "--table 2 needs the --paper" in capsys.readouterr().err
     assert run(monkeypatch, "--paper", "tfmq", "--table", "7") == 1
     assert "there are 1, 2, 3" in capsys.readouterr().err
     assert run(monkeypatch, str(tmp_path), "--paper", "tfmq", "--table", "2", "--pivot", "fid") == 1

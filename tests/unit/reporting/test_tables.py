@@ -45,6 +45,11 @@ def test_missing_numbers_stay_empty() -> None:
     assert cell([None, 2.0], 1) == "2.0"
 
 
+def test_a_constant_has_no_deviation() -> None:
+    assert cell([64, 64, 64], 0) == "64"
+    assert cell([64, 66], 0) == "65 ± 1"
+
+
 def test_an_ablation_keeps_its_cells_apart() -> None:
     choices = [{"method/scales": "static"}, {"method/scales": "finite_set"}]
     _, rows = table([record("tfmq", "w4a8", 0, 1.0, choices=choice) for choice in choices])
@@ -75,6 +80,15 @@ def test_records_survive_their_file_and_a_wrong_file_is_named(tmp_path: Path) ->
         read_records(tmp_path)
 
 
+def test_the_same_scores_under_other_choices_are_another_row(tmp_path: Path) -> None:
+    keys = {"scores": "one key"}
+    plain, named = (
+        record("tfmq", "w4a8", 0, 3.0, keys=keys, choices=choices) for choices in ({}, {"method/scales": "s"})
+    )
+    save_records([plain, named, plain], tmp_path / "records.jsonl")
+    assert read_records(tmp_path / "records.jsonl") == [plain, named]
+
+
 def test_a_mosaic_keeps_pixels_and_order() -> None:
     images = np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 1, 2, 2)
     assert mosaic(images[:1], 1, gap=1).tolist() == [[0, 1, 96], [2, 3, 96], [96, 96, 96]]
@@ -96,6 +110,11 @@ def test_a_pivot_has_methods_as_columns() -> None:
     assert pivot(records, "fid", ["b", "a"]) == (
         ["bits", "b", "a"],
         [["w8a8", "–", "5.500 ± 0.707"], ["w4a8", "3.500 ± 0.707", "1.500 ± 0.707"]],
+    )
+    other = [dataclasses.replace(r, choices={"method/scales": "static"}) for r in records if r.quant == "w4a8"]
+    assert pivot([*records, *other], "fid", ["a"]) == (
+        ["bits", "a", "a (method/scales=static)"],
+        [["w8a8", "5.500 ± 0.707", "–"], ["w4a8", "1.500 ± 0.707", "1.500 ± 0.707"]],
     )
     with pytest.raises(ValueError, match="no results of c; there are a, b"):
         pivot(records, "fid", ["c"])

@@ -48,8 +48,19 @@ class WeightQuantizer(Quantizer):
         self.rounding: AdaRound | None = None
 
     def observe(self, x: Float[Tensor, "out *rest"]) -> None:
-        """Place the grid on this weight."""
-        scale, zero_point = qparams_from_range(*self.estimator(x.detach(), self.spec), self.spec)
+        """Place the grid on this weight.
+
+        Raises:
+            ValueError: the estimator found ends of another shape than the grid has.
+        """
+        lo, hi = self.estimator(x.detach(), self.spec)
+        if not lo.shape == hi.shape == self.scale.shape:
+            raise ValueError(
+                f"the range estimator {type(self.estimator).__name__} must give two ends of shape "
+                f"{tuple(self.scale.shape)} for a weight of shape {tuple(x.shape)}, "
+                f"got {tuple(lo.shape)} and {tuple(hi.shape)}"
+            )
+        scale, zero_point = qparams_from_range(lo, hi, self.spec)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 

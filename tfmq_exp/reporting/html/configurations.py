@@ -10,6 +10,7 @@ import yaml
 from tfmq_exp.reporting.html.runs import Run
 
 COLUMNS = 24  # ways in one table of differences
+PACKAGE = "tfmq_exp."  # in which every `_target_` of this project is
 SAID = ("name", "paths.")  # keys that follow from others, or are of one machine
 
 
@@ -68,5 +69,5 @@ def _differences(model: str, ways: Mapping[str, Sequence[Mapping[str, str]]]) ->
 
 
 def _values(configs: Sequence[Mapping[str, str]], name: str) -> str:
-    found = dict.fromkeys(config.get(name, "–") for config in configs)
+    found = dict.fromkeys(config.get(name, "–").removeprefix(PACKAGE) for config in configs)
     return ", ".join(found)

@@ -13,12 +13,13 @@ from plotly.offline import get_plotlyjs
 
 from tfmq_exp.reporting.html import curve_charts, learning_charts, score_charts, time_charts
 from tfmq_exp.reporting.html.chart import Chart
+from tfmq_exp.reporting.html.concerns import concerns, is_smoke
 from tfmq_exp.reporting.html.configurations import differences, full
 from tfmq_exp.reporting.html.diagnosis import diagnoses
 from tfmq_exp.reporting.html.missing import gaps
 from tfmq_exp.reporting.html.palette import Look, looks
 from tfmq_exp.reporting.html.papers import PaperLine, beside, unmeasured
-from tfmq_exp.reporting.html.pictures import gallery, sample_files
+from tfmq_exp.reporting.html.pictures import albums, sample_files
 from tfmq_exp.reporting.html.runs import GOOD, STATES, Run
 from tfmq_exp.reporting.html.scores import ScoreTable, score_table
 from tfmq_exp.reporting.html.time_charts import StageLine, stage_lines
@@ -34,6 +35,7 @@ class GroupView:
     """What the page shows of a group."""
 
     group: Group
+    concerns: tuple[str, ...]
     table: ScoreTable
     papers: tuple[PaperLine, ...]
     charts: tuple[Chart, ...]
@@ -43,9 +45,19 @@ class GroupView:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was run, in numbers and names. `states` counts folders of runs alone, `records` those of saved files."""
+    """What was run, in numbers and names.
+
+    Args:
+        models: those with scores, or where there are no scores all of them.
+        unscored: models of runs none of which has scores, beside others that have.
+        smoke: runs that were made to see that they run.
+        states: of folders of runs alone.
+        records: those of saved files.
+    """
 
     models: tuple[str, ...]
+    unscored: tuple[str, ...]
+    smoke: int
     bits: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[str, ...]
@@ -61,7 +73,7 @@ def page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
     look = looks(way.label for group in together for way in group.quantized)
     problems: list[str] = []  # of files that are read here
     files, there = sample_files(together, runs)
-    pictures = gallery(files, problems)
+    samples = albums(files, problems)
     found, undiagnosed = diagnoses(runs, problems)
     views = [view(group, published, look) for group in together]
     template = environment().get_template("page.html.j2")
@@ -69,7 +81,7 @@ def page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
         good=GOOD,
         summary=summary(runs, together),
         views=views,
-        pictures=pictures,
+        samples=samples,
         pictures_left_out=there - len(files),
         diagnoses=found,
         undiagnosed=undiagnosed,
@@ -94,9 +106,11 @@ def view(group: Group, published: Sequence[PublishedRow], look: Mapping[str, Loo
         learning_charts.unit_errors(group, look),
         learning_charts.losses(group),
     )
+    table = score_table(group)
     return GroupView(
         group,
-        score_table(group),
+        concerns(group, table),
+        table,
         tuple(beside(group, published)),
         tuple(chart for chart in charts if chart is not None),
         time_charts.stage_times(group),
@@ -113,9 +127,13 @@ def summary(runs: Sequence[Run], together: Sequence[Group]) -> Summary:
     def names(group: str) -> list[str]:
         return [run.choice(group) for run in folders if run.config]
 
+    scored = tuple(dict.fromkeys(group.model for group in together))
+    configured = tuple(dict.fromkeys(names("model")))
     seeds = {str(record.seed) for way in ways for record in way.records}
     return Summary(
-        tuple(dict.fromkeys([*(group.model for group in together), *names("model")])),
+        scored or configured,
+        tuple(name for name in configured if scored and name not in scored),
+        sum(map(is_smoke, folders)),
         tuple(sorted({*(way.bits for way in ways), *names("quant")}, key=bits_order)),
         tuple(sorted({*(r.method for way in ways for r in way.records), *names("method")})),
         tuple(sorted(seeds, key=lambda seed: (len(seed), seed))),

@@ -54,23 +54,42 @@ def trimmed(image: Image.Image) -> Image.Image:
     return image.crop(box) if box else image
 
 
-def sample_files(groups: Sequence[Group], runs: Sequence[Run]) -> tuple[list[tuple[str, Path]], int]:
+@dataclass(frozen=True)
+class Grid:
+    """A file of samples: the heading that it stands under, and what it is."""
+
+    heading: str
+    title: str
+    path: Path
+
+
+def sample_files(groups: Sequence[Group], runs: Sequence[Run]) -> tuple[list[Grid], int]:
     """Grids of samples to show, and how many there are: before any second seed the first of every way.
 
     Grids of runs without scores come last.
     """
-    found: list[tuple[int, int, str, Path]] = []
+    found: list[tuple[int, int, Grid]] = []
     for group in groups:
         for way in group.quantized:
             for turn, member in enumerate(way.members):
                 title = f"{group.model} {way.bits} {way.label}, seed {member.record.seed}"
-                found.append((turn, len(found), title, member.run.folder / "samples.png"))
+                grid = Grid(f"{group.model} {way.label}", title, member.run.folder / "samples.png")
+                found.append((turn, len(found), grid))
     for run in runs:
         if not run.records:
-            found.append((len(runs), len(found), run.name, run.folder / "samples.png"))
-    there = sorted(item for item in found if item[3].is_file())
+            found.append((len(runs), len(found), Grid("runs without scores", run.name, run.folder / "samples.png")))
+    there = sorted((item for item in found if item[2].path.is_file()), key=lambda item: item[:2])
     shown = sorted(there[:PICTURES], key=lambda item: item[1])
-    return [(title, path) for _, _, title, path in shown], len(there)
+    return [grid for *_, grid in shown], len(there)
+
+
+def albums(grids: Sequence[Grid], problems: list[str]) -> dict[str, list[Picture]]:
+    """Pictures of samples under their headings: a method's bits and seeds together."""
+    files: dict[str, list[tuple[str, Path]]] = {}
+    for grid in grids:
+        files.setdefault(grid.heading, []).append((grid.title, grid.path))
+    found = {heading: gallery(some, problems) for heading, some in files.items()}
+    return {heading: pictures for heading, pictures in found.items() if pictures}
 
 
 def gallery(files: Sequence[tuple[str, Path]], problems: list[str]) -> list[Picture]:

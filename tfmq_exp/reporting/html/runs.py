@@ -41,6 +41,7 @@ class Run:
         reason: why it failed, or which folder it was found in; empty otherwise.
         records: those of `results.json`, the float network's first.
         tables: rows of the files in `TABLES`, by file name; only those that are there and whole.
+        chosen: the files of the configuration's groups, such as runtime: smoke; empty where Hydra left no record of them.
         problems: files that are missing or damaged, in words.
         saved: whether this is a file of saved records, which has no folder.
     """
@@ -54,6 +55,7 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Row] = field(default_factory=dict)
     tables: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    chosen: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     saved: bool = False
 
@@ -142,6 +144,7 @@ def read_run(folder: Path, name: str) -> Run:
         read("environment.json", _json_mapping, {}),
         stages,
         {file: rows for file, rows in tables.items() if rows},
+        read(".hydra/hydra.yaml", _chosen, {}),
         tuple(problems),
     )
 
@@ -221,6 +224,10 @@ def _yaml_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("not a mapping")
     return found
+
+
+def _chosen(path: Path) -> dict[str, str]:
+    return {str(group): str(file) for group, file in _yaml_mapping(path)["hydra"]["runtime"]["choices"].items()}
 
 
 def _json_mapping(path: Path) -> dict[str, Any]:

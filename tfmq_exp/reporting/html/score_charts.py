@@ -1,6 +1,6 @@
 """Scores against bits, and against size and arithmetic, with the ways that no other beats in both."""
 
-import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +13,9 @@ from tfmq_exp.reporting.html.ways import Group, Way
 from tfmq_exp.reporting.records import ScoreRecord
 
 FLOAT_BITS = 32
+NEAREST = 0.05  # of an axis, between points of cost that both have their bits beside them
 ASIDE = 0.3  # how far around its bits the methods are spread, where neighbouring bits are 1 apart
+LEAST = 1e-12  # a score whose logarithm is taken; FID may be zero
 Point = tuple[float, float]
 
 
@@ -28,7 +30,10 @@ def scores_by_bits(group: Group, looks: Mapping[str, Look]) -> Chart | None:
     if not group.quantized:
         return None
     views = tuple((c.title, _by_bits(group, looks, c)) for c in measured(group))
-    note = "Mean over seeds; bars are one standard deviation. The dashed line is the float network."
+    note = (
+        "Mean over seeds; bars are one standard deviation, and a point names its seeds' scores. The dashed line is the float "
+        "network."
+    )
     return Chart("Scores against bits", note, views, wide=many(looks)) if views else None
 
 
@@ -39,6 +44,7 @@ def _by_bits(group: Group, looks: Mapping[str, Look], column: Column) -> go.Figu
     for turn, label in enumerate(labels):
         ways = {way.bits: values(way, column.read) for way in group.quantized if way.label == label}
         there = [bits for bits in group.bits if ways.get(bits)]
+        seeds = [", ".join(f"{value:.4g}" for value in ways[bits]) for bits in there]
         aside = ASIDE * ((turn + 0.5) / len(labels) - 0.5)  # bars of deviation do not cover each other
         look = looks[label]
         traces.append(
@@ -46,8 +52,11 @@ def _by_bits(group: Group, looks: Mapping[str, Look], column: Column) -> go.Figu
                 name=label,
                 x=[places[bits] + aside for bits in there],
                 y=[statistics.mean(ways[bits]) for bits in there],
-                text=there,
-                hovertemplate=f"{label}<br>%{{text}}: %{{y:.4g}}<extra></extra>",
+                text=[
+                    f"{bits}: {statistics.mean(ways[bits]):.4g}<br>seeds {own}"
+                    for bits, own in zip(there, seeds, strict=True)
+                ],
+                hovertemplate=f"{label}<br>%{{text}}<extra></extra>",
                 error_y={"array": [_deviation(ways[bits]) for bits in there], "thickness": 1, "width": 3},
                 mode="lines+markers",
                 line={"color": look.colour, "dash": look.dash, "width": 1.8},
@@ -87,6 +96,22 @@ def front(points: Sequence[Point]) -> list[Point]:
             best = second
             found.append((first, second))
     return found
+
+
+def apart(points: Sequence[Point]) -> set[Point]:
+    """Points with room for a label: the front first, then any that is not near one that has a label."""
+    axes = [[math.log(max(value, LEAST)) for value in axis] for axis in zip(*points, strict=True)]
+    rooms = [NEAREST * (max(axis) - min(axis)) for axis in axes]
+    places = dict(zip(points, zip(*axes, strict=True), strict=True))
+    found: set[Point] = set()
+    for point in dict.fromkeys([*front(points), *points]):
+        if not any(_near(places[point], places[other], rooms) for other in found):
+            found.add(point)
+    return found
+
+
+def _near(first: Sequence[float], second: Sequence[float], rooms: Sequence[float]) -> bool:
+    return all(abs(a - b) <= room for a, b, room in zip(first, second, rooms, strict=True))
 
 
 def bit_operations(record: ScoreRecord) -> float | None:
@@ -137,20 +162,16 @@ def _pareto(
             points.setdefault(name, []).append((statistics.mean(prices), statistics.mean(found), way.bits))
     if not points:
         return None
-    labels = {(x, y): bits for some in points.values() for x, y, bits in some}
-    line = front(list(labels))
-    named = [labels[point] for point in line]
+    drawn = [(x, y) for some in points.values() for x, y, _ in some]
+    line = front(drawn)
+    named = apart(drawn)
     traces = [
         go.Scatter(
             name="front",
             x=[x for x, _ in line],
             y=[y for _, y in line],
-            text=[bits if bits != before else "" for before, bits in itertools.pairwise(["", *named])],
-            textposition="bottom left",
-            textfont={"size": 11},
-            mode="lines+text",
+            mode="lines",
             line={"color": NEUTRAL, "width": 1.5, "shape": "hv"},
-            cliponaxis=False,
             hoverinfo="skip",
         )
     ]
@@ -161,15 +182,19 @@ def _pareto(
                 name=name,
                 x=[x for x, _, _ in some],
                 y=[y for _, y, _ in some],
-                text=[bits for _, _, bits in some],
-                mode="markers",
+                customdata=[bits for _, _, bits in some],
+                text=[bits if (x, y) in named else "" for x, y, bits in some],
+                mode="markers+text",
+                textposition="top center",
+                textfont={"size": 10},
+                cliponaxis=False,
                 marker={
                     "color": look.colour if look else NEUTRAL,
                     "symbol": look.symbol if look else "circle-open",
                     "size": 10,
                 },
-                hovertemplate=f"%{{text}} {name}<br>%{{x:.4g}}, %{{y:.4g}}<extra></extra>",
+                hovertemplate=f"%{{customdata}} {name}<br>%{{x:.4g}}, %{{y:.4g}}<extra></extra>",
             )
         )
-    x, y = zip(*labels, strict=True)
+    x, y = zip(*drawn, strict=True)
     return figure(traces, log_axis(f"{title} ↓", x), score_axis(f"{column.title} ({column.judge}) {column.better}", y))

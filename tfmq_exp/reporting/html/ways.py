@@ -8,7 +8,7 @@ from typing import Any
 from tfmq_exp.reporting.comparison import EFFORT
 from tfmq_exp.reporting.html.runs import Run
 from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import bits_order
+from tfmq_exp.reporting.tables import bits_order, changed
 
 FLOAT = "float"
 
@@ -80,7 +80,7 @@ class Group:
 
 def named(record: ScoreRecord) -> str:
     """A method with the choices that were changed in it."""
-    choices = {key.removeprefix("method").lstrip("./"): value for key, value in sorted(record.choices.items())}
+    choices = {key.removeprefix("method").lstrip("./"): value for key, value in changed(record).items()}
     extra = ", ".join(f"{key}={value}" for key, value in choices.items())
     return f"{record.method} ({extra})" if extra else record.method
 

@@ -1,0 +1,85 @@
+"""What is refused by the configuration alone, before anything slow."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from tests.smoke.jobs import CONF, composed
+from tfmq_exp.experiment.checks import COUNTS, RATES, check, check_name
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
+    return composed(tmp_path_factory.mktemp("checks"), "runtime=smoke", "method=intervals")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "right_ones"),
+    [
+        ("goal", "fid", "one of trajectory, weights, activations, correction, images, scores, diagnose"),
+        ("seed", "abc", "a whole number from 0 to"),
+        ("seed", 1.5, "a whole number from 0 to"),
+        ("seed", -1, "a whole number from 0 to"),
+        ("seed", None, "a whole number from 0 to"),
+        ("dry_run", "perhaps", "true or false"),
+        ("model.protocol.steps", "ten", "a whole number, at least 1"),
+        ("model.protocol.images", 0, "a whole number, at least 1"),
+        ("model.protocol.iterations", True, "a whole number, at least 1"),
+        ("model.protocol.learning_rate", 0.0, "a number above 0"),
+        ("model.protocol.eta", math.nan, "a number, at least 0"),
+        ("runtime.batch", 2.0, "a whole number, at least 1"),
+        ("runtime.threads", 0, "a whole number, at least 1, or null"),
+        ("runtime.cache_gib", -1, "a number, at least 0"),
+        ("diagnosis.samples", "few", "a whole number, at least 1"),
+    ],
+)
+def test_a_value_that_cannot_be_right_is_named(right: DictConfig, key: str, value: object, right_ones: str) -> None:
+    check(right)
+    cfg = right.copy()
+    OmegaConf.update(cfg, key, value)
+    with pytest.raises(ValueError, match=re.escape(f"{key} must be {right_ones}")) as error:
+        check(cfg)
+    assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_a_method_goes_by_the_name_of_its_file_or_by_one_of_no_other(right: DictConfig) -> None:
+    cfg = right.copy()
+    OmegaConf.update(cfg, "method.name", "brecq")
+    with pytest.raises(ValueError, match=r"method=intervals has method\.name=brecq, .*`name: intervals`"):
+        check(cfg)
+    for path in (CONF / "method").glob("*.yaml"):
+        check_name(yaml.safe_load(path.read_text())["name"], path.stem, {p.stem for p in path.parent.glob("*.yaml")})
+
+
+def test_a_method_of_ones_own_needs_a_name(tmp_path: Path) -> None:
+    own = tmp_path / "conf/method/mine.yaml"
+    own.parent.mkdir(parents=True)
+    words = (f"hydra.searchpath=[file://{tmp_path}/conf]", "method=mine")
+    own.write_text("defaults: [tfmq, _self_]\n")
+    with pytest.raises(ValueError, match=r"method=mine has method\.name=tfmq"):
+        check(composed(tmp_path, *words))
+    own.write_text("defaults: [tfmq, _self_]\nname: mine\n")
+    check(composed(tmp_path, *words))
+
+
+def test_every_number_of_a_protocol_is_looked_at() -> None:
+    """Of all models' files: a new key has to say what it may be."""
+    found: dict[str, set[type]] = {}
+    for path in (CONF / "model").glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        for key, value in content.get("model", content).get("protocol", {}).items():
+            if isinstance(value, int | float):
+                found.setdefault(key, set()).add(type(value))
+    assert {key for key, kinds in found.items() if kinds == {int}} == set(COUNTS)
+    assert {key for key, kinds in found.items() if float in kinds} == {*RATES, "eta"}
+
+
+def test_mistakes_are_told_before_torch_is_loaded() -> None:
+    code = "import sys, tfmq_exp.experiment.job, tfmq_exp.experiment.sweep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, check=False).returncode == 0

@@ -1,0 +1,49 @@
+"""Classes from outside that do not fit: refused by name, before there is work to lose."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.sources.base import Source
+from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.surgery.scales import Scale, ScalePlan, StaticScale
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Forgets the dimensions that the ends must keep."""
+
+    def __call__(self, x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        lo, hi = MinMax()(x, spec)
+        return lo.flatten(), hi.flatten()
+
+
+@dataclass(frozen=True)
+class Stubborn:
+    """Stays what it is."""
+
+    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+        return Static(spec, momentum=0.0, estimator=MinMax())
+
+    def merged(self) -> Scale:
+        return self
+
+
+def test_an_estimator_with_ends_of_another_shape() -> None:
+    weight = torch.randn(5, 3, 2, 2)
+    quantizer = WeightQuantizer(weight, QuantSpec(4, axis=0), Flat())
+    with pytest.raises(ValueError, match=r"Flat must give two ends of shape \(5, 1, 1, 1\).*got \(5,\) and \(5,\)"):
+        quantizer.observe(weight)
+
+
+@pytest.mark.parametrize("place", ["temporal", "rest"])
+def test_scales_that_could_not_be_stored(place: str) -> None:
+    scales: dict[str, Scale] = {"temporal": StaticScale(), "rest": StaticScale(), place: Stubborn()}
+    with pytest.raises(TypeError, match=r"Stubborn must be merged before it is stored: into one of StaticScale, Per"):
+        ScalePlan(**scales)
