@@ -20,7 +20,8 @@ def overrides(file: Path) -> list[str]:
     """What a user types to choose a file. A part of a method is put into one that has every kind of part."""
     depth = 1 if file.parts[0] == "experiment" else len(file.parts) - 1
     choice = f"{'/'.join(file.parts[:depth])}={'/'.join(file.parts[depth:])}"
-    return ["method=qdrop", choice] if file.parts[0] == "method" and depth > 1 else [choice]
+    whole = "lsq" if "forms" in file.parts else "qdrop"
+    return [f"method={whole}", choice] if file.parts[0] == "method" and depth > 1 else [choice]
 
 
 def targets(node: Any) -> Iterator[dict[str, Any]]:
@@ -81,6 +82,19 @@ AXES = {
     "tfmq": {"scales", "weights"},
     "tfmq_cache": {"scales", "weights", "temporal"},
     "tfmq_qdrop": {"scales", "weights", "activations"},
+    "lsq": {"surgery", "weight_range", "weights", "activations"},
+    "pact": {"surgery", "weight_range", "weights", "activations"},
+    "nipq": {"surgery", "weight_range", "weights", "activations"},
+    "qil": {"surgery", "weight_range", "weights", "activations"},
+    "duq": {"surgery", "weight_range", "weights", "activations"},
+    "lsq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "pact_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "nipq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "qil_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "duq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "lsq_dynamic": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "dynamic_generator": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "dynamic_generator_time": {"surgery", "weight_range", "weights", "activations", "scales"},
 }
 
 
