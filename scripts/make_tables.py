@@ -80,7 +80,7 @@ def made(args: argparse.Namespace) -> str:
         raise ValueError("--pivot is of our records alone; leave it out with --paper and --table")
     published = read_published(PUBLISHED) if args.paper or args.table else []
     rows = choose(published, args.paper or "", args.table or "") if published else []
-    records = [record for source in args.sources for record in read_records(source)]
+    records = read_records(*args.sources)
     if not records and not rows:
         raise ValueError(f"no results.json under {', '.join(map(str, args.sources))}")
     if args.save:

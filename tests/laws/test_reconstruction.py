@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers.anatomy import Kind, Role
 from tfmq_exp.denoisers.unet import anatomy
+from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
 from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
 from tfmq_exp.reconstruction.capture import (
     Replay,
@@ -29,7 +31,7 @@ from tfmq_exp.reconstruction.capture import (
 from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.module import LearnRounding, Recipe
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
-from tfmq_exp.reconstruction.partition import Blockwise, TemporalAware
+from tfmq_exp.reconstruction.partition import Blockwise, TemporalAware, TemporalFrozen
 from tfmq_exp.reconstruction.report import Learned, UnitReport
 from tfmq_exp.reconstruction.run import Means, Task, quiet_trainer, reconstruct
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -518,3 +520,19 @@ def test_batches_come_in_chunks_and_none_is_lost(iterations: int, together: int)
     flat = [batch for chunk in chunks for batch in chunk]
     assert [b.tolist() for (b,) in flat] == [b.tolist() for (b,) in source.batches()]
     assert len(flat) == iterations
+
+
+def test_frozen_temporal_layers_are_rounded_to_nearest_and_the_others_learn(tiny_unet: nn.Module) -> None:
+    unet, parts, data = tiny_unet, anatomy(tiny_unet, example_inputs(tiny_unet)), calibration(tiny_unet)
+    method = Reconstruct(TemporalFrozen(), EveryKth(1), recipe(5))
+    model, nearest = quantizable(unet), quantizable(unet)
+    method(Task(model, unet, parts, data, means(), 0, Shelf(model), Log()))
+    RoundToNearest()(Task(nearest, unet, parts, data, means(), 0, Shelf(nearest), Log()))
+    same = {
+        site: all(
+            torch.equal(a.codes, b.codes) for a, b in zip(model.integers[site], nearest.integers[site], strict=True)
+        )
+        for site in model.weight_sites()
+    }
+    assert {site for site in same if site in parts.temporal_sites} <= {site for site, equal in same.items() if equal}
+    assert not all(same.values())

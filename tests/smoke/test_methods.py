@@ -11,7 +11,7 @@ from tfmq_exp.surgery import artifact
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 LEARNS_NOTHING = {"nearest", "ptq4dm"}
-QUANTIZES_OUTPUTS = {"brecq", "qdrop", "ptq4dm"}
+QUANTIZES_OUTPUTS = {"brecq", "freeze", "qdrop", "ptq4dm"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 

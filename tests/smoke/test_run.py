@@ -193,16 +193,6 @@ def test_a_run_killed_while_it_learns_scales_resumes_to_the_same_bytes(
     assert ours == theirs
 
 
-def test_wandb_offline_mirrors_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    run = job(tmp_path, "runtime=smoke", "logger=wandb", "method=brecq")
-    logged = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(logged) == 1
-    assert logged[0].stat().st_size > 1000
-    assert (run / "results.json").is_file()
-
-
 def test_the_command_line(tmp_path: Path) -> None:
     """One real process, and what it prints when it fails: one line, no traceback."""
     command = [sys.executable, str(CONF.parent / "run.py"), f"paths.outputs={tmp_path}", "runtime=smoke"]

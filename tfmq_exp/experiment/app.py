@@ -149,12 +149,7 @@ def pull(
     report_coverage(covered, console)
     if cfg.runtime.estimate and stages.processes.first:
         look_ahead(stages, cfg.goal, console)
-    if cfg.goal == "trajectory":
-        stages.calibration_set()
-    elif cfg.goal == "weights":
-        stages.weighted_model()
-    else:
-        _ = stages.quantized_model
+    make_network(stages, cfg.goal)
     if "correction" in reached and stages.statistics is not None:
         write_csv(folder / "noise.csv", stages.statistics.rows())
         stages.mirror.table("noise", stages.statistics.rows())
@@ -181,6 +176,16 @@ def pull(
         show(records, console)
 
 
+def make_network(stages: Stages, goal: str) -> None:
+    """The quantized network, or what the goal wants of it."""
+    if goal == "trajectory":
+        stages.calibration_set()
+    elif goal == "weights":
+        stages.weighted_model()
+    else:
+        _ = stages.quantized_model
+
+
 def save_learning(stages: Stages, folder: Path) -> None:
     """What learning did, unit by unit; nothing for methods that learn nothing."""
     units, losses = stages.noted("units.json"), stages.noted("losses.json")
@@ -198,6 +203,8 @@ def look_ahead(stages: Stages, goal: str, console: Console) -> None:
     if expected is not None:
         show_estimate(expected, console)
         log.info("estimate: %s", summary(expected))
+        if stages.processes.count > 1:
+            console.print(f"  by one process; {stages.processes.count} share it", highlight=False)
 
 
 def report_coverage(covered: Mapping[str, Any], console: Console) -> None:

@@ -52,7 +52,8 @@ class Diagnosis:
 
         def fill(folder: Path) -> None:
             with self.stages.bars.stage(name, 1) as advance:
-                write_json(folder / "rows.json", compute(folder, advance))
+                rows = compute(folder, advance)
+            self.stages.store.write_json(folder / "rows.json", rows)
 
         path = self.stages.pull(name, self.entry(name, inputs), fill)
         return json.loads((path / "rows.json").read_text())
@@ -159,17 +160,19 @@ class Diagnosis:
             )
             whole = stick.error(self.model)["relative_error"]
             (folder / "units").mkdir(exist_ok=True)
+            files = {part.name: folder / "units" / f"{part.name}.json" for part in parts}
+            own = [part for part in stages.processes.own(parts) if not files[part.name].is_file()]
+            for i, part in enumerate(own):
+
+                def each(done: float, i: int = i, name: str = part.name) -> None:
+                    advance((i + done) / len(own), name)
+
+                found = unit_error(self.model, unet, part, parts, stick, alone=alone, each_batch=each)
+                write_json(files[part.name], found)
+            stages.processes.wait()
             rows: list[Row] = []
-            for i, part in enumerate(parts):
-                path = folder / "units" / f"{part.name}.json"
-                if not path.is_file():
-
-                    def each(done: float, i: int = i, name: str = part.name) -> None:
-                        advance((i + done) / len(parts), name)
-
-                    found = unit_error(self.model, unet, part, parts, stick, alone=alone, each_batch=each)
-                    write_json(path, found)
-                found = json.loads(path.read_text())
+            for part in parts:
+                found = json.loads(files[part.name].read_text())
                 share = found["relative_error"] / whole if whole else 0.0
                 rows.append({**_described(part, stages), **found, "share": share if alone else 1 - share})
             return rows

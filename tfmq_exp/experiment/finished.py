@@ -1,7 +1,10 @@
 """Jobs that are done are not done again: the store keeps what they left, and a job that is the same takes it from there.
 
-<store>/jobs/<key>/results/...    results.json, tables and pictures of the run folder
-                  origin.json     the run folder of the job that made them
+    <store>/jobs/<key>/left.zip         results.json, tables and pictures of the run folder
+                       artifacts.json   the stages that they stand on
+                       origin.json      the run folder of the job that made them
+
+An archive, so that whoever looks through the outputs for results does not take these for another run's.
 """
 
 import json

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tfmq_exp.experiment.store import code_of
+
 PACKAGE = Path(__file__).parents[1]
 # Where files are (those that are read are looked at one by one), and how the work is done, not what comes out.
 ELSEWHERE = ("paths", "repeat", "dry_run", "logger")
@@ -28,6 +30,7 @@ def job_identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         "shown": sorted(text for key, text in texts(settings["logger"]) if key == "_target_"),
         "program": program_version(PACKAGE),
         "files": files_read(settings),
+        "outside": outside_code(settings),
     }
 
 
@@ -38,6 +41,15 @@ def program_version(package: Path) -> str:
         digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def outside_code(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Packages and modules of others that the settings name as targets, with a hash of their Python files.
+
+    Installed libraries are not looked into.
+    """
+    names = {text.split(".")[0] for key, text in texts(settings) if key == "_target_"} - {PACKAGE.name}
+    return {name: code for name in sorted(names) if (code := code_of(name)) is not None}
 
 
 def files_read(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.experiment.diagnose import Diagnosis
 from tfmq_exp.experiment.estimate import in_words
 from tfmq_exp.experiment.estimate import show as show_estimate
 from tfmq_exp.experiment.stages import Stages
@@ -86,6 +87,10 @@ def lines(stages: Stages, goals: Collection[str]) -> list[Line]:
             Line("scores", looked_up(stages, "scores", lambda: stages.scores(quantized=True))),
             Line("diagnostics", looked_up(stages, "diagnostics", stages.errors)),
         ]
+    if "diagnose" in goals:
+        of = Diagnosis(stages)
+        asked = (of.rounding, of.features, of.accumulation, of.ranges, of.sensitivity)
+        found += [Line(name, looked_up(stages, name, ask)) for ask in asked if (name := f"diagnosis_{ask.__name__}")]
     return found
 
 

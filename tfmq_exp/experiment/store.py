@@ -9,6 +9,7 @@ Same inputs, same key, no recomputation. A process killed at any moment leaves a
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -30,10 +31,13 @@ class DamagedEntry(ValueError):  # noqa: N818
 
 
 def describe(value: Any) -> Any:
-    """Plain data that identifies a record of choices: dataclasses with their class name, mappings sorted by JSON later."""
+    """Plain data that identifies a record of choices: dataclasses with their class name, mappings sorted by JSON later.
+
+    A class that is not the program's is identified by its module and its code, too: nobody raises `SCHEMA` for it.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class": type(value).__name__, **fields}
+        return {"class": type(value).__name__, **origin_of(type(value)), **fields}
     if isinstance(value, Mapping):
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -41,6 +45,30 @@ def describe(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(f"a {type(value).__name__} cannot be part of a key")
+
+
+def origin_of(kind: type) -> dict[str, str]:
+    """Where a class is from, with a hash of the code there; nothing for the program's own."""
+    package = kind.__module__.split(".")[0]
+    if package == __name__.split(".")[0]:
+        return {}
+    code = code_of(package)
+    return {"module": kind.__module__} | ({"code": code} if code else {})
+
+
+def code_of(package: str) -> str | None:
+    """Hash of the Python files of a module or package; None for what is installed, or has none."""
+    spec = None if package == "__main__" else importlib.util.find_spec(package)
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    if not folders and spec.origin:
+        files = [Path(spec.origin)]
+    if any(part in ("site-packages", "dist-packages") for file in files for part in file.parts):
+        return None
+    existing = [file.read_bytes() for file in files if file.is_file()]
+    return hashlib.sha256(b"\0".join(existing)).hexdigest()[:16] if existing else None
 
 
 def key_of(stage: str, inputs: Mapping[str, Any]) -> str:

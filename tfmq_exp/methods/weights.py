@@ -39,7 +39,7 @@ class Reconstruct:
     """AdaRound, one unit at a time (BRECQ, arXiv 2102.05426); the partition says what a unit is.
 
     Args:
-        partition: `Blockwise` (BRECQ) or `TemporalAware` (TFMQ-DM's TIAR).
+        partition: `Blockwise` (BRECQ), `TemporalAware` (TFMQ-DM's TIAR) or `TemporalFrozen`.
         timesteps: which sampling steps the units learn from.
         recipe: iterations, batch, learning rate, objective.
     """
@@ -55,8 +55,14 @@ class Reconstruct:
         return Effort(self.timesteps.count(images, calls), self.recipe.iterations)
 
     def __call__(self, task: Task) -> None:
-        """Learn and freeze every weight."""
-        units = self.partition(task.anatomy, frozenset(task.model.weight_sites()))
+        """Learn and freeze every weight; those that no unit learns are rounded to nearest, before the others learn."""
+        sites = task.model.weight_sites()
+        units = self.partition(task.anatomy, frozenset(sites))
+        learned = {site for unit in units for site in unit.sites}
+        left = [site for site in sites if site not in learned]
+        task.model.place_weight_grids(left)
+        for site in left:
+            task.model.freeze(site)
         reconstruct(task.on(self.timesteps(task.data)), units, self.recipe)
 
 

@@ -43,6 +43,15 @@ class Blockwise:
 
 
 @dataclass(frozen=True)
+class TemporalFrozen:
+    """Blocks without their temporal layers, which no unit learns: "Freeze" of TFMQ-DM's table 1."""
+
+    def __call__(self, anatomy: Anatomy, learnable: frozenset[str]) -> list[Unit]:
+        """Units that have something to learn; their sites are disjoint and cover what is not temporal of `learnable`."""
+        return Blockwise()(anatomy, not_temporal(anatomy, learnable))
+
+
+@dataclass(frozen=True)
 class TemporalAware:
     """Temporal Information Aware Reconstruction (TIAR, TFMQ-DM, arXiv 2311.16503, section 4.2).
 
@@ -60,5 +69,9 @@ class TemporalAware:
             "timesteps",
             lambda unet: TemporalInformationBlock(unet, anatomy),
         )
-        rest = frozenset(site for site in learnable if anatomy.sites[site].role not in TEMPORAL_ROLES)
-        return [*([first] if temporal else []), *Blockwise()(anatomy, rest)]
+        return [*([first] if temporal else []), *Blockwise()(anatomy, not_temporal(anatomy, learnable))]
+
+
+def not_temporal(anatomy: Anatomy, sites: frozenset[str]) -> frozenset[str]:
+    """Without the time embedding and its projections."""
+    return frozenset(site for site in sites if anatomy.sites[site].role not in TEMPORAL_ROLES)

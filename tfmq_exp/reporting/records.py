@@ -65,18 +65,21 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
-def read_records(root: Path) -> list[ScoreRecord]:
-    """Every record in a file, or in the `results.json` files below a folder; float rows once per protocol and seed.
+def read_records(*sources: Path) -> list[ScoreRecord]:
+    """Every record in files, or in the `results.json` files below folders; the same scores of the same images count once.
 
     Raises:
         ValueError: a file that is not such a record.
     """
     found: dict[str, ScoreRecord] = {}
-    for path in [root] if root.is_file() else sorted(root.rglob("results.json")):
+    for path in (
+        path for source in sources for path in ([source] if source.is_file() else sorted(source.rglob("results.json")))
+    ):
         try:
             for row in rows_of(path):
                 record = ScoreRecord(**row)
-                identity = [record.model, record.quant, record.method, record.seed, record.keys, record.protocol]
+                key = record.keys.get("scores", record.keys)  # one for the images and their judge; float rows have none
+                identity = [record.model, record.quant, record.method, record.seed, key, record.protocol]
                 found[json.dumps(identity, sort_keys=True)] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a results file of this program: {error}") from error

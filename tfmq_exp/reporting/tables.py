@@ -69,7 +69,7 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
     header = ["bits", "method", *[name for name, _, _ in cols], "seeds"]
     rows = []
     for (_, quant, method, extra), members in sorted(
-        groups.items(), key=lambda item: (item[0][0], _bits(item[0][1]), item[0])
+        groups.items(), key=lambda item: (item[0][0], bits_order(item[0][1]), item[0])
     ):
         seeds = sorted({r.seed for r in members})
         name = f"{method} ({extra})" if extra else method
@@ -94,12 +94,12 @@ def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) ->
             cell([r.scores.get(score) for r in records if (r.quant, r.method) == (quant, method)], 3)
             for method in methods
         ]
-        for quant in sorted({r.quant for r in records if r.method in methods}, key=_bits)
+        for quant in sorted({r.quant for r in records if r.method in methods}, key=bits_order)
     ]
     return ["bits", *methods], rows
 
 
-def _bits(quant: str) -> tuple[int, ...]:
+def bits_order(quant: str) -> tuple[int, ...]:
     """Sort key of names like w4a8: more bits first."""
     digits = "".join(c if c.isdigit() else " " for c in quant).split()
     return tuple(-int(d) for d in digits)

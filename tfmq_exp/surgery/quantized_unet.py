@@ -71,9 +71,9 @@ class QuantizedUNet(nn.Module):
         wanted = self.weight_sites() if sites is None else [s for s in sites if s in self.plan.sites]
         return [quantizer for site in wanted for quantizer, _ in self.layer(site).weight_parts()]
 
-    def place_weight_grids(self) -> None:
-        """Set the scale and zero point of every weight quantizer from its weight."""
-        for site in self.weight_sites():
+    def place_weight_grids(self, sites: Collection[str] | None = None) -> None:
+        """Set the scale and zero point of weight quantizers, of all by default, from their weights."""
+        for site in self.weight_sites() if sites is None else sites:
             for quantizer, weight in self.layer(site).weight_parts():
                 quantizer.observe(weight)
 

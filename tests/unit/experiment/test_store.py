@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tfmq_exp.experiment.store import Store, describe, key_of, write_atomically
+from tfmq_exp.experiment.store import Store, code_of, describe, key_of, write_atomically
+from tfmq_exp.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,16 @@ def test_any_change_makes_another_key(inputs: dict[str, object]) -> None:
 
 
 def test_records_are_described_with_their_class() -> None:
-    assert describe({"m": Choice(4)}) == {"m": {"class": "Choice", "bits": 4, "name": "x"}}
+    assert describe({"m": QuantSpec(4)}) == {"m": {"class": "QuantSpec", "bits": 4, "scheme": "affine", "axis": None}}
+
+
+def test_a_class_that_is_not_the_programs_is_described_with_its_code() -> None:
+    described = describe(Choice(4))
+    code = described.pop("code")
+    assert described == {"class": "Choice", "module": __name__, "bits": 4, "name": "x"}
+    assert code == code_of(__name__.split(".")[0])
+    assert describe(Choice(5))["code"] == code
+    assert code_of("torch") is None
     assert describe(Choice(4)) != describe(OtherChoice(4))
     with pytest.raises(TypeError, match="function"):
         describe({"f": lambda: None, "g": 1}["f"])

@@ -26,7 +26,13 @@ def key(cfg: DictConfig, *changes: str, command: tuple[str, ...] = ()) -> str:
     "changes",
     [
         ("runtime.threads=3", "runtime.processes=2", "runtime.cache_gib=1", "runtime.cache_dir=elsewhere"),
-        ("runtime.traceback=true", "paths.store=elsewhere", "paths.outputs=elsewhere", "repeat=true"),
+        (
+            "runtime.traceback=true",
+            "runtime.estimate=false",
+            "paths.store=elsewhere",
+            "paths.outputs=elsewhere",
+            "repeat=true",
+        ),
     ],
 )
 def test_where_and_how_the_work_is_done_changes_nothing(cfg: DictConfig, changes: tuple[str, ...]) -> None:

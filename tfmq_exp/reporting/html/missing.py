@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.ways import FLOAT, bits_order, named
+from tfmq_exp.reporting.html.ways import FLOAT, named
+from tfmq_exp.reporting.tables import bits_order
 
 AXES = ("model", "quant", "method", "seed")
 Cell = tuple[str, str, str, str]  # model, bits, method, seed

@@ -22,8 +22,9 @@ from tfmq_exp.reporting.html.pictures import gallery, sample_files
 from tfmq_exp.reporting.html.runs import GOOD, STATES, Run
 from tfmq_exp.reporting.html.scores import ScoreTable, score_table
 from tfmq_exp.reporting.html.time_charts import StageLine, stage_lines
-from tfmq_exp.reporting.html.ways import Group, bits_order, groups
+from tfmq_exp.reporting.html.ways import Group, groups
 from tfmq_exp.reporting.published import PublishedRow
+from tfmq_exp.reporting.tables import bits_order
 
 TEMPLATES = PackageLoader("tfmq_exp.reporting.html", "templates")
 

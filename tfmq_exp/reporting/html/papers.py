@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tfmq_exp.reporting.comparison import CHANGE, Cell, Comparison, compare
 from tfmq_exp.reporting.comparison_text import MARKS, NAMES
-from tfmq_exp.reporting.html.ways import FLOAT, Group, bits_order
+from tfmq_exp.reporting.html.ways import FLOAT, Group
 from tfmq_exp.reporting.published import PublishedRow
-from tfmq_exp.reporting.tables import cell
+from tfmq_exp.reporting.tables import bits_order, cell
 
 
 @dataclass(frozen=True)

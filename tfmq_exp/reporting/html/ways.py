@@ -8,6 +8,7 @@ from typing import Any
 from tfmq_exp.reporting.comparison import EFFORT
 from tfmq_exp.reporting.html.runs import Run
 from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.reporting.tables import bits_order
 
 FLOAT = "float"
 
@@ -75,12 +76,6 @@ class Group:
     def quantized(self) -> list[Way]:
         """The ways that quantize."""
         return [way for way in self.ways if not way.is_float]
-
-
-def bits_order(bits: str) -> tuple[int, ...]:
-    """Sort key of names like w4a8: more bits first."""
-    digits = "".join(c if c.isdigit() else " " for c in bits).split()
-    return tuple(-int(d) for d in digits)
 
 
 def named(record: ScoreRecord) -> str:
