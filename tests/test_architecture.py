@@ -14,6 +14,7 @@ ORDER = (
     ("sampling",),
     ("calibration", "surgery", "evaluation"),
     ("reconstruction",),
+    ("training",),
     ("methods", "diagnostics"),
     ("experiment",),
 )
@@ -26,7 +27,7 @@ THIRD_PARTY = {
     "tensorboard": {"tracking"},
     "rich": {"experiment"},
     "filelock": {"experiment", "reporting"},
-    "pytorch_lightning": {"reconstruction"},
+    "pytorch_lightning": {"reconstruction", "training"},
     "torchmetrics": {"evaluation"},
     "torch_fidelity": {"evaluation"},
     "transformers": {"denoisers", "evaluation"},

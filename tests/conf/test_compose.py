@@ -22,7 +22,8 @@ def overrides(file: Path) -> list[str]:
     choice = f"{'/'.join(file.parts[:depth])}={'/'.join(file.parts[depth:])}"
     if file.parts[0] != "method" or depth == 1:
         return [choice]
-    return ["method=tfmq" if "estimator" in file.parts else "method=qdrop", choice]
+    wholes = {"estimator": "tfmq", "forms": "lsq"}
+    return [f"method={next((wholes[part] for part in file.parts if part in wholes), 'qdrop')}", choice]
 
 
 def targets(node: Any) -> Iterator[dict[str, Any]]:
@@ -82,6 +83,19 @@ AXES = {
     "tfmq": {"scales", "weights"},
     "tfmq_cache": {"scales", "weights", "temporal"},
     "tfmq_qdrop": {"scales", "weights", "activations"},
+    "lsq": {"surgery", "weight_range", "weights", "activations"},
+    "pact": {"surgery", "weight_range", "weights", "activations"},
+    "nipq": {"surgery", "weight_range", "weights", "activations"},
+    "qil": {"surgery", "weight_range", "weights", "activations"},
+    "duq": {"surgery", "weight_range", "weights", "activations"},
+    "lsq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "pact_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "nipq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "qil_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "duq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "lsq_dynamic": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "dynamic_generator": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "dynamic_generator_time": {"surgery", "weight_range", "weights", "activations", "scales"},
 }
 
 

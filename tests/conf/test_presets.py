@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from tests.smoke.jobs import CONF, composed
 from tfmq_exp.denoisers import compvis, first_stage
 from tfmq_exp.reporting.agreement import clip_network, published_calls
+from tfmq_exp.reporting.comparison import AS_PRINTED
 from tfmq_exp.reporting.published import PublishedRow, read_published
 
 PUBLISHED = read_published(CONF / "published")
@@ -52,6 +53,14 @@ TABLES = {
     "tdq/s4_imagenet_intervals": ("TDQ", "S4", "ldm_imagenet"),
     "tdq/table2_cifar10": ("TDQ", "2", "ddim_cifar10"),
     "tdq/table2_church": ("TDQ", "2", "ldm_church"),
+    "tdq/s1_cifar10_qat": ("TDQ", "S1", "ddim_cifar10"),
+    "tdq/s2_cifar10_qat": ("TDQ", "S2", "ddim_cifar10"),
+    "tdq/s5_cifar10_qat": ("TDQ", "S5", "ddim_cifar10"),
+    "tdq/s6_cifar10_qat": ("TDQ", "S6", "ddim_cifar10"),
+    "tdq/s6_church_qat": ("TDQ", "S6", "ldm_church"),
+    "tdq/s7_cifar10_qat": ("TDQ", "S7", "ddim_cifar10"),
+    "tdq/table1_cifar10_qat": ("TDQ", "1 cifar10", "ddim_cifar10"),
+    "tdq/table1_church_qat": ("TDQ", "1 church", "ldm_church"),
 }
 # rows of these tables that no preset makes: methods that are not here, and bits that their sources leave open
 NOT_HERE = {"linear", "squant"}
@@ -83,11 +92,13 @@ def made(preset: str) -> set[tuple[str, str]]:
     swept = axes(preset)
     if "method.scales.temporal.count" in swept:
         methods = [f"s{count}" for count in swept["method.scales.temporal.count"]]
-    elif "method/scales" in swept:
+    elif "method/weights/partition" in swept:
         parts = itertools.product(swept["method/weights/partition"], swept["method/scales"])
         methods = [PARTS[part] for part in parts]
     else:
         methods = swept.get("method", [configured(preset).method.name])
+    if preset.endswith("_qat"):
+        methods = [AS_PRINTED.get(method, method) for method in methods]
     return set(itertools.product(swept["quant"], methods))
 
 
@@ -112,8 +123,9 @@ def test_a_preset_composes_and_its_first_comment_is_its_command(preset: str) -> 
     assert cfg.model.name == TABLES[preset][2]
     for key, values in axes(preset).items():
         files = [CONF / key / f"{value}.yaml" for value in values]
-        assert "." in key or all(file.is_file() for file in files), files
-    assert (cfg.quant.name, cfg.method.name) in made(preset) or "method/scales" in axes(preset)
+        assert "." in key or key == "seed" or all(file.is_file() for file in files), files
+    printed = AS_PRINTED.get(cfg.method.name, cfg.method.name)
+    assert (cfg.quant.name, printed) in made(preset) or "method/scales" in axes(preset)
 
 
 @pytest.mark.parametrize("preset", TABLES)
@@ -147,7 +159,8 @@ def test_sampling_is_that_of_the_table(preset: str) -> None:
         if "clip" in said:
             assert clip_network(Path(cfg.eval.clip.folder).name) == said["clip"]
     if kind == "DDIM":
-        form = ("quadratic", 0, True) if cfg.model.name == "ddim_cifar10" else ("uniform", 1, False)
+        ddim = cfg.model.name == "ddim_cifar10" and not preset.endswith("_qat")  # TDQ's program is LDM's
+        form = ("quadratic", 0, True) if ddim else ("uniform", 1, False)
         assert (sampler.eta, sampler.spacing, sampler.offset, sampler.ends_clean) == (cfg.model.protocol.eta, *form)
 
 
@@ -159,11 +172,12 @@ def halves(cfg: DictConfig) -> int:
 def test_calibration_is_that_of_the_rows_method(preset: str) -> None:
     cfg = configured(preset)
     set_up, rows = cfg.model.protocol, made(preset)
+    iterations = set_up.qat_iterations if preset.endswith("_qat") else set_up.iterations
     steps, images, every = cfg.sampler.steps, set_up.calibration_images, set_up.calibration_every
     for said in (row.protocol for row in rows_of(preset) if (row.bits, row.method) in rows):
         assert every == said.get("interval_length", every)
         for key in ("weight_iterations", "iterations"):
-            assert set_up.iterations == said.get(key, set_up.iterations)
+            assert iterations == said.get(key, iterations)
         assert set_up.recon_batch == said.get("weight_batch", said.get("calibration_batch", set_up.recon_batch))
         assert set_up.scale_iterations == said.get("activation_iterations", set_up.scale_iterations)
         assert set_up.scale_learning_rate == said.get("activation_lr", set_up.scale_learning_rate)

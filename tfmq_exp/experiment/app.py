@@ -102,6 +102,7 @@ def build_stages(
         denoiser=denoiser,
         sampling=Sampling(make(cfg.sampler), **make(cfg.model.sampling)),
         method=make(cfg.method),
+        real_images=functools.partial(make, cfg.data),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
         batch=runtime.batch,

@@ -55,8 +55,12 @@ COUNTS = (
     "scale_iterations",
     "normal_samples",
     "correction_images",
+    "qat_iterations",
+    "qat_batch",
+    "qat_observed",
+    "qat_warmup",
 )
-RATES = ("learning_rate", "scale_learning_rate", "joint_scale_learning_rate")
+RATES = ("learning_rate", "scale_learning_rate", "joint_scale_learning_rate", "qat_learning_rate", "qat_average")
 KINDS = {
     "goal": GOAL,
     "seed": SEED,

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tfmq_exp.experiment.float_stages import FloatStages
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, noted, save_learned
 from tfmq_exp.experiment.store import Entry, write_atomically
+from tfmq_exp.experiment.training_stages import TrainingStages
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reconstruction.report import Learned
 from tfmq_exp.reconstruction.run import Task
@@ -26,7 +26,7 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 log = logging.getLogger(__name__)
 
 
-class NetworkStages(FloatStages):
+class NetworkStages(TrainingStages):
     """The stages that make a quantized network."""
 
     # weights -----------------------------------------------------------------------------------------------------
@@ -42,7 +42,11 @@ class NetworkStages(FloatStages):
             "range": method.weight_range,
             "weights": method.weights,
         }
-        if method.weights.learns:
+        if self.plan.trained is not None:
+            inputs["form"] = self.plan.trained
+        if method.weights.data == "images":
+            inputs |= self.training_inputs
+        elif method.weights.learns:
             inputs |= {"trajectory": self.trajectory.key, "seed": self.seed}
         if "activations" in method.weights.learns:
             inputs |= self.activation_inputs
@@ -50,6 +54,8 @@ class NetworkStages(FloatStages):
 
     def weighted_model(self) -> QuantizedUNet:
         """The model with integer weights; activations are still float, or learned already if that was done jointly."""
+        if self.method.weights.data == "images":
+            return self.trained_model(self.weights)
         model = build(self.denoiser.unet, self.plan, self.method.weight_range)
 
         def compute(folder: Path) -> None:
@@ -68,7 +74,7 @@ class NetworkStages(FloatStages):
 
     def learn(self, name: str, phase: Callable[..., None], model: QuantizedUNet, seed: int, folder: Path) -> UnitFiles:
         """Run a method's phase under a progress bar, with every finished unit kept in the folder."""
-        data = self.calibration_set()
+        data = self.calibration_set() if self.follows_trajectories else self.no_trajectories()
         with self.bars.stage(name, 1) as advance:
             watcher = UnitProgress(advance, self.mirror, name)
             keeper = UnitFiles(folder / "units", watcher.curves, self.store.write)

@@ -71,6 +71,8 @@ def lines(stages: Stages, goals: Collection[str]) -> list[Line]:
     found = [
         Line("trajectory", stages.trajectory, goals == ("trajectory",) or (weighing and needs_data(stages, goals)))
     ]
+    if "weights" in goals and not stages.follows_trajectories:
+        found.append(Line("examples", stages.examples, weighing))
     if "weights" in goals:
         found.append(Line("weights", stages.weights, weighing))
     if "activations" in goals:
@@ -96,7 +98,7 @@ def lines(stages: Stages, goals: Collection[str]) -> list[Line]:
 
 def needs_data(stages: Stages, goals: Collection[str]) -> bool:
     """Whether activations or weights are still to be found from calibration data."""
-    return "activations" in goals or not stages.weights.done
+    return stages.follows_trajectories and ("activations" in goals or not stages.weights.done)
 
 
 def looked_up(stages: Stages, stage: str, ask: Callable[[], object]) -> Entry | None:

@@ -30,6 +30,7 @@ from tfmq_exp.experiment.measure import (
 )
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import Entry
+from tfmq_exp.experiment.training_estimate import measure_training
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
 from tfmq_exp.reconstruction.cache import Leaves, Storage
@@ -38,6 +39,8 @@ from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
 from tfmq_exp.reconstruction.run import something_to_learn
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.training.module import TrainingProtocol
+from tfmq_exp.training.run import last_checkpoint
 
 SEARCHED = 2**18  # weights on which the range estimator is timed
 
@@ -76,6 +79,7 @@ def still_to_do(stages: Stages, goals: Collection[str]) -> Counts:
             images[name] = left
     noise = stages.correction if "correction" in goals else None
     width_choices = max(len(line.input.specs) if line.input else 1 for line in stages.plan.sites.values())
+    wanted = stages.follows_trajectories or last is None
     return Counts(
         calls=len(stages.calls),
         timesteps=len(set(stages.calls)),
@@ -83,7 +87,7 @@ def still_to_do(stages: Stages, goals: Collection[str]) -> Counts:
         batch=stages.batch,
         cache=stages.means.cache_bytes,
         trajectories=stages.calibration.images,
-        collecting=bool(phases or "trajectory" in goals) and not stages.trajectory.done,
+        collecting=bool(phases or "trajectory" in goals) and wanted and not stages.trajectory.done,
         # grids are placed for learning, and before it for the ranges of activations that are learned together with weights
         grids=("weights" in phases) * (2 if "activations" in stages.method.weights.learns else 1),
         phases=tuple(phases),
@@ -227,6 +231,8 @@ class Survey:
         found: dict[str, Course] = {}
         entries = {"weights": self.stages.weights, "activations": self.stages.activations}
         for name, phase in zip(names, self.phases(names), strict=True):
+            if (protocol := getattr(phase, "protocol", None)) is not None:
+                found[name] = self.training(protocol, entries[name])
             recipe: Recipe | None = getattr(phase, "recipe", None)
             if recipe is None:
                 continue
@@ -239,6 +245,16 @@ class Survey:
             widths = len(self.model.activation_bits()) or 1
             found[name] = self.course(units, recipe, samples, rounds=1 if recipe.rounding else widths)
         return found
+
+    def training(self, protocol: TrainingProtocol, entry: Entry) -> Any:
+        """What is left of a training, by one step of it."""
+        self.set_activations(Mode.QUANTIZE)
+        for quantizer in self.model.weight_quantizers():
+            quantizer.mode = Mode.QUANTIZE
+        last = last_checkpoint(entry.path / "checkpoints")
+        done = int(last.stem) if last else 0
+        data = self.data(-(-protocol.batch // protocol.parts))
+        return measure_training(self.model, data, protocol, done, self.forward.seconds, self.now)
 
     def course(self, units: list[Unit], recipe: Recipe, samples: int, rounds: int) -> Course:
         """Units with their costs: the dearest of every kind measured, others as long as patience lasts."""

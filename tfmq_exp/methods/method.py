@@ -6,6 +6,7 @@ from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.methods.activations import Keep, Learn, Observe
 from tfmq_exp.methods.correction import NoCorrection, NoiseCorrection
 from tfmq_exp.methods.temporal import CacheFeatures, ComputeFeatures
+from tfmq_exp.methods.training import Train
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
 from tfmq_exp.quant.ranges import RangeEstimator
 from tfmq_exp.surgery.plan import SurgeryPlan
@@ -33,7 +34,7 @@ class Method:
     scales: ScalePlan
     weight_range: RangeEstimator
     timesteps: TimestepPolicy
-    weights: RoundToNearest | Reconstruct
+    weights: RoundToNearest | Reconstruct | Train
     activations: Observe | Learn | Keep
     temporal: ComputeFeatures | CacheFeatures
     correction: NoCorrection | NoiseCorrection

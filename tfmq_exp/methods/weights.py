@@ -21,6 +21,7 @@ class RoundToNearest:
     """Every weight to the nearest point of its grid; no data needed."""
 
     learns: ClassVar[frozenset[str]] = frozenset()
+    data: ClassVar[str] = "trajectories"  # what there is to learn from: these of the float model, or images
 
     def effort(self, images: int, calls: int) -> Effort:
         """None."""
@@ -47,6 +48,7 @@ class Reconstruct:
     timesteps: TimestepPolicy
     recipe: Recipe
     learns: ClassVar[frozenset[str]] = frozenset({"weights"})
+    data: ClassVar[str] = "trajectories"
 
     def effort(self, images: int, calls: int) -> Effort:
         """Of one unit."""

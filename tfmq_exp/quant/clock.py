@@ -30,6 +30,7 @@ class StepClock:
         for step, t in reversed(list(enumerate(self.timesteps))):
             self._step_of_t[t] = step
         self._index: Int[Tensor, "batch"] | None = None
+        self._t: Int[Tensor, "batch"] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -42,6 +43,13 @@ class StepClock:
         if self._index is None:
             raise RuntimeError("the clock is not set: call the model through QuantizedUNet, or use `with clock.at(t)`")
         return self._index
+
+    @property
+    def t(self) -> Int[Tensor, "batch"]:
+        """Timestep of each row of the current batch, as it came: with `nearest` maybe none of the finite set."""
+        if self._t is None:
+            raise RuntimeError("the clock is not set: call the model through QuantizedUNet, or use `with clock.at(t)`")
+        return self._t
 
     def steps_of(self, t: Shaped[Tensor, "batch"]) -> Int[Tensor, "batch"]:
         """Look timesteps up in the finite set."""
@@ -63,8 +71,9 @@ class StepClock:
     @contextmanager
     def at(self, t: Shaped[Tensor, "batch"]) -> Generator[None]:
         """Set the timesteps of the batch for the duration of a forward pass."""
-        before, self._index = self._index, self.steps_of(t)
+        before = self._index, self._t
+        self._index, self._t = self.steps_of(t), t.long()
         try:
             yield
         finally:
-            self._index = before
+            self._index, self._t = before

@@ -1,8 +1,9 @@
 """Encodings of the timestep for a network that reads it (TDQ, arXiv 2306.02316, section 4 and supplement, table 2)."""
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -68,3 +69,25 @@ class RandomFourier:
         b = self.sigma * torch.randn(self.width // 2, generator=generator).to(t.device)
         angles = 2 * math.pi * (t.float()[:, None] / self.train_timesteps) * b
         return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+KINDS: Mapping[str, type[Frequency | Normalised | RandomFourier]] = {
+    "frequency": Frequency,
+    "normalised": Normalised,
+    "random_fourier": RandomFourier,
+}
+
+
+def encoding_to_json(encoding: TimeEncoding) -> dict[str, Any]:
+    """What a stored model that still reads the timestep needs to know; TypeError for an encoding of another kind."""
+    for kind, cls in KINDS.items():
+        if isinstance(encoding, cls):
+            return {"kind": kind, **asdict(encoding)}
+    raise TypeError(f"a {type(encoding).__name__} cannot be stored; encodings that can: {', '.join(KINDS)}")
+
+
+def encoding_from_json(data: Mapping[str, Any]) -> TimeEncoding:
+    """The inverse of `encoding_to_json`; ValueError for an unknown kind."""
+    if data["kind"] not in KINDS:
+        raise ValueError(f"unknown kind of encoding {data['kind']!r}; known: {', '.join(KINDS)}")
+    return KINDS[data["kind"]](**{name: value for name, value in data.items() if name != "kind"})

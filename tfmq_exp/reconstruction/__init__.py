@@ -1,1 +1,1 @@
-"""Learning the rounding of weights, one unit at a time (BRECQ, arXiv 2102.05426). The only package that uses Lightning."""
+"""Learning the rounding of weights, one unit at a time (BRECQ, arXiv 2102.05426)."""

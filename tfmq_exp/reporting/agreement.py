@@ -61,7 +61,8 @@ def _pairs(row: PublishedRow, record: ScoreRecord, score: str) -> Iterator[Pair]
     theirs, ours = row.protocol, record.protocol
     sampler: Mapping[str, Any] = ours.get("sampler", {})
     kind = sampler.get("class")
-    yield "training", "with quantization" if "QAT" in row.title else None, "before quantization"
+    if row.method != "float":
+        yield "training", trained("QAT" in row.title), trained(record.cost.get("training_images") is not None)
     yield "sampler", theirs.get("sampler"), SAMPLERS[kind].format(**sampler) if kind in SAMPLERS else kind
     yield _steps(row, record)
     yield "spacing", SPACINGS.get(theirs.get("skip", "")), sampler.get("spacing")
@@ -75,6 +76,11 @@ def _pairs(row: PublishedRow, record: ScoreRecord, score: str) -> Iterator[Pair]
         yield "CLIP network", theirs.get("clip"), clip_network(record.evaluator.get("clip", {}).get("model"))
     if score in ("gpu_hours", "latency_s", "speedup", "memory_mb"):
         yield "device", theirs.get("device"), record.environment.get("device")
+
+
+def trained(with_quantizers: bool) -> str:
+    """Whether quantizers were in the network while it was trained, in words."""
+    return "with quantization" if with_quantizers else "before quantization"
 
 
 def _same(theirs: Any, ours: Any) -> bool:

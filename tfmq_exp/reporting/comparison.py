@@ -22,6 +22,8 @@ ABLATION = {
     ("tfmq", "temporal_aware", "finite_set"): "tfmq",
 }
 WHOLE = {method for (method, *_), name in ABLATION.items() if name == method}  # with all of its parts
+# the method of TDQ's paper and its baseline, under training: LSQ with another source of steps
+AS_PRINTED = {"lsq_tdq": "tdq", "lsq_dynamic": "dynamic"}
 EFFORT = ("weight_samples", "weight_iterations", "activation_samples", "activation_iterations")
 
 
@@ -130,7 +132,7 @@ def published_name(record: ScoreRecord, *, ablation: bool) -> str | None:
         return name if ablation or name == record.method else None
     if choices or (ablation and record.method not in {"float"} | WHOLE):
         return None
-    return record.method
+    return AS_PRINTED.get(record.method, record.method)
 
 
 def measured(record: ScoreRecord, score: str) -> float | None:

@@ -24,7 +24,6 @@ from tfmq_exp.denoisers.unet import attentions, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
-from tfmq_exp.quant.sources.base import RunningRange
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.plan import resolved_from_json, resolved_to_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
@@ -98,9 +97,10 @@ def save(model: QuantizedUNet, path: Path) -> int:
         tensors |= {f"{name}/{part}": value for part, value in packed(integers).items()}
         shapes[name] = list(integers.codes.shape)
     for name, quantizer in model.activation_quantizers().items():
-        if isinstance(quantizer.source, RunningRange):
-            tensors[f"activations/{name}/scale"] = quantizer.source.scale.clone()  # tied ones share their memory
-            tensors[f"activations/{name}/zero_point"] = smallest(quantizer.source.zero_point)
+        for key, value in quantizer.state_dict().items():
+            part = key.removeprefix("source.")
+            # tied ones share their memory
+            tensors[f"activations/{name}/{part}"] = smallest(value) if part == "zero_point" else value.clone()
     integer = {f"{site}.weight" for site in model.integers}
     sources = tuple(f"{name}." for name in model.activation_quantizers())
     for name, value in model.unet.state_dict().items():
@@ -198,9 +198,8 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     for site in manifest["unneeded"]:
         model.drop(site)
     for name, quantizer in model.activation_quantizers().items():
-        if isinstance(quantizer.source, RunningRange):
-            for part in ("scale", "zero_point"):
-                state[f"{name}.source.{part}"] = stored.take(f"activations/{name}/{part}").float()
+        for key in quantizer.state_dict():
+            state[f"{name}.{key}"] = stored.take(f"activations/{name}/{key.removeprefix('source.')}").float()
     state |= {name: stored.take(f"float/{name}") for name in model.unet.state_dict() if name not in state}
     stored.end()
     model.unet.load_state_dict(state, strict=True)

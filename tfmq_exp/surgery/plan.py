@@ -6,11 +6,14 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from tfmq_exp.denoisers.anatomy import Anatomy, Role, Site
+from tfmq_exp.quant.forms.base import Form
 from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.surgery.forms import FormPlan
 from tfmq_exp.surgery.scales import Scale, ScalePlan, scale_from_json, scale_to_json
 
 WEIGHT_BITS = range(2, 9)
 INPUT_BITS = range(4, 9)
+TRAINED_INPUT_BITS = range(2, 9)  # fewer levels than a range alone can place
 PROBABILITY_BITS = range(4, 17)
 
 
@@ -107,13 +110,15 @@ class ResolvedSite:
 class ResolvedPlan:
     """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set.
 
-    `tied` are layers with one input, whose input quantizers learn together; of no importance once learning is over.
+    `tied` are layers with one input, whose input quantizers learn together; `trained` is the form of weights that are trained
+    on their grids. Both are of no importance once learning is over.
     """
 
     sites: Mapping[str, ResolvedSite]
     operands: Mapping[str, Mapping[str, ActivationPlan]]
     timesteps: tuple[int, ...]
     tied: tuple[tuple[str, ...], ...] = ()
+    trained: Form | None = None
 
     def merged(self) -> "ResolvedPlan":
         """As it is once calibration and learning are over."""
@@ -143,6 +148,7 @@ class SurgeryPlan:
         split_shortcuts: give trunk and skip channels of every shortcut grids of their own (Q-Diffusion).
         tie_qkv: one input quantizer for q, k and v of an attention, as where the original network has them in one layer
             (unconditional LDM). Observed ranges are the same either way; learned scales are not.
+        forms: how ranges and weights are trained, for methods of quantization-aware training; None for all others.
     """
 
     roles: Mapping[str, SitePlan]
@@ -151,6 +157,7 @@ class SurgeryPlan:
     grids: GridPlan = field(default_factory=GridPlan)
     split_shortcuts: bool = False
     tie_qkv: bool = False
+    forms: FormPlan | None = None
 
     def __post_init__(self) -> None:
         for name in ("roles", "sites"):  # YAML gives plain mappings
@@ -159,12 +166,16 @@ class SurgeryPlan:
         wrong = set(self.roles).symmetric_difference(role.value for role in Role)
         if wrong:
             raise ValueError(f"a surgery plan names every role once; wrong or missing: {', '.join(sorted(wrong))}")
+        inputs = TRAINED_INPUT_BITS if self.forms else INPUT_BITS
         for plan in (*self.roles.values(), *self.sites.values()):
             checked(plan.weight, WEIGHT_BITS, "weight")
-            checked(plan.input, INPUT_BITS, "activation")
-            checked(plan.output, INPUT_BITS, "activation")
-        checked(self.attention.operands, INPUT_BITS, "attention operand")
+            checked(plan.input, inputs, "activation")
+            checked(plan.output, inputs, "activation")
+        checked(self.attention.operands, inputs, "attention operand")
         checked(self.attention.probabilities, PROBABILITY_BITS, "attention probability")
+        for name in ("weights", "activations") if self.forms else ():
+            if getattr(self.grids, name) != "symmetric":
+                raise ValueError(f"trained forms need grids.{name} symmetric, got {getattr(self.grids, name)!r}")
 
     def at(self, site: Site) -> SitePlan:
         """The plan of one layer."""
@@ -184,8 +195,12 @@ class SurgeryPlan:
                 raise ValueError(f"the pattern {pattern!r} in surgery.sites matches no layer")
 
         def activation(bits: Bits | None, role: Role | None, scheme: Scheme | None = None) -> ActivationPlan | None:
-            specs = tuple(QuantSpec(b, scheme or self.grids.activations) for b in widths(bits))
-            return ActivationPlan(specs, scales.of(role)) if specs else None
+            kind, scale = scheme or self.grids.activations, scales.of(role)
+            if self.forms:
+                kind, centre = self.forms.grid(role, kind)
+                scale = self.forms.scale(scale, centre)
+            specs = tuple(QuantSpec(b, kind) for b in widths(bits))
+            return ActivationPlan(specs, scale) if specs else None
 
         table: dict[str, ResolvedSite] = {}
         for name, site in anatomy.sites.items():
@@ -204,7 +219,8 @@ class SurgeryPlan:
         if not table and not quantizers:
             raise ValueError("this plan quantizes nothing: every role is float")
         operands = {name: quantizers for name in attentions} if quantizers else {}
-        return ResolvedPlan(table, operands, timesteps, self._tied(anatomy, table))
+        trained = self.forms.weights if self.forms else None
+        return ResolvedPlan(table, operands, timesteps, self._tied(anatomy, table), trained)
 
     def _tied(self, anatomy: Anatomy, table: Mapping[str, ResolvedSite]) -> tuple[tuple[str, ...], ...]:
         """Layers whose input quantizers learn together: q, k and v of every attention."""

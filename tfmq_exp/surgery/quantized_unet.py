@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.forms.base import Form
 from tfmq_exp.quant.layers import TWINS, QuantizedWeight, QuantLayer
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.split import SplitQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.quantizers.trained import TrainedWeightQuantizer
 from tfmq_exp.quant.ranges import RangeEstimator
 from tfmq_exp.quant.rounding import AdaRound
+from tfmq_exp.quant.sources.bank import GeneratorBank
+from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.surgery.attention import QuantAttnProcessor
 from tfmq_exp.surgery.plan import ActivationPlan, ResolvedPlan
 from tfmq_exp.surgery.temporal_cache import CachedFeature, Unneeded
@@ -40,11 +45,12 @@ class QuantizedUNet(nn.Module):
         self.clock = StepClock(plan.timesteps)
         self.integers: dict[str, tuple[QuantizedWeight, ...]] = {}
         self.cached: dict[str, QuantizedWeight] = {}
+        self.bank: GeneratorBank | None = None  # while the network is trained as a whole
 
     def forward(self, sample: Float[Tensor, "batch ..."], timestep: Shaped[Tensor, "..."], **conditions: Any) -> Any:
         """The UNet's own output. Raises ValueError at a timestep outside the finite set."""
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        with self.clock.at(t):
+        with self.clock.at(t), self.bank.at(t) if self.bank else nullcontext():
             return self.unet(sample, t, **conditions)
 
     # weights -----------------------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ class QuantizedUNet(nn.Module):
     def merge_sources(self) -> None:
         """Replace every source by what is left of it after learning: generated intervals become tables."""
         for quantizer in self.activation_quantizers().values():
-            quantizer.source = quantizer.source.merged()
+            quantizer.merge()
         self.plan = self.plan.merged()
 
     # temporal features -------------------------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> Qua
     model = QuantizedUNet(copy.deepcopy(unet).requires_grad_(False).eval(), plan)
 
     def quantizer(line: ActivationPlan) -> nn.Module:
-        choices = [AffineQuantizer(line.scale.source(spec, model.clock)) for spec in line.specs]
+        choices = [line.scale.quantizer(spec, model.clock) for spec in line.specs]
         return choices[0] if len(choices) == 1 else StepSwitch(choices, model.clock)
 
     for site, line in plan.sites.items():
@@ -178,7 +184,7 @@ def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> Qua
         sizes = (line.split, twin.weight.shape[1] - line.split) if line.split else ()
         if line.weight:
             pieces = twin.weight.split(sizes, dim=1) if sizes else (twin.weight,)
-            parts = [WeightQuantizer(piece, line.weight, estimator) for piece in pieces]
+            parts = [weight_quantizer(piece, line.weight, estimator, plan.trained) for piece in pieces]
             twin.weight_quantizer = SplitQuantizer(parts, sizes) if sizes else parts[0]
         if line.input:
             inputs = line.input
@@ -196,6 +202,15 @@ def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> Qua
         modules[name].set_processor(processor)
     device = next(unet.parameters()).device
     return model.to(device).eval()
+
+
+def weight_quantizer(
+    weight: Float[Tensor, "out *rest"], spec: QuantSpec, estimator: RangeEstimator, form: Form | None
+) -> WeightQuantizer:
+    """One that rounds a given weight, or one under which the weight is trained by a form."""
+    if form is None:
+        return WeightQuantizer(weight, spec, estimator)
+    return TrainedWeightQuantizer(weight, spec, estimator, form)
 
 
 def tie(quantizers: Sequence[Any]) -> None:

@@ -6,7 +6,11 @@ from typing import Any, Literal, Protocol
 
 from tfmq_exp.denoisers.anatomy import TEMPORAL_ROLES, Role
 from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.encodings import TimeEncoding
+from tfmq_exp.quant.encodings import TimeEncoding, encoding_from_json, encoding_to_json
+from tfmq_exp.quant.forms.base import Form
+from tfmq_exp.quant.forms.settled import form_from_json, form_to_json
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer
+from tfmq_exp.quant.quantizers.trained import Centre, TrainedQuantizer, checked_centre
 from tfmq_exp.quant.ranges import RangeEstimator
 from tfmq_exp.quant.sources.base import DEFAULT_ESTIMATOR, Source
 from tfmq_exp.quant.sources.dynamic import Dynamic
@@ -14,6 +18,7 @@ from tfmq_exp.quant.sources.generated import Generated, LastLayer
 from tfmq_exp.quant.sources.intervals import Intervals
 from tfmq_exp.quant.sources.per_step import PerStep
 from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.sources.statistics import FromStatistics
 from tfmq_exp.quant.spec import QuantSpec
 
 
@@ -24,13 +29,17 @@ class Scale(Protocol):
         """A source of its own for one quantizer."""
         ...
 
+    def quantizer(self, spec: QuantSpec, clock: StepClock) -> AffineQuantizer:
+        """A quantizer with such a source."""
+        return AffineQuantizer(self.source(spec, clock))
+
     def merged(self) -> "Scale":
         """What is left of it once calibration and learning are over."""
         ...
 
 
 @dataclass(frozen=True)
-class StaticScale:
+class StaticScale(Scale):
     """One for all timesteps: `Static`."""
 
     momentum: float = 0.95
@@ -46,7 +55,7 @@ class StaticScale:
 
 
 @dataclass(frozen=True)
-class PerStepScale:
+class PerStepScale(Scale):
     """One for each sampling step, Finite Set Calibration: `PerStep`."""
 
     momentum: float = 0.95
@@ -62,7 +71,7 @@ class PerStepScale:
 
 
 @dataclass(frozen=True)
-class IntervalScale:
+class IntervalScale(Scale):
     """One for each of `count` equal parts of the training timesteps, S_N: `Intervals`."""
 
     count: int
@@ -87,7 +96,7 @@ class IntervalScale:
 
 
 @dataclass(frozen=True)
-class DynamicScale:
+class DynamicScale(Scale):
     """That of the tensor at hand: `Dynamic`."""
 
     per: Literal["tensor", "sample"]
@@ -102,7 +111,7 @@ class DynamicScale:
 
 
 @dataclass(frozen=True)
-class GeneratedScale:
+class GeneratedScale(Scale):
     """A small network's function of the timestep, TDQ: `Generated`."""
 
     encoding: TimeEncoding
@@ -133,6 +142,67 @@ class GeneratedScale:
 
 
 @dataclass(frozen=True)
+class StatisticsScale(Scale):
+    """A small network's function of the activation's statistics, and of the timestep where it has an encoding: `FromStatistics`."""
+
+    encoding: TimeEncoding | None
+    hidden: tuple[int, ...]
+    dropout: float = 0.0
+    last: LastLayer = "zero"
+    seed: int = 0
+    momentum: float = 0.0
+    estimator: RangeEstimator = DEFAULT_ESTIMATOR
+
+    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+        """`FromStatistics`."""
+        return FromStatistics(
+            spec,
+            clock,
+            encoding=self.encoding,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            last=self.last,
+            seed=self.seed,
+            momentum=self.momentum,
+            estimator=self.estimator,
+        )
+
+    def merged(self) -> Scale:
+        """The network, which needs the activation; no more of how it was made."""
+        return StatisticsScale(self.encoding, tuple(self.hidden))
+
+
+@dataclass(frozen=True)
+class TrainedScale(Scale):
+    """Any of the others, under a form of quantization-aware training: `TrainedQuantizer`.
+
+    Args:
+        form: the arithmetic on the step.
+        scale: where the step comes from.
+        centre: of the grid, see `TrainedQuantizer`.
+    """
+
+    form: Form
+    scale: Scale
+    centre: Centre = "zero"
+
+    def __post_init__(self) -> None:
+        checked_centre(self.centre)
+
+    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+        """That of `scale`."""
+        return self.scale.source(spec, clock)
+
+    def quantizer(self, spec: QuantSpec, clock: StepClock) -> AffineQuantizer:
+        """`TrainedQuantizer`."""
+        return TrainedQuantizer(self.source(spec, clock), self.form, self.centre)
+
+    def merged(self) -> Scale:
+        """The same without noise, on what is left of the scale."""
+        return TrainedScale(self.form.settled(), self.scale.merged(), self.centre)
+
+
+@dataclass(frozen=True)
 class ScalePlan:
     """Scales of the Temporal Information Block's activations, and of all others."""
 
@@ -148,30 +218,48 @@ class ScalePlan:
         return self.temporal if role in TEMPORAL_ROLES else self.rest
 
 
-KINDS: Mapping[str, type[Any]] = {
-    "static": StaticScale,
-    "per_step": PerStepScale,
-    "intervals": IntervalScale,
-    "dynamic": DynamicScale,
-}
-
-
 def scale_to_json(scale: Scale) -> dict[str, Any]:
     """What a stored model needs to know of a merged scale.
 
     Raises:
         TypeError: a kind that cannot be stored.
     """
-    for kind, cls in KINDS.items():
-        if isinstance(scale, cls):
-            fields = {"intervals": ("count", "train_timesteps"), "dynamic": ("per",)}.get(kind, ())
-            return {"kind": kind, **{name: getattr(scale, name) for name in fields}}
-    kinds = ", ".join(cls.__name__ for cls in KINDS.values())
-    raise TypeError(f"a {type(scale).__name__} must be merged before it is stored: into one of {kinds}")
+    match scale:
+        case StaticScale():
+            return {"kind": "static"}
+        case PerStepScale():
+            return {"kind": "per_step"}
+        case IntervalScale():
+            return {"kind": "intervals", "count": scale.count, "train_timesteps": scale.train_timesteps}
+        case DynamicScale():
+            return {"kind": "dynamic", "per": scale.per}
+        case StatisticsScale():
+            encoding = None if scale.encoding is None else encoding_to_json(scale.encoding)
+            return {"kind": "statistics", "encoding": encoding, "hidden": list(scale.hidden)}
+        case TrainedScale():
+            inner = {"form": form_to_json(scale.form), "scale": scale_to_json(scale.scale)}
+            return {"kind": "trained", **inner, "centre": scale.centre}
+        case _:
+            kinds = "StaticScale, PerStepScale, IntervalScale, DynamicScale, StatisticsScale, TrainedScale"
+            raise TypeError(f"a {type(scale).__name__} must be merged before it is stored: into one of {kinds}")
 
 
 def scale_from_json(data: Mapping[str, Any]) -> Scale:
     """The inverse of `scale_to_json`; ValueError for an unknown kind."""
-    if data["kind"] not in KINDS:
-        raise ValueError(f"unknown kind of scale {data['kind']!r}; known: {', '.join(KINDS)}")
-    return KINDS[data["kind"]](**{name: value for name, value in data.items() if name != "kind"}).merged()
+    match data["kind"]:
+        case "static":
+            return StaticScale().merged()
+        case "per_step":
+            return PerStepScale().merged()
+        case "intervals":
+            return IntervalScale(data["count"], data["train_timesteps"]).merged()
+        case "dynamic":
+            return DynamicScale(data["per"])
+        case "statistics":
+            encoding = None if data["encoding"] is None else encoding_from_json(data["encoding"])
+            return StatisticsScale(encoding, tuple(data["hidden"]))
+        case "trained":
+            return TrainedScale(form_from_json(data["form"]), scale_from_json(data["scale"]), data["centre"])
+        case kind:
+            known = "static, per_step, intervals, dynamic, statistics, trained"
+            raise ValueError(f"unknown kind of scale {kind!r}; known: {known}")

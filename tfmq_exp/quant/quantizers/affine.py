@@ -32,6 +32,10 @@ class AffineQuantizer(Quantizer):
         """Simulated quantization: real numbers on the grid."""
         return fake_quantize(x, self.source(x), self.spec)
 
+    def merge(self) -> None:
+        """What can be computed before sampling is: a generated interval becomes a table."""
+        self.source = self.source.merged()
+
 
 class WeightQuantizer(Quantizer):
     """Quantizes one weight, whose range is set from the weight itself and whose rounding may be learned."""

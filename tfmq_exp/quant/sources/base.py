@@ -17,6 +17,7 @@ class Source(nn.Module):
     spec: QuantSpec
     needs_data: bool = True  # whether `observe` has to be shown calibration data
     per_step: bool = False  # whether every range belongs to one sampling step
+    generates: bool = False  # whether `trainable` is a network, and not the scales themselves
 
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
         """Take statistics from a calibration batch. Nothing to do where the scale does not come from data."""

@@ -44,6 +44,28 @@ def initialise(layer: nn.Linear, how: LastLayer, generator: torch.Generator) -> 
         raise ValueError(f"the last layer starts as zero, default, he, xavier or gaussian, got {how!r}")
 
 
+def network(
+    width: int, hidden: Sequence[int], dropout: float, last: LastLayer, generator: torch.Generator
+) -> nn.Sequential:
+    """Linear layers with ReLU between them and one output, whose bias is 0; dropout before the last."""
+    layers: list[nn.Module] = []
+    for size in hidden:
+        layer = nn.Linear(width, size)
+        initialise(layer, "default", generator)
+        layers += [layer, nn.ReLU()]
+        width = size
+    output = nn.Linear(width, 1)
+    initialise(output, last, generator)
+    nn.init.zeros_(output.bias)  # the interval at the start is the bias of the last layer
+    return nn.Sequential(*layers, nn.Dropout(dropout), output).requires_grad_(False)
+
+
+def intervals(start: Float[Tensor, "*start"], moved: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """softplus(moved + softplus^-1(start)), as a multiple of `start` that is exactly 1 where `moved` is 0."""
+    bias = softplus_inverse(start.double()).to(start.dtype)
+    return (start * (softplus(moved + bias) / softplus(bias))).clamp(min=SMALLEST_SCALE)
+
+
 class Generated(Static):
     """s(t) = softplus(MLP(encoding of t) + softplus^-1(s_0)), s_0 the calibrated static interval.
 
@@ -63,6 +85,7 @@ class Generated(Static):
     """
 
     encoded: Tensor
+    generates = True
 
     def __init__(
         self,
@@ -80,35 +103,28 @@ class Generated(Static):
         super().__init__(spec, momentum=momentum, estimator=estimator)
         self.clock = clock
         self.register_buffer("encoded", encoding(torch.tensor(clock.timesteps)), persistent=False)
-        generator = torch.Generator().manual_seed(seed)
-        layers: list[nn.Module] = []
-        width = self.encoded.shape[1]
-        for size in hidden:
-            layer = nn.Linear(width, size)
-            initialise(layer, "default", generator)
-            layers += [layer, nn.ReLU()]
-            width = size
-        output = nn.Linear(width, 1)
-        initialise(output, last, generator)
-        nn.init.zeros_(output.bias)  # s_0 is the bias of the last layer
-        self.mlp = nn.Sequential(*layers, nn.Dropout(dropout), output).requires_grad_(False)
+        self.encoding, self.hidden = encoding, tuple(hidden)
+        self.mlp = network(self.encoded.shape[1], self.hidden, dropout, last, torch.Generator().manual_seed(seed))
+        self.rows: Float[Tensor, "batch"] | None = None  # the batch's intervals, where a bank has evaluated the network
 
     def table(self) -> QParams:
         """Scale and zero point of every step of the finite set, shape [steps]."""
-        start = softplus_inverse(self.scale.double()).to(self.scale.dtype)
-        moved = self.mlp(self.encoded).squeeze(1)
-        # a quotient, so that where the network says 0 the interval is s_0 itself and not nearly
-        scale = (self.scale * (softplus(moved + start) / softplus(start))).clamp(min=SMALLEST_SCALE)
-        zero_point = torch.zeros_like(scale, requires_grad=False)
-        if self.spec.scheme == "affine":
-            below = self.zero_point * self.scale  # how far the calibrated range reaches below zero
-            zero_point = (below / scale.detach()).round().clamp(0, self.spec.qmax)
-        return QParams(scale, zero_point)
+        scale = intervals(self.scale, self.mlp(self.encoded).squeeze(1))
+        return QParams(scale, self.zero_points(scale))
+
+    def zero_points(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Of some intervals: the lower end of the calibrated range is kept."""
+        if self.spec.scheme != "affine":
+            return torch.zeros_like(scale, requires_grad=False)
+        below = self.zero_point * self.scale  # how far the calibrated range reaches below zero
+        return (below / scale.detach()).round().clamp(0, self.spec.qmax)
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
         """A pair per row, shape [batch, 1, ...]."""
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        if self.rows is not None:
+            return QParams(self.rows.reshape(shape), self.zero_points(self.rows).reshape(shape))
         steps = self.clock.index
-        shape = (len(steps),) + (1,) * (x.dim() - 1)
         scale, zero_point = self.table()
         return QParams(scale[steps].reshape(shape), zero_point[steps].reshape(shape))
 

@@ -1,0 +1,116 @@
+"""What a step of quantization-aware training costs, method by method, side by side.
+
+    python scripts/bench_qat.py [--methods lsq,lsq_tdq,...] [--steps 15] [overrides of run.py ...]
+
+Every method takes one step in turn, so that whatever else the machine does meets all alike; medians are compared. `float` is the
+same network with its quantizers switched off, so `fake quantization` is what a step takes beyond it. `generators` is the share
+of a step with networks of the timestep that the same form takes less with static ranges. Only checkpoints, the progress bar
+and the loading of batches are left out. The quantizers start as in a run; nothing is written but the training images.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from tfmq_exp.experiment import app
+from tfmq_exp.experiment.environment import pick_device, prepare
+from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
+from tfmq_exp.experiment.progress import Bars
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.tracking.mirror import NoMirror
+from tfmq_exp.training.module import QuantizationAwareTraining
+from tfmq_exp.training.run import prepared
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+METHODS = "lsq,lsq_tdq,pact,pact_tdq,nipq,nipq_tdq,qil,qil_tdq,duq,duq_tdq,lsq_dynamic,dynamic_generator,dynamic_generator_time"
+FLOAT = "float"
+
+
+class Steps:
+    """A method's training outside of Lightning: one step at a time, always on the same batch."""
+
+    def __init__(self, method: str, folder: str, overrides: list[str]) -> None:
+        words = [f"method={method}", f"paths.outputs={folder}", *overrides]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", words)
+        prepare(cfg.runtime.threads)
+        device = pick_device(cfg.trainer.accelerator)
+        stages = app.build_stages(cfg, device, Bars(Console(quiet=True)), NoMirror())
+        watcher = UnitProgress(lambda _done, _note: None, NoMirror(), "weights")
+        task = stages.training_task(Path(folder), UnitFiles(Path(folder) / "units", {}), watcher)
+        training: Any = stages.method.weights
+        self.lesson, batches = prepared(task, training.protocol)
+        self.batch = type(batches.batch(0))(*(field.to(device) for field in batches.batch(0)))
+        self.optimizer: Any = self.lesson.configure_optimizers()["optimizer"]
+        self.lesson.train()
+        self.lesson.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+
+    def __call__(self) -> float:
+        """Seconds of one."""
+        began = now(self.lesson)
+        self.lesson.step(self.optimizer, self.batch)
+        return now(self.lesson) - began
+
+
+def now(lesson: QuantizationAwareTraining) -> float:
+    """Seconds, once everything that was begun is done."""
+    if lesson.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def switched_off(steps: Steps) -> Steps:
+    """The float network's own training."""
+    model = steps.lesson.model
+    for quantizer in (*model.weight_quantizers(), *model.activation_quantizers().values()):
+        quantizer.mode = Mode.OFF
+    model.bank = None
+    return steps
+
+
+def medians(steps: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
+    """Median seconds of a step after one that is not counted."""
+    for step in steps.values():
+        step()
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(count):
+        for name, step in steps.items():
+            found[name].append(step())
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--steps", type=int, default=15)
+    args, overrides = parser.parse_known_args()
+    names = args.methods.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, Callable[[], float]] = {FLOAT: switched_off(Steps(names[0], folder, overrides))}
+        steps |= {name: Steps(name, folder, overrides) for name in names}
+        seconds = medians(steps, args.steps)
+    table = Table(title=f"medians of {args.steps} interleaved steps", title_justify="left")
+    for column in ("method", "step, ms", "of lsq", "fake quantization", "generators"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, taken in seconds.items():
+        static = seconds.get(name.removesuffix("_tdq"))
+        generators = f"{1 - static / taken:.0%}" if name.endswith("_tdq") and static else ""
+        ratio = f"{taken / seconds['lsq']:.2f}" if "lsq" in seconds else ""
+        table.add_row(name, f"{1000 * taken:.0f}", ratio, f"{1 - seconds[FLOAT] / taken:.0%}", generators)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

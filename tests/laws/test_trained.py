@@ -1,0 +1,377 @@
+"""Networks under quantization-aware training: what is trained, what is left of it, and the file that it becomes."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import TIMESTEPS, example_inputs, quantizable
+from tfmq_exp.denoisers.anatomy import Role
+from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.experiment.store import describe
+from tfmq_exp.quant.encodings import Frequency
+from tfmq_exp.quant.forms.base import Form
+from tfmq_exp.quant.forms.duq import Duq
+from tfmq_exp.quant.forms.lsq import Lsq
+from tfmq_exp.quant.forms.nipq import Nipq
+from tfmq_exp.quant.forms.pact import Pact
+from tfmq_exp.quant.forms.qil import Qil
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers.trained import TrainedQuantizer, TrainedWeightQuantizer
+from tfmq_exp.quant.sources.base import RunningRange
+from tfmq_exp.quant.sources.per_step import PerStep
+from tfmq_exp.quant.starts import Largest
+from tfmq_exp.surgery import artifact
+from tfmq_exp.surgery.forms import AFTER_SILU, FormPlan
+from tfmq_exp.surgery.plan import AttentionPlan, GridPlan, SitePlan, SurgeryPlan, resolved_from_json, resolved_to_json
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.scales import (
+    DynamicScale,
+    GeneratedScale,
+    IntervalScale,
+    PerStepScale,
+    Scale,
+    ScalePlan,
+    StaticScale,
+    StatisticsScale,
+    scale_from_json,
+    scale_to_json,
+)
+from tfmq_exp.surgery.trained import finish, keep_valid, observe, penalty, ready, trainable
+
+SYMMETRIC = GridPlan("symmetric", "channel", "symmetric")
+ANY_T = (3, 17, 500, 902)  # none of the sampler's
+TDQ = GeneratedScale(Frequency(32), (16, 16), 0.2, "zero")
+FORMS: dict[str, Form] = {
+    "lsq": Lsq(),
+    "official": Lsq("official", scaled=False),
+    "pact": Pact(),
+    "nipq": Nipq(),
+    "duq": Duq(),
+    "qil": Qil(),
+}
+SCALES: dict[str, Scale] = {
+    "static": StaticScale(),
+    "tdq": TDQ,
+    "intervals": IntervalScale(3, 1000),
+    "dynamic": DynamicScale("sample"),
+    "statistics": StatisticsScale(None, (8, 8), 0.2),
+    "statistics and time": StatisticsScale(Frequency(8), (8, 8), 0.2),
+}
+# Every form and every scale, and the pairs that the papers compare.
+PAIRS = [
+    ("lsq", "static"),
+    ("official", "tdq"),
+    ("pact", "tdq"),
+    ("nipq", "tdq"),
+    ("duq", "tdq"),
+    ("qil", "intervals"),
+    ("lsq", "dynamic"),
+    ("lsq", "statistics"),
+    ("duq", "statistics and time"),
+]
+
+
+def network(
+    unet: nn.Module,
+    form: Form,
+    scale: Scale,
+    *,
+    weights: Form | None = None,
+    bits: int = 3,
+    attention: AttentionPlan | None = None,
+    further: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> QuantizedUNet:
+    """A quantized twin to be trained; nothing placed yet."""
+    plan = SurgeryPlan(
+        {role.value: SitePlan(bits, bits) for role in Role},
+        attention or AttentionPlan(),
+        grids=SYMMETRIC,
+        forms=FormPlan(form, weights or form, Largest(0.5), **choices),
+        **(further or {}),
+    )
+    parts = anatomy(unet, example_inputs(unet))
+    resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan(scale, scale), TIMESTEPS)
+    return build(unet, resolved, Largest())
+
+
+def begun(model: QuantizedUNet) -> QuantizedUNet:
+    """Observed at timesteps that are not the sampler's, and ready."""
+    observe(model)
+    with torch.no_grad():
+        model(**example_inputs(model.unet, ANY_T))
+    ready(model)
+    return model
+
+
+def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
+    """After some steps that change everything."""
+    model.train()
+    learned = trainable(model)
+    optimizer = torch.optim.AdamW([*learned.weights, *learned.ranges, *learned.generators], 3e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            inputs = example_inputs(model.unet, ANY_T)
+            ((model(**inputs).sample - inputs["sample"]).square().mean() + penalty(model)).backward()
+            optimizer.step()
+            keep_valid(model)
+    return model
+
+
+def output(model: nn.Module, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
+    with torch.no_grad():
+        return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5)).sample
+
+
+def at_the_samplers_steps(model: QuantizedUNet) -> Tensor:
+    """What the network gives that is still trained, as it will be sampled."""
+    settled = copy.deepcopy(model).eval()
+    settled.clock.nearest, settled.bank = False, None
+    return output(settled)
+
+
+# from training to a file
+
+
+@pytest.mark.parametrize(("form", "scale"), PAIRS)
+def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
+    tiny_unet: nn.Module, tmp_path: Path, form: str, scale: str
+) -> None:
+    operands = AttentionPlan(operands=3, probabilities=8) if scale == "tdq" else None
+    centre = "learned" if scale == "static" else "zero"
+    model = network(tiny_unet, FORMS[form], SCALES[scale], attention=operands, after_silu="offset", elsewhere=centre)
+    trained(begun(model))
+    before = at_the_samplers_steps(model)
+    assert finish(model) is model
+    assert torch.equal(output(model), before)
+    artifact.save(model, tmp_path / "model.safetensors")
+    loaded = artifact.load(tmp_path / "model.safetensors")
+    assert torch.equal(output(loaded), before)
+    assert loaded.plan == model.plan
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.bank is None
+    with pytest.raises(ValueError, match="timestep 3 is outside"):
+        output(model, ANY_T)
+    if not scale.startswith("statistics"):
+        kept = [name for name, _ in loaded.unet.named_parameters() if ".mlp." in name]
+        assert kept == []
+
+
+def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn.Module, tmp_path: Path) -> None:
+    model = network(tiny_conditional_unet, Duq(), TDQ, weights=Qil(learn_gamma=True), further={"split_shortcuts": True})
+    trained(begun(model))
+    before = at_the_samplers_steps(model)
+    artifact.save(finish(model), tmp_path / "model.safetensors")
+    assert torch.equal(output(artifact.load(tmp_path / "model.safetensors")), before)
+
+
+def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.Module) -> None:
+    model = finish(trained(begun(network(tiny_unet, Lsq("official"), StaticScale()))))
+    assert set(model.integers) == set(model.weight_sites())
+    for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
+        signed = codes.int() + spec.qmin
+        assert -2 <= int(signed.min()) < int(signed.max()) <= 2
+        assert not zero_point.any()
+        assert torch.equal(model.layer(site).weight, signed * scale)
+
+
+def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
+    model = trained(begun(network(tiny_unet, Lsq(), TDQ)))
+    assert model.bank is not None
+    said = {id(source): rows.detach() for source, rows in model.eval().bank.scales(torch.tensor(TIMESTEPS))}
+    names = {id(q.source): name for name, q in model.activation_quantizers().items()}
+    assert said.keys() == names.keys()
+    finish(model)
+    for key, name in names.items():
+        source = model.activation_quantizers()[name].source
+        assert isinstance(source, PerStep)
+        torch.testing.assert_close(source.scale.data, said[key], rtol=1e-6, atol=0)
+        assert len(source.scale.unique()) == len(TIMESTEPS)
+
+
+# what is trained
+
+
+@pytest.mark.parametrize(("form", "scale"), [("duq", "static"), ("nipq", "tdq"), ("lsq", "statistics and time")])
+def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module, form: str, scale: str) -> None:
+    model = begun(network(tiny_unet, FORMS[form], SCALES[scale], elsewhere="learned"))
+    model.train()
+    learned = trainable(model)
+    everything = [*learned.weights, *learned.ranges, *learned.generators]
+    assert len({id(parameter) for parameter in everything}) == len(everything)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in everything}
+    floats = {name for name, _ in tiny_unet.named_parameters()}
+    assert {id(p) for name, p in model.unet.named_parameters() if name in floats} == {id(p) for p in learned.weights}
+    assert bool(learned.generators) is (scale in ("tdq", "statistics", "statistics and time"))
+    inputs = example_inputs(model.unet, ANY_T)
+    (model(**inputs).sample - 1).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in everything)
+    assert sum(bool((parameter.grad != 0).any()) for parameter in learned.ranges) > 0.9 * len(learned.ranges)  # type: ignore[union-attr]
+
+
+def test_tied_quantizers_are_trained_once(tiny_unet: nn.Module) -> None:
+    free = trainable(begun(network(tiny_unet, Duq(), StaticScale())))
+    tied = trainable(begun(network(tiny_unet, Duq(), StaticScale(), further={"tie_qkv": True})))
+    groups = 2 * len(attentions(tiny_unet))
+    assert len(free.ranges) - len(tied.ranges) == 2 * groups  # step and gain of two of three
+
+
+def test_tdq_starts_as_the_static_method(tiny_unet: nn.Module) -> None:
+    static, generated = (begun(network(tiny_unet, Lsq(), scale)) for scale in (StaticScale(), TDQ))
+    assert torch.equal(output(static, ANY_T), output(generated, ANY_T))
+
+
+def test_intervals_follow_the_timesteps_of_the_batch_while_training(tiny_unet: nn.Module) -> None:
+    model = trained(begun(network(tiny_unet, Lsq(), TDQ))).eval()
+    seen: dict[int, Tensor] = {}
+    quantizer = model.activation_quantizers()["conv_in.input_quantizer"]
+    quantizer.register_forward_hook(lambda module, x, _: seen.update({0: module.source(x[0]).scale.flatten()}))
+    steps = {}
+    for t in (0, 500, 999):
+        output(model, (t, t))
+        steps[t] = seen[0].clone()
+        assert torch.equal(steps[t][:1], steps[t][1:])
+    output(model, (999, 0, 500))
+    torch.testing.assert_close(seen[0], torch.stack([steps[t][0] for t in (999, 0, 500)]), rtol=1e-6, atol=0)
+    assert len({float(step[0]) for step in steps.values()}) == 3
+
+
+def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
+    model = network(tiny_unet, Lsq(), PerStepScale())
+    observe(model)
+    with torch.no_grad():
+        model(**example_inputs(tiny_unet, (740, 20)))  # nearest to the first and the last step
+    source = model.activation_quantizers()["conv_in.input_quantizer"].source
+    assert isinstance(source, RunningRange)
+    assert source.scale.isnan().tolist() == [False, True, True, False]
+    first, last = float(source.scale[0]), float(source.scale[3])
+    ready(model)
+    assert source.scale.tolist() == [first, first, last, last]
+
+
+def test_an_unobserved_network_is_not_ready(tiny_unet: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="has seen no calibration data"):
+        ready(network(tiny_unet, Lsq(), StaticScale()))
+
+
+# the penalty
+
+
+def test_penalty_of_static_clip_values_by_hand(tiny_unet: nn.Module) -> None:
+    model = begun(network(tiny_unet, Pact(decay=0.25), StaticScale(), weights=Lsq()))
+    clips = [float(q.source.scale.detach()) * 3 for q in model.activation_quantizers().values()]  # type: ignore[arg-type]
+    assert penalty(model).item() == pytest.approx(0.25 * sum(clip**2 for clip in clips), rel=1e-5)
+    penalty(model).backward()
+    for quantizer in model.activation_quantizers().values():
+        expected = 0.25 * 2 * 9 * float(quantizer.source.scale.detach())  # type: ignore[arg-type]
+        assert float(quantizer.source.scale.grad) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type, union-attr]
+
+
+def test_penalty_of_generated_clip_values_is_their_mean_over_the_finite_set(tiny_unet: nn.Module) -> None:
+    model = trained(begun(network(tiny_unet, Pact(decay=0.25), TDQ, weights=Lsq()))).eval()
+    tables = [q.source.table().scale for q in model.activation_quantizers().values()]  # type: ignore[operator]
+    by_hand = sum(0.25 * (3 * table).double().square().mean().item() for table in tables)
+    assert penalty(model).item() == pytest.approx(by_hand, rel=1e-5)
+    assert penalty(model).requires_grad
+
+
+def test_other_forms_have_no_penalty(tiny_unet: nn.Module) -> None:
+    assert all(FORMS[form].decay == 0 for form in FORMS if form != "pact")
+    assert penalty(begun(network(tiny_unet, Nipq(), TDQ))).item() == 0
+
+
+# the plan
+
+
+def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
+    model = network(unet, Lsq(), StaticScale(), after_silu="offset")
+    parts = anatomy(unet, example_inputs(unet))
+    for name, quantizer in model.activation_quantizers().items():
+        assert isinstance(quantizer, TrainedQuantizer)
+        silu = parts.sites[name.removesuffix(".input_quantizer")].role in AFTER_SILU
+        assert quantizer.spec.scheme == ("unsigned" if silu else "symmetric")
+        assert (quantizer.offset is not None) is silu
+    observe(model)
+    lowest: dict[str, float] = {}
+
+    def look(name: str) -> Any:
+        return lambda _, inputs: lowest.update({name: float(inputs[0].min())})
+
+    for name, quantizer in model.activation_quantizers().items():
+        if quantizer.spec.scheme == "unsigned":
+            quantizer.register_forward_pre_hook(look(name))
+    output(model)
+    assert all(-0.2786 <= value < 0 for value in lowest.values())
+
+
+@pytest.mark.parametrize(("form", "scale"), PAIRS)
+def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None:
+    plan = network(tiny_unet, FORMS[form], SCALES[scale], after_silu="offset").plan
+    merged = plan.merged()
+    assert merged.merged() == merged
+    assert resolved_from_json(json.loads(json.dumps(resolved_to_json(merged)))) == merged
+    trained_line = plan.sites["conv_in"].input
+    assert trained_line is not None
+    if form in ("pact", "nipq", "official") or scale == "tdq":
+        with pytest.raises(TypeError, match="before it is stored"):
+            scale_to_json(trained_line.scale)
+
+
+def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:
+    texts = {
+        name: json.dumps(describe(network(tiny_unet, form, TDQ).plan.sites["conv_in"].input))
+        for name, form in FORMS.items()
+    }
+    assert len(set(texts.values())) == len(FORMS)
+    plain = describe(quantizable(tiny_unet).plan.sites["conv_in"].input)
+    assert plain["specs"] == [{"class": "QuantSpec", "bits": 8, "scheme": "affine", "axis": None}]
+    assert plain.keys() == {"class", "specs", "scale"}
+    assert plain["scale"].keys() == {"class", "momentum", "estimator"}
+
+
+def test_few_bits_are_for_trained_ranges() -> None:
+    roles = {role.value: SitePlan(3, 3) for role in Role}
+    with pytest.raises(ValueError, match=r"activation bits must be 4 to 8 .* got 3"):
+        SurgeryPlan(roles)
+    for role in Role:
+        roles[role.value] = SitePlan(3, 1)
+    with pytest.raises(ValueError, match=r"activation bits must be 2 to 8 .* got 1"):
+        SurgeryPlan(roles, grids=SYMMETRIC, forms=FormPlan(Lsq(), Lsq(), Largest()))
+
+
+@pytest.mark.parametrize("wrong", ["weights", "activations"])
+def test_unfit_grids_are_named(wrong: str) -> None:
+    grids = {"weights": "symmetric", "activations": "symmetric"} | {wrong: "affine"}
+    forms = FormPlan(Lsq(), Lsq(), Largest())
+    with pytest.raises(ValueError, match=f"grids.{wrong} symmetric, got 'affine'"):
+        SurgeryPlan({role.value: SitePlan(4, 4) for role in Role}, grids=GridPlan(**grids), forms=forms)  # type: ignore[arg-type]
+
+
+def test_unfit_forms_are_named() -> None:
+    with pytest.raises(ValueError, match="symmetric or offset, got 'shifted'"):
+        FormPlan(Lsq(), Lsq(), Largest(), after_silu="shifted")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="zero or learned, got 'mean'"):
+        FormPlan(Lsq(), Lsq(), Largest(), elsewhere="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="learn_gamma is for weights"):
+        FormPlan(Qil(learn_gamma=True), Lsq(), Largest())
+    with pytest.raises(ValueError, match="'wavelet'"):
+        scale_from_json({"kind": "wavelet"})
+
+
+def test_weights_are_placed_by_the_weight_range_and_float_when_off(tiny_unet: nn.Module) -> None:
+    model = network(tiny_unet, Lsq("narrow"), StaticScale(), bits=8)
+    assert torch.allclose(output(model), output(tiny_unet), atol=2e-6)
+    model.place_weight_grids()
+    for quantizer, weight in (part for site in model.weight_sites() for part in model.layer(site).weight_parts()):
+        assert isinstance(quantizer, TrainedWeightQuantizer)
+        assert quantizer.mode is Mode.OFF
+        largest = weight.abs().flatten(1).amax(dim=1)
+        torch.testing.assert_close(quantizer.scale.flatten(), largest / 127)

@@ -1,0 +1,146 @@
+"""Training images as a denoiser sees them, and a network trained on them, pulled through the store."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.data.source import ImageSource
+from tfmq_exp.experiment.float_stages import FloatStages
+from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
+from tfmq_exp.experiment.store import Entry
+from tfmq_exp.quant.sources.per_step import PerStep
+from tfmq_exp.reconstruction.report import Keeper, Watcher
+from tfmq_exp.sampling.schedule import alphas_cumprod
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.trained import finish
+from tfmq_exp.training import examples
+from tfmq_exp.training.examples import Examples
+from tfmq_exp.training.run import TrainingTask
+
+
+@dataclass
+class TrainingStages(FloatStages):
+    """The stages of methods that train on images."""
+
+    real_images: Callable[[], ImageSource] = field(kw_only=True)
+
+    @cached_property
+    def training_images(self) -> ImageSource:
+        """The set of images; made once."""
+        return self.real_images()
+
+    @cached_property
+    def examples(self) -> Entry:
+        """x_0 of the training: depends on the images, and on the first stage where there is one."""
+        training: Any = self.method.weights
+        identity = examples.identity(self.training_images, self.denoiser, mirrored=training.protocol.mirrored)
+        return self.store.entry("examples", identity)
+
+    def example_set(self) -> Examples:
+        """The same, encoded if the store has none."""
+        training: Any = self.method.weights
+
+        def compute(folder: Path) -> None:
+            if self.processes.first:
+                with self.bars.stage("examples", 1) as advance:
+                    examples.write(
+                        self.training_images,
+                        self.denoiser,
+                        folder,
+                        self.batch,
+                        mirrored=training.protocol.mirrored,
+                        told=lambda done, of: advance(done / of, f"{done} of {of}"),
+                    )
+
+        return Examples.load(self.pull("examples", self.examples, compute))
+
+    @property
+    def training_inputs(self) -> dict[str, Any]:
+        """What training depends on, beside the method and where the network is quantized."""
+        return {
+            "examples": self.examples.key,
+            "schedule": dict(self.denoiser.schedule),
+            "form": self.plan.trained,
+            "seed": self.seed,
+        }
+
+    def trained_model(self, entry: Entry) -> QuantizedUNet:
+        """The model as it was trained, at the sampler's timesteps, its weights turned into integers.
+
+        What is stored is the state in which it learned, which knows no timesteps: another sampler needs no other training.
+
+        Raises:
+            ValueError: a source with a range for each of the sampler's steps, which cannot be trained at all timesteps.
+        """
+        model = build(self.denoiser.unet, self.plan, self.method.weight_range)
+        for name, quantizer in model.activation_quantizers().items():
+            source = quantizer.source
+            if isinstance(source, PerStep) and len(source.scale) == model.clock.num_steps:
+                raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
+
+        def compute(folder: Path) -> None:
+            state = self.trained_state(folder).items()
+            tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state}
+            self.store.write(folder / "trained.safetensors", lambda path: save_file(tensors, path))
+            if self.processes.first:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+        model.load_state_dict(load_file(self.pull("weights", entry, compute) / "trained.safetensors"))
+        finish(model)
+        return model
+
+    def training_task(self, folder: Path, keeper: Keeper, watcher: Watcher) -> TrainingTask:
+        """What is trained: a quantized copy of the network that knows all timesteps of its training.
+
+        Args:
+            folder: where checkpoints go.
+            keeper: of what is measured.
+            watcher: who is told.
+        """
+        training: Any = self.method.weights
+        alphas = alphas_cumprod(self.denoiser.schedule)
+        everywhere = replace(self.plan, timesteps=tuple(range(len(alphas))))
+        return TrainingTask(
+            build(self.denoiser.unet, everywhere, self.method.weight_range),
+            self.example_set(),
+            training.labels.of(self.training_images),
+            self.denoiser.encoder,
+            alphas.float().to(self.denoiser.device),
+            self.means,
+            self.seed,
+            folder,
+            keeper,
+            watcher,
+        )
+
+    def trained_state(self, folder: Path) -> dict[str, Any]:
+        """Train under a progress bar; checkpoints and what was measured go into the folder."""
+        training: Any = self.method.weights
+        self.example_set()
+        with self.bars.stage("training", 1) as advance:
+            watcher = UnitProgress(advance, self.mirror, "weights")
+            keeper = UnitFiles(folder / "units", watcher.curves, self.store.write)
+            task = self.training_task(folder / "checkpoints", keeper, watcher)
+            training(task)
+        self.shown_losses |= watcher.shown
+        if self.processes.first:
+            keeper.write_notes(folder)
+        return task.model.state_dict()
+
+    @property
+    def follows_trajectories(self) -> bool:
+        """Whether the method learns or observes anything along trajectories of the float model."""
+        observed = self.method.activations.effort(self.calibration.images, len(self.calls)).samples
+        return self.method.weights.data == "trajectories" or bool(observed)
+
+    def no_trajectories(self) -> CalibrationSet:
+        """A calibration set without samples."""
+        none = torch.zeros(0, dtype=torch.long)
+        return CalibrationSet(torch.zeros(0, *self.denoiser.sample_shape), none, none, none)

@@ -1,0 +1,33 @@
+"""Learned Step Size Quantization (LSQ, arXiv 1902.08153)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tfmq_exp.quant.forms.base import Form, Grid
+from tfmq_exp.quant.forms.stepped import Rule, stepped
+
+
+@dataclass(frozen=True)
+class Lsq(Form):
+    """The step learns from rounding errors inside the grid and from all that is clipped (eq. 3).
+
+    Args:
+        levels, decay: see `Form`.
+        scaled: multiply the step's gradient by 1 / sqrt(values * high) (section 2.2). TDQ's release does not, for activations.
+    """
+
+    scaled: bool = True
+
+    def __call__(
+        self, x: Float[Tensor, "*shape"], scale: Tensor, grid: Grid, further: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*shape"]:
+        """Values s round(clip(x / s))."""
+        factor = (grid.values * grid.high) ** -0.5 if self.scaled else 1.0
+        return stepped(x, scale, Rule(grid.low, grid.high, factor))
+
+    def settled(self) -> "Lsq":
+        """The grid alone."""
+        return Lsq(self.levels)

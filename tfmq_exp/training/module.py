@@ -1,0 +1,205 @@
+"""One LightningModule trains a whole quantized network: its weights, the ranges of its quantizers, and what generates them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tfmq_exp.reconstruction.module import flat
+from tfmq_exp.reconstruction.processes import ALONE, Processes, add_up
+from tfmq_exp.sampling.seeds import derive_seed
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.trained import keep_valid
+from tfmq_exp.training.averaging import moving_average
+from tfmq_exp.training.batches import Batch
+from tfmq_exp.training.labels import Telling
+from tfmq_exp.training.noise_prediction import Norm, loss, noisy
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class TrainingProtocol:
+    """How a network is trained. The papers' numbers live in conf/.
+
+    Args:
+        iterations: optimiser steps.
+        batch: rows of each.
+        loss: `l2` or `l1`.
+        learning_rate: of weights and of networks that generate ranges.
+        range_rate: learning rate of static ranges over that; they have no weight decay.
+        weight_decay: AdamW's.
+        warmup: iterations in which the learning rate rises linearly; constant afterwards.
+        first_rate: share of the learning rate at the first iteration.
+        average: decay of the moving average that is kept in the end.
+        clip: largest norm of the gradient; null for any.
+        untold: share of rows whose condition is dropped.
+        observed: batches that ranges are first observed on.
+        mirrored: whether mirror images are trained on too.
+        precision: of the products, as Lightning calls it.
+        parts: how many parts a batch is computed in, one after the other or by several processes. Results depend on them in
+            the last bits, and not on the processes.
+    """
+
+    iterations: int
+    batch: int
+    loss: Norm
+    learning_rate: float
+    range_rate: float
+    weight_decay: float
+    warmup: int
+    average: float
+    observed: int
+    first_rate: float = 1e-6
+    clip: float | None = None
+    untold: float = 0.0
+    mirrored: bool = False
+    precision: str = "32-true"
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch", "observed"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.parts <= self.batch:
+            raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
+        if self.loss not in ("l1", "l2"):
+            raise ValueError(f"the loss must be l1 or l2, got {self.loss!r}")
+        if not 0 <= self.untold <= 1:
+            raise ValueError(f"the share of dropped conditions must be in [0, 1], got {self.untold}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+class Learned(Protocol):
+    """What is learned, by the kind of settings that it is learned with."""
+
+    @property
+    def weights(self) -> Sequence[nn.Parameter]:
+        """Of layers, with their biases, and of everything else that the float network has learned."""
+        ...
+
+    @property
+    def ranges(self) -> Sequence[nn.Parameter]:
+        """Intervals, offsets and the like, of weights and of activations."""
+        ...
+
+    @property
+    def generators(self) -> Sequence[nn.Parameter]:
+        """Networks that make ranges of the timestep."""
+        ...
+
+
+class QuantizationAwareTraining(pl.LightningModule):
+    """Minimise the error of the predicted noise, plus what the quantizers add to it.
+
+    The optimiser is Lightning's to step, which serves its precisions and checkpoints; gradients are computed part by part and
+    added up in the order of the parts, whichever process has them.
+
+    Args:
+        model: quantizers placed, in the mode in which they learn.
+        learned: parameters of it.
+        penalty: what the quantizers add to the loss; of no batch, so it is added once.
+        telling: conditions of a batch's rows.
+        alphas_cumprod: alpha-bar of every timestep of the training.
+        protocol: numbers.
+        seed: of what is random inside the network.
+        processes: who computes the gradients together.
+    """
+
+    alphas_cumprod: Tensor
+    error: Tensor
+    penalty: Callable[[], Tensor | float]
+    telling: Telling
+
+    def __init__(
+        self,
+        model: QuantizedUNet,
+        learned: Learned,
+        penalty: Callable[[], Tensor | float],
+        telling: Telling,
+        alphas_cumprod: Float[Tensor, "timesteps"],
+        protocol: TrainingProtocol,
+        seed: int,
+        processes: Processes = ALONE,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.learned, self.penalty, self.telling = model, learned, penalty, telling
+        self.protocol, self.seed, self.processes = protocol, seed, processes
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.register_buffer("error", torch.zeros(()))  # of the last batch, without the penalty
+        self.parameters_learned = list(dict.fromkeys([*learned.weights, *learned.ranges, *learned.generators]))
+        self.average = moving_average(self.parameters_learned, protocol.average)
+        self.count = 0  # iterations so far, of an interrupted training too
+
+    def on_train_start(self) -> None:
+        """Go on from a checkpoint, if Lightning has read one."""
+        self.count = self.trainer.global_step
+
+    def training_step(self, batch: Batch, _: int) -> None:
+        """One iteration."""
+        schedule: Any = self.lr_schedulers()
+        self.step(self.optimizers(), batch)
+        schedule.step()
+
+    def step(self, optimizer: Any, batch: Batch) -> None:
+        """One step of the optimiser, and what belongs to it."""
+        self.set_gradients(optimizer, batch)
+        optimizer.step()
+        keep_valid(self.model)
+        self.average.update_parameters(nn.ParameterList(self.parameters_learned))
+        self.count += 1
+
+    def set_gradients(self, optimizer: Any, batch: Batch) -> None:
+        """Gradients of the loss, part by part of the batch; the penalty's come with those of the first part."""
+        parts = min(self.protocol.parts, len(batch.rows))
+        vectors: list[Tensor] = []
+        for part in self.processes.own(range(parts)):
+            torch.manual_seed(derive_seed(self.seed, "network", self.count, part))  # whoever computes the part
+            optimizer.zero_grad()
+            taken = Batch(*(field.tensor_split(parts)[part] for field in batch))
+            error = self.loss(taken) * (len(taken.rows) / len(batch.rows))
+            self.manual_backward(error + (self.penalty() if part == 0 else 0.0))
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters_learned]
+            vectors.append(flat([*gradients, error.detach()]))
+            if self.processes.count == 1:
+                vectors = [add_up(vectors)]  # the sum in the same order, without keeping its terms
+        sizes = [parameter.numel() for parameter in self.parameters_learned]
+        nothing = torch.zeros(sum(sizes) + 1, device=self.device)
+        total = self.processes.sum_in_order(vectors or [nothing], parts=parts if self.processes.count > 1 else 1)
+        for parameter, gradient in zip(self.parameters_learned, total.split([*sizes, 1]), strict=False):
+            parameter.grad = gradient.view_as(parameter)
+        self.error.copy_(total[-1])
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The error of the predicted noise for some rows."""
+        x = noisy(batch.clean, batch.noise, batch.t, self.alphas_cumprod)
+        conditions = self.telling(batch.rows, batch.told, self.device)
+        predicted = self.model(x, batch.t, **conditions).sample
+        return loss(predicted, batch.noise, self.protocol.loss)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bound the gradient, which no longer has the scale of half precision."""
+        if self.protocol.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters_learned, self.protocol.clip)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with settings for every kind of parameter, under a learning rate that rises and then stays."""
+        protocol, groups = self.protocol, []
+        settings = (
+            (self.learned.weights, protocol.learning_rate, protocol.weight_decay),
+            (self.learned.ranges, protocol.learning_rate * protocol.range_rate, 0.0),
+            (self.learned.generators, protocol.learning_rate, protocol.weight_decay),
+        )
+        for parameters, rate, decay in settings:
+            if parameters:
+                groups.append({"params": list(dict.fromkeys(parameters)), "lr": rate, "weight_decay": decay})
+        optimizer = torch.optim.AdamW(groups, foreach=True)
+        first, rises = (protocol.first_rate, protocol.warmup) if protocol.warmup else (1.0, 1)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, first, total_iters=rises)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

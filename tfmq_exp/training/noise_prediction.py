@@ -1,0 +1,28 @@
+"""What a denoiser is trained for: to tell the noise in a noisy image, at any of its timesteps (arXiv 2006.11239, eq. 14)."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Norm = Literal["l1", "l2"]
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+def noisy(
+    clean: Float[Tensor, "batch *rest"],
+    noise: Float[Tensor, "batch *rest"],
+    t: Int[Tensor, "batch"],
+    alphas_cumprod: Float[Tensor, "timesteps"],
+) -> Float[Tensor, "batch *rest"]:
+    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise, row by row (eq. 4)."""
+    kept = alphas_cumprod[t].reshape(-1, *(1,) * (clean.dim() - 1))
+    return (kept.sqrt().to(clean.dtype) * clean).addcmul((1 - kept).sqrt().to(clean.dtype), noise)
+
+
+def loss(predicted: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *rest"], norm: Norm) -> Float[Tensor, ""]:
+    """The mean of the squared (l2) or absolute (l1) differences, in float32 whatever the network computed in."""
+    if norm not in LOSSES:
+        raise ValueError(f"the loss must be {' or '.join(LOSSES)}, got {norm!r}")
+    return LOSSES[norm](predicted.float(), noise.float())

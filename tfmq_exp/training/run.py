@@ -1,0 +1,196 @@
+"""Train a quantized network from its float weights to the average that is kept, across interruptions."""
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from tfmq_exp.denoisers.denoiser import ConditionEncoder
+from tfmq_exp.reconstruction.module import flat
+from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
+from tfmq_exp.reconstruction.report import Learned as Kept
+from tfmq_exp.reconstruction.run import JUDGED, Means
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.trained import observe, penalty, ready, trainable
+from tfmq_exp.training.averaging import put_back
+from tfmq_exp.training.batches import Batch, Batches, Remaining
+from tfmq_exp.training.examples import Examples
+from tfmq_exp.training.labels import Telling
+from tfmq_exp.training.module import QuantizationAwareTraining, TrainingProtocol
+from tfmq_exp.training.noise_prediction import loss, noisy
+
+UNIT = "network"  # what learns, to those who are told
+CHECKPOINTS = 100  # of a training; one more where they do not divide its iterations
+REPORTS = 1000  # of its loss
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What is trained, on what, and with what.
+
+    Args:
+        model: with a clock that knows all timesteps of the training, and nothing placed yet.
+        examples: x_0 of the training images.
+        labels: of every image, for the encoder; none where the network is told nothing.
+        encoder: of labels.
+        alphas_cumprod: alpha-bar of every timestep of the training.
+        means: memory and machine.
+        seed: of all random numbers.
+        folder: where checkpoints go.
+        keeper: of what was measured.
+        watcher: who is told.
+    """
+
+    model: QuantizedUNet
+    examples: Examples
+    labels: Sequence[Any]
+    encoder: ConditionEncoder
+    alphas_cumprod: Float[Tensor, "timesteps"]
+    means: Means
+    seed: int
+    folder: Path
+    keeper: Keeper
+    watcher: Watcher
+
+
+class Progress(pl.Callback):
+    """Tells the watcher the mean loss since the last time, and counts the seconds of all attempts."""
+
+    def __init__(self, watcher: Watcher, iterations: int) -> None:
+        self.watcher, self.iterations, self.every = watcher, iterations, max(1, iterations // REPORTS)
+        self.told: list[tuple[int, float]] = []
+        self.seconds, self.began = 0.0, time.perf_counter()
+        self.sum: Any = 0.0  # of losses that have not been told; a tensor where the network is
+
+    def state_dict(self) -> dict[str, Any]:
+        """Kept with every checkpoint."""
+        return {"told": self.told, "sum": float(self.sum), "seconds": self.spent()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What an interrupted attempt has told is told again, so that the curve is whole."""
+        self.told = [(number, error) for number, error in state_dict["told"]]
+        self.seconds, self.sum = state_dict["seconds"], state_dict["sum"]
+        for number, error in self.told:
+            self.watcher.iteration(UNIT, number, self.iterations, error)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        """After an iteration."""
+        assert isinstance(module, QuantizationAwareTraining)
+        self.sum = self.sum + module.error
+        if module.count % self.every == 0:
+            self.told.append((module.count, float(self.sum) / self.every))
+            self.watcher.iteration(UNIT, module.count, self.iterations, self.told[-1][1])
+            self.sum = 0.0
+
+    def spent(self) -> float:
+        """Seconds so far."""
+        return self.seconds + time.perf_counter() - self.began
+
+
+def prepared(task: TrainingTask, protocol: TrainingProtocol) -> tuple[QuantizationAwareTraining, Batches]:
+    """What is trained, with its quantizers where they start, and what it learns from."""
+    model = task.model
+    batches = Batches(task.examples, protocol.batch, len(task.alphas_cumprod), protocol.untold, task.seed)
+    telling = Telling(task.encoder, task.labels)
+    observe(model)
+    with torch.no_grad():
+        for batch in replace(batches, stream="observed").since(0, protocol.observed):
+            predict(model, batch, telling, task.alphas_cumprod)
+    ready(model)
+    lesson = QuantizationAwareTraining(
+        model,
+        trainable(model),
+        lambda: penalty(model),
+        telling,
+        task.alphas_cumprod,
+        protocol,
+        task.seed,
+        task.means.processes,
+    )
+    lesson.to(task.alphas_cumprod.device)
+    return lesson, batches
+
+
+def train(task: TrainingTask, protocol: TrainingProtocol) -> None:
+    """Place the quantizers, train, and leave the average of what was learned in the model."""
+    model, processes = task.model, task.means.processes
+    task.watcher.start(1)
+    lesson, batches = prepared(task, protocol)
+    before = judge(lesson, batches, task.means.batch)
+    progress = Progress(task.watcher, protocol.iterations)
+    checkpoint = processes.told(last_checkpoint(task.folder))
+    with torch.enable_grad(), torch.random.fork_rng():
+        fit(lesson, batches, checkpoint, progress, task)
+    lesson.to(task.alphas_cumprod.device)  # Lightning has left it on the CPU
+    put_back(lesson.average, lesson.parameters_learned)
+    for parameter in lesson.parameters_learned:
+        parameter.requires_grad_(False)
+    processes.check_same("what was trained", flat([p.detach() for p in lesson.parameters_learned]))
+    after = judge(lesson, batches, task.means.batch)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    layers, weights = len(model.plan.sites), sum(parameter.numel() for parameter in lesson.learned.weights)
+    report = UnitReport(UNIT, "training", layers, weights, before, after, progress.spent(), peak)
+    task.keeper.put(UNIT, Kept({}, {}), report)
+    task.watcher.finished(UNIT, report)
+
+
+def predict(model: QuantizedUNet, batch: Batch, telling: Telling, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise that a network sees in a batch, and the noise that is there, where the network is."""
+    device = alphas_cumprod.device
+    batch = Batch(*(field.to(device) for field in batch))
+    x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
+    return model(x, batch.t, **telling(batch.rows, batch.told, device)).sample, batch.noise
+
+
+@torch.no_grad()
+def judge(lesson: QuantizationAwareTraining, batches: Batches, together: int) -> float:
+    """The squared error of the predicted noise, whose variance is 1, for examples, noise and timesteps that are always the same.
+
+    Args:
+        lesson: whose model, in evaluation mode afterwards.
+        batches: of its training.
+        together: rows that go through the network at once.
+    """
+    lesson.model.eval()
+    batch = replace(batches, size=JUDGED, stream="judged", untold=0.0).batch(0)
+    parts = [Batch(*rows) for rows in zip(*(field.split(together) for field in batch), strict=True)]
+    pairs = [predict(lesson.model, part, lesson.telling, lesson.alphas_cumprod) for part in parts]
+    return sum(float(loss(*pair, "l2")) * len(pair[1]) for pair in pairs) / JUDGED
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """That of the latest iteration, if there is one."""
+    return max(folder.glob("*.ckpt"), default=None)
+
+
+def fit(
+    lesson: QuantizationAwareTraining,
+    batches: Batches,
+    checkpoint: Path | None,
+    progress: Progress,
+    task: TrainingTask,
+) -> None:
+    """Lightning's loop over the iterations that are left."""
+    protocol, processes = lesson.protocol, task.means.processes
+    callbacks: list[pl.Callback] = [progress]
+    if processes.first:
+        every = max(1, protocol.iterations // CHECKPOINTS)
+        callbacks.append(
+            ModelCheckpoint(task.folder, "{step:09d}", auto_insert_metric_name=False, every_n_train_steps=every)
+        )
+    trainer = task.means.trainer(
+        max_steps=protocol.iterations,
+        callbacks=callbacks,
+        enable_checkpointing=processes.first,
+        precision=protocol.precision,
+    )
+    done = int(checkpoint.stem) if checkpoint else 0
+    trainer.fit(lesson.train(), Remaining(batches, done, protocol.iterations), ckpt_path=checkpoint, weights_only=True)
