@@ -194,7 +194,7 @@ def test_a_run_killed_while_it_learns_scales_resumes_to_the_same_bytes(
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    """One real process, and what it prints when it fails: one line, no traceback."""
+    """One real process, and what it prints when it fails: one line, and where its traceback is."""
     command = [sys.executable, str(CONF.parent / "run.py"), f"paths.outputs={tmp_path}", "runtime=smoke"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     good = subprocess.run([*command, "method=nearest"], capture_output=True, text=True, env=environment, check=False)
@@ -203,7 +203,10 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "digits features" in good.stdout
     bad = subprocess.run([*command, "quant.weight=9"], capture_output=True, text=True, env=environment, check=False)
     assert bad.returncode == 1
-    assert bad.stdout.strip() == "error: weight bits must be 2 to 8 or null (float), got 9"
+    said, where = bad.stdout.strip().splitlines()
+    assert said == "error: weight bits must be 2 to 8 or null (float), got 9"
+    assert where.startswith("its traceback is in ")
+    assert "Traceback" in Path(where.removeprefix("its traceback is in ")).read_text()
     assert "Traceback" not in bad.stderr
     log = next(iter(sorted(tmp_path.rglob("run.log"), reverse=True))).read_text()
     assert "Traceback" in log
