@@ -199,7 +199,7 @@ class QuantizationAwareTraining(pl.LightningModule):
         for parameters, rate, decay in settings:
             if parameters:
                 groups.append({"params": list(dict.fromkeys(parameters)), "lr": rate, "weight_decay": decay})
-        optimizer = torch.optim.AdamW(groups, foreach=True)
+        optimizer = torch.optim.AdamW(groups, fused=True)
         first, rises = (protocol.first_rate, protocol.warmup) if protocol.warmup else (1.0, 1)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, first, total_iters=rises)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
