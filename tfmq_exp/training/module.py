@@ -199,7 +199,9 @@ class QuantizationAwareTraining(pl.LightningModule):
         for parameters, rate, decay in settings:
             if parameters:
                 groups.append({"params": list(dict.fromkeys(parameters)), "lr": rate, "weight_decay": decay})
-        optimizer = torch.optim.AdamW(groups, fused=True)
+        # a fused step takes half precision's scale off the gradient itself, after it was clipped
+        step = {"foreach" if protocol.precision == "16-mixed" else "fused": True}
+        optimizer = torch.optim.AdamW(groups, **step)
         first, rises = (protocol.first_rate, protocol.warmup) if protocol.warmup else (1.0, 1)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, first, total_iters=rises)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
