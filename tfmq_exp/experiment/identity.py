@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1]
 # Where files are (those that are read are looked at one by one), and how the work is done, not what comes out.
 ELSEWHERE = ("paths", "repeat", "dry_run", "logger")
 MEANS = ("processes", "estimate", "threads", "traceback", "cache_gib", "cache_dir")
-# Overrides that name rows of tables: two commands may choose the same and call it differently.
-NAMING = ("method/", "method.", "quant.", "experiment=")
+# Overrides that change something inside a method, and with it the name of its row in tables.
+INSIDE = ("method/", "method.", "quant.")
 
 
 def job_identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def job_identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     return {
         "settings": {key: value for key, value in settings.items() if key not in (*ELSEWHERE, "runtime")},
         "runtime": {key: value for key, value in settings["runtime"].items() if key not in MEANS},
-        "named": sorted(text for text in overrides if text.startswith(NAMING)),
+        "named": sorted(text for text in overrides if text.startswith((*INSIDE, "experiment="))),
         "shown": sorted(text for key, text in texts(settings["logger"]) if key == "_target_"),
         "program": program_version(PACKAGE),
         "files": files_read(settings),

@@ -9,6 +9,7 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from tfmq_exp.experiment.identity import INSIDE
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import describe
 from tfmq_exp.reporting.records import ScoreRecord
@@ -112,7 +113,7 @@ def score_records(
 def method_choices() -> dict[str, str]:
     """What the command line changed inside the method, a release's own choices included."""
     overrides = dict(text.split("=", 1) for text in HydraConfig.get().overrides.task if "=" in text)
-    inside = {key: value for key, value in overrides.items() if key.startswith(("method/", "method.", "quant."))}
+    inside = {key: value for key, value in overrides.items() if key.startswith(INSIDE)}
     experiment = overrides.get("experiment", "")
     return inside | ({"experiment": experiment} if "as_released/" in experiment else {})
 

@@ -123,18 +123,8 @@ class GeneratedScale(Scale):
     estimator: RangeEstimator = DEFAULT_ESTIMATOR
 
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
-        """`Generated`."""
-        return Generated(
-            spec,
-            clock,
-            encoding=self.encoding,
-            hidden=self.hidden,
-            dropout=self.dropout,
-            last=self.last,
-            seed=self.seed,
-            momentum=self.momentum,
-            estimator=self.estimator,
-        )
+        """`Generated`, whose arguments have the names of the fields here."""
+        return Generated(spec, clock, **vars(self))
 
     def merged(self) -> Scale:
         """The network's values on the finite set."""
@@ -154,18 +144,8 @@ class StatisticsScale(Scale):
     estimator: RangeEstimator = DEFAULT_ESTIMATOR
 
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
-        """`FromStatistics`."""
-        return FromStatistics(
-            spec,
-            clock,
-            encoding=self.encoding,
-            hidden=self.hidden,
-            dropout=self.dropout,
-            last=self.last,
-            seed=self.seed,
-            momentum=self.momentum,
-            estimator=self.estimator,
-        )
+        """`FromStatistics`, whose arguments have the names of the fields here."""
+        return FromStatistics(spec, clock, **vars(self))
 
     def merged(self) -> Scale:
         """The network, which needs the activation; no more of how it was made."""

@@ -200,8 +200,8 @@ class QuantizationAwareTraining(pl.LightningModule):
             if parameters:
                 groups.append({"params": list(dict.fromkeys(parameters)), "lr": rate, "weight_decay": decay})
         # a fused step takes half precision's scale off the gradient itself, after it was clipped
-        step = {"foreach" if protocol.precision == "16-mixed" else "fused": True}
-        optimizer = torch.optim.AdamW(groups, **step)
+        half = protocol.precision == "16-mixed"
+        optimizer = torch.optim.AdamW(groups, foreach=half, fused=not half)
         first, rises = (protocol.first_rate, protocol.warmup) if protocol.warmup else (1.0, 1)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, first, total_iters=rises)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
