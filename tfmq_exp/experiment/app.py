@@ -4,6 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def build_stages(
             quiet_trainer(device),
             cache_folder(runtime.cache_dir),
             processes,
+            timedelta(minutes=runtime.checkpoint_minutes),
         ),
         store=Store(Path(cfg.paths.store), processes),
         bars=bars,

@@ -37,6 +37,7 @@ def number(value: Any) -> bool:
 
 
 COUNT = Kind("a whole number, at least 1", lambda value: whole(value) and value >= 1)
+ANY_COUNT = Kind("a whole number, at least 0", lambda value: whole(value) and value >= 0)
 SEED = Kind("a whole number from 0 to 2**63 - 1", lambda value: whole(value) and 0 <= value < 2**63)
 THREADS = Kind(f"{COUNT.right}, or null", lambda value: value is None or COUNT.fits(value))
 RATE = Kind("a number above 0", lambda value: number(value) and value > 0)
@@ -58,7 +59,6 @@ COUNTS = (
     "qat_iterations",
     "qat_batch",
     "qat_observed",
-    "qat_warmup",
 )
 RATES = ("learning_rate", "scale_learning_rate", "joint_scale_learning_rate", "qat_learning_rate", "qat_average")
 KINDS = {
@@ -67,9 +67,10 @@ KINDS = {
     **dict.fromkeys(("dry_run", "repeat", "runtime.estimate", "runtime.traceback"), SWITCH),
     **{f"model.protocol.{name}": COUNT for name in COUNTS},
     **{f"model.protocol.{name}": RATE for name in RATES},
+    "model.protocol.qat_warmup": ANY_COUNT,
     "model.protocol.eta": AMOUNT,
     **dict.fromkeys(("runtime.batch", "runtime.processes", "runtime.parts"), COUNT),
-    "runtime.cache_gib": AMOUNT,
+    **dict.fromkeys(("runtime.cache_gib", "runtime.checkpoint_minutes"), AMOUNT),
     "runtime.threads": THREADS,
     **dict.fromkeys(("diagnosis.samples", "diagnosis.trajectories"), COUNT),
 }

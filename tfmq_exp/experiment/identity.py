@@ -12,7 +12,7 @@ from tfmq_exp.experiment.store import code_of
 PACKAGE = Path(__file__).parents[1]
 # Where files are (those that are read are looked at one by one), and how the work is done, not what comes out.
 ELSEWHERE = ("paths", "repeat", "dry_run", "logger")
-MEANS = ("processes", "estimate", "threads", "traceback", "cache_gib", "cache_dir")
+MEANS = ("processes", "estimate", "threads", "traceback", "cache_gib", "cache_dir", "checkpoint_minutes")
 # Overrides that change something inside a method, and with it the name of its row in tables.
 INSIDE = ("method/", "method.", "quant.")
 

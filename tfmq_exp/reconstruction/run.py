@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -44,7 +45,7 @@ class Means:
     """What the work may use: forward batch size, bytes of cached activations, and how a Lightning trainer is made.
 
     `cache_folder` is where activations go that do not fit: the system's temporary folder by default. `cache_bytes` is what this
-    process has of what all may use.
+    process has of what all may use. `checkpoint_every` bounds what a killed training has to do again.
     """
 
     batch: int
@@ -52,6 +53,7 @@ class Means:
     trainer: Callable[..., pl.Trainer]
     cache_folder: Path | None = None
     processes: Processes = ALONE
+    checkpoint_every: timedelta = timedelta(minutes=5)
 
     def storage(self, parts: int = 1) -> Storage:
         """Room for one of so many equal parts of the cache."""

@@ -4,13 +4,13 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
@@ -28,7 +28,6 @@ from tfmq_exp.training.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.training.noise_prediction import loss, noisy
 
 UNIT = "network"  # what learns, to those who are told
-CHECKPOINTS = 100  # of a training; one more where they do not divide its iterations
 REPORTS = 1000  # of its loss
 
 
@@ -93,6 +92,27 @@ class Progress(pl.Callback):
     def spent(self) -> float:
         """Seconds so far."""
         return self.seconds + time.perf_counter() - self.began
+
+
+class Checkpoints(pl.Callback):
+    """Keeps the state of a training by the clock, which Lightning's own does not where the optimiser is stepped by hand.
+
+    What other callbacks have to say of an iteration they must say first.
+    """
+
+    def __init__(self, folder: Path, every: timedelta) -> None:
+        self.folder, self.every = folder, every.total_seconds()
+        self.last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The new one is whole before the old one goes."""
+        if time.monotonic() - self.last < self.every:
+            return
+        older = list(self.folder.glob("*.ckpt"))
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step:09d}.ckpt")
+        for path in older:
+            path.unlink()
+        self.last = time.monotonic()
 
 
 def prepared(task: TrainingTask, protocol: TrainingProtocol) -> tuple[QuantizationAwareTraining, Batches]:
@@ -182,10 +202,7 @@ def fit(
     protocol, processes = lesson.protocol, task.means.processes
     callbacks: list[pl.Callback] = [progress]
     if processes.first:
-        every = max(1, protocol.iterations // CHECKPOINTS)
-        callbacks.append(
-            ModelCheckpoint(task.folder, "{step:09d}", auto_insert_metric_name=False, every_n_train_steps=every)
-        )
+        callbacks.append(Checkpoints(task.folder, task.means.checkpoint_every))
     trainer = task.means.trainer(
         max_steps=protocol.iterations,
         callbacks=callbacks,

@@ -76,7 +76,7 @@ def test_every_number_of_a_protocol_is_looked_at() -> None:
         for key, value in content.get("model", content).get("protocol", {}).items():
             if isinstance(value, int | float):
                 found.setdefault(key, set()).add(type(value))
-    assert {key for key, kinds in found.items() if kinds == {int}} == set(COUNTS)
+    assert {key for key, kinds in found.items() if kinds == {int}} == {*COUNTS, "qat_warmup"}
     assert {key for key, kinds in found.items() if float in kinds} == {*RATES, "eta"}
 
 

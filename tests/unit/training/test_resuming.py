@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def trained(unet: nn.Module, folder: Path, told: Told) -> QuantizedUNet:
     plan = replace(quantizable(unet, scales=ScalePlan(GENERATED, GENERATED)).plan, timesteps=tuple(range(len(ALPHAS))))
     model = build(unet, plan, MinMax())
     values = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8)
-    means = Means(64, 2**20, quiet_trainer(torch.device("cpu")))
+    means = Means(64, 2**20, quiet_trainer(torch.device("cpu")), checkpoint_every=timedelta(0))
     train(TrainingTask(model, Examples(values), (), NoConditions(), ALPHAS, means, 3, folder, told, told), PROTOCOL)
     return model
 
