@@ -14,7 +14,7 @@ ORDER = (
     ("sampling",),
     ("calibration", "surgery", "evaluation"),
     ("reconstruction",),
-    ("methods", "diagnostics"),
+    ("methods", "diagnostics", "deploy"),
     ("experiment",),
 )
 # Siblings of one level never import each other, but for what is listed here.
@@ -36,6 +36,7 @@ THIRD_PARTY = {
     "sklearn": {"data"},
     "lmdb": {"data"},
     "PIL": {"data", "reporting", "tracking"},
+    "openvino": {"deploy"},
     "diffusers": {"denoisers", "sampling", "surgery"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from tfmq_exp.experiment.deployed import DeployedStages, save_deployed
 from tfmq_exp.experiment.diagnose import diagnose
 from tfmq_exp.experiment.environment import describe_environment, pick_device, prepare
 from tfmq_exp.experiment.estimate import show as show_estimate
@@ -38,7 +39,7 @@ from tfmq_exp.surgery.quantized_unet import coverage
 from tfmq_exp.tracking.mirror import Mirror, NoMirror
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
-DIAGNOSE = "diagnose"  # leaves the way to scores once the model is finished
+DIAGNOSE, EXPORT = "diagnose", "export"  # these leave the way to scores once the model is finished
 log = logging.getLogger(__name__)
 
 
@@ -53,8 +54,10 @@ def main(cfg: DictConfig) -> None:
 
 def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     """Build the objects, pull the goal, write what was found; or only say what that would take."""
-    if cfg.goal not in (*GOALS, DIAGNOSE):
-        raise ValueError(f"goal must be one of {', '.join((*GOALS, DIAGNOSE))}, got {cfg.goal!r}")
+    if cfg.goal not in (*GOALS, DIAGNOSE, EXPORT):
+        raise ValueError(f"goal must be one of {', '.join((*GOALS, DIAGNOSE, EXPORT))}, got {cfg.goal!r}")
+    if cfg.goal == EXPORT and cfg.engine is None:
+        raise ValueError("goal=export needs an engine to export for: engine=openvino or engine=onednn")
     prepare(cfg.runtime.threads)
     device = pick_device(cfg.trainer.accelerator)
     if cfg.dry_run:
@@ -124,8 +127,8 @@ def build_stages(
 
 def on_the_way(goal: str) -> tuple[str, ...]:
     """All that a run reaches, its goal last."""
-    if goal == DIAGNOSE:
-        return (*GOALS[: GOALS.index("correction") + 1], DIAGNOSE)
+    if goal in (DIAGNOSE, EXPORT):
+        return (*GOALS[: GOALS.index("correction") + 1], goal)
     return GOALS[: GOALS.index(goal) + 1]
 
 
@@ -142,42 +145,87 @@ def pull(
 ) -> None:
     """Pull stages up to the goal and write their results."""
     covered, reached = dict(coverage(stages.plan, stages.anatomy)), on_the_way(cfg.goal)
+    deployed = executed_too(stages, cfg)  # first, so that an engine that is not installed says so at once
     write_json(folder / "quantized.json", covered)
     if cfg.goal == "scores":
         stages.check_reference()
     report_coverage(covered, console)
     if cfg.runtime.estimate and stages.processes.first:
         look_ahead(stages, cfg.goal, console)
-    if cfg.goal == "trajectory":
-        stages.calibration_set()
-    elif cfg.goal == "weights":
-        stages.weighted_model()
-    else:
-        _ = stages.quantized_model
-    if "correction" in reached and stages.statistics is not None:
-        write_csv(folder / "noise.csv", stages.statistics.rows())
-        stages.mirror.table("noise", stages.statistics.rows())
-        stages.mirror.curve("noise", "step", points(stages.statistics.rows(), "step"))
+    make_model(stages, cfg.goal)
+    if "correction" in reached:
+        save_noise(stages, folder)
     if "weights" in reached:
         save_learning(stages, folder)
     if "activations" in reached:
-        size = stages.artefact.stat().st_size
-        share = size / stages.float_bytes
-        console.print(
-            f"artefact: {size / 1e3:.0f} kB, {share:.3f} of fp32: {stages.artefact}", highlight=False, soft_wrap=True
-        )
-        log.info("artefact %s: %d bytes, %.4f of fp32", stages.artefact, size, share)
+        show_size(stages, console)
     if "images" in reached:
         save_grid(stages, folder)
     if cfg.goal == DIAGNOSE:
         diagnose(stages, folder, console, cfg.name)
+    if deployed is not None:
+        save_deployed(deployed, folder, console)
     if cfg.goal == "scores":
-        errors = stages.errors()
-        save_errors(errors, folder, stages.mirror, cfg.name)
-        records = score_records(stages, cfg, covered, errors, environment, began)
-        write_json(folder / "results.json", {"rows": [record.to_json() for record in records]})
-        stages.mirror.summary(score_summary(records))
-        show(records, console)
+        save_scores(stages, deployed, cfg, folder, console, environment, began)
+
+
+def executed_too(stages: Stages, cfg: DictConfig) -> DeployedStages | None:
+    """The same run with the model executed by an engine, where one is asked for and the run gets that far."""
+    if cfg.engine is None or cfg.goal not in (EXPORT, "images", "scores"):
+        return None
+    return DeployedStages.of(stages, instantiate(cfg.engine))
+
+
+def make_model(stages: Stages, goal: str) -> None:
+    """As much of the quantized model as the goal needs."""
+    if goal == "trajectory":
+        stages.calibration_set()
+    elif goal == "weights":
+        stages.weighted_model()
+    else:
+        _ = stages.quantized_model
+
+
+def save_scores(
+    stages: Stages,
+    deployed: DeployedStages | None,
+    cfg: DictConfig,
+    folder: Path,
+    console: Console,
+    environment: Mapping[str, Any],
+    began: float,
+) -> None:
+    """The rows of the table, and the error curves of the simulation."""
+    errors, covered = stages.errors(), coverage(stages.plan, stages.anatomy)
+    save_errors(errors, folder, stages.mirror, cfg.name)
+    records = score_records(stages, cfg, covered, errors, environment, began)
+    stages.mirror.summary(score_summary(records))
+    if deployed is not None:
+        records.append(deployed.record(records[-1]))
+        scores = {f"{deployed.engine.name}_scores/{name}": value for name, value in records[-1].scores.items()}
+        stages.mirror.summary(scores)
+    write_json(folder / "results.json", {"rows": [record.to_json() for record in records]})
+    show(records, console)
+
+
+def save_noise(stages: Stages, folder: Path) -> None:
+    """Statistics of the quantization noise, for methods that correct it."""
+    if stages.statistics is None:
+        return
+    rows = stages.statistics.rows()
+    write_csv(folder / "noise.csv", rows)
+    stages.mirror.table("noise", rows)
+    stages.mirror.curve("noise", "step", points(rows, "step"))
+
+
+def show_size(stages: Stages, console: Console) -> None:
+    """Where the artefact is, and how large."""
+    size = stages.artefact.stat().st_size
+    share = size / stages.float_bytes
+    console.print(
+        f"artefact: {size / 1e3:.0f} kB, {share:.3f} of fp32: {stages.artefact}", highlight=False, soft_wrap=True
+    )
+    log.info("artefact %s: %d bytes, %.4f of fp32", stages.artefact, size, share)
 
 
 def save_learning(stages: Stages, folder: Path) -> None:
