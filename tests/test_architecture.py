@@ -15,7 +15,7 @@ ORDER = (
     ("calibration", "surgery", "evaluation"),
     ("reconstruction",),
     ("training",),
-    ("methods", "diagnostics"),
+    ("methods", "diagnostics", "deploy"),
     ("experiment",),
 )
 # Siblings of one level never import each other, but for what is listed here.

@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from tfmq_exp.experiment.checks import DIAGNOSE, GOALS
+from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS
+from tfmq_exp.experiment.deployed import DeployedStages, save_deployed
 from tfmq_exp.experiment.diagnose import diagnose
 from tfmq_exp.experiment.environment import busy, describe_environment, pick_device, prepare
 from tfmq_exp.experiment.estimate import show as show_estimate
@@ -34,6 +35,7 @@ from tfmq_exp.experiment.tracking import points, run_card, score_summary, show_l
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures
+from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.surgery.quantized_unet import coverage
@@ -127,8 +129,8 @@ def build_stages(
 
 def on_the_way(goal: str) -> tuple[str, ...]:
     """All that a run reaches, its goal last."""
-    if goal == DIAGNOSE:
-        return (*GOALS[: GOALS.index("correction") + 1], DIAGNOSE)
+    if goal in (DIAGNOSE, EXPORT):
+        return (*GOALS[: GOALS.index("correction") + 1], goal)
     return GOALS[: GOALS.index(goal) + 1]
 
 
@@ -145,6 +147,7 @@ def pull(
 ) -> None:
     """Pull stages up to the goal and write their results."""
     covered, reached = dict(coverage(stages.plan, stages.anatomy)), on_the_way(cfg.goal)
+    deployed = executed_too(stages, cfg)  # first, so that an engine that is not installed says so at once
     write_json(folder / "quantized.json", covered)
     if cfg.goal == "scores":
         stages.check_reference()
@@ -152,30 +155,30 @@ def pull(
     if cfg.runtime.estimate and stages.processes.first:
         look_ahead(stages, cfg.goal, console)
     make_network(stages, cfg.goal)
-    if "correction" in reached and stages.statistics is not None:
-        write_csv(folder / "noise.csv", stages.statistics.rows())
-        stages.mirror.table("noise", stages.statistics.rows())
-        stages.mirror.curve("noise", "step", points(stages.statistics.rows(), "step"))
+    if "correction" in reached:
+        save_noise(stages, folder)
     if "weights" in reached:
         save_learning(stages, folder)
     if "activations" in reached:
-        size = stages.artefact.stat().st_size
-        share = size / stages.float_bytes
-        console.print(
-            f"artefact: {size / 1e3:.0f} kB, {share:.3f} of fp32: {stages.artefact}", highlight=False, soft_wrap=True
-        )
-        log.info("artefact %s: %d bytes, %.4f of fp32", stages.artefact, size, share)
+        show_size(stages, console)
     if "images" in reached:
         save_grid(stages, folder)
     if cfg.goal == DIAGNOSE:
         diagnose(stages, folder, console, f"{cfg.name}, seed {cfg.seed}")
+    if deployed is not None:
+        save_deployed(deployed, folder, console)
     if cfg.goal == "scores":
         errors = stages.errors()
         save_errors(errors, folder, stages.mirror, cfg.name)
         records = score_records(stages, cfg, covered, errors, environment, began)
-        write_json(folder / "results.json", {"rows": [record.to_json() for record in records]})
-        stages.mirror.summary(score_summary(records))
-        show(records, console)
+        save_records(records if deployed is None else [*records, deployed.record(records[-1])], stages, folder, console)
+
+
+def executed_too(stages: Stages, cfg: DictConfig) -> DeployedStages | None:
+    """The same run with the model executed by an engine, where one is asked for and the run gets that far."""
+    if cfg.engine is None or cfg.goal not in (EXPORT, "images", "scores"):
+        return None
+    return DeployedStages.of(stages, instantiate(cfg.engine))
 
 
 def make_network(stages: Stages, goal: str) -> None:
@@ -186,6 +189,16 @@ def make_network(stages: Stages, goal: str) -> None:
         stages.weighted_model()
     else:
         _ = stages.quantized_model
+
+
+def save_noise(stages: Stages, folder: Path) -> None:
+    """Statistics of the quantization noise, for methods that correct it."""
+    if stages.statistics is None:
+        return
+    rows = stages.statistics.rows()
+    write_csv(folder / "noise.csv", rows)
+    stages.mirror.table("noise", rows)
+    stages.mirror.curve("noise", "step", points(rows, "step"))
 
 
 def save_learning(stages: Stages, folder: Path) -> None:
@@ -228,6 +241,16 @@ def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
     console.print(f"  attention products: {', '.join(operands) if operands else 'float'}", highlight=False)
 
 
+def show_size(stages: Stages, console: Console) -> None:
+    """Where the artefact is, and how large."""
+    size = stages.artefact.stat().st_size
+    share = size / stages.float_bytes
+    console.print(
+        f"artefact: {size / 1e3:.0f} kB, {share:.3f} of fp32: {stages.artefact}", highlight=False, soft_wrap=True
+    )
+    log.info("artefact %s: %d bytes, %.4f of fp32", stages.artefact, size, share)
+
+
 def save_grid(stages: Stages, folder: Path) -> None:
     """Float and quantized samples from the same seeds, side by side."""
     quantized = _first(stages.sampled(quantized=True), 64)
@@ -256,3 +279,10 @@ def save_errors(errors: Mapping[str, list[dict[str, Any]]], folder: Path, mirror
         mirror.table(f"{name}_error", rows)
         mirror.curve(f"{name}_error", axis, points(rows, column))
         mirror.image(f"{name}_error", folder / f"{name}_error.png")
+
+
+def save_records(records: Sequence[ScoreRecord], stages: Stages, folder: Path, console: Console) -> None:
+    """The rows of the table: float, simulated, and executed by an engine."""
+    write_json(folder / "results.json", {"rows": [record.to_json() for record in records]})
+    stages.mirror.summary(score_summary(records))
+    show(records, console)

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
-DIAGNOSE = "diagnose"  # leaves the way to scores once the model is finished
+DIAGNOSE, EXPORT = "diagnose", "export"  # these leave the way to scores once the model is finished
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ THREADS = Kind(f"{COUNT.right}, or null", lambda value: value is None or COUNT.f
 RATE = Kind("a number above 0", lambda value: number(value) and value > 0)
 AMOUNT = Kind("a number, at least 0", lambda value: number(value) and value >= 0)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-GOAL = Kind(f"one of {', '.join((*GOALS, DIAGNOSE))}", lambda value: value in (*GOALS, DIAGNOSE))
+GOAL = Kind(f"one of {', '.join((*GOALS, DIAGNOSE, EXPORT))}", lambda value: value in (*GOALS, DIAGNOSE, EXPORT))
 
 COUNTS = (
     "steps",
@@ -81,12 +81,14 @@ def check(cfg: DictConfig) -> None:
     """Look at a job before it begins.
 
     Raises:
-        ValueError: a value that cannot be right, by its key, with what would be; a method that goes by another's name.
+        ValueError: a value that cannot be right, by its key, with what would be; a method that goes by another's name; an export for no engine.
     """
     for key, kind in KINDS.items():
         value = OmegaConf.select(cfg, key, default=ABSENT)  # a model of one's own may do without some of them
         if value is not ABSENT and not kind.fits(value):
             raise ValueError(f"{key} must be {kind.right}, got {value!r}")
+    if cfg.goal == EXPORT and cfg.engine is None:
+        raise ValueError("goal=export needs an engine to export for: engine=openvino or engine=onednn")
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) / "method" for source in runtime.config_sources if source.schema == "file"]
     check_name(

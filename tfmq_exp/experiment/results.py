@@ -69,13 +69,6 @@ def score_records(
         "environment": dict(environment),
     }
     size = stages.artefact.stat().st_size
-    mean = {
-        "temporal_cosine": _mean(errors["temporal"], "cosine"),
-        "temporal_mse": _mean(errors["temporal"], "mse"),
-        "temporal_relative_mse": _mean(errors["temporal"], "relative_mse"),
-        "step": _mean(errors["trajectory"], "eps_error"),
-        "trajectory": errors["trajectory"][-1]["x_error"],
-    }
     cost = {
         **effort(stages),
         **({} if stages.follows_trajectories else {"training_images": len(stages.training_images)}),
@@ -101,13 +94,24 @@ def score_records(
             scores=scores,
             weights_bytes=size,
             choices=method_choices(),
-            errors=mean,
+            errors=mean_errors(errors),
             quantized=quantized,
             cost=cost,
             keys={name: hit["key"] for name, hit in stages.hits.items()},
             **shared,
         ),
     ]
+
+
+def mean_errors(errors: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The two error curves as the numbers of a row."""
+    return {
+        "temporal_cosine": _mean(errors["temporal"], "cosine"),
+        "temporal_mse": _mean(errors["temporal"], "mse"),
+        "temporal_relative_mse": _mean(errors["temporal"], "relative_mse"),
+        "step": _mean(errors["trajectory"], "eps_error"),
+        "trajectory": errors["trajectory"][-1]["x_error"],
+    }
 
 
 def method_choices() -> dict[str, str]:

@@ -75,13 +75,18 @@ def stage_summary(name: str, hit: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def score_summary(records: Sequence[ScoreRecord]) -> dict[str, Any]:
-    """Scores of the float and of the quantized network, errors between them, and what it cost, under names that say so."""
-    original, quantized = records[0], records[-1]
+    """Scores of the float and of the quantized network, errors between them, and what it cost, under names that say so.
+
+    Args:
+        records: float, simulated, and after them the same as an engine executes it, if one does.
+    """
+    original, quantized, *deployed = records
     cost = {key: value for key, value in quantized.cost.items() if isinstance(value, int | float)}
     named = {
         "float_scores": original.scores,
         "scores": quantized.scores,
         "errors": quantized.errors,
         "cost": {**cost, "weights_bytes": quantized.weights_bytes},
+        **{f"{record.choices['engine']}_scores": record.scores for record in deployed},
     }
     return {f"{name}/{key}": value for name, values in named.items() for key, value in values.items()}

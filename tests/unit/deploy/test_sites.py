@@ -1,0 +1,92 @@
+"""The table of layers: what fits and what does not."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import TIMESTEPS, example_inputs, quantizable
+from tests.unit.deploy.subject import model_of
+from tfmq_exp.deploy.activations import LiveGrid, StepGrid, grid_of
+from tfmq_exp.deploy.sites import examine, table
+from tfmq_exp.deploy.weights import DoesNotFit
+from tfmq_exp.quant.encodings import Normalised
+from tfmq_exp.quant.spec import QParams
+from tfmq_exp.surgery.plan import SitePlan
+from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan, StaticScale
+
+
+def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.Module) -> None:
+    plain, weight_only = "conv_out", "conv_in"
+    model = model_of(
+        tiny_unet, sites={plain: SitePlan(), weight_only: SitePlan(8, None), "mid_block.*": SitePlan(None, 8)}
+    )
+    layers = [name for name, m in tiny_unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    rows = {str(row["site"]): row for row in table(model, examine(model))}
+    assert list(rows) == layers
+    assert rows[plain]["why"] == "it is not quantized"
+    assert rows[weight_only]["why"] == "its input is not quantized"
+    for name, row in rows.items():
+        if name.startswith("mid_block."):
+            assert row["why"] == "its weight is not quantized"
+        elif name not in (plain, weight_only):
+            assert (row["executed"], row["why"], row["weight_bits"]) == ("int8", "", "4")
+
+
+def test_split_shortcuts_are_two_products(tiny_unet: nn.Module) -> None:
+    sites = {site.name: site for site in examine(model_of(tiny_unet, split=True))}
+    shortcut = sites["up_blocks.0.resnets.0.conv_shortcut"]
+    assert shortcut.integer
+    assert sum(piece.channels for piece in shortcut.pieces) == shortcut.layer.weight.shape[1]
+    assert len(shortcut.pieces) == 2
+
+
+def test_a_zero_point_that_is_no_integer_is_named(tiny_unet: nn.Module) -> None:
+    model = model_of(tiny_unet)
+    integers = model.integers["conv_in"][0]
+    moved = QParams(integers.qparams.scale, integers.qparams.zero_point + 0.25)
+    model.integers["conv_in"] = (integers._replace(qparams=moved),)
+    row = next(site for site in examine(model) if site.name == "conv_in")
+    assert not row.integer
+    assert "is no integer" in row.why
+
+
+SCALES = {
+    "static": StaticScale(),
+    "intervals": IntervalScale(2, 1000),
+    "dynamic": DynamicScale("sample"),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_a_grid_is_what_the_quantizer_uses(tiny_unet: nn.Module, kind: str) -> None:
+    model = model_of(tiny_unet, scales=ScalePlan(SCALES[kind], SCALES[kind]))
+    quantizer = model.layer("conv_in").input_quantizer
+    grid = grid_of(quantizer, len(TIMESTEPS))
+    x = torch.randn(len(TIMESTEPS), 3, 8, 8)
+    with model.clock.at(torch.tensor(TIMESTEPS)):
+        wanted = quantizer(x)
+    if kind == "dynamic":
+        assert isinstance(grid, LiveGrid)
+        return
+    assert isinstance(grid, StepGrid)
+    scale, zero_point = grid.scale[:, None, None, None], grid.zero_point[:, None, None, None]
+    codes = ((x / scale).round() + zero_point).clamp(0, 255)
+    assert torch.equal(scale * (codes - zero_point), wanted)
+    assert grid.static == (kind == "static")
+
+
+def test_chosen_bits_are_in_the_table(tiny_unet: nn.Module) -> None:
+    model = model_of(tiny_unet, activation=[4, 8])
+    model.use_bits([8, 4, 4, 8])
+    grid = grid_of(model.layer("conv_in").input_quantizer, 4)
+    assert isinstance(grid, StepGrid)
+    assert grid.highest.tolist() == [255, 15, 15, 255]
+
+
+def test_generated_scales_must_be_merged(tiny_unet: nn.Module) -> None:
+    scale = GeneratedScale(Normalised(1000), (4,), 0.0, "zero")
+    model = quantizable(tiny_unet, scales=ScalePlan(scale, scale))
+    with torch.no_grad():
+        model(**example_inputs(tiny_unet))
+    with pytest.raises(DoesNotFit, match="Generated"):
+        grid_of(model.layer("conv_in").input_quantizer, 4)

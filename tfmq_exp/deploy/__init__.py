@@ -1,0 +1,1 @@
+"""From a quantized UNet to one that an integer engine executes."""
