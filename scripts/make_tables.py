@@ -7,9 +7,10 @@
     python scripts/make_tables.py --list                          what published tables there are
     python scripts/make_tables.py --paper tfmq-dm                 those of one paper
     python scripts/make_tables.py --paper tfmq-dm --table 2       one of them, beside our numbers
+    python scripts/make_tables.py --paper tdq --table S1 --model digits    beside those of another model
 
 Without sources all runs and sweeps in outputs are read: outputs/runs and outputs/sweeps. A method with other choices has a row,
-or in --pivot a column, of its own.
+or in --pivot a column, of its own, and so has one that an engine executed: its name says so, and the line above the table.
 
 Rows that were made under different protocols (sampler, images, evaluator) stand in different tables. Beside a published
 number ours stands with its difference only where the protocols agree; footnotes say what differs.
@@ -23,7 +24,7 @@ from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import FORMATS, by_protocol, pivot, render, table
+from tfmq_exp.reporting.tables import FORMATS, by_protocol, execution, pivot, render, table
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them
@@ -61,6 +62,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--paper", help="a paper whose numbers stand beside ours; without --table: name its tables")
     parser.add_argument("--table", help="which of the tables of --paper")
+    parser.add_argument("--model", help="with --table: our numbers are those of this model, whatever the paper's is")
     parser.add_argument("--list", action="store_true", help="name the published tables")
     parser.add_argument("--save", type=Path, help="write the records themselves here, to make the table from later")
     parser.add_argument("--out", type=Path, help="write here instead of printing")
@@ -93,12 +95,18 @@ def made(args: argparse.Namespace) -> str:
         raise ValueError("--pivot is of our records alone; leave it out with --paper and --table")
     rows = choose(read_published(PUBLISHED), args.paper, args.table) if args.paper else []
     records = read_records(*args.sources)
+    if args.model and not args.table:
+        raise ValueError(f"--model {args.model} is for a published table; name it with --paper and --table")
+    if args.model and args.model not in {record.model for record in records}:
+        raise ValueError(
+            f"no results of model {args.model!r}; there are {', '.join(sorted({r.model for r in records}))}"
+        )
     if not records and not rows:
         raise ValueError(f"no results.json under {', '.join(map(str, args.sources))}")
     if args.save:
         save_records(records, args.save)
     if rows:
-        comparison = compare(rows, records)
+        comparison = compare(rows, records, args.model)
         return as_csv(comparison) if args.format == "csv" else as_markdown(comparison)
     return "\n".join(titled(group, args) for group in by_protocol(records))
 
@@ -106,6 +114,7 @@ def made(args: argparse.Namespace) -> str:
 def titled(records: list[ScoreRecord], args: argparse.Namespace) -> str:
     """One table; in markdown, under a line that says how it was made."""
     methods = args.methods or sorted({record.method for record in records})
+    shown = [record for record in records if record.method in methods] if args.pivot else records
     body = render(*(pivot(records, args.pivot, methods) if args.pivot else table(records)), args.format)
     if args.format == "csv":
         return body
@@ -114,7 +123,7 @@ def titled(records: list[ScoreRecord], args: argparse.Namespace) -> str:
     title = (
         f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
         f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}, "
-        "simulated quantization"
+        f"{execution(shown)}"
     )
     return f"**{title}**\n\n{body}"
 

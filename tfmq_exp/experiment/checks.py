@@ -60,7 +60,14 @@ COUNTS = (
     "qat_batch",
     "qat_observed",
 )
-RATES = ("learning_rate", "scale_learning_rate", "joint_scale_learning_rate", "qat_learning_rate", "qat_average")
+RATES = (
+    "learning_rate",
+    "scale_learning_rate",
+    "joint_scale_learning_rate",
+    "qat_learning_rate",
+    "qat_range_rate",
+    "qat_average",
+)
 KINDS = {
     "goal": GOAL,
     "seed": SEED,

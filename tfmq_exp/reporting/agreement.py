@@ -61,6 +61,7 @@ def _pairs(row: PublishedRow, record: ScoreRecord, score: str) -> Iterator[Pair]
     theirs, ours = row.protocol, record.protocol
     sampler: Mapping[str, Any] = ours.get("sampler", {})
     kind = sampler.get("class")
+    yield "model", row.model, record.model
     if row.method != "float":
         yield "training", trained("QAT" in row.title), trained(record.cost.get("training_images") is not None)
     yield "sampler", theirs.get("sampler"), SAMPLERS[kind].format(**sampler) if kind in SAMPLERS else kind

@@ -3,12 +3,12 @@
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tfmq_exp.reporting.agreement import QUALITY, differing, unstated
 from tfmq_exp.reporting.published import PublishedRow
 from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import changed
+from tfmq_exp.reporting.tables import bits_order, changed
 
 SCORE_ORDER = ("fid", "sfid", "is", "clip", "precision", "gpu_hours", "memory_mb", "size_mb", "latency_s", "speedup")
 CHANGE = "change of "  # the published number is a difference from a baseline
@@ -32,7 +32,7 @@ class Cell:
     """One score of one model.
 
     Args:
-        paper: what is printed; None where that table has nothing. `spread` is what stands after its plus-minus sign.
+        paper: what is printed; None where the table has nothing. `spread` is what stands after its plus-minus sign.
         verified: how the published number was seen; see `PublishedRow`.
         ours: the score of every seed; empty where nothing was measured.
         difference: mean of ours less the paper's, where the protocols agree.
@@ -100,7 +100,7 @@ def choose(published: Sequence[PublishedRow], paper: str, table: str) -> list[Pu
     return found
 
 
-def _numbers(row: PublishedRow) -> dict[str, float]:
+def _numbers(row: PublishedRow) -> dict[str, float | None]:
     """What a row prints, by the name of its column."""
     scores = {name: value for name, value in row.scores.items() if name != "fid_spread"}
     return scores | {CHANGE + name: value for name, value in row.deltas.items()}
@@ -133,6 +133,13 @@ def published_name(record: ScoreRecord, *, ablation: bool) -> str | None:
     if choices or (ablation and record.method not in {"float"} | WHOLE):
         return None
     return AS_PRINTED.get(record.method, record.method)
+
+
+def is_of(record: ScoreRecord, row: PublishedRow, *, ablation: bool) -> bool:
+    """Whether a record is what a published row names, with what the row says must be changed and nothing else."""
+    if row.choices:
+        return AS_PRINTED.get(record.method, record.method) == row.method and changed(record) == row.choices
+    return published_name(record, ablation=ablation) == row.method
 
 
 def measured(record: ScoreRecord, score: str) -> float | None:
@@ -190,17 +197,18 @@ def _cell(row: PublishedRow, score: str, records: Sequence[ScoreRecord], *, abla
     mine = [
         record
         for record in records
-        if (record.model, record.quant) == (row.model, row.bits)
-        and published_name(record, ablation=ablation) == row.method
-        and measured(record, score) is not None
+        if record.quant == row.bits and is_of(record, row, ablation=ablation) and measured(record, score) is not None
     ]
     empty = Cell(paper, spread, row.verified, notes=tuple(notes))
     if not mine:
         return empty
     chosen, differs, remarks = _best(row, score, mine)
-    if variant and differs:
+    if variant and differs and not row.choices:
         return empty  # which of the variants ours would be is not known
-    ours = _on_scale([value for r in chosen if (value := measured(r, score)) is not None], paper, score)
+    ours = [value for r in chosen if (value := measured(r, score)) is not None]
+    if paper is None:
+        return Cell(ours=tuple(ours), notes=(*notes, *remarks))
+    ours = _on_scale(ours, paper, score)
     notes += remarks
     if differs:
         notes.append("; ".join(differs))
@@ -212,17 +220,25 @@ def _cell(row: PublishedRow, score: str, records: Sequence[ScoreRecord], *, abla
     return Cell(paper, spread, row.verified, tuple(ours), difference, tuple(notes))
 
 
-def compare(rows: Sequence[PublishedRow], records: Sequence[ScoreRecord]) -> Comparison:
-    """One published table (rows of `choose`) beside the records of runs. The float network comes first."""
+def compare(rows: Sequence[PublishedRow], records: Sequence[ScoreRecord], model: str | None = None) -> Comparison:
+    """One published table beside the records of runs. The float network comes first.
+
+    Args:
+        rows: of `choose`.
+        records: of any model.
+        model: whose records stand beside the numbers of all of the paper's models, with lines for bits that the paper does
+            not print; None for each of them its own.
+    """
     models = dict.fromkeys(row.model for row in rows)
+    own = {name: [record for record in records if record.model == (model or name)] for name in models}
     named = {(row.model, name) for row in rows for name in _numbers(row)}
     order = [*SCORE_ORDER, *(CHANGE + name for name in SCORE_ORDER)]
     columns = tuple((model, name) for model in models for name in order if (model, name) in named)
     ablation = any(row.method == "tiar" for row in rows)
     lines: list[tuple[str, str, tuple[Cell, ...]]] = []
-    for bits, label, members, variant in _lines(rows):
+    for bits, label, members, variant in [*_lines(rows), *_lines(_unprinted(rows, records, model))]:
         cells: Mapping[tuple[str, str], Cell] = {
-            (row.model, score): _cell(row, score, records, ablation=ablation, variant=variant)
+            (row.model, score): _cell(row, score, own[row.model], ablation=ablation, variant=variant)
             for row in members
             for score in _numbers(row)
         }
@@ -231,3 +247,18 @@ def compare(rows: Sequence[PublishedRow], records: Sequence[ScoreRecord]) -> Com
     notes = (f"the table as known here has no float row of {', '.join(without)}",) if without else ()
     first = rows[0]
     return Comparison(first.paper, first.reference, first.table, first.title, columns, tuple(lines), notes)
+
+
+def _unprinted(rows: Sequence[PublishedRow], records: Sequence[ScoreRecord], model: str | None) -> list[PublishedRow]:
+    """The rows of the first pair of bits again, for every pair that was measured with a model and is not printed."""
+    if model is None:
+        return []
+    printed = [row.bits for row in rows if row.method != "float"]
+    measured_bits = dict.fromkeys(r.quant for r in records if r.model == model and r.method != "float")
+    again = [row for row in rows if row.bits == printed[0]]
+    return [
+        replace(row, bits=bits, scores=dict.fromkeys(row.scores), verified="")
+        for bits in sorted(measured_bits, key=bits_order)
+        if bits not in printed
+        for row in again
+    ]

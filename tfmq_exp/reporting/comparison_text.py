@@ -78,13 +78,14 @@ def as_markdown(comparison: Comparison) -> str:
     numbers: dict[str, int] = {}
 
     def text(cell: Cell) -> str:
-        if cell.paper is None:
+        if cell.paper is None and not cell.ours:
             return NONE
         paper, mean, deviation, seeds, difference = _parts(cell)
         spread = f" ± {deviation}" if deviation else ""
         ours = f"{mean}{spread} ({seeds} seed{'s' if seeds != '1' else ''})" if mean else NONE
         notes = "".join(f"[{numbers.setdefault(note, len(numbers) + 1)}]" for note in cell.notes)
-        parts = f"{paper} {MARKS[cell.verified][0]} \\| {ours} \\| {difference or NONE}"
+        theirs = f"{paper} {MARKS[cell.verified][0]}" if paper else NONE
+        parts = f"{theirs} \\| {ours} \\| {difference or NONE}"
         return f"{parts} {notes}" if notes else parts
 
     header = ["bits", "method", *(_title(column) for column in comparison.columns)]

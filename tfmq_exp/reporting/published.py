@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ FILE_KEYS = (frozenset({"paper", "reference", "tables"}), frozenset[str]())
 TABLE_KEYS = (frozenset({"title", "rows"}), frozenset({"protocol", "paper", "reference"}))
 ROW_KEYS = (
     frozenset({"model", "bits", "method", "verified"}),
-    frozenset({"scores", "deltas", "protocol", "note"}),
+    frozenset({"scores", "deltas", "protocol", "note", "choices"}),
 )
 
 
@@ -30,13 +30,14 @@ class PublishedRow:
 
     Args:
         paper: who prints the row; in a table of another paper than its file's, that paper.
-        scores: as printed; `fid_spread` is what stands after the plus-minus sign.
+        scores: as printed, None where it is printed that there is none; `fid_spread` is what stands after the plus-minus sign.
         deltas: differences from a baseline, where the paper gives those alone.
         verified: how the number was seen. "poster", "page" (an official page or abstract), "supplement" and "code" are
             the authors' own; "full_text" and "image" are read in the paper that prints the row; "secondary" quotes it,
             "secondary_notes" are reading notes that a machine may have written; "derived" is arithmetic on such
             numbers; "memory" is unverified, and no target.
         protocol: what the table's rows share, and what is this row's own: sampler, steps, eta, images.
+        choices: what has to be changed inside the method here to make the row, as on the command line.
     """
 
     paper: str
@@ -46,11 +47,12 @@ class PublishedRow:
     model: str
     bits: str
     method: str
-    scores: dict[str, float]
-    deltas: dict[str, float]
+    scores: dict[str, float | None]
+    deltas: dict[str, float | None]
     verified: str
     protocol: dict[str, Any]
     note: str
+    choices: dict[str, str] = field(default_factory=dict)
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,11 +91,12 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _numbers(value: Any, where: str) -> dict[str, float]:
-    """The scores that are there: null stands for one that is not known."""
-    found: dict[str, float] = {}
+def _numbers(value: Any, where: str) -> dict[str, float | None]:
+    """Scores by their names; null stands for one that is not there."""
+    found: dict[str, float | None] = {}
     for name, number in _mapping(value, where, (frozenset(), SCORES)).items():
         if number is None:
+            found[name] = None
             continue
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise ValueError(f"{where}: {name} is {number!r}, not a number")
@@ -111,7 +114,9 @@ def _row(given: Any, where: str, table: dict[str, str], protocol: dict[str, Any]
     if bool(scores) == bool(deltas):
         raise ValueError(f"{where}: a row has either scores or deltas")
     own = _mapping(row.get("protocol", {}), f"{where}, protocol")
-    return PublishedRow(**table, **text, scores=scores, deltas=deltas, protocol=protocol | own)
+    choices = _mapping(row.get("choices", {}), f"{where}, choices")
+    choices = {key: _text(value, f"{where}, choices, {key}") for key, value in choices.items()}
+    return PublishedRow(**table, **text, scores=scores, deltas=deltas, protocol=protocol | own, choices=choices)
 
 
 def _read(path: Path) -> Iterator[tuple[str, PublishedRow]]:

@@ -56,10 +56,38 @@ def changed(record: ScoreRecord) -> dict[str, str]:
     return {key: value for key, value in sorted(record.choices.items()) if record.method != f"s{value}"}
 
 
-def label(record: ScoreRecord) -> str:
-    """A method with what was changed in it. What differs here is averaged nowhere."""
-    extra = ", ".join(f"{key}={value}" for key, value in changed(record).items())
-    return f"{record.method} ({extra})" if extra else record.method
+def engine_of(record: ScoreRecord) -> str:
+    """The engine that executed it with real integers; empty for simulated quantization, and for the float network."""
+    return record.choices.get("engine", "")
+
+
+def label(record: ScoreRecord, group: str = "") -> str:
+    """A method with what was changed in it, and the engine that executed it. What differs here is averaged nowhere.
+
+    Args:
+        record: of any method.
+        group: of choices, whose name is left away before theirs.
+    """
+    choices = {key.removeprefix(group).lstrip("./"): value for key, value in changed(record).items() if key != "engine"}
+    words = [f"{key}={value}" for key, value in choices.items()]
+    if engine := engine_of(record):
+        words.insert(0, f"executed by {engine}")
+    return f"{record.method} ({', '.join(words)})" if words else record.method
+
+
+def execution(records: Sequence[ScoreRecord]) -> str:
+    """How the quantized rows among these were computed, for a headline: simulated, by an engine, or some either way."""
+    rows = [record for record in records if record.method != "float"]
+    deployed = [record for record in rows if engine_of(record)]
+    if not deployed:
+        return "simulated quantization"
+    shares = [f"{share:.0%}" for record in deployed if (share := record.quantized.get("layers_integer")) is not None]
+    shares = sorted(set(shares), key=lambda text: int(text.rstrip("%")))
+    engines = " or ".join(sorted({engine_of(record) for record in deployed}))
+    layers = f" ({shares[0] if len(shares) == 1 else f'{shares[0]} to {shares[-1]}'} of their layers)" if shares else ""
+    if len(deployed) == len(rows):
+        return f"executed in integers{layers} by {engines}"
+    return f"simulated quantization, but rows executed by {engines} in integers{layers}"
 
 
 def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:

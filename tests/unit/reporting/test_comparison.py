@@ -219,7 +219,7 @@ def test_an_interval_count_is_part_of_the_name() -> None:
 def test_rows_that_print_the_same_score_stand_apart_and_others_together() -> None:
     found = cells(compare(choose(PUBLISHED, "TDQ", "S7"), []))
     methods = [method for _, method, _, _ in found]
-    assert methods == ["tdq (He, the default)", "tdq (zero)", "tdq (Xavier)"]
+    assert methods == ["tdq (He, the default)", "tdq (Gaussian, printed as fail)", "tdq (zero)", "tdq (Xavier)"]
     merged = cells(compare(choose(PUBLISHED, "TFMQ-DM", "cifar10"), []))
     fid, score = (merged["w4a8", "tfmq", "ddim_cifar10", name] for name in ("fid", "is"))
     assert (fid.paper, fid.verified, score.paper, score.verified) == (4.78, "secondary_notes", 9.13, "memory")
@@ -231,6 +231,39 @@ def test_a_variant_has_ours_only_where_it_is_known_to_be_it() -> None:
     found = cells(compare(rows, ours))
     assert found["w8a8", "tfmq (50000 images)", "ldm_ffhq", "fid"].difference == pytest.approx(6.0 - 5.968)
     assert found["w8a8", "tfmq (5000 images)", "ldm_ffhq", "fid"].ours == ()
+
+
+def test_a_variant_is_known_by_what_is_changed_in_the_method() -> None:
+    def trained(fid: float, **choices: str) -> ScoreRecord:
+        start = {f"method.scales.temporal.{key}": value for key, value in choices.items()}
+        changes = {"model": "ddim_cifar10", "quant": "w4a4", "method": "lsq_tdq", "choices": start}
+        return quantized(fid, cost={"training_images": 50000}, **changes)
+
+    ours = [
+        trained(5.0, last="zero"),
+        trained(6.0),
+        trained(7.0, last="zero", dropout="0.0"),
+        trained(9.0, last="gaussian"),
+    ]
+    found = cells(compare(choose(PUBLISHED, "TDQ", "S7"), ours))
+    given = {method: (cell.paper, cell.ours) for (_, method, _, _), cell in found.items()}
+    assert given == {
+        "tdq (He, the default)": (4.48, ()),
+        "tdq (Gaussian, printed as fail)": (None, (9.0,)),
+        "tdq (zero)": (4.98, (5.0,)),
+        "tdq (Xavier)": (4.90, ()),
+    }
+    assert "| — \\| 9.00 (1 seed) \\| — " in as_markdown(compare(choose(PUBLISHED, "TDQ", "S7"), ours))
+
+
+def test_another_model_stands_beside_without_a_difference_and_with_bits_of_its_own() -> None:
+    ours = [quantized(3.5, model="small"), quantized(9.0, model="m"), quantized(5.0, model="small", quant="w3a3")]
+    found = cells(compare([THEIRS], ours, "small"))
+    beside, alone = found["w4a8", "tfmq", "m", "fid"], found["w3a3", "tfmq", "m", "fid"]
+    assert (beside.paper, beside.ours, beside.difference) == (3.68, (3.5,), None)
+    assert beside.notes[0] == "model m in the paper, small here"
+    assert (alone.paper, alone.spread, alone.ours, alone.difference) == (None, None, (5.0,), None)
+    assert {bits for bits, *_ in cells(compare([THEIRS], ours))} == {"w4a8"}
 
 
 def test_scales_and_costs() -> None:
@@ -273,7 +306,10 @@ def test_every_published_table_is_written_with_a_known_mark() -> None:
             comparison = compare(rows, [])
             numbers = sum(cell.paper is not None for cell in cells(comparison).values())
             spreads = sum("fid_spread" in row.scores for row in rows)
-            assert numbers == sum(len(row.scores) + len(row.deltas) for row in rows) - spreads
+            assert (
+                numbers
+                == sum(value is not None for row in rows for value in (row.scores | row.deltas).values()) - spreads
+            )
             lines = [line for line in as_markdown(comparison).splitlines() if line.startswith("| ")]
             assert {line.replace("\\|", "").count("|") for line in lines} == {len(comparison.columns) + 3}
             assert "— (" not in as_markdown(comparison)

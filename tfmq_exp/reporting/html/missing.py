@@ -10,7 +10,7 @@ import yaml
 
 from tfmq_exp.reporting.html.runs import Run
 from tfmq_exp.reporting.html.ways import FLOAT, named
-from tfmq_exp.reporting.tables import bits_order
+from tfmq_exp.reporting.tables import bits_order, engine_of
 
 AXES = ("model", "quant", "method", "seed")
 Cell = tuple[str, str, str, str]  # model, bits, method, seed
@@ -27,8 +27,8 @@ class Gap:
 
 
 def cells(run: Run) -> list[Cell]:
-    """Where a run stands in the grid; a file of saved records stands in many places."""
-    own = [r for r in run.records if r.method != FLOAT]
+    """Where a run stands in the grid; a file of saved records stands in many places. An engine is no cell beside its simulation."""
+    own = [r for r in run.records if r.method != FLOAT and not engine_of(r)]
     if own:
         return [(record.model, record.quant, named(record), str(record.seed)) for record in own]
     return [_configured(run)] if run.config and run.state != "planned" else []
@@ -80,7 +80,10 @@ def planned(runs: Sequence[Run]) -> set[Cell]:
             continue
         own = {axis: first.choice(axis) for axis in AXES[:3]} | {"seed": str(first.config.get("seed", "?"))}
         axes = {axis: lists.get(axis, [own[axis]]) for axis in AXES}
-        others = lists.keys() - set(AXES)  # lists of other choices: what a cell is called is not known before it ran
+        others = lists.keys() - {
+            *AXES,
+            "engine",
+        }  # lists of other choices: what a cell is called is not known before it ran
         if not others:
             found |= set(itertools.product(axes["model"], axes["quant"], axes["method"], axes["seed"]))
     return found

@@ -16,16 +16,17 @@ from tfmq_exp.reporting.html.chart import Chart
 from tfmq_exp.reporting.html.concerns import concerns, is_smoke
 from tfmq_exp.reporting.html.configurations import differences, full
 from tfmq_exp.reporting.html.diagnosis import diagnoses
+from tfmq_exp.reporting.html.executed import executed
 from tfmq_exp.reporting.html.missing import gaps
 from tfmq_exp.reporting.html.palette import Look, looks
 from tfmq_exp.reporting.html.papers import PaperLine, beside, unmeasured
 from tfmq_exp.reporting.html.pictures import albums, sample_files
-from tfmq_exp.reporting.html.runs import GOOD, STATES, Run
+from tfmq_exp.reporting.html.runs import GOOD, SITES, STATES, Run
 from tfmq_exp.reporting.html.scores import ScoreTable, score_table
 from tfmq_exp.reporting.html.time_charts import StageLine, stage_lines
 from tfmq_exp.reporting.html.ways import Group, groups
 from tfmq_exp.reporting.published import PublishedRow
-from tfmq_exp.reporting.tables import bits_order
+from tfmq_exp.reporting.tables import bits_order, execution
 
 TEMPLATES = PackageLoader("tfmq_exp.reporting.html", "templates")
 
@@ -35,6 +36,7 @@ class GroupView:
     """What the page shows of a group."""
 
     group: Group
+    execution: str
     concerns: tuple[str, ...]
     table: ScoreTable
     papers: tuple[PaperLine, ...]
@@ -52,6 +54,7 @@ class Summary:
         unscored: models of runs none of which has scores, beside others that have.
         smoke: runs that were made to see that they run.
         states: of folders of runs alone.
+        engines: that executed some model in integers.
         records: those of saved files.
     """
 
@@ -63,6 +66,7 @@ class Summary:
     seeds: tuple[str, ...]
     images: tuple[str, ...]
     evaluators: tuple[str, ...]
+    engines: tuple[str, ...]
     states: Mapping[str, int]
     records: int
 
@@ -85,6 +89,7 @@ def page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
         pictures_left_out=there - len(files),
         diagnoses=found,
         undiagnosed=undiagnosed,
+        executed=executed(runs),
         differences=differences(runs),
         runs=[(run, full(run.config)) for run in runs],
         gaps=gaps(runs),
@@ -109,6 +114,7 @@ def view(group: Group, published: Sequence[PublishedRow], look: Mapping[str, Loo
     table = score_table(group)
     return GroupView(
         group,
+        execution([record for way in group.ways for record in way.records]),
         concerns(group, table),
         table,
         tuple(beside(group, published)),
@@ -139,6 +145,7 @@ def summary(runs: Sequence[Run], together: Sequence[Group]) -> Summary:
         tuple(sorted(seeds, key=lambda seed: (len(seed), seed))),
         tuple(dict.fromkeys(str(group.protocol["images"]) for group in together if "images" in group.protocol)),
         tuple(dict.fromkeys(group.judge for group in together)),
+        tuple(sorted({*(way.engine for way in ways), *(run.engine for run in runs if SITES in run.tables)} - {""})),
         {state: counts[state] for state in STATES},
         sum(len(run.records) for run in runs if run.saved),
     )

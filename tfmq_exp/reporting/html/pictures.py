@@ -10,6 +10,7 @@ from PIL import Image, ImageChops
 
 from tfmq_exp.reporting.html.runs import Run
 from tfmq_exp.reporting.html.ways import Group
+from tfmq_exp.reporting.tables import engine_of
 
 PICTURES = 40  # of one kind in a page
 WIDEST = 1400  # pixels
@@ -73,7 +74,8 @@ def sample_files(groups: Sequence[Group], runs: Sequence[Run]) -> tuple[list[Gri
         for way in group.quantized:
             for turn, member in enumerate(way.members):
                 title = f"{group.model} {way.bits} {way.label}, seed {member.record.seed}"
-                grid = Grid(f"{group.model} {way.label}", title, member.run.folder / "samples.png")
+                file = "samples_deployed.png" if engine_of(member.record) else "samples.png"
+                grid = Grid(f"{group.model} {way.label}", title, member.run.folder / file)
                 found.append((turn, len(found), grid))
     for run in runs:
         if not run.records:

@@ -18,12 +18,16 @@ from tfmq_exp.reporting.records import ScoreRecord, rows_of
 Row = Mapping[str, Any]
 MARKS = ("results.json", "status.json", "environment.json", "config.yaml", ".hydra")  # any of them: a run was here
 STORED = ("manifest.json", "inputs.json")  # an entry of the store, which has no runs below it
+DEPLOYED_TRAJECTORY = "trajectory_error_deployed.csv"  # of the model as an engine executes it
+SITES = "sites.csv"
 # file -> (columns of text, columns of numbers)
 TABLES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "temporal_error.csv": ((), ("t", "relative_mse")),
     "trajectory_error.csv": ((), ("t", "eps_error", "x_error")),
     "units.csv": (("unit",), ("error_before", "error_after", "seconds")),
     "losses.csv": (("phase", "unit"), ("iteration", "loss")),
+    DEPLOYED_TRAJECTORY: ((), ("t", "eps_error", "x_error")),
+    SITES: (("site", "role", "executed", "weight_bits", "why"), ()),
 }
 # found: an earlier job had done the same; planned: it was asked only what it would do; died: it neither ended nor runs;
 # unfinished: it does not say
@@ -63,6 +67,13 @@ class Run:
         """The name of its model, quant or method, as configured."""
         chosen = self.config.get(group)
         return str(chosen.get("name", otherwise)) if isinstance(chosen, Mapping) else otherwise
+
+    @property
+    def engine(self) -> str:
+        """What was asked to execute the model; empty where nothing was."""
+        chosen = self.config.get("engine")
+        target = str(chosen.get("_target_", "")) if isinstance(chosen, Mapping) else ""
+        return self.chosen.get("engine", target.rpartition(".")[2]) if target else ""
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -254,4 +265,7 @@ def _rows(path: Path, texts: tuple[str, ...], numbers: tuple[str, ...]) -> tuple
         reader = csv.DictReader(file)
         if missing := [name for name in (*texts, *numbers) if name not in (reader.fieldnames or ())]:
             raise ValueError(f"no column {', '.join(missing)}")
-        return tuple({**row, **{name: float(row[name]) for name in numbers}} for row in reader)
+        rows = list(reader)
+    if any(row[name] is None for row in rows for name in texts):
+        raise ValueError("a line that ends early")
+    return tuple({**row, **{name: float(row[name]) for name in numbers}} for row in rows)

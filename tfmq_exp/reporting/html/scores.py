@@ -1,6 +1,6 @@
 """The table of a group: one line for every way of quantizing, mean and deviation over its seeds, the best ones marked.
 
-Only lines that quantize the same can be the best of each other, and only means of several seeds are marked.
+Only lines that quantize the same and are executed alike can be the best of each other, and only means of several seeds are marked.
 """
 
 import statistics
@@ -100,8 +100,9 @@ def score_columns(evaluator: str) -> list[Column]:
         [Column(title, read, digits, "") for title, read, digits in some]
         for some in (shared[JUDGED : JUDGED + COVERAGE], shared[JUDGED + COVERAGE :])
     )
+    executed = Column("layers executed in integers", lambda r: r.quantized.get("layers_integer"), 3, "")
     size = Column("size, MB", lambda r: r.weights_bytes / 1e6, 2, "")
-    return [*covered, *judged[:3], *further, *judged[3:], size, *costs]
+    return [*covered, executed, *judged[:3], *further, *judged[3:], size, *costs]
 
 
 def score_table(group: Group) -> ScoreTable:
@@ -114,7 +115,7 @@ def score_table(group: Group) -> ScoreTable:
         rivals = [
             other
             for rival, other in zip(group.ways, values, strict=True)
-            if rival.bits == way.bits and alike(coverage(rival), coverage(way))
+            if rival.bits == way.bits and rival.engine == way.engine and alike(coverage(rival), coverage(way))
         ]
         cells = tuple(_cell(found[i], row[i], [list(other[i].values()) for other in rivals if other[i]]) for i in used)
         lines.append(Line(way, tuple(record.seed for record in way.records), cells))

@@ -67,6 +67,8 @@ def stage_times(group: Group) -> Chart | None:
         "Mean over seeds. What a stage takes is what it took whoever made it; a run that finds it in the store spends less. "
         f"The peak is of the whole process up to then. {BARS} ways at most."
     )
+    if any(way.engine for way in ways):
+        note += " A way that an engine executed has that engine's stages alone; it needed those of its simulation, too."
     return Chart("Stages", note, views, wide=True)
 
 

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tfmq_exp.reporting.comparison import EFFORT
-from tfmq_exp.reporting.html.runs import Run
+from tfmq_exp.reporting.html.runs import DEPLOYED_TRAJECTORY, Run
 from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import bits_order, changed
+from tfmq_exp.reporting.tables import bits_order, engine_of, label
 
 FLOAT = "float"
 
@@ -34,6 +34,11 @@ class Way:
     def is_float(self) -> bool:
         """Whether it is the network before quantization."""
         return self.members[0].record.method == FLOAT
+
+    @property
+    def engine(self) -> str:
+        """What executed it in integers; empty for simulated quantization."""
+        return engine_of(self.members[0].record)
 
     @property
     def records(self) -> tuple[ScoreRecord, ...]:
@@ -80,15 +85,16 @@ class Group:
 
 def named(record: ScoreRecord) -> str:
     """A method with the choices that were changed in it."""
-    choices = {key.removeprefix("method").lstrip("./"): value for key, value in changed(record).items()}
-    extra = ", ".join(f"{key}={value}" for key, value in choices.items())
-    return f"{record.method} ({extra})" if extra else record.method
+    return label(record, "method")
 
 
 def settings(record: ScoreRecord) -> dict[str, Any]:
     """What all seeds of one way share, beside its name: effort and coverage."""
     effort = {name: record.cost[name] for name in EFFORT if name in record.cost}
-    return {**effort, **{key: value for key, value in record.quantized.items() if not isinstance(value, list)}}
+    engine = record.quantized.get("engine")
+    executed = {f"engine {key}": value for key, value in engine.items()} if isinstance(engine, Mapping) else {}
+    plain = {key: value for key, value in record.quantized.items() if not isinstance(value, list | Mapping)}
+    return {**effort, **plain, **executed}
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -97,8 +103,21 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         for record in run.records:
             key = json.dumps([record.model, record.protocol, record.evaluator], sort_keys=True, default=str)
-            members.setdefault(key, []).append(Member(record, run))
+            members.setdefault(key, []).append(Member(record, own_part(record, run)))
     return [_group(together) for together in members.values()]
+
+
+def own_part(record: ScoreRecord, run: Run) -> Run:
+    """The run without what is another record's: an engine has stages and a trajectory of its own, and nothing else has them."""
+    own, engines = engine_of(record), {engine for other in run.records if (engine := engine_of(other))}
+    by_engine = {name: name.partition(" ")[0] for name in run.stages}
+    if own:
+        stages = {name: stage for name, stage in run.stages.items() if by_engine[name] == own}
+        tables = {"trajectory_error.csv": rows} if (rows := run.tables.get(DEPLOYED_TRAJECTORY)) else {}
+    else:
+        stages = {name: stage for name, stage in run.stages.items() if by_engine[name] not in engines}
+        tables = {file: rows for file, rows in run.tables.items() if file != DEPLOYED_TRAJECTORY}
+    return replace(run, stages=stages, tables=tables)
 
 
 def _group(members: Sequence[Member]) -> Group:
@@ -122,9 +141,29 @@ def _ways(members: Sequence[Member]) -> Iterator[Way]:
                 same, key=lambda member: member.run.state != "found"
             )  # a found run has what another made
             seeds = {member.record.seed: member for member in made_last}
-            repeats = len({json.dumps([m.record.seed, m.record.keys], sort_keys=True) for m in same}) - len(seeds)
-            chosen = tuple(seeds[seed] for seed in sorted(seeds))
-            yield Way(bits, f"{label} ({extra})" if extra else label, chosen, repeats)
+            repeats = len({_images(member.record) for member in same}) - len(seeds)
+            chosen = tuple(_maker(seeds[seed], same) for seed in sorted(seeds))
+            yield Way(bits, _with(label, extra), chosen, repeats)
+
+
+def _images(record: ScoreRecord) -> str:
+    """What tells the images of one record from those of another."""
+    return json.dumps([record.seed, record.keys.get("scores", record.keys)], sort_keys=True)
+
+
+def _maker(member: Member, same: Sequence[Member]) -> Member:
+    """Of runs that share their images the one that made them: several engines share one simulation."""
+    if "scores" not in member.record.keys:
+        return member
+    sharing = [other for other in same if _images(other.record) == _images(member.record)]
+    return next((o for o in sharing if any(s.get("computed") is True for s in o.run.stages.values())), member)
+
+
+def _with(label: str, extra: str) -> str:
+    """A label with further words, all in one pair of brackets."""
+    if not extra:
+        return label
+    return f"{label[:-1]}, {extra})" if label.endswith(")") else f"{label} ({extra})"
 
 
 def _differing(variants: Sequence[Mapping[str, Any]]) -> list[str]:
