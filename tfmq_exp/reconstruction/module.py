@@ -14,6 +14,7 @@ from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.sources.base import Source
 from tfmq_exp.reconstruction.capture import call
+from tfmq_exp.reconstruction.gradients import set_gradients
 from tfmq_exp.reconstruction.inputs import UnitInputs
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
 from tfmq_exp.reconstruction.processes import ALONE, Processes
@@ -123,24 +124,19 @@ class BlockReconstruction(pl.LightningModule):
 
     def set_gradients(self, batch: list[Tensor]) -> None:
         """Gradients of the error, part by part of the batch; the penalty's come with those of the first part."""
-        learned, parts = self.learned(), self.recipe.parts
-        vectors: list[Tensor] = []
-        for part in self.processes.own(range(parts)):
+        learned, rows = self.learned(), len(batch[0])
+        parts = min(self.recipe.parts, rows)
+
+        def part(number: int) -> list[Tensor]:
             torch.manual_seed(
-                derive_seed(self.seed, self.count, part)
-            )  # what is random is so whoever computes the part
-            taken = [x.tensor_split(parts)[part] for x in batch]
-            if len(taken[0]):  # small batches leave the last parts empty
-                error = self.loss(taken) * (len(taken[0]) / len(batch[0]))
-                penalty = self.penalty() if part == 0 else 0.0
-                gradients = torch.autograd.grad(error + penalty, learned, materialize_grads=True)
-                vectors.append(flat([*gradients, error.detach()]))
-        sizes = [parameter.numel() for parameter in learned]
-        nothing = torch.zeros(sum(sizes) + 1, device=batch[0].device)
-        total = self.processes.sum_in_order(vectors or [nothing], parts=min(parts, len(batch[0])))
-        for parameter, gradient in zip(learned, total.split([*sizes, 1]), strict=False):
-            parameter.grad = gradient.view_as(parameter)
-        self.error = total[-1]
+                derive_seed(self.seed, self.count, number)
+            )  # of what is random, whoever computes the part
+            taken = [x.tensor_split(parts)[number] for x in batch]
+            error = self.loss(taken) * (len(taken[0]) / rows)
+            penalty = self.penalty() if number == 0 else 0.0
+            return [*torch.autograd.grad(error + penalty, learned, materialize_grads=True), error.detach()]
+
+        self.error = set_gradients(learned, parts, self.processes, part)
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         """The error of the outputs for some rows, without the penalty."""
@@ -184,8 +180,3 @@ class BlockReconstruction(pl.LightningModule):
         for group in optimizer.param_groups:
             if scales and group.get("scales"):
                 group["lr"] = scales.learning_rate * scales.rate(self.count / self.recipe.iterations)
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector of them all."""
-    return torch.cat([x.flatten() for x in tensors])

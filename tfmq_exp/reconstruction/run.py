@@ -29,8 +29,9 @@ from tfmq_exp.reconstruction.capture import (
     groups_within,
     run_unit,
 )
+from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.inputs import Origin
-from tfmq_exp.reconstruction.module import BlockReconstruction, Recipe, flat
+from tfmq_exp.reconstruction.module import BlockReconstruction, Recipe
 from tfmq_exp.reconstruction.partition import Unit
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.reconstruction.report import Keeper, Learned, Report, UnitReport, Watcher

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.reconstruction.module import flat
-from tfmq_exp.reconstruction.processes import ALONE, Processes, add_up
+from tfmq_exp.reconstruction.gradients import set_gradients
+from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.sampling.seeds import derive_seed
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.trained import keep_valid
@@ -157,24 +157,19 @@ class QuantizationAwareTraining(pl.LightningModule):
 
     def set_gradients(self, optimizer: Any, batch: Batch) -> None:
         """Gradients of the loss, part by part of the batch; the penalty's come with those of the first part."""
-        parts = min(self.protocol.parts, len(batch.rows))
-        vectors: list[Tensor] = []
-        for part in self.processes.own(range(parts)):
-            torch.manual_seed(derive_seed(self.seed, "network", self.count, part))  # whoever computes the part
+        rows = len(batch.rows)
+        parts = min(self.protocol.parts, rows)
+
+        def part(number: int) -> list[Tensor]:
+            torch.manual_seed(derive_seed(self.seed, "network", self.count, number))  # whoever computes the part
             optimizer.zero_grad()
-            taken = Batch(*(field.tensor_split(parts)[part] for field in batch))
-            error = self.loss(taken) * (len(taken.rows) / len(batch.rows))
-            self.manual_backward(error + (self.penalty() if part == 0 else 0.0))
+            taken = Batch(*(field.tensor_split(parts)[number] for field in batch))
+            error = self.loss(taken) * (len(taken.rows) / rows)
+            self.manual_backward(error + (self.penalty() if number == 0 else 0.0))
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters_learned]
-            vectors.append(flat([*gradients, error.detach()]))
-            if self.processes.count == 1:
-                vectors = [add_up(vectors)]  # the sum in the same order, without keeping its terms
-        sizes = [parameter.numel() for parameter in self.parameters_learned]
-        nothing = torch.zeros(sum(sizes) + 1, device=self.device)
-        total = self.processes.sum_in_order(vectors or [nothing], parts=parts if self.processes.count > 1 else 1)
-        for parameter, gradient in zip(self.parameters_learned, total.split([*sizes, 1]), strict=False):
-            parameter.grad = gradient.view_as(parameter)
-        self.error.copy_(total[-1])
+            return [*gradients, error.detach()]
+
+        self.error.copy_(set_gradients(self.parameters_learned, parts, self.processes, part))
 
     def loss(self, batch: Batch) -> Tensor:
         """The error of the predicted noise for some rows."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
-from tfmq_exp.reconstruction.module import flat
+from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
 from tfmq_exp.reconstruction.report import Learned as Kept
 from tfmq_exp.reconstruction.run import JUDGED, Means
