@@ -158,12 +158,28 @@ def altered(run: Path, target: Path, bits: str, seed: int, fid: float) -> None:
     (target / "results.json").write_text(json.dumps(found))
 
 
+def executed(run: Path) -> None:
+    """As if an engine had executed the run's model, too."""
+    found = json.loads((run / "results.json").read_text())
+    scores = found["rows"][-1]["scores"] | {"fid": 41.0}
+    found["rows"].append(
+        found["rows"][-1]
+        | {"scores": scores, "choices": {"engine": "an_engine"}, "quantized": {"layers_executed": 0.5}}
+    )
+    (run / "results.json").write_text(json.dumps(found))
+    layers = "".join(f"{'long_name_of_a_block.' * 4}{number},res_conv,int8,4,\n" for number in range(9))
+    (run / "sites.csv").write_text(
+        f"site,role,executed,weight_bits,why\n{layers}conv_in,stem,float,32,it is not quantized\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     made = job(root / "job", "runtime=smoke", "method=tfmq", "model.protocol.images=8", "model.protocol.iterations=2")
     for number, (bits, seed, fid) in enumerate([("w4a8", 1, 40.0), ("w3a8", 0, 7.0), ("w3a8", 1, 9.0)]):
         altered(made, root / "sweep" / str(number), bits, seed, fid)
+    executed(root / "sweep" / "0")
     with pytest.MonkeyPatch.context() as patch:
         assert call(patch, "report", str(made), str(root / "sweep"), "-o", str(root / "report.html")) == 0
     return root / "report.html"
@@ -181,6 +197,12 @@ def test_no_page_is_wider_than_its_window(seen: Seen) -> None:
     assert seen.room["phone"][1] == 390
     for content, window in seen.room.values():
         assert content <= window
+
+
+def test_what_is_in_integers_is_beside_the_charts(report: Path) -> None:
+    text = report.read_text()
+    assert "9 of 10 layers in integers" in text
+    assert "executed by an_engine" in text
 
 
 def test_the_scores_of_a_run_need_no_scrolling_on_a_wide_screen(seen: Seen) -> None:

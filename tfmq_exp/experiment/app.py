@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS
-from tfmq_exp.experiment.deployed import DeployedStages, save_deployed
+from tfmq_exp.experiment.deployed import DeployedStages, save_deployed, save_deployed_errors
 from tfmq_exp.experiment.diagnose import diagnose
 from tfmq_exp.experiment.environment import busy, describe_environment, pick_device, prepare
 from tfmq_exp.experiment.estimate import show as show_estimate
@@ -58,7 +58,8 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     prepare(cfg.runtime.threads)
     device = pick_device(cfg.trainer.accelerator)
     if cfg.dry_run:
-        expected = preview(build_stages(cfg, device, Bars(console), NoMirror()), on_the_way(cfg.goal), console)
+        stages = build_stages(cfg, device, Bars(console), NoMirror())
+        expected = preview(stages, on_the_way(cfg.goal), console, executed_too(stages, cfg))
         write_json(folder / "estimate.json", {"seconds": 0.0 if expected is None else expected.seconds})
         return "planned", ""
     environment = describe_environment(device)
@@ -153,7 +154,7 @@ def pull(
         stages.check_reference()
     report_coverage(covered, console)
     if cfg.runtime.estimate and stages.processes.first:
-        look_ahead(stages, cfg.goal, console)
+        look_ahead(stages, cfg.goal, console, deployed)
     make_network(stages, cfg.goal)
     if "correction" in reached:
         save_noise(stages, folder)
@@ -162,11 +163,15 @@ def pull(
     if "activations" in reached:
         show_size(stages, console)
     if "images" in reached:
-        save_grid(stages, folder)
+        save_grid(stages, folder, "samples", f"quantized: {stages.method.name}")
     if cfg.goal == DIAGNOSE:
         diagnose(stages, folder, console, f"{cfg.name}, seed {cfg.seed}")
     if deployed is not None:
         save_deployed(deployed, folder, console)
+    if deployed is not None and "images" in reached:
+        save_grid(deployed, folder, "samples_deployed", f"{stages.method.name}, executed by {deployed.engine.name}")
+    if deployed is not None and "scores" in reached:
+        save_deployed_errors(deployed, folder)
     if cfg.goal == "scores":
         errors = stages.errors()
         save_errors(errors, folder, stages.mirror, cfg.name)
@@ -212,9 +217,9 @@ def save_learning(stages: Stages, folder: Path) -> None:
         show_losses(stages.mirror, losses, stages.shown_losses)
 
 
-def look_ahead(stages: Stages, goal: str, console: Console) -> None:
+def look_ahead(stages: Stages, goal: str, console: Console, deployed: DeployedStages | None) -> None:
     """Before the work starts: how long will it take, and how much memory."""
-    expected = estimate(stages, on_the_way(goal))
+    expected = estimate(stages, on_the_way(goal), deployed=deployed)
     if expected is not None:
         show_estimate(expected, console)
         log.info("estimate: %s", summary(expected))
@@ -251,12 +256,12 @@ def show_size(stages: Stages, console: Console) -> None:
     log.info("artefact %s: %d bytes, %.4f of fp32", stages.artefact, size, share)
 
 
-def save_grid(stages: Stages, folder: Path) -> None:
+def save_grid(stages: Stages, folder: Path, name: str, made_by: str) -> None:
     """Float and quantized samples from the same seeds, side by side."""
     quantized = _first(stages.sampled(quantized=True), 64)
     original = _first(stages.sampled(quantized=False), 64)
-    figures.side_by_side(original, quantized, folder / "samples.png", ("float", f"quantized: {stages.method.name}"))
-    stages.mirror.image("samples", folder / "samples.png")
+    figures.side_by_side(original, quantized, folder / f"{name}.png", ("float", made_by))
+    stages.mirror.image(name, folder / f"{name}.png")
 
 
 def _first(shards: Any, count: int) -> np.ndarray:

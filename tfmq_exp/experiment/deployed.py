@@ -2,16 +2,17 @@
 
 import copy
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from torch import Tensor
 
+from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.deploy.engine import Engine, read_manifest
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.experiment.results import mean_errors
@@ -20,10 +21,13 @@ from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.tracking import write_csv
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.reporting.tables import formats
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
+FLOAT = "float"  # what a layer is executed in that the engine does not have
+OWN = ("images", "scores", "diagnostics")  # stages that a deployed network has beside those of its simulation
 log = logging.getLogger(__name__)
 
 
@@ -62,8 +66,7 @@ class DeployedStages(Stages):
 
     def pull(self, name: str, entry: Entry, compute: Any) -> Path:
         """As ever; the stages of the deployed network are known by the engine's name."""
-        own = name in ("images", "scores", "diagnostics")
-        return super().pull(f"{self.engine.name} {name}" if own else name, entry, compute)
+        return super().pull(f"{self.engine.name} {name}" if name in OWN else name, entry, compute)
 
     @property
     def finished(self) -> Entry:
@@ -99,9 +102,21 @@ class DeployedStages(Stages):
 
         return self.pull(self.engine.name, self.finished, compute)
 
-    def sites(self) -> list[Mapping[str, Any]]:
-        """Layer by layer: executed in integers, or why not."""
-        return read_manifest(self.exported)["sites"]
+    def layers(self) -> list[dict[str, Any]]:
+        """Every layer: what it is for, and in what it is executed; `float` is what the engine leaves, and why."""
+        sites = self.simulated.anatomy.sites
+        rows = read_manifest(self.exported)["sites"]
+        return [{"site": row["site"], "role": sites[row["site"]].role.value, **row} for row in rows]
+
+    def products(self) -> list[dict[str, Any]]:
+        """Both products of every attention, which no engine has, as further rows of the same table."""
+        plain = {"role": "attention products", "executed": FLOAT, "weight_bits": "", "products": 2, "form": ""}
+        found: list[dict[str, Any]] = []
+        for name in attentions(self.denoiser.unet):
+            operands = self.simulated.plan.operands.get(name, {})
+            grids = f"; {', '.join(operands)} on their grids in floating point" if operands else ""
+            found.append({"site": name, **plain, "why": f"no engine has them{grids}"})
+        return found
 
     @cached_property
     def corrected(self) -> tuple[Predict, Sampling]:
@@ -120,31 +135,62 @@ class DeployedStages(Stages):
         """A row beside the simulation's."""
         scores, _ = self.scores(quantized=True)
         errors, size = self.errors(), self.executed_bytes
-        rows = self.sites()
-        share = {"layers_integer": sum(row["executed"] == "int8" for row in rows) / len(rows)}
+        executed = [row["executed"] for row in self.layers()]
+        own = {
+            "layers_executed": sum(form != FLOAT for form in executed) / len(executed),
+            "executed_in": sorted(set(executed) - {FLOAT}),
+            "engine": dict(self.engine.identity),
+        }
         return replace(
             simulated,
             scores=scores,
             errors=mean_errors(errors),
-            choices={**simulated.choices, "engine": self.engine.name},
+            choices={**simulated.choices, **engine_choices(self.engine.name)},
             weights_bytes=size,
-            quantized={**simulated.quantized, **share, "engine": dict(self.engine.identity)},
+            quantized={**simulated.quantized, **own},
             cost={**simulated.cost, "size_ratio": size / self.float_bytes},
-            keys={name: hit["key"] for name, hit in self.hits.items()},
+            keys={name: key for name, key in simulated.keys.items() if name not in OWN} | self.own_keys(),
         )
+
+    def own_keys(self) -> dict[str, str]:
+        """Keys of what was pulled here, by the names that the stages have in a simulation."""
+        name = self.engine.name
+        stages = {name: name} | {f"{name} {stage}": stage for stage in OWN}
+        return {stage: self.hits[pulled]["key"] for pulled, stage in stages.items() if pulled in self.hits}
+
+
+def engine_choices(name: str) -> dict[str, str]:
+    """The engine, and what the command line changed in it; not its threads, which change no number."""
+    given = dict(text.split("=", 1) for text in HydraConfig.get().overrides.task if text.startswith("engine."))
+    return {"engine": name} | {key: value for key, value in given.items() if key != "engine.threads"}
 
 
 def save_deployed(deployed: DeployedStages, folder: Path, console: Console) -> None:
-    """Where the engine's files are, and which layers it executes in integers."""
-    rows, name = deployed.sites(), deployed.engine.name
-    write_csv(folder / "sites.csv", [dict(row) for row in rows])
-    left = [f"{row['site']} ({row['why']})" for row in rows if row["executed"] != "int8"]
+    """Where the engine's files are, and which layers it executes."""
+    rows, name = deployed.layers(), deployed.engine.name
+    write_csv(folder / "sites.csv", [*rows, *deployed.products()])
+    left = [f"{row['site']} ({row['why']})" for row in rows if row["executed"] == FLOAT]
+    share = f"{len(rows) - len(left)} of {len(rows)} layers in {formats(row['executed'] for row in rows)}"
     console.print(
-        f"{name}: {len(rows) - len(left)} of {len(rows)} layers in integers, {deployed.executed_bytes / 1e3:.0f} kB, "
+        f"{name}: {share}, {deployed.executed_bytes / 1e3:.0f} kB, "
         f"{deployed.executed_bytes / deployed.float_bytes:.3f} of fp32: {deployed.exported}",
         highlight=False,
         soft_wrap=True,
     )
     if left:
-        console.print(f"  float ({len(left)}): {', '.join(left[:3])}{' …' if len(left) > 3 else ''}", highlight=False)
-    log.info("%s: %d of %d layers in integers, %s", name, len(rows) - len(left), len(rows), deployed.exported)
+        console.print(f"  not ({len(left)}): {', '.join(left[:3])}{' …' if len(left) > 3 else ''}", highlight=False)
+    log.info("%s: %s, %s", name, share, deployed.exported)
+
+
+def save_deployed_errors(deployed: DeployedStages, folder: Path) -> None:
+    """How far the engine's trajectory is from the float network's, step by step, in the columns of the simulation's table."""
+    write_csv(folder / "trajectory_error_deployed.csv", deployed.errors()["trajectory"])
+
+
+def reservation(name: str, *, accelerated: bool) -> str:
+    """What an estimate says of an engine: nothing can be measured of it before its model is there."""
+    where = " on the GPU, wherever the engine runs" if accelerated else ""
+    return (
+        f"{name}: its sampling is counted at the speed of the simulated network{where}; its export as a pass of one batch, "
+        "though building and compiling a graph takes longer"
+    )

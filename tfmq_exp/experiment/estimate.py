@@ -171,6 +171,8 @@ class Counts:
         correction: trajectories that noise statistics are taken from, times activation widths.
         images: by stage.
         diagnostics: trajectories that are compared; `passes` of one image through the quantized network, by diagnosis.
+        engine: what executes the finished model too, empty for nothing; `exporting` if its files are still to be made,
+            `engine_diagnostics` trajectories of it that are compared.
     """
 
     calls: int
@@ -190,6 +192,9 @@ class Counts:
     images: Mapping[str, int] = field(default_factory=dict)
     diagnostics: int = 0
     passes: Mapping[str, int] = field(default_factory=dict)
+    engine: str = ""
+    exporting: bool = False
+    engine_diagnostics: int = 0
 
     @property
     def samples(self) -> int:
@@ -210,11 +215,12 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes, stage by stage, on top of what the process has already taken."""
+    """What a run takes, stage by stage, on top of what the process has already taken; `note` says what was not measured."""
 
     stages: tuple[StageEstimate, ...]
     process: int
     accelerated: bool = False
+    note: str = ""
 
     @property
     def seconds(self) -> float:
@@ -272,15 +278,18 @@ def reckon(costs: Costs, counts: Counts, *, accelerated: bool = False) -> Estima
             calls * costs.call.seconds + counts.timesteps * counts.widths * costs.quantized_call.seconds
         )
         found.append(StageEstimate("correction", seconds, together))
+    if counts.exporting:
+        found.append(StageEstimate(counts.engine, batch * costs.quantized_call.seconds, together, disk=costs.network))
     for name, count in counts.images.items():
         call, network = (costs.call, 0) if name == "float images" else (costs.quantized_call, quantized)
         seconds = count * (calls * call.seconds + costs.decoding.seconds)
         device = network + max(batch * call.memory, costs.decoding.memory, costs.network if network else 0)
         found.append(StageEstimate(name, seconds, device, disk=count * costs.image))
-    if counts.diagnostics:  # all in one batch; the quantized network on both trajectories
-        seconds = counts.diagnostics * calls * (2 * costs.quantized_call.seconds + costs.call.seconds)
-        device = quantized + counts.diagnostics * costs.quantized_call.memory
-        found.append(StageEstimate("diagnostics", seconds, device))
+    compared = {"diagnostics": counts.diagnostics, f"{counts.engine} diagnostics": counts.engine_diagnostics}
+    for name, count in compared.items():
+        if count:  # all in one batch; the quantized network on both trajectories
+            seconds = count * calls * (2 * costs.quantized_call.seconds + costs.call.seconds)
+            found.append(StageEstimate(name, seconds, quantized + count * costs.quantized_call.memory))
     found += [StageEstimate(name, n * costs.quantized_call.seconds, together) for name, n in counts.passes.items()]
     if accelerated:
         found = [StageEstimate(s.name, s.seconds, s.device + costs.network, s.host, s.disk) for s in found]
@@ -298,6 +307,8 @@ def show(estimate: Estimate, console: Console) -> None:
         share = f"{stage.seconds / max(estimate.seconds, 1e-9):.0%}"
         view.add_row(stage.name, in_words(stage.seconds), share, in_bytes(memory))
     console.print(view)
+    if estimate.note:
+        console.print(estimate.note, highlight=False, soft_wrap=True)
 
 
 def summary(estimate: Estimate) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.experiment.deployed import DeployedStages
 from tfmq_exp.experiment.diagnose import Diagnosis
 from tfmq_exp.experiment.environment import busy
 from tfmq_exp.experiment.estimate import Estimate
@@ -60,12 +61,13 @@ class Line:
         return "begun" if self.entry is not None and (self.entry.path / "inputs.json").is_file() else "to be made"
 
 
-def lines(stages: Stages, goals: Collection[str]) -> list[Line]:
-    """Every stage up to the goal, in the order in which they are made; nothing is made.
+def lines(stages: Stages, goals: Collection[str], deployed: DeployedStages | None = None) -> list[Line]:
+    """Every stage up to the goal, those of an engine after the simulation's; nothing is made.
 
     Args:
         stages: the run.
         goals: `trajectory`, `weights`, ... up to the one that the run is to reach.
+        deployed: the same run with the model executed by an engine, where one is asked for.
     """
     weighing = "weights" in goals and not ("activations" in goals and stages.activations.done)
     found = [
@@ -93,6 +95,20 @@ def lines(stages: Stages, goals: Collection[str]) -> list[Line]:
         of = Diagnosis(stages)
         asked = (of.rounding, of.features, of.accumulation, of.ranges, of.sensitivity)
         found += [Line(name, looked_up(stages, name, ask)) for ask in asked if (name := f"diagnosis_{ask.__name__}")]
+    return found if deployed is None else [*found, *engine_lines(deployed, goals)]
+
+
+def engine_lines(deployed: DeployedStages, goals: Collection[str]) -> list[Line]:
+    """The stages that an engine adds, as they are called in a run's `artifacts.json`."""
+    name = deployed.engine.name
+    found = [Line(name, deployed.finished)]
+    if "images" in goals:
+        found.append(Line(f"{name} images", deployed.images_entry(quantized=True)))
+    if "scores" in goals:
+        found += [
+            Line(f"{name} scores", looked_up(deployed, "scores", lambda: deployed.scores(quantized=True))),
+            Line(f"{name} diagnostics", looked_up(deployed, "diagnostics", deployed.errors)),
+        ]
     return found
 
 
@@ -103,28 +119,30 @@ def needs_data(stages: Stages, goals: Collection[str]) -> bool:
 
 def looked_up(stages: Stages, stage: str, ask: Callable[[], object]) -> Entry | None:
     """The entry that a stage asks the store for, which is the only one who knows; None where it does not come to that."""
-    store, shelf = stages.store, Shelf(stages.store.root)
-    stages.store = shelf
+    store, pulled, shelf = stages.store, stages.pulled, Shelf(stages.store.root)
+    stages.store, stages.pulled = shelf, set()  # what is known already is asked for again
     try:
         ask()
     except NotThere:
         pass
     finally:
-        stages.store = store
+        stages.store, stages.pulled = store, pulled
     return shelf.seen.get(stage)
 
 
-def preview(stages: Stages, goals: Collection[str], console: Console) -> Estimate | None:
+def preview(
+    stages: Stages, goals: Collection[str], console: Console, deployed: DeployedStages | None = None
+) -> Estimate | None:
     """The stages as a table, and the estimate of those that are missing, which is returned; None if none is."""
     view = Table(title=f"up to {tuple(goals)[-1]}: nothing is computed", title_justify="left")
     for name in ("stage", "key", "state", "took"):
         view.add_column(name, justify="right" if name == "took" else "left")
-    for line in lines(stages, goals):
+    for line in lines(stages, goals, deployed):
         took = line.entry.took if line.state == "found" and line.entry is not None else None
         key = "" if line.entry is None else line.entry.key
         view.add_row(line.stage, key, line.state, "" if took is None else in_words(took))
     console.print(view)
-    expected = estimate(stages, goals)
+    expected = estimate(stages, goals, deployed=deployed)
     if expected is not None:
         show_estimate(expected, console)
         if note := busy():

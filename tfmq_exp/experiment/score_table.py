@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def show(records: Sequence[ScoreRecord], console: Console) -> None:
     """One column for each way of quantizing: it fits 80 characters."""
     record = records[0]
-    title = f"{record.model}, {record.protocol['images']} images, seed {record.seed}, simulated quantization"
+    title = f"{record.model}, {record.protocol['images']} images, seed {record.seed}, {tables.execution(records)}"
     header, rows = tables.table(records)
     view = Table(title=title, title_justify="left")
     for name in ("", *(f"{row[0]} {row[1]}" for row in rows)):

@@ -1,4 +1,4 @@
-"""What a run still has to do, and what one of each thing costs: measured in a few passes before the work starts."""
+"""What one of each thing that a run has to do costs: measured in a few passes before the work starts."""
 
 import resource
 from collections.abc import Collection, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.experiment.diagnose import Diagnosis
+from tfmq_exp.experiment.deployed import DeployedStages, reservation
 from tfmq_exp.experiment.estimate import Costs, Counts, Course, Estimate, reckon
 from tfmq_exp.experiment.measure import (
     ITERATION,
@@ -28,6 +28,7 @@ from tfmq_exp.experiment.measure import (
     rows_for,
     wall_clock,
 )
+from tfmq_exp.experiment.remaining import still_to_do
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.training_estimate import measure_training
@@ -45,64 +46,29 @@ from tfmq_exp.training.run import last_checkpoint
 SEARCHED = 2**18  # weights on which the range estimator is timed
 
 
-def estimate(stages: Stages, goals: Collection[str], now: Clock | None = None) -> Estimate | None:
+def estimate(
+    stages: Stages, goals: Collection[str], now: Clock | None = None, deployed: DeployedStages | None = None
+) -> Estimate | None:
     """What the stages that lead to the goals will take; None where all of them are finished.
 
     Args:
         stages: the run.
         goals: `trajectory`, `weights`, ... up to the one that the run is to reach.
         now: what seconds are counted with (default: those of the clock on the wall).
+        deployed: the same run with the model executed by an engine, where one is asked for.
     """
-    counts = still_to_do(stages, goals)
-    work = counts.phases, counts.correction, counts.images, counts.diagnostics, counts.passes
+    counts = still_to_do(stages, goals, deployed)
+    work = counts.phases, counts.correction, counts.images, counts.diagnostics, counts.passes, counts.exporting
     if not (counts.collecting or any(work)):
         return None
     with torch.random.fork_rng():  # what is measured shall not change what is drawn later
         survey = Survey(stages, now)
         counts = survey.completed(counts)
         costs = survey.costs(counts)
-    return reckon(costs, counts, accelerated=stages.denoiser.device.type != "cpu")
-
-
-def still_to_do(stages: Stages, goals: Collection[str]) -> Counts:
-    """Everything but the phases' own work, which needs a look at the network."""
-    correction: Any = stages.method.correction
-    last = "activations" if "activations" in goals else "weights" if "weights" in goals else None
-    phases: list[str] = []  # weights are needed for activations that are still to be calibrated, or for themselves
-    if last == "activations" and not stages.activations.done:
-        phases = ["activations"]
-    if (phases or last == "weights") and not stages.weights.done:
-        phases = ["weights", *phases]
-    images: dict[str, int] = {}
-    for name, quantized in (("float images", False), ("images", True)) if "images" in goals else ():
-        if left := images_left(stages, stages.images_entry(quantized=quantized)):
-            images[name] = left
-    noise = stages.correction if "correction" in goals else None
-    width_choices = max(len(line.input.specs) if line.input else 1 for line in stages.plan.sites.values())
-    wanted = stages.follows_trajectories or last is None
-    return Counts(
-        calls=len(stages.calls),
-        timesteps=len(set(stages.calls)),
-        halves=2 if stages.sampling.guided else 1,
-        batch=stages.batch,
-        cache=stages.means.cache_bytes,
-        trajectories=stages.calibration.images,
-        collecting=bool(phases or "trajectory" in goals) and wanted and not stages.trajectory.done,
-        # grids are placed for learning, and before it for the ranges of activations that are learned together with weights
-        grids=("weights" in phases) * (2 if "activations" in stages.method.weights.learns else 1),
-        phases=tuple(phases),
-        correction=correction.images if noise and not noise.done else 0,
-        widths=width_choices,
-        images=images,
-        diagnostics=stages.diagnostics.images if "scores" in goals and "images" in images else 0,
-        passes=Diagnosis(stages).passes() if "diagnose" in goals else {},
-    )
-
-
-def images_left(stages: Stages, entry: Entry) -> int:
-    """Images that no shard holds yet."""
-    made = [entry.path / f"images-{shard.start:06d}.safetensors" for shard in stages.images.shards()]
-    return sum(len(shard) for shard, path in zip(stages.images.shards(), made, strict=True) if not path.is_file())
+    accelerated = stages.denoiser.device.type != "cpu"
+    expected = reckon(costs, counts, accelerated=accelerated)
+    engine = counts.exporting or counts.engine_diagnostics or f"{counts.engine} images" in counts.images
+    return replace(expected, note=reservation(counts.engine, accelerated=accelerated)) if engine else expected
 
 
 class Survey:
@@ -175,7 +141,8 @@ class Survey:
         observed = any(counts.observed.values())
         observing = self.observing(counts.together) if observed else 0.0
         self.set_activations(Mode.QUANTIZE)
-        quantizes = counts.phases or counts.correction or "images" in counts.images or counts.passes
+        sampled = counts.images.keys() - {"float images"}
+        quantizes = counts.phases or counts.correction or sampled or counts.passes or counts.exporting
         decoding, image = self.decoding() if counts.images else (Pass(0.0, 0, {}), 0)
         return Costs(
             forward=self.forward,

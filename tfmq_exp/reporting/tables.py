@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tfmq_exp.reporting.records import ScoreRecord
 
@@ -57,7 +57,7 @@ def changed(record: ScoreRecord) -> dict[str, str]:
 
 
 def engine_of(record: ScoreRecord) -> str:
-    """The engine that executed it with real integers; empty for simulated quantization, and for the float network."""
+    """The engine that executed it; empty for simulated quantization, and for the float network."""
     return record.choices.get("engine", "")
 
 
@@ -68,10 +68,11 @@ def label(record: ScoreRecord, group: str = "") -> str:
         record: of any method.
         group: of choices, whose name is left away before theirs.
     """
-    choices = {key.removeprefix(group).lstrip("./"): value for key, value in changed(record).items() if key != "engine"}
-    words = [f"{key}={value}" for key, value in choices.items()]
-    if engine := engine_of(record):
-        words.insert(0, f"executed by {engine}")
+    choices, engine = changed(record), engine_of(record)
+    inside = [key for key in choices if key.partition(".")[0] != "engine"]
+    words = [f"{key.removeprefix(group).lstrip('./')}={choices[key]}" for key in inside]
+    words += [f"executed by {engine}"] if engine else []
+    words += [f"{key}={choices[key]}" for key in choices if key.startswith("engine.")]
     return f"{record.method} ({', '.join(words)})" if words else record.method
 
 
@@ -81,13 +82,20 @@ def execution(records: Sequence[ScoreRecord]) -> str:
     deployed = [record for record in rows if engine_of(record)]
     if not deployed:
         return "simulated quantization"
-    shares = [f"{share:.0%}" for record in deployed if (share := record.quantized.get("layers_integer")) is not None]
+    shares = [f"{share:.0%}" for record in deployed if (share := record.quantized.get("layers_executed")) is not None]
     shares = sorted(set(shares), key=lambda text: int(text.rstrip("%")))
     engines = " or ".join(sorted({engine_of(record) for record in deployed}))
+    forms = formats(form for record in deployed for form in record.quantized.get("executed_in", ()))
     layers = f" ({shares[0] if len(shares) == 1 else f'{shares[0]} to {shares[-1]}'} of their layers)" if shares else ""
     if len(deployed) == len(rows):
-        return f"executed in integers{layers} by {engines}"
-    return f"simulated quantization, but rows executed by {engines} in integers{layers}"
+        return f"executed by {engines} in {forms}{layers}"
+    return f"simulated quantization; rows executed by {engines} in {forms}{layers}"
+
+
+def formats(executed: Iterable[str]) -> str:
+    """What layers are multiplied in, in words: bytes are integers, and `float` is what an engine leaves."""
+    found = sorted(set(executed) - {"float"})
+    return "integers" if found in ([], ["int8"]) else ", ".join(found)
 
 
 def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:

@@ -1,5 +1,6 @@
 """The script that prints tables, as a user runs it: a published table beside ours."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -25,6 +26,16 @@ def record(method: str, quant: str, fid: float) -> ScoreRecord:
         evaluator={"name": "Inception", "reference": "LSUN"},
         weights_bytes=400,
     )
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Path:
+    """A simulation and its execution by an engine, beside a method that is simulated alone."""
+    simulated = record("tfmq", "w4a8", 3.5)
+    executed = dataclasses.replace(simulated, scores={"fid": 3.6}, choices={"engine": "openvino"})
+    rows = [record("float", "fp32", 3.0), simulated, executed, record("brecq", "w4a8", 4.0)]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [row.to_json() for row in rows]}))
+    return tmp_path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -58,3 +69,18 @@ def test_the_script_prints_one_table(
     assert run(monkeypatch, str(tmp_path), "--paper", "tfmq", "--table", "2", "--pivot", "fid") == 1
     assert run(monkeypatch, str(tmp_path)) == 0
     assert "**ldm_bedroom, DDIM 200 steps, eta 1.0" in capsys.readouterr().out
+
+
+def test_the_headline_says_which_rows_are_simulated(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, str(deployed)) == 0
+    text = capsys.readouterr().out
+    assert "simulated quantization; rows executed by openvino in integers**" in text
+    assert "| w4a8 | tfmq (executed by openvino) | 3.600 |" in text
+    assert run(monkeypatch, str(deployed), "--pivot", "fid", "--methods", "tfmq") == 0
+    assert "| bits | tfmq | tfmq (executed by openvino) |" in capsys.readouterr().out
+    assert run(monkeypatch, str(deployed), "--pivot", "fid", "--methods", "brecq") == 0
+    assert ", simulated quantization**" in capsys.readouterr().out
+    assert run(monkeypatch, str(deployed), "--paper", "tfmq", "--table", "2") == 0
+    assert "3.50 (1 seed)" in capsys.readouterr().out  # papers simulate: an engine's row is not beside them

@@ -10,7 +10,7 @@ import pytest
 
 from tfmq_exp.reporting.figures import mosaic
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import by_protocol, cell, pivot, render, table
+from tfmq_exp.reporting.tables import by_protocol, cell, execution, pivot, render, table
 
 FLOAT = ScoreRecord(
     model="m",
@@ -120,3 +120,20 @@ def test_a_pivot_has_methods_as_columns() -> None:
         pivot(records, "fid", ["c"])
     with pytest.raises(ValueError, match="'clip'"):
         pivot(records, "clip", ["a"])
+
+
+def test_an_engines_row_is_called_so_and_never_averaged_with_its_simulation() -> None:
+    simulated = [record("a", "w4a8", seed, 3.0 + seed, choices={"method/scales": "s"}) for seed in (0, 1)]
+    executed = [
+        dataclasses.replace(r, choices=r.choices | {"engine": "openvino"}, quantized={"layers_executed": share})
+        for r, share in zip(simulated, (0.5, 1.0), strict=True)
+    ]
+    _, rows = table([FLOAT, *simulated, *executed])
+    assert [row[1] for row in rows] == ["float", "a (method/scales=s)", "a (method/scales=s, executed by openvino)"]
+    assert pivot([*simulated, *executed], "fid", ["a"])[0] == ["bits", rows[1][1], rows[2][1]]
+    assert execution([FLOAT, *simulated]) == "simulated quantization"
+    assert execution([FLOAT, *executed]) == "executed by openvino in integers (50% to 100% of their layers)"
+    mixed = "simulated quantization; rows executed by openvino in integers (50% of their layers)"
+    assert execution([FLOAT, *simulated, executed[0]]) == mixed
+    other = dataclasses.replace(executed[0], quantized={"layers_executed": 0.25, "executed_in": ["fp8"]})
+    assert execution([other]) == "executed by openvino in fp8 (25% of their layers)"

@@ -1,15 +1,15 @@
-"""Which layers an engine executes in integers, and why it does not have the others: `sites.csv` of runs, in groups."""
+"""Which layers an engine executes, in integers mostly, and why it does not have the others: `sites.csv` of runs, in groups."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tfmq_exp.reporting.html.runs import SITES, Row, Run
-from tfmq_exp.reporting.tables import engine_of, label
+from tfmq_exp.reporting.tables import engine_of, formats, label
 
-INTEGER = "int8"
+FLOAT = "float"  # what a layer is executed in that the engine does not have
 PRODUCTS = "attention products"  # the role of what is no layer: two products of activations
-OWN_LINE = ("stem", "head", PRODUCTS)  # roles that share no line with other layers where they stay float
+OWN_LINE = ("stem", "head", PRODUCTS)  # roles that share no line with other layers where an engine does not have them
 Key = tuple[str, str, str]  # executed, role, why
 
 
@@ -18,14 +18,14 @@ class Part:
     """Layers of which the same is to be said, or products of attention.
 
     Args:
-        integer: whether both operands are integers when they are multiplied.
+        form: what they are multiplied in, such as int8; `float` where the engine does not have them.
         what: layers, or their role where it is one of `OWN_LINE`.
         bits: of their weights as they are stored, each once.
-        why: they are executed in floating point.
+        why: the engine does not have them.
         names: in the network.
     """
 
-    integer: bool
+    form: str
     what: str
     bits: str
     why: str
@@ -47,9 +47,15 @@ class Executed:
         return sum(len(part.names) for part in self.parts if part.what != PRODUCTS)
 
     @property
-    def integer(self) -> int:
-        """Those that are executed in integers."""
-        return sum(len(part.names) for part in self.parts if part.integer)
+    def done(self) -> int:
+        """Those that the engine executes."""
+        return sum(len(part.names) for part in self.parts if part.form != FLOAT)
+
+    @property
+    def share(self) -> str:
+        """How many of them, and in what."""
+        layers = "layer" if self.layers == 1 else "layers"
+        return f"{self.done} of {self.layers} {layers} in {formats(part.form for part in self.parts)}"
 
 
 def executed(runs: Sequence[Run]) -> list[Executed]:
@@ -73,20 +79,19 @@ def title(run: Run) -> str:
 
 
 def parts(rows: Sequence[Row]) -> tuple[Part, ...]:
-    """Rows by what is to be said of them: integers first, then the most layers; what is no layer last."""
+    """Rows by what is to be said of them: what the engine has first, then the most layers; what is no layer last."""
     groups: dict[Key, list[Row]] = {}
     for row in rows:
-        integer = row["executed"] == INTEGER
-        own = row["role"] in OWN_LINE and not integer
+        own = row["role"] in OWN_LINE and row["executed"] == FLOAT
         groups.setdefault((row["executed"], row["role"] if own else "layers", row["why"]), []).append(row)
 
     def order(item: tuple[Key, list[Row]]) -> tuple[bool, bool, int]:
         (how, role, _), some = item
-        return how != INTEGER, role == PRODUCTS, -len(some)
+        return how == FLOAT, role == PRODUCTS, -len(some)
 
     return tuple(
         Part(
-            how == INTEGER,
+            how,
             role,
             ", ".join(sorted({row["weight_bits"] for row in some if row["weight_bits"]})),
             why,

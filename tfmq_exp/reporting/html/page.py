@@ -54,7 +54,7 @@ class Summary:
         unscored: models of runs none of which has scores, beside others that have.
         smoke: runs that were made to see that they run.
         states: of folders of runs alone.
-        engines: that executed some model in integers.
+        engines: that executed some model.
         records: those of saved files.
     """
 

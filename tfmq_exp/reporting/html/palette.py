@@ -27,7 +27,10 @@ METHODS = (
     "intervals",
 )
 # Tol's muted colours: stages of a run are no methods, and must not look like them
-STAGE_COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
+STAGE_COLOURS = (
+    *("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499"),
+    *("#661100", "#6699CC"),
+)
 
 
 @dataclass(frozen=True)

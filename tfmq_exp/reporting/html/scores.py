@@ -100,7 +100,7 @@ def score_columns(evaluator: str) -> list[Column]:
         [Column(title, read, digits, "") for title, read, digits in some]
         for some in (shared[JUDGED : JUDGED + COVERAGE], shared[JUDGED + COVERAGE :])
     )
-    executed = Column("layers executed in integers", lambda r: r.quantized.get("layers_integer"), 3, "")
+    executed = Column("layers on the engine", lambda r: r.quantized.get("layers_executed"), 3, "")
     size = Column("size, MB", lambda r: r.weights_bytes / 1e6, 2, "")
     return [*covered, executed, *judged[:3], *further, *judged[3:], size, *costs]
 

@@ -37,7 +37,7 @@ class Way:
 
     @property
     def engine(self) -> str:
-        """What executed it in integers; empty for simulated quantization."""
+        """What executed it; empty for simulated quantization."""
         return engine_of(self.members[0].record)
 
     @property
@@ -108,11 +108,18 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def own_part(record: ScoreRecord, run: Run) -> Run:
-    """The run without what is another record's: an engine has stages and a trajectory of its own, and nothing else has them."""
+    """The run without what is another record's: an engine has stages and a trajectory of its own, and nothing else has them.
+
+    An engine's stages are called as those of the simulation, and its first one is the export.
+    """
     own, engines = engine_of(record), {engine for other in run.records if (engine := engine_of(other))}
     by_engine = {name: name.partition(" ")[0] for name in run.stages}
     if own:
-        stages = {name: stage for name, stage in run.stages.items() if by_engine[name] == own}
+        stages = {
+            name.removeprefix(own).strip() or "export": stage
+            for name, stage in run.stages.items()
+            if by_engine[name] == own
+        }
         tables = {"trajectory_error.csv": rows} if (rows := run.tables.get(DEPLOYED_TRAJECTORY)) else {}
     else:
         stages = {name: stage for name, stage in run.stages.items() if by_engine[name] not in engines}
@@ -132,7 +139,7 @@ def _ways(members: Sequence[Member]) -> Iterator[Way]:
     for member in members:
         variants = together.setdefault((member.record.quant, named(member.record)), {})
         variants.setdefault(json.dumps(settings(member.record), sort_keys=True), []).append(member)
-    for (bits, label), variants in together.items():
+    for (bits, name), variants in together.items():
         shown = _differing([json.loads(text) for text in variants])
         for text, same in variants.items():
             own = json.loads(text)
@@ -143,7 +150,7 @@ def _ways(members: Sequence[Member]) -> Iterator[Way]:
             seeds = {member.record.seed: member for member in made_last}
             repeats = len({_images(member.record) for member in same}) - len(seeds)
             chosen = tuple(_maker(seeds[seed], same) for seed in sorted(seeds))
-            yield Way(bits, _with(label, extra), chosen, repeats)
+            yield Way(bits, _with(name, extra), chosen, repeats)
 
 
 def _images(record: ScoreRecord) -> str:
