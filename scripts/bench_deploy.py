@@ -5,9 +5,11 @@
 Quantizes the network (the shipped one, or one of real size with random weights) by rounding to nearest, with ranges from random
 inputs: seconds, bytes and agreement mean something, images do not. Latencies are medians of calls that take turns, with a pause
 after each; all candidates have the same threads. Load time and memory are those of a fresh process that has nothing but the loader.
+Where there is a GPU, torchao's forms are compared on it with torch's float32 and with the simulation.
 """
 
 import argparse
+import copy
 import functools
 import json
 import resource
@@ -155,6 +157,36 @@ def trajectory_seconds(unet: nn.Module, denoiser: Denoiser, sampling: Sampling, 
     return time.perf_counter() - began
 
 
+def on_gpu(
+    denoiser: Denoiser, model: QuantizedUNet, example: Mapping[str, Tensor], rounds: int
+) -> Mapping[str, Mapping[str, float]]:
+    """Seconds, and errors against the simulation there, of all that a GPU executes; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    from tfmq_exp.deploy.torchao_engine import PRODUCTS, TorchAO  # here: without a GPU it need not be installed
+
+    device = torch.device("cuda")
+    given = {name: value.to(device) for name, value in example.items()}
+    unets: dict[str, nn.Module] = {
+        "torch fp32": copy.deepcopy(denoiser.unet).to(device),
+        "torch simulation": copy.deepcopy(model).to(device),
+    }
+    for form, product in PRODUCTS.items():
+        if torch.cuda.get_device_capability() >= product.capability:
+            unets[f"torchao {form}"] = TorchAO(form).open(model, Path(), batch=len(given["sample"]))
+
+    def finished(unet: nn.Module) -> None:
+        unet(**given)
+        torch.cuda.synchronize()
+
+    calls = {name: functools.partial(finished, unet) for name, unet in unets.items()}
+    wanted = unets["torch simulation"](**given).sample
+    return {
+        "seconds": medians(calls, rounds, time.perf_counter),
+        "errors": {name: relative(unet(**given).sample, wanted) for name, unet in unets.items() if "torchao" in name},
+    }
+
+
 def report(found: Mapping[str, Any], console: Console) -> None:
     """All of it as tables."""
     view = Table(title="one forward pass, and sampling runs", title_justify="left")
@@ -165,6 +197,15 @@ def report(found: Mapping[str, Any], console: Console) -> None:
         ratios = (f"{seconds[base] / taken:.2f}" for base in ("openvino fp32", "torch fp32"))
         view.add_row(name, f"{1e3 * taken:.1f}", *ratios, f"{found['sampling'][name]:.2f}" if found["sampling"] else "")
     console.print(view)
+    if found["gpu"]:
+        view = Table(title=f"one forward pass on {torch.cuda.get_device_name()}", title_justify="left")
+        for column in ("", "ms", "times torch fp32", "error"):
+            view.add_column(column, justify="left" if not column else "right")
+        seconds, errors = found["gpu"]["seconds"], found["gpu"]["errors"]
+        for name, taken in seconds.items():
+            error = f"{errors[name]:.1e}" if name in errors else ""
+            view.add_row(name, f"{1e3 * taken:.1f}", f"{seconds['torch fp32'] / taken:.2f}", error)
+        console.print(view)
     for name in ("bytes", "loading", "errors", "sites", "kernels"):
         console.print(f"{name}: {json.dumps(found[name])}", highlight=False, soft_wrap=True)
 
@@ -224,6 +265,7 @@ def main() -> int:
             else {},
             "kernels": manifest["kernels"],
             "errors": errors(model, {name: engines[name] for name in engines if args.quant in name}, example),
+            "gpu": on_gpu(denoiser, model, example, args.rounds),
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         names = list(found.products)

@@ -36,6 +36,7 @@ THIRD_PARTY = {
     "jinja2": {"reporting"},
     "sklearn": {"data"},
     "lmdb": {"data"},
+    "torchao": {"deploy"},
     "PIL": {"data", "reporting", "tracking"},
     "diffusers": {"denoisers", "sampling", "surgery"},
 }

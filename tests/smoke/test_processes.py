@@ -46,7 +46,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_number_of_processes_does_not_matter(tmp_path: Path) -> None:
-    runs = {n: job(tmp_path / f"{n}", *TINY, f"runtime.processes={n}") for n in (1, 2)}  # two have unequal shares of three parts
+    runs = {
+        n: job(tmp_path / f"{n}", *TINY, f"runtime.processes={n}") for n in (1, 2)
+    }  # two have unequal shares of three parts
     alone, files = rows(runs[1]), stored(tmp_path / "1")
     assert len([name for name in files if name.startswith("images/")]) == 2 * 3
     assert stored(tmp_path / "2") == files

@@ -1,36 +1,75 @@
-"""Grids of activations as an integer engine quantizes them: unsigned bytes, with a scale and zero point for every step."""
+"""Grids of activations as integer engines have them: every quantizer becomes one record, whatever method has made it.
 
-from dataclasses import dataclass
-from typing import Literal
+u = shrunk((x - offset) / scale)                                  x in steps, QIL's middle taken out
+q = clamp(round(u) + zero point, lowest, highest)                 an integer, of which a byte holds all
+x ~ gain scale (q - zero point) + offset                          what it stands for
+"""
+
+from dataclasses import astuple, dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.weights import DoesNotFit
+from tfmq_exp.quant.forms.duq import Duq
+from tfmq_exp.quant.forms.lsq import Lsq
+from tfmq_exp.quant.forms.qil import Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.quantizers.trained import TrainedQuantizer
 from tfmq_exp.quant.sources.dynamic import Dynamic
 from tfmq_exp.quant.sources.intervals import Intervals
 from tfmq_exp.quant.sources.per_step import PerStep
 from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.sources.statistics import FromStatistics
 from tfmq_exp.quant.spec import QuantSpec
+
+BYTE_VALUES = 256
+# How each form's own numbers, by the names that it trains them under, stand in a `Rule`.
+FORMS: dict[type, set[str]] = {Lsq: set(), Duq: {"gain"}, Qil: {"pruned"}}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What of a grid is the same for every tensor.
+
+    Args:
+        lowest, highest: of the integers.
+        gain: what one code stands for, in units of the step that codes are made with; not 1 with DuQ.
+        offset: what the grid is centred on; not 0 behind SiLU and about learned centres.
+        pruned: the share of the highest code below which magnitudes become 0, while the rest is stretched over all codes; not 0
+            with QIL.
+    """
+
+    lowest: float
+    highest: float
+    gain: float = 1.0
+    offset: float = 0.0
+    pruned: float = 0.0
 
 
 @dataclass(frozen=True)
 class StepGrid:
-    """q = clamp(round(x / scale) + zero point, lowest, highest), with numbers of their own for every sampling step."""
+    """Grids with an entry for every sampling step, or for every row of a batch. Fields after the zero point: see `Rule`."""
 
-    scale: Float[Tensor, "steps"]
-    zero_point: Float[Tensor, "steps"]
-    lowest: Float[Tensor, "steps"]
-    highest: Float[Tensor, "steps"]
+    scale: Float[Tensor, "entries"]
+    zero_point: Float[Tensor, "entries"]
+    lowest: Float[Tensor, "entries"]
+    highest: Float[Tensor, "entries"]
+    gain: Float[Tensor, "entries"]
+    offset: Float[Tensor, "entries"]
+    pruned: Float[Tensor, "entries"]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All of its numbers."""
+        return tuple(getattr(self, one.name) for one in fields(self))
 
     @property
     def static(self) -> bool:
-        """Whether all steps have the same."""
-        parts = (self.scale, self.zero_point, self.lowest, self.highest)
-        return all(bool((part == part[0]).all()) for part in parts)
+        """Whether all entries are the same."""
+        return all(bool((part == part[0]).all()) for part in self.parts)
 
     @property
     def width(self) -> int:
@@ -42,40 +81,121 @@ class StepGrid:
         """The zero point that the engine has at all steps; what a step's own differs by is added outside its core."""
         return int(self.zero_point.median().item())
 
+    @property
+    def unit(self) -> Float[Tensor, "entries"]:
+        """What one code stands for."""
+        return self.scale * self.gain
+
+    @property
+    def dead(self) -> Float[Tensor, "entries"]:
+        """How many steps on each side of zero become 0."""
+        return self.pruned * self.highest
+
     def check_bytes(self) -> None:
         """Raise DoesNotFit unless a byte holds every code, and zero is one of them."""
-        if self.width > 256:
-            raise DoesNotFit(f"activations on a grid of {self.width} integers; a byte has 256")
+        if self.width > BYTE_VALUES:
+            raise DoesNotFit(f"activations on a grid of {self.width} integers; a byte has {BYTE_VALUES}")
         if not bool((self.zero_point == self.zero_point.round()).all()):
             raise DoesNotFit("an activation zero point is no integer")
         outside = (self.zero_point < self.lowest) | (self.zero_point > self.highest)
         if bool(outside.any()):
             raise DoesNotFit(f"an activation zero point of {self.zero_point[outside][0]:g} lies outside its grid")
 
+    def taken(self, entries: Int[Tensor, "new"]) -> "StepGrid":
+        """Some entries, in the order of their indices."""
+        return StepGrid(*(part[entries] for part in self.parts))
+
+    def of_rows(self, x: Float[Tensor, "batch *rest"], steps: Int[Tensor, "batch"]) -> "StepGrid":
+        """An entry for every row of `x`, given at which step it is."""
+        return self.taken(steps)
+
+    def placed(self, x: Float[Tensor, "entries *rest"]) -> Float[Tensor, "entries *rest"]:
+        """u: every row in steps of its entry, by the simulation's own operations; in the precision of `x`."""
+        if bool(self.offset.any()):
+            x = x - along(x, self.offset.to(x))
+        u = x / along(x, self.scale.to(x))
+        if not bool(self.pruned.any()):
+            return u
+        dead, pruned = (along(x, part.to(x)) for part in (self.dead, self.pruned))
+        return (u - u.clamp(-dead, dead)) / (1 - pruned)
+
+    def codes(self, x: Float[Tensor, "entries *rest"]) -> Float[Tensor, "entries *rest"]:
+        """q, as floats: bit by bit those of the simulation."""
+        shifted = self.placed(x).round_().add_(along(x, self.zero_point))
+        return shifted.clamp_(along(x, self.lowest), along(x, self.highest))
+
+    def real(self, codes: Float[Tensor, "entries *rest"]) -> Float[Tensor, "entries *rest"]:
+        """What codes stand for."""
+        zero_point, unit, offset = (along(codes, part) for part in (self.zero_point, self.unit, self.offset))
+        return (codes - zero_point) * unit + offset
+
+
+def along(x: Float[Tensor, "entries *rest"], part: Float[Tensor, "entries"]) -> Tensor:
+    """One number per row, in the shape that broadcasts against `x`."""
+    return part.reshape(-1, *(1,) * (x.dim() - 1))
+
 
 @dataclass(frozen=True)
 class LiveGrid:
-    """Min and max of the tensor at hand, for each row of the batch or for all of them."""
+    """Scale and zero point that follow from the tensor at hand: from its ends, or by a network from its statistics."""
 
-    spec: QuantSpec
-    per: Literal["tensor", "sample"]
+    source: Dynamic | FromStatistics
+    rule: Rule
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid without its rule."""
+        return self.source.spec
+
+    @property
+    def width(self) -> int:
+        """How many integers lie between its ends, both included."""
+        return int(self.rule.highest - self.rule.lowest) + 1
 
     def check_bytes(self) -> None:
         """Raise DoesNotFit unless a byte holds every code."""
-        if self.spec.bits > 8:
-            raise DoesNotFit(f"activations of {self.spec.bits} bits; a byte has 8")
+        if self.width > BYTE_VALUES:
+            raise DoesNotFit(f"activations on a grid of {self.width} integers; a byte has {BYTE_VALUES}")
+
+    @torch.no_grad()
+    def of_rows(self, x: Float[Tensor, "batch *rest"], steps: Int[Tensor, "batch"]) -> StepGrid:
+        """An entry for every row of `x`; the clock of a source that reads the timestep must be at these steps."""
+        found = [part.flatten().expand(len(x)) for part in self.source(x - self.rule.offset)]
+        return ruled(found[0], found[1], self.rule)
 
 
 Grid = StepGrid | LiveGrid
+
+
+def ruled(scale: Float[Tensor, "entries"], zero_point: Float[Tensor, "entries"], rule: Rule) -> StepGrid:
+    """The same rule for all entries."""
+    return StepGrid(scale, zero_point, *(torch.full_like(scale, part) for part in astuple(rule)))
+
+
+def rule_of(quantizer: AffineQuantizer) -> Rule:
+    """What a quantizer does with x in steps.
+
+    Raises:
+        DoesNotFit: a form that makes its codes in a way that is not known here.
+    """
+    if not isinstance(quantizer, TrainedQuantizer):
+        return Rule(quantizer.spec.qmin, quantizer.spec.qmax)
+    form, own = quantizer.form.settled(), {name: value.item() for name, value in quantizer.further.items()}
+    if own.keys() != FORMS.get(type(form)):
+        known = ", ".join(kind.__name__ for kind in FORMS)
+        named = f"{type(form).__name__}({', '.join(own)})"
+        raise DoesNotFit(f"activations under the form {named}, whose codes are not known; known are those of {known}")
+    offset = 0.0 if quantizer.offset is None else quantizer.offset.item()
+    return Rule(quantizer.low, quantizer.high, offset=offset, **own)
 
 
 def step_grid(quantizer: AffineQuantizer, steps: int) -> StepGrid:
     """The merged table of a quantizer whose scales depend on the step at most.
 
     Raises:
-        DoesNotFit: another kind of source.
+        DoesNotFit: another kind of source, or of form.
     """
-    source, spec = quantizer.source, quantizer.spec
+    source = quantizer.source
     if type(source) is Static:
         entries = torch.zeros(steps, dtype=torch.long)
     elif type(source) in (PerStep, Intervals):
@@ -83,22 +203,21 @@ def step_grid(quantizer: AffineQuantizer, steps: int) -> StepGrid:
     else:
         raise DoesNotFit(f"scales of a {type(source).__name__} source are no table over sampling steps")
     scale, zero_point = source.scale.detach().cpu()[entries], source.zero_point.cpu()[entries]  # type: ignore[union-attr]
-    return StepGrid(scale, zero_point, torch.full((steps,), float(spec.qmin)), torch.full((steps,), float(spec.qmax)))
+    return ruled(scale, zero_point, rule_of(quantizer))
 
 
 def grid_of(quantizer: nn.Module, steps: int) -> Grid:
     """The grid behind one activation quantizer, or behind the one that each step has chosen.
 
     Raises:
-        DoesNotFit: scales that can neither be tabulated nor computed from the tensor's ends.
+        DoesNotFit: scales that can neither be tabulated nor computed from the tensor, or an unknown form.
     """
-    if isinstance(quantizer, AffineQuantizer) and isinstance(quantizer.source, Dynamic):
-        return LiveGrid(quantizer.spec, quantizer.source.per)  # type: ignore[arg-type]
+    if isinstance(quantizer, AffineQuantizer) and isinstance(quantizer.source, Dynamic | FromStatistics):
+        return LiveGrid(quantizer.source, rule_of(quantizer))
     if isinstance(quantizer, AffineQuantizer):
         return step_grid(quantizer, steps)
     if isinstance(quantizer, StepSwitch):
         choices = [step_grid(choice, steps) for choice in quantizer.choices]  # type: ignore[arg-type]
         at, step = quantizer.at.cpu(), torch.arange(steps)
-        parts = ([getattr(c, name) for c in choices] for name in ("scale", "zero_point", "lowest", "highest"))
-        return StepGrid(*(torch.stack(part)[at, step] for part in parts))
+        return StepGrid(*(torch.stack(part)[at, step] for part in zip(*(c.parts for c in choices), strict=True)))
     raise DoesNotFit(f"a {type(quantizer).__name__} is no activation quantizer")

@@ -12,15 +12,13 @@ import openvino as ov
 import openvino.opset13 as ops
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tfmq_exp.deploy.activations import Grid, along
 from tfmq_exp.deploy.convert import Converted
 from tfmq_exp.deploy.loader import settings
-from tfmq_exp.quant.layers import QuantLayer
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.deploy.sites import Site, site_of
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 TOLERANCE = 1e-5  # of the largest output
@@ -72,30 +70,33 @@ def agreement(
     shapes: dict[Any, list[int]] = {name: list(value.shape) for name, value in given.items()}
     tapped.reshape({**shapes, "step": []})
     compiled = ov.Core().compile_model(tapped, "CPU", settings(threads, "f32"))
-    rows: list[SiteAgreement] = []
+    rows, examined = list[SiteAgreement](), [site_of(model, site) for site in sites]
     for step in steps:
         out = list(compiled({**given, "step": torch.tensor(step).numpy()}).values())
         seen = [torch.from_numpy(value) for value in out[-len(taps) :]]
         t = torch.full((len(inputs["sample"]),), model.clock.timesteps[step])
         with model.clock.at(t), torch.no_grad():
-            rows += [
-                compared(site, step, model.layer(site), seen[2 * i], seen[2 * i + 1]) for i, site in enumerate(sites)
-            ]
+            rows += [compared(site, model.clock.index, seen[2 * i], seen[2 * i + 1]) for i, site in enumerate(examined)]
     return rows
 
 
-def compared(site: str, step: int, layer: QuantLayer, x: Tensor, y: Tensor) -> SiteAgreement:
-    """One layer, with the clock set."""
-    wanted = layer(x)
+def compared(site: Site, steps: Int[Tensor, "batch"], x: Tensor, y: Tensor) -> SiteAgreement:
+    """One layer with all rows at one step, to which the clock is set."""
+    wanted = site.layer(x)
     error = (y - wanted).abs() / wanted.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     beyond = error > TOLERANCE
-    unexplained = beyond & ~touched(layer, x)
-    return SiteAgreement(site, step, float(error.max()), error.numel(), int(beyond.sum()), int(unexplained.sum()))
+    unexplained = beyond & ~touched(site, steps, x)
+    return SiteAgreement(
+        site.name, int(steps[0]), float(error.max()), error.numel(), int(beyond.sum()), int(unexplained.sum())
+    )
 
 
-def touched(layer: QuantLayer, x: Float[Tensor, "batch ..."]) -> Bool[Tensor, "batch ..."]:
+def touched(site: Site, steps: Int[Tensor, "batch"], x: Float[Tensor, "batch ..."]) -> Bool[Tensor, "batch ..."]:
     """Outputs that some input at a tie reaches, or that are at a tie themselves."""
-    near = at_tie(layer.input_quantizer, x).float()
+    layer = site.layer
+    parts = x.split([piece.channels for piece in site.pieces], dim=1) if len(site.pieces) > 1 else (x,)
+    ties = [at_tie(piece.grid, part, steps) for piece, part in zip(site.pieces, parts, strict=True)]
+    near = torch.cat(ties, dim=1).float()
     if isinstance(layer, nn.Conv2d):
         ones = torch.ones(1, near.shape[1], *layer.kernel_size)
         reached = F.conv2d(near, ones, None, layer.stride, layer.padding, layer.dilation) > 0
@@ -103,20 +104,18 @@ def touched(layer: QuantLayer, x: Float[Tensor, "batch ..."]) -> Bool[Tensor, "b
         reached = near.any(-1, keepdim=True)
     quantizer, layer.output_quantizer = layer.output_quantizer, nn.Identity()
     try:
-        return reached | at_tie(quantizer, layer(x))
+        return reached | at_tie(site.output, layer(x), steps)
     finally:
         layer.output_quantizer = quantizer
 
 
-def at_tie(quantizer: nn.Module, x: Tensor) -> Bool[Tensor, "batch ..."]:
+def at_tie(grid: Grid | None, x: Tensor, steps: Int[Tensor, "batch"]) -> Bool[Tensor, "batch ..."]:
     """Numbers so near the middle between two codes that rounding errors decide."""
-    if isinstance(quantizer, SplitQuantizer):
-        return torch.cat([at_tie(part, piece) for part, piece in quantizer.pieces(x)], dim=1)
-    if isinstance(quantizer, StepSwitch):
-        return torch.stack([at_tie(choice, x) for choice in quantizer.choices]).any(0)
-    if not isinstance(quantizer, AffineQuantizer):
+    if grid is None:
         return torch.zeros_like(x, dtype=torch.bool)
-    scale, zero_point = quantizer.source(x)
-    u = x.double() / scale.double()
-    size = torch.maximum(u.abs(), (u + zero_point).abs()).clamp(min=quantizer.spec.levels)
-    return (u - u.floor() - 0.5).abs() < STEP_ERROR * size
+    rows = grid.of_rows(x, steps)
+    u = rows.placed(x.double())
+    scale, zero_point, offset = (along(x, part) for part in (rows.scale, rows.zero_point, rows.offset))
+    width, kept = along(x, rows.highest - rows.lowest + 1), along(x, 1 - rows.pruned)
+    size = torch.stack(torch.broadcast_tensors((x.abs() + offset.abs()) / scale, (u + zero_point).abs(), width)).amax(0)
+    return (u - u.floor() - 0.5).abs() < STEP_ERROR * size / kept

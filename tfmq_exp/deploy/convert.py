@@ -16,7 +16,8 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.activations import grid_of
-from tfmq_exp.deploy.graph import Node, columns, constant, group_norm, on_grid, padding_of, whole_site
+from tfmq_exp.deploy.graph import group_norm, padding_of, whole_site
+from tfmq_exp.deploy.levels import Node, columns, constant, on_grid
 from tfmq_exp.deploy.sites import Site
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
@@ -90,8 +91,11 @@ def converted(
         pairs_saturate: see `whole_site`.
 
     Raises:
-        ValueError: a layer that the network calls never or more than once.
+        ValueError: a layer that the network calls never or more than once, or whose input is quantized in an unknown way.
     """
+    for site in sites:
+        if not isinstance(site.layer.input_quantizer, nn.Identity) and any(piece.grid is None for piece in site.pieces):
+            raise ValueError(f"the layer {site.name!r} cannot be converted: {site.why}")
     built: list[Built] = []
     replacements = [*site_replacements(sites, built, pairs_saturate), *quantizer_replacements(model, sites)]
     replacements += [cached(module) for module in model.unet.modules() if isinstance(module, CachedFeature)]

@@ -93,3 +93,20 @@ def onednn() -> Engine:
     from tfmq_exp.deploy.onednn_engine import OneDNN
 
     return OneDNN()
+
+
+def torchao(form: str) -> Engine:
+    """`TorchAO` on the GPU, imported when it is asked for.
+
+    Raises:
+        ValueError: no GPU, or the package is not installed.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"engine=torchao needs a CUDA device, and torch {torch.__version__} finds none; "
+            "on a CPU integers are executed by engine=openvino or engine=onednn"
+        )
+    require("torchao", "torchao")
+    from tfmq_exp.deploy.torchao_engine import TorchAO
+
+    return TorchAO(form)

@@ -1,13 +1,15 @@
-"""Patterns of OpenVINO's operations that its CPU plugin executes in eight-bit integers, and those around them.
+"""Layers in OpenVINO's operations, as its CPU plugin executes them in eight-bit integers.
 
 The plugin takes a convolution or matrix product to integers where its input comes from a FakeQuantize with 256 levels and
-constant ends, and its weight from signed bytes with zero point 0. So what changes from step to step stands outside:
+constant ends (`levels`), and its weight from signed bytes with zero point 0. With v, unit, shift and offset of the input:
 
-    v = FakeQuantize(x / scale + (zero point - centre)),   y = scale (W v - (zero point - centre) sum of W) + bias
+    y = unit (W v - shift sum of W) + offset (W 1) + bias
+
+where 1 is an input of ones: padding is 0 and no offset, so at the borders W 1 has fewer terms.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -15,109 +17,10 @@ import openvino.opset13 as ops
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.activations import Grid, LiveGrid, StepGrid
+from tfmq_exp.deploy.activations import BYTE_VALUES
+from tfmq_exp.deploy.levels import Node, centred, constant, levels, moves, offset_of, on_grid
 from tfmq_exp.deploy.sites import Piece, Site
 from tfmq_exp.deploy.weights import PAIR_SAFE, SignedWeight, per_channel
-from tfmq_exp.quant.functional import SMALLEST_SCALE
-
-Node = Any  # openvino's nodes and outputs
-BYTE_LEVELS = 256
-
-
-class Levels(NamedTuple):
-    """Real x as scale (values - shift); both absent where `values` are real numbers themselves."""
-
-    values: Node
-    scale: Node | None = None
-    shift: Node | None = None
-
-
-def constant(value: Tensor | float) -> Node:
-    """A float32 constant."""
-    return ops.constant(torch.as_tensor(value, dtype=torch.float32).detach().cpu().numpy())
-
-
-def columns(grid: Grid | None) -> dict[str, Tensor]:
-    """What of a grid changes with the step, each [steps]: to be looked up at run time."""
-    if not isinstance(grid, StepGrid) or grid.static:
-        return {}
-    found = {"scale": grid.scale, "shift": grid.zero_point - grid.centre}
-    found |= {"lowest": grid.lowest - grid.centre, "highest": grid.highest - grid.centre}
-    return {name: part for name, part in found.items() if name == "scale" or bool((part != part[0]).any())}
-
-
-# activations ---------------------------------------------------------------------------------------------------------
-
-
-def levels(x: Node, grid: Grid, at: Mapping[str, Node], count: int) -> Levels:
-    """`x` on its grid, by a FakeQuantize with `count` levels.
-
-    Args:
-        x: real.
-        grid: of `x`.
-        at: the present step's number for each of `columns(grid)`.
-        count: at least as many as the grid has integers.
-    """
-    if isinstance(grid, LiveGrid):
-        return live_levels(x, grid, count)
-    if grid.static:
-        scale, zero_point = float(grid.scale[0]), float(grid.zero_point[0])
-        lowest, highest = float(grid.lowest[0]) - zero_point, float(grid.highest[0]) - zero_point
-        return Levels(rounded(x, scale, lowest, highest, count))
-    base = float(grid.lowest.min()) - grid.centre
-    u = ops.divide(x, at["scale"])
-    if "shift" in at:
-        u = ops.add(u, at["shift"])
-    if "highest" in at:
-        u = ops.minimum(u, at["highest"])
-    if "lowest" in at:
-        u = ops.maximum(u, at["lowest"])
-    highest = float(grid.highest.max()) - grid.centre
-    return Levels(rounded(u, 1.0, base, highest, count), at["scale"], at.get("shift"))
-
-
-def live_levels(x: Node, grid: LiveGrid, count: int) -> Levels:
-    """Scale and zero point from the ends of `x`, widened to hold zero, as `quant.sources.dynamic` finds them."""
-    spec, rank = grid.spec, x.get_partial_shape().rank.get_length()
-    over = ops.constant(np.arange(0 if grid.per == "tensor" else 1, rank, dtype=np.int64))
-    zero = constant(0.0)
-    low = ops.minimum(ops.reduce_min(x, over, keep_dims=True), zero)
-    high = ops.maximum(ops.reduce_max(x, over, keep_dims=True), zero)
-    if spec.scheme == "symmetric":
-        reach = ops.maximum(ops.negative(low), high)
-        scale = ops.divide(reach, constant((spec.levels - 2) / 2))
-    elif spec.scheme == "unsigned":
-        scale = ops.divide(high, constant(float(spec.levels - 1)))
-    else:
-        scale = ops.divide(ops.subtract(high, low), constant(float(spec.levels - 1)))
-    scale = ops.maximum(scale, constant(SMALLEST_SCALE))
-    u = ops.divide(x, scale)
-    if spec.scheme != "affine":
-        return Levels(rounded(u, 1.0, float(spec.qmin), float(spec.qmax), count), scale)
-    centre = spec.levels // 2
-    zero_point = ops.round(ops.divide(ops.negative(low), scale), "half_to_even")
-    shift = ops.subtract(zero_point, constant(float(centre)))
-    u = ops.add(u, shift)
-    return Levels(rounded(u, 1.0, float(spec.qmin - centre), float(spec.qmax - centre), count), scale, shift)
-
-
-def rounded(u: Node, scale: float, lowest: float, highest: float, count: int) -> Node:
-    """Scale clamp(round(u / scale), lowest, highest), the ends given as integers."""
-    width = int(highest - lowest) + 1
-    if width < count:
-        u = ops.clamp(u, scale * lowest, scale * highest)
-    ends = [constant(scale * end) for end in (lowest, lowest + count - 1)]
-    return ops.fake_quantize(u, *ends, *ends, count)
-
-
-def on_grid(x: Node, grid: Grid, at: Mapping[str, Node]) -> Node:
-    """`x` quantized and turned back into real numbers."""
-    width = grid.spec.levels if isinstance(grid, LiveGrid) else grid.width
-    values, scale, shift = levels(x, grid, at, width)
-    if shift is not None:
-        values = ops.subtract(values, shift)
-    return values if scale is None else ops.multiply(values, scale)
-
 
 # weights -------------------------------------------------------------------------------------------------------------
 
@@ -196,18 +99,31 @@ def integer_product(
     """One piece in integers: its output without bias, and the node that must be found executed in integers."""
     assert piece.weight is not None
     assert piece.grid is not None
-    padding, weight = padding_of(layer), piece.weight
-    moving = "shift" in at or (isinstance(piece.grid, LiveGrid) and piece.grid.spec.scheme == "affine")
-    if moving and any(padding):  # padded zeros must get the step's own zero point
+    padding, weight, offset = padding_of(layer), piece.weight, offset_of(piece.grid, at)
+    ones = None if offset is None else of_ones(layer, weight, x)
+    x = centred(x, piece.grid, at)
+    if moves(piece.grid, at) and any(padding):  # padded zeros must get the step's own zero point
         edges = ops.constant(np.array([0, 0, *padding], np.int64))
         x, padding = ops.pad(x, edges, edges, "constant", constant(0.0)).output(0), (0, 0)
-    values, scale, shift = levels(x, piece.grid, at, BYTE_LEVELS)
+    values, unit, shift = levels(x, piece.grid, at, BYTE_VALUES)
     halved = pairs_saturate and weight.reach > PAIR_SAFE
     core = product(layer, values, integer_weight(weight, halved=halved), padding)
     y = gathered(layer, core, weight, 2 if halved else 1)
     if shift is not None:
         y = ops.subtract(y, ops.multiply(shift, along_outputs(layer, weight.sums)))
-    return (y if scale is None else ops.multiply(y, scale)), core
+    if unit is not None:
+        y = ops.multiply(y, unit)
+    return (y if ones is None else ops.add(y, ops.multiply(ones, offset))), core
+
+
+def of_ones(layer: nn.Module, weight: SignedWeight, x: Node) -> Node:
+    """What the layer makes of ones in the shape of `x`: its sums of weights, less at padded borders."""
+    padding = padding_of(layer)
+    if not any(padding):
+        return along_outputs(layer, weight.sums)
+    sizes = ops.gather(ops.shape_of(x), ops.constant(np.array([2, 3])), ops.constant(0))
+    shape = ops.concat([ops.constant(np.array([1, 1], np.int64)), sizes], 0)
+    return product(layer, ops.broadcast(constant(1.0), shape), constant(weight.taps), padding)
 
 
 def gathered(layer: nn.Module, rows: Node, weight: SignedWeight, copies: int) -> Node:

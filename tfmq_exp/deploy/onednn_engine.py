@@ -1,7 +1,7 @@
 """Integers on a CPU by the oneDNN operators inside torch, layer by layer: no export, no further package.
 
-Activations are rounded by the simulation's own operations, so its codes are those of the simulation, bit by bit; what differs
-is the product alone, which is exact here. That makes it a second opinion on other engines too. The operators are private
+Activations are rounded by the operations that the simulation has, so codes are those of the simulation, bit by bit; what
+differs is the product alone, which is exact here. That makes it a second opinion on other engines too. The operators are private
 to torch: `available` says whether this build has them.
 """
 
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfmq_exp.deploy.activations import StepGrid, along
 from tfmq_exp.deploy.engine import Prediction, write_manifest
 from tfmq_exp.deploy.sites import Piece, Site, examine, table
 from tfmq_exp.deploy.weights import PAIR_SAFE, SignedWeight, halves
-from tfmq_exp.quant.functional import quantize
+from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.layers import QuantLayer
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
@@ -38,13 +37,14 @@ class IntegerProduct(nn.Module):
     Args:
         layer: what it belongs to.
         piece: its integers.
-        quantizer: of its input.
+        clock: of the model: at which step every row is.
         pairs_saturate: the processor adds pairs of products in sixteen bits; weights above 64 are multiplied in halves.
     """
 
-    def __init__(self, layer: QuantLayer, piece: Piece, quantizer: nn.Module, pairs_saturate: bool) -> None:
+    def __init__(self, layer: QuantLayer, piece: Piece, clock: StepClock, pairs_saturate: bool) -> None:
         super().__init__()
         assert piece.weight is not None
+        assert piece.grid is not None
         weight: SignedWeight = piece.weight
         self.copies = 2 if pairs_saturate and weight.reach > PAIR_SAFE else 1
         rows = halves(weight.signed) if self.copies == 2 else weight.signed
@@ -55,40 +55,41 @@ class IntegerProduct(nn.Module):
             self.sizes, self.left_over = [*self.sizes, 1], weight.scale * weight.offset
         self.rows, self.scales = rows, torch.cat(scales)
         self.zeros = torch.zeros(len(rows), dtype=torch.int32)
-        self.quantizer, self.layer = quantizer, (layer,)
+        self.grid, self.clock, self.layer = piece.grid, clock, (layer,)
+        self.shared: StepGrid | None = None  # one entry for whatever rows
+        if isinstance(piece.grid, StepGrid) and piece.grid.static:
+            self.shared = piece.grid.taken(torch.tensor([0]))
+        self.sums, self.taps = weight.sums, weight.taps
         self.packed: dict[tuple[int, ...], Any] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """As the simulated product; rows of a batch may be on different grids, equal ones go through together."""
-        quantizer = self.quantizer
-        if isinstance(quantizer, StepSwitch):
-            chosen = quantizer.at[quantizer.clock.index]
-            return by_rows(x, chosen, lambda part, i: self.on_grid(part, quantizer.choices[int(chosen[i[0]])], i))
-        return self.on_grid(x, quantizer, torch.arange(len(x)))
+        if self.shared is not None:
+            grid, y = self.shared, self.product(x, self.shared)
+        else:
+            grid = self.grid.of_rows(x, self.clock.index)
+            kinds = torch.stack(grid.parts, dim=1).unique(dim=0, return_inverse=True)[1]
+            y = by_rows(x, kinds, lambda part, rows: self.product(part, grid.taken(rows)))
+        return y + along(y, grid.offset) * self.of_ones(x) if bool(grid.offset.any()) else y
 
-    def on_grid(self, x: Tensor, quantizer: Any, rows: Tensor) -> Tensor:
-        """Rows of the batch that one quantizer acts on."""
-        spec = quantizer.spec
-        scale, zero_point = quantizer.source(x)
-        if scale.numel() == 1:
-            return self.product(x, QParams(scale, zero_point), spec)
-        if len(scale) != len(x):  # a table knows the steps of the whole batch
-            scale, zero_point = scale[rows], zero_point[rows]
-        kinds = torch.stack([scale.flatten(), zero_point.flatten()], dim=1).unique(dim=0, return_inverse=True)[1]
-        return by_rows(x, kinds, lambda part, i: self.product(part, QParams(scale[i[:1]], zero_point[i[:1]]), spec))
-
-    def product(self, x: Tensor, q: QParams, spec: QuantSpec) -> Tensor:
-        """All rows on one grid."""
-        codes = (quantize(x, q, spec) - spec.qmin).to(torch.uint8)
-        scale = q.scale.reshape(1)
-        zero_point = (q.zero_point.reshape(1) - spec.qmin).to(torch.int32)
-        y = self.multiplied(codes, scale, zero_point)
+    def product(self, x: Tensor, grid: StepGrid) -> Tensor:
+        """All rows on one grid, but for what its offset adds."""
+        lowest = grid.lowest[:1]
+        codes = (grid.codes(x) - lowest).to(torch.uint8)
+        y = self.multiplied(codes, grid.unit[:1], (grid.zero_point[:1] - lowest).to(torch.int32))
         axis = 1 if isinstance(self.layer[0], nn.Conv2d) else -1
         parts = y.split(self.sizes, dim=axis)
         total = parts[0] if self.copies == 1 else parts[0] + parts[1]
         if self.left_over is None:
             return total
         return total + parts[-1] * (self.left_over.reshape(-1, 1, 1) if axis == 1 else self.left_over)
+
+    def of_ones(self, x: Tensor) -> Tensor:
+        """What ones in the shape of `x` become: the sums of weights, less at borders, where padding is 0."""
+        layer = self.layer[0]
+        if not isinstance(layer, nn.Conv2d):
+            return self.sums
+        return F.conv2d(x.new_ones(1, 1, *x.shape[2:]), self.taps, None, layer.stride, layer.padding, layer.dilation)
 
     def multiplied(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """The operators themselves; a weight is packed once for every shape of input."""
@@ -112,9 +113,10 @@ class IntegerProduct(nn.Module):
 
 def by_rows(x: Tensor, kinds: Tensor, work: Any) -> Tensor:
     """`work(rows of x, their indices)` for all rows of one kind at a time, put back in their places."""
-    parts = [(rows, work(x[rows], rows)) for rows in (torch.nonzero(kinds == kind)[:, 0] for kind in kinds.unique())]
-    if len(parts) == 1:
-        return parts[0][1]
+    present = kinds.unique()
+    if len(present) == 1:
+        return work(x, torch.arange(len(x)))
+    parts = [(rows, work(x[rows], rows)) for rows in (torch.nonzero(kinds == kind)[:, 0] for kind in present)]
     out = torch.empty(len(x), *parts[0][1].shape[1:])
     for rows, part in parts:
         out[rows] = part
@@ -124,13 +126,10 @@ def by_rows(x: Tensor, kinds: Tensor, work: Any) -> Tensor:
 class IntegerLayer(nn.Module):
     """A layer with all its products in integers, its bias and its output quantizer."""
 
-    def __init__(self, site: Site, pairs_saturate: bool) -> None:
+    def __init__(self, site: Site, clock: StepClock, pairs_saturate: bool) -> None:
         super().__init__()
-        layer, quantizer = site.layer, site.layer.input_quantizer
-        parts = list(quantizer.parts) if isinstance(quantizer, SplitQuantizer) else [quantizer]
-        self.products = nn.ModuleList(
-            IntegerProduct(layer, piece, part, pairs_saturate) for piece, part in zip(site.pieces, parts, strict=True)
-        )
+        layer = site.layer
+        self.products = nn.ModuleList(IntegerProduct(layer, piece, clock, pairs_saturate) for piece in site.pieces)
         self.sizes = [piece.channels for piece in site.pieces]
         self.bias: Any = layer.bias
         self.output_quantizer, self.convolution = layer.output_quantizer, isinstance(layer, nn.Conv2d)
@@ -152,7 +151,7 @@ class OneDNNDenoiser(nn.Module):
         self.model = model
         for site in sites:
             if site.integer:
-                model.unet.set_submodule(site.name, IntegerLayer(site, saturating()))
+                model.unet.set_submodule(site.name, IntegerLayer(site, model.clock, saturating()))
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Prediction:
         """As the simulated model; wherever the tensors are, it computes on the CPU."""
@@ -200,6 +199,6 @@ class OneDNN:
 
     def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
         """A copy of the model with integer layers; weights are packed at the first batch of each size."""
-        own = copy.deepcopy(model)
+        own = copy.deepcopy(model).cpu()
         own.integers = model.integers
         return OneDNNDenoiser(own, examine(own))

@@ -20,7 +20,7 @@ class Piece:
     Args:
         channels: of the input.
         weight: integers, or None where the weight stays float.
-        grid: of the input, or None where it stays float.
+        grid: of the input, or None where it stays float, or where none of the records here says what its quantizer does.
     """
 
     channels: int
@@ -75,15 +75,7 @@ def site_of(model: QuantizedUNet, name: str) -> Site:
     layer, steps = model.layer(name), model.clock.num_steps
     reasons: list[str] = []
     weights = weights_of(model, name, reasons)
-    grids = grids_of(layer.input_quantizer, steps)
-    if None in grids:
-        reasons.append("its input is not quantized")
-    for grid in grids:
-        try:
-            if grid is not None:
-                grid.check_bytes()
-        except DoesNotFit as error:
-            reasons.append(str(error))
+    grids = grids_of(layer.input_quantizer, steps, reasons)
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         reasons.append(f"a convolution with {layer.groups} groups and {layer.padding_mode} padding")
     count = model.plan.sites[name].split
@@ -94,10 +86,21 @@ def site_of(model: QuantizedUNet, name: str) -> Site:
     return Site(name, layer, pieces, output, "; ".join(dict.fromkeys(reasons)))
 
 
-def grids_of(quantizer: nn.Module, steps: int) -> list[Grid | None]:
-    """The grids of an input, by groups of channels; None for one that stays float."""
-    parts = list(quantizer.parts) if isinstance(quantizer, SplitQuantizer) else [quantizer]
-    return [None if isinstance(part, nn.Identity) else grid_of(part, steps) for part in parts]
+def grids_of(quantizer: nn.Module, steps: int, reasons: list[str]) -> list[Grid | None]:
+    """The grids of an input, by groups of channels; whatever keeps one from being bytes is noted as a reason."""
+    found: list[Grid | None] = []
+    for part in quantizer.parts if isinstance(quantizer, SplitQuantizer) else [quantizer]:
+        grid = None
+        if isinstance(part, nn.Identity):
+            reasons.append("its input is not quantized")
+        else:
+            try:
+                grid = grid_of(part, steps)
+                grid.check_bytes()
+            except DoesNotFit as error:
+                reasons.append(str(error))
+        found.append(grid)
+    return found
 
 
 def weights_of(model: QuantizedUNet, name: str, reasons: list[str]) -> list[SignedWeight | None]:
@@ -116,11 +119,12 @@ def weights_of(model: QuantizedUNet, name: str, reasons: list[str]) -> list[Sign
 
 
 def table(model: QuantizedUNet, sites: Sequence[Site]) -> list[Mapping[str, str | int]]:
-    """Rows for all layers with weights, those that nobody quantizes included."""
+    """Rows for all layers with weights, those that nobody quantizes included; networks inside quantizers are no layers."""
     quantized = {site.name: site.line() for site in sites}
+    within = tuple(f"{quantizer}." for quantizer in model.activation_quantizers())
     rows: list[Mapping[str, str | int]] = []
     for name, module in model.unet.named_modules():
-        if isinstance(module, LAYERS):
+        if isinstance(module, LAYERS) and not name.startswith(within):
             plain = {"executed": "float", "weight_bits": "32", "products": 1, "form": "", "why": "it is not quantized"}
             rows.append(quantized.get(name, {"site": name, **plain}))
     return rows

@@ -53,9 +53,19 @@ class SignedWeight:
     @property
     def sums(self) -> Float[Tensor, "out"]:
         """Every channel's sum of weights: how much its output moves when all of its inputs grow by one."""
-        inner = self.signed[0].numel()
-        total = self.signed.flatten(1).sum(1, dtype=torch.int64) + self.offset.double() * inner
-        return (total * self.scale.double()).float()
+        return self.over_inputs.flatten(1).sum(1).float()
+
+    @property
+    def taps(self) -> Float[Tensor, "out 1 *rest"]:
+        """The weight summed over its inputs: what it makes of inputs whose channels are all the same."""
+        return self.over_inputs.float()
+
+    @property
+    def over_inputs(self) -> Float[Tensor, "out 1 *rest"]:
+        """Sums over the inputs in double precision."""
+        total = self.signed.sum(1, keepdim=True, dtype=torch.int64).double()
+        dims, inputs = self.stored.dim(), self.stored.shape[1]
+        return (total + per_channel(self.offset.double() * inputs, dims)) * per_channel(self.scale.double(), dims)
 
 
 def per_channel(values: Tensor, dims: int) -> Tensor:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -156,22 +156,11 @@ def pull(
     if cfg.runtime.estimate and stages.processes.first:
         look_ahead(stages, cfg.goal, console, deployed)
     make_network(stages, cfg.goal)
-    if "correction" in reached:
-        save_noise(stages, folder)
-    if "weights" in reached:
-        save_learning(stages, folder)
-    if "activations" in reached:
-        show_size(stages, console)
-    if "images" in reached:
-        save_grid(stages, folder, "samples", f"quantized: {stages.method.name}")
+    save_on_the_way(stages, reached, folder, console)
     if cfg.goal == DIAGNOSE:
         diagnose(stages, folder, console, f"{cfg.name}, seed {cfg.seed}")
     if deployed is not None:
-        save_deployed(deployed, folder, console)
-    if deployed is not None and "images" in reached:
-        save_grid(deployed, folder, "samples_deployed", f"{stages.method.name}, executed by {deployed.engine.name}")
-    if deployed is not None and "scores" in reached:
-        save_deployed_errors(deployed, folder)
+        save_executed(deployed, reached, folder, console)
     if cfg.goal == "scores":
         errors = stages.errors()
         save_errors(errors, folder, stages.mirror, cfg.name)
@@ -194,6 +183,28 @@ def make_network(stages: Stages, goal: str) -> None:
         stages.weighted_model()
     else:
         _ = stages.quantized_model
+
+
+def save_on_the_way(stages: Stages, reached: Collection[str], folder: Path, console: Console) -> None:
+    """What the stages before the scores have to show."""
+    if "correction" in reached:
+        save_noise(stages, folder)
+    if "weights" in reached:
+        save_learning(stages, folder)
+    if "activations" in reached:
+        show_size(stages, console)
+    if "images" in reached:
+        save_grid(stages, folder, "samples", f"quantized: {stages.method.name}")
+
+
+def save_executed(deployed: DeployedStages, reached: Collection[str], folder: Path, console: Console) -> None:
+    """The same of the model that an engine executes."""
+    save_deployed(deployed, folder, console)
+    if "images" in reached:
+        made_by = f"{deployed.method.name}, executed by {deployed.engine.name}"
+        save_grid(deployed, folder, "samples_deployed", made_by)
+    if "scores" in reached:
+        save_deployed_errors(deployed, folder)
 
 
 def save_noise(stages: Stages, folder: Path) -> None:

@@ -95,7 +95,7 @@ def check(cfg: DictConfig) -> None:
         if value is not ABSENT and not kind.fits(value):
             raise ValueError(f"{key} must be {kind.right}, got {value!r}")
     if cfg.goal == EXPORT and cfg.engine is None:
-        raise ValueError("goal=export needs an engine to export for: engine=openvino or engine=onednn")
+        raise ValueError("goal=export needs an engine to export for: engine=openvino, onednn or torchao")
     runtime = HydraConfig.get().runtime
     folders = [Path(source.path) / "method" for source in runtime.config_sources if source.schema == "file"]
     check_name(

@@ -36,10 +36,11 @@ def test_every_layer_agrees_without_exception(unet: nn.Module, case: str) -> Non
     if model.switches():
         model.use_bits([4, 8, 6, 4])
     seen: dict[str, torch.Tensor] = {}
-    handles = [
-        model.layer(site).register_forward_pre_hook(lambda _, args, site=site: seen.__setitem__(site, args[0]))
-        for site in model.plan.sites
-    ]
+
+    def keep(site: str) -> Any:
+        return lambda _, args: seen.update({site: args[0]})
+
+    handles = [model.layer(site).register_forward_pre_hook(keep(site)) for site in model.plan.sites]
     given = inputs(501, 1, 501)
     with torch.no_grad():
         model(**given)
@@ -49,7 +50,7 @@ def test_every_layer_agrees_without_exception(unet: nn.Module, case: str) -> Non
             for site in examine(model):
                 assert site.integer
                 wanted = site.layer(seen[site.name])
-                found = IntegerLayer(site, saturating())(seen[site.name])
+                found = IntegerLayer(site, model.clock, saturating())(seen[site.name])
                 assert (found - wanted).abs().max() < 5e-6 * wanted.abs().max(), site.name
 
 

@@ -24,12 +24,14 @@ from tfmq_exp.surgery.temporal_cache import cached
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 
+from tfmq_exp.deploy.activations import grid_of
 from tfmq_exp.deploy.agreement import agreement, at_tie
-from tfmq_exp.deploy.convert import Converted
+from tfmq_exp.deploy.convert import Converted, converted
 from tfmq_exp.deploy.execution import Executed, check_integer
 from tfmq_exp.deploy.loader import Deployed, settings
 from tfmq_exp.deploy.openvino_engine import OpenVINO, export
 from tfmq_exp.deploy.pairs import pairs_saturate
+from tfmq_exp.deploy.sites import examine
 
 LOADER = Path(__file__).parents[3] / "tfmq_exp/deploy/loader.py"
 DYNAMIC = DynamicScale("sample")
@@ -124,7 +126,7 @@ assert not {{"torch", "tfmq_exp", "diffusers"}} & sys.modules.keys()
 
 def test_rows_at_several_steps(model: QuantizedUNet, found: Converted, folder: Path) -> None:
     mixed = inputs(751, 1, 751)
-    opened = OpenVINO(1, "f32", None).open(model, folder, batch=2)
+    opened: Any = OpenVINO(1, "f32", None).open(model, folder, batch=2)
     with torch.no_grad():
         wanted = model(**mixed).sample
     assert relative(opened(**mixed).sample, wanted) < 1e-3
@@ -189,17 +191,20 @@ def test_a_site_in_floating_point_is_an_error_that_names_it() -> None:
         check_integer(graph, {name: [f"{name}/product0"] for name in "acde"})
 
 
+def test_an_input_that_is_in_no_record_is_not_left_float(unet: nn.Module) -> None:
+    model = model_of(unet, activation=[4, 8], scales=ScalePlan(DYNAMIC, DYNAMIC))
+    with pytest.raises(ValueError, match="'conv_in' cannot be converted: scales of a Dynamic source are no table"):
+        converted(model, examine(model), inputs(501))
+
+
 def test_ties_are_rare_and_found(unet: nn.Module) -> None:
     model = model_of(unet, scales="none")
-    quantizer = model.layer("conv_in").input_quantizer
+    grid, step = grid_of(model.layer("conv_in").input_quantizer, 4), torch.tensor([0])
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert at_tie(quantizer, x).float().mean() < 2e-3
-    scale, _ = quantizer.source(x)
-    assert at_tie(quantizer, scale * torch.tensor([0.5, 1.5, 0.49]).reshape(1, 3, 1, 1)).flatten().tolist() == [
-        True,
-        True,
-        False,
-    ]
+    assert at_tie(grid, x, step).float().mean() < 2e-3
+    scale = grid.of_rows(x, step).scale
+    at = at_tie(grid, scale * torch.tensor([0.5, 1.5, 0.49]).reshape(1, 3, 1, 1), step)
+    assert at.flatten().tolist() == [True, True, False]
 
 
 def test_bad_choices(tmp_path: Path) -> None:

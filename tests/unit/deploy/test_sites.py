@@ -83,6 +83,13 @@ def test_chosen_bits_are_in_the_table(tiny_unet: nn.Module) -> None:
     assert grid.highest.tolist() == [255, 15, 15, 255]
 
 
+def test_bits_by_step_with_ranges_at_run_time_are_in_no_record(tiny_unet: nn.Module) -> None:
+    scales = ScalePlan(DynamicScale("sample"), DynamicScale("sample"))
+    rows = examine(model_of(tiny_unet, activation=[4, 8], scales=scales))
+    assert {row.why for row in rows} == {"scales of a Dynamic source are no table over sampling steps"}
+    assert {piece.grid for row in rows for piece in row.pieces} == {None}
+
+
 def test_generated_scales_must_be_merged(tiny_unet: nn.Module) -> None:
     scale = GeneratedScale(Normalised(1000), (4,), 0.0, "zero")
     model = quantizable(tiny_unet, scales=ScalePlan(scale, scale))

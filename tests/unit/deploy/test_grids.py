@@ -1,0 +1,249 @@
+"""Every kind of grid: its record says what the quantizer does, and both engines multiply its codes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import TIMESTEPS
+from tfmq_exp.deploy.activations import Grid, LiveGrid, Rule, StepGrid, grid_of
+from tfmq_exp.deploy.onednn_engine import IntegerLayer, available, saturating
+from tfmq_exp.deploy.sites import Piece, Site
+from tfmq_exp.deploy.weights import DoesNotFit, signed_weight
+from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.encodings import Frequency
+from tfmq_exp.quant.forms.base import Form
+from tfmq_exp.quant.forms.duq import Duq
+from tfmq_exp.quant.forms.lsq import Lsq
+from tfmq_exp.quant.forms.nipq import Nipq
+from tfmq_exp.quant.forms.pact import Pact
+from tfmq_exp.quant.forms.qil import Qil
+from tfmq_exp.quant.layers import TWINS, QuantLayer
+from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.quantizers.trained import Centre, TrainedQuantizer
+from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, PerStepScale, Scale, StaticScale, StatisticsScale
+
+STEPS = torch.arange(len(TIMESTEPS))
+SCALES: dict[str, Scale] = {
+    "static": StaticScale(),
+    "per step": PerStepScale(),
+    "intervals": IntervalScale(2, 1000),
+    "sample": DynamicScale("sample"),
+    "tensor": DynamicScale("tensor"),
+    "statistics": StatisticsScale(None, (8, 8), last="default"),
+    "statistics and time": StatisticsScale(Frequency(8), (8,), last="default"),
+}
+
+
+class Kind(NamedTuple):
+    """A quantizer under training as it is left: form, source, kind and bits of its grid, centre."""
+
+    form: Form
+    scale: str
+    scheme: Scheme = "symmetric"
+    bits: int = 8
+    centre: Centre = "zero"
+
+
+KINDS: dict[str, Kind] = {
+    "lsq": Kind(Lsq(), "static"),
+    "lsq, 3 bits by interval": Kind(Lsq("official"), "intervals", bits=3),
+    "pact, per step": Kind(Pact(), "per step", bits=4),
+    "nipq, about a learned centre": Kind(Nipq(), "static", centre="learned"),
+    "lsq behind silu, per step": Kind(Lsq(), "per step", "unsigned", centre="silu"),
+    "lsq of the tensor at hand": Kind(Lsq(), "sample"),
+    "duq": Kind(Duq(), "static"),
+    "duq, per step, about a learned centre": Kind(Duq(), "per step", bits=6, centre="learned"),
+    "duq of statistics": Kind(Duq(), "statistics"),
+    "qil": Kind(Qil(), "static"),
+    "qil behind silu": Kind(Qil(), "static", "unsigned", 4, "silu"),
+    "qil, per step": Kind(Qil(), "per step"),
+    "qil of the tensor at hand": Kind(Qil(), "tensor", "unsigned", 5),
+    "lsq of statistics and time, behind silu": Kind(Lsq("narrow"), "statistics and time", "unsigned", centre="silu"),
+}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "padded": lambda: nn.Conv2d(32, 32, 3, padding=1),
+    "strided": lambda: nn.Conv2d(32, 32, 3, stride=2, padding=1),
+    "linear": lambda: nn.Linear(32, 32),
+}
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantizer_of(kind: Kind, clock: StepClock) -> TrainedQuantizer:
+    """As training may leave it: every number away from where it starts."""
+    quantizer = TrainedQuantizer(
+        SCALES[kind.scale].source(QuantSpec(kind.bits, kind.scheme), clock), kind.form, kind.centre
+    )
+    x = noise(2 * len(TIMESTEPS), 32, 6, 6, seed=1)
+    with clock.at(torch.tensor(2 * TIMESTEPS)):
+        quantizer.observe(x + torch.arange(len(x)).reshape(-1, 1, 1, 1) * 0.2)
+    for name, value in quantizer.further.items():
+        value.data.copy_(torch.tensor({"gain": 1.17, "pruned": 0.13}[name]))
+    quantizer.mode = Mode.QUANTIZE
+    quantizer.merge()
+    return quantizer.eval()
+
+
+def site(kind: Kind, layer: nn.Module, clock: StepClock) -> Site:
+    """A layer with four-bit weights behind such a quantizer."""
+    twin: QuantLayer = TWINS[type(layer)].from_float(layer)
+    weights = WeightQuantizer(twin.weight, QuantSpec(4, axis=0), MinMax())
+    weights.observe(twin.weight)
+    twin.weight_quantizer, twin.input_quantizer = weights, quantizer_of(kind, clock)
+    (integers,) = twin.quantized_weight()
+    twin.freeze_weight((integers,))
+    grid = grid_of(twin.input_quantizer, clock.num_steps)
+    grid.check_bytes()
+    return Site("layer", twin.requires_grad_(False), (Piece(32, signed_weight(integers), grid),), None, "")
+
+
+def subject(name: str, layer: str) -> tuple[Site, StepClock, Tensor]:
+    """The site, its clock, and an input with a row for every step."""
+    clock = StepClock(TIMESTEPS)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        made = LAYERS[layer]()
+    x = noise(len(TIMESTEPS), 32, 6, 6, seed=3) - 0.1
+    return site(KINDS[name], made, clock), clock, x.flatten(2).mT.contiguous() if layer == "linear" else x
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_codes_of_the_record_are_the_quantizers(name: str) -> None:
+    """Bit by bit, rows at different steps; and each is an integer between the ends."""
+    clock, kind = StepClock(TIMESTEPS), KINDS[name]
+    quantizer = quantizer_of(kind, clock)
+    grid = grid_of(quantizer, len(TIMESTEPS))
+    assert isinstance(grid, StepGrid | LiveGrid)
+    assert isinstance(grid, LiveGrid) == (kind.scale in ("sample", "tensor", "statistics", "statistics and time"))
+    x = noise(len(TIMESTEPS), 32, 6, 6) * 1.5
+    with clock.at(torch.tensor(TIMESTEPS)), torch.no_grad():
+        rows = grid.of_rows(x, STEPS)
+        codes = rows.codes(x)
+        assert torch.equal(rows.real(codes), quantizer(x))
+    assert torch.equal(codes, codes.round())
+    assert quantizer.low <= int(codes.min()) < int(codes.max()) <= quantizer.high
+    assert rows.width == grid.width <= 2**kind.bits
+
+
+def test_a_switch_between_trained_quantizers_is_one_table() -> None:
+    clock = StepClock(TIMESTEPS)
+    choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, centre="learned"), clock) for bits in (4, 8)]
+    switch = StepSwitch(choices, clock)
+    switch.use([8, 4, 4, 8])
+    grid = grid_of(switch, len(TIMESTEPS))
+    assert isinstance(grid, StepGrid)
+    assert grid.highest.tolist() == [127, 7, 7, 127]
+    x = noise(len(TIMESTEPS), 8)
+    with clock.at(torch.tensor(TIMESTEPS)), torch.no_grad():
+        assert torch.equal(grid.real(grid.codes(x)), switch(x))
+
+
+def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
+    class Bent(Lsq):
+        """Another arithmetic."""
+
+        def settled(self) -> "Bent":
+            return self
+
+    with pytest.raises(DoesNotFit, match=r"under the form Bent\(\), whose codes are not known; known are .* Lsq"):
+        grid_of(quantizer_of(Kind(Bent(), "static"), StepClock(TIMESTEPS)), 4)
+    bent = quantizer_of(Kind(Qil(), "static"), StepClock(TIMESTEPS))
+    bent.form, bent.further["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
+    with pytest.raises(DoesNotFit, match=r"Qil\(pruned, gamma\)"):
+        grid_of(bent, 4)
+
+
+def test_what_a_byte_does_not_hold() -> None:
+    wide = LiveGrid(SCALES["sample"].source(QuantSpec(9, "symmetric"), StepClock(TIMESTEPS)), Rule(-256, 255))  # type: ignore[arg-type]
+    with pytest.raises(DoesNotFit, match="a grid of 512 integers; a byte has 256"):
+        wide.check_bytes()
+
+
+CASES = [(name, "padded") for name in KINDS] + [
+    (name, layer)
+    for name in ("duq, per step, about a learned centre", "lsq of statistics and time, behind silu")
+    for layer in ("strided", "linear")
+]
+
+
+@pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN operators for integers")
+@pytest.mark.parametrize(("name", "layer"), CASES)
+def test_onednn_multiplies_them(name: str, layer: str) -> None:
+    one, clock, x = subject(name, layer)
+    with clock.at(torch.tensor(TIMESTEPS)), torch.no_grad():
+        wanted, found = one.layer(x), IntegerLayer(one, clock, saturating())(x)
+    assert (found - wanted).abs().max() < 3e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("name", "layer"), CASES)
+def test_openvino_multiplies_them(name: str, layer: str) -> None:
+    """In integers, and as the simulation at every step but where an input lies at a tie."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    from tfmq_exp.deploy.agreement import compared
+
+    one, clock, x = subject(name, layer)
+    run, integer = compiled(one, list(x.shape[1:]))
+    assert integer
+    for step, t in enumerate(TIMESTEPS):
+        with clock.at(torch.full((len(x),), t)), torch.no_grad():
+            row = compared(one, clock.index, x, torch.from_numpy(run([x.numpy(), step])[0]))
+        assert (row.unexplained, row.step) == (0, step)
+        assert row.beyond < 0.1 * row.outputs
+        assert row.error < 0.05
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_openvino_puts_real_numbers_on_them(name: str) -> None:
+    """Operands of attention, outputs, and inputs of layers whose weight is float."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    from tfmq_exp.deploy.agreement import at_tie
+    from tfmq_exp.deploy.levels import on_grid
+
+    clock, x = StepClock(TIMESTEPS), noise(len(TIMESTEPS), 32, 6, 6)
+    quantizer = quantizer_of(KINDS[name], clock)
+    grid = grid_of(quantizer, len(TIMESTEPS))
+    run = stepped(grid, list(x.shape[1:]), lambda x, at: on_grid(x, grid, at))
+    for step, t in enumerate(TIMESTEPS):
+        with clock.at(torch.full((len(x),), t)), torch.no_grad():
+            found, wanted = torch.from_numpy(run([x.numpy(), step])[0]), quantizer(x)
+            wrong = (found - wanted).abs() > 1e-5 * wanted.abs().max()
+            assert not (wrong & ~at_tie(grid, x, clock.index)).any()
+
+
+def compiled(one: Site, shape: list[int]) -> tuple[Any, bool]:
+    """One layer as OpenVINO executes it, called with x and the step; and whether its product is in integers."""
+    from tfmq_exp.deploy.execution import executed
+    from tfmq_exp.deploy.graph import whole_site
+
+    def build(x: Any, at: Mapping[str, Any]) -> Any:
+        y, (product,) = whole_site(one, x, {f"0.{name}": node for name, node in at.items()})
+        product.set_friendly_name("product")
+        return y
+
+    run = stepped(one.pieces[0].grid, shape, build)
+    nodes = [n for n in executed(run) if n.product and any(layer.startswith("product") for layer in n.layers)]
+    return run, len(nodes) == 1 and nodes[0].integer
+
+
+def stepped(grid: Grid | None, shape: list[int], build: Callable[[Any, Mapping[str, Any]], Any]) -> Any:
+    """A compiled model of x and the step, given what becomes of x and of the step's numbers."""
+    import numpy as np
+    import openvino as ov
+    import openvino.opset13 as ops
+
+    from tfmq_exp.deploy.levels import columns, constant
+    from tfmq_exp.deploy.loader import settings
+
+    x, step = ops.parameter([-1, *shape], np.float32), ops.parameter([], np.int64)
+    at = {name: ops.gather(constant(part), step, ops.constant(0)) for name, part in columns(grid).items()}
+    model: Any = ov.Model([build(x.output(0), at)], [x, step])  # pyright: ignore[reportGeneralTypeIssues]
+    return ov.Core().compile_model(model, "CPU", settings(1, "f32"))

@@ -1,0 +1,278 @@
+"""torchao's products: int8 is the simulation, fp8 and int4 are what they are said to be; on the CPU, and on a GPU where there is one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("torchao", reason="torchao is not installed")
+
+from tests.unit.deploy.subject import inputs, model_of, one_level_unet, weight
+from tfmq_exp.deploy import engine, torchao_engine, torchao_products
+from tfmq_exp.deploy.activations import StepGrid, along
+from tfmq_exp.deploy.engine import read_manifest
+from tfmq_exp.deploy.sites import Piece, Site, examine
+from tfmq_exp.deploy.torchao_engine import PRODUCTS, MatrixLayer, TorchAO, obstacle, rows_of
+from tfmq_exp.deploy.torchao_products import Fp8Product, Int4Product, Int8Product
+from tfmq_exp.deploy.weights import signed_weight
+from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.scales import DynamicScale, ScalePlan
+
+CPU = torch.device("cpu")
+GPU = pytest.param(torch.device("cuda"), marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+])  # fmt: skip
+DYNAMIC = DynamicScale("sample")
+CASES: dict[str, dict[str, Any]] = {
+    "tables for all sites": {"scales": "all"},
+    "eight bits": {"weight": 8, "scales": "all"},
+    "bits chosen by step": {"activation": [4, 6, 8], "scales": "all"},
+    "split": {"split": True, "scales": "all"},
+    "ranges at run time": {"scales": ScalePlan(DYNAMIC, DYNAMIC)},
+    "outputs on grids": {"output": 8, "scales": "all"},
+    "float inputs": {"activation": None},
+}
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    return one_level_unet()
+
+
+@pytest.fixture(scope="module")
+def models(unet: nn.Module) -> Mapping[str, QuantizedUNet]:
+    made = {case: model_of(unet, **choices) for case, choices in CASES.items()}
+    made["bits chosen by step"].use_bits([4, 8, 6, 4])
+    return made
+
+
+def layers(model: QuantizedUNet, form: str, device: torch.device) -> list[tuple[Site, Tensor, Tensor]]:
+    """Every layer that goes through a form: its input in the simulation, and what a form's layer makes of it."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        model.layer(site).register_forward_pre_hook(lambda _, args, site=site: seen.__setitem__(site, args[0]))
+        for site in model.plan.sites
+    ]
+    given = inputs(501, 1, 501)
+    with torch.no_grad():
+        model(**given)
+        for handle in handles:
+            handle.remove()
+        sites = [site for site in examine(model) if not obstacle(site, PRODUCTS[form])]
+        with model.clock.at(given["timestep"].to(device)):
+            made = [MatrixLayer(site, model.clock, PRODUCTS[form], device).to(device) for site in sites]
+            found = [layer(seen[site.name].to(device)).cpu() for layer, site in zip(made, sites, strict=True)]
+        model.cpu()
+    return [(site, seen[site.name], y) for site, y in zip(sites, found, strict=True)]
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "float inputs"])
+def test_int8_layers_are_those_of_the_simulation(
+    models: Mapping[str, QuantizedUNet], case: str, device: torch.device
+) -> None:
+    """Rows at different steps, fewer than the kernel takes; shortcuts of 1x1 among the layers. All sizes are what CUDA wants."""
+    model, sizes = models[case], []
+
+    def noted(rows: Tensor, matrix: Tensor) -> Tensor:
+        sizes.append((len(rows), *matrix.shape))
+        return torchao_engine.safe_int_mm(rows, matrix)
+
+    with mock.patch.object(torchao_products, "safe_int_mm", noted):
+        found = layers(model, "int8", device)
+    assert len(found) == 25
+    assert sum(isinstance(site.layer, nn.Conv2d) for site, *_ in found) == 2
+    with model.clock.at(inputs(501, 1, 501)["timestep"]), torch.no_grad():
+        for site, x, y in found:
+            wanted = site.layer(x)
+            beyond = (y - wanted).abs() > 5e-6 * wanted.abs().max()
+            assert beyond.double().mean() < (1e-3 if site.output else 1e-9), (
+                site.name
+            )  # an output at a tie may go either way
+    assert all(rows > 16 and inner % 8 == 0 and out % 8 == 0 for rows, inner, out in sizes)
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """The nearest number of three bits behind the leading one, ties to even; 2^-9 apart below 2^-6."""
+    _, exponent = torch.frexp(x.double())
+    step = torch.exp2(torch.clamp(exponent - 4, min=-9).double())
+    return (x.double() / step).round() * step
+
+
+def plain(parts: tuple[QuantizedWeight, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Scale, and code minus zero point, as matrices in float64."""
+    values = [(part.codes.double() + part.spec.qmin - part.qparams.zero_point.double()).flatten(1) for part in parts]
+    return [(part.qparams.scale.double().reshape(-1, 1), value) for part, value in zip(parts, values, strict=True)]
+
+
+def slow(form: str, parts: tuple[QuantizedWeight, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a form says it computes, channels last and without bias, in float64; and the size of what bfloat16 rounds."""
+    total, rounded = torch.zeros(()), torch.zeros(())
+    pieces = x.split([value.shape[1] for _, value in plain(parts)], dim=-1)
+    for piece, (scale, value) in zip(pieces, plain(parts), strict=True):
+        rows = piece.bfloat16()
+        if form == "fp8":
+            unit = (rows.abs().amax(-1, keepdim=True) / 448).float()
+            y = (e4m3(rows.float() / unit) * unit.double()) @ (scale * e4m3(value)).T
+        else:
+            y = rows.double() @ (scale * value).T
+        total, rounded = total + y, rounded + y.abs()
+    return total, rounded
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize(
+    ("form", "case"),
+    [
+        ("fp8", "tables for all sites"),
+        ("fp8", "eight bits"),
+        ("fp8", "split"),
+        ("int4", "tables for all sites"),
+        ("int4", "split"),
+        ("int4", "float inputs"),
+    ],
+)
+def test_fp8_and_int4_are_what_they_are_said_to_be(
+    models: Mapping[str, QuantizedUNet], form: str, case: str, device: torch.device
+) -> None:
+    """But for the last bit of bfloat16, in which products leave the kernel, and float32 sums."""
+    model = models[case]
+    found = layers(model, form, device)
+    assert len(found) == 25
+    for site, x, y in found:
+        axis = 1 if isinstance(site.layer, nn.Conv2d) else -1
+        wanted, rounded = slow(form, model.integers[site.name], x.movedim(axis, -1))
+        allowed = 2**-8 * rounded + 1e-5 * rounded.amax()
+        assert ((y.movedim(axis, -1).double() - site.layer.bias.double() - wanted).abs() <= allowed).all(), site.name  # type: ignore[operator]
+
+
+def grid_at(scale: list[float], zero_point: list[float], **further: float) -> StepGrid:
+    numbers = {"lowest": -100.0, "highest": 155.0, "gain": 1.0, "offset": 0.0, "pruned": 0.0, **further}
+    return StepGrid(torch.tensor(scale), torch.tensor(zero_point), *(torch.full((2,), v) for v in numbers.values()))
+
+
+@pytest.mark.parametrize("zero_point", [0.0, 97.0, 255.0])
+@pytest.mark.parametrize("offset", [0.0, -0.375])
+def test_int8_with_all_that_a_grid_can_have(zero_point: float, offset: float) -> None:
+    """Weights that need more than a signed byte, odd sizes, a gain, a centre: against integers put together in float64."""
+    parts = weight(8, "affine", zero_point, (22, 37))
+    grid = grid_at([0.5, 0.03125], [-7.0, 120.0], gain=1.5, offset=offset)
+    steps = torch.tensor([1, 0, 1])
+    codes = torch.randint(-100, 156, (3, 5, 37), generator=torch.Generator().manual_seed(0)).double()
+    x = (along(codes, grid.scale[steps]) * (codes - along(codes, grid.zero_point[steps])) + offset).float()
+    real = 1.5 * (x.double() - offset) + offset
+    ((scale, value),) = plain((parts,))
+    wanted = (real @ (scale * value).T).flatten(0, 1)
+    found = Int8Product(Piece(37, signed_weight(parts), grid), -1, CPU)(x, steps)
+    assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("zero_point", [7.0, 19.0, 200.0])
+def test_nothing_is_lost_where_a_format_is_exact(zero_point: float) -> None:
+    """Inputs and sums that bfloat16 holds, all codes of four bits, zero points outside of them, scales that no short float holds."""
+    parts = weight(4, "affine", zero_point, (22, 37))
+    ((scale, value),) = plain((parts,))
+    x = torch.zeros(3, 37)
+    x[0, 5], x[1, 36] = 448.0, -448.0  # the third row is zero
+    wanted = x.double() @ (scale * value).T
+    piece, steps = Piece(37, signed_weight(parts), None), torch.zeros(3, dtype=torch.long)
+    assert torch.allclose(Int4Product(piece, -1, CPU)(x, steps).double(), wanted, rtol=2**-8, atol=0)
+    small = x / 448
+    assert torch.allclose(Int4Product(piece, -1, CPU)(small, steps).double(), wanted / 448, rtol=2**-23, atol=0)
+    assert torch.allclose(Fp8Product(piece, -1, CPU)(x, steps)[2], torch.zeros(22))
+
+
+def test_a_row_says_what_is_executed_and_why_not(models: Mapping[str, QuantizedUNet], tmp_path: Path) -> None:
+    attention, convolution = "mid_block.attentions.0.to_q", "mid_block.resnets.0.conv1"
+
+    def row(case: str, form: str, site: str) -> Mapping[str, Any]:
+        return next(row for row in rows_of(models[case], form) if row["site"] == site)
+
+    assert row("split", "int8", attention)["executed"] == "int8"
+    assert row("split", "int8", convolution)["why"] == "torchao has no integer convolution"
+    assert row("split", "fp8", convolution)["executed"] == "float"
+    assert row("split", "fp8", attention)["form"].startswith("weights exact in e4m3")
+    assert row("eight bits", "fp8", attention)["form"].startswith("weights rounded in e4m3")
+    assert row("eight bits", "int4", attention)["why"] == "weights of 8 bits; int4 holds 4"
+    assert row("float inputs", "int8", attention)["why"] == "its input is not quantized"
+    assert row("float inputs", "int4", attention)["executed"] == "int4"
+    shared = row("split", "int4", "up_blocks.0.resnets.0.conv_shortcut")
+    assert (shared["executed"], shared["products"], shared["weight_bits"]) == ("int4", 2, "4")
+    rows = TorchAO("int4", "cpu").export(models["split"], {}, tmp_path)
+    assert read_manifest(tmp_path)["sites"] == rows
+    assert len(rows) == sum(isinstance(module, nn.Linear | nn.Conv2d) for module in models["split"].unet.modules())
+
+
+@pytest.mark.parametrize(
+    ("form", "parts", "reason"),
+    [
+        ("int4", weight(4, "affine", 300.0, (6, 4)), "292 codes from the middle; the kernel's bfloat16 holds 256"),
+        ("fp8", weight(8, "affine", 500.0, (6, 4)), "a weight of 500 steps; e4m3 ends at 448"),
+    ],
+)
+def test_numbers_that_a_format_does_not_hold(form: str, parts: QuantizedWeight, reason: str) -> None:
+    site = Site("a", mock.Mock(spec=nn.Linear), (Piece(4, signed_weight(parts), None),), None, "")
+    assert reason in obstacle(site, PRODUCTS[form])
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_the_whole_network(models: Mapping[str, QuantizedUNet], device: torch.device) -> None:
+    """Rounding errors of sums rarely move a code; float arithmetic moves many. The simulation stays what it was."""
+    model, given, found = models["tables for all sites"], inputs(501, 1), {}
+    with torch.no_grad():
+        before = model(**given).sample
+        for form in PRODUCTS:
+            opened = TorchAO(form, str(device)).open(model, Path(), batch=2)
+            assert sum(isinstance(module, MatrixLayer) for module in opened.modules()) == 25
+            found[form] = float((opened(**given).sample - before).square().mean() / before.square().mean())
+        assert torch.equal(model(**given).sample, before)
+    assert found["int8"] < 1e-4 < found["int4"] < found["fp8"] < 1e-2
+
+
+def test_sizes_and_devices_pass_torchs_checks_for_cuda() -> None:
+    """Tensors without numbers, said to be on a GPU: operators check shapes, types and devices of what they would be given."""
+    piece = Piece(37, signed_weight(weight(4, "affine", 7.0, (22, 37))), grid_at([0.5, 0.25], [0.0, 9.0]))
+    int8 = Int8Product(piece, 1, CPU)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        device = torch.device("cuda")
+        for name, value in list(vars(int8).items()):
+            setattr(int8, name, value.to(device) if isinstance(value, Tensor) else value)
+        int8.grid = torchao_products.on(int8.grid, device)
+        x, steps = torch.empty(3, 37, 5, 5, device=device), torch.zeros(3, dtype=torch.long, device=device)
+        with mock.patch.object(
+            StepGrid, "placed", lambda grid, x: x / along(x, grid.scale)
+        ):  # the true one looks at numbers
+            found = [int8(x, steps), *(made(piece, 1, device)(x, steps) for made in (Fp8Product, Int4Product))]
+        for y in found:
+            assert (tuple(y.shape), y.dtype, y.device.type) == ((75, 22), torch.float32, "cuda")
+
+
+def test_what_is_missing_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs a CUDA device.*engine=openvino or engine=onednn"):
+        engine.torchao("int8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A10")
+    made = engine.torchao("int4")
+    assert (made.identity["form"], made.identity["device"]) == ("int4", "cuda")
+    with pytest.raises(ValueError, match=r"engine.form=fp8 needs .* 8.9 or more; A10 has 8.6"):
+        engine.torchao("fp8")
+    with pytest.raises(ValueError, match=r"engine.form must be int8, fp8, int4, got 'int2'"):
+        TorchAO("int2", "cpu")
+    monkeypatch.setattr(engine, "version", mock.Mock(side_effect=engine.PackageNotFoundError))
+    with pytest.raises(ValueError, match=r"pip install 'tfmq_exp\[torchao\]'"):
+        engine.torchao("int8")
+
+
+def test_an_integer_product_that_is_none_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao multiplies in float32, without a word, where CUDA's kernel fails."""
+    monkeypatch.setattr(torchao_engine, "safe_int_mm", lambda a, b: (a.float() @ b.float()).to(torch.int32))
+    with pytest.raises(ValueError, match="for 33016063"):
+        TorchAO("int8", "cpu").open(mock.Mock(), Path(), batch=1)
