@@ -9,8 +9,11 @@ import pytest
 from tests.smoke.jobs import CONF, job
 from tfmq_exp.surgery import artifact
 
-# forms that are put together like others here; tests/laws/test_trained.py has the pairs
-ALIKE = {"pact_tdq", "nipq_tdq", "qil", "qil_tdq", "dynamic_generator"}
+# put together like others here; tests/laws has every form and every partition by itself, and test_qat.py whole runs of lsq
+ALIKE = {
+    *("lsq", "pact", "pact_tdq", "nipq", "nipq_tdq", "qil", "qil_tdq", "duq", "dynamic_generator"),
+    *("freeze", "tdq_thin"),
+}
 METHODS = sorted({path.stem for path in (CONF / "method").glob("*.yaml")} - ALIKE)
 LEARNS_NOTHING = {"nearest", "ptq4dm"}
 QUANTIZES_OUTPUTS = {"brecq", "freeze", "qdrop", "ptq4dm"}

@@ -26,8 +26,12 @@ WAITING = CONF.parent / "tests" / "smoke" / "waiting.py"
 
 
 @pytest.fixture
-def kept_logging() -> Iterator[None]:
-    """Hydra sets up logging for the process; other tests want theirs."""
+def kept_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hydra sets up logging for the process; other tests want theirs.
+
+    Before that it shuts down what is there, where absl, which OpenVINO brings, would close the stream that pytest reads.
+    """
+    monkeypatch.setattr(logging, "shutdown", lambda *_: None)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
