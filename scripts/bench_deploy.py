@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,17 @@ def float_folder(denoiser: Denoiser, timesteps: tuple[int, ...], example: Mappin
     return folder
 
 
+def by_nncf(plain: Path, inputs: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """The float network quantized by OpenVINO's own tool: what its int8 kernels bring on this processor, whatever the grids."""
+    import nncf  # here: nobody else needs it  # pyright: ignore[reportMissingImports]
+
+    model = ov.Core().read_model(plain / "model.xml")
+    folder.mkdir()
+    ov.save_model(nncf.quantize(model, nncf.Dataset(inputs)), folder / "model.xml", compress_to_fp16=False)
+    write_manifest(folder, read_manifest(plain))
+    return folder
+
+
 def errors(model: QuantizedUNet, candidates: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, float]:
     """Of one forward pass against the simulation in float32; in float64 it is the floor that no engine goes below."""
     with torch.no_grad():
@@ -222,6 +233,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sites", type=int, default=19, help="that are compared one by one; 0 for none")
+    parser.add_argument("--nncf", action="store_true", help="OpenVINO's own quantizer too; needs the package nncf")
     parser.add_argument("--no-sampling", action="store_true", help="leave whole sampling runs out")
     parser.add_argument(
         "--cpu-seconds", action="store_true", help="of a call: hardly moved by other work on the machine"
@@ -248,6 +260,11 @@ def main() -> int:
             f"openvino {args.quant}": OpenVINODenoiser(Deployed(folder, batch=args.batch, threads=args.threads), model),
             f"onednn {args.quant}": OneDNN().open(model, folder, batch=args.batch),
         }
+        if args.nncf:
+            given = [{"sample": inputs_at(denoiser, 1, t, seed=t)["sample"].numpy(), "step": 0} for t in timesteps[:2]]
+            other = by_nncf(plain, given, Path(name) / "nncf")
+            deployed = Deployed(other, batch=args.batch, threads=args.threads)
+            engines["openvino w8a8 by nncf"] = OpenVINODenoiser(deployed, model)
         calls = {name: functools.partial(unet, **example) for name, unet in engines.items()}
         size = sum((folder / f"model.{end}").stat().st_size for end in ("xml", "bin"))
         manifest = read_manifest(folder)
