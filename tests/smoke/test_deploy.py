@@ -2,13 +2,19 @@
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from tests.smoke.jobs import composed, job
+from tests.smoke.jobs import CONF, composed, job
 from tfmq_exp.deploy.onednn_engine import available
 from tfmq_exp.experiment import app
 from tfmq_exp.experiment.deployed import DeployedStages, engine_choices, save_deployed_errors
@@ -101,6 +107,42 @@ def test_a_row_of_its_own_with_keys_of_its_own(tmp_path: Path, made: Made, openv
     assert not computed(again)
     assert "openvino" in hits(again)
     assert executed(collect([again]))[0].title == "digits w4a8 nearest (executed by openvino)"
+
+
+def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: Path, openvino: Path) -> None:
+    """Against diffusers' sampler around the same model."""
+    from tfmq_exp.deploy.loader import Deployed  # which imports openvino
+
+    exported = Path(hits(openvino)["openvino"]["path"])
+    for path in ("tfmq_exp/deploy/loader.py", "examples/sample_deployed.py"):
+        shutil.copy(CONF.parent / path, tmp_path)
+    words = ["sample_deployed.py", str(exported), "images.npy", "--count", "2", "--seed", "5"]
+    code = (
+        f"import runpy, sys; sys.argv = {words!r}; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print([name for name in sys.modules if name.partition('.')[0] in ('tfmq_exp', 'torch', 'diffusers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+    unet = Deployed(exported, batch=2, threads=1)
+    scheduler = DDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    scheduler.set_timesteps(len(unet.timesteps))
+    assert scheduler.timesteps.tolist() == list(unet.timesteps)
+    x = torch.from_numpy(np.random.default_rng(5).standard_normal((2, 1, 16, 16), dtype=np.float32))
+    for t in unet.timesteps:
+        noise = torch.from_numpy(unet(x.numpy(), t).copy())
+        x = scheduler.step(noise, t, x).prev_sample
+    images = np.load(tmp_path / "images.npy")
+    assert images.shape == (2, 1, 16, 16)
+    # a code may fall on the other side of a tie in two roundings of the same numbers
+    assert np.square(images - x.clamp(-1, 1).numpy()).mean() < 1e-3 * np.square(images).mean()
 
 
 def test_layers_and_attention_are_in_the_table_of_sites(openvino: Path) -> None:

@@ -11,6 +11,17 @@ from tests.conftest import calibrated, generic, quantizable
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.scales import DynamicScale, ScalePlan
+
+DYNAMIC = DynamicScale("sample")
+# choices of `model_of` that every engine has to know
+CASES: dict[str, dict[str, Any]] = {
+    "tables for all sites": {"scales": "all"},
+    "eight bits": {"weight": 8, "scales": "all"},
+    "bits chosen by step": {"activation": [4, 6, 8], "scales": "all"},
+    "split": {"split": True, "scales": "all"},
+    "ranges at run time": {"scales": ScalePlan(DYNAMIC, DYNAMIC)},
+}
 
 
 def small_unet() -> nn.Module:

@@ -7,21 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.deploy.subject import inputs, model_of, one_level_unet
+from tests.unit.deploy.subject import CASES, inputs, model_of, one_level_unet
 from tfmq_exp.deploy.onednn_engine import IntegerLayer, OneDNN, available, saturating
 from tfmq_exp.deploy.sites import examine
-from tfmq_exp.surgery.scales import DynamicScale, ScalePlan
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN operators for integers")
-
-DYNAMIC = DynamicScale("sample")
-CASES: dict[str, dict[str, Any]] = {
-    "tables for all sites": {"scales": "all"},
-    "eight bits": {"weight": 8, "scales": "all"},
-    "bits chosen by step": {"activation": [4, 6, 8], "scales": "all"},
-    "split": {"split": True, "scales": "all"},
-    "ranges at run time": {"scales": ScalePlan(DYNAMIC, DYNAMIC)},
-}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 
+from tests.unit.deploy.subject import CASES as SHARED
 from tests.unit.deploy.subject import inputs, model_of, one_level_unet, weight
 from tfmq_exp.deploy import engine, torchao_engine, torchao_products
 from tfmq_exp.deploy.activations import StepGrid, along
@@ -22,19 +23,13 @@ from tfmq_exp.deploy.torchao_products import Fp8Product, Int4Product, Int8Produc
 from tfmq_exp.deploy.weights import signed_weight
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import DynamicScale, ScalePlan
 
 CPU = torch.device("cpu")
 GPU = pytest.param(torch.device("cuda"), marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ])  # fmt: skip
-DYNAMIC = DynamicScale("sample")
 CASES: dict[str, dict[str, Any]] = {
-    "tables for all sites": {"scales": "all"},
-    "eight bits": {"weight": 8, "scales": "all"},
-    "bits chosen by step": {"activation": [4, 6, 8], "scales": "all"},
-    "split": {"split": True, "scales": "all"},
-    "ranges at run time": {"scales": ScalePlan(DYNAMIC, DYNAMIC)},
+    **SHARED,
     "outputs on grids": {"output": 8, "scales": "all"},
     "float inputs": {"activation": None},
 }
