@@ -245,6 +245,7 @@ def compare(rows: Sequence[PublishedRow], records: Sequence[ScoreRecord], model:
         lines.append((bits, label, tuple(cells.get(column, Cell()) for column in columns)))
     without = [model for model in models if not any(r.method == "float" for r in rows if r.model == model)]
     notes = (f"the table as known here has no float row of {', '.join(without)}",) if without else ()
+    notes = notes if model is None else (*notes, f"ours are of {model} in every column")
     first = rows[0]
     return Comparison(first.paper, first.reference, first.table, first.title, columns, tuple(lines), notes)
 

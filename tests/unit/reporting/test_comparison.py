@@ -259,6 +259,7 @@ def test_a_variant_is_known_by_what_is_changed_in_the_method() -> None:
 def test_another_model_stands_beside_without_a_difference_and_with_bits_of_its_own() -> None:
     ours = [quantized(3.5, model="small"), quantized(9.0, model="m"), quantized(5.0, model="small", quant="w3a3")]
     found = cells(compare([THEIRS], ours, "small"))
+    assert "ours are of small in every column" in as_markdown(compare([THEIRS], ours, "small"))
     beside, alone = found["w4a8", "tfmq", "m", "fid"], found["w3a3", "tfmq", "m", "fid"]
     assert (beside.paper, beside.ours, beside.difference) == (3.68, (3.5,), None)
     assert beside.notes[0] == "model m in the paper, small here"
