@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from tests.conftest import TIMESTEPS, calibrated, generic
+from tests.conftest import TIMESTEPS, calibrated
 from tests.smoke.jobs import CONF, composed
-from tests.unit.deploy.subject import inputs
+from tests.unit.deploy.subject import inputs, one_level_unet
 from tfmq_exp.denoisers.anatomy import Anatomy, Role
 from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.deploy.onednn_engine import IntegerLayer, available, saturating
@@ -52,18 +51,7 @@ def row_of(method: str) -> Documented:
 @pytest.fixture(scope="module")
 def unet() -> nn.Module:
     """Every kind of layer but those that change the resolution."""
-    return generic(
-        lambda: UNet2DModel(
-            sample_size=8,
-            block_out_channels=(32,),
-            layers_per_block=1,
-            down_block_types=("AttnDownBlock2D",),
-            mid_block_type=None,
-            up_block_types=("UpBlock2D",),
-            norm_num_groups=8,
-            attention_head_dim=16,
-        )
-    )
+    return one_level_unet(mid_block_type=None, up_block_types=("UpBlock2D",))
 
 
 @pytest.fixture(scope="module")

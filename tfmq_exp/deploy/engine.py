@@ -1,7 +1,7 @@
 """What an engine is: it makes files of a finished quantized model, and of files a denoiser that really computes in integers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -33,8 +33,8 @@ class Engine(Protocol):
         """All that its results depend on, beside the model."""
         ...
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> Sequence[Mapping[str, Any]]:
-        """Fill a folder; returns a row for every layer: where it is executed, and why not in integers.
+    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
+        """Fill a folder; its manifest has a row for every layer in `sites`: where it is executed, and why not in integers.
 
         Args:
             model: finished.

@@ -191,11 +191,9 @@ class OneDNN:
         """The version of torch."""
         return {"name": self.name, "torch": torch.__version__.partition("+")[0]}
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> Sequence[Mapping[str, Any]]:
+    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
         """The table alone: the artefact is what it runs."""
-        rows = table(model, examine(model))
-        write_manifest(folder, {"sites": rows})
-        return rows
+        write_manifest(folder, {"sites": table(model, examine(model))})
 
     def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
         """A copy of the model with integer layers; weights are packed at the first batch of each size."""

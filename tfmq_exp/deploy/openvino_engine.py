@@ -1,6 +1,6 @@
 """Integers on a CPU by OpenVINO: one file of a graph, one of constants, and nothing of this program to run them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,9 @@ class OpenVINO:
         """The version of OpenVINO, how the rest is computed, and in which form large weights are; not the threads."""
         return {"name": self.name, "version": ov.__version__, "rest": self.rest, "halves": self.halved}
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> Sequence[Mapping[str, Any]]:
+    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
         """See `export`."""
         export(model, example, folder, halves=self.halved, threads=self.threads)
-        return table(model, examine(model))
 
     def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
         """Compiled for so many rows."""

@@ -139,11 +139,9 @@ class TorchAO:
         versions = {"version": version("torchao"), "torch": torch.__version__.partition("+")[0]}
         return {"name": self.name, "form": self.form, "device": torch.device(self.device).type, **versions}
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> Sequence[Mapping[str, Any]]:
+    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
         """The table alone: the artefact is what it runs."""
-        rows = rows_of(model, self.form)
-        write_manifest(folder, {"sites": rows})
-        return rows
+        write_manifest(folder, {"sites": rows_of(model, self.form)})
 
     def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
         """A copy of the model on the device; int8 is first asked whether it is exact there."""

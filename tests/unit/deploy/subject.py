@@ -38,19 +38,21 @@ def small_unet() -> nn.Module:
     )
 
 
-def one_level_unet() -> nn.Module:
-    """Half the layers: shortcuts, attention and temporal layers, but nothing that changes the resolution."""
-    return generic(
-        lambda: UNet2DModel(
-            sample_size=8,
-            block_out_channels=(32,),
-            layers_per_block=1,
-            down_block_types=("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",),
-            norm_num_groups=8,
-            attention_head_dim=16,
-        )
-    )
+def one_level_unet(**fewer: Any) -> nn.Module:
+    """Half the layers: shortcuts, attention and temporal layers, but nothing that changes the resolution.
+
+    `fewer` are further settings of the network, for less of it.
+    """
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32,),
+        "layers_per_block": 1,
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",),
+        "norm_num_groups": 8,
+        "attention_head_dim": 16,
+    }
+    return generic(lambda: UNet2DModel(**{**settings, **fewer}))
 
 
 def model_of(unet: nn.Module, **choices: Any) -> QuantizedUNet:

@@ -199,7 +199,8 @@ def test_a_row_says_what_is_executed_and_why_not(models: Mapping[str, QuantizedU
     assert row("float inputs", "int4", attention)["executed"] == "int4"
     shared = row("split", "int4", "up_blocks.0.resnets.0.conv_shortcut")
     assert (shared["executed"], shared["products"], shared["weight_bits"]) == ("int4", 2, "4")
-    rows = TorchAO("int4", "cpu").export(models["split"], {}, tmp_path)
+    rows = rows_of(models["split"], "int4")
+    TorchAO("int4", "cpu").export(models["split"], {}, tmp_path)
     assert read_manifest(tmp_path)["sites"] == rows
     assert len(rows) == sum(isinstance(module, nn.Linear | nn.Conv2d) for module in models["split"].unet.modules())
 
