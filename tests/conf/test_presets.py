@@ -258,10 +258,11 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_architectures_have_the_published_size(name: str) -> None:
-    config: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml").denoiser.config)
+    model: Any = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    config: Any = OmegaConf.to_container(model.denoiser.config)
     with torch.device("meta"):
         if name == "ddim_cifar10":
-            networks = (compvis.ddim_unet(config),)
+            networks: Any = (compvis.ddim_unet(config),)
         else:
             params = config["model"]["params"]
             networks = (
@@ -270,3 +271,6 @@ def test_architectures_have_the_published_size(name: str) -> None:
             )
     counts = tuple(sum(p.numel() for p in network.parameters()) for network in networks)
     assert counts == PARAMETERS[name][: len(counts)]
+    assert (
+        model.protocol.encoding_width == networks[0].config["block_out_channels"][0]
+    )  # TDQ reads timesteps as the network does

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.weights import DoesNotFit
+from tfmq_exp.deploy.weights import DoesNotFit, per_row
 from tfmq_exp.quant.forms.duq import Duq
 from tfmq_exp.quant.forms.lsq import Lsq
 from tfmq_exp.quant.forms.qil import Qil
@@ -112,27 +112,22 @@ class StepGrid:
     def placed(self, x: Float[Tensor, "entries *rest"]) -> Float[Tensor, "entries *rest"]:
         """u: every row in steps of its entry, by the simulation's own operations; in the precision of `x`."""
         if bool(self.offset.any()):
-            x = x - along(x, self.offset.to(x))
-        u = x / along(x, self.scale.to(x))
+            x = x - per_row(self.offset.to(x), x.dim())
+        u = x / per_row(self.scale.to(x), x.dim())
         if not bool(self.pruned.any()):
             return u
-        dead, pruned = (along(x, part.to(x)) for part in (self.dead, self.pruned))
+        dead, pruned = (per_row(part.to(x), x.dim()) for part in (self.dead, self.pruned))
         return (u - u.clamp(-dead, dead)) / (1 - pruned)
 
     def codes(self, x: Float[Tensor, "entries *rest"]) -> Float[Tensor, "entries *rest"]:
         """q, as floats: bit by bit those of the simulation."""
-        shifted = self.placed(x).round_().add_(along(x, self.zero_point))
-        return shifted.clamp_(along(x, self.lowest), along(x, self.highest))
+        shifted = self.placed(x).round_().add_(per_row(self.zero_point, x.dim()))
+        return shifted.clamp_(per_row(self.lowest, x.dim()), per_row(self.highest, x.dim()))
 
     def real(self, codes: Float[Tensor, "entries *rest"]) -> Float[Tensor, "entries *rest"]:
         """What codes stand for."""
-        zero_point, unit, offset = (along(codes, part) for part in (self.zero_point, self.unit, self.offset))
+        zero_point, unit, offset = (per_row(part, codes.dim()) for part in (self.zero_point, self.unit, self.offset))
         return (codes - zero_point) * unit + offset
-
-
-def along(x: Float[Tensor, "entries *rest"], part: Float[Tensor, "entries"]) -> Tensor:
-    """One number per row, in the shape that broadcasts against `x`."""
-    return part.reshape(-1, *(1,) * (x.dim() - 1))
 
 
 @dataclass(frozen=True)

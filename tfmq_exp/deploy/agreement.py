@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.activations import Grid, along
+from tfmq_exp.deploy.activations import Grid
 from tfmq_exp.deploy.convert import Converted
 from tfmq_exp.deploy.loader import settings
 from tfmq_exp.deploy.sites import Site, site_of
+from tfmq_exp.deploy.weights import per_row
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 TOLERANCE = 1e-5  # of the largest output
@@ -115,7 +116,7 @@ def at_tie(grid: Grid | None, x: Tensor, steps: Int[Tensor, "batch"]) -> Bool[Te
         return torch.zeros_like(x, dtype=torch.bool)
     rows = grid.of_rows(x, steps)
     u = rows.placed(x.double())
-    scale, zero_point, offset = (along(x, part) for part in (rows.scale, rows.zero_point, rows.offset))
-    width, kept = along(x, rows.highest - rows.lowest + 1), along(x, 1 - rows.pruned)
+    scale, zero_point, offset = (per_row(part, x.dim()) for part in (rows.scale, rows.zero_point, rows.offset))
+    width, kept = per_row(rows.highest - rows.lowest + 1, x.dim()), per_row(1 - rows.pruned, x.dim())
     size = torch.stack(torch.broadcast_tensors((x.abs() + offset.abs()) / scale, (u + zero_point).abs(), width)).amax(0)
     return (u - u.floor() - 0.5).abs() < STEP_ERROR * size / kept

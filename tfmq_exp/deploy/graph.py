@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tfmq_exp.deploy.activations import BYTE_VALUES
 from tfmq_exp.deploy.levels import Node, centred, constant, levels, moves, offset_of, on_grid
 from tfmq_exp.deploy.sites import Piece, Site
-from tfmq_exp.deploy.weights import PAIR_SAFE, SignedWeight, per_channel
+from tfmq_exp.deploy.weights import PAIR_SAFE, SignedWeight, per_row
 
 # weights -------------------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def nibbles(codes: Tensor) -> Node:
 
 def shaped(values: Tensor, dims: int, dtype: Any) -> Node:
     """A constant with one value per output channel."""
-    return ops.constant(per_channel(values, dims).numpy().astype(dtype))
+    return ops.constant(per_row(values, dims).numpy().astype(dtype))
 
 
 def integer_weight(weight: SignedWeight, *, halved: bool) -> Node:

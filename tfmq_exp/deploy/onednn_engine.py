@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.activations import StepGrid, along
+from tfmq_exp.deploy.activations import StepGrid
 from tfmq_exp.deploy.engine import Prediction, write_manifest
 from tfmq_exp.deploy.sites import Piece, Site, examine, table
-from tfmq_exp.deploy.weights import PAIR_SAFE, SignedWeight, halves
+from tfmq_exp.deploy.weights import PAIR_SAFE, SignedWeight, halves, per_row
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.layers import QuantLayer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -70,7 +70,7 @@ class IntegerProduct(nn.Module):
             grid = self.grid.of_rows(x, self.clock.index)
             kinds = torch.stack(grid.parts, dim=1).unique(dim=0, return_inverse=True)[1]
             y = by_rows(x, kinds, lambda part, rows: self.product(part, grid.taken(rows)))
-        return y + along(y, grid.offset) * self.of_ones(x) if bool(grid.offset.any()) else y
+        return y + per_row(grid.offset, y.dim()) * self.of_ones(x) if bool(grid.offset.any()) else y
 
     def product(self, x: Tensor, grid: StepGrid) -> Tensor:
         """All rows on one grid, but for what its offset adds."""

@@ -43,7 +43,7 @@ class SignedWeight:
     @property
     def signed(self) -> Int8[Tensor, "out *rest"]:
         """What the engine multiplies with."""
-        return (self.stored.to(torch.int16) - per_channel(self.shift, self.stored.dim())).to(torch.int8)
+        return (self.stored.to(torch.int16) - per_row(self.shift, self.stored.dim())).to(torch.int8)
 
     @property
     def reach(self) -> int:
@@ -65,11 +65,11 @@ class SignedWeight:
         """Sums over the inputs in double precision."""
         total = self.signed.sum(1, keepdim=True, dtype=torch.int64).double()
         dims, inputs = self.stored.dim(), self.stored.shape[1]
-        return (total + per_channel(self.offset.double() * inputs, dims)) * per_channel(self.scale.double(), dims)
+        return (total + per_row(self.offset.double() * inputs, dims)) * per_row(self.scale.double(), dims)
 
 
-def per_channel(values: Tensor, dims: int) -> Tensor:
-    """One value per output channel, in the shape that broadcasts against a weight of so many dimensions."""
+def per_row(values: Tensor, dims: int) -> Tensor:
+    """One value per row, in the shape that broadcasts against a tensor of so many dimensions: rows of weights are output channels."""
     return values.reshape(-1, *(1,) * (dims - 1))
 
 

@@ -59,6 +59,7 @@ COUNTS = (
     "qat_iterations",
     "qat_batch",
     "qat_observed",
+    "encoding_width",
 )
 RATES = (
     "learning_rate",

@@ -15,12 +15,12 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 from tests.unit.deploy.subject import CASES as SHARED
 from tests.unit.deploy.subject import inputs, model_of, one_level_unet, weight
 from tfmq_exp.deploy import engine, torchao_engine, torchao_products
-from tfmq_exp.deploy.activations import StepGrid, along
+from tfmq_exp.deploy.activations import StepGrid
 from tfmq_exp.deploy.engine import read_manifest
 from tfmq_exp.deploy.sites import Piece, Site, examine
 from tfmq_exp.deploy.torchao_engine import PRODUCTS, MatrixLayer, TorchAO, obstacle, rows_of
 from tfmq_exp.deploy.torchao_products import Fp8Product, Int4Product, Int8Product
-from tfmq_exp.deploy.weights import signed_weight
+from tfmq_exp.deploy.weights import per_row, signed_weight
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -160,7 +160,7 @@ def test_int8_with_all_that_a_grid_can_have(zero_point: float, offset: float) ->
     grid = grid_at([0.5, 0.03125], [-7.0, 120.0], gain=1.5, offset=offset)
     steps = torch.tensor([1, 0, 1])
     codes = torch.randint(-100, 156, (3, 5, 37), generator=torch.Generator().manual_seed(0)).double()
-    x = (along(codes, grid.scale[steps]) * (codes - along(codes, grid.zero_point[steps])) + offset).float()
+    x = (per_row(grid.scale[steps], 3) * (codes - per_row(grid.zero_point[steps], 3)) + offset).float()
     real = 1.5 * (x.double() - offset) + offset
     ((scale, value),) = plain((parts,))
     wanted = (real @ (scale * value).T).flatten(0, 1)
@@ -242,7 +242,7 @@ def test_sizes_and_devices_pass_torchs_checks_for_cuda() -> None:
         int8.grid = torchao_products.on(int8.grid, device)
         x, steps = torch.empty(3, 37, 5, 5, device=device), torch.zeros(3, dtype=torch.long, device=device)
         with mock.patch.object(
-            StepGrid, "placed", lambda grid, x: x / along(x, grid.scale)
+            StepGrid, "placed", lambda grid, x: x / per_row(grid.scale, x.dim())
         ):  # the true one looks at numbers
             found = [int8(x, steps), *(made(piece, 1, device)(x, steps) for made in (Fp8Product, Int4Product))]
         for y in found:
