@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 from tfmq_exp.reporting.diagnosis_figures import short_name
 
@@ -156,19 +157,32 @@ def liveliest(runs: Sequence[Dynamics], count: int = LINES) -> list[str]:
 
 
 def draw(runs: Sequence[Dynamics], path: Path) -> None:
-    """Some activations: intervals of every run, and the deviation of the first run's values, over the timesteps."""
-    names = liveliest(runs)
+    """Some activations: intervals of every run, and the deviation of the first run's values, over the timesteps.
+
+    Seeds of one method share its colour. Both axes begin at zero, so that what hardly changes looks like it.
+    """
+    names, methods = liveliest(runs), list(dict.fromkeys(run.name for run in runs))
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.2 * len(names)), squeeze=False, layout="constrained")
     for name, axis in zip(names, axes[:, 0], strict=True):
         for run in runs:
-            axis.plot(run.t, run.interval[name], label=run.label)
+            axis.plot(run.t, run.interval[name], color=f"C{methods.index(run.name)}")
         beside = axis.twinx()
         beside.plot(runs[0].t, runs[0].deviation[name], color="0.6", linestyle="--")
-        beside.set_ylabel("deviation (dashed)")
+        beside.set_ylabel("deviation")
         axis.set_title(short_name(name), fontsize=9)
         axis.set_ylabel("interval")
+        for values in (axis, beside):
+            values.set_ylim(0, 1.1 * values.dataLim.y1)
         axis.invert_xaxis()
-    axes[0, 0].legend(fontsize=7)
+    colours = [Line2D([], [], color=f"C{index}") for index in range(len(methods))]
+    seeds = {method: ", ".join(str(run.seed) for run in runs if run.name == method) for method in methods}
+    figure.legend(
+        [*colours, Line2D([], [], color="0.6", linestyle="--")],
+        [*(f"{method}, seed {seeds[method]}" for method in methods), f"deviation of values, {runs[0].label}"],
+        loc="outside upper center",
+        ncols=2,
+        fontsize=8,
+    )
     axes[-1, 0].set_xlabel("timestep t (sampling goes to the right)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
