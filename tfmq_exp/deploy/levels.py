@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.activations import Grid, LiveGrid
 from tfmq_exp.quant.functional import SMALLEST_SCALE
+from tfmq_exp.quant.sources.dynamic import Dynamic
 from tfmq_exp.quant.sources.generated import softplus_inverse
 from tfmq_exp.quant.sources.statistics import STATISTICS, FromStatistics
-from tfmq_exp.quant.spec import QuantSpec
 
 Node = Any  # openvino's nodes and outputs
 
@@ -105,7 +105,7 @@ def live_levels(x: Node, grid: LiveGrid, at: Mapping[str, Node], count: int) -> 
     if isinstance(grid.source, FromStatistics):
         scale, shift = generated(x, grid.source, at), None
     else:
-        scale, shift = from_ends(x, spec, grid.source.per)
+        scale, shift = from_ends(x, grid.source)
     u = shrunk(ops.divide(x, scale), rule.pruned * rule.highest, 1 - rule.pruned)
     unit = scale if rule.gain == 1 else ops.multiply(scale, constant(rule.gain))
     if shift is None:
@@ -115,11 +115,11 @@ def live_levels(x: Node, grid: LiveGrid, at: Mapping[str, Node], count: int) -> 
     return Levels(rounded(u, 1.0, rule.lowest - centre, rule.highest - centre, count), unit, shift)
 
 
-def from_ends(x: Node, spec: QuantSpec, per: str) -> tuple[Node, Node | None]:
+def from_ends(x: Node, source: Dynamic) -> tuple[Node, Node | None]:
     """Scale, and zero point minus half of the levels, from the ends of `x` widened to hold zero: `quant.sources.dynamic`."""
-    over, zero = axes_of(x, 0 if per == "tensor" else 1), constant(0.0)
-    low = ops.minimum(ops.reduce_min(x, over, keep_dims=True), zero)
-    high = ops.maximum(ops.reduce_max(x, over, keep_dims=True), zero)
+    spec, over, zero = source.spec, axes_of(x, 0 if source.per == "tensor" else 1), constant(0.0)
+    low = ops.multiply(ops.minimum(ops.reduce_min(x, over, keep_dims=True), zero), constant(source.widened))
+    high = ops.multiply(ops.maximum(ops.reduce_max(x, over, keep_dims=True), zero), constant(source.widened))
     if spec.scheme == "symmetric":
         reach = ops.maximum(ops.negative(low), high)
         scale = ops.divide(reach, constant((spec.levels - 2) / 2))

@@ -15,7 +15,7 @@ WEIGHT_BITS = range(2, 9)
 INPUT_BITS = range(4, 9)
 TRAINED_INPUT_BITS = range(2, 9)  # fewer levels than a range alone can place
 PROBABILITY_BITS = range(4, 17)
-
+OPERANDS = ("query", "key", "value")  # and "probabilities"
 
 Bits = int | Sequence[int]  # several activation widths: which acts is chosen per sampling step
 
@@ -194,8 +194,10 @@ class SurgeryPlan:
             if not any(fnmatchcase(name, pattern) for name in anatomy.sites):
                 raise ValueError(f"the pattern {pattern!r} in surgery.sites matches no layer")
 
-        def activation(bits: Bits | None, role: Role | None, scheme: Scheme | None = None) -> ActivationPlan | None:
-            kind, scale = scheme or self.grids.activations, scales.of(role)
+        def activation(
+            name: str, bits: Bits | None, role: Role | None, scheme: Scheme | None = None
+        ) -> ActivationPlan | None:
+            kind, scale = scheme or self.grids.activations, scales.of(role).of_its_own(name)
             if self.forms:
                 kind, centre = self.forms.grid(role, kind)
                 scale = self.forms.scale(scale, centre)
@@ -208,17 +210,18 @@ class SurgeryPlan:
             if plan.weight or plan.input or plan.output:
                 table[name] = ResolvedSite(
                     self.grids.weight(plan.weight),
-                    activation(plan.input, site.role),
-                    activation(plan.output, site.role),
+                    activation(f"{name}.input", plan.input, site.role),
+                    activation(f"{name}.output", plan.output, site.role),
                     site.split if self.split_shortcuts else None,
                 )
-        operand = activation(self.attention.operands, None)
-        quantizers = {part: operand for part in ("query", "key", "value")} if operand else {}
-        if probabilities := activation(self.attention.probabilities, None, "unsigned"):
-            quantizers["probabilities"] = probabilities
-        if not table and not quantizers:
+        operands: dict[str, dict[str, ActivationPlan]] = {}
+        for name in attentions:
+            lines = {part: activation(f"{name}.{part}", self.attention.operands, None) for part in OPERANDS}
+            lines["probabilities"] = activation(f"{name}.probabilities", self.attention.probabilities, None, "unsigned")
+            if there := {part: line for part, line in lines.items() if line}:
+                operands[name] = there
+        if not table and not operands:
             raise ValueError("this plan quantizes nothing: every role is float")
-        operands = {name: quantizers for name in attentions} if quantizers else {}
         trained = self.forms.weights if self.forms else None
         return ResolvedPlan(table, operands, timesteps, self._tied(anatomy, table), trained)
 

@@ -1,13 +1,13 @@
 """Where activation scales come from: records of choices, each of which makes one source."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from tfmq_exp.denoisers.anatomy import TEMPORAL_ROLES, Role
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.encodings import TimeEncoding, encoding_from_json, encoding_to_json
-from tfmq_exp.quant.forms.base import Form
+from tfmq_exp.quant.forms.base import Form, Levels
 from tfmq_exp.quant.forms.settled import form_from_json, form_to_json
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.trained import Centre, TrainedQuantizer, checked_centre
@@ -20,6 +20,7 @@ from tfmq_exp.quant.sources.per_step import PerStep
 from tfmq_exp.quant.sources.static import Static
 from tfmq_exp.quant.sources.statistics import FromStatistics
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.sampling.seeds import derive_seed
 
 
 class Scale(Protocol):
@@ -36,6 +37,10 @@ class Scale(Protocol):
     def merged(self) -> "Scale":
         """What is left of it once calibration and learning are over."""
         ...
+
+    def of_its_own(self, name: str) -> "Scale":
+        """The same for the activation of this name, which draws random numbers of its own where any are drawn."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,11 @@ class DynamicScale(Scale):
     """That of the tensor at hand: `Dynamic`."""
 
     per: Literal["tensor", "sample"]
+    levels: Levels = "full"
 
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
         """`Dynamic`."""
-        return Dynamic(spec, self.per)
+        return Dynamic(spec, self.per, self.levels)
 
     def merged(self) -> Scale:
         """Nothing can be computed beforehand."""
@@ -126,6 +132,10 @@ class GeneratedScale(Scale):
         """`Generated`, whose arguments have the names of the fields here."""
         return Generated(spec, clock, **vars(self))
 
+    def of_its_own(self, name: str) -> Scale:
+        """Another start of the network."""
+        return replace(self, seed=derive_seed(self.seed, name))
+
     def merged(self) -> Scale:
         """The network's values on the finite set."""
         return PerStepScale(0.0)
@@ -146,6 +156,10 @@ class StatisticsScale(Scale):
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
         """`FromStatistics`, whose arguments have the names of the fields here."""
         return FromStatistics(spec, clock, **vars(self))
+
+    def of_its_own(self, name: str) -> Scale:
+        """Another start of the network."""
+        return replace(self, seed=derive_seed(self.seed, name))
 
     def merged(self) -> Scale:
         """The network, which needs the activation; no more of how it was made."""
@@ -176,6 +190,10 @@ class TrainedScale(Scale):
     def quantizer(self, spec: QuantSpec, clock: StepClock) -> AffineQuantizer:
         """`TrainedQuantizer`."""
         return TrainedQuantizer(self.source(spec, clock), self.form, self.centre)
+
+    def of_its_own(self, name: str) -> Scale:
+        """That of `scale`."""
+        return replace(self, scale=self.scale.of_its_own(name))
 
     def merged(self) -> Scale:
         """The same without noise, on what is left of the scale."""
@@ -212,7 +230,7 @@ def scale_to_json(scale: Scale) -> dict[str, Any]:
         case IntervalScale():
             return {"kind": "intervals", "count": scale.count, "train_timesteps": scale.train_timesteps}
         case DynamicScale():
-            return {"kind": "dynamic", "per": scale.per}
+            return {"kind": "dynamic", "per": scale.per, "levels": scale.levels}
         case StatisticsScale():
             encoding = None if scale.encoding is None else encoding_to_json(scale.encoding)
             return {"kind": "statistics", "encoding": encoding, "hidden": list(scale.hidden)}
@@ -234,7 +252,7 @@ def scale_from_json(data: Mapping[str, Any]) -> Scale:
         case "intervals":
             return IntervalScale(data["count"], data["train_timesteps"]).merged()
         case "dynamic":
-            return DynamicScale(data["per"])
+            return DynamicScale(data["per"], data["levels"])
         case "statistics":
             encoding = None if data["encoding"] is None else encoding_from_json(data["encoding"])
             return StatisticsScale(encoding, tuple(data["hidden"]))

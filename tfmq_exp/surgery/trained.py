@@ -109,7 +109,9 @@ def penalty(model: QuantizedUNet) -> Tensor:
 
     Steps that a network makes of the timestep are taken at `SPREAD` timesteps all over the finite set.
     """
-    decaying = [quantizer for quantizer in trained_quantizers(model) if quantizer.form.decay]
+    # layers that are one in the original network share their steps, which count once
+    owners = {id(next(q.parameters(), q)): q for q in trained_quantizers(model) if q.form.decay}
+    decaying = list(owners.values())
     total = torch.zeros((), device=next(model.parameters()).device)
     times = torch.tensor(model.clock.timesteps[:: -(-model.clock.num_steps // SPREAD)], device=total.device)
     generated = dict(model.bank.scales(times)) if model.bank and decaying else {}

@@ -206,7 +206,6 @@ def fit(
     trainer = task.means.trainer(
         max_steps=protocol.iterations,
         callbacks=callbacks,
-        enable_checkpointing=processes.first,
         precision=protocol.precision,
     )
     done = int(checkpoint.stem) if checkpoint else 0

@@ -12,7 +12,7 @@ from tfmq_exp.quant.forms.lsq import Lsq
 from tfmq_exp.quant.forms.stepped import Rule, inside, stepped
 
 BINS = 256  # of the histogram of rounding errors, in the release
-COUNTED = 65536  # errors at most
+COUNTED = 65536  # errors, at most
 QUANTILES = 4096  # at which the inverse of its distribution function is tabulated
 
 
@@ -44,10 +44,13 @@ class Nipq(Form):
 def like_errors(errors: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Independent values with the distribution of `errors`: that of a histogram over [-1/2, 1/2], uniform in each bin.
 
-    Values outside that interval do not count; uniform where none is inside. Of many values every k-th is counted. Draws from
-    torch's generator of the device.
+    Values outside that interval do not count; uniform where none is inside. Of many values, random ones are counted: equal
+    steps would meet the same column of every image, or the same tap of every kernel. Draws from torch's generator of the device.
     """
-    counts = torch.histc(errors.flatten()[:: -(-errors.numel() // COUNTED)].float(), BINS, -0.5, 0.5)
+    seen = errors.flatten()
+    if len(seen) > COUNTED:
+        seen = seen[torch.randint(len(seen), (COUNTED,), device=seen.device)]
+    counts = torch.histc(seen.float(), BINS, -0.5, 0.5)
     values = quantiles(torch.where(counts.sum() > 0, counts, torch.ones_like(counts)))
     # looked up and not searched for value by value, which takes longer than all the rest of a training step
     place = torch.rand(errors.numel(), device=errors.device).mul_(QUANTILES)
