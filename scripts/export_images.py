@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tfmq_exp.evaluation.npz_images import write_npz
-from tfmq_exp.experiment.store import Entry, write_atomically
+from tfmq_exp.experiment.store import Entry
+from tfmq_exp.files import write_atomically
 
 
 def main() -> int:

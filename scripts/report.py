@@ -12,6 +12,7 @@ import sys
 import webbrowser
 from pathlib import Path
 
+from tfmq_exp.files import write_atomically
 from tfmq_exp.reporting.html.page import page
 from tfmq_exp.reporting.html.runs import collect
 from tfmq_exp.reporting.published import read_published
@@ -26,9 +27,7 @@ def main() -> int:
         runs = collect(args.sources)
         text = page(runs, read_published(PUBLISHED))
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.out.with_name(f"{args.out.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(args.out)
+        write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

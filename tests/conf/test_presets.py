@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.smoke.jobs import CONF, composed
 from tfmq_exp.denoisers import compvis, first_stage
+from tfmq_exp.quant.forms.lsq import Lsq
 from tfmq_exp.reporting.agreement import clip_network, published_calls
 from tfmq_exp.reporting.comparison import AS_PRINTED
 from tfmq_exp.reporting.published import PublishedRow, read_published
@@ -108,6 +110,13 @@ def rows_of(preset: str) -> list[PublishedRow]:
     found = [row for row in PUBLISHED if (row.paper, row.table, row.model) == (paper, table, model)]
     assert found
     return found
+
+
+def test_released_lsq_scales_the_gradients_of_weights_alone(tmp_path: Path) -> None:
+    forms = instantiate(composed(tmp_path, "method=lsq", "method/surgery=trained_as_released").method.surgery.forms)
+    assert forms.activations == Lsq("official", scaled=False)
+    assert forms.weights == Lsq("official", scaled=True)
+    assert instantiate(composed(tmp_path, "method=lsq").method.surgery.forms).activations == Lsq()
 
 
 def test_every_preset_is_compared_with_a_published_table() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from tests.conftest import TIMESTEPS, example_inputs, quantizable
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.experiment.store import describe
+from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.encodings import Frequency
-from tfmq_exp.quant.forms.base import Form
+from tfmq_exp.quant.forms.base import Form, Levels
 from tfmq_exp.quant.forms.duq import Duq
 from tfmq_exp.quant.forms.lsq import Lsq
 from tfmq_exp.quant.forms.nipq import Nipq
@@ -25,6 +27,7 @@ from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.trained import TrainedQuantizer, TrainedWeightQuantizer
 from tfmq_exp.quant.sources.base import RunningRange
 from tfmq_exp.quant.sources.per_step import PerStep
+from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.starts import Largest
 from tfmq_exp.surgery import artifact
 from tfmq_exp.surgery.forms import AFTER_SILU, FormPlan
@@ -281,6 +284,45 @@ def test_penalty_of_generated_clip_values_is_their_mean_over_the_finite_set(tiny
     by_hand = sum(0.25 * (3 * table).double().square().mean().item() for table in tables)
     assert penalty(model).item() == pytest.approx(by_hand, rel=1e-5)
     assert penalty(model).requires_grad
+
+
+def test_layers_that_are_one_in_the_original_are_penalised_once(tiny_unet: nn.Module) -> None:
+    """q, k and v with one clip value: its gradient is that of one quantizer, static or of a network."""
+    for scale in (StaticScale(), TDQ):
+        tied, free = (
+            begun(network(tiny_unet, Pact(decay=0.25), scale, weights=Lsq(), further={"tie_qkv": tie}))
+            for tie in (True, False)
+        )
+        quantizers = free.activation_quantizers()
+        sources: list[Any] = [q.source for name, q in quantizers.items() if not {"to_k", "to_v"} & set(name.split("."))]
+        assert len(sources) < len(quantizers)
+        clips = [float((s.table().scale if scale is TDQ else s.scale).detach().square().mean()) for s in sources]
+        assert penalty(tied).item() == pytest.approx(0.25 * 9 * sum(clips), rel=1e-5)
+
+
+def test_every_network_starts_on_its_own(tiny_unet: nn.Module) -> None:
+    """And all of them as the seed says."""
+    first, again, other = (
+        begun(network(tiny_unet, Lsq(), replace(TDQ, seed=seed), attention=AttentionPlan(3, 4))) for seed in (0, 0, 1)
+    )
+    starts = [
+        [q.source.mlp[0].weight.detach() for q in model.activation_quantizers().values()]  # type: ignore[index, union-attr]
+        for model in (first, again, other)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
+    different = [start.sum().item() for start in (*starts[0], *starts[2])]
+    assert len(set(different)) == len(different)
+
+
+@pytest.mark.parametrize("levels", ["full", "narrow", "official"])
+@pytest.mark.parametrize(("scheme", "bits"), [("symmetric", 3), ("symmetric", 4), ("unsigned", 3), ("unsigned", 4)])
+def test_ranges_at_run_time_keep_their_largest_value(levels: Levels, scheme: Scheme, bits: int) -> None:
+    record = FormPlan(Lsq(levels), Lsq(levels), Largest()).scale(DynamicScale("sample"), "zero")
+    quantizer = scale_from_json(scale_to_json(record.merged())).quantizer(QuantSpec(bits, scheme), StepClock(TIMESTEPS))
+    quantizer.mode = Mode.QUANTIZE
+    x = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) + 0.1
+    torch.testing.assert_close(quantizer.eval()(x).amax(dim=1), x.amax(dim=1))
+    assert quantizer(x).unique().numel() > 3
 
 
 def test_other_forms_have_no_penalty(tiny_unet: nn.Module) -> None:

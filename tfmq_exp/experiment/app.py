@@ -28,10 +28,11 @@ from tfmq_exp.experiment.results import score_records
 from tfmq_exp.experiment.score_table import show
 from tfmq_exp.experiment.stages import DiagnosisPlan, DiagnosticPlan, Stages
 from tfmq_exp.experiment.status import State
-from tfmq_exp.experiment.store import Store, write_json
+from tfmq_exp.experiment.store import Store
 from tfmq_exp.experiment.survey import estimate
 from tfmq_exp.experiment.together import together
 from tfmq_exp.experiment.tracking import points, run_card, score_summary, show_losses, write_csv
+from tfmq_exp.files import write_json
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures

@@ -19,8 +19,9 @@ from tfmq_exp.diagnostics.sensitivity import THIRDS, Yardstick, spread_over_step
 from tfmq_exp.evaluation.temporal_features import feature_errors
 from tfmq_exp.experiment.progress import Advance
 from tfmq_exp.experiment.stages import DiagnosisPlan, Stages
-from tfmq_exp.experiment.store import Entry, write_json
+from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.tracking import write_csv
+from tfmq_exp.files import write_json
 from tfmq_exp.reconstruction.partition import TemporalAware
 from tfmq_exp.reporting import diagnosis_figures as figures
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from tfmq_exp.experiment.store import DamagedEntry, Entry, Store, write_atomically, write_json
+from tfmq_exp.experiment.store import DamagedEntry, Entry, Store
+from tfmq_exp.files import write_atomically, write_json
 
 STAGE = "jobs"
 # What every job writes for itself, or a dashboard for it.

@@ -17,8 +17,9 @@ from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.temporal import measured_temporal_sites
 from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.experiment.progress import Bars
-from tfmq_exp.experiment.store import Entry, Store, write_atomically
+from tfmq_exp.experiment.store import Entry, Store
 from tfmq_exp.experiment.tracking import stage_summary
+from tfmq_exp.files import write_atomically
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.processes import Processes
 from tfmq_exp.reconstruction.run import Means

@@ -17,7 +17,8 @@ from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.evaluation.temporal_features import temporal_feature_error
 from tfmq_exp.evaluation.trajectory import trajectory_error
 from tfmq_exp.experiment.network_stages import NetworkStages
-from tfmq_exp.experiment.store import Entry, write_atomically, write_json
+from tfmq_exp.experiment.store import Entry
+from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.sampling.images import STREAM, ImagePlan, sample_shard
 
 

@@ -16,6 +16,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from tfmq_exp.files import write_json
+
 State = Literal["running", "done", "found", "planned", "failed", "interrupted", "died"]
 GOOD: tuple[State, ...] = ("done", "found", "planned")
 PATIENCE = 10.0  # seconds that a job which is started again waits for the end of its predecessor
@@ -56,10 +58,8 @@ class Status:
         return dataclasses.replace(self, state=state, ended=now(), reason=reason)
 
     def write(self, folder: Path) -> None:
-        """Into a run folder. Not by the store's means, whose import takes seconds."""
-        partial = folder / "status.json.partial"
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
-        partial.replace(folder / "status.json")
+        """Into a run folder."""
+        write_json(folder / "status.json", dataclasses.asdict(self))
 
 
 def now() -> str:

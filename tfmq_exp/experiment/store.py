@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 
 SCHEMA = 2  # part of every key: raise it when the meaning of stored files changes
@@ -75,23 +75,6 @@ def key_of(stage: str, inputs: Mapping[str, Any]) -> str:
     """The first 16 hex digits of a hash that does not depend on the order of keys."""
     text = json.dumps({"stage": stage, "schema": SCHEMA, "inputs": inputs}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name and move it into place: it is there whole, or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """JSON, atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))
 
 
 @dataclasses.dataclass(frozen=True)

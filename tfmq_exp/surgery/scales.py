@@ -252,7 +252,7 @@ def scale_from_json(data: Mapping[str, Any]) -> Scale:
         case "intervals":
             return IntervalScale(data["count"], data["train_timesteps"]).merged()
         case "dynamic":
-            return DynamicScale(data["per"], data["levels"])
+            return DynamicScale(data["per"], data.get("levels", "full"))  # older files leave no level out
         case "statistics":
             encoding = None if data["encoding"] is None else encoding_from_json(data["encoding"])
             return StatisticsScale(encoding, tuple(data["hidden"]))

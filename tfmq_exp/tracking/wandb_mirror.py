@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfmq_exp.files import write_atomically
 from tfmq_exp.tracking.mirror import Points, Rows, RunCard
 
 MODES = ("offline", "online")
@@ -71,9 +72,7 @@ def identity(folder: Path) -> str:
     """The run's id in Weights & Biases, kept in its folder from the first time on."""
     kept = folder / "wandb.id"
     if not kept.is_file():
-        partial = kept.with_name("wandb.id.partial")
-        partial.write_text(uuid.uuid4().hex[:16])
-        partial.replace(kept)
+        write_atomically(kept, lambda path: path.write_text(uuid.uuid4().hex[:16]))
     return kept.read_text()
 
 

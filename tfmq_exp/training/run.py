@@ -1,7 +1,9 @@
 """Train a quantized network from its float weights to the average that is kept, across interruptions."""
 
+import logging
 import resource
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -11,9 +13,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
+from tfmq_exp.files import write_atomically
 from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
 from tfmq_exp.reconstruction.report import Learned as Kept
@@ -29,6 +33,8 @@ from tfmq_exp.training.noise_prediction import loss, noisy
 
 UNIT = "network"  # what learns, to those who are told
 REPORTS = 1000  # of its loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,19 @@ class Checkpoints(pl.Callback):
         if time.monotonic() - self.last < self.every:
             return
         older = list(self.folder.glob("*.ckpt"))
+        self.folder.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(self.folder / f"{trainer.global_step:09d}.ckpt")
         for path in older:
             path.unlink()
         self.last = time.monotonic()
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all; Lightning's go through memory and the system's temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Straight beside the older one."""
+        write_atomically(Path(path), lambda partial: torch.save(checkpoint, partial))
 
 
 def prepared(task: TrainingTask, protocol: TrainingProtocol) -> tuple[QuantizationAwareTraining, Batches]:
@@ -187,8 +202,21 @@ def judge(lesson: QuantizationAwareTraining, batches: Batches, together: int) ->
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """That of the latest iteration, if there is one."""
-    return max(folder.glob("*.ckpt"), default=None)
+    """That of the latest iteration that is whole, if there is one; others are named and left out."""
+    for path in sorted(folder.glob("*.ckpt"), reverse=True):
+        if whole(path):
+            return path
+        log.warning("%s is damaged: the training goes on from an earlier checkpoint, or from its start", path)
+    return None
+
+
+def whole(path: Path) -> bool:
+    """Whether every byte of a zip archive, such as torch writes, is what was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def fit(
@@ -206,6 +234,7 @@ def fit(
     trainer = task.means.trainer(
         max_steps=protocol.iterations,
         callbacks=callbacks,
+        plugins=[WholeFiles()],
         precision=protocol.precision,
     )
     done = int(checkpoint.stem) if checkpoint else 0

@@ -35,6 +35,7 @@ SCALES: dict[str, Scale] = {
     "per step": PerStepScale(),
     "intervals": IntervalScale(2, 1000),
     "sample": DynamicScale("sample"),
+    "sample, fewer levels": DynamicScale("sample", "official"),
     "tensor": DynamicScale("tensor"),
     "statistics": StatisticsScale(None, (8, 8), last="default"),
     "statistics and time": StatisticsScale(Frequency(8), (8,), last="default"),
@@ -58,6 +59,9 @@ KINDS: dict[str, Kind] = {
     "nipq, about a learned centre": Kind(Nipq(), "static", centre="learned"),
     "lsq behind silu, per step": Kind(Lsq(), "per step", "unsigned", centre="silu"),
     "lsq of the tensor at hand": Kind(Lsq(), "sample"),
+    "released lsq of the tensor at hand, behind silu": Kind(
+        Lsq("official"), "sample, fewer levels", "unsigned", 3, "silu"
+    ),
     "duq": Kind(Duq(), "static"),
     "duq, per step, about a learned centre": Kind(Duq(), "per step", bits=6, centre="learned"),
     "duq of statistics": Kind(Duq(), "statistics"),
@@ -123,7 +127,7 @@ def test_codes_of_the_record_are_the_quantizers(name: str) -> None:
     quantizer = quantizer_of(kind, clock)
     grid = grid_of(quantizer, len(TIMESTEPS))
     assert isinstance(grid, StepGrid | LiveGrid)
-    assert isinstance(grid, LiveGrid) == (kind.scale in ("sample", "tensor", "statistics", "statistics and time"))
+    assert isinstance(grid, LiveGrid) == kind.scale.startswith(("sample", "tensor", "statistics"))
     x = noise(len(TIMESTEPS), 32, 6, 6) * 1.5
     with clock.at(torch.tensor(TIMESTEPS)), torch.no_grad():
         rows = grid.of_rows(x, STEPS)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tfmq_exp.experiment.store import Store, code_of, describe, key_of, write_atomically
+from tfmq_exp.experiment.store import Store, code_of, describe, key_of
+from tfmq_exp.files import write_atomically
 from tfmq_exp.quant.spec import QuantSpec
 
 

@@ -271,6 +271,15 @@ def test_noise_has_the_distribution_of_the_rounding_errors(shape: str) -> None:
     assert float(torch.corrcoef(torch.stack([noise, errors]))[0, 1]) == pytest.approx(0, abs=0.03)
 
 
+def test_errors_that_lie_at_equal_steps_are_counted_as_often_as_others() -> None:
+    """A kernel whose first tap rounds otherwise than the rest, in a weight with more values than are counted."""
+    torch.manual_seed(0)
+    errors = torch.full((128, 128, 3, 3), 0.3)
+    errors[:, :, 0, 0] = -0.4
+    noise = like_errors(errors)
+    assert float((noise < 0).double().mean()) == pytest.approx(1 / 9, abs=0.01)
+
+
 def test_noise_without_errors_is_uniform() -> None:
     torch.manual_seed(0)
     torch.testing.assert_close(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from tests.conftest import quantizable
@@ -213,6 +214,40 @@ def test_half_precision_and_a_bounded_gradient(tiny_unet: nn.Module) -> None:
     lesson = trained(tiny_unet, protocol, Mode.QUANTIZE)
     found: list[Any] = [p.grad for p in lesson.parameters_learned]
     assert torch.cat([g.flatten() for g in found]).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_float16_takes_its_scale_off_before_the_gradient_is_bounded(tiny_unet: nn.Module, parts: int) -> None:
+    """With the scaler that Lightning takes on a GPU: norms are those of float32, and a step that overflows is left out."""
+    protocol = replace(PROTOCOL, iterations=3, precision="16-mixed", parts=parts)
+    free, bounded = [norm_of(tiny_unet, replace(protocol, clip=clip), 1024.0)[1] for clip in (None, 1e-2)]
+    (exact,) = (norm_of(tiny_unet, replace(protocol, precision="32-true"), None)[1],)
+    assert free == pytest.approx(exact, rel=0.05)
+    assert bounded == pytest.approx([1e-2] * 3, rel=1e-3)
+    lesson, _ = norm_of(tiny_unet, protocol, 2.0**40)
+    assert all(bool(p.isfinite().all()) for p in lesson.parameters_learned)
+
+
+def norm_of(
+    unet: nn.Module, protocol: TrainingProtocol, scale: float | None
+) -> tuple[QuantizationAwareTraining, list[float]]:
+    """A training, and the gradient's norm at every step of its optimiser; with a scaler where there is a scale."""
+    model, learned = learner(unet)
+    lesson = QuantizationAwareTraining(model, learned, lambda: 0.0, TELLING, ALPHAS, protocol, seed=7)
+    norms: list[float] = []
+    bound = lesson.on_before_optimizer_step
+
+    def noted(optimizer: torch.optim.Optimizer) -> None:
+        bound(optimizer)
+        found: list[Any] = [p.grad for p in lesson.parameters_learned]
+        norms.append(float(torch.cat([g.flatten() for g in found]).norm()))
+
+    lesson.on_before_optimizer_step = noted  # type: ignore[method-assign]
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+    means = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if scaler else {"precision": protocol.precision}
+    trainer = quiet_trainer(torch.device("cpu"))(max_steps=protocol.iterations, **means)
+    trainer.fit(lesson.train(), Remaining(batches(protocol), 0, protocol.iterations))
+    return lesson, norms
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from tfmq_exp.reconstruction.report import Learned, UnitReport
 from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 from tfmq_exp.surgery.scales import GeneratedScale, ScalePlan
+from tfmq_exp.surgery.trained import trainable
 from tfmq_exp.training.examples import Examples
-from tfmq_exp.training.module import TrainingProtocol
-from tfmq_exp.training.run import TrainingTask, train
+from tfmq_exp.training.module import QuantizationAwareTraining, TrainingProtocol
+from tfmq_exp.training.run import TrainingTask, WholeFiles, last_checkpoint, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
@@ -115,3 +117,64 @@ def test_a_killed_training_ends_with_the_same_bits(
         heard.reports[0].error_before,
         heard.reports[0].error_after,
     )
+
+
+def test_a_damaged_checkpoint_is_named_and_left_out(
+    uninterrupted: tuple[QuantizedUNet, Told], tiny_unet: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = multiprocessing.get_context("fork").Process(target=trained, args=(tiny_unet, tmp_path, Told(4)))
+    child.start()
+    child.join()
+    (good,) = tmp_path.glob("*.ckpt")
+    content = bytearray(good.read_bytes())
+    (tmp_path / "000000004.ckpt").write_bytes(content[: len(content) // 2])  # a full disk
+    content[len(content) // 2] ^= 1
+    (tmp_path / "000000005.ckpt").write_bytes(content)  # a bit that has turned
+    (tmp_path / "000000006.ckpt").write_bytes(b"")
+    assert last_checkpoint(tmp_path) == good
+    assert [record.args[0].name for record in caplog.records] == [f"00000000{n}.ckpt" for n in (6, 5, 4)]  # type: ignore
+    model, _ = trained(tiny_unet, tmp_path, Told()), uninterrupted
+    state, other = model.state_dict(), uninterrupted[0].state_dict()
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_older_one(tmp_path: Path) -> None:
+    (tmp_path / "000000001.ckpt").write_bytes(b"older")
+    unwritable = {"tensor": torch.zeros(10), "function": lambda: None}  # which pickle refuses half-way
+    with pytest.raises(Exception, match="pickle"):
+        WholeFiles().save_checkpoint(unwritable, tmp_path / "000000002.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["000000001.ckpt"]
+
+
+def test_what_is_kept_is_the_average_of_what_was_trained_and_nothing_is_left_elsewhere(
+    tiny_unet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    means: list[torch.Tensor] = []
+    modes: set[bool] = set()
+    step, loss = QuantizationAwareTraining.step, QuantizationAwareTraining.loss
+
+    def noted(lesson: QuantizationAwareTraining, *args: Any) -> None:
+        means[:] = means or [p.detach().clone() for p in lesson.parameters_learned]
+        step(lesson, *args)
+        past = min(0.9, (1 + lesson.count) / (10 + lesson.count))
+        pairs = zip(means, lesson.parameters_learned, strict=True)
+        means[:] = [past * mean + (1 - past) * p.detach() for mean, p in pairs]
+        lasts[:] = [p.detach().clone() for p in lesson.parameters_learned]
+
+    def heard(lesson: QuantizationAwareTraining, *args: Any) -> torch.Tensor:
+        modes.add(lesson.model.training)
+        return loss(lesson, *args)
+
+    lasts: list[torch.Tensor] = []
+    monkeypatch.setattr(QuantizationAwareTraining, "step", noted)
+    monkeypatch.setattr(QuantizationAwareTraining, "loss", heard)
+    model = trained(tiny_unet, tmp_path / "checkpoints", Told())
+    kept = {id(p): p for group in trainable(model) for p in group}.values()
+    assert len(kept) == len(means)
+    for ours, mean in zip(kept, means, strict=True):
+        torch.testing.assert_close(ours, mean, rtol=1e-5, atol=1e-7)
+    assert any(not torch.allclose(ours, last, rtol=1e-4, atol=1e-6) for ours, last in zip(kept, lasts, strict=True))
+    assert modes == {True}  # dropout and noise act
+    assert list((tmp_path / "here").iterdir()) == []
