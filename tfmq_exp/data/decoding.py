@@ -70,7 +70,7 @@ def check_batch(size: int) -> None:
         raise ValueError(f"a batch holds at least one image, got {size}")
 
 
-def stacked(images: Iterable[Pixels], size: int) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
+def stacked(images: Iterable[Pixels], size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
     """Images `size` at a time, channels first."""
     images = iter(images)
     while batch := list(islice(images, size)):

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
 from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stacked
@@ -43,6 +45,7 @@ class ImageFolder:
         preparation: how an image becomes a square.
         listing: a text file with the relative paths of the images that count, one a line; null for all.
         origin: what belongs there and where it is published; a part of the message if it is missing.
+        grey: one channel, the images' luma (ITU-R 601), for networks of such images.
 
     Raises:
         FileNotFoundError: no such folder or listing, or a listed image is missing.
@@ -50,34 +53,43 @@ class ImageFolder:
     """
 
     def __init__(
-        self, path: str, size: int, preparation: Preparation, listing: str | None = None, origin: str = "any images"
+        self,
+        path: str,
+        size: int,
+        preparation: Preparation,
+        listing: str | None = None,
+        origin: str = "any images",
+        *,
+        grey: bool = False,
     ) -> None:
-        self.root, self.preparation = Path(path), preparation
+        self.root, self.preparation, self.grey = Path(path), preparation, grey
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of images at {path}; expected there: {origin} (nothing is downloaded)")
         self.names = find_images(self.root) if listing is None else read_listing(Path(listing), self.root)
         if not self.names:
             raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {listing or path}; expected: {origin}")
-        self.shape = (3, size, size)
+        self.shape = (1 if grey else 3, size, size)
         self.identity: Mapping[str, Any] = {
             "images": len(self.names),
             "files_sha256": hash_of_files(self.root, self.names),
             "size": size,
             "preparation": describe(preparation),
+            **({"grey": True} if grey else {}),
         }
 
     def __len__(self) -> int:
         """How many images."""
         return len(self.names)
 
-    def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
+    def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """All of them, `size` at a time; ValueError names the first that cannot be read."""
         check_batch(size)
         return stacked(in_order(self._decode, self.names), size)
 
     def _decode(self, name: str) -> Pixels:
         path = self.root / name
-        return decode(str(path), path, self.shape[1], self.preparation)
+        pixels = decode(str(path), path, self.shape[1], self.preparation)
+        return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if self.grey else pixels
 
 
 def read_listing(path: Path, root: Path) -> list[str]:

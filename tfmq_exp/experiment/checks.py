@@ -42,6 +42,10 @@ SEED = Kind("a whole number from 0 to 2**63 - 1", lambda value: whole(value) and
 THREADS = Kind(f"{COUNT.right}, or null", lambda value: value is None or COUNT.fits(value))
 RATE = Kind("a number above 0", lambda value: number(value) and value > 0)
 AMOUNT = Kind("a number, at least 0", lambda value: number(value) and value >= 0)
+BOUND = Kind(f"{RATE.right}, or null", lambda value: value is None or RATE.fits(value))
+SHARE = Kind("a number from 0 to 1", lambda value: number(value) and 0 <= value <= 1)
+POSITIVE_SHARE = Kind("a number above 0, at most 1", lambda value: number(value) and 0 < value <= 1)
+DECAY = Kind("a number, at least 0 and below 1", lambda value: number(value) and 0 <= value < 1)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 GOAL = Kind(f"one of {', '.join((*GOALS, DIAGNOSE, EXPORT))}", lambda value: value in (*GOALS, DIAGNOSE, EXPORT))
 
@@ -67,7 +71,6 @@ RATES = (
     "joint_scale_learning_rate",
     "qat_learning_rate",
     "qat_range_rate",
-    "qat_average",
 )
 KINDS = {
     "goal": GOAL,
@@ -76,6 +79,15 @@ KINDS = {
     **{f"model.protocol.{name}": COUNT for name in COUNTS},
     **{f"model.protocol.{name}": RATE for name in RATES},
     "model.protocol.qat_warmup": ANY_COUNT,
+    "model.protocol.qat_average": DECAY,
+    "model.protocol.qat_mirrored": SWITCH,
+    "method.weights.protocol.learning_rate": RATE,
+    "method.weights.protocol.range_rate": AMOUNT,
+    "method.weights.protocol.weight_decay": AMOUNT,
+    "method.weights.protocol.first_rate": POSITIVE_SHARE,
+    "method.weights.protocol.average": DECAY,
+    "method.weights.protocol.clip": BOUND,
+    "method.weights.protocol.untold": SHARE,
     "model.protocol.eta": AMOUNT,
     **dict.fromkeys(("runtime.batch", "runtime.processes", "runtime.parts"), COUNT),
     **dict.fromkeys(("runtime.cache_gib", "runtime.checkpoint_minutes"), AMOUNT),
@@ -95,6 +107,10 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=ABSENT)  # a model of one's own may do without some of them
         if value is not ABSENT and not kind.fits(value):
             raise ValueError(f"{key} must be {kind.right}, got {value!r}")
+    check_parts(cfg)
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        if key.startswith("data."):  # nothing else is asked for before it is needed
+            raise ValueError(f"{key} has no value: give it one, {key}=...")
     if cfg.goal == EXPORT and cfg.engine is None:
         raise ValueError("goal=export needs an engine to export for: engine=openvino, onednn or torchao")
     runtime = HydraConfig.get().runtime
@@ -102,6 +118,16 @@ def check(cfg: DictConfig) -> None:
     check_name(
         cfg.method.name, str(runtime.choices["method"]), {path.stem for d in folders for path in d.glob("*.yaml")}
     )
+
+
+def check_parts(cfg: DictConfig) -> None:
+    """ValueError for processes without a part of the batch where the scale of float16's gradients needs one."""
+    precision = OmegaConf.select(cfg, "method.weights.protocol.precision")
+    if precision == "16-mixed" and cfg.runtime.processes > cfg.runtime.parts:
+        raise ValueError(
+            f"at precision 16-mixed every process needs a part of the batch: runtime.parts must be at least "
+            f"{cfg.runtime.processes}, the number of processes, got {cfg.runtime.parts}"
+        )
 
 
 def check_name(name: str, chosen: str, methods: set[str]) -> None:

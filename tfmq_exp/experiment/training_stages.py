@@ -15,7 +15,7 @@ from tfmq_exp.data.source import ImageSource
 from tfmq_exp.experiment.float_stages import FloatStages
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
 from tfmq_exp.experiment.store import Entry
-from tfmq_exp.quant.sources.per_step import PerStep
+from tfmq_exp.quant.sources.intervals import Intervals
 from tfmq_exp.reconstruction.report import Keeper, Watcher
 from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
@@ -82,8 +82,14 @@ class TrainingStages(FloatStages):
         model = build(self.denoiser.unet, self.plan, self.method.weight_range)
         for name, quantizer in model.activation_quantizers().items():
             source = quantizer.source
-            if isinstance(source, PerStep) and len(source.scale) == model.clock.num_steps:
+            if source.per_step:
                 raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
+            if isinstance(source, Intervals) and source.unread:
+                few = len(source.scale)
+                raise ValueError(
+                    f"{name} would be trained with {few + source.unread} intervals, and the sampler's "
+                    f"{model.clock.num_steps} steps fall into {few} of them: take fewer intervals, or more steps"
+                )
 
         def compute(folder: Path) -> None:
             state = self.trained_state(folder).items()

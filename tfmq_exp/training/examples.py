@@ -59,7 +59,10 @@ def check_size(source: ImageSource, denoiser: Denoiser) -> None:
         blank = torch.zeros(1, *denoiser.sample_shape, device=denoiser.device)
         wanted = tuple(denoiser.first_stage.decode(blank).shape[1:])
     if source.shape != wanted:
-        raise ValueError(f"{denoiser.name} is trained on images {wanted}, these are {source.shape}")
+        raise ValueError(
+            f"{denoiser.name} is trained on images {wanted}, these are {source.shape}: channels, height, width; "
+            "data.size and data.grey of a folder of images say what becomes of them"
+        )
 
 
 def write(

@@ -1,6 +1,6 @@
 """One LightningModule trains a whole quantized network: its weights, the ranges of its quantizers, and what generates them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,23 @@ from tfmq_exp.surgery.trained import keep_valid
 from tfmq_exp.training.averaging import moving_average
 from tfmq_exp.training.batches import Batch
 from tfmq_exp.training.labels import Telling
-from tfmq_exp.training.noise_prediction import Norm, loss, noisy
+from tfmq_exp.training.noise_prediction import LOSSES, Norm, loss, noisy
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+COUNT = ("at least 1", lambda n: n >= 1)
+RATE = ("above 0", lambda x: x > 0)
+AMOUNT = ("at least 0", lambda x: x >= 0)
+# What fields of a protocol must be, in words, and whether a value is.
+RIGHT: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("iterations", "batch", "observed"), COUNT),
+    **dict.fromkeys(("learning_rate", "first_rate"), RATE),
+    **dict.fromkeys(("range_rate", "weight_decay", "warmup"), AMOUNT),
+    "loss": ("l1 or l2", lambda norm: norm in LOSSES),
+    "average": ("in [0, 1)", lambda decay: 0 <= decay < 1),
+    "clip": ("above 0, or null for any gradient", lambda norm: norm is None or norm > 0),
+    "untold": ("in [0, 1]", lambda share: 0 <= share <= 1),
+    "precision": (f"one of {', '.join(PRECISIONS)}", lambda kind: kind in PRECISIONS),
+}
 
 
 @dataclass(frozen=True)
@@ -62,17 +76,11 @@ class TrainingProtocol:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch", "observed"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, (right, fits) in RIGHT.items():
+            if not fits(value := getattr(self, name)):
+                raise ValueError(f"{name} must be {right}, got {value!r}")
         if not 1 <= self.parts <= self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
-        if self.loss not in ("l1", "l2"):
-            raise ValueError(f"the loss must be l1 or l2, got {self.loss!r}")
-        if not 0 <= self.untold <= 1:
-            raise ValueError(f"the share of dropped conditions must be in [0, 1], got {self.untold}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 class Learned(Protocol):

@@ -49,6 +49,15 @@ def test_all_images_come_in_the_order_of_their_paths(folder: Path) -> None:
     assert found.equal(expected())
 
 
+def test_grey_images_have_one_channel_of_luma(folder: Path) -> None:
+    source = ImageFolder(str(folder), 8, Unchanged(), grey=True)
+    assert source.shape == (1, 8, 8)
+    (found,) = source.batches(100)
+    weights = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)  # ITU-R BT.601
+    torch.testing.assert_close(found.float(), (expected() * weights).sum(1, keepdim=True), rtol=0, atol=1)
+    assert source.identity != ImageFolder(str(folder), 8, Unchanged()).identity
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 9, 10])
 def test_batches_have_the_size_asked_for_and_together_are_the_set(folder: Path, size: int) -> None:
     source = ImageFolder(str(folder), 8, Unchanged())

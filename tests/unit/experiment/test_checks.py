@@ -33,6 +33,11 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
         ("model.protocol.iterations", True, "a whole number, at least 1"),
         ("model.protocol.learning_rate", 0.0, "a number above 0"),
         ("model.protocol.eta", math.nan, "a number, at least 0"),
+        ("model.protocol.qat_average", 1.5, "a number, at least 0 and below 1"),
+        ("model.protocol.qat_mirrored", "no", "true or false"),
+        ("method.weights.protocol.clip", -1, "a number above 0, or null"),
+        ("method.weights.protocol.first_rate", 0, "a number above 0, at most 1"),
+        ("method.weights.protocol.untold", 2, "a number from 0 to 1"),
         ("runtime.batch", 2.0, "a whole number, at least 1"),
         ("runtime.threads", 0, "a whole number, at least 1, or null"),
         ("runtime.cache_gib", -1, "a number, at least 0"),
@@ -42,10 +47,27 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
 def test_a_value_that_cannot_be_right_is_named(right: DictConfig, key: str, value: object, right_ones: str) -> None:
     check(right)
     cfg = right.copy()
-    OmegaConf.update(cfg, key, value)
+    OmegaConf.update(cfg, key, value, force_add=True)
     with pytest.raises(ValueError, match=re.escape(f"{key} must be {right_ones}")) as error:
         check(cfg)
     assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_what_must_be_given_is_asked_for(right: DictConfig) -> None:
+    cfg = right.copy()
+    OmegaConf.update(cfg, "data", OmegaConf.load(CONF / "data" / "image_folder.yaml"), merge=False)
+    with pytest.raises(ValueError, match=r"data\.path has no value: give it one"):
+        check(cfg)
+
+
+def test_every_process_has_a_part_where_gradients_are_scaled(right: DictConfig) -> None:
+    cfg = right.copy()
+    OmegaConf.update(cfg, "method.weights.protocol.precision", "16-mixed", force_add=True)
+    OmegaConf.update(cfg, "runtime.processes", 2)
+    with pytest.raises(ValueError, match=r"runtime\.parts must be at least 2, the number of processes, got 1"):
+        check(cfg)
+    OmegaConf.update(cfg, "runtime.parts", 2)
+    check(cfg)
 
 
 def test_a_method_goes_by_the_name_of_its_file_or_by_one_of_no_other(right: DictConfig) -> None:
@@ -77,7 +99,7 @@ def test_every_number_of_a_protocol_is_looked_at() -> None:
             if isinstance(value, int | float):
                 found.setdefault(key, set()).add(type(value))
     assert {key for key, kinds in found.items() if kinds == {int}} == {*COUNTS, "qat_warmup"}
-    assert {key for key, kinds in found.items() if float in kinds} == {*RATES, "eta"}
+    assert {key for key, kinds in found.items() if float in kinds} == {*RATES, "eta", "qat_average"}
 
 
 def test_mistakes_are_told_before_torch_is_loaded() -> None:

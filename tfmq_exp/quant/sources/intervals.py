@@ -39,3 +39,4 @@ class Intervals(PerStep):
         used = sorted(set(parts))
         entries = [used.index(part) for part in parts]
         super().__init__(spec, clock, momentum=momentum, estimator=estimator, entry_of_step=entries)
+        self.unread = count - len(used)  # parts that no timestep falls into
