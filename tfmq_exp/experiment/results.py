@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.experiment.identity import INSIDE
 from tfmq_exp.experiment.stages import Stages
-from tfmq_exp.experiment.store import describe
+from tfmq_exp.experiment.store import describe, key_of
 from tfmq_exp.reporting.records import ScoreRecord
+
+LEARNING = "model.protocol."
 
 
 def protocol(stages: Stages) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def score_records(
             scores=scores,
             weights_bytes=size,
             choices=method_choices(),
+            settings=settings(cfg),
             errors=mean_errors(errors),
             quantized=quantized,
             cost=cost,
@@ -120,6 +123,14 @@ def method_choices() -> dict[str, str]:
     inside = {key: value for key, value in overrides.items() if key.startswith(INSIDE)}
     experiment = overrides.get("experiment", "")
     return inside | ({"experiment": experiment} if "as_released/" in experiment else {})
+
+
+def settings(cfg: DictConfig) -> dict[str, str]:
+    """What decides the method's numbers beside the seed, as `ScoreRecord` has it."""
+    plain: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"seed": 0}), resolve=True)
+    digest = key_of("settings", {"method": plain["method"], "quant": plain["quant"]})
+    named = [text for text in HydraConfig.get().overrides.task if text.startswith(("experiment=", LEARNING))]
+    return {"hash": digest[:8], "named": ", ".join(sorted(text.removeprefix(LEARNING) for text in named))}
 
 
 def _mean(rows: list[dict[str, Any]], column: str) -> float:

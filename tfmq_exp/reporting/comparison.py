@@ -155,7 +155,8 @@ def measured(record: ScoreRecord, score: str) -> float | None:
 def _settings(record: ScoreRecord) -> str:
     """What all seeds of one experiment share."""
     effort = [record.cost.get(name) for name in EFFORT]
-    return json.dumps([record.protocol, record.evaluator, record.quantized, effort], sort_keys=True)
+    method = record.settings.get("hash")
+    return json.dumps([record.protocol, record.evaluator, record.quantized, effort, method], sort_keys=True)
 
 
 def _best(

@@ -22,6 +22,8 @@ class ScoreRecord:
         errors: mean temporal-feature error and trajectory error against the float network; empty for the float row.
         quantized: shares of weights and MACs that are integer.
         cost: seconds by stage, peak memory, calibration samples, iterations.
+        settings: `hash` of all that the method is made of but the seed, and `named`, what a preset and the command line
+            changed outside the choices. Rows that differ here are no repetitions of each other.
     """
 
     model: str
@@ -38,6 +40,7 @@ class ScoreRecord:
     cost: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:

@@ -76,6 +76,21 @@ def label(record: ScoreRecord, group: str = "") -> str:
     return f"{record.method} ({', '.join(words)})" if words else record.method
 
 
+def names(records: Sequence[ScoreRecord]) -> list[str]:
+    """The label of each record; with the settings where one label would stand for several, which are no seeds of each other."""
+    ways: dict[tuple[str, str], dict[str, str]] = {}
+    for record in records:
+        if record.settings:
+            ways.setdefault((record.quant, label(record)), {})[record.settings["hash"]] = record.settings["named"]
+    found: list[str] = []
+    for record in records:
+        alike = ways.get((record.quant, label(record)), {})
+        told = list(alike.values()).count(record.settings.get("named", "")) == 1 and record.settings.get("named")
+        own = f" [{told or record.settings['hash']}]" if record.settings and len(alike) > 1 else ""
+        found.append(label(record) + own)
+    return found
+
+
 def execution(records: Sequence[ScoreRecord]) -> str:
     """How the quantized rows among these were computed, for a headline: simulated, by an engine, or some either way."""
     rows = [record for record in records if record.method != "float"]
@@ -111,8 +126,8 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
         raise ValueError(f"{len(protocols)} different protocols in one table; use `by_protocol` first")
     cols = columns(records[0].evaluator["name"])
     groups: dict[tuple[bool, str, str], list[ScoreRecord]] = {}
-    for record in records:
-        groups.setdefault((record.method != "float", record.quant, label(record)), []).append(record)
+    for record, name in zip(records, names(records), strict=True):
+        groups.setdefault((record.method != "float", record.quant, name), []).append(record)
     header = ["bits", "method", *[name for name, _, _ in cols], "seeds"]
     rows = []
     for (_, quant, name), members in sorted(
@@ -135,19 +150,23 @@ def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) ->
         ValueError: a method that no record is of, or a score that none has.
     """
     labels: dict[str, set[str]] = {}
-    for record in records:
-        labels.setdefault(record.method, set()).add(label(record))
+    named = list(zip(records, names(records), strict=True))
+    for record, name in named:
+        labels.setdefault(record.method, set()).add(name)
     if missing := [method for method in methods if method not in labels]:
         raise ValueError(f"no results of {', '.join(missing)}; there are {', '.join(sorted(labels))}")
     if not any(score in record.scores for record in records):
         raise ValueError(f"no record has the score {score!r}; there are {', '.join(sorted(records[0].scores))}")
-    names = [name for method in methods for name in sorted(labels[method])]
+    columns = [name for method in methods for name in sorted(labels[method])]
     rows = [
         [quant]
-        + [cell([r.scores.get(score) for r in records if (r.quant, label(r)) == (quant, name)], 3) for name in names]
+        + [
+            cell([r.scores.get(score) for r, name in named if (r.quant, name) == (quant, column)], 3)
+            for column in columns
+        ]
         for quant in sorted({r.quant for r in records if r.method in methods}, key=bits_order)
     ]
-    return ["bits", *names], rows
+    return ["bits", *columns], rows
 
 
 def bits_order(quant: str) -> tuple[int, ...]:

@@ -137,3 +137,24 @@ def test_an_engines_row_is_called_so_and_never_averaged_with_its_simulation() ->
     assert execution([FLOAT, *simulated, executed[0]]) == mixed
     other = dataclasses.replace(executed[0], quantized={"layers_executed": 0.25, "executed_in": ["fp8"]})
     assert execution([other]) == "executed by openvino in fp8 (25% of their layers)"
+
+
+def test_seeds_of_one_training_are_averaged_and_two_trainings_are_not() -> None:
+    def row(seed: int, fid: float, digest: str, named: str, method: str = "lsq") -> ScoreRecord:
+        return record(method, "w4a4", seed, fid, settings={"hash": digest, "named": named})
+
+    slow, fast = "experiment=short, qat_learning_rate=0.0001", "qat_learning_rate=0.001"
+    rows = [row(0, 1.0, "a", slow), row(1, 3.0, "a", slow), row(0, 7.0, "b", fast), row(0, 9.0, "c", "", "qil")]
+    _, found = table(rows)
+    assert [(line[1], line[2], line[-1]) for line in found] == [
+        (f"lsq [{slow}]", "2.000 ± 1.414", "2"),
+        (f"lsq [{fast}]", "7.000", "1"),
+        ("qil", "9.000", "1"),
+    ]
+    assert pivot(rows, "fid", ["lsq"]) == (
+        ["bits", f"lsq [{slow}]", f"lsq [{fast}]"],
+        [["w4a4", "2.000 ± 1.414", "7.000"]],
+    )
+    # what nobody named stands by its hash; records from before there were settings stay as they were
+    assert [line[1] for line in table([row(0, 1.0, "a", ""), row(0, 2.0, "b", "")])[1]] == ["lsq [a]", "lsq [b]"]
+    assert [line[1] for line in table([row(0, 1.0, "a", ""), record("lsq", "w4a4", 1, 2.0)])[1]] == ["lsq"]

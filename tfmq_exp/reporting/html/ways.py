@@ -94,7 +94,7 @@ def settings(record: ScoreRecord) -> dict[str, Any]:
     engine = record.quantized.get("engine")
     executed = {f"engine {key}": value for key, value in engine.items()} if isinstance(engine, Mapping) else {}
     plain = {key: value for key, value in record.quantized.items() if not isinstance(value, list | Mapping)}
-    return {**effort, **plain, **executed}
+    return {**effort, **plain, **executed, **({"settings": record.settings["hash"]} if record.settings else {})}
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
