@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from tfmq_exp.experiment import app
@@ -78,15 +79,14 @@ def switched_off(steps: Steps) -> Steps:
     return steps
 
 
-def medians(steps: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
-    """Median seconds of a step after one that is not counted."""
-    for step in steps.values():
-        step()
+def medians(steps: dict[str, Callable[[], float]], count: int, told: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of a step after one that is not counted; somebody is told of each."""
     found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(count):
+    for _ in range(1 + count):
         for name, step in steps.items():
             found[name].append(step())
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+            told()
+    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 
 def main() -> int:
@@ -96,10 +96,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=15)
     args, overrides = parser.parse_known_args()
     names = args.methods.split(",")
-    with tempfile.TemporaryDirectory() as folder:
-        steps: dict[str, Callable[[], float]] = {FLOAT: switched_off(Steps(names[0], folder, overrides))}
-        steps |= {name: Steps(name, folder, overrides) for name in names}
-        seconds = medians(steps, args.steps)
+    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as bars:
+        made = bars.add_task("networks", total=1 + len(names))
+        steps: dict[str, Callable[[], float]] = {}
+        for name in (FLOAT, *names):
+            own = Steps(names[0] if name == FLOAT else name, folder, overrides)
+            steps[name] = switched_off(own) if name == FLOAT else own
+            bars.advance(made)
+        done = bars.add_task("steps", total=(1 + args.steps) * len(steps))
+        seconds = medians(steps, args.steps, lambda: bars.advance(done))
     table = Table(title=f"medians of {args.steps} interleaved steps", title_justify="left")
     for column in ("method", "step, ms", "of lsq", "fake quantization", "generators"):
         table.add_column(column, justify="left" if column == "method" else "right")
