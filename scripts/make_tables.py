@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
         default=[Path("outputs/runs"), Path("outputs/sweeps")],
     )
     parser.add_argument("--format", choices=FORMATS, default="markdown")
-    parser.add_argument("--pivot", metavar="SCORE", help="one score, methods as columns")
+    parser.add_argument("--pivot", metavar="SCORE", help="one score or error (fid, step, ...), methods as columns")
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), help="of --pivot, each with its variants (default: all)"
     )

@@ -139,15 +139,15 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
 
 
 def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """One score with a row for each pair of bits and a column for each label, as papers print ablations.
+    """One score, or error, with a row for each pair of bits and a column for each label, as papers print ablations.
 
     Args:
         records: of one protocol and one evaluator.
-        score: its name.
+        score: its name, or that of an error against the float network.
         methods: whose columns, in this order; a method brings all of its labels.
 
     Raises:
-        ValueError: a method that no record is of, or a score that none has.
+        ValueError: a method that no record is of, or a score or error that none has.
     """
     labels: dict[str, set[str]] = {}
     named = list(zip(records, names(records), strict=True))
@@ -155,15 +155,18 @@ def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) ->
         labels.setdefault(record.method, set()).add(name)
     if missing := [method for method in methods if method not in labels]:
         raise ValueError(f"no results of {', '.join(missing)}; there are {', '.join(sorted(labels))}")
-    if not any(score in record.scores for record in records):
-        raise ValueError(f"no record has the score {score!r}; there are {', '.join(sorted(records[0].scores))}")
+    known = {name: None for record in records for name in (*sorted(record.scores), *sorted(record.errors))}
+    if score not in known:
+        raise ValueError(f"no record has the score or error {score!r}; there are {', '.join(known)}")
     columns = [name for method in methods for name in sorted(labels[method])]
+    digits = 3 if any(score in record.scores for record in records) else 4
+
+    def value(record: ScoreRecord) -> float | None:
+        return record.scores.get(score, record.errors.get(score))
+
     rows = [
         [quant]
-        + [
-            cell([r.scores.get(score) for r, name in named if (r.quant, name) == (quant, column)], 3)
-            for column in columns
-        ]
+        + [cell([value(r) for r, name in named if (r.quant, name) == (quant, column)], digits) for column in columns]
         for quant in sorted({r.quant for r in records if r.method in methods}, key=bits_order)
     ]
     return ["bits", *columns], rows

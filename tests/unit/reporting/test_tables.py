@@ -120,6 +120,8 @@ def test_a_pivot_has_methods_as_columns() -> None:
         pivot(records, "fid", ["c"])
     with pytest.raises(ValueError, match="'clip'"):
         pivot(records, "clip", ["a"])
+    wrong = [dataclasses.replace(r, errors={"step": 0.01 * r.seed}) for r in records if r.method == "a"]
+    assert pivot(wrong, "step", ["a"])[1][0][1].startswith(f"{sum(0.01 * r.seed for r in wrong) / len(wrong):.4f}")
 
 
 def test_an_engines_row_is_called_so_and_never_averaged_with_its_simulation() -> None:
