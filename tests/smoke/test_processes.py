@@ -57,6 +57,17 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path) -> None:
         assert row["errors"] == wanted["errors"]
 
 
+@pytest.mark.slow
+def test_processes_train_a_network_together(tmp_path: Path) -> None:
+    """Unequal shares of three parts of every batch, dropout of generators, a moving average."""
+    means = ("goal=weights", "runtime.estimate=false", "model.protocol.qat_iterations=2", "model.protocol.qat_batch=4")
+    for n in (1, 2):
+        job(tmp_path / f"{n}", *TINY[1:], "method=lsq_tdq", *means, f"runtime.processes={n}")
+    alone = stored(tmp_path / "1")
+    assert [Path(name).name for name in alone] == ["trained.safetensors"]
+    assert stored(tmp_path / "2") == alone
+
+
 def fail(_: DictConfig, processes: Processes, __: Path) -> None:
     raise ValueError("the second half is missing")
 
