@@ -16,9 +16,10 @@ install: .venv/installed
 run: install
 	$(BIN)/python run.py $(ARGS)
 
-# One thread per worker: with more, two workers on two cores wait for each other.
+# One thread per worker: with more, two workers on two cores wait for each other. Files stay whole, so that what their tests share
+# is made once.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .
