@@ -77,7 +77,20 @@ def test_another_sampler_needs_no_other_training_and_all_stand_in_one_table(run:
     assert "trajectory" in hits(other)
 
 
-def test_ranges_of_single_steps_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("scales", "said"),
+    [
+        (("method/scales=finite_set_all",), "training needs scales for any timestep"),
+        (
+            ("method/scales=intervals", "method.scales.temporal.count=20"),
+            "would be trained with 20 intervals, and the sampler's 4 steps fall into 4 of them",
+        ),
+    ],
+)
+def test_scales_that_cannot_be_trained_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scales: tuple[str, ...], said: str
+) -> None:
     with pytest.raises(SystemExit):
-        job(tmp_path, *SMOKE, "method=lsq", "method/scales=finite_set_all")
-    assert "training needs scales for any timestep" in capsys.readouterr().out
+        job(tmp_path, *SMOKE, "method=lsq", *scales, "model.protocol.steps=4")
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.rglob("trained.safetensors"))
