@@ -242,6 +242,7 @@ def test_a_bank_drops_out_while_training_and_ignores_half_precision() -> None:
         ((_, half),) = bank.scales(ANY_T)
     assert torch.equal(half, settled)
     source.train()
+    torch.manual_seed(0)  # in four draws of a hundred both rows of one timestep drop the same units
     ((_, dropped),) = bank.scales(ANY_T)
     assert not torch.equal(dropped, settled)
     assert dropped[0] != dropped[3]  # rows of one timestep drop apart
