@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.quant.forms.base import Levels, limits
+from tfmq_exp.quant.forms.base import Levels, widening
 from tfmq_exp.quant.ranges import Range, RangeEstimator, per_range
 from tfmq_exp.quant.spec import QuantSpec
 
@@ -112,5 +112,5 @@ class OnLevels:
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """Both ends times one ratio."""
         lo, hi = self.of(x, spec)
-        ratio = spec.qmax / limits(spec, self.levels)[1]
+        ratio = widening(spec, self.levels)
         return lo * ratio, hi * ratio

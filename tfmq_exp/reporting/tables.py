@@ -82,13 +82,16 @@ def names(records: Sequence[ScoreRecord]) -> list[str]:
     for record in records:
         if record.settings:
             ways.setdefault((record.quant, label(record)), {})[record.settings["hash"]] = record.settings["named"]
-    found: list[str] = []
-    for record in records:
+
+    def name(record: ScoreRecord) -> str:
         alike = ways.get((record.quant, label(record)), {})
-        told = list(alike.values()).count(record.settings.get("named", "")) == 1 and record.settings.get("named")
-        own = f" [{told or record.settings['hash']}]" if record.settings and len(alike) > 1 else ""
-        found.append(label(record) + own)
-    return found
+        if not record.settings or len(alike) < 2:
+            return label(record)
+        named = record.settings["named"]
+        told = named if named and list(alike.values()).count(named) == 1 else record.settings["hash"]
+        return f"{label(record)} [{told}]"
+
+    return [name(record) for record in records]
 
 
 def execution(records: Sequence[ScoreRecord]) -> str:

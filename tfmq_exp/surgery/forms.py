@@ -9,7 +9,7 @@ from tfmq_exp.quant.quantizers.trained import Centre
 from tfmq_exp.quant.ranges import RangeEstimator
 from tfmq_exp.quant.spec import Scheme
 from tfmq_exp.quant.starts import OnLevels
-from tfmq_exp.surgery.scales import DynamicScale, Scale, TrainedScale
+from tfmq_exp.surgery.scales import Scale, TrainedScale
 
 # What these layers read comes from SiLU: convolutions of residual blocks, embedding projections, the last layer.
 AFTER_SILU = frozenset({Role.RES_CONV, Role.TIME_PROJ, Role.HEAD})
@@ -54,8 +54,7 @@ class FormPlan:
     def scale(self, scale: Scale, centre: Centre) -> Scale:
         """A source of steps under the form of activations, started where the plan says."""
         record: Any = scale
-        if isinstance(scale, DynamicScale):
-            record = replace(scale, levels=self.activations.levels)
-        if any(field.name == "estimator" for field in fields(record)):
-            record = replace(record, estimator=OnLevels(self.start, self.activations.levels))
+        levels = self.activations.levels
+        own = {"estimator": OnLevels(self.start, levels), "levels": levels}  # of those sources that have such a choice
+        record = replace(record, **{field.name: own[field.name] for field in fields(record) if field.name in own})
         return TrainedScale(self.activations, record, centre)

@@ -21,12 +21,12 @@ from tfmq_exp.training.noise_prediction import LOSSES, Norm, loss, noisy
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 COUNT = ("at least 1", lambda n: n >= 1)
-RATE = ("above 0", lambda x: x > 0)
 AMOUNT = ("at least 0", lambda x: x >= 0)
 # What fields of a protocol must be, in words, and whether a value is.
 RIGHT: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("iterations", "batch", "observed"), COUNT),
-    **dict.fromkeys(("learning_rate", "first_rate"), RATE),
+    "learning_rate": ("above 0", lambda rate: rate > 0),
+    "first_rate": ("above 0, at most 1", lambda share: 0 < share <= 1),
     **dict.fromkeys(("range_rate", "weight_decay", "warmup"), AMOUNT),
     "loss": ("l1 or l2", lambda norm: norm in LOSSES),
     "average": ("in [0, 1)", lambda decay: 0 <= decay < 1),

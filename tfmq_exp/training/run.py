@@ -161,7 +161,7 @@ def train(task: TrainingTask, protocol: TrainingProtocol) -> None:
     lesson, batches = prepared(task, protocol)
     before = judge(lesson, batches, task.means.batch)
     progress = Progress(task.watcher, protocol.iterations)
-    checkpoint = processes.told(last_checkpoint(task.folder))
+    checkpoint = processes.told(last_checkpoint(task.folder) if processes.first else None)  # which reads it through
     with torch.enable_grad(), torch.random.fork_rng():
         fit(lesson, batches, checkpoint, progress, task)
     lesson.to(task.alphas_cumprod.device)  # Lightning has left it on the CPU

@@ -261,6 +261,7 @@ def norm_of(
         ({"clip": 0.0}, "clip must be above 0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"first_rate": 1.5}, "first_rate must be above 0, at most 1, got 1.5"),
         ({"average": 1.0}, r"must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -52,6 +52,11 @@ def limits(spec: QuantSpec, levels: Levels) -> tuple[int, int]:
     return (spec.qmin if levels == "full" else -high), high
 
 
+def widening(spec: QuantSpec, levels: Levels) -> float:
+    """What a range is multiplied by for its end to stand on the largest integer that is used, where a step is the range over the grid's."""
+    return spec.qmax / limits(spec, levels)[1]
+
+
 @dataclass(frozen=True)
 class Form:
     """x on a grid of step s: s * round(clip(x / s)), unless a subclass says otherwise.

@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.quant.forms.base import Levels, limits
+from tfmq_exp.quant.forms.base import Levels, widening
 from tfmq_exp.quant.functional import qparams_from_range
 from tfmq_exp.quant.ranges import include_zero
 from tfmq_exp.quant.sources.base import Source
@@ -29,7 +29,7 @@ class Dynamic(Source):
         if per not in ("tensor", "sample"):
             raise ValueError(f"dynamic quantization is per tensor or sample, got {per!r}")
         self.spec, self.per = spec, per
-        self.widened = 1.0 if levels == "full" else spec.qmax / limits(spec, levels)[1]
+        self.widened = 1.0 if levels == "full" else widening(spec, levels)
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
         """Shape [batch, 1, ...], or [1, 1, ...] for the whole tensor."""
