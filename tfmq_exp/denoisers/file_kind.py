@@ -36,7 +36,11 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
 )
 # The end of names of files without a signature of their own.
 NAMES: tuple[tuple[str, str, str], ...] = (
-    (r"\.(part|partial|crdownload|incomplete|download|opdownload|aria2|!ut)$", "is a download that has not ended", AGAIN),
+    (
+        r"\.(part|partial|crdownload|incomplete|download|opdownload|aria2|!ut)$",
+        "is a download that has not ended",
+        AGAIN,
+    ),
     (r"\.(msgpack)$", "holds weights of Flax", CONVERT),
     (r"\.(onnx)$", "is a model of ONNX", CONVERT),
     (r"\.index$|\.data-\d+-of-\d+$|\.meta$", "is a part of a checkpoint of TensorFlow", CONVERT),

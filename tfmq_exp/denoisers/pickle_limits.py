@@ -13,7 +13,10 @@ LONGEST_PICKLE = 2**25  # bytes; the largest known checkpoints have some hundred
 MOST_INSTRUCTIONS = 600_000
 LARGEST_INTEGER = 2**60  # as a key: the hashes of larger ones can all be made equal
 MOST_BITS = 4096  # of any integer
-HEAVIEST_KEY, MOST_KEYS = 100, 10_000  # parts of one key that is no text and no number, and how many there may be of these
+HEAVIEST_KEY, MOST_KEYS = (
+    100,
+    10_000,
+)  # parts of one key that is no text and no number, and how many there may be of these
 UNHASHABLE = frozenset("APPEND APPENDS LIST EMPTY_LIST DICT EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS".split())
 PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))

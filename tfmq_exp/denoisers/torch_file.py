@@ -27,7 +27,9 @@ def open_zip(file: BinaryIO) -> tuple[Any, Reader]:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
-        raise RefusedError(f"is truncated or damaged: a zip file without its end ({error}); download it again") from error
+        raise RefusedError(
+            f"is truncated or damaged: a zip file without its end ({error}); download it again"
+        ) from error
     infos = archive.infolist()
     records = {info.filename: info for info in infos}
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -122,7 +124,9 @@ def fits(record: TensorRecord, length: int) -> bool:
 
     Torch would enlarge the storage, with whatever is in memory.
     """
-    if not all(isinstance(numbers, tuple) and len(numbers) <= MOST_DIMENSIONS for numbers in (record.size, record.stride)):
+    if not all(
+        isinstance(numbers, tuple) and len(numbers) <= MOST_DIMENSIONS for numbers in (record.size, record.stride)
+    ):
         return False
     numbers = (record.offset, *record.size, *record.stride)
     if len(record.size) != len(record.stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):

@@ -112,7 +112,12 @@ def stand_ins() -> dict[str, Any]:
     functions = {"tensor": tensor, "tensor_v2": tensor, "tensor_v3": typed_tensor}
     functions |= {"parameter": parameter, "parameter_with_state": parameter}
     stub = type("Stub", (Inert,), {"__slots__": ()})
-    return {"Inert": stub, "collections.OrderedDict": ordered, "torch.Size": size, **{f"torch._utils._rebuild_{name}": function for name, function in functions.items()}}
+    return {
+        "Inert": stub,
+        "collections.OrderedDict": ordered,
+        "torch.Size": size,
+        **{f"torch._utils._rebuild_{name}": function for name, function in functions.items()},
+    }
 
 
 class Unpickler(pickle.Unpickler):

@@ -294,7 +294,11 @@ def test_the_bytes_say_what_a_file_is(tmp_path: Path) -> None:
     """Its suffix says nothing."""
     state = {"a": torch.arange(4).to(torch.float8_e4m3fn), "b.c": torch.ones(2, 2)}
     for suffix in ("safetensors", "ckpt", "pt", "pth", "bin", "part", "index", "zip", "download"):
-        for write in (lambda path: save(state, path), lambda path: save(state, path, False), lambda p: save_file(state, p)):
+        for write in (
+            lambda path: save(state, path),
+            lambda path: save(state, path, False),
+            lambda p: save_file(state, p),
+        ):
             path = tmp_path / f"a.{suffix}"
             write(path)
             assert sorted(tensor_names(path)) == sorted(state)
