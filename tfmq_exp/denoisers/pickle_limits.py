@@ -7,19 +7,28 @@ that are text or numbers, and memo places in their order.
 
 import io
 import pickletools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-LONGEST_PICKLE = 2**25  # bytes; the largest known checkpoints have some hundred bytes for each of some thousand tensors
-MOST_INSTRUCTIONS = 600_000
-LARGEST_INTEGER = 2**60  # as a key: the hashes of larger ones can all be made equal
-MOST_BITS = 4096  # of any integer
-HEAVIEST_KEY, MOST_KEYS = (
-    100,
-    10_000,
-)  # parts of one key that is no text and no number, and how many there may be of these
-UNHASHABLE = frozenset("APPEND APPENDS LIST EMPTY_LIST DICT EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS".split())
-PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
-GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
+LONGEST_PICKLE = 2**25  # bytes; checkpoints have some hundred for each of some thousand tensors
+MOST_INSTRUCTIONS = 400_000  # checkpoints have thirty for each tensor
+LARGEST_NUMBER, LARGEST_KEY = 4096, 60  # bits; the hashes of integers of more than 60 can all be made equal
+HEAVIEST_KEY = 100  # parts of a key that is neither text nor a number
+MOST_KEYS = 10_000  # such keys
+UNHASHABLE = (
+    "APPEND",
+    "APPENDS",
+    "LIST",
+    "EMPTY_LIST",
+    "DICT",
+    "EMPTY_DICT",
+    "SETITEM",
+    "SETITEMS",
+    "EMPTY_SET",
+    "ADDITEMS",
+)
+PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
+GETS = ("GET", "BINGET", "LONG_BINGET")
 
 
 class RefusedError(ValueError):
@@ -32,7 +41,7 @@ def check_limits(file: io.BytesIO) -> None:
     The stack of the unpickler is followed with weights in the place of objects: how many parts the hash of one visits.
 
     Raises:
-        RefusedError: it is longer than any checkpoint's, or has such a memo, number or key.
+        RefusedError: it has more instructions than any checkpoint's, or such a memo, number or key.
         Exception: any, of a damaged one.
     """
     stack: list[int] = []
@@ -41,17 +50,12 @@ def check_limits(file: io.BytesIO) -> None:
     keys = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
-        if count > MOST_INSTRUCTIONS or file.tell() > LONGEST_PICKLE:
-            raise RefusedError(f"has a pickle of more than {MOST_INSTRUCTIONS} instructions or {LONGEST_PICKLE} bytes")
-        if type(argument) is int and argument.bit_length() > MOST_BITS:
-            raise RefusedError(f"holds a number of {argument.bit_length()} bits")
+        if count > MOST_INSTRUCTIONS:
+            raise RefusedError(f"has a pickle of more than {MOST_INSTRUCTIONS} instructions")
         if name in PUTS:
-            place = len(memo) if name == "MEMOIZE" else argument
-            if place > count:
-                raise RefusedError(f"has a memo of {place} places after {count} instructions")
-            memo[place] = stack[-1]
+            memo[place_of(name, argument, memo, count)] = stack[-1]
         elif name in GETS:
-            stack.append(memo[argument])
+            stack.append(memo[int(argument or 0)])
         elif name == "DUP":
             stack.append(stack[-1])
         elif name == "MARK":
@@ -59,15 +63,36 @@ def check_limits(file: io.BytesIO) -> None:
         elif name == "POP" and marks and marks[-1] == len(stack):
             marks.pop()
         else:
-            taken = take(stack, marks, opcode)
-            for weight in keys_among(name, taken):
-                keys += weight > 1
-                if weight > HEAVIEST_KEY or keys > MOST_KEYS:
-                    raise RefusedError("has keys of tuples within tuples, of very large numbers, or too many such keys")
+            taken = take(stack, marks, opcode) if opcode.stack_before else ()
+            heavy = [weight for weight in keys_among(name, taken) if weight > 1] if taken else ()
+            keys += len(heavy)
+            if keys > MOST_KEYS or max(heavy, default=0) > HEAVIEST_KEY:
+                raise RefusedError("has keys of tuples within tuples, of very large numbers, or too many such keys")
             if opcode.stack_after:
-                large = type(argument) is int and abs(argument) >= LARGEST_INTEGER
-                parts = 0 if name in UNHASHABLE else HEAVIEST_KEY if large else sum(taken)
-                stack.append(min(1 + parts, HEAVIEST_KEY + 1))
+                stack.append(weight_of(name, argument, taken))
+
+
+def place_of(name: str, argument: Any, memo: Mapping[int, int], count: int) -> int:
+    """Where an instruction puts something in the memo; RefusedError for a place that is not among the next ones."""
+    place: int = len(memo) if name == "MEMOIZE" else argument
+    if place > count:
+        raise RefusedError(f"has a memo of {place} places after {count} instructions")
+    return place
+
+
+def weight_of(name: str, argument: Any, taken: Sequence[int]) -> int:
+    """The parts of what an instruction makes of what it takes; `HEAVIEST_KEY` + 1 stands for all that is more.
+
+    Raises:
+        RefusedError: a very large number.
+    """
+    if name in UNHASHABLE:
+        return 1
+    if type(argument) is int and argument.bit_length() > LARGEST_KEY:
+        if argument.bit_length() > LARGEST_NUMBER:
+            raise RefusedError(f"holds a number of {argument.bit_length()} bits")
+        return HEAVIEST_KEY + 1
+    return min(1 + sum(taken), HEAVIEST_KEY + 1)
 
 
 def take(stack: list[int], marks: list[int], opcode: pickletools.OpcodeInfo) -> list[int]:

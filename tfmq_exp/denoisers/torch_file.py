@@ -50,8 +50,9 @@ def open_zip(file: BinaryIO) -> tuple[Any, Reader]:
         with archive.open(name) as record:
             return read_bytes(record, storage.size)
 
-    with archive.open(pickles[0]) as record:
-        return load_pickle(io.BytesIO(record.read(LONGEST_PICKLE + 1)))[0], read
+    if records[pickles[0]].file_size > LONGEST_PICKLE:
+        raise RefusedError(f"has a pickle of more than {LONGEST_PICKLE} bytes")
+    return load_pickle(io.BytesIO(archive.read(pickles[0])))[0], read
 
 
 def kind_of_zip(names: Iterable[str]) -> str:
@@ -67,7 +68,7 @@ def kind_of_zip(names: Iterable[str]) -> str:
 
 def open_legacy(file: BinaryIO) -> tuple[Any, Reader]:
     """What a file of `torch.save` before the zip format holds, and how to read its storages."""
-    pickles = io.BytesIO(file.read(LONGEST_PICKLE + 1))
+    pickles = io.BytesIO(file.read(LONGEST_PICKLE))
     magic, version, machine = (load_pickle(pickles)[0] for _ in range(3))
     if (magic, version) != LEGACY or not machine["little_endian"]:
         raise RefusedError("is not a checkpoint: expected a file of torch.save, with little-endian numbers")

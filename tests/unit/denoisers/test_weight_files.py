@@ -85,7 +85,7 @@ def test_what_is_read_of_several(tmp_path: Path) -> None:
     for name in order:
         assert weight_files(tmp_path) == [tmp_path / name]
         (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match="expected diffusion_pytorch_model.safetensors or model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected diffusion_pytorch_model\.safetensors or model\.safe"):
         weight_files(tmp_path)
 
 
