@@ -24,7 +24,7 @@ from tfmq_exp.surgery.scales import StatisticsScale, TrainedScale
 
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
 MOST_TIMESTEPS = 2**20
-WEIGHTS_PER_BYTE = 64  # at most: codes of 2 bits are four, and layers whose output is stored are in no file
+WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 
 
 class Stored:
