@@ -25,11 +25,12 @@ from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery.plan import resolved_from_json, resolved_to_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
-FORMAT, VERSION = "tfmq_exp.quantized_unet", 2
+FORMAT, VERSION = "tfmq_exp.quantized_unet", 3
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
 
 
@@ -81,8 +82,13 @@ def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
     return weights | {f"cached/{site}": integers for site, integers in model.cached.items()}
 
 
-def save(model: QuantizedUNet, path: Path) -> int:
+def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
     """Write the artefact; returns its size in bytes.
+
+    Args:
+        model: all its weights are integers.
+        path: the file.
+        recipe: how the model is sampled, for `load_recipe`.
 
     Raises:
         ValueError: some weight is not frozen to integers yet.
@@ -115,6 +121,7 @@ def save(model: QuantizedUNet, path: Path) -> int:
         "unneeded": [name for name, module in model.unet.named_modules() if isinstance(module, Unneeded)],
         # not always what the configuration says: the original networks have one number of heads at every width
         "heads": {name: module.heads for name, module in attentions(model.unet).items()},
+        "recipe": None if recipe is None else recipe.to_json(),
     }
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(manifest, sort_keys=True)
@@ -208,7 +215,7 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
 
 
 def load(path: Path) -> QuantizedUNet:
-    """Build the model from the file alone, ready to sample.
+    """Build the model from the file alone, ready to be called at its timesteps, which are `model.clock.timesteps`.
 
     Raises:
         ValueError: not such a file, damaged, of another version, or with tensors missing or left over.
@@ -218,3 +225,18 @@ def load(path: Path) -> QuantizedUNet:
         return rebuilt(manifest, tensors)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def load_recipe(path: Path) -> Recipe:
+    """How the model of a file is sampled: `load_recipe(path).images(load(path), seed=0, indices=range(16))`.
+
+    Raises:
+        ValueError: not such a file, damaged, of another version, or written without a recipe.
+    """
+    manifest, _ = read(path)
+    if manifest.get("recipe") is None:
+        raise ValueError(f"{path} does not say how to sample: its sampler was a class of one's own")
+    try:
+        return Recipe.from_json(manifest["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
