@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tests.smoke.jobs import CONF, job
 from tfmq_exp.reporting.records import read_records
 from tfmq_exp.reporting.tables import table
+from tfmq_exp.sampling.images import to_uint8
 from tfmq_exp.surgery import artifact
 
 FILES = (
@@ -66,6 +67,17 @@ def test_a_run_leaves_everything_that_a_person_looks_at(default_run: Path) -> No
     assert (
         sum(int(unit["layers"]) for unit in units) == json.loads((default_run / "quantized.json").read_text())["layers"]
     )
+
+
+def test_the_artefact_samples_the_images_of_the_run(default_run: Path) -> None:
+    stages = json.loads((default_run / "artifacts.json").read_text())
+    path = Path(stages["activations"]["path"]) / "quantized.safetensors"
+    model = artifact.load(path)
+    recipe = artifact.load_recipe(path)
+    images = recipe.images(model, seed=0, indices=range(8))
+    assert recipe.sampler.calls(recipe.schedule) == model.clock.timesteps
+    shard = load_file(Path(stages["images"]["path"]) / "images-000000.safetensors")["images"]
+    assert torch.equal(to_uint8(images, "round"), shard)
 
 
 def test_a_second_run_computes_nothing_and_finds_the_same(default_run: Path) -> None:

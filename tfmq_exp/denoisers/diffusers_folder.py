@@ -1,6 +1,5 @@
 """A denoiser from a folder of diffusers' layout: a whole pipeline, or a UNet with its scheduler's configuration."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tfmq_exp.denoisers.assigning import assign_weights, differences
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, FirstStage, NoConditions, Pixels
 from tfmq_exp.denoisers.first_stage import LatentDecoder
 from tfmq_exp.denoisers.original import Parts
+from tfmq_exp.denoisers.scheduler_config import CONFIG, read_json, scheduler_file, training_noise
 from tfmq_exp.denoisers.text_encoder import TextEncoder, load_text_model, read_tokenizer
 from tfmq_exp.denoisers.unet import attentions, set_heads
 from tfmq_exp.denoisers.weight_files import read_state
@@ -25,7 +25,6 @@ AUTOENCODERS: tuple[Any, ...] = (VQModel, AutoencoderKL)
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Conditions inside the UNet, which are not supported.
 INNER_CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
-SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
 def unet_folder(path: Path) -> Path:
@@ -54,19 +53,6 @@ def component(path: Path, *names: str) -> Path | None:
     if listed := [name for name in names if (index.get(name) or [None])[0] is not None]:
         raise FileNotFoundError(f"{path} lacks the folder {listed[0]}/, which its model_index.json lists")
     return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file; FileNotFoundError or ValueError if it is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: expected a folder of diffusers' layout")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a configuration: expected names with values")
-    return content
 
 
 def folders(path: Path) -> dict[str, Path]:
@@ -124,26 +110,6 @@ def pretrained(folder: Path, classes: tuple[Any, ...]) -> Any:
             :300
         ]
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
-
-
-def schedule(path: Path) -> dict[str, Any] | None:
-    """The noise that the scheduler's configuration describes; None without one.
-
-    Raises:
-        ValueError: the network predicts something else than the noise, or betas that four numbers do not give.
-    """
-    files = [folder / "scheduler_config.json" for folder in (path / "scheduler", path)]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        return None
-    config = read_json(file)
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"{file}: prediction_type must be epsilon, got {config['prediction_type']!r}")
-    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
-        raise ValueError(f"{file}: trained_betas and rescale_betas_zero_snr are not supported")
-    if lacking := [key for key in SCHEDULE if key not in config]:
-        raise ValueError(f"{file} lacks {lacking[0]!r}")
-    return {key: config[key] for key in SCHEDULE}
 
 
 def apply_heads(unet: nn.Module, config: Mapping[str, Any]) -> None:
@@ -218,9 +184,10 @@ def load(path: Path, config: Mapping[str, Any] | None, *, tokenizer: Path | None
         FileNotFoundError: something that the model needs is not there.
         ValueError: something that is there is damaged, of another kind, or does not fit `config`.
     """
-    noise = schedule(path) or (original.schedule(config) if config is not None else None)
-    if noise is None:
-        raise FileNotFoundError(f"no scheduler/scheduler_config.json in {path}, and no `config` that says the noise")
+    file = scheduler_file(path)
+    if file is None and config is None:
+        raise FileNotFoundError(f"no scheduler/{CONFIG} in {path}, and no `config` that says the noise")
+    noise = training_noise(file) if file else original.schedule(config or {})
     unet = pretrained(unet_folder(path), UNETS)
     if config is not None:
         apply_heads(unet, config)

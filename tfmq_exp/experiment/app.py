@@ -39,6 +39,7 @@ from tfmq_exp.reporting import figures
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.sampling.sampling import Sampling
+from tfmq_exp.sampling.scheduler import replaced_settings
 from tfmq_exp.surgery.quantized_unet import coverage
 from tfmq_exp.tracking.mirror import Mirror, NoMirror
 
@@ -102,11 +103,16 @@ def build_stages(
     make: Any = functools.partial(instantiate, _convert_="all")
     denoiser = make(cfg.model.denoiser)
     denoiser.to(device)
+    sampling = Sampling(make(cfg.sampler), **make(cfg.model.sampling))
+    if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
+        log.warning("%s", left)
+    method = make(cfg.method)
+    method.correction.check(sampling.sampler)
     protocol, runtime = cfg.model.protocol, cfg.runtime
     return Stages(
         denoiser=denoiser,
-        sampling=Sampling(make(cfg.sampler), **make(cfg.model.sampling)),
-        method=make(cfg.method),
+        sampling=sampling,
+        method=method,
         real_images=functools.partial(make, cfg.data),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),

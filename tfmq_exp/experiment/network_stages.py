@@ -18,6 +18,7 @@ from tfmq_exp.files import write_atomically
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reconstruction.report import Learned
 from tfmq_exp.reconstruction.run import Task
+from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.seeds import derive_seed
@@ -125,7 +126,8 @@ class NetworkStages(TrainingStages):
             self.method.temporal(model, self.denoiser.unet, self.anatomy)
             model.merge_sources()
             if self.processes.first:
-                write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path))
+                recipe = Recipe.of(self.sampling, self.denoiser)
+                write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path, recipe))
                 keeper.write_notes(folder)
 
         path = self.pull("activations", self.activations, compute) / "quantized.safetensors"

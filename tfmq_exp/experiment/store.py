@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 
-SCHEMA = 2  # part of every key: raise it when the meaning of stored files changes
+SCHEMA = 3  # part of every key: raise it when the meaning of stored files changes
 log = logging.getLogger(__name__)
 
 

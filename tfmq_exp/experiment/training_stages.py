@@ -17,7 +17,7 @@ from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.quant.sources.intervals import Intervals
 from tfmq_exp.reconstruction.report import Keeper, Watcher
-from tfmq_exp.sampling.schedule import alphas_cumprod
+from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 from tfmq_exp.surgery.trained import finish
 from tfmq_exp.training import examples
@@ -79,6 +79,7 @@ class TrainingStages(FloatStages):
         Raises:
             ValueError: a source with a range for each of the sampler's steps, which cannot be trained at all timesteps.
         """
+        require_noise_prediction(self.denoiser.schedule, "training")
         model = build(self.denoiser.unet, self.plan, self.method.weight_range)
         for name, quantizer in model.activation_quantizers().items():
             source = quantizer.source

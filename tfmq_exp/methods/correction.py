@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.sampling.sampler import DDIM, Predict, VarianceCalibrated
+from tfmq_exp.sampling.sampler import DDIM, Predict, Sampler, VarianceCalibrated
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -120,6 +120,9 @@ class NoCorrection:
 
     measures: ClassVar[bool] = False
 
+    def check(self, sampler: Sampler) -> None:
+        """Every sampler will do."""
+
     def __call__(self, predict: Predict, sampling: Sampling, statistics: None) -> tuple[Predict, Sampling]:
         """What is sampled with."""
         return predict, sampling
@@ -155,6 +158,14 @@ class NoiseCorrection:
             raise ValueError(f"bias must be residual or total, got {self.bias!r}")
         if self.sigma not in ("pooled", "per_sample"):
             raise ValueError(f"sigma must be pooled or per_sample, got {self.sigma!r}")
+
+    def check(self, sampler: Sampler) -> None:
+        """ValueError for a sampler whose noise cannot be made less."""
+        if sampler.eta and not isinstance(sampler, DDIM):
+            raise ValueError(
+                f"the noise of a {getattr(sampler, 'kind', type(sampler).__name__)} cannot be calibrated, only that of DDIM: "
+                "choose sampler=ddim, or sampler.eta=0"
+            )
 
     def estimate(self, moments: NoiseMoments, timesteps: tuple[int, ...]) -> NoiseStatistics:
         """k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance."""
@@ -228,10 +239,10 @@ class NoiseCorrection:
         """What is sampled with."""
         sampler = sampling.sampler
         if not sampler.eta:
-            log.info("eta is 0: the sampler adds no noise that could shrink; only bias and correlation are corrected")
+            log.info("eta is 0: the sampler's noise stays as it is; only bias and correlation are corrected")
             return statistics.corrected(predict), sampling
-        if not isinstance(sampler, DDIM):
-            raise ValueError(f"the noise of a {type(sampler).__name__} cannot be calibrated, only that of DDIM")
+        self.check(sampler)
+        assert isinstance(sampler, DDIM)
         residual = dict(zip(statistics.timesteps, statistics.residual.tolist(), strict=True))
         calibrated = VarianceCalibrated(sampler, residual, self.keep_drift)
         return statistics.corrected(predict), replace(sampling, sampler=calibrated)

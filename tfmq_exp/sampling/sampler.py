@@ -10,14 +10,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, visited
+from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, require_noise_prediction, visited
 
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, t of every row, conditions) -> noise
 Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, eps, x, generators) -> next x
 
 
+def unscaled(call: int, x: Tensor) -> Tensor:
+    """What the network is given: x itself."""
+    return x
+
+
+class Moves(NamedTuple):
+    """How a sampler walks along one trajectory.
+
+    Args:
+        move: from one x to the next.
+        input: (call, x) -> what the network is given, which some samplers scale.
+        sigma: standard deviation of the noise that the trajectory starts from.
+    """
+
+    move: Move
+    input: Callable[[int, Tensor], Tensor] = unscaled
+    sigma: float = 1.0
+
+
 class Step(NamedTuple):
-    """One denoising step: `x` at timestep `t` and what the network predicted there; `x_next` is where it led."""
+    """One denoising step: the network's input `x` at timestep `t` and what it predicted; `x_next` is where that led."""
 
     index: int
     t: int
@@ -38,8 +57,8 @@ class Sampler(Protocol):
         """The timestep of every call of the network, in order; some samplers call twice at the same."""
         ...
 
-    def start(self, schedule: Mapping[str, Any]) -> Move:
-        """A trajectory's moves. It may remember predictions, so every trajectory has its own."""
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
+        """A trajectory's moves. They may remember predictions, so every trajectory has its own."""
         ...
 
 
@@ -85,13 +104,13 @@ class DDIM:
     """DDIM (arXiv 2010.02502).
 
     Args:
-        steps: network calls that are asked for; how many they become is `calls`' to say.
+        steps: network calls that are asked for; how many they become is `calls`' to say. None: all training timesteps.
         eta: 0 deterministic, 1 the variance of DDPM.
         spacing, offset: see `visited`; LDM adds 1, DDIM's own program 0.
         ends_clean: alpha-bar after the last step is 1 (DDIM's own program), not that of timestep 0 (LDM).
     """
 
-    steps: int
+    steps: int | None
     eta: float = 0.0
     spacing: Spacing = "uniform"
     offset: int = 1
@@ -99,18 +118,20 @@ class DDIM:
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
         """One at every visited timestep."""
-        return visited(self.steps, int(schedule["num_train_timesteps"]), self.spacing, self.offset)
+        count = int(schedule["num_train_timesteps"])
+        return visited(count if self.steps is None else self.steps, count, self.spacing, self.offset)
 
     def alphas(self, schedule: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Alpha-bar of every call and of what follows it, in double precision."""
+        require_noise_prediction(schedule, "DDIM")
         table, calls = alphas_cumprod(schedule), self.calls(schedule)
         last = torch.ones_like(table[0]) if self.ends_clean else table[0]
         return list(zip(table[list(calls)], [*table[list(calls[1:])], last], strict=True))
 
-    def start(self, schedule: Mapping[str, Any]) -> Move:
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
         """Moves that remember nothing."""
         pairs = self.alphas(schedule)
-        return ddim_moves(pairs, self.eta, [1.0] * len(pairs), keep_drift=True)
+        return Moves(ddim_moves(pairs, self.eta, [1.0] * len(pairs), keep_drift=True))
 
 
 @dataclass(frozen=True)
@@ -148,9 +169,10 @@ class VarianceCalibrated:
             shares.append(max(0.0, 1 - (b * self.residual[t]) ** 2 / variance) ** 0.5 if variance > 0 else 0.0)
         return shares
 
-    def start(self, schedule: Mapping[str, Any]) -> Move:
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
         """Moves that remember nothing."""
-        return ddim_moves(self.sampler.alphas(schedule), self.eta, self.remaining(schedule), keep_drift=self.keep_drift)
+        alphas, remaining = self.sampler.alphas(schedule), self.remaining(schedule)
+        return Moves(ddim_moves(alphas, self.eta, remaining, keep_drift=self.keep_drift))
 
 
 @dataclass(frozen=True)
@@ -173,11 +195,12 @@ class PLMS:
         found = visited(self.steps, int(schedule["num_train_timesteps"]), "uniform", self.offset)
         return (*found[:2], *found[1:])
 
-    def start(self, schedule: Mapping[str, Any]) -> Move:
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
         """Moves that remember the last predictions."""
+        alphas = alphas_cumprod(schedule)
         scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=self.offset)
         scheduler.set_timesteps(self.steps)
-        scheduler.alphas_cumprod = alphas_cumprod(schedule)
+        scheduler.alphas_cumprod = alphas
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
         calls = self.calls(schedule)
         scheduler.timesteps = torch.tensor(calls)
@@ -185,7 +208,7 @@ class PLMS:
         def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
             return scheduler.step(eps, calls[call], x, return_dict=False)[0]  # type: ignore[no-any-return]
 
-        return move
+        return Moves(move)
 
 
 @dataclass(frozen=True)
@@ -210,14 +233,14 @@ class DPMSolver:
         """One at every timestep that diffusers chooses."""
         return tuple(int(t) for t in self.scheduler(schedule).timesteps)
 
-    def start(self, schedule: Mapping[str, Any]) -> Move:
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
         """Moves that remember the last predictions."""
         scheduler = self.scheduler(schedule)
 
         def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
             return scheduler.step(eps, scheduler.timesteps[call], x, return_dict=False)[0]
 
-        return move
+        return Moves(move)
 
 
 @torch.no_grad()
@@ -235,13 +258,14 @@ def trajectory(
         predict: (x, t, conditions) -> noise, with t of shape [batch].
         sampler: which steps.
         schedule: the noise that the network was trained on.
-        x: where to start, pure noise.
+        x: where to start: standard normal noise.
         generators: one per row, for samplers that add noise.
         conditions: what the rows are conditioned on.
     """
-    move = sampler.start(schedule)
+    moves = sampler.start(schedule)
+    x = x * moves.sigma
     for index, t in enumerate(sampler.calls(schedule)):
-        eps = predict(x, torch.full((len(x),), t, device=x.device), conditions)
-        x_next = move(index, eps, x, generators)
-        yield Step(index, t, x, eps, x_next)
-        x = x_next
+        given = moves.input(index, x)
+        eps = predict(given, torch.full((len(x),), t, device=x.device), conditions)
+        x = moves.move(index, eps, x, generators)
+        yield Step(index, t, given, eps, x)

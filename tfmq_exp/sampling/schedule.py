@@ -1,5 +1,6 @@
 """The noise that a network was trained on, and which of its timesteps a sampler visits."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,21 +15,45 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
     """alpha-bar of every training timestep, in double precision as LDM computes it.
 
     Args:
-        schedule: `num_train_timesteps`, `beta_start`, `beta_end` and `beta_schedule`: `linear`, or `scaled_linear`, which
-            is linear in the square root of beta (what LDM calls linear).
+        schedule: `num_train_timesteps`, `beta_start`, `beta_end` and `beta_schedule`: `linear`; `scaled_linear`, which is
+            linear in the square root of beta (what LDM calls linear); or `squaredcos_cap_v2`, the cosine of improved
+            diffusion (arXiv 2102.09672, eq. 17), which has no start and end. `trained_betas` stand in for all four.
 
     Raises:
         ValueError: another kind of schedule.
     """
+    if schedule.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "rescale_betas_zero_snr=True is not supported here; sampler=folder and dpm_solver sample with it"
+        )
     count, kind = int(schedule["num_train_timesteps"]), schedule["beta_schedule"]
     start, end = float(schedule["beta_start"]), float(schedule["beta_end"])
-    if kind == "linear":
+    if (trained := schedule.get("trained_betas")) is not None:
+        betas = torch.tensor(trained, dtype=torch.float64)
+    elif kind == "linear":
         betas = torch.linspace(start, end, count, dtype=torch.float64)
     elif kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
+    elif kind == "squaredcos_cap_v2":
+        time = torch.arange(count + 1, dtype=torch.float64) / count
+        kept = ((time + 0.008) / 1.008 * math.pi / 2).cos().square()
+        betas = (1 - kept[1:] / kept[:-1]).clamp(max=0.999)
     else:
-        raise ValueError(f"beta_schedule must be linear or scaled_linear, got {kind!r}")
+        raise ValueError(f"beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, got {kind!r}")
     return (1 - betas).cumprod(0)
+
+
+def require_noise_prediction(schedule: Mapping[str, Any], who: str) -> None:
+    """ValueError where a network was trained to predict something else than the noise.
+
+    Args:
+        schedule: see `alphas_cumprod`; `prediction_type` is epsilon where it has none.
+        who: cannot do with it, as the message begins.
+    """
+    if (kind := schedule.get("prediction_type", "epsilon")) != "epsilon":
+        raise ValueError(
+            f"{who} takes networks that predict the noise; the folder's scheduler says prediction_type={kind}"
+        )
 
 
 def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int, ...]:

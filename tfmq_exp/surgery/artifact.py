@@ -18,12 +18,13 @@ from torch import Tensor
 
 from tfmq_exp.denoisers.file_kind import kind_of
 from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.surgery.manifest import described, stored_integers
+from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.surgery.manifest import check_entries, described, stored_integers
 from tfmq_exp.surgery.packing import pack
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.rebuilding import rebuilt
 
-FORMAT, VERSION = "tfmq_exp.quantized_unet", 2
+FORMAT, VERSION = "tfmq_exp.quantized_unet", 3
 
 
 def smallest(zero_point: Tensor) -> Tensor:
@@ -48,8 +49,13 @@ def packed(integers: QuantizedWeight) -> dict[str, Tensor]:
     return parts | ({"zero_point": smallest(qparams.zero_point.flatten())} if spec.scheme == "affine" else {})
 
 
-def save(model: QuantizedUNet, path: Path) -> int:
+def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
     """Write the artefact; returns its size in bytes.
+
+    Args:
+        model: all its weights are integers.
+        path: the file.
+        recipe: how the model is sampled, for `load_recipe`.
 
     Raises:
         ValueError: some weight is not frozen to integers yet.
@@ -71,7 +77,7 @@ def save(model: QuantizedUNet, path: Path) -> int:
     for name, value in model.unet.state_dict().items():
         if name not in integer and not name.startswith(sources):
             tensors[f"float/{name}"] = value
-    manifest = described(model)
+    manifest = described(model) | {"recipe": None if recipe is None else recipe.to_json()}
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(manifest, sort_keys=True)
     header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "sha256": checksum(text, stored)}
@@ -102,7 +108,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def load(path: Path) -> QuantizedUNet:
-    """Build the model from the file alone, ready to sample.
+    """Build the model from the file alone, ready to be called at its timesteps, which are `model.clock.timesteps`.
 
     Raises:
         ValueError: not such a file, damaged, of another version, with tensors missing or left over, or with numbers or
@@ -110,7 +116,36 @@ def load(path: Path) -> QuantizedUNet:
     """
     manifest, tensors = read(path)
     try:
+        check_entries(manifest)
+        read_recipe(manifest)
         return rebuilt(manifest, tensors)
     except Exception as error:  # what was written by another program fails in whatever way it leads to
-        reason = " ".join((str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}").split())
-        raise ValueError(f"{path} cannot be loaded: {reason[:600]}") from error
+        raise ValueError(f"{path} cannot be loaded: {reason_of(error)}") from error
+
+
+def load_recipe(path: Path) -> Recipe:
+    """How the model of a file is sampled: `load_recipe(path).images(load(path), seed=0, indices=range(16))`.
+
+    Raises:
+        ValueError: not such a file, damaged, of another version, or written without a recipe.
+    """
+    manifest, _ = read(path)
+    try:
+        check_entries(manifest)
+        recipe = read_recipe(manifest)
+    except Exception as error:
+        raise ValueError(f"{path}: {reason_of(error)}") from error
+    if recipe is None:
+        raise ValueError(f"{path} does not say how to sample: its sampler was a class of one's own")
+    return recipe
+
+
+def read_recipe(manifest: Mapping[str, Any]) -> Recipe | None:
+    """How a manifest says that its model is sampled; any error if that is no way."""
+    return None if manifest["recipe"] is None else Recipe.from_json(manifest["recipe"])
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:600]

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from tfmq_exp.surgery.plan import resolved_to_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
-ENTRIES: Mapping[str, type] = {
+ENTRIES: Mapping[str, type | UnionType] = {
     "network": str,
     "config": dict,
     "plan": dict,
@@ -23,9 +24,9 @@ ENTRIES: Mapping[str, type] = {
     "cached": dict,
     "unneeded": list,
     "heads": dict,
+    "recipe": dict | None,  # how the model is sampled
 }
-LATER = {"levels"}  # what older files do not say; they leave no level out
-SOMETIMES: Mapping[str, type] = {"outside": list}
+SOMETIMES: Mapping[str, type | UnionType] = {"outside": list}
 
 
 def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
@@ -40,7 +41,7 @@ def inside(zero_point: Tensor, spec: QuantSpec) -> bool:
 
 
 def described(model: QuantizedUNet) -> dict[str, Any]:
-    """The manifest: everything about a model but its numbers, as plain data."""
+    """What a manifest says of the model itself: everything but its numbers."""
     known = inspect.signature(type(model.unet).__init__).parameters
     integers = stored_integers(model)
     outside = [name for name, part in integers.items() if not inside(part.qparams.zero_point, part.spec)]
@@ -68,8 +69,8 @@ def check_entries(manifest: Any) -> None:
     for entry, value in manifest.items():
         if entry not in kinds:
             raise ValueError(f"its manifest has an unknown entry {entry[:50]!r}")
-        if type(value) is not kinds[entry]:
-            raise ValueError(f"{entry!r} of its manifest must be a {kinds[entry].__name__}, got {str(value)[:50]!r}")
+        if not isinstance(value, kinds[entry]):
+            raise ValueError(f"{entry!r} of its manifest must be {kinds[entry]}, got {str(value)[:50]!r}")
 
 
 def difference(given: Any, written: Any, place: str = "") -> str | None:
@@ -82,7 +83,7 @@ def difference(given: Any, written: Any, place: str = "") -> str | None:
     if isinstance(given, dict):
         if unknown := given.keys() - written.keys():
             return f"{place}.{min(unknown)} is unknown".removeprefix(".")
-        if lacking := written.keys() - given.keys() - LATER:
+        if lacking := written.keys() - given.keys():
             return f"{place}.{min(lacking)} is missing".removeprefix(".")
         found = (difference(given[key], written[key], f"{place}.{key}".removeprefix(".")) for key in given)
     elif isinstance(given, list) and len(given) == len(written):

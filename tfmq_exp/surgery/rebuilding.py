@@ -16,7 +16,7 @@ from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.surgery.manifest import check_entries, described, difference, inside
+from tfmq_exp.surgery.manifest import described, difference, inside
 from tfmq_exp.surgery.packing import unpack
 from tfmq_exp.surgery.plan import ResolvedPlan, resolved_from_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
@@ -199,7 +199,6 @@ def check_plan(plan: ResolvedPlan, numbers: int) -> None:
 
 def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
     """The model that a manifest describes, with its tensors; any error where they do not fit."""
-    check_entries(manifest)
     stored = Stored(tensors, manifest.get("outside", ()))
     plan = resolved_from_json(manifest["plan"])
     check_plan(plan, sum(value.numel() for value in tensors.values()))
@@ -222,6 +221,6 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     stored.end()
     model.unet.load_state_dict(state, strict=True)
     model.set_activations(Mode.QUANTIZE)
-    if wrong := difference(manifest, described(model)):
+    if wrong := difference({entry: value for entry, value in manifest.items() if entry != "recipe"}, described(model)):
         raise ValueError(f"its manifest is not that of the model: {wrong}")
     return model

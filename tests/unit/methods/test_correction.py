@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tests.conftest import TIMESTEPS, calibrated, quantizable
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.methods.correction import NoCorrection, NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
-from tfmq_exp.sampling.sampler import DDIM, Predict, VarianceCalibrated, trajectory
+from tfmq_exp.sampling.sampler import DDIM, PLMS, Predict, VarianceCalibrated, trajectory
 from tfmq_exp.sampling.sampling import Sampling
+from tfmq_exp.sampling.scheduler import Scheduler
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -238,7 +239,7 @@ def remaining_variance(step: int, steps: int, eta: float, residual: float) -> fl
 def test_remaining_noise_is_what_the_formula_leaves_and_never_negative(steps: int, eta: float, residual: float) -> None:
     sampler = calibrated_ddim(steps, eta, residual)
     move, shares, zeros = (
-        sampler.start(SCHEDULE),
+        sampler.start(SCHEDULE).move,
         sampler.remaining(SCHEDULE),
         torch.zeros(2, *SHAPE, dtype=torch.float64),
     )
@@ -259,7 +260,7 @@ def test_remaining_noise_is_what_the_formula_leaves_and_never_negative(steps: in
 def test_only_the_release_changes_the_drift(keep_drift: bool, residual: float) -> None:
     steps, eta = 20, 1.0
     sampler = calibrated_ddim(steps, eta, residual, keep_drift=keep_drift)
-    move = sampler.start(SCHEDULE)
+    move = sampler.start(SCHEDULE).move
     x, eps = standard_normal(2, 2, *SHAPE, seed=4)
     differences = []
     for step in range(steps):
@@ -371,3 +372,14 @@ def test_each_step_has_the_statistics_of_the_width_chosen_for_it(denoiser: Denoi
 def test_impossible_corrections_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(correction(), **change)
+
+
+def test_noise_of_other_samplers_is_refused_before_anything_is_measured() -> None:
+    folder = Scheduler("DDIMScheduler", {"num_train_timesteps": 1000}, 4, eta=1.0)
+    correction = NoiseCorrection(4, "channel", "residual", "pooled", True)
+    with pytest.raises(
+        ValueError, match=r"the noise of a DDIMScheduler cannot be calibrated, only that of DDIM: choose"
+    ):
+        correction.check(folder)
+    for sampler in (dataclasses.replace(folder, eta=0.0), PLMS(4), DDIM(4, 1.0)):
+        correction.check(sampler)

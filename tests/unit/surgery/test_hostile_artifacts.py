@@ -148,7 +148,18 @@ CHANGES: dict[str, Change] = {
     **{
         f"without {place}": entry(place, ...)
         for place in [
-            *("network", "config", "plan", "shapes", "cached", "unneeded", "heads", "plan/sites", "plan/operands"),
+            *(
+                "network",
+                "config",
+                "plan",
+                "shapes",
+                "cached",
+                "unneeded",
+                "heads",
+                "recipe",
+                "plan/sites",
+                "plan/operands",
+            ),
             *(
                 "plan/timesteps",
                 "plan/sites/conv_out/weight",
@@ -223,6 +234,7 @@ CHANGES: dict[str, Change] = {
         f"heads {x}": lambda c, x=x: c.manifest["heads"].update({next(iter(c.manifest["heads"])): x})
         for x in (0, -1, 3, 10**9, "2", 2.0, None, True)
     },
+    **{f"recipe {x}": entry("recipe", x) for x in (3, "text", [], {}, {"sampler": "DDIM"}, {"sampler": "os.system"})},
     "heads missing": lambda c: c.manifest["heads"].popitem(),
     **{
         f"cached {x}": entry("cached", x)

@@ -1,0 +1,316 @@
+"""A folder's scheduler samples here as diffusers' own pipeline of that folder does, or is refused by the key."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.sampling.folders import (
+    CAPTIONS,
+    GUIDANCE,
+    IMAGES,
+    SEED,
+    STEPS,
+    put_scheduler,
+    sample_captions,
+    sample_unconditional,
+    save_text_to_image,
+    save_unconditional,
+)
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.loading import load_denoiser
+from tfmq_exp.denoisers.scheduler_config import training_noise
+from tfmq_exp.sampling.images import ImagePlan, sample_shard
+from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver
+from tfmq_exp.sampling.sampling import Sampling
+from tfmq_exp.sampling.schedule import alphas_cumprod
+from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
+
+V, ZERO_SNR = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+DDIM_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"clip_sample": False},
+    {"clip_sample_range": 0.5},
+    {"thresholding": True},
+    {"thresholding": True, "dynamic_thresholding_ratio": 0.7, "sample_max_value": 2.0},
+    {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
+    {"set_alpha_to_one": False},
+    {"timestep_spacing": "trailing", "clip_sample": False},
+    {"timestep_spacing": "linspace", "clip_sample": False},
+    {"num_train_timesteps": 100, "beta_end": 0.1},
+    {"num_train_timesteps": 4000, "beta_schedule": "squaredcos_cap_v2"},
+    {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "steps_offset": 3},
+    {"trained_betas": [0.001 * (i + 1) for i in range(40)], "num_train_timesteps": 40},
+    {"prediction_type": "sample", "clip_sample": False},
+    V,
+    V | ZERO_SNR,
+    V | ZERO_SNR | {"clip_sample": False, "set_alpha_to_one": False},
+]
+DDPM_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"variance_type": "fixed_large"},
+    {"variance_type": "fixed_small_log"},
+    {"clip_sample": False, "timestep_spacing": "trailing"},
+    {"clip_sample_range": 0.3, "steps_offset": 1},
+    {"thresholding": True},
+    V | ZERO_SNR,
+    {"prediction_type": "sample", "timestep_spacing": "linspace"},
+]
+TEXT_SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("DDIMScheduler", SD),
+    ("DDIMScheduler", SD | {"steps_offset": 0, "clip_sample": True}),
+    ("DDIMScheduler", SD | V | ZERO_SNR | {"clip_sample": False}),
+    ("PNDMScheduler", SD | {"skip_prk_steps": True, "steps_offset": 1}),
+    ("PNDMScheduler", SD | {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    ("PNDMScheduler", SD | V | {"skip_prk_steps": True, "timestep_spacing": "trailing"}),
+    ("PNDMScheduler", SD),
+    ("UniPCMultistepScheduler", SD),
+    ("UniPCMultistepScheduler", SD | V | {"use_karras_sigmas": True, "solver_order": 3}),
+    ("DEISMultistepScheduler", SD | LEADING),
+    ("DPMSolverMultistepScheduler", SD | LEADING),
+    ("DPMSolverMultistepScheduler", SD | {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", SD | {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", SD | {"thresholding": True, "euler_at_final": True}),
+    ("DPMSolverSinglestepScheduler", SD | {"lower_order_final": True}),
+    ("EulerDiscreteScheduler", SD | LEADING),
+    ("EulerDiscreteScheduler", SD | V | ZERO_SNR),
+    ("EulerDiscreteScheduler", SD | LEADING | {"final_sigmas_type": "sigma_min"}),
+    ("EulerAncestralDiscreteScheduler", SD | LEADING),
+    ("EulerAncestralDiscreteScheduler", SD | V | {"timestep_spacing": "trailing"}),
+    ("HeunDiscreteScheduler", SD | LEADING),
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    folder: Path
+    denoiser: Denoiser
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("pixels")
+    save_unconditional(folder)
+    put_scheduler(folder, "DDIMScheduler", {})
+    return Model(folder, load_denoiser("pixels", folder, None, False))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("text")
+    save_text_to_image(folder)
+    put_scheduler(folder, "DDIMScheduler", {})
+    return Model(folder, load_denoiser("text", folder, None, False))
+
+
+class InTurn:
+    """The captions, one after the other."""
+
+    def choose(self, seed: int, stream: str, indices: Any) -> list[str]:
+        return [CAPTIONS[i] for i in indices]
+
+
+def sampled(model: Model, eta: float = 0.0, **how: Any) -> Tensor:
+    """The images that a run makes."""
+    sampling = Sampling(read_scheduler(str(model.folder), STEPS, eta), **how)
+    plan = ImagePlan(IMAGES, SEED, IMAGES)
+    return sample_shard(sampling.predictor(model.denoiser.unet), model.denoiser, sampling, plan, range(IMAGES))
+
+
+def check_equal(ours: Tensor, diffusers: Tensor) -> None:
+    """At most one grey level; and images, not all black or white."""
+    assert (ours.int() - diffusers.int()).abs().max() <= 1
+    assert diffusers.float().std() > 10
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("settings", DDIM_SETTINGS, ids=str)
+def test_ddim_as_in_its_pipeline(pixels: Model, settings: dict[str, Any], eta: float) -> None:
+    put_scheduler(pixels.folder, "DDIMScheduler", settings, "DDIMPipeline")
+    if eta == 1 and "rescale_betas_zero_snr" in settings:  # where diffusers takes the root of a number below 0
+        with pytest.raises(
+            ValueError, match=r"eta=1\.0 and .*'rescale_betas_zero_snr': True.* gives nan at timestep 999"
+        ):
+            read_scheduler(str(pixels.folder), STEPS, eta)
+        return
+    check_equal(sampled(pixels, eta), sample_unconditional(pixels.folder, "DDIMPipeline", eta))
+
+
+@pytest.mark.parametrize("settings", DDPM_SETTINGS, ids=str)
+def test_ddpm_as_in_its_pipeline(pixels: Model, settings: dict[str, Any]) -> None:
+    put_scheduler(pixels.folder, "DDPMScheduler", settings, "DDPMPipeline")
+    check_equal(sampled(pixels), sample_unconditional(pixels.folder, "DDPMPipeline", 0.0))
+
+
+def test_a_pipeline_that_turns_its_scheduler_into_another(pixels: Model) -> None:
+    put_scheduler(pixels.folder, "DDPMScheduler", {"clip_sample_range": 0.7}, "DDIMPipeline")
+    assert read_scheduler(str(pixels.folder), STEPS).kind == "DDIMScheduler"
+    check_equal(sampled(pixels), sample_unconditional(pixels.folder, "DDIMPipeline", 0.0))
+
+
+@pytest.mark.parametrize(("kind", "settings"), TEXT_SETTINGS, ids=str)
+def test_captions_as_in_stable_diffusion(text: Model, kind: str, settings: dict[str, Any]) -> None:
+    put_scheduler(text.folder, kind, settings, "StableDiffusionPipeline")
+    ours = sampled(text, conditioning=InTurn(), guidance=GUIDANCE)
+    check_equal(ours, sample_captions(text.folder, kind))
+
+
+def test_what_the_pipeline_of_stable_diffusion_changes_is_said(text: Model, caplog: pytest.LogCaptureFixture) -> None:
+    put_scheduler(text.folder, "DDIMScheduler", SD, "StableDiffusionPipeline")
+    with caplog.at_level(logging.WARNING):
+        settings = read_scheduler(str(text.folder), STEPS).settings
+    assert (settings["steps_offset"], settings["clip_sample"]) == (1, False)
+    assert "steps_offset=1" in caplog.text
+    assert "clip_sample=False" in caplog.text
+    own = read_scheduler(str(text.folder), STEPS, settings={"steps_offset": 2})
+    assert own.settings["steps_offset"] == 2
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name must be one of DDIMScheduler"),
+    ({"_class_name": "os.system"}, "_class_name must be one of"),
+    ({"_class_name": None}, "_class_name must be one of"),
+    ({"_class_name": ["DDIMScheduler"]}, "_class_name must be one of"),
+    ({"prediction_type": "flow_prediction"}, "prediction_type must be one of epsilon, sample, v_prediction"),
+    ({"prediction_type": 3}, "prediction_type must be one of"),
+    ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type must be one of"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "variance_type must be one of"),
+    ({"timestep_spacing": "sideways"}, "sideways is not supported"),
+    ({"steps_offset": 900}, "steps_offset=900: 4 steps visit timestep 1650 of 0 .. 999"),
+    ({"steps_offset": "one"}, "cannot sample 4 steps"),
+    ({"num_train_timesteps": 10**12}, "num_train_timesteps must be a whole number from 1 to 100000"),
+    ({"num_train_timesteps": 3}, "4 sampler steps are not 1 to 3"),
+    ({"num_train_timesteps": "many"}, "num_train_timesteps must be a whole number"),
+    ({"beta_schedule": "straight"}, "straight"),
+    ({"beta_start": float("nan")}, "beta_start must be a finite number"),
+    ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}, "rescale_betas_zero_snr"),
+    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas=True: the Euler"),
+    ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace", "num_train_timesteps": 998}, "linspace"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda value: str(value)[:50])
+def test_what_cannot_be_honoured_is_refused_by_its_key(pixels: Model, changes: dict[str, Any], message: str) -> None:
+    put_scheduler(pixels.folder, "DDIMScheduler", {})
+    file = pixels.folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"scheduler_config\.json: ") as refused:
+        read_scheduler(str(pixels.folder), STEPS)
+    assert message in str(refused.value)
+
+
+def test_settings_of_the_command_line(pixels: Model, caplog: pytest.LogCaptureFixture) -> None:
+    put_scheduler(pixels.folder, "DDPMScheduler", {"clip_sample": False})
+    assert read_scheduler(str(pixels.folder), STEPS, settings={"clip_sample": True}).settings["clip_sample"] is True
+    with pytest.raises(ValueError, match=r"sampler\.settings\.spacing: a DDPMScheduler has no such setting"):
+        read_scheduler(str(pixels.folder), STEPS, settings={"spacing": "trailing"})
+    with pytest.raises(ValueError, match=r"a DDPMScheduler has no eta: it must be 0, got 1\.0"):
+        read_scheduler(str(pixels.folder), STEPS, 1.0)
+    file = pixels.folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"skip_prk_steps": True}))
+    with caplog.at_level(logging.WARNING):
+        read_scheduler(str(pixels.folder), STEPS)
+    assert "a DDPMScheduler has no skip_prk_steps=True; passed over, as diffusers does" in caplog.text
+
+
+def test_a_folder_without_scheduler(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"sampler=folder reads scheduler/scheduler_config\.json"):
+        read_scheduler(str(tmp_path), STEPS)
+
+
+def test_other_samplers_say_what_they_leave_out(pixels: Model) -> None:
+    put_scheduler(pixels.folder, "DDIMScheduler", {"thresholding": True, "timestep_spacing": "trailing"})
+    left = replaced_settings(DDIM(4), pixels.folder)
+    for said in (
+        "DDIM samples in place of the folder's DDIMScheduler",
+        "thresholding=True",
+        "timestep_spacing=trailing",
+    ):
+        assert said in left
+    assert replaced_settings(read_scheduler(str(pixels.folder), STEPS), pixels.folder) == ""
+    assert replaced_settings(DDIM(4), pixels.folder / "nowhere") == ""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 4000},
+        {"trained_betas": [0.01 * (i + 1) for i in range(20)], "num_train_timesteps": 20},
+    ],
+    ids=str,
+)
+def test_training_noise_of_other_samplers(pixels: Model, settings: dict[str, Any]) -> None:
+    """Alpha-bar as diffusers' own scheduler has it, in double precision."""
+    put_scheduler(pixels.folder, "DDPMScheduler", settings)
+    file = pixels.folder / "scheduler/scheduler_config.json"
+    from diffusers import DDPMScheduler
+
+    wanted = DDPMScheduler(**settings).alphas_cumprod.double()
+    torch.testing.assert_close(alphas_cumprod(training_noise(file)), wanted, rtol=1e-4, atol=1e-9)
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key in ("_class_name", *settings)}))
+    torch.testing.assert_close(alphas_cumprod(training_noise(file)), wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampler", "message"),
+    [
+        (V, DDIM(4), "DDIM takes networks that predict the noise; the folder's scheduler says prediction_type=v_pred"),
+        ({"rescale_betas_zero_snr": True}, DDIM(4), "rescale_betas_zero_snr=True is not supported"),
+        ({"rescale_betas_zero_snr": True}, PLMS(4), "rescale_betas_zero_snr=True is not supported"),
+        ({"beta_schedule": "sigmoid"}, DDIM(4), "beta_schedule must be linear"),
+    ],
+)
+def test_other_samplers_refuse_training_noise_that_they_cannot_take(
+    pixels: Model, changes: dict[str, Any], sampler: Any, message: str
+) -> None:
+    put_scheduler(pixels.folder, "DDIMScheduler", {})
+    file = pixels.folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=r".") as refused:
+        sampler.start(training_noise(file))
+    assert message in str(refused.value)
+
+
+def test_dpm_solver_takes_what_a_network_predicts() -> None:
+    """Its scheduler is diffusers', which knows all kinds of predictions."""
+    noise = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    x = torch.ones(1, 1, 1, 1)
+    plain, v = (DPMSolver(4).start(noise | more).move(0, 0.5 * x, x, ()) for more in ({}, V))
+    assert not torch.equal(plain, v)
+
+
+@pytest.mark.parametrize("train", [1, 100, 1000, 4000])
+def test_ddpm_visits_every_training_timestep(train: int) -> None:
+    assert DDIM(None, 1.0, offset=0).calls({"num_train_timesteps": train}) == tuple(reversed(range(train)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": True},
+        {"beta_start": "x"},
+        {"beta_end": 1.5},
+        {"beta_start": -1e-4},
+        {"trained_betas": [0.1]},
+        {"trained_betas": [float("inf")] * 1000},
+        {"trained_betas": "betas"},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_noise_that_cannot_be_is_refused_by_its_key(pixels: Model, changes: dict[str, Any]) -> None:
+    put_scheduler(pixels.folder, "DDIMScheduler", {})
+    file = pixels.folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"scheduler_config\.json: {next(iter(changes))} must be"):
+        training_noise(file)

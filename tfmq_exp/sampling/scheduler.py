@@ -1,0 +1,223 @@
+"""The sampler that a folder of diffusers' layout describes: its own scheduler, with every setting that it has."""
+
+import inspect
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from tfmq_exp.denoisers.scheduler_config import (
+    CONFIG,
+    KINDS,
+    NOISE,
+    USUAL,
+    check_count,
+    pipeline_class,
+    read_json,
+    scheduler_defaults,
+    scheduler_file,
+)
+from tfmq_exp.sampling.sampler import Moves, Sampler
+
+# What these pipelines of diffusers turn their scheduler into, whatever it is.
+CONVERTED = {"DDIMPipeline": "DDIMScheduler"}
+# What StableDiffusionPipeline sets, as long as the scheduler has such a setting, where a folder says otherwise.
+STABLE_DIFFUSION = {"steps_offset": 1, "clip_sample": False}
+CHOICES = {
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+# The settings that decide which timesteps are visited.
+SPACING = (
+    *("timestep_spacing", "steps_offset", "interpolation_type"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
+)
+OTHERS = "; sampler=ddim, plms or dpm_solver take other ways"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A scheduler of diffusers as a sampler.
+
+    Args:
+        kind: its class, one of `KINDS`.
+        settings: all that its configuration says.
+        steps: what its `set_timesteps` is given.
+        eta: how much noise DDIM's steps add; 0 for every other kind.
+
+    Raises:
+        ValueError: a kind or a setting that is not supported, by its key.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    steps: int
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {self.kind!r}{OTHERS}")
+        for key, choices in CHOICES.items():
+            if (value := self.settings.get(key, choices[0])) not in choices:
+                raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}{OTHERS}")
+        if wrong := [
+            key for key, value in self.settings.items() if isinstance(value, float) and not math.isfinite(value)
+        ]:
+            raise ValueError(f"{wrong[0]} must be a finite number, got {self.settings[wrong[0]]}")
+        count = self.settings["num_train_timesteps"]
+        if not 1 <= self.steps <= count:
+            raise ValueError(f"{self.steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps")
+        if self.eta and "eta" not in self._arguments:
+            raise ValueError(f"a {self.kind} has no eta: it must be 0, got {self.eta}")
+        self._try()
+
+    @cached_property
+    def _arguments(self) -> Mapping[str, Any]:
+        return inspect.signature(getattr(diffusers, self.kind).step).parameters
+
+    @cached_property
+    def _timesteps(self) -> tuple[int, ...]:
+        found: list[float] = self.scheduler().timesteps.tolist()
+        count = self.settings["num_train_timesteps"]
+        where = ", ".join(f"{key}={value}" for key in SPACING if (value := self.settings.get(key)) not in (None, False))
+        if wrong := [t for t in found if t != int(t)]:
+            raise ValueError(
+                f"{where}: the {self.kind} calls the network at timestep {wrong[0]:.3f}, and timesteps must be whole "
+                f"numbers, as +sampler.settings.timestep_spacing=leading has them{OTHERS}"
+            )
+        if wrong := [t for t in found if not 0 <= t < count]:
+            raise ValueError(f"{where}: {self.steps} steps visit timestep {int(wrong[0])} of 0 .. {count - 1}")
+        return tuple(int(t) for t in found)
+
+    def scheduler(self) -> Any:
+        """A new scheduler of diffusers, its timesteps set."""
+        made: Any = getattr(diffusers, self.kind)(**self.settings)
+        made.set_timesteps(self.steps)
+        return made
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        """The scheduler's timesteps; a second-order scheduler has some of them twice."""
+        return self._timesteps
+
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
+        """Moves that remember what the scheduler does: earlier predictions, and at which step it is."""
+        made, timesteps = self.scheduler(), self._timesteps
+
+        def scaled(call: int, x: Tensor) -> Tensor:
+            return made.scale_model_input(x, made.timesteps[call])
+
+        def move(call: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            options: dict[str, Any] = {"return_dict": False}
+            if "generator" in self._arguments:
+                options["generator"] = list(generators)
+            if "eta" in self._arguments:
+                options["eta"] = self.eta
+            return made.step(prediction, made.timesteps[call], x, **options)[0]
+
+        assert len(made.timesteps) == len(timesteps)
+        return Moves(move, scaled, float(made.init_noise_sigma))
+
+    def _try(self) -> None:
+        """Go once through all steps with one number as the image: what fails, fails before anything slow.
+
+        Raises:
+            ValueError: the scheduler refuses its settings, or divides by zero under them.
+        """
+        generators = [torch.Generator().manual_seed(0)]
+        try:
+            moves, x = self.start({}), torch.ones(1, 1, 1, 1)
+            for call in range(len(self._timesteps)):
+                x = moves.move(call, moves.input(call, x), x, generators)
+                if not bool(torch.isfinite(x).all()):
+                    raise ValueError(f"it gives {float(x)} at timestep {self._timesteps[call]}")
+        except Exception as error:  # wrong settings fail in whatever way they lead to
+            reason = " ".join(f"{error}".split())[:300] or type(error).__name__
+            said = {key: value for key, value in self.settings.items() if key in TOLD}
+            raise ValueError(
+                f"a {self.kind} cannot sample {self.steps} steps with eta={self.eta} and {said}: {reason}"
+            ) from error
+
+
+# The settings that decide whether a scheduler can sample at all.
+TOLD = (
+    *("prediction_type", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "final_sigmas_type"),
+    *("beta_schedule", "algorithm_type", "solver_type", "thresholding"),
+)
+
+
+def read_scheduler(path: str, steps: int, eta: float = 0.0, settings: Mapping[str, Any] | None = None) -> Scheduler:
+    """The scheduler of a folder, as diffusers' pipeline of that folder uses it.
+
+    Args:
+        path: the folder.
+        steps: of a trajectory.
+        eta: see `Scheduler`.
+        settings: changes of what the folder says, by diffusers' names.
+
+    Raises:
+        FileNotFoundError: no scheduler in the folder.
+        ValueError: a scheduler or a setting that is not supported.
+    """
+    folder = Path(path)
+    if (file := scheduler_file(folder)) is None:
+        raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{OTHERS}")
+    raw, pipeline = read_json(file), pipeline_class(folder)
+    kind = CONVERTED.get(pipeline or "", raw.get("_class_name"))
+    try:
+        if kind not in KINDS:
+            raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {kind!r}{OTHERS}")
+        defaults = scheduler_defaults(kind)
+        if unknown := sorted(set(settings or {}) - set(defaults)):
+            raise ValueError(f"sampler.settings.{unknown[0]}: a {kind} has no such setting")
+        given = {key: value for key, value in raw.items() if not key.startswith("_")} | dict(settings or {})
+        if passed := [f"{key}={given[key]}" for key in sorted(set(given) - set(defaults)) if given[key]]:
+            log.warning("%s: a %s has no %s; passed over, as diffusers does", file, kind, ", ".join(passed))
+        known = {key: value for key, value in given.items() if key in defaults}
+        if pipeline == "StableDiffusionPipeline":
+            known |= forced({key: value for key, value in (defaults | known).items() if key not in (settings or {})})
+        check_count((defaults | known)["num_train_timesteps"])
+        config = getattr(diffusers, kind)(**known).config
+        full = {key: value for key, value in config.items() if not key.startswith("_")}
+        # JSON has no word for the infinite bounds that some classes have by default: what is left out stays so
+        full = {
+            key: value for key, value in full.items() if value not in (math.inf, -math.inf) or value != defaults[key]
+        }
+        return Scheduler(kind, full, steps, eta)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+def replaced_settings(sampler: Sampler, path: Path) -> str:
+    """What a folder's scheduler says that another sampler does otherwise, or not at all; empty where nothing is.
+
+    Args:
+        sampler: what is sampled with.
+        path: of the model.
+    """
+    file = scheduler_file(path) if path.is_dir() else None
+    if file is None or isinstance(sampler, Scheduler):
+        return ""
+    config = read_json(file)
+    left = [
+        f"{key}={value}"
+        for key, value in config.items()
+        if not key.startswith("_") and key not in (*NOISE, *USUAL) and value not in (None, False)
+    ]
+    name = type(sampler).__name__
+    return f"{name} samples in place of the folder's {config.get('_class_name')}: its {', '.join(left)} do not count"
+
+
+def forced(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that StableDiffusionPipeline changes, of those that a folder's scheduler has; each change is logged."""
+    changed = {key: value for key, value in STABLE_DIFFUSION.items() if key in said and said[key] != value}
+    for key, value in changed.items():
+        log.warning("%s=%s, as diffusers' StableDiffusionPipeline sets it whatever the folder says", key, value)
+    return changed
