@@ -24,12 +24,6 @@ def checked_width(width: int) -> None:
         raise ValueError(f"the width of an encoding must be even and at least 2, got {width}")
 
 
-def checked_timesteps(train_timesteps: int) -> None:
-    """Raise ValueError unless timesteps can be divided by it."""
-    if train_timesteps < 1:
-        raise ValueError(f"an encoding needs at least one training timestep, got {train_timesteps}")
-
-
 @dataclass(frozen=True)
 class Frequency:
     """[cos(t w_i), sin(t w_i)], w_i = 10000^(-2i / width): the encoding of the UNet itself; TDQ's choice."""
@@ -52,9 +46,6 @@ class Normalised:
 
     train_timesteps: int
 
-    def __post_init__(self) -> None:
-        checked_timesteps(self.train_timesteps)
-
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         """A single column."""
         return t.float()[:, None] / self.train_timesteps
@@ -71,7 +62,6 @@ class RandomFourier:
 
     def __post_init__(self) -> None:
         checked_width(self.width)
-        checked_timesteps(self.train_timesteps)
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         """Cosines first."""

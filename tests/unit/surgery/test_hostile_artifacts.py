@@ -318,7 +318,6 @@ def test_without_a_change_it_is_read(content: Content, tmp_path: Path) -> None:
         {"kind": "statistics", "encoding": None, "hidden": ["8"]},
         {"kind": "statistics", "encoding": None, "hidden": 8},
         {"kind": "statistics", "encoding": {"kind": "frequency", "width": 2 * 10**9}, "hidden": [4]},
-        {"kind": "statistics", "encoding": {"kind": "normalised", "train_timesteps": 0}, "hidden": [4]},
         {"kind": "statistics", "encoding": {"kind": "normalised"}, "hidden": [4]},
         {"kind": "statistics", "encoding": {"kind": "novelty"}, "hidden": [4]},
         {"kind": "statistics", "encoding": {"kind": []}, "hidden": [4]},
