@@ -32,10 +32,10 @@ def unet_folder(path: Path) -> Path:
     if (path / "unet").is_dir():
         return path / "unet"
     if not (path / "config.json").is_file():
-        there = sorted(f"{folder.name}/" for folder in path.iterdir() if folder.is_dir())
+        there = sorted(f"{file.name}/" if file.is_dir() else file.name for file in path.iterdir())
         raise FileNotFoundError(
-            f"no unet/ in {path}, and no config.json in it: expected a folder of diffusers' layout; its folders are "
-            f"{', '.join(there[:12]) or 'none'}"
+            f"no unet/ in {path}, and no config.json in it: expected a folder of diffusers' layout, or the path of a "
+            f"checkpoint; there is {', '.join(there[:12]) or 'nothing'}"
         )
     return path
 

@@ -88,6 +88,12 @@ def named(path: Path) -> str | None:
     return None
 
 
+def instead_of_text(path: Path) -> str | None:
+    """What stands in the place of a configuration or a vocabulary, as `kind_of`; None where it may be one."""
+    kind = kind_of(path)
+    return None if kind is None or kind.startswith("is JSON") else kind
+
+
 def markup(head: bytes) -> str | None:
     """A page or a message that a server sent in the place of a file."""
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff\0 \t\r\n")

@@ -10,7 +10,7 @@ import yaml
 
 from tfmq_exp.denoisers import diffusers_folder, original
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.file_kind import kind_of, why_missing
+from tfmq_exp.denoisers.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.denoisers.published import where_to_find
 from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files
 from tfmq_exp.denoisers.weight_files import weight_files
@@ -48,6 +48,8 @@ def read_architecture(config: Mapping[str, Any] | str | Path | None) -> Mapping[
     path = Path(config)
     if not path.is_file():
         raise FileNotFoundError(f"no architecture at {path}: expected a YAML file in the original program's layout")
+    if kind := instead_of_text(path):
+        raise ValueError(f"{path} {kind}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

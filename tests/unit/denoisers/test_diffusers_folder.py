@@ -205,7 +205,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     unet.unlink()
     assert "no config.json in" in refusal(FileNotFoundError)
     (folder / "unet").rename(folder / "transformer")
-    assert "its folders are scheduler/, transformer/, vqvae/" in refusal(FileNotFoundError)
+    assert "there is model_index.json, scheduler/, transformer/, vqvae/" in refusal(FileNotFoundError)
 
 
 def test_former_names_of_layers(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from safetensors.torch import save_file
 
 from tfmq_exp.denoisers.checkpoint import read_tensors, tensor_names
 from tfmq_exp.denoisers.digits import load_denoiser as load_digits
-from tfmq_exp.denoisers.loading import load_denoiser
+from tfmq_exp.denoisers.file_kind import instead_of_text
+from tfmq_exp.denoisers.loading import load_denoiser, read_architecture
+from tfmq_exp.denoisers.scheduler_config import read_json
+from tfmq_exp.denoisers.text_encoder import read_tokenizer
 from tfmq_exp.evaluation.inception import load_inception
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n"
@@ -159,6 +162,33 @@ def test_every_reader_of_a_given_file_says_so(tmp_path: Path) -> None:
     for read in readers:
         with pytest.raises(ValueError, match=r"model\.ckpt: is a pointer of Git LFS.*git lfs pull"):
             read()
+
+
+@pytest.mark.parametrize("content", [POINTER, b"<!DOCTYPE html><html>", b"", b"\x1f\x8b\x08"])
+def test_texts_beside_weights_are_named_too(content: bytes, tmp_path: Path) -> None:
+    words = instead_of_text(write(tmp_path / "config.json", content)) or ""
+    assert words
+    for name in ("vocab.json", "merges.txt", "a.yaml"):
+        write(tmp_path / name, content)
+    readers: list[tuple[str, Callable[[], object]]] = [
+        ("config.json", lambda: read_json(tmp_path / "config.json")),
+        ("vocab.json", lambda: read_tokenizer(tmp_path)),
+        ("a.yaml", lambda: read_architecture(tmp_path / "a.yaml")),
+    ]
+    for name, read in readers:
+        with pytest.raises(ValueError, match=r"\S") as caught:
+            read()
+        assert str(caught.value) == f"{tmp_path / name} {words}"
+
+
+def test_a_truncated_configuration_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        read_json(write(tmp_path / "config.json", b'{"a": '))
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
 
 
 def test_weights_of_digits_in_any_format(tmp_path: Path) -> None:
