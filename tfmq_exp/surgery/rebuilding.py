@@ -18,12 +18,12 @@ from tfmq_exp.quant.ranges import MinMax
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.manifest import described, difference, inside
 from tfmq_exp.surgery.packing import unpack
-from tfmq_exp.surgery.plan import ResolvedPlan, resolved_from_json
+from tfmq_exp.surgery.plan import OPERANDS, ResolvedPlan, resolved_from_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
 from tfmq_exp.surgery.scales import StatisticsScale, TrainedScale
 
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
-MOST_TIMESTEPS = 2**20
+MOST_TIMESTEPS, MOST_LAYERS = 2**20, 1000
 WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 
 
@@ -132,7 +132,7 @@ def check_config(config: Mapping[str, Any], defaults: Mapping[str, Any], tensors
             raise ValueError(f"config.{key} cannot be {str(value)[:50]!r}")
         if "layers" in key:
             layers *= max([1, *(count for count in values if type(count) is int)])
-    if layers > tensors:
+    if layers > min(tensors, MOST_LAYERS):
         raise ValueError(f"its configuration describes {str(layers)[:50]} layers for {tensors} tensors")
 
 
@@ -187,6 +187,9 @@ def check_plan(plan: ResolvedPlan, numbers: int) -> None:
         if site.split is not None and not (type(site.split) is int and site.split > 0)
     ]:
         raise ValueError(f"'plan.sites.{wrong[0]}.split' must be a number of channels")
+    parts = {part for lines in plan.operands.values() for part in lines}
+    if unknown := parts - {*OPERANDS, "probabilities"}:
+        raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
     sites = [line for site in plan.sites.values() for line in (site.input, site.output)]
     for line in (*sites, *(line for parts in plan.operands.values() for line in parts.values())):
         scale = line.scale if line else None

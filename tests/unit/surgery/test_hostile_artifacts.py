@@ -345,6 +345,20 @@ def test_scales_that_are_none(scale: dict[str, Any], scheme: str, content: Conte
     refusal(changed(content, change, tmp_path / "model.safetensors"))
 
 
+def test_unknown_operands_are_refused(content: Content, tmp_path: Path) -> None:
+    """Even where their tensors are there."""
+
+    def change(copy: Content) -> None:
+        name, parts = next(iter(copy.manifest["plan"]["operands"].items()))
+        parts["novelty"] = parts["key"]
+        stem = f"activations/{name}.processor"
+        known = [key for key in copy.tensors if key.startswith(stem) and ".key/" in key]
+        copy.tensors.update({key.replace(".key/", ".novelty/"): copy.tensors[key].clone() for key in known})
+        assert known
+
+    assert "unknown operand 'novelty'" in refusal(changed(content, change, tmp_path / "model.safetensors"))
+
+
 def test_messages_name_the_entry(content: Content, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for name, words in {
