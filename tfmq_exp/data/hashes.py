@@ -13,7 +13,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ WAIT = 10.0  # seconds for other jobs that write to the index
 TABLE = (
     "CREATE TABLE IF NOT EXISTS hashes (file BLOB PRIMARY KEY, times BLOB, sha256 BLOB, crc32 INTEGER) WITHOUT ROWID"
 )
+UNUSABLE = (sqlite3.Error, OSError, ValueError)  # the last for text in it that is no UTF-8
 log = logging.getLogger(__name__)
 
 
@@ -74,30 +75,29 @@ class HashIndex:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path, timeout=WAIT)
             database.execute(TABLE)
-        except (sqlite3.Error, OSError) as error:
+        except UNUSABLE as error:
             return self._without(error)
         return database
 
     def _without(self, error: Exception) -> None:
-        """Go on without an index. One that is damaged is removed, so that the next job has a new one."""
+        """Go on without an index. One that is damaged is removed, so that the next job makes a new one."""
         log.info("hashes of files are not remembered: %s: %s", self.path, error)
-        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+        busy_or_out_of_reach = isinstance(error, OSError | sqlite3.OperationalError)
+        if not busy_or_out_of_reach or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
             self.path.unlink(missing_ok=True)
 
-    def find(self, state: FileState) -> bytes | None:
-        """The hash of a file; None for one that is not known, or has changed."""
+    def find(self, states: Collection[FileState]) -> dict[FileState, bytes]:
+        """The hashes of those files that are known and have not changed."""
         if self.database is None:
-            return None
+            return {}
+        query = f"SELECT file, times, sha256, crc32 FROM hashes WHERE file IN ({','.join('?' * len(states))})"
         try:
-            row = self.database.execute(
-                "SELECT times, sha256, crc32 FROM hashes WHERE file = ?", (state.file,)
-            ).fetchone()
-        except sqlite3.Error as error:
+            rows = self.database.execute(query, [state.file for state in states]).fetchall()
+        except UNUSABLE as error:
             self.database = self._without(error)
-            return None
-        if row is None or row[0] != state.times or not isinstance(row[1], bytes) or row[2] != _crc32(state, row[1]):
-            return None
-        return row[1]
+            return {}
+        known = {(file, times): sha256 for file, times, sha256, crc32 in rows if _crc32(file, times, sha256) == crc32}
+        return {state: known[state[:2]] for state in states if state[:2] in known}
 
     def add(self, rows: Iterable[tuple[FileState, bytes]]) -> None:
         """Remember hashes."""
@@ -105,9 +105,9 @@ class HashIndex:
             return
         try:
             with self.database:
-                values = [(state.file, state.times, sha256, _crc32(state, sha256)) for state, sha256 in rows]
+                values = [(state.file, state.times, sha256, _crc32(*state[:2], sha256)) for state, sha256 in rows]
                 self.database.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", values)
-        except sqlite3.Error as error:
+        except UNUSABLE as error:
             self.database = self._without(error)
 
     def __enter__(self) -> "HashIndex":
@@ -120,9 +120,9 @@ class HashIndex:
             self.database.close()
 
 
-def _crc32(state: FileState, sha256: bytes) -> int:
+def _crc32(*values: object) -> int:
     """A row's own checksum: a damaged one counts as none."""
-    return zlib.crc32(state.file + state.times + sha256)
+    return zlib.crc32(repr(values).encode())
 
 
 def default_index() -> Path:
@@ -148,7 +148,8 @@ def hash_files(root: Path, names: Sequence[str], index: Path | None = None) -> I
         for start in range(0, len(names), PART):
             part = [root / name for name in names[start : start + PART]]
             began, states = time.time_ns(), {path: FileState.of(path) for path in part}
-            hashes = {path: digest for path, state in states.items() if (digest := known.find(state))}
+            remembered = known.find(states.values())
+            hashes = {path: remembered[state] for path, state in states.items() if state in remembered}
             missing = {path: state for path, state in states.items() if path not in hashes}
             much = sum(state.size for state in missing.values())
             if missing and (much > MUCH or time.monotonic() - said > NOTICE):

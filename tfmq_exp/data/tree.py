@@ -33,17 +33,13 @@ def files_below(root: Path, passed_over: Callable[[str], bool] = lambda _: False
     Raises:
         OSError: a folder that cannot be listed; says which.
     """
-    seen = {_file_id(folder) for folder in (root, *root.resolve().parents)}
+    seen = set(root.resolve().parents)
     folders, links = [""], list[str]()
     while folders or links:
-        if folders:
-            place = folders.pop()
-        else:
-            place = min(links)
-            links.remove(place)
-            if (found := _file_id(root / place)) in seen:
-                continue
-            seen.add(found)
+        place = folders.pop() if folders else links.pop(links.index(min(links)))
+        if (here := (root / place).resolve()) in seen:
+            continue
+        seen.add(here)
         for entry in _entries(root / place):
             if passed_over(entry.name):
                 continue
@@ -51,11 +47,8 @@ def files_below(root: Path, passed_over: Callable[[str], bool] = lambda _: False
             kind = _kind(entry)
             if kind != "folder":
                 yield Found(name, kind)
-            elif entry.is_symlink():
-                links.append(name)
             else:
-                seen.add(_file_id(root / name))
-                folders.append(name)
+                (links if entry.is_symlink() else folders).append(name)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -64,11 +57,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise type(error)(f"cannot list the folder {folder}: {error.strerror}") from error
-
-
-def _file_id(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_dev, state.st_ino
 
 
 def _kind(entry: os.DirEntry[str]) -> Kind | Literal["folder"]:
