@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tfmq_exp.data.cifar10_pickle import read_record
 from tfmq_exp.data.decoding import check_batch
+from tfmq_exp.data.hashes import hash_file
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32
@@ -97,7 +98,7 @@ class CIFAR10:
         self.identity: Mapping[str, Any] = {
             "set": "CIFAR-10 training images",
             "version": self.version,
-            "files": {file.name: file.stat().st_size for file in self.files},
+            "files": {file.name: hash_file(file) for file in self.files},
         }
 
     def __len__(self) -> int:

@@ -3,9 +3,9 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,32 +13,37 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from tfmq_exp.data.preparation import Pixels, Preparation
+from tfmq_exp.data.content import HEAD, describe_content
+from tfmq_exp.data.preparation import MAX_PIXELS, Pixels, Preparation
 
 WAITING = 64  # images that may be decoded ahead: enough for every thread, 13 MB at 256x256
+# Formats of pictures, which Pillow decodes itself. Others start programs (PostScript) or are no pictures (GRIB, HDF5).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "QOI")
+# 8 bits per channel, or fewer: the modes that Pillow turns into RGB without guessing a range
+MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"})
 Item = TypeVar("Item")
 
 
-def decode(name: str, file: Path | BinaryIO, size: int, preparation: Preparation) -> Pixels:
-    """One image as 8-bit RGB of `size` by `size`. Transparency and orientation tags are ignored, as training loaders do.
+def decode(name: str, content: bytes, size: int, preparation: Preparation) -> Pixels:
+    """One image as 8-bit RGB of `size` by `size`; of an animation, or of several pages, the first.
+
+    As training loaders do, transparency, orientation tags and colour profiles are ignored, and colours of 16 bits per
+    channel keep their upper 8.
 
     Args:
-        name: what errors call it.
-        file: a path, or its bytes.
+        name: what errors call it. One that ends in `.tga` may be a TGA, whose content has no mark of its own.
+        content: the bytes of the file, in one of `FORMATS`, whatever its name.
         size: of the result, in pixels.
         preparation: how it becomes a square.
 
     Raises:
-        ValueError: damaged, no image, more than 8 bits per channel, or of another size after preparation.
+        ValueError: damaged, no image, more than `MAX_PIXELS`, grey of more than 8 bits, or of another size after preparation.
     """
+    rgb = to_rgb(name, content)
     try:
-        with Image.open(file) as image:
-            mode, rgb = image.mode, image.convert("RGB")
-    except Exception as error:  # damaged bytes fail in whatever way they lead to
-        raise ValueError(f"{name} cannot be read as an image ({type(error).__name__}: {error})") from error
-    if mode.startswith(("I", "F")):
-        raise ValueError(f"{name} has pixels of mode {mode}; expected 8 bits per channel")
-    pixels = preparation(rgb, size)
+        pixels = preparation(rgb, size)
+    except ValueError as error:
+        raise ValueError(f"{name}, {rgb.width}x{rgb.height} pixels: {error}") from error
     if pixels.shape != (size, size, 3):
         height, width = pixels.shape[:2]
         raise ValueError(
@@ -46,6 +51,32 @@ def decode(name: str, file: Path | BinaryIO, size: int, preparation: Preparation
             "have one size; choose a preparation that resizes, or their size"
         )
     return pixels
+
+
+def to_rgb(name: str, content: bytes) -> Image.Image:
+    """The image as RGB. Its size and mode are looked at before pixels are decoded; errors are those of `decode`."""
+    formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
+    try:
+        image = Image.open(BytesIO(content), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large to be decoded: at most {MAX_PIXELS} pixels ({error})") from error
+    except Exception as error:  # damaged bytes fail in whatever way they lead to
+        what = describe_content(content[:HEAD])
+        reason = f"it is {what}" if what else f"{type(error).__name__}: no {', '.join(FORMATS)}, or damaged"
+        raise ValueError(f"{name} cannot be read as an image ({reason})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"{name} is too large to be decoded: {image.width}x{image.height}, at most {MAX_PIXELS} pixels"
+        )
+    if image.mode not in MODES:
+        raise ValueError(
+            f"{name} has pixels of mode {image.mode}, whose range is not known; expected at most 8 bits per channel"
+        )
+    image.info.pop("transparency", None)  # of a palette, of which Pillow would warn
+    try:
+        return image.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 def in_order(function: Callable[[Item], Pixels], items: Iterable[Item]) -> Iterator[Pixels]:

@@ -1,7 +1,6 @@
 """LSUN as it is published: a database of encoded images (arXiv 1506.03365)."""
 
 from collections.abc import Iterator, Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stacked
+from tfmq_exp.data.hashes import hash_file
 from tfmq_exp.data.preparation import CropThenResize, Pixels, Preparation
 
 
@@ -43,15 +43,14 @@ class LSUN:
                 "(nothing is downloaded); for a folder of image files set data=image_folder"
             )
         with open_database(self.path) as database:
-            self.count, state = database.stat()["entries"], database.info()
+            self.count = database.stat()["entries"]
         if not self.count:
             raise ValueError(f"the LMDB at {path} is empty")
         self.shape = (3, size, size)
         self.identity: Mapping[str, Any] = {
             "database": self.path.resolve().name,
             "images": self.count,
-            "last_page": state["last_pgno"],
-            "last_transaction": state["last_txnid"],
+            "sha256": hash_file(self.path / "data.mdb"),
             "size": size,
             "preparation": describe(self.preparation),
         }
@@ -71,7 +70,7 @@ class LSUN:
 
     def _decode(self, entry: tuple[bytes, bytes]) -> Pixels:
         key, value = entry
-        return decode(f"{self.path}: {key!r}", BytesIO(value), self.shape[1], self.preparation)
+        return decode(f"{self.path}: {key!r}", value, self.shape[1], self.preparation)
 
 
 def open_database(path: Path) -> lmdb.Environment:

@@ -18,6 +18,7 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+MAX_PIXELS = 89_478_485  # of an image, and of what it is enlarged to: Pillow's own limit, 268 MB of RGB
 FIXED_POINT = 2048  # OpenCV's weights are multiples of 1/2048
 
 
@@ -35,6 +36,12 @@ def crop_centre(pixels: Pixels, size: int) -> Pixels:
     return pixels[top : top + size, left : left + size]
 
 
+def check_enlarged(width: int, height: int) -> None:
+    """ValueError for an image so narrow that it would fill the memory once its short side has the right length."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"its short side resized, it would have {width}x{height}; at most {MAX_PIXELS} pixels")
+
+
 def crop_then_resize(image: Image.Image, size: int, interpolation: Interpolation) -> Pixels:
     """The middle square of the short side's length, resized by Pillow (latent-diffusion, `ldm/data/lsun.py`)."""
     square = Image.fromarray(crop_centre(np.asarray(image), min(image.size)))
@@ -49,6 +56,7 @@ def resize_then_crop(image: Image.Image, size: int, interpolation: Interpolation
     """
     short = min(image.size)
     width, height = (size if length == short else int(size * length / short) for length in image.size)
+    check_enlarged(width, height)
     pixels = np.asarray(image if short == size else image.resize((width, height), FILTERS[interpolation]))
     top, left = round((height - size) / 2), round((width - size) / 2)
     return pixels[top : top + size, left : left + size]
@@ -62,7 +70,9 @@ def halve_then_resize_then_crop(image: Image.Image, size: int) -> Pixels:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    check_enlarged(width, height)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return crop_centre(np.asarray(image), size)
 
 
@@ -75,7 +85,9 @@ def aliased_resize_then_crop(image: Image.Image, size: int) -> Pixels:
     scale = size / min(image.size)
     pixels = np.asarray(image)
     if scale != 1:
-        pixels = resize_as_opencv(pixels, round(image.height * scale), round(image.width * scale))
+        width, height = round(image.width * scale), round(image.height * scale)
+        check_enlarged(width, height)
+        pixels = resize_as_opencv(pixels, height, width)
     return crop_centre(pixels, size)
 
 

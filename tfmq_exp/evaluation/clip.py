@@ -44,10 +44,16 @@ class ClipJudge:
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, **local)
         self.processor: Any = CLIPImageProcessorPil.from_pretrained(folder, **local)
+        settings = hashlib.sha256()
+        for path in sorted(
+            path for path in Path(folder).iterdir() if path.suffix in (".json", ".txt") and path.is_file()
+        ):
+            settings.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         with weights.open("rb") as file:
             self.identity: Mapping[str, Any] = {
                 "model": Path(folder).resolve().name,
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+                "settings_sha256": settings.hexdigest(),  # of the model, the tokenizer and the image processor
             }
 
     @torch.no_grad()

@@ -41,6 +41,14 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "images channels height width"]) -> Features:
-        """Features of any number of images, float32, on the CPU."""
+        """Features of any number of images, float32, on the CPU.
+
+        Raises:
+            ValueError: features that are not finite, of which no score can be made.
+        """
         parts = [self.network(batch) for batch in images.split(self.batch)]
-        return Features(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))
+        features = Features(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))
+        for name, values in features._asdict().items():
+            if wrong := int((~values.isfinite().all(1)).sum()):
+                raise ValueError(f"the {name} features of {wrong} of {len(values)} images are not finite")
+        return features

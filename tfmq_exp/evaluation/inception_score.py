@@ -1,6 +1,5 @@
 """The Inception score (arXiv 1606.03498) by torchmetrics, in the two conventions that papers report: splits and order."""
 
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -35,10 +34,16 @@ def mean_over(parts: Sequence[Float[Tensor, "images classes"]]) -> float:
 
 
 def inception_score(logits: Float[Tensor, "images classes"]) -> float:
-    """Mean over 10 parts of all images in torch-fidelity's own random order; nan for fewer images than parts."""
+    """Mean over 10 parts of all images in torch-fidelity's own random order.
+
+    The score of a part is at most the number of its images.
+
+    Raises:
+        ValueError: fewer images than parts.
+    """
     count = len(logits)
     if count < SPLITS:
-        return math.nan
+        raise ValueError(f"an Inception score over {SPLITS} parts needs as many images, got {count}")
     shuffled = logits[torch.from_numpy(np.random.RandomState(SEED).permutation(count))]
     return mean_over([shuffled[i * count // SPLITS : (i + 1) * count // SPLITS] for i in range(SPLITS)])
 

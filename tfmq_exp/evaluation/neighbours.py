@@ -1,7 +1,5 @@
 """Scores that compare the pooled features themselves, not their moments: kernel distance, precision and recall."""
 
-import logging
-import math
 import warnings
 
 import torch
@@ -15,7 +13,6 @@ from tfmq_exp.evaluation.moments import Given
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020
 NEIGHBOUR = 3  # the ball of a feature reaches to its third neighbour
 ROWS = 1000  # features whose distances to all others are in memory together
-log = logging.getLogger(__name__)
 
 
 def kernel_distance(
@@ -24,12 +21,14 @@ def kernel_distance(
     """KID (arXiv 1801.01401): squared MMD under (x.y / d + 1)^3, mean over 100 random subsets, by torchmetrics.
 
     Subsets have `subset_size` images, or as many as there are. In double precision, because the distance is a small
-    difference of large sums. With fewer than two images on a side: nan, and a warning.
+    difference of large sums.
+
+    Raises:
+        ValueError: fewer than two images on a side.
     """
     size = min(subset_size, len(real), len(generated))
     if size < 2:
-        log.warning("KID needs two images on both sides, got %d real, %d generated", len(real), len(generated))
-        return math.nan
+        raise ValueError(f"KID needs two images on both sides, got {len(real)} real, {len(generated)} generated")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps its features
         metric = KernelInceptionDistance(
@@ -47,11 +46,12 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991) with k = 3, by torch-fidelity.
 
-    Precision: the share of generated features inside the ball of some real one; recall: the reverse. With fewer images
-    than a ball needs: nan, and a warning.
+    Precision: the share of generated features inside the ball of some real one; recall: the reverse.
+
+    Raises:
+        ValueError: fewer images than a ball needs.
     """
     if min(len(real), len(generated)) <= NEIGHBOUR:
         wanted = f"more than {NEIGHBOUR} images on both sides, got {len(real)} real, {len(generated)} generated"
-        log.warning("precision and recall need %s", wanted)
-        return math.nan, math.nan
+        raise ValueError(f"precision and recall need {wanted}")
     return calculate_precision_recall_part(generated, real, NEIGHBOUR, ROWS)

@@ -1,7 +1,9 @@
 """Images in guided-diffusion's sample files: `arr_0` in a `.npz`, uint8, (N, H, W, C), read and written in passing."""
 
+import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +12,22 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from tfmq_exp.data.content import HEAD, describe_content
+
 MEMBER = "arr_0.npy"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# Photographs are packed to a half, flat drawings to a twentieth; deflate reaches a thousandth, with zeros alone.
+PACKED, MUCH = 200, 2**30
+SIDE = 4096  # pixels
+
+
+class Header(NamedTuple):
+    """What an array of a `.npz` says of itself."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+    start: int  # of the values, in the uncompressed record
 
 
 class Member(NamedTuple):
@@ -24,31 +40,69 @@ class Member(NamedTuple):
     size: int
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A `.npz`, for reading.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is damaged or something else; says what, where its first bytes tell.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if not head.startswith(b"PK"):
+        what = describe_content(head)
+        raise ValueError(f"{path} is {what or 'no zip archive'}; expected a .npz of numpy")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise ValueError("it is a file of torch.save, such as torch-fidelity's cache; expected a .npz of numpy")
+            yield archive
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # damaged bytes fail in whatever way they lead to
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def read_header(archive: zipfile.ZipFile, name: str) -> Header:
+    """What is said of an array, whose values stay unread; ValueError for what numpy would not write."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in HEADERS:
+            raise ValueError(f"{name} is of numpy format {version}")
+        try:
+            shape, fortran, dtype = HEADERS[version](file)
+        except ValueError as error:
+            raise ValueError(f"{name} has no header of numpy ({error})") from error
+        start = file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not read: a pickle is a program")
+    if archive.getinfo(name).file_size - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+        raise ValueError(f"{name} is not as long as its shape {shape} says")
+    return Header(shape, fortran, dtype, start)
+
+
 def find_images(path: Path) -> Member | None:
     """What the header of `arr_0` says; None if the file has none.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a `.npz`, or `arr_0` is no array of uint8 images.
+        ValueError: not a `.npz`, or `arr_0` is no array of uint8 images, or of none, or of such as fill the memory.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if MEMBER not in archive.namelist():
-                return None
-            info = archive.getinfo(MEMBER)
-            with archive.open(MEMBER) as file:
-                version = np.lib.format.read_magic(file)
-                if version not in HEADERS:
-                    raise ValueError(f"numpy format {version}")
-                shape, fortran, dtype = HEADERS[version](file)
-                start = file.tell()
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or no .npz of numpy: {error}") from error
-    if dtype != np.uint8 or len(shape) != 4 or fortran or shape[3] not in (1, 3):
-        raise ValueError(f"arr_0 in {path} is {dtype} {shape}; expected uint8 images (N, height, width, 1 or 3)")
-    if info.file_size - start != int(np.prod(shape, dtype=np.int64)):
-        raise ValueError(f"arr_0 in {path} is not as long as its shape {shape} says")
-    return Member(shape[0], shape[1:], start, f"{info.CRC:08x}", info.file_size)
+    with opened(path) as archive:
+        if MEMBER not in archive.namelist():
+            return None
+        shape, fortran, dtype, start = read_header(archive, MEMBER)
+        info = archive.getinfo(MEMBER)
+        if dtype != np.uint8 or len(shape) != 4 or fortran or shape[3] not in (1, 3):
+            raise ValueError(f"arr_0 is {dtype} {shape}; expected uint8 images (N, height, width, 1 or 3)")
+        if 0 in shape:
+            raise ValueError(f"arr_0 {shape} holds no images")
+        if max(shape[1:3]) > SIDE:
+            raise ValueError(f"arr_0 holds images of {shape[2]}x{shape[1]} pixels; at most {SIDE} a side")
+        if info.file_size > max(MUCH, PACKED * info.compress_size):
+            raise ValueError(f"arr_0 has {info.compress_size} bytes that unpack to {info.file_size}: no images do")
+    return Member(shape[0], (shape[1], shape[2], shape[3]), start, f"{info.CRC:08x}", info.file_size)
 
 
 class NpzImages:
@@ -86,16 +140,15 @@ class NpzImages:
         Raises:
             ValueError: the file is damaged.
         """
-        each = int(np.prod(self.member.shape))
-        with zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as file:
+        each = math.prod(self.member.shape)
+        with opened(self.path) as archive, archive.open(MEMBER) as file:
             file.read(self.member.start)
             for start in range(0, len(self), size):
                 rows = min(size, len(self) - start)
-                try:
-                    data = file.read(rows * each)
-                except zipfile.BadZipFile as error:
-                    raise ValueError(f"{self.path} is damaged: {error}") from error
-                images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, *self.member.shape)
+                data = bytearray(file.read(rows * each))
+                if len(data) != rows * each:
+                    raise ValueError(f"arr_0 ends in image {start + len(data) // each}")
+                images = torch.frombuffer(data, dtype=torch.uint8).view(rows, *self.member.shape)
                 yield images.permute(0, 3, 1, 2).contiguous()
 
 

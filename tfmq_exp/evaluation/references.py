@@ -19,6 +19,8 @@ from tfmq_exp.evaluation.moments import Gaussian, Moments
 from tfmq_exp.evaluation.npz_images import NpzImages, find_images
 from tfmq_exp.evaluation.reference_npz import read_statistics
 
+ALIKE = 1e-9  # variance over squared mean, which sums in double precision leave where nothing varies
+
 
 @dataclass(frozen=True)
 class NpzReference:
@@ -119,11 +121,23 @@ def reference_statistics(
 
     Raises:
         FileNotFoundError: no such file of statistics.
-        ValueError: fewer than two images; images or statistics that are not what they should be.
+        ValueError: fewer than two images, or all the same; images or statistics that are not what they should be.
     """
     if isinstance(reference, NpzReference):
-        return from_npz(reference, extract, keep, each)
-    return from_images(reference, extract, keep, each)
+        found = from_npz(reference, extract, keep, each)
+    else:
+        found = from_images(reference, extract, keep, each)
+    for gaussian, features in ((found.pooled, "pooled"), (found.spatial, "spatial")):
+        check_spread(gaussian, features, found.title)
+    return found
+
+
+def check_spread(gaussian: Gaussian, features: str, title: str) -> None:
+    """ValueError for images that are all the same, up to rounding: a distance to them says nothing of a sampler."""
+    if float(gaussian.covariance.trace()) <= ALIKE * float(gaussian.mean.square().sum()):
+        raise ValueError(
+            f"all images of the reference ({title}) have the same {features} features: are they one image?"
+        )
 
 
 def from_images(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.inception_score import SPLITS, inception_score, inception_score_adm
 from tfmq_exp.evaluation.moments import Moments, frechet_distance
-from tfmq_exp.evaluation.neighbours import kernel_distance, precision_recall
+from tfmq_exp.evaluation.neighbours import NEIGHBOUR, kernel_distance, precision_recall
 from tfmq_exp.evaluation.references import ReferenceStatistics
 
 log = logging.getLogger(__name__)
@@ -114,10 +114,11 @@ class Scores:
     def compute(self) -> dict[str, float]:
         """Lower is better for `fid`, `sfid`, `kid`; higher for `is`, `is_adm`, `precision`, `recall`, `clip`.
 
-        The last five are there where the evaluator asks for them. nan where there are too few images for a score.
+        The last five are there where the evaluator asks for them. A score that needs more images than there are is left out,
+        and a warning says why.
 
         Raises:
-            ValueError: fewer than two images, or some are missing.
+            ValueError: fewer than two images, some are missing, or a score that is not finite.
         """
         rows = self.gathered()
         count, device = len(rows.logits), self.evaluator.extract.device
@@ -127,16 +128,20 @@ class Scores:
         scores = {
             "fid": frechet_distance(self.reference.pooled, self.pooled.gaussian(), count - 1),
             "sfid": frechet_distance(self.reference.spatial, self.spatial.gaussian(), count - 1),
-            "is": inception_score(rows.logits),
-            "is_adm": inception_score_adm(rows.logits),
         }
         real, generated = self.reference.manifold[: self.evaluator.kept].to(device), rows.pooled.to(device)
-        if self.evaluator.kid:
+        if count >= SPLITS:
+            scores |= {"is": inception_score(rows.logits), "is_adm": inception_score_adm(rows.logits)}
+        few = min(len(real), count)
+        if self.evaluator.kid and few >= 2:
             scores["kid"] = kernel_distance(real, generated)
-        if self.evaluator.precision_recall:
+        if self.evaluator.precision_recall and few > NEIGHBOUR:
             scores["precision"], scores["recall"] = precision_recall(real, generated)
         if self.evaluator.clip is not None:
-            scores["clip"] = max(0.0, float(rows.clip.double().mean()))
+            scores["clip"] = max(float(rows.clip.double().mean()), 0.0)  # in this order, nan stays
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{self.evaluator.name}: the score {name} of {count} images is {value}")
         return scores
 
     def _warn_of_few(self, count: int) -> None:
@@ -150,7 +155,11 @@ class Scores:
                     *(name, images, what, *widths),
                 )
         if count < SPLITS:
-            log.warning("%s: %d images are too few for an Inception score over %d parts", name, count, SPLITS)
+            log.warning("%s: no Inception scores, which need %d images; there are %d", name, SPLITS, count)
+        elif count < SPLITS**2:
+            log.warning("%s: an Inception score over parts of %d images is at most that number", name, count // SPLITS)
+        if self.evaluator.kept and (few := min(count, len(self.reference.manifold))) <= NEIGHBOUR:
+            log.warning("%s: %d images are too few for precision and recall%s", name, few, " or KID" if few < 2 else "")
 
 
 def score(

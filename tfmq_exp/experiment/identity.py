@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tfmq_exp.data.tree import files_below
 from tfmq_exp.experiment.store import code_of
 
 PACKAGE = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def outside_code(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def files_read(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Files and folders that the settings name, with a hash of their names, sizes and times of change.
+    """Files and folders that the settings name, with a hash of their names, sizes and times.
 
     Hashing gigabytes takes longer than finding a result; a file that was written anew has another time.
     """
@@ -70,12 +71,20 @@ def exists(path: Path) -> bool:
 
 
 def state_of(path: Path) -> str:
-    """Hash of the names, sizes and times of change of a file, or of all files below a folder."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    """Hash of the names, sizes, times and inodes of a file, or of all files below a folder and below what links there lead to.
+
+    Of the times that of the status (ctime) is one, which no program can set: a file whose time of modification was
+    restored is another file.
+    """
+    names = sorted(name for name, _ in files_below(path)) if path.is_dir() else ["."]
     digest = hashlib.sha256(str(path.resolve()).encode())
-    for file in files:
-        seen = file.stat()
-        digest.update(f"{file.relative_to(path)}\0{seen.st_size}\0{seen.st_mtime_ns}\0".encode())
+    for name in names:
+        try:
+            seen = (path / name).stat()
+            state = f"{seen.st_size}\0{seen.st_mtime_ns}\0{seen.st_ctime_ns}\0{seen.st_ino}"
+        except OSError as error:  # a link that leads nowhere is a part of a folder, too
+            state = str(error.errno)
+        digest.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -1,7 +1,9 @@
 """Training images as a denoiser sees them, and a network trained on them, pulled through the store."""
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -61,11 +63,19 @@ class TrainingStages(FloatStages):
 
         return Examples.load(self.pull("examples", self.examples, compute))
 
+    @cached_property
+    def training_labels(self) -> Sequence[Any]:
+        """What the network is told of each image; none where it is told nothing."""
+        training: Any = self.method.weights
+        return training.labels.of(self.training_images)
+
     @property
     def training_inputs(self) -> dict[str, Any]:
         """What training depends on, beside the method and where the network is quantized."""
+        labels = hashlib.sha256(json.dumps(list(self.training_labels)).encode()).hexdigest()
         return {
             "examples": self.examples.key,
+            **({"labels_sha256": labels} if self.training_labels else {}),
             "schedule": dict(self.denoiser.schedule),
             "form": self.plan.trained,
             "seed": self.seed,
@@ -111,13 +121,12 @@ class TrainingStages(FloatStages):
             keeper: of what is measured.
             watcher: who is told.
         """
-        training: Any = self.method.weights
         alphas = alphas_cumprod(self.denoiser.schedule)
         everywhere = replace(self.plan, timesteps=tuple(range(len(alphas))))
         return TrainingTask(
             build(self.denoiser.unet, everywhere, self.method.weight_range),
             self.example_set(),
-            training.labels.of(self.training_images),
+            self.training_labels,
             self.denoiser.encoder,
             alphas.float().to(self.denoiser.device),
             self.means,

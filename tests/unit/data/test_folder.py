@@ -92,10 +92,12 @@ def test_links_are_followed(folder: Path, tmp_path: Path) -> None:
     assert ImageFolder(str(tmp_path / "links"), 8, Unchanged()).names[0] == "inner/b/1.png"
 
 
-def test_a_listing_chooses_images(folder: Path, tmp_path: Path) -> None:
+def test_a_listing_chooses_images(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     listing = tmp_path / "train.txt"
-    listing.write_text("a/b/2.png\n\n2.PNG \na/b/2.png\n")
+    listing.write_text("a/b/2.png\n\n2.PNG \na/b/2.png\n./a//b/x/../2.png\n")
     source = ImageFolder(str(folder), 8, Unchanged(), str(listing))
+    assert "2 lines of" in caplog.text
+    assert source.names == ["2.PNG", "a/b/2.png"]
     (found,) = source.batches(9)
     assert found.equal(expected()[[1, 7]])
     assert source.identity != ImageFolder(str(folder), 8, Unchanged()).identity
@@ -104,6 +106,16 @@ def test_a_listing_chooses_images(folder: Path, tmp_path: Path) -> None:
         ImageFolder(str(folder), 8, Unchanged(), str(listing))
     with pytest.raises(FileNotFoundError, match="no listing at nowhere"):
         ImageFolder(str(folder), 8, Unchanged(), "nowhere")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/etc/passwd", "..", "//a.png"])
+def test_a_listing_stays_in_its_folder(folder: Path, tmp_path: Path, name: str) -> None:
+    Image.fromarray(pixels(0)).save(tmp_path / "secret.png")
+    (tmp_path / "train.txt").write_text(f"a.png\n{name}\n")
+    with pytest.raises(
+        ValueError, match=r"train\.txt leads out of the folder of images; expected paths relative to it"
+    ):
+        ImageFolder(str(folder), 8, Unchanged(), str(tmp_path / "train.txt"))
 
 
 def test_identity_tells_sets_apart_and_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -122,9 +134,11 @@ def test_identity_tells_sets_apart_and_nothing_else(folder: Path, tmp_path: Path
     with (folder / "a.png").open("ab") as file:
         file.write(b"\0")
     seen.add(identity())
-    (folder / "a.png").rename(folder / "aa.png")
+    (folder / "a.png").rename(folder / "a.jpg")  # another name in the same place
+    assert identity() in seen
+    (folder / "a.jpg").rename(folder / "zz.png")
     seen.add(identity())
-    (folder / "aa.png").unlink()
+    (folder / "zz.png").unlink()
     seen.add(identity())
     assert len(seen) == 8
 
@@ -142,8 +156,8 @@ def test_a_missing_folder_says_what_belongs_there(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.gif").touch()
-    with pytest.raises(ValueError, match=r"no images \(\.png, \.jpg, \.jpeg, \.webp\) in .*expected: any images"):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(ValueError, match=r"no images \(\.png, \.apng, \.jpg, .*\.qoi\) in .*expected: any images"):
         ImageFolder(str(tmp_path), 8, Unchanged())
 
 
@@ -159,7 +173,7 @@ def test_an_unreadable_image_is_named(folder: Path, damage: str) -> None:
 
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png has pixels of mode I;16; expected 8 bits"):
+    with pytest.raises(ValueError, match=r"a\.png has pixels of mode I;16, .*; expected at most 8 bits"):
         next(ImageFolder(str(tmp_path), 8, Unchanged()).batches(1))
 
 

@@ -1,6 +1,7 @@
 """The CLIP score by a tiny model with random weights, saved as transformers saves one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,17 @@ def test_other_weights_are_another_judge(folder: Path) -> None:
     identity = ClipJudge(str(folder), device="cpu").identity
     assert len(identity["sha256"]) == 64
     assert identity["model"] == folder.name
+
+
+def test_another_tokenizer_or_preparation_is_another_judge(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    before = ClipJudge(str(folder), device="cpu").identity
+    assert ClipJudge(str(copy), device="cpu").identity == before
+    path = copy / "preprocessor_config.json"
+    path.write_text(path.read_text().replace("0.48145466", "0.5"))
+    changed = ClipJudge(str(copy), device="cpu").identity
+    assert (changed["sha256"], changed != before) == (before["sha256"], True)
 
 
 def test_a_missing_model_is_not_downloaded(tmp_path: Path) -> None:

@@ -54,4 +54,12 @@ def test_order_by_class_ruins_only_the_score_of_consecutive_parts(monkeypatch: p
 
 
 def test_too_few_images_have_no_score() -> None:
-    assert math.isnan(inception_score(logits(9)))
+    with pytest.raises(ValueError, match="over 10 parts needs as many images, got 9"):
+        inception_score(logits(9))
+
+
+@pytest.mark.parametrize("count", [10, 19, 20, 57])
+def test_a_part_has_at_most_the_score_of_its_number_of_images(count: int) -> None:
+    certain = 100 * torch.eye(count)  # every image of a class of its own
+    sizes = [(i + 1) * count // 10 - i * count // 10 for i in range(10)]
+    assert inception_score(certain) == pytest.approx(np.mean(sizes), rel=1e-9)

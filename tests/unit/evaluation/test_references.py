@@ -121,12 +121,12 @@ def test_a_file_without_images_needs_a_word(tmp_path: Path, extract: Extractor) 
     ("changes", "named"),
     [
         ({"sigma_s": None}, "there is no sigma_s, only mu, sigma, mu_s, arr_0"),
-        ({"mu": np.zeros(4)}, r"mu in .* is float64 \(4,\); expected floats \(5,\)"),
-        ({"sigma": np.zeros((5, 4))}, r"sigma in .* \(5, 4\); expected floats \(5, 5\)"),
-        ({"sigma": np.zeros((5, 5), int)}, r"sigma in .* int64"),
-        ({"mu_s": np.full(7, np.nan)}, "mu_s in .* not finite"),
-        ({"sigma_s": np.triu(np.ones((7, 7)))}, "sigma_s in .* not symmetric"),
-        ({"mu": np.array([{}] * 5)}, "allow_pickle=False"),
+        ({"mu": np.zeros(4)}, r"VIRTUAL\.npz: mu is float64 \(4,\); expected float32 or float64 \(5,\)"),
+        ({"sigma": np.zeros((5, 4))}, r"sigma is .* \(5, 4\); expected float32 or float64 \(5, 5\)"),
+        ({"sigma": np.zeros((5, 5), int)}, "sigma is int64"),
+        ({"mu_s": np.full(7, np.nan)}, "mu_s has values that are not finite"),
+        ({"sigma_s": np.triu(np.ones((7, 7)))}, "sigma_s is not symmetric"),
+        ({"mu": np.array([{}] * 5)}, "mu.npy holds Python objects, which are not read"),
         ({"arr_0": np.zeros((4, 6, 6), np.uint8)}, "expected uint8 images"),
     ],
 )
@@ -139,13 +139,10 @@ def test_files_with_something_wrong(tmp_path: Path, extract: Extractor, changes:
 def test_files_that_are_no_statistics(tmp_path: Path, extract: Extractor) -> None:
     with pytest.raises(FileNotFoundError, match="guided-diffusion publishes them"):
         read(NpzReference(str(tmp_path / "nowhere.npz")), extract)
-    for name, data in (("text.npz", b"hello"), ("empty.npz", b"")):
+    for name, data, named in (("text.npz", b"hello", "is no zip archive"), ("empty.npz", b"", "is an empty file")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match="holds no statistics"):
+        with pytest.raises(ValueError, match=rf"{name} {named}; expected a \.npz of numpy"):
             read(NpzReference(str(tmp_path / name)), extract)
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="holds no statistics"):
-        read(NpzReference(str(tmp_path / "array.npy")), extract)
 
 
 class Liar(TensorSource):

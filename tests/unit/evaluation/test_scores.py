@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tests.unit.evaluation.material import TensorSource, frechet, linear_extractor, pictures
 from tfmq_exp.evaluation.evaluator import Evaluator, digits_evaluator
+from tfmq_exp.evaluation.features import Features
+from tfmq_exp.evaluation.moments import Gaussian
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores, score
 
@@ -136,16 +138,80 @@ def test_the_reference_itself_is_at_distance_zero(evaluator: Evaluator, referenc
     assert (ours["precision"], ours["recall"]) == (1.0, 1.0)
 
 
-def test_too_few_images(evaluator: Evaluator, reference: ReferenceStatistics, caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_than_two_images(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
     with pytest.raises(ValueError, match="at least two images, got 1"):
         score(evaluator, reference, [GENERATED[:1]])
     with pytest.raises(ValueError, match="at least two images, got 0"):
         score(evaluator, reference, [])
-    few = score(evaluator, reference, [GENERATED[:3]])
-    assert all(math.isfinite(few[name]) for name in ("fid", "sfid", "is_adm", "kid"))
-    assert all(math.isnan(few[name]) for name in ("is", "precision", "recall"))
-    for said in ("3 generated images for 5 pooled and 7 spatial", "Inception score", "precision and recall need"):
-        assert said in caplog.text
+
+
+ALL = {"fid", "sfid", "is", "is_adm", "kid", "precision", "recall"}
+
+
+@pytest.mark.parametrize(
+    ("generated", "real", "left_out", "said"),
+    [
+        (2, 300, {"is", "is_adm", "precision", "recall"}, ["no Inception scores, which need 10 images; there are 2"]),
+        (3, 300, {"is", "is_adm", "precision", "recall"}, ["3 images are too few for precision and recall"]),
+        (4, 300, {"is", "is_adm"}, ["4 generated images for 5 pooled and 7 spatial"]),
+        (10, 300, set(), ["an Inception score over parts of 1 images is at most that number"]),
+        (250, 2, {"precision", "recall"}, ["2 reference images for", "2 images are too few for precision and recall"]),
+        (250, 3, {"precision", "recall"}, ["3 images are too few for precision and recall"]),
+        (250, 300, set(), []),
+    ],
+)
+def test_a_score_that_needs_more_images_is_left_out_and_never_nan(
+    evaluator: Evaluator,
+    generated: int,
+    real: int,
+    left_out: set[str],
+    said: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    few = dataclasses.replace(evaluator, reference=TensorSource(REAL[:real]))
+    found = score(few, measured(few), [GENERATED[:generated]])
+    assert found.keys() == ALL - left_out
+    assert all(map(math.isfinite, found.values()))
+    for words in said:
+        assert words in caplog.text
+    assert said or not caplog.records
+
+
+def test_a_reference_with_features_of_one_image_leaves_kid_out(
+    evaluator: Evaluator, reference: ReferenceStatistics, caplog: pytest.LogCaptureFixture
+) -> None:
+    single = dataclasses.replace(reference, manifold=reference.manifold[:1])
+    assert score(evaluator, single, [GENERATED]).keys() == {"fid", "sfid", "is", "is_adm"}
+    assert "1 images are too few for precision and recall or KID" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["pooled", "spatial", "logits"])
+def test_features_that_are_not_finite_end_the_scoring(evaluator: Evaluator, part: str, value: float) -> None:
+    def network(images: Tensor) -> Features:
+        features = evaluator.extract.network(images)
+        getattr(features, part)[0, 1] = value
+        return features
+
+    broken = dataclasses.replace(evaluator.extract, network=network, batch=100)
+    with pytest.raises(ValueError, match=f"the {part} features of 3 of 250 images are not finite"):
+        broken(GENERATED)
+
+
+def test_a_score_that_is_not_finite_is_named(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+    wrong = dataclasses.replace(evaluator, clip=Brightness())
+    with pytest.raises(ValueError, match="random: the score fid of 250 images is nan"):
+        score(evaluator, dataclasses.replace(reference, pooled=unknown(reference.pooled)), [GENERATED])
+    scores = Scores(wrong, reference)
+    scores.update(GENERATED, 0, ["a caption"] * len(GENERATED))
+    for value in (math.inf, math.nan):
+        scores.rows[0].clip[3] = value
+        with pytest.raises(ValueError, match=f"the score clip of 250 images is {value}"):
+            scores.compute()
+
+
+def unknown(gaussian: Gaussian) -> Gaussian:
+    return Gaussian(gaussian.mean * math.nan, gaussian.covariance)
 
 
 @pytest.mark.parametrize("images", [pictures(4, 7, 0, channels=1), pictures(4, 6, 0), GENERATED.float()])

@@ -1,6 +1,7 @@
 """Jobs are the same when nothing that decides results differs, and different when anything does."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,41 @@ def test_a_folder_is_all_files_below_it(tmp_path: Path) -> None:
         "n": 1,
     }
     assert files_read(settings) == {f"{tmp_path}/images": seen[-1]}
+
+
+@pytest.mark.parametrize("behind", ["", "a link to the file", "a link to its folder"])
+@pytest.mark.parametrize("how", ["in place", "moved into place"])
+def test_a_change_of_content_shows_where_size_and_time_are_restored(tmp_path: Path, behind: str, how: str) -> None:
+    image = tmp_path / "elsewhere/part/0.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"pixels")
+    folder = tmp_path / "images" if behind else image.parent
+    if behind:
+        folder.mkdir()
+        (folder / "link").symlink_to(image if behind == "a link to the file" else image.parent)
+    before, times = state_of(folder), image.stat()
+    assert state_of(folder) == before
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    if how == "in place":
+        image.write_bytes(b"others")
+    else:
+        (tmp_path / "new").write_bytes(b"others")
+        os.utime(tmp_path / "new", ns=(times.st_atime_ns, times.st_mtime_ns))
+        (tmp_path / "new").replace(image)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert image.stat().st_mtime_ns == times.st_mtime_ns
+    assert state_of(folder) != before
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_parts_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "set/part").mkdir(parents=True)
+    (tmp_path / "set/part/up").symlink_to(tmp_path / "set")
+    (tmp_path / "set/part/self").symlink_to("self")
+    before = state_of(tmp_path / "set")
+    (tmp_path / "set/gone").symlink_to(tmp_path / "absent")
+    between = state_of(tmp_path / "set")
+    (tmp_path / "absent").write_bytes(b"")
+    assert len({before, between, state_of(tmp_path / "set")}) == 3
 
 
 def test_the_program_is_all_that_the_package_holds(tmp_path: Path) -> None:
