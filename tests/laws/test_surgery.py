@@ -19,7 +19,7 @@ from tfmq_exp.denoisers.unet import anatomy, attentions, set_heads
 from tfmq_exp.quant.encodings import Normalised
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.surgery import artifact
-from tfmq_exp.surgery.artifact import pack, unpack
+from tfmq_exp.surgery.packing import pack, unpack
 from tfmq_exp.surgery.plan import (
     AttentionPlan,
     Bits,

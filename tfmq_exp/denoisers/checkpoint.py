@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from tfmq_exp.denoisers.file_kind import is_safetensors, kind_of, why_missing, why_unreadable
 from tfmq_exp.denoisers.torch_file import build, opened
 from tfmq_exp.denoisers.unpickling import RefusedError, TensorRecord
 
@@ -34,22 +35,25 @@ def state_of(root: Any) -> dict[str, TensorRecord]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of reading a file, as one ValueError that names it; FileNotFoundError if it is not there."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: is empty; expected a checkpoint")
+    """Errors of reading a file, as one ValueError that names it and what it is; FileNotFoundError if it is not there."""
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}{why_missing(path)}")
+    if kind := kind_of(path):
+        raise ValueError(f"{path}: {kind}")
     try:
         yield
     except RefusedError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # damaged bytes fail in whatever way they lead to
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{path}: is damaged or no checkpoint of torch.save or safetensors ({reason})") from error
+        damaged = f"is damaged or no checkpoint of torch.save or safetensors ({reason})"
+        raise ValueError(f"{path}: {why_unreadable(path) or damaged}") from error
 
 
 def tensor_names(path: Path) -> list[str]:
     """The names of what `read_tensors` would read, in the order of the file, with its errors; no weights are read."""
     with naming(path):
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
         else:
@@ -61,7 +65,7 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """The flat state dict of a `.safetensors` file or, under any other suffix, of a file of `torch.save`.
+    """The flat state dict of a file of safetensors or of `torch.save`, whichever its bytes are; its suffix says nothing.
 
     Plain tensors on the CPU without gradients. Optimizer states, settings and everything else that is not a tensor of the
     state dict are dropped; their bytes are not read. EMA copies in the list of the DDIM program are named as LDM does:
@@ -73,17 +77,17 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, not a checkpoint, without tensors, or a pickle that names anything but parts of tensors and
+        ValueError: damaged, something else than a checkpoint, without tensors, or a pickle that names anything but parts of tensors and
             classes of known training libraries; the message says which.
     """
     wanted = tensor_names(path) if names is None else names
     with naming(path):
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in wanted}
         with opened(path) as (root, read):
             records = state_of(root)
-            return build({name: records[name] for name in wanted}, read)
+            return build({name: records[name] for name in wanted}, read, path.stat().st_size)
 
 
 def ema_names(names: Iterable[str]) -> dict[str, str]:

@@ -1,33 +1,43 @@
 """A denoiser from a folder of diffusers' layout: a whole pipeline, or a UNet with its scheduler's configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from tfmq_exp.denoisers import compvis, original
-from tfmq_exp.denoisers.assigning import differences
+from tfmq_exp.denoisers.assigning import assign_weights, differences
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, FirstStage, NoConditions, Pixels
 from tfmq_exp.denoisers.first_stage import LatentDecoder
 from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.scheduler_config import CONFIG, read_json, scheduler_file, training_noise
-from tfmq_exp.denoisers.text_encoder import TextEncoder, read_tokenizer
+from tfmq_exp.denoisers.text_encoder import TextEncoder, load_text_model, read_tokenizer
 from tfmq_exp.denoisers.unet import attentions, set_heads
+from tfmq_exp.denoisers.weight_files import read_state
 
 UNETS: tuple[Any, ...] = (UNet2DModel, UNet2DConditionModel)
 AUTOENCODERS: tuple[Any, ...] = (VQModel, AutoencoderKL)
-WEIGHTS = ("*.safetensors", "*.bin")  # the second only where there are none of the first
+# What older versions of diffusers called the layers of attention in autoencoders.
+FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Conditions inside the UNet, which are not supported.
 INNER_CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
 
 
 def unet_folder(path: Path) -> Path:
-    """Where the UNet is: in `unet/`, or in the folder itself."""
-    return path / "unet" if (path / "unet").is_dir() else path
+    """Where the UNet is: in `unet/`, or in the folder itself; FileNotFoundError if in neither."""
+    if (path / "unet").is_dir():
+        return path / "unet"
+    if not (path / "config.json").is_file():
+        there = sorted(f"{file.name}/" if file.is_dir() else file.name for file in path.iterdir())
+        raise FileNotFoundError(
+            f"no unet/ in {path}, and no config.json in it: expected a folder of diffusers' layout, or the path of a "
+            f"checkpoint; there is {', '.join(there[:12]) or 'nothing'}"
+        )
+    return path
 
 
 def component(path: Path, *names: str) -> Path | None:
@@ -43,14 +53,6 @@ def component(path: Path, *names: str) -> Path | None:
     if listed := [name for name in names if (index.get(name) or [None])[0] is not None]:
         raise FileNotFoundError(f"{path} lacks the folder {listed[0]}/, which its model_index.json lists")
     return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with weights that are read from one component's folder; not those of a variant such as fp16."""
-    for pattern in WEIGHTS:
-        if found := sorted(file for file in folder.glob(pattern) if "." not in file.stem):
-            return found
-    raise FileNotFoundError(f"no weights in {folder}: expected *.safetensors or *.bin")
 
 
 def folders(path: Path) -> dict[str, Path]:
@@ -69,13 +71,30 @@ def architecture(path: Path) -> dict[str, Any]:
     }
 
 
-def pretrained(folder: Path, classes: tuple[Any, ...], **options: Any) -> Any:
-    """The network in a folder, which must be of one of these classes, float32; strictly, from local files.
+def present_name(name: str, expected: Collection[str]) -> str:
+    """The name that a parameter has today, where the network knows it by another than the file."""
+    outer, _, leaf = name.rpartition(".")
+    outer, _, layer = outer.rpartition(".")
+    present = f"{outer}.{FORMER_NAMES.get(layer, layer)}.{leaf}"
+    return present if name not in expected and present in expected else name
 
-    Pickled weights are read by torch.load with weights_only=True, which runs nothing.
+
+def build(kind: Any, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    """A network of diffusers with its weights, which it takes over; ValueError where they do not fit its configuration."""
+    with torch.device("meta"):
+        network = kind.from_config(config)
+    expected = network.state_dict().keys()
+    assign_weights(network, {present_name(name, expected): value for name, value in state.items()})
+    if computed := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
+        raise ValueError(f"it has numbers that are in no file ({computed[0]}), which is not supported")
+    return network
+
+
+def pretrained(folder: Path, classes: tuple[Any, ...]) -> Any:
+    """The network in a folder, which must be of one of these classes, float32; strictly, by no reader but our own.
 
     Raises:
-        FileNotFoundError: no configuration.
+        FileNotFoundError: no configuration, or not all weights.
         ValueError: another class, or weights that are damaged or do not fit the configuration.
     """
     config = read_json(folder / "config.json")
@@ -83,20 +102,14 @@ def pretrained(folder: Path, classes: tuple[Any, ...], **options: Any) -> Any:
     kinds = {kind.__name__: kind for kind in classes}
     if name not in kinds:
         raise ValueError(f"{folder} holds a network of class {name}; expected {' or '.join(kinds)}")
-    weight_files(folder)
-    options |= {"local_files_only": True, "output_loading_info": True}
+    state = read_state(folder)
     try:
-        with torch.random.fork_rng(devices=[]):  # they draw weights before they read them
-            network, info = kinds[name].from_pretrained(str(folder), **options)
-    except Exception as error:  # damaged files fail in whatever way they lead to
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return load_text_model(config, state) if kinds[name] is CLIPTextModel else build(kinds[name], config, state)
+    except Exception as error:  # unfit configurations fail in whatever way they lead to
+        reason = " ".join((str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}").split())[
+            :300
+        ]
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
-    problems = [
-        f"{len(names)} {kind.replace('_', ' ')}, first {min(map(str, names))}" for kind, names in info.items() if names
-    ]
-    if problems:
-        raise ValueError(f"{folder}: the weights do not fit the configuration: {'; '.join(problems)}")
-    return network.float().eval().requires_grad_(False)
 
 
 def apply_heads(unet: nn.Module, config: Mapping[str, Any]) -> None:
@@ -136,12 +149,20 @@ def read_encoder(path: Path, unet: Any, tokenizer: Path | None) -> ConditionEnco
     return TextEncoder(pretrained(folder, (CLIPTextModel,)), words)
 
 
+def check_no_autoencoder(path: Path) -> None:
+    """ValueError if a subfolder holds an autoencoder under a name that is not looked for: latents would pass for pixels."""
+    for file in sorted(path.glob("*/config.json")):
+        if str(read_json(file).get("_class_name")).startswith(("Autoencoder", "VQModel")):
+            raise ValueError(f"{file.parent} holds an autoencoder; expected it in vqvae/ or vae/: rename the folder")
+
+
 def read_first_stage(path: Path, decode_rows: int) -> FirstStage:
     """What turns latents into images: a VQ model or a KL autoencoder, or nothing where there is none."""
     folder = component(path, "vqvae", "vae")
     if folder is None:
+        check_no_autoencoder(path)
         return Pixels()
-    network = pretrained(folder, AUTOENCODERS, low_cpu_mem_usage=False)
+    network = pretrained(folder, AUTOENCODERS)
     if network.config.get("shift_factor"):
         raise ValueError(f"{folder}: shift_factor={network.config['shift_factor']} is not supported")
     # what the file does not say is not diffusers' default: LDM's VQ models are not scaled
@@ -167,7 +188,7 @@ def load(path: Path, config: Mapping[str, Any] | None, *, tokenizer: Path | None
     if file is None and config is None:
         raise FileNotFoundError(f"no scheduler/{CONFIG} in {path}, and no `config` that says the noise")
     noise = training_noise(file) if file else original.schedule(config or {})
-    unet = pretrained(unet_folder(path), UNETS, low_cpu_mem_usage=False)
+    unet = pretrained(unet_folder(path), UNETS)
     if config is not None:
         apply_heads(unet, config)
     encoder, stage = read_encoder(path, unet, tokenizer), read_first_stage(path, decode_rows)

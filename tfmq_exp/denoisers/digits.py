@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from diffusers import DDPMScheduler, UNet2DModel
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.checkpoint import read_tensors
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.file_kind import why_missing
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 16
@@ -85,18 +85,20 @@ def cosine_with_warmup(step: int, *, warmup: int, total: int) -> float:
 
 
 def read_weights(network: nn.Module, path: Path) -> str:
-    """Load a safetensors file into a network, strictly; returns the file's sha256.
+    """Load a file of weights into a network, strictly; returns the file's sha256.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: damaged, or not this network's weights.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; make them with `python scripts/train_digits.py all`")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no weights at {path}{why_missing(path)}; make them with `python scripts/train_digits.py all`"
+        )
     try:
-        network.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or holds another network's weights: {error}") from error
+        network.load_state_dict(read_tensors(path), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another network's weights: {' '.join(str(error).split())}") from error
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

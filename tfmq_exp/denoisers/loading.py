@@ -10,8 +10,10 @@ import yaml
 
 from tfmq_exp.denoisers import diffusers_folder, original
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.denoisers.published import where_to_find
 from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files
+from tfmq_exp.denoisers.weight_files import weight_files
 
 
 def hash_file(path: Path) -> str:
@@ -30,7 +32,7 @@ def hash_weights(path: Path) -> str:
     if path.is_file():
         return hash_file(path)
     folders = diffusers_folder.folders(path).values()
-    files = [file for folder in folders for file in diffusers_folder.weight_files(folder)]
+    files = [file for folder in folders for file in weight_files(folder)]
     return hash_json({file.relative_to(path).as_posix(): hash_file(file) for file in files})
 
 
@@ -46,6 +48,8 @@ def read_architecture(config: Mapping[str, Any] | str | Path | None) -> Mapping[
     path = Path(config)
     if not path.is_file():
         raise FileNotFoundError(f"no architecture at {path}: expected a YAML file in the original program's layout")
+    if kind := instead_of_text(path):
+        raise ValueError(f"{path} {kind}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -83,7 +87,9 @@ def load_denoiser(
     """
     path, words = Path(path), None if tokenizer is None else Path(tokenizer)
     if not path.exists():
-        raise FileNotFoundError(f"no weights of {name} at {path}: {where_to_find(name)}")
+        raise FileNotFoundError(f"no weights of {name} at {path}{why_missing(path)}: {where_to_find(name)}")
+    if not path.is_dir() and (kind := kind_of(path)):
+        raise ValueError(f"{path}: {kind}")
     architecture = read_architecture(config)
     if path.is_file() and architecture is None:
         raise ValueError(f"{path} is one file: `config` must give its architecture")

@@ -9,6 +9,8 @@ from typing import Any
 
 import diffusers
 
+from tfmq_exp.denoisers.file_kind import instead_of_text
+
 CONFIG = "scheduler_config.json"
 # Those that are tested to sample as diffusers' own pipelines do.
 KINDS = (
@@ -34,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} {instead_of_text(path) or f'is damaged: {error}'}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a configuration: expected names with values")
     return content

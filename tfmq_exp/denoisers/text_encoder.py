@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tfmq_exp.denoisers.assigning import assign_weights
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.denoisers.file_kind import instead_of_text
 
 # ViT-L/14, https://huggingface.co/openai/clip-vit-large-patch14
 VIT_L_14 = {
@@ -105,7 +106,9 @@ def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
         FileNotFoundError: no folder, or not its files.
         ValueError: files that are no tokenizer.
     """
-    tokenizer_files(folder)
+    for file in tokenizer_files(folder):
+        if kind := instead_of_text(file):
+            raise ValueError(f"{file} {kind}")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # damaged files fail in whatever way they lead to

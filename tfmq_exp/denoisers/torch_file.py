@@ -3,8 +3,10 @@
 Formats of `torch.serialization`: a zip file, and before torch 1.6 pickles followed by the storages.
 """
 
+import io
+import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -12,22 +14,32 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 from torch import Tensor
 
-from tfmq_exp.denoisers.unpickling import RefusedError, Storage, TensorRecord, Unpickler
+from tfmq_exp.denoisers.unpickling import LONGEST_PICKLE, RefusedError, Storage, TensorRecord, load_pickle
 
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # magic number and version, as torch.serialization has them
+MOST_DIMENSIONS = 64
 Reader: TypeAlias = Callable[[Storage], Tensor]  # the bytes of a storage
 
 
 def open_zip(file: BinaryIO) -> tuple[Any, Reader]:
     """What a zip file of `torch.save` holds, and how to read its storages."""
-    archive = zipfile.ZipFile(file)
-    records = {record.filename: record for record in archive.infolist()}
+    length = file.seek(0, 2)
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise RefusedError(
+            f"is truncated or damaged: a zip file without its end ({error}); download it again"
+        ) from error
+    infos = archive.infolist()
+    records = {info.filename: info for info in infos}
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     prefix = pickles[0].removesuffix("data.pkl") if pickles else ""
     if len(pickles) != 1 or prefix + "constants.pkl" in records:
-        raise RefusedError("is a zip file or a TorchScript program; expected a checkpoint of torch.save")
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
+        raise RefusedError(f"is {kind_of_zip(records)}; expected a checkpoint of torch.save")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise RefusedError("holds compressed records, which can grow without limit; torch.save never writes them")
+    if len(records) < len(infos) or sum(max(info.file_size, info.compress_size) for info in infos) > length:
+        raise RefusedError("is damaged: its records share a name, or are together longer than the file")
     if prefix + "byteorder" in records and archive.read(prefix + "byteorder") != b"little":
         raise RefusedError("was saved in another byte order; expected little-endian numbers")
 
@@ -38,27 +50,41 @@ def open_zip(file: BinaryIO) -> tuple[Any, Reader]:
         with archive.open(name) as record:
             return read_bytes(record, storage.size)
 
-    with archive.open(pickles[0]) as record:
-        return Unpickler(record).load(), read
+    if records[pickles[0]].file_size > LONGEST_PICKLE:
+        raise RefusedError(f"has a pickle of more than {LONGEST_PICKLE} bytes")
+    return load_pickle(io.BytesIO(archive.read(pickles[0])))[0], read
+
+
+def kind_of_zip(names: Iterable[str]) -> str:
+    """What a zip file holds that `torch.save` did not write."""
+    files = [name for name in names if not name.endswith("/")]
+    if files and all(name.endswith(".npy") for name in files):
+        return "a file of arrays of NumPy (.npz)"
+    inside = [name for name in files if name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))]
+    if inside:
+        return f"a zip archive, in which there is {inside[0][:100]!r}: unpack it, and give that file"
+    return "a zip file or a TorchScript program"
 
 
 def open_legacy(file: BinaryIO) -> tuple[Any, Reader]:
     """What a file of `torch.save` before the zip format holds, and how to read its storages."""
-    magic, version, machine = (Unpickler(file).load() for _ in range(3))
+    pickles = io.BytesIO(file.read(LONGEST_PICKLE))
+    magic, version, machine = (load_pickle(pickles)[0] for _ in range(3))
     if (magic, version) != LEGACY or not machine["little_endian"]:
         raise RefusedError("is not a checkpoint: expected a file of torch.save, with little-endian numbers")
-    unpickler = Unpickler(file)
-    root = unpickler.load()
-    keys: list[str] = Unpickler(file).load()
-    start = file.tell()
+    root, storages = load_pickle(pickles)
+    keys: list[str] = load_pickle(pickles)[0]
+    start = pickles.tell()
     end = file.seek(0, 2)
     places: dict[str, int] = {}
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise RefusedError("is damaged: the keys of its storages are no text")
     for key in keys:  # the storages follow each other, each after the number of its elements
         file.seek(start)
-        size = int.from_bytes(file.read(8), "little") * unpickler.storages[key].dtype.itemsize
+        size = int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize
         places[key] = start + 8
         start += 8 + size
-        if start > end or size != unpickler.storages[key].size:
+        if start > end or size != storages[key].size:
             raise RefusedError("is truncated or damaged: a storage is not as long as its tensors say")
 
     def read(storage: Storage) -> Tensor:
@@ -76,24 +102,37 @@ def read_bytes(file: Any, count: int) -> Tensor:
     return data
 
 
-def build(records: Mapping[str, TensorRecord], read: Reader) -> dict[str, Tensor]:
-    """The tensors themselves; what shared a storage in the file shares it in memory."""
+def build(records: Mapping[str, TensorRecord], read: Reader, length: int) -> dict[str, Tensor]:
+    """The tensors themselves; what shared a storage in the file shares it in memory.
+
+    None may be larger than `length`, the bytes of the whole file: one number can stand for any many elements of a tensor, and
+    a copy of it would fill the memory.
+    """
     storages: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, record in records.items():
         key = record.storage.key
         storages[key] = data = storages[key] if key in storages else read(record.storage)
-        if data.numel() != record.storage.size or not fits(record):
+        if data.numel() != record.storage.size or not fits(record, length):
             raise RefusedError(f"is damaged: the tensor {name!r} does not lie within its storage")
         place = (data.untyped_storage(), record.offset, record.size, record.stride)
         tensors[name] = torch.empty(0, dtype=record.dtype).set_(*place)
     return tensors
 
 
-def fits(record: TensorRecord) -> bool:
-    """Whether every element lies within the storage; torch would enlarge the storage, with whatever is in memory."""
+def fits(record: TensorRecord, length: int) -> bool:
+    """Whether every element lies within the storage, and all of them together are no more than `length` bytes.
+
+    Torch would enlarge the storage, with whatever is in memory.
+    """
+    if not all(
+        isinstance(numbers, tuple) and len(numbers) <= MOST_DIMENSIONS for numbers in (record.size, record.stride)
+    ):
+        return False
     numbers = (record.offset, *record.size, *record.stride)
     if len(record.size) != len(record.stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        return False
+    if math.prod(record.size) * record.dtype.itemsize > length:
         return False
     last = record.offset + sum((n - 1) * step for n, step in zip(record.size, record.stride, strict=True))
     return 0 in record.size or (last + 1) * record.dtype.itemsize <= record.storage.size

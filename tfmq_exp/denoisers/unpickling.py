@@ -2,15 +2,20 @@
 
 A pickle is a program. Here it runs against a fixed table: what describes a tensor becomes a plain record, classes of
 known training libraries become inert stand-ins, and any other name ends the reading. No name is ever looked up in a real
-module.
+module. Before it runs, `pickle_limits` has seen that it needs no more memory and time than a checkpoint does.
 """
 
+import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
+
+from tfmq_exp.denoisers.pickle_limits import LONGEST_PICKLE, RefusedError, check_limits
+
+__all__ = ["LONGEST_PICKLE", "RefusedError", "Storage", "TensorRecord", "load_pickle"]
 
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 NAMES = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexFloat ComplexDouble Untyped"
@@ -20,8 +25,6 @@ STORAGES = {f"{name}Storage": DTYPES[stored] for name, stored in zip(NAMES.split
 VALUES: dict[str, Any] = {
     **{f"{module}.{name}": d for module in ("torch", "torch.cuda", "torch.storage") for name, d in STORAGES.items()},
     **{f"torch.{name}": value for name, value in DTYPES.items()},
-    "torch.Size": tuple,
-    "collections.OrderedDict": OrderedDict,
 }
 STUB_PACKAGES = (
     *("pytorch_lightning.", "lightning.", "lightning_fabric.", "lightning_utilities.", "torchmetrics."),
@@ -47,10 +50,6 @@ STUBS = frozenset(
     }.items()
     for name in names.split()
 )
-
-
-class RefusedError(ValueError):
-    """Something in the file that is understood, and not accepted."""
 
 
 class Storage(NamedTuple):
@@ -100,10 +99,25 @@ def stand_ins() -> dict[str, Any]:
     def parameter(data: Any, *_rest: Any) -> Any:
         return data
 
+    def ordered(items: Any = ()) -> "OrderedDict[Any, Any]":
+        if not all(type(key) is str for key, _ in items):
+            raise RefusedError("holds an OrderedDict with keys that are no text")
+        return OrderedDict(items)
+
+    def size(numbers: Any = ()) -> tuple[int, ...]:
+        if not all(type(number) is int for number in numbers):
+            raise RefusedError("holds a torch.Size of something else than integers")
+        return tuple(numbers)
+
     functions = {"tensor": tensor, "tensor_v2": tensor, "tensor_v3": typed_tensor}
     functions |= {"parameter": parameter, "parameter_with_state": parameter}
     stub = type("Stub", (Inert,), {"__slots__": ()})
-    return {"Inert": stub, **{f"torch._utils._rebuild_{name}": function for name, function in functions.items()}}
+    return {
+        "Inert": stub,
+        "collections.OrderedDict": ordered,
+        "torch.Size": size,
+        **{f"torch._utils._rebuild_{name}": function for name, function in functions.items()},
+    }
 
 
 class Unpickler(pickle.Unpickler):
@@ -141,3 +155,17 @@ class Unpickler(pickle.Unpickler):
         storage = Storage(key, first, count * first.itemsize)
         self.storages.setdefault(key, storage)
         return storage
+
+
+def load_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """What the pickle at the present position describes, and its storages by their keys; the position moves behind it.
+
+    Raises:
+        RefusedError: it asks for what no checkpoint needs: other names, or more memory or time than its length is worth.
+        Exception: any, of a damaged one.
+    """
+    start = file.tell()
+    check_limits(file)
+    file.seek(start)
+    unpickler = Unpickler(file)
+    return unpickler.load(), unpickler.storages

@@ -13,6 +13,7 @@ import numpy as np
 import openvino as ov
 
 FORMAT = "tfmq_exp.deployed"
+POINTER = b"version https://git-lfs"
 
 
 def settings(threads: int | None, precision: str) -> dict[str, str]:
@@ -35,6 +36,36 @@ def settings(threads: int | None, precision: str) -> dict[str, str]:
     return found | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
 
 
+def check_file(path: Path) -> Path:
+    """A file of an exported model; ValueError if it is not there, or a pointer to it."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no exported model: there is no {path.name}")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS: fetch the file with `git lfs pull`")
+    return path
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What an exported model says about itself.
+
+    Raises:
+        ValueError: a folder without such a model, or something else in the place of the file.
+    """
+    path = check_file(folder / "deployed.json")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise ValueError(f"{path} is of format {found!r}, this program reads {FORMAT!r}")
+    steps = manifest.get("timesteps")
+    if not isinstance(steps, list) or not steps or not all(type(t) is int and t >= 0 for t in steps):
+        raise ValueError(f"{path} is damaged: its timesteps must be whole numbers, got {str(steps)[:50]}")
+    return manifest
+
+
 class Deployed:
     """(sample, timestep, conditions) -> noise.
 
@@ -49,16 +80,16 @@ class Deployed:
     """
 
     def __init__(self, folder: Path, *, batch: int = 1, threads: int | None = None, precision: str = "f32") -> None:
-        manifest = folder / "deployed.json"
-        if not manifest.is_file():
-            raise ValueError(f"{folder} holds no exported model: there is no {manifest.name}")
-        self.manifest = json.loads(manifest.read_text())
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{manifest} is of format {self.manifest.get('format')!r}, this program reads {FORMAT!r}")
+        self.manifest = read_manifest(folder)
         self.batch = batch
         self.timesteps = tuple(self.manifest["timesteps"])
         core = ov.Core()
-        model = core.read_model(folder / "model.xml")
+        check_file(folder / "model.bin")
+        try:
+            model = core.read_model(check_file(folder / "model.xml"))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[-200:]
+            raise ValueError(f"{folder}: model.xml or model.bin is damaged: {reason}") from error
         shapes = {port: list(port.get_partial_shape()) for port in model.inputs}
         model.reshape({port: [batch, *shape[1:]] if shape else [] for port, shape in shapes.items()})
         self.compiled = core.compile_model(model, "CPU", settings(threads, precision))

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.denoisers.file_kind import kind_of
+
 
 class ClipJudge:
     """A CLIP model in the layout of transformers, with its weights as safetensors.
@@ -21,6 +23,7 @@ class ClipJudge:
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.
+        ValueError: something else in the place of the weights.
     """
 
     def __init__(self, folder: str, device: str | None = None) -> None:
@@ -33,6 +36,8 @@ class ClipJudge:
                 f"no CLIP model at {weights}: nothing is downloaded; put a model there as transformers saves it, such as "
                 "openai/clip-vit-large-patch14, with config.json, model.safetensors, tokenizer and preprocessor_config.json"
             )
+        if kind := kind_of(weights):
+            raise ValueError(f"{weights} {kind}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         local: dict[str, Any] = {"local_files_only": True}
         model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)

@@ -26,6 +26,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.checkpoint import read_tensors
+from tfmq_exp.denoisers.file_kind import why_missing
 from tfmq_exp.evaluation.evaluator import MANIFOLD_IMAGES, CaptionJudge, Evaluator
 from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
@@ -74,9 +75,9 @@ def load_inception(path: Path) -> Inception:
         FileNotFoundError: no such file; says where it is published.
         ValueError: damaged, refused by `read_tensors`, or another network's weights.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
-            f"no Inception weights at {path}: nothing is downloaded; put {RELEASED} of torch-fidelity's release v0.2.0 "
+            f"no Inception weights at {path}{why_missing(path)}: nothing is downloaded; put {RELEASED} of torch-fidelity's release v0.2.0 "
             "(github.com/toshas/torch-fidelity/releases) there, or set paths.inception to where it is"
         )
     tensors = read_tensors(path)

@@ -16,7 +16,7 @@ class QuantSpec:
     unsigned: 0 .. 2**bits - 1, zero point 0, for values that are never negative (softmax).
 
     Raises:
-        ValueError: bits outside 2..16, or an unknown scheme.
+        ValueError: bits outside 2..16, an unknown scheme, or an axis that is none.
     """
 
     bits: int
@@ -28,6 +28,8 @@ class QuantSpec:
             raise ValueError(f"bits must be an integer from 2 to 16, got {self.bits!r}")
         if self.scheme not in ("affine", "symmetric", "unsigned"):
             raise ValueError(f"scheme must be affine, symmetric or unsigned, got {self.scheme!r}")
+        if self.axis is not None and (type(self.axis) is not int or self.axis < 0):
+            raise ValueError(f"axis must be the number of a dimension or null, got {self.axis!r}")
 
     @property
     def levels(self) -> int:

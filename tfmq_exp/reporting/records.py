@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 SCHEMA = 1
 
@@ -48,6 +48,9 @@ class ScoreRecord:
         return dataclasses.asdict(self)
 
 
+KINDS = get_type_hints(ScoreRecord)
+
+
 def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
     """One record per line, so that a table can be made again where the run folders are gone.
 
@@ -60,6 +63,16 @@ def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
         return dataclasses.replace(record, cost=cost, environment=environment).to_json()
 
     path.write_text("".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records))
+
+
+def checked(row: Any) -> ScoreRecord:
+    """A record of plain data; ValueError or TypeError for a value that is not of its field's kind."""
+    record = ScoreRecord(**row)
+    for entry in dataclasses.fields(record):
+        value, kind = getattr(record, entry.name), get_origin(KINDS[entry.name]) or KINDS[entry.name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{entry.name} must be of {kind.__name__}, got {str(value)[:50]!r}")
+    return record
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -82,11 +95,12 @@ def read_records(*sources: Path) -> list[ScoreRecord]:
     ):
         try:
             for row in rows_of(path):
-                record = ScoreRecord(**row)
+                record = checked(row)
                 key = record.keys.get("scores", record.keys)  # one for the images and their judge; float rows have none
                 way = [record.model, record.quant, record.method, record.choices]
                 identity = [*way, record.seed, key, record.protocol]
                 found[json.dumps(identity, sort_keys=True)] = record
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a results file of this program: {error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} is not a results file of this program: {reason}") from error
     return list(found.values())

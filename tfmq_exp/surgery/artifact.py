@@ -5,53 +5,26 @@ forward pass; the loaded model is bit-equal to the one that was saved. Simulated
 into real numbers on loading.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
-from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tfmq_exp.denoisers.unet import attentions, set_heads
+from tfmq_exp.denoisers.file_kind import kind_of
 from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.ranges import MinMax
-from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.sampling.recipe import Recipe
-from tfmq_exp.surgery.plan import resolved_from_json, resolved_to_json
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
-from tfmq_exp.surgery.temporal_cache import Unneeded
+from tfmq_exp.surgery.manifest import check_entries, described, stored_integers
+from tfmq_exp.surgery.packing import pack
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.rebuilding import rebuilt
 
 FORMAT, VERSION = "tfmq_exp.quantized_unet", 3
-NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
-
-
-def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, "bytes"]:
-    """Codes one after the other with `bits` bits each, most significant bit first, zero bits at the end."""
-    unpacked = np.unpackbits(codes.cpu().numpy().reshape(-1, 1), axis=1)[:, 8 - bits :]
-    return torch.from_numpy(np.packbits(unpacked))
-
-
-def unpack(packed: UInt8[Tensor, "bytes"], bits: int, shape: tuple[int, ...]) -> UInt8[Tensor, "*shape"]:
-    """The inverse of `pack`.
-
-    Raises:
-        ValueError: the number of bytes does not fit the shape.
-    """
-    count = int(np.prod(shape))
-    if packed.numel() != (count * bits + 7) // 8:
-        raise ValueError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
-    rows = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
-    codes = np.packbits(rows, axis=1)[:, 0] >> (8 - bits)
-    return torch.from_numpy(codes.reshape(shape).copy())
 
 
 def smallest(zero_point: Tensor) -> Tensor:
@@ -76,12 +49,6 @@ def packed(integers: QuantizedWeight) -> dict[str, Tensor]:
     return parts | ({"zero_point": smallest(qparams.zero_point.flatten())} if spec.scheme == "affine" else {})
 
 
-def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
-    """All integer tensors by the name that they have in the file: weights part by part, and cached temporal features."""
-    weights = {f"weights/{site}/{i}": part for site, parts in model.integers.items() for i, part in enumerate(parts)}
-    return weights | {f"cached/{site}": integers for site, integers in model.cached.items()}
-
-
 def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
     """Write the artefact; returns its size in bytes.
 
@@ -98,10 +65,8 @@ def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
         raise ValueError(f"{len(missing)} weights are not integers yet, first {missing[0]!r}")
     model.require_calibrated()
     tensors: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
     for name, integers in stored_integers(model).items():
         tensors |= {f"{name}/{part}": value for part, value in packed(integers).items()}
-        shapes[name] = list(integers.codes.shape)
     for name, quantizer in model.activation_quantizers().items():
         for key, value in quantizer.state_dict().items():
             part = key.removeprefix("source.")
@@ -112,17 +77,7 @@ def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
     for name, value in model.unet.state_dict().items():
         if name not in integer and not name.startswith(sources):
             tensors[f"float/{name}"] = value
-    manifest = {
-        "network": type(model.unet).__name__,
-        "config": {k: v for k, v in dict(model.unet.config).items() if not k.startswith("_")},
-        "plan": resolved_to_json(model.plan),
-        "shapes": shapes,
-        "cached": {site: dataclasses.asdict(integers.spec) for site, integers in model.cached.items()},
-        "unneeded": [name for name, module in model.unet.named_modules() if isinstance(module, Unneeded)],
-        # not always what the configuration says: the original networks have one number of heads at every width
-        "heads": {name: module.heads for name, module in attentions(model.unet).items()},
-        "recipe": None if recipe is None else recipe.to_json(),
-    }
+    manifest = described(model) | {"recipe": None if recipe is None else recipe.to_json()}
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(manifest, sort_keys=True)
     header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "sha256": checksum(text, stored)}
@@ -131,100 +86,41 @@ def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
     return path.stat().st_size
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The manifest and the tensors of an undamaged file of this version; ValueError otherwise."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable artefact (damaged or truncated?): {error}") from error
-    if header.get("format") != FORMAT or header.get("version") != VERSION:
-        found = f"{header.get('format')} version {header.get('version')}"
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        kind = kind_of(path) if path.exists() else None
+        reason = kind or f"is not a readable artefact (damaged or truncated?): {error}"
+        raise ValueError(f"{path} {reason}") from error
+    if type(header) is not dict or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        found = f"{header.get('format')} version {header.get('version')}" if type(header) is dict else "something else"
         raise ValueError(f"{path} holds {found}; this program reads {FORMAT} version {VERSION}")
+    if unknown := header.keys() - {"format", "version", "manifest", "sha256"}:
+        raise ValueError(f"{path} has an unknown entry {min(unknown)!r} in its header")
     manifest = header.get("manifest", {})
     if header.get("sha256") != checksum(json.dumps(manifest, sort_keys=True), tensors):
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
     return manifest, tensors
 
 
-class Stored:
-    """The tensors of a file, each of which is taken exactly once; ValueError for one that is missing or left over."""
-
-    def __init__(self, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.manifest, self.tensors = manifest, dict(tensors)
-
-    def take(self, key: str) -> Tensor:
-        """One tensor."""
-        if key not in self.tensors:
-            raise ValueError(f"it lacks {key!r}")
-        return self.tensors.pop(key)
-
-    def integers(self, name: str, spec: QuantSpec) -> QuantizedWeight:
-        """What `packed` stored."""
-        shape = tuple(self.manifest["shapes"][name])
-        scale = self.take(f"{name}/scale").reshape(spec.range_shape(shape))
-        zero_point = torch.zeros_like(scale)
-        if spec.scheme == "affine":
-            zero_point = self.take(f"{name}/zero_point").float().reshape(scale.shape)
-        return QuantizedWeight(unpack(self.take(f"{name}/codes"), spec.bits, shape), QParams(scale, zero_point), spec)
-
-    def end(self) -> None:
-        """Everything must have been taken."""
-        if self.tensors:
-            count, first = len(self.tensors), min(self.tensors)
-            raise ValueError(f"it holds {count} tensors that the model has no place for, first {first!r}")
-
-
-def empty_network(manifest: Mapping[str, Any]) -> torch.nn.Module:
-    """The float network that a manifest describes, with nothing in its parameters yet."""
-    if manifest["network"] not in NETWORKS:
-        raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
-    with torch.device("meta"):
-        unet = getattr(diffusers, manifest["network"]).from_config(manifest["config"])
-    unet.to_empty(device="cpu")
-    for name, attention in attentions(unet).items():
-        set_heads(attention, manifest["heads"][name])
-    return unet
-
-
-def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
-    """The model that a manifest describes, with its tensors; ValueError or RuntimeError where they do not fit."""
-    stored = Stored(manifest, tensors)
-    plan = resolved_from_json(manifest["plan"])
-    model = build(empty_network(manifest), plan, MinMax())
-    state = {}
-    for site in model.weight_sites():
-        line = plan.sites[site]
-        assert line.weight is not None
-        parts = range(2 if line.split else 1)
-        model.freeze(site, tuple(stored.integers(f"weights/{site}/{i}", line.weight) for i in parts))
-        state[f"{site}.weight"] = model.layer(site).weight
-    for site, spec in manifest["cached"].items():
-        model.cache_feature(site, stored.integers(f"cached/{site}", QuantSpec(**spec)))
-    for site in manifest["unneeded"]:
-        model.drop(site)
-    for name, quantizer in model.activation_quantizers().items():
-        for key in quantizer.state_dict():
-            state[f"{name}.{key}"] = stored.take(f"activations/{name}/{key.removeprefix('source.')}").float()
-    state |= {name: stored.take(f"float/{name}") for name in model.unet.state_dict() if name not in state}
-    stored.end()
-    model.unet.load_state_dict(state, strict=True)
-    model.set_activations(Mode.QUANTIZE)
-    return model
-
-
 def load(path: Path) -> QuantizedUNet:
     """Build the model from the file alone, ready to be called at its timesteps, which are `model.clock.timesteps`.
 
     Raises:
-        ValueError: not such a file, damaged, of another version, or with tensors missing or left over.
+        ValueError: not such a file, damaged, of another version, with tensors missing or left over, or with numbers or
+            entries that no model has.
     """
     manifest, tensors = read(path)
     try:
+        check_entries(manifest)
+        read_recipe(manifest)
         return rebuilt(manifest, tensors)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:  # what was written by another program fails in whatever way it leads to
+        raise ValueError(f"{path} cannot be loaded: {reason_of(error)}") from error
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -234,9 +130,22 @@ def load_recipe(path: Path) -> Recipe:
         ValueError: not such a file, damaged, of another version, or written without a recipe.
     """
     manifest, _ = read(path)
-    if manifest.get("recipe") is None:
-        raise ValueError(f"{path} does not say how to sample: its sampler was a class of one's own")
     try:
-        return Recipe.from_json(manifest["recipe"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        check_entries(manifest)
+        recipe = read_recipe(manifest)
+    except Exception as error:
+        raise ValueError(f"{path}: {reason_of(error)}") from error
+    if recipe is None:
+        raise ValueError(f"{path} does not say how to sample: its sampler was a class of one's own")
+    return recipe
+
+
+def read_recipe(manifest: Mapping[str, Any]) -> Recipe | None:
+    """How a manifest says that its model is sampled; any error if that is no way."""
+    return None if manifest["recipe"] is None else Recipe.from_json(manifest["recipe"])
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:600]

@@ -1,0 +1,168 @@
+"""What a file is by its first bytes, whatever its name says, and what to do where it is not what was expected."""
+
+import re
+from pathlib import Path
+
+HEAD = 512  # bytes that are looked at
+AGAIN = "download it again"
+UNPACK = "unpack it, and give the file inside"
+CONVERT = "convert it with the program that it belongs to, or take the publisher's safetensors"
+# (where, bytes, what the file is, what to do)
+SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"version https://git-lfs", "is a pointer of Git LFS, not the file itself", "fetch it with `git lfs pull`"),
+    (0, b"version https://hawser", "is a pointer of Git LFS, not the file itself", "fetch it with `git lfs pull`"),
+    (0, b"# xet version", "is a pointer of Xet, not the file itself", AGAIN),
+    (0, b"/annex/objects/", "is a pointer of git-annex, not the file itself", "fetch it with `git annex get`"),
+    (0, b"PK\x05\x06", "is an empty zip archive", AGAIN),
+    (0, b"\x1f\x8b", "is a gzip archive", UNPACK),
+    (0, b"BZh", "is a bzip2 archive", UNPACK),
+    (0, b"\xfd7zXZ\x00", "is an xz archive", UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "is a zstd archive", UNPACK),
+    (0, b"\x04\x22\x4d\x18", "is an lz4 archive", UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", UNPACK),
+    (0, b"Rar!\x1a\x07", "is a rar archive", UNPACK),
+    (257, b"ustar", "is a tar archive", UNPACK),
+    (0, b"\x93NUMPY", "is an array of NumPy (.npy)", "give a checkpoint of torch.save or safetensors"),
+    (0, b"GGUF", "is a GGUF file of llama.cpp's family", CONVERT),
+    (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes (.h5)", CONVERT),
+    (4, b"TFL3", "is a model of TensorFlow Lite", CONVERT),
+    (0, b"PTMF", "is a mobile program of PyTorch", CONVERT),
+    (0, b"%PDF-", "is a PDF", AGAIN),
+    (0, b"\x89PNG\r\n", "is a picture", "give the file with the weights"),
+    (0, b"\xff\xd8\xff", "is a picture", "give the file with the weights"),
+    (0, b"GIF8", "is a picture", "give the file with the weights"),
+    (0, b"\x7fELF", "is a program", "give the file with the weights"),
+    (0, b"MZ\x90\x00", "is a program", "give the file with the weights"),
+)
+# The end of names of files without a signature of their own.
+NAMES: tuple[tuple[str, str, str], ...] = (
+    (
+        r"\.(part|partial|crdownload|incomplete|download|opdownload|aria2|!ut)$",
+        "is a download that has not ended",
+        AGAIN,
+    ),
+    (r"\.(msgpack)$", "holds weights of Flax", CONVERT),
+    (r"\.(onnx)$", "is a model of ONNX", CONVERT),
+    (r"\.index$|\.data-\d+-of-\d+$|\.meta$", "is a part of a checkpoint of TensorFlow", CONVERT),
+    (r"\.index(\.\w+)?\.json$", "is the index of a model in several files", "give the folder that it is in"),
+)
+TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip files, which others are too, and what came before them
+LEVEL_DB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # the end of TensorFlow's .index
+UNFINISHED = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2")
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a header, then the header's brace."""
+    head = head_of(path)
+    return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
+
+
+def kind_of(path: Path) -> str | None:
+    """A sentence on what a path is and what to do, where it is certainly no file of tensors; None where it may be one."""
+    if path.is_dir():
+        return "is a folder; expected a file"
+    if not path.is_file():
+        return "is no regular file; expected a checkpoint"
+    if path.stat().st_size == 0:
+        return f"is empty; expected a checkpoint: {AGAIN}"
+    head = head_of(path)
+    for place, signature, what, advice in SIGNATURES:
+        if head[place:].startswith(signature):
+            return f"{what}: {advice}"
+    if is_safetensors(path) or head.startswith(TORCH):
+        return None
+    return named(path) or markup(head) or protocol_buffer(head) or flax(head)
+
+
+def named(path: Path) -> str | None:
+    """What the end of a name says."""
+    for ending, what, advice in NAMES:
+        if re.search(ending, path.name, re.IGNORECASE):
+            return f"{what}: {advice}"
+    return None
+
+
+def instead_of_text(path: Path) -> str | None:
+    """What stands in the place of a configuration or a vocabulary, as `kind_of`; None where it may be one."""
+    kind = kind_of(path)
+    return None if kind is None or kind.startswith("is JSON") else kind
+
+
+def markup(head: bytes) -> str | None:
+    """A page or a message that a server sent in the place of a file."""
+    text = head.decode("utf-8", errors="replace").lstrip("\ufeff\0 \t\r\n")
+    if re.match(r"<(!doctype html|html|head|body|script|meta)", text, re.IGNORECASE):
+        return f"is a web page (HTML), not the file itself: {AGAIN}, by the link of the file and logged in where that is asked"
+    if text.startswith("<") and re.match(r"<[!?/a-zA-Z]", text):
+        return f"is XML, such as the message of a server ({quoted(text)}): {AGAIN}"
+    if re.match(r'\{\s*"|\[\s*[{"\]]|\{\s*\}', text):
+        return f"is JSON, such as the message of a server ({quoted(text)}): {AGAIN}"
+    return None
+
+
+def quoted(text: str) -> str:
+    """The beginning of a text, in one line of printable characters."""
+    return repr(" ".join(text.split())[:60])
+
+
+def protocol_buffer(head: bytes) -> str | None:
+    """A model of ONNX: its version, then the name of the program that wrote it."""
+    if head[:1] == b"\x08" and 1 <= head[1] <= 20 and head[2:3] == b"\x12":
+        return f"is a model of ONNX: {CONVERT}"
+    return None
+
+
+def flax(head: bytes) -> str | None:
+    """A map of msgpack whose first key is text."""
+    first, key = head[:1], head[1:2]
+    if first and 0x81 <= first[0] <= 0x8F and key and (0xA1 <= key[0] <= 0xBF or key == b"\xd9"):
+        return f"holds weights of Flax (msgpack): {CONVERT}"
+    return None
+
+
+def why_unreadable(path: Path) -> str | None:
+    """What is wrong with a file that looked like tensors and could not be read, where its bytes tell; None otherwise."""
+    size, head = path.stat().st_size, head_of(path)
+    if is_safetensors(path):
+        return truncated_safetensors(path, size)
+    if what := named(path):
+        return what
+    if not head.strip(b"\0"):
+        return f"begins with zeros; expected a checkpoint: a download that has not ended? {AGAIN}"
+    with path.open("rb") as file:
+        file.seek(max(0, size - 8))
+        if file.read() == LEVEL_DB:
+            return f"is a part of a checkpoint of TensorFlow: {CONVERT}"
+    text = head.decode("utf-8", errors="replace")
+    if text.rstrip("\ufffd").replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
+        return f"is text, no checkpoint: it begins {quoted(text)}"
+    return None
+
+
+def truncated_safetensors(path: Path, size: int) -> str | None:
+    """How many bytes the header of safetensors speaks of, where the file has fewer."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    ends = [int(end) for end in re.findall(rb'"data_offsets":\s*\[\s*\d{1,18}\s*,\s*(\d{1,18})\s*\]', header)]
+    wanted = 8 + length + max(ends, default=0)
+    if wanted <= size:
+        return None
+    least = "" if len(header) == length else "at least "
+    return f"is truncated: it begins as safetensors of {least}{wanted} bytes and has {size}: {AGAIN}"
+
+
+def why_missing(path: Path) -> str:
+    """What is in the place of a path that does not exist: a link that leads nowhere, a download that has not ended."""
+    if path.is_symlink():
+        return f" (it is a link to {path.readlink()}, which is not there)"
+    for ending in UNFINISHED:
+        if (there := path.with_name(path.name + ending)).exists():
+            return f" (there is {there.name}, a download that has not ended)"
+    return ""

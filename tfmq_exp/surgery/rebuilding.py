@@ -1,0 +1,229 @@
+"""A quantized network from what a file says and holds; nothing of it is taken as it comes."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from tfmq_exp.denoisers.anatomy import Role
+from tfmq_exp.denoisers.unet import attentions, roles, set_heads
+from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.surgery.manifest import described, difference, inside
+from tfmq_exp.surgery.packing import unpack
+from tfmq_exp.surgery.plan import OPERANDS, ResolvedPlan, resolved_from_json
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.scales import StatisticsScale, TrainedScale
+
+NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
+MOST_TIMESTEPS, MOST_LAYERS = 2**20, 1000
+WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
+
+
+class Stored:
+    """The tensors of a file, each of which is taken exactly once; ValueError for one that is missing, left over or unfit."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], outside: Sequence[str]) -> None:
+        self.tensors, self.outside = dict(tensors), outside
+
+    def take(self, key: str, *dtypes: torch.dtype) -> Tensor:
+        """One tensor of finite numbers, of one of these types."""
+        if key not in self.tensors:
+            raise ValueError(f"it lacks {key!r}")
+        value = self.tensors.pop(key)
+        if value.dtype not in dtypes:
+            raise ValueError(f"{key!r} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{key!r} has numbers that are not finite")
+        return value
+
+    def scale(self, key: str) -> Tensor:
+        """A table of scales."""
+        value = self.take(key, torch.float32)
+        if not bool((value > 0).all()):
+            raise ValueError(f"{key!r} must be positive, got {float(value.min()):g}")
+        return value
+
+    def zero_point(self, key: str, spec: QuantSpec, within: bool = True) -> Tensor:
+        """A table of zero points: integers, `within` the grid."""
+        value = self.take(key, torch.uint8, torch.float32).float()
+        if not bool((value == value.round()).all()):
+            raise ValueError(f"{key!r} must be integers")
+        if within and not inside(value, spec):
+            ends = f"{float(value.min()):g} .. {float(value.max()):g}"
+            raise ValueError(f"{key!r} must lie within the grid {spec.qmin} .. {spec.qmax}, got {ends}")
+        return value
+
+    def integers(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QuantizedWeight:
+        """What `packed` stored of a tensor of this shape."""
+        if spec.bits > 8:
+            raise ValueError(f"{name!r} must have at most 8 bits, got {spec.bits}")
+        scale = self.scale(f"{name}/scale").reshape(spec.range_shape(shape))
+        zero_point = torch.zeros_like(scale)
+        if spec.scheme == "affine":
+            stored = self.zero_point(f"{name}/zero_point", spec, name not in self.outside)
+            zero_point = stored.reshape(scale.shape)
+        codes = unpack(self.take(f"{name}/codes", torch.uint8), spec.bits, shape)
+        return QuantizedWeight(codes, QParams(scale, zero_point), spec)
+
+    def end(self) -> None:
+        """Everything must have been taken."""
+        if self.tensors:
+            count, first = len(self.tensors), min(self.tensors)
+            raise ValueError(f"it holds {count} tensors that the model has no place for, first {first!r}")
+
+
+def empty_network(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The float network that a manifest describes, with nothing in its parameters yet.
+
+    Raises:
+        ValueError: another network, or one that is larger than a file with these tensors can describe.
+    """
+    if manifest["network"] not in NETWORKS:
+        raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
+    kind: Any = getattr(diffusers, manifest["network"])
+    defaults = {name: option.default for name, option in inspect.signature(kind.__init__).parameters.items()}
+    check_config(manifest["config"], defaults, len(tensors))
+    with torch.device("meta"):
+        unet = kind.from_config(manifest["config"])
+    numbers = sum(value.numel() for value in unet.state_dict().values())
+    if numbers > WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values()):
+        raise ValueError(f"its configuration describes {numbers} weights, which its tensors cannot hold")
+    unet.to_empty(device="cpu")
+    modules = attentions(unet)
+    if manifest["heads"].keys() != modules.keys():
+        raise ValueError("its numbers of heads are not those of its attentions")
+    for name, attention in modules.items():
+        heads = manifest["heads"][name]
+        if type(heads) is not int or heads < 1 or attention.inner_dim % heads:
+            raise ValueError(f"heads of {name!r} must divide {attention.inner_dim}, got {heads!r}")
+        set_heads(attention, heads)
+    return unet
+
+
+def check_config(config: Mapping[str, Any], defaults: Mapping[str, Any], tensors: int) -> None:
+    """Whether a configuration is one that a network can be built of in little time.
+
+    Args:
+        config: to check.
+        defaults: of the network's class; a switch stays a switch, and a real number a number.
+        tensors: how many the network has at least; there are no more layers than that.
+
+    Raises:
+        ValueError: an unknown key, a value of another kind, or too many layers.
+    """
+    layers = len(config["block_out_channels"])
+    for key, value in config.items():
+        if key not in defaults:
+            raise ValueError(f"config.{key} is unknown")
+        default, values = defaults[key], list(scalars(value))
+        nested = isinstance(value, list) and any(isinstance(item, list) for item in value) and "layers" not in key
+        switch = isinstance(default, bool) and type(value) is not bool
+        real = isinstance(default, float) and type(value) not in (int, float)
+        negative = any(isinstance(number, int | float) and not 0 <= number < math.inf for number in values)
+        if nested or switch or real or negative or isinstance(value, dict):
+            raise ValueError(f"config.{key} cannot be {str(value)[:50]!r}")
+        if "layers" in key:
+            layers *= max([1, *(count for count in values if type(count) is int)])
+    if layers > min(tensors, MOST_LAYERS):
+        raise ValueError(f"its configuration describes {str(layers)[:50]} layers for {tensors} tensors")
+
+
+def scalars(value: Any) -> Iterator[Any]:
+    """The values inside nested lists."""
+    if isinstance(value, list):
+        for item in value:
+            yield from scalars(item)
+    else:
+        yield value
+
+
+def fill_weights(model: QuantizedUNet, stored: Stored) -> dict[str, Tensor]:
+    """Freeze every weight of the plan to the stored integers; returns what these stand for, by the names in the network."""
+    state: dict[str, Tensor] = {}
+    for site in model.weight_sites():
+        parts = [(quantizer.spec, tuple(part.shape)) for quantizer, part in model.layer(site).weight_parts()]
+        found = [stored.integers(f"weights/{site}/{i}", spec, shape) for i, (spec, shape) in enumerate(parts)]
+        model.freeze(site, tuple(found))
+        state[f"{site}.weight"] = model.layer(site).weight
+    return state
+
+
+def fill_features(model: QuantizedUNet, manifest: Mapping[str, Any], stored: Stored, known: Mapping[str, Role]) -> None:
+    """Put stored temporal features in the place of the layers that compute them.
+
+    Raises:
+        ValueError: a layer that computes none, or one taken out whose output is read.
+    """
+    for site, spec in manifest["cached"].items():
+        if known.get(site) is not Role.TIME_PROJ:
+            raise ValueError(f"{site!r} projects no temporal feature: it cannot be stored")
+        shape = (model.clock.num_steps, model.unet.get_submodule(site).out_features)
+        model.cache_feature(site, stored.integers(f"cached/{site}", QuantSpec(**spec), shape))
+    computed = [site for site, role in known.items() if role is Role.TIME_PROJ and site not in manifest["cached"]]
+    for site in manifest["unneeded"]:
+        if known.get(site) is not Role.TIME_EMBED or computed:
+            raise ValueError(f"{site!r} is needed: it cannot be left out")
+        model.drop(site)
+
+
+def check_plan(plan: ResolvedPlan, numbers: int) -> None:
+    """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
+    steps = plan.timesteps
+    if not steps or len(set(steps)) < len(steps) or not all(type(t) is int and 0 <= t < MOST_TIMESTEPS for t in steps):
+        raise ValueError(
+            f"'plan.timesteps' must be different integers of 0 .. {MOST_TIMESTEPS - 1}, got {str(steps)[:50]}"
+        )
+    if wrong := [
+        name
+        for name, site in plan.sites.items()
+        if site.split is not None and not (type(site.split) is int and site.split > 0)
+    ]:
+        raise ValueError(f"'plan.sites.{wrong[0]}.split' must be a number of channels")
+    parts = {part for lines in plan.operands.values() for part in lines}
+    if unknown := parts - {*OPERANDS, "probabilities"}:
+        raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
+    sites = [line for site in plan.sites.values() for line in (site.input, site.output)]
+    for line in (*sites, *(line for parts in plan.operands.values() for line in parts.values())):
+        scale = line.scale if line else None
+        inner = scale.scale if isinstance(scale, TrainedScale) else scale
+        if isinstance(inner, StatisticsScale):
+            widths = (getattr(inner.encoding, "width", 1), *inner.hidden, 1)
+            if min(widths) < 1 or sum(a * b for a, b in pairwise(widths)) > numbers:
+                raise ValueError(f"a network of statistics with layers of {widths[1:]} is not in the file")
+
+
+def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
+    """The model that a manifest describes, with its tensors; any error where they do not fit."""
+    stored = Stored(tensors, manifest.get("outside", ()))
+    plan = resolved_from_json(manifest["plan"])
+    check_plan(plan, sum(value.numel() for value in tensors.values()))
+    unet = empty_network(manifest, tensors)
+    model = build(unet, plan, MinMax())
+    state = fill_weights(model, stored)
+    fill_features(model, manifest, stored, roles(unet))
+    for name, quantizer in model.activation_quantizers().items():
+        for key in quantizer.state_dict():
+            part = f"activations/{name}/{key.removeprefix('source.')}"
+            if key == "source.scale":
+                state[f"{name}.{key}"] = stored.scale(part)
+            elif key == "source.zero_point":
+                state[f"{name}.{key}"] = stored.zero_point(part, quantizer.spec)
+            else:
+                state[f"{name}.{key}"] = stored.take(part, torch.float32)
+    for name, value in model.unet.state_dict().items():
+        if name not in state:
+            state[name] = stored.take(f"float/{name}", value.dtype)
+    stored.end()
+    model.unet.load_state_dict(state, strict=True)
+    model.set_activations(Mode.QUANTIZE)
+    if wrong := difference({entry: value for entry, value in manifest.items() if entry != "recipe"}, described(model)):
+        raise ValueError(f"its manifest is not that of the model: {wrong}")
+    return model
