@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stacked
 from tfmq_exp.data.preparation import Pixels, Preparation
+from tfmq_exp.files import read_lines
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -94,11 +95,11 @@ class ImageFolder:
 
 def read_listing(path: Path, root: Path) -> list[str]:
     """The paths in a text file, sorted; FileNotFoundError if it, or one of them, is missing."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"no listing at {path}; expected a text file with a path relative to {root} on each line"
         )
-    names = sorted({line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()})
+    names = sorted({line for line in read_lines(path) if line})
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -6,23 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import UNet2DModel, VQModel
 from torch import nn
-from transformers import CLIPTextModel
 
 from tfmq_exp.denoisers import compvis, original
 from tfmq_exp.denoisers.assigning import differences
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, FirstStage, NoConditions, Pixels
 from tfmq_exp.denoisers.first_stage import LatentDecoder
 from tfmq_exp.denoisers.original import Parts
+from tfmq_exp.denoisers.settings import AUTOENCODERS, TEXT_MODELS, UNETS, check_network, class_of, sides, text_config
 from tfmq_exp.denoisers.text_encoder import TextEncoder, read_tokenizer
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
-UNETS: tuple[Any, ...] = (UNet2DModel, UNet2DConditionModel)
-AUTOENCODERS: tuple[Any, ...] = (VQModel, AutoencoderKL)
 WEIGHTS = ("*.safetensors", "*.bin")  # the second only where there are none of the first
-# Conditions inside the UNet, which are not supported.
-INNER_CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+CLASSES = {"unet": UNETS, "first_stage": AUTOENCODERS, "text_encoder": TEXT_MODELS}
+ADAPTER = "adapter_config.json"  # weights that transformers would put on top of the folder's, or fetch
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
@@ -83,6 +81,21 @@ def architecture(path: Path) -> dict[str, Any]:
     }
 
 
+def check(path: Path) -> None:
+    """Look at the configurations in a folder, before weights are read.
+
+    Raises:
+        FileNotFoundError: a component lacks its configuration or its weights.
+        ValueError: a setting that is not safe, cannot be, or is not supported, by its key; see `settings`.
+    """
+    for name, folder in folders(path).items():
+        if (folder / ADAPTER).exists():
+            raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
+        file = folder / "config.json"
+        available = sum(weights.stat().st_size for weights in weight_files(folder))
+        check_network(file, read_json(file), CLASSES[name], available)
+
+
 def pretrained(folder: Path, classes: tuple[Any, ...], **options: Any) -> Any:
     """The network in a folder, which must be of one of these classes, float32; strictly, from local files.
 
@@ -92,16 +105,12 @@ def pretrained(folder: Path, classes: tuple[Any, ...], **options: Any) -> Any:
         FileNotFoundError: no configuration.
         ValueError: another class, or weights that are damaged or do not fit the configuration.
     """
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    kinds = {kind.__name__: kind for kind in classes}
-    if name not in kinds:
-        raise ValueError(f"{folder} holds a network of class {name}; expected {' or '.join(kinds)}")
+    kind = class_of(folder / "config.json", read_json(folder / "config.json"), classes)
     weight_files(folder)
     options |= {"local_files_only": True, "output_loading_info": True}
     try:
         with torch.random.fork_rng(devices=[]):  # they draw weights before they read them
-            network, info = kinds[name].from_pretrained(str(folder), **options)
+            network, info = kind.from_pretrained(str(folder), **options)
     except Exception as error:  # damaged files fail in whatever way they lead to
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
@@ -150,24 +159,19 @@ def apply_heads(unet: nn.Module, config: Mapping[str, Any]) -> None:
 
 def sample_shape(unet: Any) -> tuple[int, int, int]:
     """Channels, height and width, from the UNet's configuration; ValueError if it does not say."""
-    size = unet.config["sample_size"]
-    if size is None:
-        raise ValueError("the configuration of the UNet does not say its sample_size")
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet.config["in_channels"], height, width
+    return unet.config["in_channels"], *sides(unet.config["sample_size"])
 
 
 def read_encoder(path: Path, unet: Any, tokenizer: Path | None) -> ConditionEncoder:
     """What encodes the conditions of this UNet."""
-    if inner := [key for key in INNER_CONDITIONS if unet.config.get(key) is not None]:
-        raise ValueError(f"a UNet with {inner[0]}={unet.config[inner[0]]!r} is not supported")
     if isinstance(unet, UNet2DModel):
         return NoConditions()
     folder = component(path, "text_encoder")
     if folder is None:
         raise FileNotFoundError(f"no text_encoder/ in {path}, which its UNet2DConditionModel is conditioned with")
     words = read_tokenizer(tokenizer or path / "tokenizer")
-    return TextEncoder(pretrained(folder, (CLIPTextModel,)), words)
+    config = text_config(read_json(folder / "config.json"))
+    return TextEncoder(pretrained(folder, TEXT_MODELS, config=config), words)
 
 
 def read_first_stage(path: Path, decode_rows: int) -> FirstStage:

@@ -36,7 +36,8 @@ def predictions(
     """What a network says of every sample, without guidance; `each_batch` is told the share that is done."""
     device, found = next(model.parameters()).device, []
     for start in range(0, len(data), batch):
-        found.append(model(**data[slice(start, start + batch)].inputs(device)).sample.float().cpu())
+        inputs = data[slice(start, start + batch)].inputs(device)
+        found.append(noise_of(model(**inputs).sample, inputs["sample"]).float().cpu())
         each_batch(min(1.0, (start + batch) / len(data)))
     return torch.cat(found)
 
