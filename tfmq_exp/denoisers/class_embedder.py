@@ -1,6 +1,6 @@
 """Class labels as conditions (LDM's ClassEmbedder)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,6 @@ class ClassEmbedder:
     def example(self) -> Conditions:
         """Of class 0."""
         return self([0])
-
-    def cut(self, choices: Sequence[Any]) -> Mapping[str, int]:
-        """Nothing: classes are heard whole."""
-        return {}
 
     def to(self, device: torch.device) -> None:
         """The vectors move."""

@@ -39,10 +39,6 @@ class ConditionEncoder(Protocol):
         """Conditions of one row, to trace the network with."""
         ...
 
-    def cut(self, choices: Sequence[Any]) -> Mapping[str, int]:
-        """What results have to say of choices that the network does not hear whole; nothing where it does."""
-        ...
-
     def to(self, device: torch.device) -> None:
         """Work on another device from now on."""
         ...
@@ -63,10 +59,6 @@ class NoConditions:
     def example(self) -> Conditions:
         """Empty."""
         return Conditions()
-
-    def cut(self, choices: Sequence[Any]) -> Mapping[str, int]:
-        """Nothing."""
-        return {}
 
     def to(self, device: torch.device) -> None:
         """Nothing to move."""

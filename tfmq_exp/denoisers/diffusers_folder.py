@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {path.name} in {path.parent}: expected a folder of diffusers' layout")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a configuration: expected names with values")

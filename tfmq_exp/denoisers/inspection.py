@@ -5,6 +5,7 @@ builds its networks; here they are compared with what one forward pass computes,
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ TEMPORAL = (
 
 
 def said(unet: Any, keys: tuple[str, ...]) -> str:
-    """These settings of a network with their values, as messages have them."""
-    return ", ".join(f"{key}={unet.config[key]!r}" for key in keys if unet.config.get(key) is not None)
+    """Those of these settings that a network has not left at their default, as messages have them."""
+    defaults = signature(type(unet).__init__).parameters
+    chosen = {key: unet.config[key] for key in keys if key in unet.config and unet.config[key] != defaults[key].default}
+    return ", ".join(f"{key}={value!r}" for key, value in chosen.items()) or "default settings"
 
 
 def measured_shape(unet: Any, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -161,7 +164,7 @@ def inspect(parts: Parts) -> None:
             handle.remove()
     check_finite(unet, record, output, given)
     embedding = time_embedding(unet, t)
-    apart = {name: unet.get_submodule(name)(embedding) for name in projections & record.made.keys()}
+    apart = {name: unet.get_submodule(name)(embedding) for name in record.made if name in projections}
     if wrong := [name for name, feature in apart.items() if distance(feature, record.made[name]) > TOLERANCE]:
         raise ValueError(
             f"{said(unet, TEMPORAL)}: {len(wrong)} temporal features of {type(unet).__name__} are not what they are in its "

@@ -94,7 +94,7 @@ def check_names(file: Path, config: Mapping[str, Any], kind: Any) -> None:
             )
 
 
-def check_sizes(file: Path, config: Mapping[str, Any], available: int) -> None:
+def check_sizes(file: Path | str, config: Mapping[str, Any], available: int) -> None:
     """ValueError for more layers than any network has, or one that its weights cannot fill; see `check_network`."""
     for key, value in config.items():
         if isinstance(value, list) and len(value) > MOST_LEVELS:

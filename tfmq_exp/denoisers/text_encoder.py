@@ -90,9 +90,9 @@ class TextEncoder:
         """Of the empty caption."""
         return Conditions({"encoder_hidden_states": self.null}, {"encoder_hidden_states": self.null})
 
-    def cut(self, choices: Sequence[Any]) -> Mapping[str, int]:
+    def count_cut(self, captions: Sequence[str]) -> dict[str, int]:
         """How many different captions these are, how many are longer than the model takes, and that length in tokens."""
-        distinct = list(dict.fromkeys(choices))
+        distinct = list(dict.fromkeys(captions))
         ids: Any = self.tokenizer(distinct, verbose=False)["input_ids"] if distinct else []
         return {"different": len(distinct), "cut": sum(len(row) > self.length for row in ids), "tokens": self.length}
 

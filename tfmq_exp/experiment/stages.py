@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tfmq_exp.calibration.collect import STREAM as CALIBRATION
+from tfmq_exp.denoisers.text_encoder import TextEncoder
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
@@ -63,12 +64,15 @@ class Stages(NetworkStages):
 
     @cached_property
     def captions(self) -> Mapping[str, int]:
-        """Of all images of the run and of its calibration: how many are cut, as `ConditionEncoder.cut` has it."""
+        """Of all images of the run and of its calibration: how many are cut, as `TextEncoder.count_cut` has it."""
+        encoder = self.denoiser.encoder
+        if not isinstance(encoder, TextEncoder):
+            return {}
         chosen = [
             *self.sampling.conditioning.choose(self.images.seed, STREAM, range(self.images.count)),
             *self.sampling.conditioning.choose(self.seed, CALIBRATION, range(self.calibration.images)),
         ]
-        return self.denoiser.encoder.cut(chosen)
+        return encoder.count_cut(chosen)
 
     @cached_property
     def judge(self) -> Evaluator:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tfmq_exp.denoisers.settings import check_sizes
 from tfmq_exp.denoisers.unet import attentions, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.quantizers.base import Mode
@@ -173,6 +174,7 @@ def empty_network(manifest: Mapping[str, Any]) -> torch.nn.Module:
     """The float network that a manifest describes, with nothing in its parameters yet."""
     if manifest["network"] not in NETWORKS:
         raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
+    check_sizes("its configuration", manifest["config"], 0)
     with torch.device("meta"):
         unet = getattr(diffusers, manifest["network"]).from_config(manifest["config"])
     unet.to_empty(device="cpu")
