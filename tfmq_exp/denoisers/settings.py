@@ -34,6 +34,7 @@ UNET_CHOICES: dict[str, frozenset[Any]] = {
     "up_block_types": BLOCKS,
     "mid_block_type": frozenset({None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"}),
     "resnet_time_scale_shift": frozenset({"default", "scale_shift"}),
+    "time_embedding_type": frozenset({"positional", "fourier", "learned"}),
     "attention_type": frozenset({"default"}),
     "dual_cross_attention": frozenset({False, None}),  # the installed diffusers cannot run it
     "class_embeddings_concat": frozenset({False, None}),
@@ -63,7 +64,8 @@ WIDE, LARGE = 2**20, 2**30  # channels or words of one layer; weights of a netwo
 
 def class_of(file: Path, config: Mapping[str, Any], classes: tuple[Any, ...]) -> Any:
     """The class that a configuration names, which must be one of these; ValueError otherwise."""
-    name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    listed = config.get("architectures")
+    name = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else None)
     kinds = {kind.__name__: kind for kind in classes}
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"{file.parent} holds a network of class {name}; expected {' or '.join(kinds)}")

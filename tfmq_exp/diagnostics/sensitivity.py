@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.diagnostics.partial import Part, all_float
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

@@ -17,7 +17,7 @@ class CocoFile:
     """What one of COCO's caption files says.
 
     Args:
-        captions: of each image by its id, in the order of ids: of several captions the one with the smallest id.
+        captions: of each image by its id, in the order of ids: of several, the one with the smallest id that is not blank.
         names: of the images' files by the images' ids, where the file has them.
     """
 
@@ -30,7 +30,7 @@ def read_coco(path: Path) -> CocoFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, an empty caption, or two with the same id.
+        ValueError: another format, an image with blank captions only, or two with the same id.
     """
     text = read_text(path)
     try:
@@ -42,13 +42,13 @@ def read_coco(path: Path) -> CocoFile:
         names = {typed(i, "id", int): typed(i, "file_name", str) for i in content.get("images", [])}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a COCO caption file: {type(error).__name__} {error}") from error
-    if empty := [(image, number) for image, number, caption in rows if not caption]:
-        raise ValueError(f"{path}: the caption {empty[0][1]} of image {empty[0][0]} is empty")
     if twice := [number for number, count in Counter(number for _, number, _ in rows).items() if count > 1]:
         raise ValueError(f"{path}: {len(twice)} annotations share their id with another, first {twice[0]}")
     captions: dict[int, str] = {}
     for image, _, caption in rows:
-        captions.setdefault(image, caption)
+        captions[image] = captions.get(image) or caption
+    if blank := [image for image, caption in captions.items() if not caption]:
+        raise ValueError(f"{path}: {len(blank)} images have only blank captions, first image {blank[0]}")
     return CocoFile(captions, names)
 
 

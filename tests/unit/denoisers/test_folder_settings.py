@@ -26,13 +26,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared: dict[str, Any] = {
         **{"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8},
     }
+    attention: dict[str, Any] = {"attention_head_dim": 2, "cross_attention_dim": 12}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         UNet2DConditionModel(
             **shared,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            **{"attention_head_dim": 2, "cross_attention_dim": 12},
+            **attention,
         ).save_pretrained(folder / "text/unet")
         UNet2DModel(
             **shared,
@@ -151,6 +152,7 @@ def test_widths_that_only_together_are_too_large(pipeline: Path) -> None:
         ("time_cond_proj_dim", 8),
         ("resnet_time_scale_shift", "ada_group"),
         ("attention_type", "gated"),
+        ("time_embedding_type", "rotary"),
         ("class_embed_type", "timestep"),
         ("num_class_embeds", 10),
         ("addition_embed_type", "text_time"),

@@ -98,7 +98,13 @@ def image(number: int) -> dict[str, Any]:
 def test_coco_has_the_first_caption_of_every_image_in_the_order_of_ids(tmp_path: Path) -> None:
     file = tmp_path / "captions.JSON"
     content = coco(
-        (9, 1, "nine"), (3, 8, "later"), (3, 2, " three\n"), (10, 5, "ten"), images=[image(n) for n in (10, 3, 9)]
+        (9, 1, "nine"),
+        (3, 8, "later"),
+        (3, 1000, ""),
+        (3, 2, " three\n"),
+        (3, 0, " "),
+        (10, 5, "ten"),
+        images=[image(n) for n in (10, 3, 9)],
     )
     for data in (json.dumps(content).encode(), json.dumps(content).encode("utf-8-sig")):
         file.write_bytes(data)
@@ -117,7 +123,7 @@ def test_coco_has_the_first_caption_of_every_image_in_the_order_of_ids(tmp_path:
         (coco(("1", 1, "a")), "image_id must be of type int, got '1'"),
         (coco((True, 1, "a")), "image_id must be of type int, got True"),
         ({"annotations": [{"image_id": 1, "caption": "a"}]}, "KeyError 'id'"),
-        (coco((1, 1, "a"), (2, 7, " ")), "the caption 7 of image 2 is empty"),
+        (coco((1, 1, "a"), (2, 7, " ")), "1 images have only blank captions, first image 2"),
         (coco((1, 1, "a"), (2, 1, "b")), "1 annotations share their id with another, first 1"),
         (coco((1, 1, "a"), images=[image(2), image(1), image(3)]), "2 of 3 images have no caption, first image 2"),
     ],
