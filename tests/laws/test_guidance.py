@@ -1,9 +1,11 @@
 """Conditions and classifier-free guidance, from the plan of labels to what calibration keeps of them."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,7 +174,7 @@ def test_random_classes_depend_on_seed_stream_and_image_alone() -> None:
 
 def test_captions_of_a_text_file_and_of_coco(tmp_path: Path) -> None:
     text, coco = tmp_path / "captions.txt", tmp_path / "captions_val2014.json"
-    text.write_text("a cat\n\n  two dogs \n")
+    text.write_text("a cat\n  two dogs \n")
     plan = Captions.read(str(text))
     assert plan.choose(0, "images", range(3)) == ["a cat", "two dogs", "a cat"]
     rows = [
@@ -221,3 +223,29 @@ def test_a_latent_image_is_decoded_by_its_first_stage(denoiser: Denoiser) -> Non
     sampling = Sampling(DDIM(2), Classes(NULL))
     images = sample_shard(sampling.predictor(latent.unet), latent, sampling, ImagePlan(2, 0, 2), range(2))
     assert images.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_of_a_network_with_a_learned_variance_the_first_channels_are_the_noise(
+    guidance: float, tiny_conditional_unet: nn.Module
+) -> None:
+    class Learned(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Any:
+            noise = tiny_conditional_unet(sample, timestep, **conditions).sample
+            return SimpleNamespace(sample=torch.cat([noise, noise.square() + 100], 1))
+
+    sampling, conditions = Sampling(DDIM(2), Classes(NULL), guidance=guidance), Table()([1, 4])
+    x, t = torch.randn(2, *SHAPE), torch.tensor([700, 700])
+    wanted = sampling.predictor(tiny_conditional_unet)(x, t, conditions)
+    assert torch.equal(sampling.predictor(Learned())(x, t, conditions), wanted)
+
+
+def test_what_a_network_cannot_be_asked_is_said_before_sampling(denoiser: Denoiser) -> None:
+    plain = Denoiser("plain", denoiser.unet, SHAPE, SCHEDULE, "0" * 64)
+    for choice in (Classes(3), Captions("x", hashlib.sha256(b"").hexdigest())):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"conditioned on nothing|no captions at x"):
+            Sampling(DDIM(2), choice).check(plain)
+    no_null = Denoiser("tiny", denoiser.unet, SHAPE, SCHEDULE, "0" * 64, encoder=Table(with_null=False))
+    Sampling(DDIM(2), Classes(NULL)).check(no_null)
+    with pytest.raises(ValueError, match="guidance must be 1"):
+        Sampling(DDIM(2), Classes(NULL), guidance=2.0).check(no_null)

@@ -40,7 +40,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer/vocab.json").write_text(json.dumps(vocabulary))
     (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
-    (folder / "captions.txt").write_text("a cat\ntwo dogs in the park\n")
+    (folder / "captions.txt").write_text(f"a cat\n{'two dogs ' * 20}\n")
     return folder
 
 
@@ -102,5 +102,7 @@ def test_model(model: str, tmp_path: Path, shared: Path) -> None:
         assert "Inception" in row["evaluator"]["name"]
     assert rows[1]["quantized"]["weight_share"] == 1.0
     assert rows[1]["errors"]["trajectory"] > 0
+    counts = {"different": 2, "cut": 1, "tokens": 77} if model == "sd_v1_4" else None
+    assert all(row["protocol"].get("captions") == counts for row in rows)
     guided = rows[0]["protocol"]["guidance"] != 1.0
     assert guided == (model in ("ldm_imagenet", "sd_v1_4"))

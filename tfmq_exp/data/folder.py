@@ -17,6 +17,7 @@ from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stac
 from tfmq_exp.data.hashes import hash_files
 from tfmq_exp.data.preparation import Pixels, Preparation
 from tfmq_exp.data.tree import files_below
+from tfmq_exp.files import read_lines
 
 # By the end of a name, in either case; what a file is, is then read from its content.
 SUFFIXES = (
@@ -155,13 +156,13 @@ def read_listing(path: Path, root: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: it is missing, or a file that it names.
-        ValueError: a path that is not below the folder.
+        ValueError: no text file, or a path that is not below the folder.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"no listing at {path}; expected a text file with a path relative to {root} on each line"
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_lines(path) if line]
     names = sorted({below(name, path) for name in lines})
     if len(names) < len(lines):
         log.warning("%d lines of %s name an image again; each counts once", len(lines) - len(names), path)

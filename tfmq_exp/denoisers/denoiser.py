@@ -48,7 +48,12 @@ class NoConditions:
     """Of a network that is told nothing but the timestep."""
 
     def __call__(self, choices: Sequence[Any]) -> Conditions:
-        """Empty, whatever was chosen."""
+        """Empty; ValueError if anything was chosen, which the network would never hear of."""
+        if choices:
+            raise ValueError(
+                f"this network is conditioned on nothing, neither class nor caption: got {choices[0]!r:.60}; leave out "
+                "captions and model.sampling.conditioning"
+            )
         return Conditions()
 
     def example(self) -> Conditions:
@@ -73,6 +78,13 @@ class Pixels:
     def decode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """As they are."""
         return x
+
+
+def noise_of(
+    output: Float[Tensor, "batch outputs ..."], sample: Float[Tensor, "batch channels ..."]
+) -> Float[Tensor, "batch channels ..."]:
+    """The noise in what a network returned for a sample; one that learned its variance returns that behind the noise."""
+    return output[:, : sample.shape[1]]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import UNet2DModel, VQModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -15,16 +15,15 @@ from tfmq_exp.denoisers.denoiser import ConditionEncoder, FirstStage, NoConditio
 from tfmq_exp.denoisers.first_stage import LatentDecoder
 from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.scheduler_config import CONFIG, read_json, scheduler_file, training_noise
+from tfmq_exp.denoisers.settings import AUTOENCODERS, TEXT_MODELS, UNETS, check_network, class_of, sides, text_settings
 from tfmq_exp.denoisers.text_encoder import TextEncoder, load_text_model, read_tokenizer
 from tfmq_exp.denoisers.unet import attentions, set_heads
-from tfmq_exp.denoisers.weight_files import read_state
+from tfmq_exp.denoisers.weight_files import read_state, weight_files
 
-UNETS: tuple[Any, ...] = (UNet2DModel, UNet2DConditionModel)
-AUTOENCODERS: tuple[Any, ...] = (VQModel, AutoencoderKL)
 # What older versions of diffusers called the layers of attention in autoencoders.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Conditions inside the UNet, which are not supported.
-INNER_CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+CLASSES = {"unet": UNETS, "first_stage": AUTOENCODERS, "text_encoder": TEXT_MODELS}
+ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
 
 
 def unet_folder(path: Path) -> Path:
@@ -79,6 +78,21 @@ def present_name(name: str, expected: Collection[str]) -> str:
     return present if name not in expected and present in expected else name
 
 
+def check(path: Path) -> None:
+    """Look at the configurations in a folder, before weights are read.
+
+    Raises:
+        FileNotFoundError: a component lacks its configuration or its weights.
+        ValueError: a setting that is not safe, cannot be, or is not supported, by its key; see `settings`.
+    """
+    for name, folder in folders(path).items():
+        if (folder / ADAPTER).exists():
+            raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
+        file = folder / "config.json"
+        available = sum(weights.stat().st_size for weights in weight_files(folder))
+        check_network(file, read_json(file), CLASSES[name], available)
+
+
 def build(kind: Any, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
     """A network of diffusers with its weights, which it takes over; ValueError where they do not fit its configuration."""
     with torch.device("meta"):
@@ -98,17 +112,13 @@ def pretrained(folder: Path, classes: tuple[Any, ...]) -> Any:
         ValueError: another class, or weights that are damaged or do not fit the configuration.
     """
     config = read_json(folder / "config.json")
-    name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    kinds = {kind.__name__: kind for kind in classes}
-    if name not in kinds:
-        raise ValueError(f"{folder} holds a network of class {name}; expected {' or '.join(kinds)}")
+    kind = class_of(folder / "config.json", config, classes)
     state = read_state(folder)
     try:
-        return load_text_model(config, state) if kinds[name] is CLIPTextModel else build(kinds[name], config, state)
+        return load_text_model(text_settings(config), state) if kind is CLIPTextModel else build(kind, config, state)
     except Exception as error:  # unfit configurations fail in whatever way they lead to
-        reason = " ".join((str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}").split())[
-            :300
-        ]
+        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        reason = " ".join(said.split())[:300]
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
 
 
@@ -129,24 +139,18 @@ def apply_heads(unet: nn.Module, config: Mapping[str, Any]) -> None:
 
 def sample_shape(unet: Any) -> tuple[int, int, int]:
     """Channels, height and width, from the UNet's configuration; ValueError if it does not say."""
-    size = unet.config["sample_size"]
-    if size is None:
-        raise ValueError("the configuration of the UNet does not say its sample_size")
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet.config["in_channels"], height, width
+    return unet.config["in_channels"], *sides(unet.config["sample_size"])
 
 
 def read_encoder(path: Path, unet: Any, tokenizer: Path | None) -> ConditionEncoder:
     """What encodes the conditions of this UNet."""
-    if inner := [key for key in INNER_CONDITIONS if unet.config.get(key) is not None]:
-        raise ValueError(f"a UNet with {inner[0]}={unet.config[inner[0]]!r} is not supported")
     if isinstance(unet, UNet2DModel):
         return NoConditions()
     folder = component(path, "text_encoder")
     if folder is None:
         raise FileNotFoundError(f"no text_encoder/ in {path}, which its UNet2DConditionModel is conditioned with")
     words = read_tokenizer(tokenizer or path / "tokenizer")
-    return TextEncoder(pretrained(folder, (CLIPTextModel,)), words)
+    return TextEncoder(pretrained(folder, TEXT_MODELS), words)
 
 
 def check_no_autoencoder(path: Path) -> None:

@@ -37,6 +37,12 @@ class LatentDecoder:
         self.network: Any = network
         self.scale, self.rows = scale, rows
 
+    @property
+    def channels(self) -> int:
+        """Of the latents that it decodes."""
+        config = self.network.config
+        return config.get("vq_embed_dim") or config["latent_channels"]
+
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
         """Images of latents, nominally in [-1, 1]. VQ models look latents up in their codebook first.

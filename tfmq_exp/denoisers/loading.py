@@ -11,8 +11,9 @@ import yaml
 from tfmq_exp.denoisers import diffusers_folder, original
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.file_kind import instead_of_text, kind_of, why_missing
+from tfmq_exp.denoisers.inspection import inspect
 from tfmq_exp.denoisers.published import where_to_find
-from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files
+from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files, tokenizer_settings
 from tfmq_exp.denoisers.weight_files import weight_files
 
 
@@ -95,6 +96,8 @@ def load_denoiser(
         raise ValueError(f"{path} is one file: `config` must give its architecture")
     if path.is_dir() and ema:
         raise ValueError(f"{path} is a folder, which holds one set of weights: set ema=false")
+    if path.is_dir():
+        diffusers_folder.check(path)
     found = hash_weights(path)
     if sha256 is not None and found != sha256.lower():
         raise ValueError(f"{path} has sha256 {found}, expected {sha256}: damaged, or another file")
@@ -103,11 +106,13 @@ def load_denoiser(
             parts = original.load(path, architecture, ema=ema, tokenizer=words, decode_rows=decode_rows)
         else:
             parts = diffusers_folder.load(path, architecture, tokenizer=words, decode_rows=decode_rows)
+        inspect(parts)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     described = [architecture, diffusers_folder.architecture(path)] if path.is_dir() else architecture
     settings = {"ema": ema, "architecture_sha256": hash_json(described)}
     if isinstance(parts.encoder, TextEncoder):
-        files = tokenizer_files(words or path / "tokenizer")
+        folder = words or path / "tokenizer"
+        files = [*tokenizer_files(folder), *tokenizer_settings(folder)]
         settings["tokenizer_sha256"] = hash_json({file.name: hash_file(file) for file in files})
     return Denoiser(name=name, weights_sha256=found, settings=settings, **parts._asdict())

@@ -1,5 +1,6 @@
 """Captions as conditions: CLIP's text model, as Stable Diffusion uses it (LDM's FrozenCLIPEmbedder)."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ VIT_L_14 = {
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 COMPILED = "tokenizer.json"  # the same in one file, as newer versions of transformers write it
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", None)
+# What of a tokenizer's settings would name code, or files elsewhere.
+ELSEWHERE = ("auto_map", "init_inputs", "tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")
 
 
 class TextEncoder:
@@ -41,17 +46,18 @@ class TextEncoder:
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, rows: int = 64) -> None:
         self.model: Any = model
         self.tokenizer, self.rows = tokenizer, rows
+        self.length = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
         self.null = self.embed(self.tokens([""]))
 
     def tokens(self, captions: Sequence[str]) -> Int[Tensor, "batch length"]:
-        """Token ids between the start and end of text, cut and padded to the length that the model was trained on.
+        """Token ids between the start and end of text, cut and padded to the tokenizer's length, at most the model's.
 
         Raises:
             ValueError: ids that the model does not have.
         """
-        length, known = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        known = self.model.config.vocab_size
         encoded = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         ids: Tensor = encoded["input_ids"]  # type: ignore[assignment]  # a tensor, for return_tensors="pt"
         if int(ids.max()) >= known:
@@ -73,7 +79,10 @@ class TextEncoder:
         wrong = [caption for caption in choices if not isinstance(caption, str)]
         if wrong or not choices:
             given = f"got {wrong[0]!r}" if wrong else "got none"
-            raise ValueError(f"this network is conditioned on a caption for each image: {given}")
+            raise ValueError(
+                f"this network is conditioned on a caption for each image: {given}; captions=FILE gives a file with one a line "
+                "(model.sampling.conditioning in full)"
+            )
         distinct = list(dict.fromkeys(choices))
         found = self.embed(self.tokens(distinct))[[distinct.index(caption) for caption in choices]]
         return Conditions({"encoder_hidden_states": found}, {"encoder_hidden_states": self.null})
@@ -81,6 +90,12 @@ class TextEncoder:
     def example(self) -> Conditions:
         """Of the empty caption."""
         return Conditions({"encoder_hidden_states": self.null}, {"encoder_hidden_states": self.null})
+
+    def count_cut(self, captions: Sequence[str]) -> dict[str, int]:
+        """How many different captions these are, how many are longer than the model takes, and that length in tokens."""
+        distinct = list(dict.fromkeys(captions))
+        ids: Any = self.tokenizer(distinct, verbose=False)["input_ids"] if distinct else []
+        return {"different": len(distinct), "cut": sum(len(row) > self.length for row in ids), "tokens": self.length}
 
     def to(self, device: torch.device) -> None:
         """The text model moves."""
@@ -99,6 +114,29 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
     return files
 
 
+def tokenizer_settings(folder: Path) -> list[Path]:
+    """The files beside a tokenizer's own that change what it does."""
+    return [folder / name for name in TOKENIZER_SETTINGS if (folder / name).is_file()]
+
+
+def check_tokenizer(file: Path) -> None:
+    """ValueError for settings of another tokenizer, or that name code or files elsewhere."""
+    if not file.is_file():
+        return
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} is not a configuration: expected names with values")
+    if settings.get("tokenizer_class") not in TOKENIZERS:
+        raise ValueError(f"{file}: tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}")
+    if named := [key for key in ELSEWHERE if settings.get(key)]:
+        raise ValueError(
+            f"{file}: {named[0]}={settings[named[0]]!r:.80} is refused: the tokenizer is what is in its folder"
+        )
+
+
 def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
     """CLIP's tokenizer from a local folder; nothing is downloaded.
 
@@ -109,6 +147,7 @@ def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
     for file in tokenizer_files(folder):
         if kind := instead_of_text(file):
             raise ValueError(f"{file} {kind}")
+    check_tokenizer(Path(str(folder)) / TOKENIZER_SETTINGS[0])
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # damaged files fail in whatever way they lead to

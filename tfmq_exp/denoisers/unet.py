@@ -134,10 +134,15 @@ def shortcut_splits(unet: Any) -> dict[str, int]:
 
 
 def time_embedding(unet: Any, t: Tensor) -> Tensor:
-    """What the UNet feeds to every embedding projection: SiLU of the time embedding, shape [steps, channels]."""
+    """What the UNet feeds to every embedding projection: the time embedding after its activation, [steps, channels]."""
     # not `unet.dtype`, which walks over every parameter of the network
     sinusoid = unet.time_proj(t).to(next(unet.parameters()).dtype)
-    return torch.nn.functional.silu(unet.time_embedding(sinusoid))
+    embedding = unet.time_embedding(sinusoid)
+    if getattr(unet, "time_embed_act", None) is not None:  # UNet2DModel has none
+        embedding = unet.time_embed_act(embedding)
+    # all residual blocks of a network have the same
+    block = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None)
+    return embedding if block.skip_time_act else block.nonlinearity(embedding)
 
 
 def attentions(unet: nn.Module) -> dict[str, Attention]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.diagnostics.partial import Part, all_float
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -36,7 +37,8 @@ def predictions(
     """What a network says of every sample, without guidance; `each_batch` is told the share that is done."""
     device, found = next(model.parameters()).device, []
     for start in range(0, len(data), batch):
-        found.append(model(**data[slice(start, start + batch)].inputs(device)).sample.float().cpu())
+        inputs = data[slice(start, start + batch)].inputs(device)
+        found.append(noise_of(model(**inputs).sample, inputs["sample"]).float().cpu())
         each_batch(min(1.0, (start + batch) / len(data)))
     return torch.cat(found)
 

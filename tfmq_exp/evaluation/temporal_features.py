@@ -21,7 +21,7 @@ Row = dict[str, Any]
 def feature_errors(model: QuantizedUNet, float_unet: nn.Module, anatomy: Anatomy) -> list[Row]:
     """For every temporal feature and timestep of the finite set: how far the quantized feature is from the float one.
 
-    The time embedding comes first (after its SiLU, as every projection reads it), then the projections' features in
+    The time embedding comes first (after its activation, as every projection reads it), then the projections' features in
     execution order. The embedding is left out where all features are stored and nothing computes it.
 
     Returns:

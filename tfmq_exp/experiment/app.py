@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from tfmq_exp.experiment.captions import make_sampling, report_captions
 from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS
 from tfmq_exp.experiment.deployed import DeployedStages, save_deployed, save_deployed_errors
 from tfmq_exp.experiment.diagnose import diagnose
@@ -38,7 +39,6 @@ from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
-from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.scheduler import replaced_settings
 from tfmq_exp.surgery.quantized_unet import coverage
 from tfmq_exp.tracking.mirror import Mirror, NoMirror
@@ -101,9 +101,10 @@ def build_stages(
 ) -> Stages:
     """All objects of a run. The only place where configuration becomes objects."""
     make: Any = functools.partial(instantiate, _convert_="all")
+    sampling = make_sampling(cfg)  # first, for its files are read in no time
     denoiser = make(cfg.model.denoiser)
     denoiser.to(device)
-    sampling = Sampling(make(cfg.sampler), **make(cfg.model.sampling))
+    sampling.check(denoiser)
     if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
         log.warning("%s", left)
     method = make(cfg.method)
@@ -160,6 +161,7 @@ def pull(
     if cfg.goal == "scores":
         stages.check_reference()
     report_coverage(covered, console)
+    report_captions(stages)
     if cfg.runtime.estimate and stages.processes.first:
         look_ahead(stages, cfg.goal, console, deployed)
     make_network(stages, cfg.goal)

@@ -22,6 +22,7 @@ def protocol(stages: Stages) -> dict[str, Any]:
     return {
         "sampler": describe(stages.sampling.sampler),
         "conditioning": describe(stages.sampling.conditioning),
+        **({"captions": dict(stages.captions)} if stages.captions else {}),
         "guidance": stages.sampling.guidance,
         "precision": stages.sampling.precision,
         "network_calls": len(stages.calls),

@@ -1,7 +1,7 @@
 """From the finished method to images, scores and diagnostics, pulled through the store."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tfmq_exp.calibration.collect import STREAM as CALIBRATION
+from tfmq_exp.denoisers.text_encoder import TextEncoder
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
@@ -59,6 +61,18 @@ class Stages(NetworkStages):
     images: ImagePlan = field(kw_only=True)
     diagnostics: DiagnosticPlan = field(kw_only=True)
     diagnosis: DiagnosisPlan = field(kw_only=True)
+
+    @cached_property
+    def captions(self) -> Mapping[str, int]:
+        """Of all images of the run and of its calibration: how many are cut, as `TextEncoder.count_cut` has it."""
+        encoder = self.denoiser.encoder
+        if not isinstance(encoder, TextEncoder):
+            return {}
+        chosen = [
+            *self.sampling.conditioning.choose(self.images.seed, STREAM, range(self.images.count)),
+            *self.sampling.conditioning.choose(self.seed, CALIBRATION, range(self.calibration.images)),
+        ]
+        return encoder.count_cut(chosen)
 
     @cached_property
     def judge(self) -> Evaluator:

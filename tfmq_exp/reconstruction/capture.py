@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.reconstruction.cache import Leaves, Storage
 from tfmq_exp.reconstruction.partition import Unit
@@ -137,7 +138,7 @@ def capture_squared_gradients(
         for start in range(0, len(data), batch):
             inputs = data[slice(start, start + batch)].inputs(device)
             inputs["sample"].requires_grad_()  # the weights do not, and something must
-            predicted = unet(**inputs).sample
+            predicted = noise_of(unet(**inputs).sample, inputs["sample"])
             v = torch.randn(predicted.shape, generator=generator).to(predicted)
             leaves = {name: pytree.tree_leaves(outputs[name]) for name in modules}
             gradients = iter(torch.autograd.grad(predicted, [x for xs in leaves.values() for x in xs], v))

@@ -1,14 +1,14 @@
 """What the images of a run are conditioned on: which class or caption image i has."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tfmq_exp.sampling.caption_files import read_captions
 from tfmq_exp.sampling.seeds import derive_seed
 
 Order = Literal["in_turn", "random"]
@@ -79,32 +79,6 @@ class Classes:
         return [pick * stride % self.count for pick in _picks(self.order, self.count, seed, stream, indices)]
 
 
-@cache
-def read_captions(path: Path) -> tuple[str, ...]:
-    """Captions of a text file, one a line, or of a COCO annotation file (`.json`), one an image, in the order of image ids.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: none in it, or another format.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no captions at {path}: give a text file with one a line, or COCO's captions_*.json")
-    if path.suffix == ".json":
-        try:
-            annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
-            first: dict[int, str] = {}
-            for annotation in sorted(annotations, key=lambda a: (a["image_id"], a["id"])):
-                first.setdefault(annotation["image_id"], annotation["caption"].strip())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a COCO caption file: {type(error).__name__} {error}") from error
-        found = tuple(first.values())
-    else:
-        found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not found:
-        raise ValueError(f"{path} holds no captions")
-    return found
-
-
 @dataclass(frozen=True)
 class Captions:
     """Captions of a file. `sha256` is that of all of them, so that a changed file is another protocol."""
@@ -116,10 +90,21 @@ class Captions:
     @classmethod
     def read(cls, path: str, order: Order = "in_turn") -> "Captions":
         """The plan of a file; see `read_captions`."""
-        captions = read_captions(Path(path))
-        return cls(path, hashlib.sha256("\n".join(captions).encode()).hexdigest(), order)
+        return cls(path, hash_of(read_captions(Path(path))), order)
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """All of them; ValueError if the file has changed since the plan was made."""
+        found = read_captions(Path(self.path))
+        if hash_of(found) != self.sha256:
+            raise ValueError(f"{self.path} has changed since the run began: start it again")
+        return found
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> list[str]:
         """Captions."""
-        captions = read_captions(Path(self.path))
-        return [captions[i] for i in _picks(self.order, len(captions), seed, stream, indices)]
+        return [self.texts[i] for i in _picks(self.order, len(self.texts), seed, stream, indices)]
+
+
+def hash_of(captions: Sequence[str]) -> str:
+    """The sha256 of all captions."""
+    return hashlib.sha256("\n".join(captions).encode()).hexdigest()

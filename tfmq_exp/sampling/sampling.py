@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
+from tfmq_exp.denoisers.inspection import check_timesteps
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
 from tfmq_exp.sampling.sampler import Predict, Sampler, Step, finite_set, trajectory
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
@@ -58,6 +59,16 @@ class Sampling:
             raise ValueError(f"{denoiser.name} has no unconditional mode: guidance must be 1, got {self.guidance}")
         return found
 
+    def check(self, denoiser: Denoiser) -> None:
+        """See that a network can be asked as this says, before any image is sampled.
+
+        Raises:
+            ValueError: it is not conditioned on what image 0 has, has no unconditional mode, or is not defined at one of the
+                sampler's timesteps.
+        """
+        self.conditions(denoiser, 0, "images", [0])
+        check_timesteps(denoiser.unet, self.finite_set(denoiser))
+
     def predictor(self, unet: torch.nn.Module) -> Predict:
         """A UNet as a function (x, t, conditions) -> noise, after guidance: e_null + s (e_given - e_null)."""
         dtype, scale = PRECISIONS[self.precision], self.guidance
@@ -69,7 +80,7 @@ class Sampling:
                 given = {name: torch.cat([null[name], value]) for name, value in given.items()}
                 x, t = torch.cat([x, x]), torch.cat([t, t])
             with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
-                eps = unet(x, t, **given).sample.to(x.dtype)
+                eps = noise_of(unet(x, t, **given).sample, x).to(x.dtype)
             if self.guided:
                 without, with_condition = eps.chunk(2)
                 return without + scale * (with_condition - without)

@@ -167,6 +167,11 @@ def read_scheduler(path: str, steps: int, eta: float = 0.0, settings: Mapping[st
         ValueError: a scheduler or a setting that is not supported.
     """
     folder = Path(path)
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{path} {what}: sampler=folder reads a folder of diffusers' layout (path=FOLDER){OTHERS}"
+        )
     if (file := scheduler_file(folder)) is None:
         raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{OTHERS}")
     raw, pipeline = read_json(file), pipeline_class(folder)

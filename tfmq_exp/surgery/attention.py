@@ -35,13 +35,15 @@ class QuantAttnProcessor(nn.Module):
         assert attn.to_k is not None
         assert attn.to_v is not None
         assert attn.to_out is not None
-        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross:
-            raise ValueError("quantized attention supports no mask, spatial norm or cross norm")
+        if attention_mask is not None or attn.spatial_norm is not None:
+            raise ValueError("quantized attention supports no mask or spatial norm")
         residual, shape = hidden_states, hidden_states.shape
         x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.dim() == 4 else hidden_states
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         context = x if encoder_hidden_states is None else encoder_hidden_states
+        if attn.norm_cross and encoder_hidden_states is not None:
+            context = attn.norm_encoder_hidden_states(context)
         q = self.on("query", attn.to_q(x)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         k = self.on("key", attn.to_k(context)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         v = self.on("value", attn.to_v(context)).unflatten(-1, (attn.heads, -1)).transpose(1, 2)

@@ -1,6 +1,5 @@
 """What training images are: nothing that the network is told, a class, or a caption."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
+from tfmq_exp.sampling.caption_files import read_coco
 
 
 class Labels(Protocol):
@@ -66,12 +66,11 @@ class CocoCaptions:
     path: str
 
     def of(self, source: ImageSource) -> Sequence[str]:
-        """ValueError for an image without a caption."""
-        content = json.loads(Path(self.path).read_text(encoding="utf-8"))
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        captions: dict[str, str] = {}
-        for annotation in sorted(content["annotations"], key=lambda found: found["id"]):
-            captions.setdefault(names[annotation["image_id"]], annotation["caption"].strip())
+        """ValueError for an image without a caption, or a file that is none of COCO's; see `read_coco`."""
+        content = read_coco(Path(self.path))
+        captions = {
+            content.names[image]: caption for image, caption in content.captions.items() if image in content.names
+        }
         files = [Path(name).name for name in names_of(source)]
         if lacking := [name for name in files if name not in captions]:
             raise ValueError(f"{self.path} has no caption for {len(lacking)} images, first {lacking[0]}")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.reconstruction.gradients import set_gradients
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.sampling.seeds import derive_seed
@@ -183,7 +184,7 @@ class QuantizationAwareTraining(pl.LightningModule):
         """The error of the predicted noise for some rows."""
         x = noisy(batch.clean, batch.noise, batch.t, self.alphas_cumprod)
         conditions = self.telling(batch.rows, batch.told, self.device)
-        predicted = self.model(x, batch.t, **conditions).sample
+        predicted = noise_of(self.model(x, batch.t, **conditions).sample, x)
         return loss(predicted, batch.noise, self.protocol.loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from tfmq_exp.denoisers.denoiser import ConditionEncoder
+from tfmq_exp.denoisers.denoiser import ConditionEncoder, noise_of
 from tfmq_exp.files import write_atomically
 from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
@@ -182,7 +182,7 @@ def predict(model: QuantizedUNet, batch: Batch, telling: Telling, alphas_cumprod
     device = alphas_cumprod.device
     batch = Batch(*(field.to(device) for field in batch))
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
-    return model(x, batch.t, **telling(batch.rows, batch.told, device)).sample, batch.noise
+    return noise_of(model(x, batch.t, **telling(batch.rows, batch.told, device)).sample, x), batch.noise
 
 
 @torch.no_grad()

@@ -243,5 +243,5 @@ def test_conditions_inside_the_unet_are_not_supported(tmp_path: Path) -> None:
     edit(folder / "unet" / "config.json", num_class_embeds=10)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(weights) | {"class_embedding.weight": torch.zeros(10, 128)}, weights, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"model: a UNet with num_class_embeds=10 is not supported"):
+    with pytest.raises(ValueError, match=r"unet/config\.json: a UNet with num_class_embeds=10 is not supported"):
         load_denoiser("x", folder, None, False)
