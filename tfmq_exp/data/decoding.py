@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tfmq_exp.data.content import HEAD, describe_content
@@ -62,7 +62,9 @@ def to_rgb(name: str, content: bytes) -> Image.Image:
         raise ValueError(f"{name} is too large to be decoded: at most {MAX_PIXELS} pixels ({error})") from error
     except Exception as error:  # damaged bytes fail in whatever way they lead to
         what = describe_content(content[:HEAD])
-        reason = f"it is {what}" if what else f"{type(error).__name__}: no {', '.join(FORMATS)}, or damaged"
+        unknown = isinstance(error, UnidentifiedImageError)
+        told = f"no {', '.join(formats)}, or damaged" if unknown else f"{type(error).__name__}: {error}"
+        reason = f"it is {what}" if what else told
         raise ValueError(f"{name} cannot be read as an image ({reason})") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What decides the results of a job: its configuration, the program, and the files that it reads."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,14 @@ def state_of(path: Path) -> str:
     restored is another file.
     """
     names = sorted(name for name, _ in files_below(path)) if path.is_dir() else ["."]
-    digest = hashlib.sha256(str(path.resolve()).encode())
+    digest = hashlib.sha256(os.fsencode(path.resolve()))
     for name in names:
         try:
             seen = (path / name).stat()
             state = f"{seen.st_size}\0{seen.st_mtime_ns}\0{seen.st_ctime_ns}\0{seen.st_ino}"
         except OSError as error:  # a link that leads nowhere is a part of a folder, too
             state = str(error.errno)
-        digest.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
+        digest.update(os.fsencode(f"{name}\0{state}\0"))
     return digest.hexdigest()[:16]
 
 

@@ -103,6 +103,16 @@ def test_what_is_no_image_is_counted_and_said(tmp_path: Path, caplog: pytest.Log
     assert len(list(found.batches(4))) == 1
 
 
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe.png", b"a b.png", b"\n.png", "ä\u2028.png".encode(), b"[red].png", b"%s.png"]
+)
+def test_names_are_any_bytes(tmp_path: Path, name: bytes) -> None:
+    RGB.save(tmp_path / os.fsdecode(name))
+    found = source(tmp_path)
+    assert found.names == [os.fsdecode(name)]
+    assert next(found.batches(1)).shape == (1, 3, 16, 16)
+
+
 def test_a_folder_of_images_alone_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     RGB.save(tmp_path / "a.png")
     assert "left_out" not in source(tmp_path).identity

@@ -123,7 +123,9 @@ def test_links_that_lead_nowhere_or_in_circles_are_parts_of_a_folder(tmp_path: P
     (tmp_path / "set/gone").symlink_to(tmp_path / "absent")
     between = state_of(tmp_path / "set")
     (tmp_path / "absent").write_bytes(b"")
-    assert len({before, between, state_of(tmp_path / "set")}) == 3
+    after = state_of(tmp_path / "set")
+    (tmp_path / "set" / os.fsdecode(b"\xff.png")).write_bytes(b"")  # a name that is no UTF-8
+    assert len({before, between, after, state_of(tmp_path / "set")}) == 4
 
 
 def test_the_program_is_all_that_the_package_holds(tmp_path: Path) -> None:
