@@ -125,7 +125,7 @@ def check_config(config: Mapping[str, Any], defaults: Mapping[str, Any], tensors
             raise ValueError(f"config.{key} is unknown")
         default, values = defaults[key], list(scalars(value))
         nested = isinstance(value, list) and any(isinstance(item, list) for item in value) and "layers" not in key
-        switch = isinstance(default, bool) and type(value) is not bool
+        switch = isinstance(default, bool) and not all(item is None or type(item) is bool for item in values)
         real = isinstance(default, float) and type(value) not in (int, float)
         negative = any(isinstance(number, int | float) and not 0 <= number < math.inf for number in values)
         if nested or switch or real or negative or isinstance(value, dict):
