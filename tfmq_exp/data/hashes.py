@@ -84,7 +84,8 @@ class HashIndex:
         log.info("hashes of files are not remembered: %s: %s", self.path, error)
         busy_or_out_of_reach = isinstance(error, OSError | sqlite3.OperationalError)
         if not busy_or_out_of_reach or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
+                path.unlink(missing_ok=True)
 
     def find(self, states: Collection[FileState]) -> dict[FileState, bytes]:
         """The hashes of those files that are known and have not changed."""
