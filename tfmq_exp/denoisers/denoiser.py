@@ -52,7 +52,7 @@ class NoConditions:
         if choices:
             raise ValueError(
                 f"this network is conditioned on nothing, neither class nor caption: got {choices[0]!r:.60}; leave out "
-                "captions and model.sampling.conditioning"
+                "captions, model.sampling.conditioning and labels"
             )
         return Conditions()
 

@@ -129,10 +129,10 @@ def check_channels(file: Path, config: Mapping[str, Any], kind: Any) -> None:
     default = inspect.signature(kind.__init__).parameters
     taken, returned = (config.get(key, default[key].default) for key in ("in_channels", "out_channels"))
     if returned not in (taken, 2 * taken):
-        raise ValueError(
-            f"{file}: in_channels={taken}, out_channels={returned}: expected out_channels={taken}, or {2 * taken} with a "
-            "learned variance; inpainting and other networks that take more than the noisy sample are not supported"
-        )
+        wrong = f"expected out_channels={taken}, or {2 * taken} with a learned variance"
+        if taken > returned:
+            wrong = f"more channels than the {returned} of the noisy sample (inpainting, or a condition beside it): not supported"
+        raise ValueError(f"{file}: in_channels={taken}, out_channels={returned}: {wrong}")
 
 
 def sides(size: Any) -> tuple[int, int]:

@@ -173,7 +173,7 @@ def test_settings_of_other_networks(key: str, value: Any, pipeline: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"in_channels": 9}, "in_channels=9, out_channels=4"),
+        ({"in_channels": 9}, "in_channels=9, out_channels=4: more channels than the 4 of the noisy sample (inpainting"),
         ({"in_channels": 8}, "in_channels=8, out_channels=4"),
         ({"out_channels": 5}, "in_channels=4, out_channels=5: expected out_channels=4, or 8 with a learned variance"),
         ({"sample_size": None}, "sample_size must be a whole number"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.data.digits import DigitsImages, load_images
 from tfmq_exp.denoisers.class_embedder import ClassEmbedder
-from tfmq_exp.denoisers.denoiser import Denoiser, NoConditions
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.experiment.training_stages import TrainingStages
 from tfmq_exp.training.batches import Batches
 from tfmq_exp.training.examples import Examples, identity, write
@@ -149,8 +149,11 @@ def test_rows_are_told_their_class_or_none() -> None:
     found = telling(rows, told, torch.device("cpu"))["encoder_hidden_states"]
     assert torch.equal(found[:, 0], vectors[[2, 3, 2]])
     assert Telling(NoConditions(), ())(rows, told, torch.device("cpu")) == {}
-    with pytest.raises(ValueError, match="must be 0"):
+    with pytest.raises(ValueError, match="conditioned on nothing, neither class nor caption: got 1"):
         Telling(NoConditions(), [1, 2])(rows, told, torch.device("cpu"))
+    no_null: Any = lambda labels: Conditions({"encoder_hidden_states": vectors[labels, None]})  # noqa: E731
+    with pytest.raises(ValueError, match="must be 0"):
+        Telling(no_null, [1, 2])(rows, told, torch.device("cpu"))
 
 
 class Labelled:
