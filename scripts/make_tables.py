@@ -20,11 +20,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams, visible
 from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import FORMATS, by_protocol, execution, pivot, render, table
+from tfmq_exp.reporting.tables import FORMATS, by_protocol, headline, pivot, render, table
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them
@@ -36,12 +37,12 @@ def main() -> int:
     try:
         text = listed(args.paper) if args.list or (args.paper and not args.table and not args.pivot) else made(args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(Terminal(stderr=True), str(error))
         return 1
     if args.out:
-        args.out.write_text(text)
+        args.out.write_text(text, encoding="utf-8")
     else:
-        print(text, end="")
+        print(visible(text), end="")
     return 0
 
 
@@ -118,15 +119,9 @@ def titled(records: list[ScoreRecord], args: argparse.Namespace) -> str:
     body = render(*(pivot(records, args.pivot, methods) if args.pivot else table(records)), args.format)
     if args.format == "csv":
         return body
-    record = records[0]
-    sampler = record.protocol["sampler"]
-    title = (
-        f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
-        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}, "
-        f"{execution(shown)}"
-    )
-    return f"**{title}**\n\n{body}"
+    return f"**{headline(records, shown)}**\n\n{body}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

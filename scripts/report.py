@@ -12,6 +12,7 @@ import sys
 import webbrowser
 from pathlib import Path
 
+from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.files import write_atomically
 from tfmq_exp.reporting.html.page import page
 from tfmq_exp.reporting.html.runs import collect
@@ -29,7 +30,7 @@ def main() -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(Terminal(stderr=True), str(error))
         return 1
     print(f"{args.out}: {len(runs)} runs, {len(text.encode()) / 1e6:.1f} MB")
     if args.open:
@@ -53,4 +54,5 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

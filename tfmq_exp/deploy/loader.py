@@ -52,7 +52,7 @@ class Deployed:
         manifest = folder / "deployed.json"
         if not manifest.is_file():
             raise ValueError(f"{folder} holds no exported model: there is no {manifest.name}")
-        self.manifest = json.loads(manifest.read_text())
+        self.manifest = json.loads(manifest.read_text(encoding="utf-8"))
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{manifest} is of format {self.manifest.get('format')!r}, this program reads {FORMAT!r}")
         self.batch = batch

@@ -72,8 +72,8 @@ def identity(folder: Path) -> str:
     """The run's id in Weights & Biases, kept in its folder from the first time on."""
     kept = folder / "wandb.id"
     if not kept.is_file():
-        write_atomically(kept, lambda path: path.write_text(uuid.uuid4().hex[:16]))
-    return kept.read_text()
+        write_atomically(kept, lambda path: path.write_text(uuid.uuid4().hex[:16], encoding="utf-8"))
+    return kept.read_text(encoding="utf-8")
 
 
 class WandbMirror:
