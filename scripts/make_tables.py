@@ -9,7 +9,7 @@
     python scripts/make_tables.py --paper tfmq-dm --table 2       one of them, beside our numbers
     python scripts/make_tables.py --paper tdq --table S1 --model digits    beside those of another model
 
-Without sources all runs and sweeps in outputs are read: outputs/runs and outputs/sweeps. A method with other choices has a row,
+Without sources all runs and sweeps in outputs are read, as report.py does. A method with other choices has a row,
 or in --pivot a column, of its own, and so has one that an engine executed: its name says so, and the line above the table.
 
 Rows that were made under different protocols (sampler, images, evaluator) stand in different tables. Beside a published
@@ -36,12 +36,12 @@ def main() -> int:
     args = arguments()
     try:
         text = listed(args.paper) if args.list or (args.paper and not args.table and not args.pivot) else made(args)
-    except ValueError as error:
+        if args.out:
+            args.out.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except (OSError, ValueError) as error:
         say_error(Terminal(stderr=True), str(error))
         return 1
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    else:
+    if not args.out:
         print(visible(text), end="")
     return 0
 
@@ -53,8 +53,8 @@ def arguments() -> argparse.Namespace:
         "sources",
         nargs="*",
         type=Path,
-        help="folders of runs, or saved records; default: outputs/runs and outputs/sweeps",
-        default=[Path("outputs/runs"), Path("outputs/sweeps")],
+        help="folders of runs, or saved records; default: outputs",
+        default=[Path("outputs")],
     )
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--pivot", metavar="SCORE", help="one score or error (fid, step, ...), methods as columns")

@@ -48,9 +48,12 @@ def arguments() -> argparse.Namespace:
         default=[Path("outputs")],
         help="folders of runs, at any depth, or saved records (.jsonl); default: outputs",
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("-o", "--out", type=Path, help="the page (default: report.html in the first source's folder)")
     parser.add_argument("--open", action="store_true", help="show it in the browser")
-    return parser.parse_args()
+    args = parser.parse_args()
+    first: Path = args.sources[0]
+    args.out = args.out or (first.parent if first.is_file() else first) / "report.html"
+    return args
 
 
 if __name__ == "__main__":

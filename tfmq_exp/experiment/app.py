@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS
+from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.experiment.deployed import DeployedStages, save_deployed, save_deployed_errors
 from tfmq_exp.experiment.diagnose import diagnose
 from tfmq_exp.experiment.environment import busy, describe_environment, pick_device, prepare
@@ -108,7 +108,7 @@ def build_stages(
         denoiser=denoiser,
         sampling=Sampling(make(cfg.sampler), **make(cfg.model.sampling)),
         method=make(cfg.method),
-        real_images=functools.partial(make, cfg.data),
+        real_images=lambda: make(real_images(cfg)),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
         batch=runtime.batch,
