@@ -88,12 +88,12 @@ def how_many(config: DictConfig) -> int | None:
 
 
 def scored(jobs: Sequence[Job]) -> list[ScoreRecord]:
-    """The results of those that have some; a file that is damaged says so in its job's row of tables, not here."""
-    found: list[ScoreRecord] = []
+    """The results of those that have some, each once; damaged files are left to the tables that are asked for."""
+    readable: list[Path] = []
     for path in (job.folder / "results.json" for job in jobs if job.state in ("done", "found")):
         with suppress(ValueError, OSError):
-            found += read_records(path) if path.is_file() else []
-    return found
+            readable += [path] if path.is_file() and read_records(path) else []
+    return read_records(*readable)
 
 
 def summary(jobs: Sequence[Job], seconds: float) -> str:
