@@ -114,7 +114,7 @@ def check(cfg: DictConfig) -> None:
         if value is not ABSENT and not kind.fits(value):
             raise ValueError(f"{key} must be {kind.right}, got {value!r}")
         if kind is TEXT and str(value).startswith("~"):
-            raise ValueError(f"{key} is {value}: ~ is nobody's home here; write {Path(value).expanduser()}")
+            raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
     check_parts(cfg)
     if cfg.goal == "scores":
         real_images(cfg)
@@ -135,7 +135,9 @@ def real_images(cfg: DictConfig) -> DictConfig:
     """
     for key in sorted(OmegaConf.missing_keys(cfg)):
         if key.startswith("data."):
-            raise ValueError(f"{key} has no value: give it one, {key}=...; goal=images scores nothing and needs no data")
+            raise ValueError(
+                f"{key} has no value: give it one, {key}=...; goal=images scores nothing and needs no data"
+            )
     return cfg.data
 
 

@@ -60,7 +60,7 @@ def misread(text: str, *, sweeping: bool) -> str:
     value = override.value()
     if isinstance(value, str) and os.path.expanduser(value) != value:
         right = f"{text.partition('=')[0]}={quoted(os.path.expanduser(value))}"
-        return f"{text}: ~ is nobody's home here; write {shlex.quote(right)}"
+        return f"{text}: ~ is not expanded here; write {shlex.quote(right)}"
     return ""
 
 
@@ -76,7 +76,8 @@ def parsed(text: str) -> Override:
 def quoted(value: str) -> str:
     """Text as Hydra reads it whatever is in it."""
     mark = "'" if '"' in value and "'" not in value else '"'
-    return mark + value.replace(mark, f"\\{mark}") + mark
+    inside = re.sub(rf"(\\*)({mark}|\Z)", lambda found: 2 * found[1] + (f"\\{mark}" if found[2] else ""), value)
+    return f"{mark}{inside}{mark}"
 
 
 def unknown_keys(arguments: Namespace, conf: Path) -> list[str]:
@@ -94,8 +95,8 @@ def unknown_keys(arguments: Namespace, conf: Path) -> list[str]:
         cfg = composed(conf, arguments, [first_choice(o) for o in chosen])
     except (HydraException, OmegaConfBaseException):  # what Hydra has said of groups stands by itself
         return []
-    known = [*sorted(keys_of(cfg)), *groups]
-    lines = [(key, alike(key, known)) for key in given if key not in known]
+    keys = sorted(keys_of(cfg))
+    lines = [(key, alike(key, groups if "/" in key else keys)) for key in given if key not in keys]
     return [f"there is no key {key}: did you mean {' or '.join(found)}?" for key, found in lines if found]
 
 

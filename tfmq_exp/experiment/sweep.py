@@ -173,7 +173,7 @@ class SweepReport(Callback):
         jobs, seconds = read_jobs(self.folder), time.monotonic() - self.began
         if jobs:
             show(jobs, seconds, console)
-            show_sweep(scored(jobs), self.folder, console)
             rows = [{**dataclasses.asdict(job), "folder": str(job.folder)} for job in jobs]
             write_json(self.folder / "sweep.json", {"seconds": round(seconds, 1), "jobs": rows})
+            show_sweep(scored(jobs), self.folder, console)
         return jobs
