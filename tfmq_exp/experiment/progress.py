@@ -39,7 +39,7 @@ class Bars:
         """A bar that counts to `total`. Call the result with how far the work is and what it is at."""
         columns = (
             TextColumn("{task.description:<14}", markup=False),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=min(28, self.console.width // 3)),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim", markup=False),

@@ -70,12 +70,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
-def results_below(folder: Path) -> list[Path]:
-    """The results of runs, in order; the store's copies of them, which lie beside a list of inputs, are not runs."""
-    found = sorted(folder.rglob("results.json"))
-    return [path for path in found if not path.with_name("inputs.json").is_file()]
-
-
 def read_records(*sources: Path) -> list[ScoreRecord]:
     """Every record in files, or in the `results.json` files below folders; repeated ones count once.
 
@@ -85,7 +79,9 @@ def read_records(*sources: Path) -> list[ScoreRecord]:
         ValueError: a file that is not such a record.
     """
     found: dict[str, ScoreRecord] = {}
-    for path in (path for source in sources for path in ([source] if source.is_file() else results_below(source))):
+    for path in (
+        path for source in sources for path in ([source] if source.is_file() else sorted(source.rglob("results.json")))
+    ):
         try:
             for row in rows_of(path):
                 record = ScoreRecord(**row)
