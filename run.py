@@ -1,5 +1,6 @@
 """Quantize a diffusion model: `python run.py model=digits quant=w4a8 method=tfmq`. See README.md."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def main() -> None:
         SystemExit: with status 1, for an override that cannot be read or a key that is not there.
     """
     arguments, console = read_arguments(sys.argv[1:]), Terminal(stderr=True)
-    if arguments.shell_completion:  # what is typed so far
+    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever leaves off reading has read enough
+    if arguments.shell_completion:  # of what is typed so far
         run()
         return
     for line in (wrong := unreadable(arguments)):
