@@ -116,6 +116,8 @@ def check(cfg: DictConfig) -> None:
         if kind is TEXT and str(value).startswith("~"):
             raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
     check_parts(cfg)
+    if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
+        raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
     if cfg.goal == "scores":
         real_images(cfg)
     if cfg.goal == EXPORT and cfg.engine is None:

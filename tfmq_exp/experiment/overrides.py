@@ -96,8 +96,23 @@ def unknown_keys(arguments: Namespace, conf: Path) -> list[str]:
     except (HydraException, OmegaConfBaseException):  # what Hydra has said of groups stands by itself
         return []
     keys = sorted(keys_of(cfg))
-    lines = [(key, alike(key, groups if "/" in key else keys)) for key in given if key not in keys]
-    return [f"there is no key {key}: did you mean {' or '.join(found)}?" for key, found in lines if found]
+    lines = []
+    for key in (key for key in given if key not in keys):
+        if choices := [choice for place in places(conf, arguments) for choice in having(key, place)]:
+            lines.append(f"there is no key {key} in what is chosen; there is one in {', '.join(choices)}")
+        elif near := alike(key, groups if "/" in key else keys):
+            lines.append(f"there is no key {key}: did you mean {' or '.join(near)}?")
+    return lines
+
+
+def having(key: str, conf: Path) -> list[str]:
+    """Choices of the group that a key begins with whose files have the key."""
+    group, _, name = key.partition(".")
+    return [
+        f"{group}={path.stem}"
+        for path in sorted((conf / group).glob("*.yaml"))
+        if name in set(keys_of(OmegaConf.load(path)))
+    ]
 
 
 def places(conf: Path, arguments: Namespace) -> list[Path]:

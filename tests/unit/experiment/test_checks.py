@@ -126,3 +126,10 @@ def test_every_number_of_a_protocol_is_looked_at() -> None:
 def test_mistakes_are_told_before_torch_is_loaded() -> None:
     code = "import sys, tfmq_exp.experiment.job, tfmq_exp.experiment.sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, check=False).returncode == 0
+
+
+def test_the_folder_of_a_pipeline_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path has no value: give it the folder that pipeline\.save_pretrained"):
+        check(composed(tmp_path, "model=diffusers", "goal=images"))
+    check(composed(tmp_path, "model=diffusers", "goal=images", "path=folder"))
+    check(composed(tmp_path, "model=diffusers", "goal=images", "model.denoiser.path=folder"))

@@ -93,6 +93,8 @@ def test_what_hydra_reads_is_left_to_it() -> None:
         (["-m", "method=tfmq,lsq", "sead=1,2"], ["there is no key sead: did you mean seed"]),
         (["data.pth=x", "data=image_folder"], ["data.path"]),
         (["seed=1", "+anything=3", "hydra.run.dir=x", "method=tfmq", "~engine"], []),
+        (["data.path=x"], ["there is no key data.path in what is chosen; there is one in data=celebahq, data=cifar10"]),
+        (["logger.mode=online"], ["there is no key logger.mode in what is chosen; there is one in logger=wandb"]),
         (["zzzzzz=1"], []),
         (["method=nope", "sead=1"], []),
     ],
