@@ -41,6 +41,7 @@ from tfmq_exp.deploy.loader import FORMAT, Deployed
 from tfmq_exp.deploy.onednn_engine import OneDNN
 from tfmq_exp.deploy.openvino_engine import OpenVINODenoiser, export
 from tfmq_exp.deploy.pairs import pairs_saturate
+from tfmq_exp.experiment.terminal import standard_streams
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.ranges import MinMax
 from tfmq_exp.sampling.sampling import Sampling
@@ -300,9 +301,10 @@ def main() -> int:
     }
     report(result, console)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

@@ -27,6 +27,7 @@ from tfmq_exp.experiment import app
 from tfmq_exp.experiment.environment import pick_device, prepare
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
 from tfmq_exp.experiment.progress import Bars
+from tfmq_exp.experiment.terminal import standard_streams
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.tracking.mirror import NoMirror
 from tfmq_exp.training.module import QuantizationAwareTraining
@@ -118,4 +119,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

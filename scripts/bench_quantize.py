@@ -18,6 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.experiment.terminal import standard_streams
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,7 +39,7 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         wall = time.perf_counter() - began
-        results = json.loads(next(Path(folder).rglob("results.json")).read_text())["rows"][-1]
+        results = json.loads(next(Path(folder).rglob("results.json")).read_text(encoding="utf-8"))["rows"][-1]
         table = Table(title=f"{wall:.0f} s in all, {results['environment']['threads']} threads", title_justify="left")
         for column in ("stage", "seconds", "share", "peak MiB so far"):
             table.add_column(column, justify="left" if column == "stage" else "right")
@@ -53,4 +55,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

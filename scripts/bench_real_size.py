@@ -38,6 +38,7 @@ from tfmq_exp.experiment.estimate import Counts, Estimate, in_bytes, in_words, r
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.survey import Survey, still_to_do
+from tfmq_exp.experiment.terminal import standard_streams
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.surgery import artifact
 from tfmq_exp.tracking.mirror import NoMirror
@@ -284,9 +285,12 @@ def main() -> int:
         run(small, Path(folder), watch)
     found = report(whole, part, watch, console)
     if args.json:
-        args.json.write_text(json.dumps({"model": args.model, "parameters": parameters, **found}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"model": args.model, "parameters": parameters, **found}, indent=2) + "\n", encoding="utf-8"
+        )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

@@ -33,6 +33,7 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.experiment.terminal import standard_streams
 from tfmq_exp.methods.activations import Observe
 from tfmq_exp.quant.ranges import LpSearch
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
@@ -162,7 +163,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    reference = json.loads((args.folder / "reference.json").read_text())
+    reference = json.loads((args.folder / "reference.json").read_text(encoding="utf-8"))
     recipe, tensors = reference["recipe"], load_file(args.folder / "data.safetensors")
     unet = compvis.load(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
     learnable = copy.deepcopy(unet).requires_grad_(True)
@@ -201,4 +202,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with standard_streams():
+        main()

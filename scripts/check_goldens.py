@@ -25,6 +25,8 @@ from goldens.comparing import DamagedError, print_groups
 from goldens.compvis import check_compvis
 from goldens.quantizers import check_quantizers
 
+from tfmq_exp.experiment.terminal import standard_streams
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one kind of check on a folder; returns the exit status."""
@@ -48,4 +50,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

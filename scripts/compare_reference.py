@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.evaluation.temporal_features import temporal_feature_error
+from tfmq_exp.experiment.terminal import Terminal, standard_streams
 from tfmq_exp.methods.activations import Observe
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.ranges import LpSearch
@@ -169,7 +169,7 @@ def main() -> int:
     for name in ("reference.json", "init_state.safetensors", "data.safetensors"):
         if not (args.folder / name).is_file():
             parser.error(f"{args.folder} has no {name}")
-    reference = json.loads((args.folder / "reference.json").read_text())
+    reference = json.loads((args.folder / "reference.json").read_text(encoding="utf-8"))
     recipe = reference["recipe"]
     iterations = args.iterations or recipe["iters"]
     tensors = load_file(args.folder / "data.safetensors")
@@ -275,7 +275,7 @@ def print_tables(
     covered: Mapping[str, Any],
 ) -> int:
     """Ours beside the reference's mean and spread; returns how many of the bounds are missed."""
-    console = Console()
+    console = Terminal()
     console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
     console.print(
         f"weights quantized: {covered['weight_share']:.1%} of all, {covered['mac_share_weights_and_inputs']:.1%} of MACs on integer operands"
@@ -333,5 +333,6 @@ def print_tables(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    sys.exit(main())
+    with standard_streams():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        sys.exit(main())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tfmq_exp.evaluation.npz_images import write_npz
 from tfmq_exp.experiment.store import Entry
+from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.files import write_atomically
 
 
@@ -41,7 +42,7 @@ def main() -> int:
         else:
             write_png(args.png, read(shards))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(Terminal(stderr=True), str(error))
         return 1
     print(f"{count} images {shape}: {args.npz or args.png}")
     return 0
@@ -57,7 +58,7 @@ def find_shards(run: Path, name: str) -> list[Path]:
     record = run / "artifacts.json"
     if not record.is_file():
         raise FileNotFoundError(f"{run} is no folder of a finished run: there is no {record.name}")
-    hits = json.loads(record.read_text())
+    hits = json.loads(record.read_text(encoding="utf-8"))
     if name not in hits:
         raise FileNotFoundError(
             f"{run} has no {name}: run it with goal=images or goal=scores; it has {', '.join(hits)}"
@@ -106,4 +107,5 @@ def write_png(folder: Path, shards: Iterator[Tensor]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

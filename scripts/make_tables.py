@@ -9,7 +9,7 @@
     python scripts/make_tables.py --paper tfmq-dm --table 2       one of them, beside our numbers
     python scripts/make_tables.py --paper tdq --table S1 --model digits    beside those of another model
 
-Without sources all runs and sweeps in outputs are read: outputs/runs and outputs/sweeps. A method with other choices has a row,
+Without sources all runs and sweeps in outputs are read, as report.py does. A method with other choices has a row,
 or in --pivot a column, of its own, and so has one that an engine executed: its name says so, and the line above the table.
 
 Rows that were made under different protocols (sampler, images, evaluator) stand in different tables. Beside a published
@@ -20,11 +20,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams, visible
 from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import FORMATS, by_protocol, execution, pivot, render, table
+from tfmq_exp.reporting.tables import FORMATS, by_protocol, headline, pivot, render, table
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them
@@ -35,13 +36,13 @@ def main() -> int:
     args = arguments()
     try:
         text = listed(args.paper) if args.list or (args.paper and not args.table and not args.pivot) else made(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if args.out:
+            args.out.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except (OSError, ValueError) as error:
+        say_error(Terminal(stderr=True), str(error))
         return 1
-    if args.out:
-        args.out.write_text(text)
-    else:
-        print(text, end="")
+    if not args.out:
+        print(visible(text), end="")
     return 0
 
 
@@ -52,8 +53,8 @@ def arguments() -> argparse.Namespace:
         "sources",
         nargs="*",
         type=Path,
-        help="folders of runs, or saved records; default: outputs/runs and outputs/sweeps",
-        default=[Path("outputs/runs"), Path("outputs/sweeps")],
+        help="folders of runs, or saved records; default: outputs",
+        default=[Path("outputs")],
     )
     parser.add_argument("--format", choices=FORMATS, default="markdown")
     parser.add_argument("--pivot", metavar="SCORE", help="one score or error (fid, step, ...), methods as columns")
@@ -118,15 +119,9 @@ def titled(records: list[ScoreRecord], args: argparse.Namespace) -> str:
     body = render(*(pivot(records, args.pivot, methods) if args.pivot else table(records)), args.format)
     if args.format == "csv":
         return body
-    record = records[0]
-    sampler = record.protocol["sampler"]
-    title = (
-        f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
-        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}, "
-        f"{execution(shown)}"
-    )
-    return f"**{title}**\n\n{body}"
+    return f"**{headline(records, shown)}**\n\n{body}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

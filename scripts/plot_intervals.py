@@ -14,16 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.experiment.terminal import Terminal, standard_streams
 from tfmq_exp.reporting import interval_dynamics
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A CSV file; none without rows."""
     if rows:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -50,9 +50,10 @@ def main() -> int:
         table.add_column(column)
     for line in lines:
         table.add_row(*(value if isinstance(value, str) else f"{value:.0%}" for value in line.values()))
-    Console().print(table)
+    Terminal().print(table)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

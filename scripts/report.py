@@ -12,6 +12,7 @@ import sys
 import webbrowser
 from pathlib import Path
 
+from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.files import write_atomically
 from tfmq_exp.reporting.html.page import page
 from tfmq_exp.reporting.html.runs import collect
@@ -29,7 +30,7 @@ def main() -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(Terminal(stderr=True), str(error))
         return 1
     print(f"{args.out}: {len(runs)} runs, {len(text.encode()) / 1e6:.1f} MB")
     if args.open:
@@ -47,10 +48,14 @@ def arguments() -> argparse.Namespace:
         default=[Path("outputs")],
         help="folders of runs, at any depth, or saved records (.jsonl); default: outputs",
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("-o", "--out", type=Path, help="the page (default: report.html in the first source's folder)")
     parser.add_argument("--open", action="store_true", help="show it in the browser")
-    return parser.parse_args()
+    args = parser.parse_args()
+    first: Path = args.sources[0]
+    args.out = args.out or (first.parent if first.is_file() else first) / "report.html"
+    return args
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

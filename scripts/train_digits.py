@@ -37,6 +37,7 @@ from tfmq_exp.denoisers.digits import (
     cosine_with_warmup,
     load_denoiser,
 )
+from tfmq_exp.experiment.terminal import standard_streams
 from tfmq_exp.reporting.figures import mosaic
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM
@@ -153,14 +154,14 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
         "versions": {p: version(p) for p in ("torch", "diffusers", "pytorch-lightning", "scikit-learn")},
         "machine": platform.machine(),
     }
-    (args.weights / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (args.weights / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     files = sorted((args.out / name / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     joined: dict[str, dict[str, str]] = {}  # a step's losses and its validation are rows of their own
-    for row in (row for path in files for row in csv.DictReader(path.open())):
+    for row in (row for path in files for row in csv.DictReader(path.open(encoding="utf-8"))):
         joined.setdefault(row["step"], {}).update({key: value for key, value in row.items() if value})
     rows = list(joined.values())
     fields = [f for f in ("step", "loss", "held_out_accuracy") if any(f in row for row in rows)]
-    with (args.weights / f"{name}.log.csv").open("w", newline="") as file:
+    with (args.weights / f"{name}.log.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -208,4 +209,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with standard_streams():
+        main()

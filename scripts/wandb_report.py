@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams
+
 SCORES = ("scores/fid", "scores/sfid", "scores/is", "errors/temporal_cosine", "errors/trajectory", "cost/size_ratio")
 BITS, METHOD = "quant.name", "method.name"
 
@@ -28,7 +30,7 @@ def main() -> int:
     if args.offline:
         args.offline.mkdir(parents=True, exist_ok=True)
         target = args.offline / "report.json"
-        target.write_text(json.dumps(wanted, indent=2) + "\n")
+        target.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         print(target)
         return 0
     try:
@@ -37,7 +39,7 @@ def main() -> int:
         made = report(wanted, args.entity)
         made.save()
     except (ImportError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(Terminal(stderr=True), str(error))
         return 1
     print(made.url)
     return 0
@@ -150,4 +152,5 @@ def panel(wr: Any, spec: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with standard_streams():
+        sys.exit(main())

@@ -96,6 +96,25 @@ def test_files_are_short_and_name_no_device(path: Path) -> None:
     assert "print(" not in text.replace("console.print(", "")
 
 
+def is_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes a file as text."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return True
+    given = call.args[1:2] if isinstance(call.func, ast.Name) else call.args[:1]  # open(path, mode), path.open(mode)
+    mode = [argument.value for argument in given if isinstance(argument, ast.Constant)]
+    keywords = {keyword.arg for keyword in call.keywords}
+    return name == "open" and (not call.args or "newline" in keywords or mode in (["r"], ["w"], ["a"]))
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "scripts").rglob("*.py"))], ids=lambda p: p.name)
+def test_text_files_are_utf_8_whatever_the_locale(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and is_text(node):
+            named = "encoding" in {keyword.arg for keyword in node.keywords}
+            assert named or "/proc/" in ast.unparse(node), f"{path}:{node.lineno} says no encoding"
+
+
 def test_no_mutable_defaults() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

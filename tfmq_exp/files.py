@@ -21,8 +21,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """JSON."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))
+    """JSON in UTF-8, whatever the locale; a name of a file that is no text keeps its bytes, in JSON's own notation."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 # the longer marks first: UTF-32's begins with UTF-16's

@@ -156,7 +156,7 @@ def read_family(folder: Path, name: str, settings: Record, scratch: Path) -> Fam
     """
     path = folder / f"{name}.config.yaml"
     with reading(path):
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(config, Mapping):
             raise DamagedError(f"{path} holds no architecture")
         recorded = read_recorded(folder / f"{name}.io.safetensors")

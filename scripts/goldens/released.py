@@ -43,7 +43,7 @@ class Goldens:
         """
         with reading(folder):
             meta, timesteps = (
-                json.loads((folder / name).read_text(), object_hook=Record)
+                json.loads((folder / name).read_text(encoding="utf-8"), object_hook=Record)
                 for name in ("meta.json", "timestep_maps.json")
             )
             files = sorted(folder.glob("*.safetensors"))

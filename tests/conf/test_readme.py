@@ -18,10 +18,16 @@ SCRIPTS = sorted({line.split()[1] for line in LINES if line.startswith("python s
 TARGETS = sorted({line.split()[1] for line in LINES if line.startswith("make ")})
 
 
+def swept(word: str) -> list[str]:
+    """The overrides of a sweep's jobs that one word of its command stands for."""
+    key, _, values = word.partition("=")
+    return [f"{key}={value}" for value in values.split(",")]
+
+
 @pytest.mark.parametrize("line", RUNS)
 def test_every_run_composes(tmp_path: Path, line: str) -> None:
     words = [word for word in shlex.split(line)[2:] if not word.startswith("-") and word != "job"]
-    sweeps = [[f"{key}={value}" for value in values.split(",")] for key, _, values in (w.partition("=") for w in words)]
+    sweeps = [[word] if "{" in word else swept(word) for word in words]
     for job in itertools.product(*sweeps):
         composed(tmp_path, *job)
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quantizable
+from tests.smoke.jobs import composed
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.unet import anatomy, attentions, set_heads
 from tfmq_exp.quant.encodings import Normalised
@@ -198,6 +200,23 @@ def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Mod
             assert bits[site] == (3, 6)
         else:
             assert bits[site] == (4, 8)
+
+
+@pytest.mark.parametrize("words", [["method.surgery.roles.stem=null"], ["+method.surgery.sites={conv_in: null}"]])
+def test_a_role_or_a_layer_that_is_null_stays_float(unet: nn.Module, tmp_path: Path, words: list[str]) -> None:
+    plan = instantiate(composed(tmp_path, *words).method.surgery, _convert_="all")
+    parts = anatomy(unet, example_inputs(unet))
+    report = coverage(plan.resolve(parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), parts)
+    assert report["float_weights"] == report["float_inputs"] == ["conv_in"]
+
+
+@pytest.mark.parametrize("wrong", [8, "float", [8], {"weigth": 8}, {"weight": 8, "bits": 4}])
+@pytest.mark.parametrize("name", ["roles.stem", "sites.conv_in"])
+def test_what_is_no_plan_of_a_layer_is_named(name: str, wrong: object) -> None:
+    kind, _, key = name.partition(".")
+    roles = roles_without("") | ({key: wrong} if kind == "roles" else {})
+    with pytest.raises(ValueError, match=rf"method\.surgery\.{name} must be null \(all float\) or bits"):
+        SurgeryPlan(roles, sites={key: wrong} if kind == "sites" else {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("per_step", SCALES)

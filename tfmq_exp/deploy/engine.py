@@ -56,12 +56,12 @@ class Engine(Protocol):
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """What the folder says about itself."""
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `write_manifest` wrote."""
-    return json.loads((folder / MANIFEST).read_text())
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def rows_by_step(model: QuantizedUNet, t: Tensor) -> list[tuple[int, Tensor]]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from tfmq_exp.experiment.captions import make_sampling, report_captions
-from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS
+from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.experiment.deployed import DeployedStages, save_deployed, save_deployed_errors
 from tfmq_exp.experiment.diagnose import diagnose
 from tfmq_exp.experiment.environment import busy, describe_environment, pick_device, prepare
@@ -31,6 +31,7 @@ from tfmq_exp.experiment.stages import DiagnosisPlan, DiagnosticPlan, Stages
 from tfmq_exp.experiment.status import State
 from tfmq_exp.experiment.store import Store
 from tfmq_exp.experiment.survey import estimate
+from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.together import together
 from tfmq_exp.experiment.tracking import points, run_card, score_summary, show_losses, write_csv
 from tfmq_exp.files import write_json
@@ -66,7 +67,7 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
         return "planned", ""
     environment = describe_environment(device)
     write_json(folder / "environment.json", environment)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     mirror: Mirror = instantiate(cfg.logger).open(run_card(cfg, folder, environment))
     failed = True
     try:
@@ -82,8 +83,8 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     finally:
         mirror.close(failed=failed)
         for line in mirror.where():
-            console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+            say(console, line)
+    say(console, f"run folder: {folder}")
     return "done", ""
 
 
@@ -114,7 +115,7 @@ def build_stages(
         denoiser=denoiser,
         sampling=sampling,
         method=method,
-        real_images=functools.partial(make, cfg.data),
+        real_images=lambda: make(real_images(cfg)),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
         batch=runtime.batch,
@@ -244,35 +245,30 @@ def look_ahead(stages: Stages, goal: str, console: Console, deployed: DeployedSt
         show_estimate(expected, console)
         log.info("estimate: %s", summary(expected))
         if note := busy():
-            console.print(note, highlight=False)
+            say(console, note)
         if stages.processes.count > 1:
-            console.print(f"  by one process; {stages.processes.count} share it", highlight=False)
+            say(console, f"  by one process; {stages.processes.count} share it")
 
 
 def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
     """What becomes integer and what does not."""
-    console.print(
+    say(
+        console,
         f"simulated quantization of {covered['layers']} layers: {covered['weight_share']:.1%} of the weights, "
         f"{covered['mac_share_weights_and_inputs']:.1%} of the multiply-accumulates with both operands integer",
-        highlight=False,
     )
     for what, names in (("weights", covered["float_weights"]), ("inputs", covered["float_inputs"])):
         if names:
-            console.print(
-                f"  float {what} ({len(names)}): {', '.join(names[:6])}{' …' if len(names) > 6 else ''}",
-                highlight=False,
-            )
+            say(console, f"  float {what} ({len(names)}): {', '.join(names[:6])}{' …' if len(names) > 6 else ''}")
     operands = covered["attention_operands"]
-    console.print(f"  attention products: {', '.join(operands) if operands else 'float'}", highlight=False)
+    say(console, f"  attention products: {', '.join(operands) if operands else 'float'}")
 
 
 def show_size(stages: Stages, console: Console) -> None:
     """Where the artefact is, and how large."""
     size = stages.artefact.stat().st_size
     share = size / stages.float_bytes
-    console.print(
-        f"artefact: {size / 1e3:.0f} kB, {share:.3f} of fp32: {stages.artefact}", highlight=False, soft_wrap=True
-    )
+    say(console, f"artefact: {size / 1e3:.0f} kB, {share:.3f} of fp32: {stages.artefact}")
     log.info("artefact %s: %d bytes, %.4f of fp32", stages.artefact, size, share)
 
 

@@ -94,6 +94,12 @@ KINDS = {
     "runtime.threads": THREADS,
     **dict.fromkeys(("diagnosis.samples", "diagnosis.trajectories"), COUNT),
 }
+PATHS = ("path", "data.path", "model.denoiser.path", "eval.clip.folder")
+PLACES = ("outputs", "store", "checkpoints", "data", "inception")
+TEXT = Kind(
+    "text, in quotes of its own where it looks like a number or a list", lambda value: isinstance(value, str | None)
+)
+KINDS |= dict.fromkeys(("name", *PATHS, *(f"paths.{name}" for name in PLACES)), TEXT)
 ABSENT = object()
 
 
@@ -107,10 +113,13 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=ABSENT)  # a model of one's own may do without some of them
         if value is not ABSENT and not kind.fits(value):
             raise ValueError(f"{key} must be {kind.right}, got {value!r}")
+        if kind is TEXT and str(value).startswith("~"):
+            raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
     check_parts(cfg)
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        if key.startswith("data."):  # nothing else is asked for before it is needed
-            raise ValueError(f"{key} has no value: give it one, {key}=...")
+    if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
+        raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
+    if cfg.goal == "scores":
+        real_images(cfg)
     if cfg.goal == EXPORT and cfg.engine is None:
         raise ValueError("goal=export needs an engine to export for: engine=openvino, onednn or torchao")
     runtime = HydraConfig.get().runtime
@@ -118,6 +127,20 @@ def check(cfg: DictConfig) -> None:
     check_name(
         cfg.method.name, str(runtime.choices["method"]), {path.stem for d in folders for path in d.glob("*.yaml")}
     )
+
+
+def real_images(cfg: DictConfig) -> DictConfig:
+    """The choice of real images, which scores and training need; other goals do without.
+
+    Raises:
+        ValueError: something is missing to find them.
+    """
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        if key.startswith("data."):
+            raise ValueError(
+                f"{key} has no value: give it one, {key}=...; goal=images scores nothing and needs no data"
+            )
+    return cfg.data
 
 
 def check_parts(cfg: DictConfig) -> None:

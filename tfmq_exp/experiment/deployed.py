@@ -18,6 +18,7 @@ from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.experiment.results import mean_errors
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import Entry
+from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.tracking import write_csv
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reporting.records import ScoreRecord
@@ -171,14 +172,13 @@ def save_deployed(deployed: DeployedStages, folder: Path, console: Console) -> N
     write_csv(folder / "sites.csv", [*rows, *deployed.products()])
     left = [f"{row['site']} ({row['why']})" for row in rows if row["executed"] == FLOAT]
     share = f"{len(rows) - len(left)} of {len(rows)} layers in {formats(row['executed'] for row in rows)}"
-    console.print(
+    say(
+        console,
         f"{name}: {share}, {deployed.executed_bytes / 1e3:.0f} kB, "
         f"{deployed.executed_bytes / deployed.float_bytes:.3f} of fp32: {deployed.exported}",
-        highlight=False,
-        soft_wrap=True,
     )
     if left:
-        console.print(f"  not ({len(left)}): {', '.join(left[:3])}{' …' if len(left) > 3 else ''}", highlight=False)
+        say(console, f"  not ({len(left)}): {', '.join(left[:3])}{' …' if len(left) > 3 else ''}")
     log.info("%s: %s, %s", name, share, deployed.exported)
 
 

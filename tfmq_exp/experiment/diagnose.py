@@ -20,6 +20,7 @@ from tfmq_exp.evaluation.temporal_features import feature_errors
 from tfmq_exp.experiment.progress import Advance
 from tfmq_exp.experiment.stages import DiagnosisPlan, Stages
 from tfmq_exp.experiment.store import Entry
+from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.tracking import write_csv
 from tfmq_exp.files import write_json
 from tfmq_exp.reconstruction.partition import TemporalAware
@@ -58,7 +59,7 @@ class Diagnosis:
             self.stages.store.write_json(folder / "rows.json", rows)
 
         path = self.stages.pull(name, self.entry(name, inputs), fill)
-        return json.loads((path / "rows.json").read_text())
+        return json.loads((path / "rows.json").read_text(encoding="utf-8"))
 
     def passes(self) -> dict[str, int]:
         """How often one image goes through the quantized network, for every diagnosis that the store does not have."""
@@ -174,7 +175,7 @@ class Diagnosis:
             stages.processes.wait()
             rows: list[Row] = []
             for part in parts:
-                found = json.loads(files[part.name].read_text())
+                found = json.loads(files[part.name].read_text(encoding="utf-8"))
                 share = found["relative_error"] / whole if whole else 0.0
                 rows.append({**_described(part, stages), **found, "share": share if alone else 1 - share})
             return rows
@@ -285,7 +286,7 @@ def diagnose(stages: Stages, folder: Path, console: Console, name: str) -> None:
 def show(finding: Finding, console: Console) -> None:
     """The worst rows of one diagnosis."""
     if not finding.worst:
-        console.print(f"{finding.title}: none", highlight=False)
+        say(console, f"{finding.title}: none")
         return
     view = Table(title=finding.title, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(finding.columns):

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.experiment.measure import Pass, UnitCost
+from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.words import in_bytes, in_words
 from tfmq_exp.reconstruction.cache import RandomBatches
 from tfmq_exp.reconstruction.capture import groups_within
@@ -298,17 +299,17 @@ def reckon(costs: Costs, counts: Counts, *, accelerated: bool = False) -> Estima
 
 def show(estimate: Estimate, console: Console) -> None:
     """A short table. Scoring, loading and saving are not in it."""
-    console.print(f"estimate: {summary(estimate)}", highlight=False, soft_wrap=True)
+    say(console, f"estimate: {summary(estimate)}")
     view = Table()
     for name in ("stage", "time", "share", "GPU memory" if estimate.accelerated else "memory"):
-        view.add_column(name, justify="left" if name == "stage" else "right")
+        view.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
     for stage in estimate.stages:
         memory = stage.device if estimate.accelerated else estimate.process + stage.device + stage.host
         share = f"{stage.seconds / max(estimate.seconds, 1e-9):.0%}"
         view.add_row(stage.name, in_words(stage.seconds), share, in_bytes(memory))
     console.print(view)
     if estimate.note:
-        console.print(estimate.note, highlight=False, soft_wrap=True)
+        say(console, estimate.note)
 
 
 def summary(estimate: Estimate) -> str:

@@ -49,7 +49,7 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
     """
     if not (record.done and whole(record)):
         return None
-    stages = json.loads((record.path / "artifacts.json").read_text())
+    stages = json.loads((record.path / "artifacts.json").read_text(encoding="utf-8"))
     for name, stage in stages.items():
         where = Path(stage["path"])
         if not (store.root / where.parent.name / where.name / "manifest.json").is_file():
@@ -59,7 +59,7 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
         archive.extractall(folder)
     here = {name: {**stage, "computed": False, "seconds": 0.0} for name, stage in stages.items()}
     write_json(folder / "artifacts.json", here)
-    return Path(json.loads((record.path / "origin.json").read_text())["folder"])
+    return Path(json.loads((record.path / "origin.json").read_text(encoding="utf-8"))["folder"])
 
 
 def pack(folder: Path, target: Path) -> None:

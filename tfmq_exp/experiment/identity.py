@@ -29,11 +29,20 @@ def job_identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         "settings": {key: value for key, value in settings.items() if key not in (*ELSEWHERE, "runtime")},
         "runtime": {key: value for key, value in settings["runtime"].items() if key not in MEANS},
         "named": sorted(text for text in overrides if text.startswith((*INSIDE, "experiment="))),
-        "shown": sorted(text for key, text in texts(settings["logger"]) if key == "_target_"),
+        "shown": sorted(dashboards(settings["logger"])),
         "program": program_version(PACKAGE),
         "files": files_read(settings),
         "outside": outside_code(settings),
     }
+
+
+def dashboards(logger: Mapping[str, Any]) -> Iterator[str]:
+    """Targets of a logger and of those inside it, but for one that is disabled and shows nothing."""
+    for value in logger.values():
+        if isinstance(value, Mapping):
+            yield from dashboards(value)
+    if "_target_" in logger and logger.get("mode") != "disabled":
+        yield logger["_target_"]
 
 
 def program_version(package: Path) -> str:

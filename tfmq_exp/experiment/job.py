@@ -11,6 +11,7 @@ from rich.console import Console
 from tfmq_exp.experiment.outcome import attempt
 from tfmq_exp.experiment.score_table import show
 from tfmq_exp.experiment.status import State
+from tfmq_exp.experiment.terminal import say
 from tfmq_exp.reporting.records import ScoreRecord
 
 
@@ -25,7 +26,7 @@ def perform(cfg: DictConfig) -> None:
 
 def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     """Results in the folder, whoever made them; `repeat` looks for nobody."""
-    if console.is_terminal and "torch" not in sys.modules:
+    if console.is_interactive and "torch" not in sys.modules:
         console.print("loading ...", style="dim")
     from tfmq_exp.experiment.finished import STAGE, keep, take  # with the store comes torch
     from tfmq_exp.experiment.identity import job_identity
@@ -40,12 +41,12 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
         ended = run(cfg, folder, console)
         keep(store, record, folder)
         return ended
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     results = folder / "results.json"
     if results.is_file():
-        show([ScoreRecord(**row) for row in json.loads(results.read_text())["rows"]], console)
-    console.print(f"finished before in {origin}; repeat=true does it again", highlight=False, soft_wrap=True)
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+        show([ScoreRecord(**row) for row in json.loads(results.read_text(encoding="utf-8"))["rows"]], console)
+    say(console, f"finished before in {origin}; repeat=true does it again")
+    say(console, f"run folder: {folder}")
     return "found", str(origin)
 
 

@@ -130,7 +130,7 @@ def noted(entries: Iterable[Entry], name: str) -> list[dict[str, Any]]:
         {"phase": stage, **row}
         for stage, path in paths.items()
         if path.is_file()
-        for row in json.loads(path.read_text())
+        for row in json.loads(path.read_text(encoding="utf-8"))
     ]
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tfmq_exp.experiment.checks import check
 from tfmq_exp.experiment.status import State, begun, occupied
+from tfmq_exp.experiment.terminal import Terminal, open_streams, say, say_error
 
 Work = Callable[[DictConfig, Path, Console], tuple[State, str]]
 # All that a run folder holds after a dry run.
@@ -41,7 +42,8 @@ def attempt(cfg: DictConfig, work: Work) -> None:
         SystemExit: with status 1, when the job failed and was the only one; with 128 and the signal's number, when
             SIGTERM or Ctrl-C ended it.
     """
-    hydra, console = HydraConfig.get(), Console()
+    open_streams()  # launchers start jobs in processes of their own
+    hydra, console = HydraConfig.get(), Terminal()
     folder = Path(hydra.runtime.output_dir)
     sweeping = hydra.mode == RunMode.MULTIRUN
     status = begun(folder.name, hydra.job.num if sweeping else None)
@@ -60,7 +62,7 @@ def attempt(cfg: DictConfig, work: Work) -> None:
             finally:
                 status.write(folder)
     except Exception as error:
-        say(console, f"[bold red]error:[/] {one_line(root_cause(error))}")
+        say_error(console, one_line(root_cause(error)))
         logging.getLogger("tfmq_exp.traceback").debug("the job failed", exc_info=error)
         if cfg.runtime.traceback:
             raise
@@ -77,11 +79,6 @@ def attempt(cfg: DictConfig, work: Work) -> None:
         gc.collect()  # trainers and their modules refer to each other, and with them to large tensors; sweeps go on
     if status.state == "planned" and not sweeping:
         discard_plan(folder)
-
-
-def say(console: Console, text: str) -> None:
-    """One line, however long."""
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 @contextmanager

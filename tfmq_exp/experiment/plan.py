@@ -16,6 +16,7 @@ from tfmq_exp.experiment.estimate import show as show_estimate
 from tfmq_exp.experiment.stages import Stages
 from tfmq_exp.experiment.store import Entry, Store
 from tfmq_exp.experiment.survey import estimate
+from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.words import in_words
 
 Found = Literal["found", "begun", "to be made", "not needed"]
@@ -136,7 +137,7 @@ def preview(
     """The stages as a table, and the estimate of those that are missing, which is returned; None if none is."""
     view = Table(title=f"up to {tuple(goals)[-1]}: nothing is computed", title_justify="left")
     for name in ("stage", "key", "state", "took"):
-        view.add_column(name, justify="right" if name == "took" else "left")
+        view.add_column(name, justify="right" if name == "took" else "left", overflow="fold")
     for line in lines(stages, goals, deployed):
         took = line.entry.took if line.state == "found" and line.entry is not None else None
         key = "" if line.entry is None else line.entry.key
@@ -146,5 +147,5 @@ def preview(
     if expected is not None:
         show_estimate(expected, console)
         if note := busy():
-            console.print(note, highlight=False)
+            say(console, note)
     return expected

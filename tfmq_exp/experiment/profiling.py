@@ -35,4 +35,4 @@ class Profile(Callback):
         stats = pstats.Stats(self.profiler, stream=text)
         stats.sort_stats("cumulative").print_stats(self.functions)
         stats.sort_stats("tottime").print_stats(self.functions)
-        (folder / "profile.txt").write_text(text.getvalue())
+        (folder / "profile.txt").write_text(text.getvalue(), encoding="utf-8")

@@ -171,7 +171,7 @@ class Stages(NetworkStages):
         name = "scores" if quantized else "float scores"
         path = self.pull(name, self.store.entry("scores", inputs), compute)
         judge = {**evaluator.identity, "reference": reference.title, "reference_provenance": reference.provenance}
-        return json.loads((path / "scores.json").read_text()), judge
+        return json.loads((path / "scores.json").read_text(encoding="utf-8")), judge
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
         """Temporal-feature error per timestep and error along the trajectory, against the float network."""
@@ -196,7 +196,7 @@ class Stages(NetworkStages):
             self.store.write_json(folder / "errors.json", {"temporal": temporal, "trajectory": along})
 
         path = self.pull("diagnostics", self.store.entry("diagnostics", inputs), compute)
-        return json.loads((path / "errors.json").read_text())
+        return json.loads((path / "errors.json").read_text(encoding="utf-8"))
 
     @property
     def artefact(self) -> Path:

@@ -111,4 +111,4 @@ def read_status(folder: Path) -> Status:
 
 def noted(folder: Path) -> Status:
     """What the file says."""
-    return Status(**json.loads((folder / "status.json").read_text()))
+    return Status(**json.loads((folder / "status.json").read_text(encoding="utf-8")))

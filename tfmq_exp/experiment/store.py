@@ -100,7 +100,7 @@ class Entry:
     def took(self) -> float | None:
         """Seconds that it took to make, if they were noted."""
         path = self.path / "took.json"
-        return json.loads(path.read_text())["seconds"] if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else None
 
     def note_time(self, seconds: float) -> None:
         """Keep how long it took; beside the result, since no two runs take the same."""
@@ -113,7 +113,7 @@ class Entry:
             DamagedEntry: some file is missing or changed; says which, and how to have it made again.
         """
         try:
-            files = json.loads(self.manifest.read_text())["files"]
+            files = json.loads(self.manifest.read_text(encoding="utf-8"))["files"]
         except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
             raise self._damaged(self.manifest.name) from error
         for name, wanted in files.items():

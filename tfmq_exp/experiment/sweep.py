@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +22,12 @@ from rich.table import Table
 
 from tfmq_exp.experiment.interrupting import interruptible
 from tfmq_exp.experiment.outcome import discard_plan
+from tfmq_exp.experiment.score_table import show_sweep
 from tfmq_exp.experiment.status import GOOD, State, read_status
+from tfmq_exp.experiment.terminal import Terminal, say
 from tfmq_exp.experiment.words import in_words
+from tfmq_exp.files import write_json
+from tfmq_exp.reporting.records import ScoreRecord, read_records
 
 ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")
 
@@ -55,10 +60,10 @@ def read_job(folder: Path) -> Job:
     except (OSError, ValueError, TypeError):
         return Job(folder, None, "died", "it ended before it began")
     path = folder / "artifacts.json"
-    stages: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    stages: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     computed = sum(stage["computed"] for stage in stages.values())
     estimate = folder / "estimate.json"
-    expected = json.loads(estimate.read_text())["seconds"] if estimate.is_file() else 0.0
+    expected = json.loads(estimate.read_text(encoding="utf-8"))["seconds"] if estimate.is_file() else 0.0
     return Job(folder, status.number, status.state, status.reason, status.seconds, len(stages), computed, expected)
 
 
@@ -82,6 +87,15 @@ def how_many(config: DictConfig) -> int | None:
     return math.prod(sizes.values())
 
 
+def scored(jobs: Sequence[Job]) -> list[ScoreRecord]:
+    """The results of those that have some, each once; damaged files are left to the tables that are asked for."""
+    readable: list[Path] = []
+    for path in (job.folder / "results.json" for job in jobs if job.state in ("done", "found")):
+        with suppress(ValueError, OSError):
+            readable += [path] if path.is_file() and read_records(path) else []
+    return read_records(*readable)
+
+
 def summary(jobs: Sequence[Job], seconds: float) -> str:
     """One line."""
     counts = Counter(job.state for job in jobs)
@@ -98,15 +112,15 @@ def show(jobs: Sequence[Job], seconds: float, console: Console) -> None:
     """A row for every job, the reasons of those that are not well, and the sums."""
     view = Table(title="sweep", title_justify="left")
     for name in ("job", "state", "computed / stages", "time"):
-        view.add_column(name, justify="left" if name in ("job", "state") else "right")
+        view.add_column(name, justify="left" if name in ("job", "state") else "right", overflow="fold")
     for job in jobs:
         took = "" if job.seconds is None else str(timedelta(seconds=round(job.seconds)))
         view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", took)
     console.print(view)
     for job in jobs:
         if job.state not in GOOD:
-            console.print(f"{job.state}: {job.folder}: {job.reason}", highlight=False, soft_wrap=True, markup=False)
-    console.print(summary(jobs, seconds), highlight=False, soft_wrap=True)
+            say(console, f"{job.state}: {job.folder}: {job.reason}")
+    say(console, summary(jobs, seconds))
 
 
 class SweepReport(Callback):
@@ -134,7 +148,7 @@ class SweepReport(Callback):
         """
         atexit.unregister(self.cut_short)
         self.uninterruptible()
-        jobs = self.report(Console())
+        jobs = self.report(Terminal())
         for job in jobs:
             if job.state == "planned":
                 discard_plan(job.folder)
@@ -144,14 +158,15 @@ class SweepReport(Callback):
     def cut_short(self) -> None:
         """The launcher gave up."""
         atexit.unregister(self.cut_short)
-        console, jobs = Console(), self.report(Console())
+        console = Terminal()
+        jobs = self.report(console)
         if jobs:
             if self.asked is not None and self.asked > len(jobs):
-                console.print(f"{self.asked - len(jobs)} of {self.asked} jobs never started", highlight=False)
+                say(console, f"{self.asked - len(jobs)} of {self.asked} jobs never started")
             text = (
                 "the sweep was cut short; run the same command again: what is finished is found, what was begun goes on"
             )
-            console.print(text, highlight=False, soft_wrap=True)
+            say(console, text)
 
     def report(self, console: Console) -> list[Job]:
         """Show and write what became of the jobs."""
@@ -159,6 +174,6 @@ class SweepReport(Callback):
         if jobs:
             show(jobs, seconds, console)
             rows = [{**dataclasses.asdict(job), "folder": str(job.folder)} for job in jobs]
-            text = json.dumps({"seconds": round(seconds, 1), "jobs": rows}, indent=2, ensure_ascii=False)
-            (self.folder / "sweep.json").write_text(text + "\n")
+            write_json(self.folder / "sweep.json", {"seconds": round(seconds, 1), "jobs": rows})
+            show_sweep(scored(jobs), self.folder, console)
         return jobs

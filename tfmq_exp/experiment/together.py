@@ -72,7 +72,7 @@ def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int
             scratch.mkdir()
             share(cfg, processes, scratch)
     except Exception as error:
-        (folder / f"failed-{rank}").write_text(one_line(root_cause(error)))
+        (folder / f"failed-{rank}").write_text(one_line(root_cause(error)), encoding="utf-8", errors="backslashreplace")
         raise SystemExit(1) from error
 
 
@@ -84,5 +84,5 @@ def why_one_failed(others: Sequence[BaseProcess], folder: Path) -> str | None:
         if process.exitcode is not None and process.exitcode < 0:
             return f"process {rank} of {len(others) + 1} was ended by {signal.Signals(-process.exitcode).name}"
         if told.is_file():
-            return f"process {rank} of {len(others) + 1}: {told.read_text()}"
+            return f"process {rank} of {len(others) + 1}: {told.read_text(encoding='utf-8')}"
     return None

@@ -18,7 +18,7 @@ def write_csv(path: Path, rows: Rows) -> None:
     """Rows with the same keys, as CSV."""
 
     def write(target: Path) -> None:
-        with target.open("w", newline="") as file:
+        with target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
             writer.writeheader()
             writer.writerows(rows)

@@ -57,12 +57,12 @@ def read_dynamics(run: Path) -> Dynamics:
     """
     if not (run / FILE).is_file():
         raise FileNotFoundError(f"no {FILE} in {run}: it is written by `python run.py goal=diagnose ...`")
-    with (run / FILE).open(newline="") as file:
+    with (run / FILE).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     kept: dict[str, list[Row]] = {}
     for row in rows:
         kept.setdefault(row["activation"], []).append(row)
-    settings = (run / "config.yaml").read_text().splitlines()
+    settings = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
     seed = next(int(line.split(":")[1]) for line in settings if line.startswith("seed:"))
     name = next(line.split(":", 1)[1].strip() for line in settings if line.startswith("name:"))
     some = next(iter(kept.values()))

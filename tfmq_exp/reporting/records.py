@@ -62,7 +62,9 @@ def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
         environment = {key: value for key, value in record.environment.items() if key != "command"}
         return dataclasses.replace(record, cost=cost, environment=environment).to_json()
 
-    path.write_text("".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records))
+    path.write_text(
+        "".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records), encoding="utf-8"
+    )
 
 
 def checked(row: Any) -> ScoreRecord:
@@ -77,7 +79,7 @@ def checked(row: Any) -> ScoreRecord:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Records as plain data, from a `results.json` or from a file of `save_records`."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 

@@ -110,6 +110,22 @@ def execution(records: Sequence[ScoreRecord]) -> str:
     return f"simulated quantization; rows executed by {engines} in {forms}{layers}"
 
 
+def headline(records: Sequence[ScoreRecord], shown: Sequence[ScoreRecord]) -> str:
+    """How the records of a table were made.
+
+    Args:
+        records: of one protocol.
+        shown: those of them that have rows or columns in it.
+    """
+    record = records[0]
+    sampler = record.protocol["sampler"]
+    return (
+        f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
+        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}, "
+        f"{execution(shown)}"
+    )
+
+
 def formats(executed: Iterable[str]) -> str:
     """What layers are multiplied in, in words: bytes are integers, and `float` is what an engine leaves."""
     found = sorted(set(executed) - {"float"})

@@ -76,6 +76,26 @@ class SitePlan:
     output: Bits | None = None
 
 
+def as_site_plan(given: Any, key: str) -> SitePlan:
+    """A plan from plain data: a mapping of bits, or None for a layer that stays float altogether.
+
+    Args:
+        given: that, or a plan already.
+        key: where it stands, for errors.
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(given, SitePlan):
+        return given
+    known = {} if given is None else given
+    if not isinstance(known, Mapping) or set(known) - {"weight", "input", "output"}:
+        raise ValueError(
+            f"method.surgery.{key} must be null (all float) or bits such as {{weight: 8, input: null}}, got {given!r}"
+        )
+    return SitePlan(**known)
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """Bits of the operands of attention's two matrix products: query, key and value; softmax probabilities."""
@@ -161,7 +181,7 @@ class SurgeryPlan:
 
     def __post_init__(self) -> None:
         for name in ("roles", "sites"):  # YAML gives plain mappings
-            plans = {k: v if isinstance(v, SitePlan) else SitePlan(**v) for k, v in getattr(self, name).items()}
+            plans = {k: as_site_plan(v, f"{name}.{k}") for k, v in getattr(self, name).items()}
             object.__setattr__(self, name, plans)
         wrong = set(self.roles).symmetric_difference(role.value for role in Role)
         if wrong:

@@ -90,7 +90,7 @@ def write(
     encode: Any = getattr(denoiser.first_stage, "encode", None)
     path, progress, count = folder / FILE, folder / PROGRESS, len(source)
     shape = (count * (2 if mirrored else 1), *denoiser.sample_shape)
-    made = json.loads(progress.read_text()) if progress.is_file() else 0
+    made = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else 0
     kind = np.uint8 if encode is None else np.float32
     file = np.lib.format.open_memmap(path, "r+" if made else "w+", None if made else kind, None if made else shape)
     done = 0
@@ -102,7 +102,7 @@ def write(
             pixels = part if encode is None else encode(part.to(denoiser.device).float() / 127.5 - 1).cpu()
             file[half * count + start : half * count + done] = pixels.numpy()
         file.flush()
-        progress.write_text(json.dumps(done))
+        progress.write_text(json.dumps(done), encoding="utf-8")
         told(done, count)
     if done != count:
         raise ValueError(f"the set of images promised {count} images and gave {done}")

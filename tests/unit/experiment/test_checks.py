@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from tests.smoke.jobs import CONF, composed
-from tfmq_exp.experiment.checks import COUNTS, RATES, check, check_name
+from tfmq_exp.experiment.checks import COUNTS, RATES, check, check_name, real_images
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,9 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
         ("runtime.threads", 0, "a whole number, at least 1, or null"),
         ("runtime.cache_gib", -1, "a number, at least 0"),
         ("diagnosis.samples", "few", "a whole number, at least 1"),
+        ("name", 7, "text, in quotes of its own"),
+        ("data.path", ["x"], "text, in quotes of its own"),
+        ("paths.store", 2024, "text, in quotes of its own"),
     ],
 )
 def test_a_value_that_cannot_be_right_is_named(right: DictConfig, key: str, value: object, right_ones: str) -> None:
@@ -57,6 +60,24 @@ def test_what_must_be_given_is_asked_for(right: DictConfig) -> None:
     cfg = right.copy()
     OmegaConf.update(cfg, "data", OmegaConf.load(CONF / "data" / "image_folder.yaml"), merge=False)
     with pytest.raises(ValueError, match=r"data\.path has no value: give it one"):
+        check(cfg)
+    for goal in ("trajectory", "weights", "images", "diagnose"):  # whoever trains on images asks for them itself
+        OmegaConf.update(cfg, "goal", goal)
+        check(cfg)
+    with pytest.raises(ValueError, match=r"data\.path has no value: give it one"):
+        real_images(cfg)
+
+
+@pytest.mark.parametrize("key", ["path", "data.path", "paths.outputs", "model.denoiser.path"])
+def test_a_home_folder_that_no_shell_has_written_out_is_refused(
+    right: DictConfig, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = right.copy()
+    OmegaConf.update(cfg, key, "~/models", force_add=True)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(key)} is ~/models: ~ is not expanded here; write /home/me/models"
+    ):
         check(cfg)
 
 
@@ -105,3 +126,10 @@ def test_every_number_of_a_protocol_is_looked_at() -> None:
 def test_mistakes_are_told_before_torch_is_loaded() -> None:
     code = "import sys, tfmq_exp.experiment.job, tfmq_exp.experiment.sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, check=False).returncode == 0
+
+
+def test_the_folder_of_a_pipeline_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path has no value: give it the folder that pipeline\.save_pretrained"):
+        check(composed(tmp_path, "model=diffusers", "goal=images"))
+    check(composed(tmp_path, "model=diffusers", "goal=images", "path=folder"))
+    check(composed(tmp_path, "model=diffusers", "goal=images", "model.denoiser.path=folder"))

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from tests.smoke.jobs import composed
+from tests.unit.experiment.test_terminal import record
 from tfmq_exp.experiment import status as status_module
 from tfmq_exp.experiment.outcome import attempt, what_stopped
 from tfmq_exp.experiment.status import State, begun, read_status
@@ -179,6 +180,32 @@ def test_the_report_counts_jobs_and_stages(
     assert f"died: {tmp_path}/12-e: process {os.getpid()}" in said
     rows = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
     assert [(row["number"], row["state"]) for row in rows[:2]] == [(2, "found"), (3, "failed")]
+
+
+def test_a_sweep_ends_with_its_scores_whatever_its_jobs_are_called(
+    tmp_path: Path, report: SweepReport, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (name, seed) in enumerate([("[/]", 0), ("[bold]x", 1), ("\x1b[2J", 2), ("bad", 3)]):
+        folder = tmp_path / f"{number}-{name}"
+        _job(folder, "done", number)
+        rows = [
+            record("float", 1.5 + seed).to_json() | {"seed": seed},
+            record("tfmq", 2.0 + seed).to_json() | {"seed": seed},
+        ]
+        (folder / "results.json").write_text(json.dumps({"rows": rows}) if name != "bad" else "{")
+    _job(tmp_path / "4-c", "failed", 4, reason="no [/room]")
+    _job(tmp_path / "5-found", "found", 5)  # the same results again
+    (tmp_path / "5-found/results.json").write_text((tmp_path / "0-[/]/results.json").read_text())
+    with pytest.raises(SystemExit):
+        report.on_multirun_end(DictConfig({}))
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "6 jobs: 4 done, 1 found, 1 failed" in said
+    assert "no [/room]" in said
+    table = said[said.index("simulated quantization") :]
+    assert "2.500 ± 1.000" in table
+    assert "3.000 ± 1.000" in table
+    assert "| w4a8 | tfmq | 3.000 ± 1.000 |" in (tmp_path / "scores.md").read_text()
 
 
 def test_a_launcher_that_gives_up_is_followed_by_what_to_do(

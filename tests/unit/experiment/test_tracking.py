@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from tests.smoke.jobs import composed
+from tfmq_exp.experiment.identity import dashboards
 from tfmq_exp.experiment.tracking import points, run_card, show_losses, stage_summary, sweep_name
 from tfmq_exp.tracking.mirror import FilesOnly, Mirror, NoMirror, RunCard
 from tfmq_exp.tracking.several import Mirrors, Several
 from tfmq_exp.tracking.tensorboard_mirror import TensorBoard
-from tfmq_exp.tracking.wandb_mirror import Wandb, identity
+from tfmq_exp.tracking.wandb_mirror import Wandb, identity, not_followed
 
 
 class Heard(NoMirror):
@@ -134,3 +138,81 @@ def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RuntimeError, match=r"'\.\[tensorboard\]'"):
         TensorBoard().open(card(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "switch"),
+    [
+        ({"WANDB_DISABLED": "true"}, "online", "WANDB_DISABLED"),
+        ({"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "online", "WANDB_DISABLED"),
+        ({"WANDB_MODE": "disabled"}, "disabled", "WANDB_MODE"),
+        ({}, "disabled", "logger.mode"),
+    ],
+)
+def test_weights_and_biases_can_be_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], mode: str, switch: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    mirror = Wandb("project", mode=mode).open(card(tmp_path))
+    mirror.loss("weights/a", 1, 2.0)
+    mirror.close(failed=False)
+    assert mirror.where() == [f"Weights & Biases: nothing written, {switch} switches it off"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environment_of_weights_and_biases_counts_below_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP"):
+        monkeypatch.delenv(name, raising=False)
+    assert instantiate(composed(tmp_path, "logger=wandb").logger) == Wandb("tfmq_exp")
+    for name, value in (("MODE", "disabled"), ("PROJECT", "p"), ("ENTITY", "e"), ("RUN_GROUP", "g")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert instantiate(composed(tmp_path, "logger=wandb").logger) == Wandb("p", "disabled", "e", "g")
+    told = instantiate(composed(tmp_path, "logger=wandb", "logger.mode=offline", "logger.project=own").logger)
+    assert told == Wandb("own", "offline", "e", "g")
+    assert not_followed("offline") == ["logger.mode=offline stands above WANDB_MODE=disabled"]
+    monkeypatch.setenv("WANDB_MODE", "dryrun")  # as it was called once
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert instantiate(composed(tmp_path, "logger=wandb").logger).chosen == "offline"
+    assert not_followed("offline") == ["not followed: WANDB_RUN_ID; a run goes on under the id in its folder"]
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(InstantiationException, match="got 'ofline', from WANDB_MODE"):
+        instantiate(composed(tmp_path, "logger=wandb").logger)
+
+
+def test_a_disabled_dashboard_is_none(tmp_path: Path) -> None:
+    """A job that was finished without one is done again where one is asked for."""
+    loggers = {
+        word: composed(tmp_path, "logger=wandb", f"logger.mode={word}").logger for word in ("offline", "disabled")
+    }
+    assert list(dashboards(loggers["disabled"])) == []
+    assert list(dashboards(loggers["offline"])) == ["tfmq_exp.tracking.wandb_mirror.Wandb"]
+    both = composed(tmp_path, "logger=many", "logger.wandb.mode=disabled").logger
+    assert "tfmq_exp.tracking.wandb_mirror.Wandb" not in list(dashboards(OmegaConf.to_container(both)))
+
+
+def test_a_run_of_weights_and_biases_takes_folder_name_and_tags_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    started: dict[str, Any] = {}
+
+    class Run:
+        dir, offline = str(tmp_path / "elsewhere/wandb/offline-run-1/files"), True
+
+        def define_metric(self, *_: object, **__: object) -> None:
+            """As wandb's."""
+
+    monkeypatch.setattr(wandb, "init", lambda **given: started.update(given) or Run())
+    for name, value in (("DIR", str(tmp_path / "elsewhere")), ("NAME", "mine"), ("TAGS", "a,b"), ("MODE", "online")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    mirror = Wandb("project").open(card(tmp_path))
+    assert (started["dir"], started["name"]) == (str(tmp_path / "elsewhere"), "mine")
+    assert started["tags"] == ("digits", "w4a8", "a", "b")
+    assert mirror.where() == [
+        f"Weights & Biases, offline: upload it with: wandb sync {tmp_path}/elsewhere/wandb/offline-run-1",
+        "Weights & Biases: logger.mode=offline stands above WANDB_MODE=online",
+    ]

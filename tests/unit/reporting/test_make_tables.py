@@ -84,3 +84,37 @@ def test_the_headline_says_which_rows_are_simulated(
     assert ", simulated quantization**" in capsys.readouterr().out
     assert run(monkeypatch, str(deployed), "--paper", "tfmq", "--table", "2") == 0
     assert "3.50 (1 seed)" in capsys.readouterr().out  # papers simulate: an engine's row is not beside them
+
+
+def test_scripts_read_outputs_where_nothing_is_given(
+    deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = tmp_path / "outputs/runs/day/one"
+    run_folder.mkdir(parents=True)
+    (deployed / "results.json").rename(run_folder / "results.json")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch) == 0
+    assert "| tfmq |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    assert runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]() == 0
+    assert capsys.readouterr().out.startswith("outputs/report.html: 1 runs")
+    assert (tmp_path / "outputs/report.html").is_file()
+
+
+def test_the_report_lies_where_its_first_source_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "saved.jsonl"
+    source.write_text((ROOT / "docs/results/compare_digits.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(source)])
+    assert runpy.run_path(str(ROOT / "scripts" / "report.py"))["main"]() == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_what_a_record_is_called_reaches_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [record("\x1b[2Jx [/]", "w4a8", 1.0).to_json()]}))
+    assert run(monkeypatch, str(tmp_path)) == 0
+    assert "| \\x1b[2Jx [/] |" in capsys.readouterr().out
+    (tmp_path / "results.json").write_text("\x1b")
+    assert run(monkeypatch, str(tmp_path), "--out", str(tmp_path / "no/where")) == 1
+    assert capsys.readouterr().err.startswith("error: ")

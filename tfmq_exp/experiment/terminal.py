@@ -1,0 +1,106 @@
+"""What the program says, wherever that goes: a terminal of any width and encoding, a file, a pipe whose reader has left."""
+
+import io
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+# C0 and C1 codes but tabulator and line feed, separators of lines, signs that turn the direction of writing, surrogates.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""The same text with control characters written as their codes, `\x1b` for escape: a terminal obeys none of them."""
+    return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class Terminal(Console):
+    """A console that shows names as they are: nothing in them is markup, an emoji or a control sequence.
+
+    It is interactive, and has moving bars, on a real terminal alone, whatever the environment says of colours. When the
+    reader of its output leaves, as `head` does, the work goes on without a word.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+        self.is_interactive = self.is_interactive and self.file.isatty()
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text of whoever: its control characters are shown."""
+        return super().render_str(visible(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more."""
+        self.quiet = True
+        discard(self.file)
+
+
+def say(console: Console, text: str) -> None:
+    """One line, however long, as it is."""
+    console.print(Text(visible(text)), soft_wrap=True)
+
+
+def say_error(console: Console, text: str) -> None:
+    """One line that begins with `error:`, however long."""
+    console.print(Text.assemble(("error:", "bold red"), f" {visible(text)}"), soft_wrap=True)
+
+
+class VisibleFormatter(logging.Formatter):
+    """Lines of a log in which control characters are shown."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record."""
+        return visible(super().format(record))
+
+
+def open_streams() -> None:
+    """Have standard streams that are open and take any text; what their encoding lacks is replaced by a question mark.
+
+    A closed stream leaves its number to the next file that is opened, into which libraries would then print.
+    """
+    logging.raiseExceptions = False  # a log that nobody reads any more needs no traceback
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Around a whole program: it may print any text, and its reader may leave.
+
+    Raises:
+        SystemExit: with the status of a program that SIGPIPE ended, when it was printing what is all that it makes.
+    """
+    open_streams()
+    try:
+        yield
+    except BrokenPipeError:
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                discard(stream)
+
+
+def discard(stream: Any) -> None:
+    """Send what a stream still holds, and all that follows, nowhere."""
+    with suppress(OSError, ValueError):  # it may be no file of the system's
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
