@@ -20,11 +20,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from tfmq_exp.reporting.alike import distinctions
 from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import FORMATS, by_protocol, execution, pivot, render, table
+from tfmq_exp.reporting.tables import FORMATS, by_protocol, devices, execution, pivot, render, table
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them
@@ -108,23 +109,28 @@ def made(args: argparse.Namespace) -> str:
     if rows:
         comparison = compare(rows, records, args.model)
         return as_csv(comparison) if args.format == "csv" else as_markdown(comparison)
-    return "\n".join(titled(group, args) for group in by_protocol(records))
+    groups = by_protocol(records)
+    words = distinctions([group[0] for group in groups], [how_made(group[0]) for group in groups])
+    return "\n".join(titled(group, further, args) for group, further in zip(groups, words, strict=True))
 
 
-def titled(records: list[ScoreRecord], args: argparse.Namespace) -> str:
-    """One table; in markdown, under a line that says how it was made."""
+def how_made(record: ScoreRecord) -> str:
+    """The protocol of a table in a line."""
+    sampler = record.protocol["sampler"]
+    return (
+        f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
+        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}"
+    )
+
+
+def titled(records: list[ScoreRecord], further: str, args: argparse.Namespace) -> str:
+    """One table; in markdown, under a line that says how it was made, and `further` what tells it from others like it."""
     methods = args.methods or sorted({record.method for record in records})
     shown = [record for record in records if record.method in methods] if args.pivot else records
     body = render(*(pivot(records, args.pivot, methods) if args.pivot else table(records)), args.format)
     if args.format == "csv":
         return body
-    record = records[0]
-    sampler = record.protocol["sampler"]
-    title = (
-        f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
-        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}, "
-        f"{execution(shown)}"
-    )
+    title = ", ".join(filter(None, (how_made(records[0]), further, execution(shown), devices(shown))))
     return f"**{title}**\n\n{body}"
 
 

@@ -20,5 +20,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """JSON."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))
+    """JSON, which has no NaN and no infinity: ValueError for data with one."""
+    try:
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path.name} would hold a number that is not finite: {error}") from error
+    write_atomically(path, lambda p: p.write_text(text))

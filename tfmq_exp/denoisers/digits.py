@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.finite import require_finite_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 16
@@ -89,7 +90,7 @@ def read_weights(network: nn.Module, path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not this network's weights.
+        ValueError: damaged, not this network's weights, or weights that are not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; make them with `python scripts/train_digits.py all`")
@@ -97,6 +98,7 @@ def read_weights(network: nn.Module, path: Path) -> str:
         network.load_state_dict(load_file(path), strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or holds another network's weights: {error}") from error
+    require_finite_weights(network, f"{path}: the weights")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

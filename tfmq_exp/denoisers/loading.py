@@ -9,9 +9,12 @@ from typing import Any
 import yaml
 
 from tfmq_exp.denoisers import diffusers_folder, original
+from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.published import where_to_find
 from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files
+from tfmq_exp.finite import require_finite, require_finite_weights
 
 
 def hash_file(path: Path) -> str:
@@ -53,6 +56,25 @@ def read_architecture(config: Mapping[str, Any] | str | Path | None) -> Mapping[
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no architecture: expected names with values")
     return content
+
+
+def check_weights(path: Path, parts: Parts) -> None:
+    """Look at all weights that were read, of every network, in their own precision.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite, which a damaged file and a training that diverged leave; names file and tensor.
+    """
+    inside = {
+        "unet": parts.unet,
+        "first_stage": getattr(parts.first_stage, "network", None),
+        "text_encoder": getattr(parts.encoder, "model", None),
+    }
+    folders = diffusers_folder.folders(path) if path.is_dir() else {}
+    for name, network in inside.items():
+        if network is not None:
+            require_finite_weights(network, f"{folders.get(name, path)}: the weights of {name}")
+    if isinstance(parts.encoder, ClassEmbedder):
+        require_finite(parts.encoder.embedding, f"{path}: the weights of the class embedding")
 
 
 def load_denoiser(
@@ -99,6 +121,7 @@ def load_denoiser(
             parts = diffusers_folder.load(path, architecture, tokenizer=words, decode_rows=decode_rows)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    check_weights(path, parts)
     described = [architecture, diffusers_folder.architecture(path)] if path.is_dir() else architecture
     settings = {"ema": ema, "architecture_sha256": hash_json(described)}
     if isinstance(parts.encoder, TextEncoder):

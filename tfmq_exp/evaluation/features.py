@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.finite import require_finite
+from tfmq_exp.kinds import COUNT, check_fields
+
 
 class Features(NamedTuple):
     """Pooled features (FID, KID, precision, recall), spatial features (sFID) and logits (IS)."""
@@ -36,11 +39,17 @@ class Extractor:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"an extractor's batch must be at least 1, got {self.batch}")
+        check_fields(self, batch=COUNT)
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "images channels height width"]) -> Features:
-        """Features of any number of images, float32, on the CPU."""
+        """Features of any number of images, float32, on the CPU.
+
+        Raises:
+            NotFiniteError: a feature is NaN or infinite, and no score could be told from it.
+        """
         parts = [self.network(batch) for batch in images.split(self.batch)]
-        return Features(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))
+        found = Features(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))
+        for name, features in found._asdict().items():
+            require_finite(features, f"what the extractor makes of the images ({name} features)")
+        return found

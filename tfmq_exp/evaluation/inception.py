@@ -29,6 +29,7 @@ from tfmq_exp.denoisers.checkpoint import read_tensors
 from tfmq_exp.evaluation.evaluator import MANIFOLD_IMAGES, CaptionJudge, Evaluator
 from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
+from tfmq_exp.finite import require_finite_weights
 
 NAME = "Inception 2015-12-05, torch-fidelity"
 RELEASED = "weights-inception-2015-12-05-6726825d.pth"
@@ -72,7 +73,7 @@ def load_inception(path: Path) -> Inception:
 
     Raises:
         FileNotFoundError: no such file; says where it is published.
-        ValueError: damaged, refused by `read_tensors`, or another network's weights.
+        ValueError: damaged, refused by `read_tensors`, another network's weights, or weights that are not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -91,6 +92,7 @@ def load_inception(path: Path) -> Inception:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds weights of another network than {RELEASED}: {reason}") from error
+    require_finite_weights(network, f"{path}: the weights")
     return network.requires_grad_(False).eval()
 
 

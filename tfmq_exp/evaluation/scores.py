@@ -14,7 +14,9 @@ from tfmq_exp.evaluation.inception_score import SPLITS, inception_score, incepti
 from tfmq_exp.evaluation.moments import Moments, frechet_distance
 from tfmq_exp.evaluation.neighbours import kernel_distance, precision_recall
 from tfmq_exp.evaluation.references import ReferenceStatistics
+from tfmq_exp.finite import NotFiniteError
 
+NEED_MORE = ("is", "kid", "precision", "recall")  # nan of too few images, which a warning says
 log = logging.getLogger(__name__)
 
 
@@ -114,10 +116,10 @@ class Scores:
     def compute(self) -> dict[str, float]:
         """Lower is better for `fid`, `sfid`, `kid`; higher for `is`, `is_adm`, `precision`, `recall`, `clip`.
 
-        The last five are there where the evaluator asks for them. nan where there are too few images for a score.
+        The last four are there where the evaluator asks for them. A score that needs more images is left out.
 
         Raises:
-            ValueError: fewer than two images, or some are missing.
+            ValueError: fewer than two images, some are missing, or a score without a value.
         """
         rows = self.gathered()
         count, device = len(rows.logits), self.evaluator.extract.device
@@ -137,7 +139,14 @@ class Scores:
             scores["precision"], scores["recall"] = precision_recall(real, generated)
         if self.evaluator.clip is not None:
             scores["clip"] = max(0.0, float(rows.clip.double().mean()))
-        return scores
+        few = {name for name in NEED_MORE if name in scores and math.isnan(scores[name])}
+        if wrong := [
+            f"{name} is {value}" for name, value in scores.items() if name not in few and not math.isfinite(value)
+        ]:
+            raise NotFiniteError(
+                f"no table can have these scores: {', '.join(wrong)}, of {count} images by {self.evaluator.name}"
+            )
+        return {name: value for name, value in scores.items() if name not in few}
 
     def _warn_of_few(self, count: int) -> None:
         """A covariance of too few images is singular, and the distance is biased by their number."""

@@ -100,13 +100,15 @@ def build_stages(
 ) -> Stages:
     """All objects of a run. The only place where configuration becomes objects."""
     make: Any = functools.partial(instantiate, _convert_="all")
+    # first what is made in no time: a number that cannot be right is told before gigabytes are read
+    sampling, method = Sampling(make(cfg.sampler), **make(cfg.model.sampling)), make(cfg.method)
     denoiser = make(cfg.model.denoiser)
     denoiser.to(device)
     protocol, runtime = cfg.model.protocol, cfg.runtime
     return Stages(
         denoiser=denoiser,
-        sampling=Sampling(make(cfg.sampler), **make(cfg.model.sampling)),
-        method=make(cfg.method),
+        sampling=sampling,
+        method=method,
         real_images=functools.partial(make, cfg.data),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),

@@ -18,8 +18,9 @@ LEARNING = "model.protocol."
 
 
 def protocol(stages: Stages) -> dict[str, Any]:
-    """What makes rows comparable: sampler, images, the rule that makes them bytes, calibration."""
+    """What makes rows comparable: the float network, sampler, images, the rule that makes them bytes, calibration."""
     return {
+        "network": describe({**stages.network_inputs, "schedule": dict(stages.denoiser.schedule)}),
         "sampler": describe(stages.sampling.sampler),
         "conditioning": describe(stages.sampling.conditioning),
         "guidance": stages.sampling.guidance,

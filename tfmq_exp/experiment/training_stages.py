@@ -134,7 +134,8 @@ class TrainingStages(FloatStages):
             watcher = UnitProgress(advance, self.mirror, "weights")
             keeper = UnitFiles(folder / "units", watcher.curves, self.store.write)
             task = self.training_task(folder / "checkpoints", keeper, watcher)
-            training(task)
+            with naming_rates("method.weights"):
+                training(task)
         self.shown_losses |= watcher.shown
         if self.processes.first:
             keeper.write_notes(folder)

@@ -32,7 +32,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
         ("model.protocol.images", 0, "a whole number, at least 1"),
         ("model.protocol.iterations", True, "a whole number, at least 1"),
         ("model.protocol.learning_rate", 0.0, "a number above 0"),
-        ("model.protocol.eta", math.nan, "a number, at least 0"),
+        ("model.protocol.eta", math.nan, "a number from 0 to 1"),
         ("model.protocol.qat_average", 1.5, "a number, at least 0 and below 1"),
         ("model.protocol.qat_mirrored", "no", "true or false"),
         ("method.weights.protocol.clip", -1, "a number above 0, or null"),
