@@ -127,9 +127,12 @@ def titled(records: list[ScoreRecord], further: str, args: argparse.Namespace) -
     """One table; in markdown, under a line that says how it was made, and `further` what tells it from others like it."""
     methods = args.methods or sorted({record.method for record in records})
     shown = [record for record in records if record.method in methods] if args.pivot else records
-    body = render(*(pivot(records, args.pivot, methods) if args.pivot else table(records)), args.format)
+    header, rows = pivot(records, args.pivot, methods) if args.pivot else table(records)
     if args.format == "csv":
-        return body
+        if further:  # a column of its own: nothing else would tell these lines from another table's
+            header, rows = ["table", *header], [[further, *row] for row in rows]
+        return render(header, rows, args.format)
+    body = render(header, rows, args.format)
     title = ", ".join(filter(None, (how_made(records[0]), further, execution(shown), devices(shown))))
     return f"**{title}**\n\n{body}"
 

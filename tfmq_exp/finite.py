@@ -25,12 +25,12 @@ class DivergedError(NotFiniteError):
     def __init__(self, what: str, iteration: int, of: int, loss: float, rates: Mapping[str, float]) -> None:
         named = " or ".join(f"{key} (now {value:g})" for key, value in rates.items())
         super().__init__(f"{what} diverged: its loss is {loss} at iteration {iteration} of {of}; lower {named}")
-        self.parts = (what, iteration, of, loss, rates)
+        self.what, self.iteration, self.of, self.loss, self.rates = what, iteration, of, loss, rates
 
     def under(self, key: str) -> "DivergedError":
         """The same where the rates' places are below a key."""
-        *rest, rates = self.parts
-        return DivergedError(*rest, {f"{key}.{name}": value for name, value in rates.items()})
+        rates = {f"{key}.{name}": value for name, value in self.rates.items()}
+        return DivergedError(self.what, self.iteration, self.of, self.loss, rates)
 
 
 def require_finite(x: Tensor, what: str) -> Tensor:

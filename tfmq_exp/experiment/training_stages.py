@@ -15,6 +15,7 @@ from tfmq_exp.data.source import ImageSource
 from tfmq_exp.experiment.float_stages import FloatStages
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
 from tfmq_exp.experiment.store import Entry
+from tfmq_exp.finite import naming_rates
 from tfmq_exp.quant.sources.intervals import Intervals
 from tfmq_exp.reconstruction.report import Keeper, Watcher
 from tfmq_exp.sampling.schedule import alphas_cumprod

@@ -1,7 +1,7 @@
 """The quantized UNet: the float network with some layers replaced by their quantized twins."""
 
 import copy
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -119,12 +119,15 @@ class QuantizedUNet(nn.Module):
         """Meanwhile, where an activation is not finite, say which one and at which timesteps."""
         last: tuple[str, Tensor, Tensor] | None = None
 
-        def note(name: str, x: Tensor) -> None:
-            nonlocal last
-            last = name, x, self.clock.t
+        def noting(name: str) -> Callable[[nn.Module, Any], None]:
+            def note(_: nn.Module, args: Any) -> None:
+                nonlocal last
+                last = name, args[0], self.clock.t
+
+            return note
 
         handles = [
-            quantizer.register_forward_pre_hook(lambda _module, args, name=name: note(name, args[0]))
+            quantizer.register_forward_pre_hook(noting(name))
             for name, quantizer in self.activation_quantizers().items()
         ]
         try:
