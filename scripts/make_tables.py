@@ -110,8 +110,10 @@ def made(args: argparse.Namespace) -> str:
         comparison = compare(rows, records, args.model)
         return as_csv(comparison) if args.format == "csv" else as_markdown(comparison)
     groups = by_protocol(records)
-    words = distinctions([group[0] for group in groups], [how_made(group[0]) for group in groups])
-    return "\n".join(titled(group, further, args) for group, further in zip(groups, words, strict=True))
+    plain = [how_made(group[0]) for group in groups]
+    words = distinctions([group[0] for group in groups], plain)
+    titles = [", ".join(filter(None, pair)) for pair in zip(plain, words, strict=True)]
+    return "\n".join(titled(group, title, args) for group, title in zip(groups, titles, strict=True))
 
 
 def how_made(record: ScoreRecord) -> str:
@@ -123,18 +125,15 @@ def how_made(record: ScoreRecord) -> str:
     )
 
 
-def titled(records: list[ScoreRecord], further: str, args: argparse.Namespace) -> str:
-    """One table; in markdown, under a line that says how it was made, and `further` what tells it from others like it."""
+def titled(records: list[ScoreRecord], title: str, args: argparse.Namespace) -> str:
+    """One table; in markdown, under a line that says how it was made, in CSV with a column that does."""
     methods = args.methods or sorted({record.method for record in records})
     shown = [record for record in records if record.method in methods] if args.pivot else records
     header, rows = pivot(records, args.pivot, methods) if args.pivot else table(records)
     if args.format == "csv":
-        if further:  # a column of its own: nothing else would tell these lines from another table's
-            header, rows = ["table", *header], [[further, *row] for row in rows]
-        return render(header, rows, args.format)
-    body = render(header, rows, args.format)
-    title = ", ".join(filter(None, (how_made(records[0]), further, execution(shown), devices(shown))))
-    return f"**{title}**\n\n{body}"
+        return render([*header, "table"], [[*row, title] for row in rows], args.format)
+    line = ", ".join(filter(None, (title, execution(shown), devices(shown))))
+    return f"**{line}**\n\n{render(header, rows, args.format)}"
 
 
 if __name__ == "__main__":
