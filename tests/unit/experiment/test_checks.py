@@ -39,7 +39,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
         ("method.weights.protocol.first_rate", 0, "a number above 0, at most 1"),
         ("method.weights.protocol.untold", 2, "a number from 0 to 1"),
         ("runtime.batch", 2.0, "a whole number, at least 1"),
-        ("runtime.threads", 0, "a whole number, at least 1, or null"),
+        ("runtime.threads", 0, "a whole number, at least 1 and below 2**31, or null"),
         ("runtime.cache_gib", -1, "a number, at least 0"),
         ("diagnosis.samples", "few", "a whole number, at least 1"),
     ],
