@@ -82,7 +82,9 @@ def score_records(
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
-    if stages.method.weights.data == "images":  # settings of one name, trained on other images, are no seeds of each other
+    if (
+        stages.method.weights.data == "images"
+    ):  # settings of one name, trained on other images, are no seeds of each other
         quantized["trained_on"] = stages.examples.key[:8]
     return [
         ScoreRecord(
