@@ -198,8 +198,9 @@ def test_a_weight_without_a_range_is_named(tiny_unet: nn.Module) -> None:
 
 def test_scales_that_learning_has_spoiled_are_named(tiny_unet: nn.Module) -> None:
     model = quantizable(tiny_unet)
-    name, quantizer = list(model.activation_quantizers().items())[2]
-    for other in model.activation_quantizers().values():
+    quantizers: dict[str, Any] = dict(model.activation_quantizers())
+    name, quantizer = list(quantizers.items())[2]
+    for other in quantizers.values():
         other.source.observe(torch.randn(1, 3)) if not other.source.per_step else other.source.scale.fill_(1.0)
         other.source.zero_point.nan_to_num_()
     quantizer.source.scale.fill_(math.inf)
@@ -276,4 +277,4 @@ def test_relative_errors() -> None:
     assert relative(error, size, "x").tolist() == [0.0, 0.0, 0.75]
     for wrong in ((1.0, 0.0), (math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0)):
         with pytest.raises(NotFiniteError, match="the relative error of x"):
-            relative(*map(torch.tensor, wrong), "x")
+            relative(torch.tensor(wrong[0]), torch.tensor(wrong[1]), "x")
