@@ -25,7 +25,7 @@ from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import FORMATS, by_protocol, headline, pivot, render, table
+from tfmq_exp.reporting.tables import FORMATS, by_protocol, headline, pivot, render, table, titles
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them
@@ -109,17 +109,19 @@ def made(args: argparse.Namespace) -> str:
     if rows:
         comparison = compare(rows, records, args.model)
         return as_csv(comparison) if args.format == "csv" else as_markdown(comparison)
-    return "\n".join(titled(group, args) for group in by_protocol(records))
+    groups = by_protocol(records)
+    named = zip(groups, titles(groups), strict=True)
+    return "\n".join(titled(group, title, args) for group, title in named)
 
 
-def titled(records: list[ScoreRecord], args: argparse.Namespace) -> str:
-    """One table; in markdown, under a line that says how it was made."""
+def titled(records: list[ScoreRecord], title: str, args: argparse.Namespace) -> str:
+    """One table; in markdown, under a line that says how it was made, in CSV with a column that does."""
     methods = args.methods or sorted({record.method for record in records})
     shown = [record for record in records if record.method in methods] if args.pivot else records
-    body = render(*(pivot(records, args.pivot, methods) if args.pivot else table(records)), args.format)
+    header, rows = pivot(records, args.pivot, methods) if args.pivot else table(records)
     if args.format == "csv":
-        return body
-    return f"**{headline(records, shown)}**\n\n{body}"
+        return render([*header, "table"], [[*row, title] for row in rows], args.format)
+    return f"**{headline(title, shown)}**\n\n{render(header, rows, args.format)}"
 
 
 if __name__ == "__main__":

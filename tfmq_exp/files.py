@@ -21,8 +21,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """JSON in UTF-8, whatever the locale; a name of a file that is no text keeps its bytes, in JSON's own notation."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    """JSON in UTF-8, whatever the locale; a name of a file that is no text keeps its bytes, in JSON's own notation.
+
+    Raises:
+        ValueError: data with a NaN or an infinity, which JSON does not have.
+    """
+    try:
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path.name} would hold a number that is not finite: {error}") from error
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 

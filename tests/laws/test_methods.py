@@ -296,7 +296,7 @@ def test_computing_features_changes_nothing(tiny_unet: nn.Module) -> None:
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_stored_features_have_2_to_8_bits(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"2 to 8 bits, got {bits}"):
+    with pytest.raises(ValueError, match=f"bits must be a whole number from 2 to 8, got {bits}"):
         CacheFeatures(bits, "always")
 
 

@@ -494,7 +494,9 @@ def test_annealing_is_off_during_warmup_then_falls_linearly() -> None:
 
 @pytest.mark.parametrize(("iterations", "batch"), [(0, 8), (10, 0)])
 def test_empty_recipes_are_refused(iterations: int, batch: int) -> None:
-    with pytest.raises(ValueError, match=f"got {iterations} and {batch}"):
+    with pytest.raises(
+        ValueError, match=r"Recipe\.(iterations|batch) must be a whole number, at least 1 .*, got -?\d+$"
+    ):
         Recipe(iterations, batch, Lp(), QuantizedInputs(), LearnRounding(1e-3, 0.01, Annealing(0.2, 20.0, 2.0)))
 
 

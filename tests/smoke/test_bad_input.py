@@ -52,11 +52,20 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
         (("+method.weights.iterz=5",), "iterz"),
         (("trainer=gpu",), "CUDA"),
         (("method/scales=dynamic", "method.scales.temporal.per=sometimes"), "sometimes"),
-        (("method/scales=intervals", "method.scales.temporal.count=0"), "1 to 1000, got 0"),
+        (
+            ("method/scales=intervals", "method.scales.temporal.count=0"),
+            "temporal.count must be a whole number, at least 1",
+        ),
         (("method/scales=tdq", "method.scales.temporal.last=sometimes"), "sometimes"),
         (("method.surgery.grids.weights=sometimes",), "grids.weights must be one of"),
-        (("method/timesteps=normal", "method.timesteps.samples=0"), "0 samples"),
-        (("method/weights=jointly", "method.weights.recipe.inputs.keep=2"), "keep is a probability, got 2"),
+        (
+            ("method/timesteps=normal", "method.timesteps.samples=0"),
+            "timesteps.samples must be a whole number, at least 1",
+        ),
+        (
+            ("method/weights=jointly", "method.weights.recipe.inputs.keep=2"),
+            "inputs.keep must be a number from 0 to 1, got 2",
+        ),
         (("method/weights=reconstruct", "method.weights.recipe.rounding=null"), "this one neither"),
         (("method/temporal=cache", "method.temporal.select=sometimes"), "sometimes"),
         (("method/correction=noise", "method.correction.bias=sometimes"), "sometimes"),

@@ -216,7 +216,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     bad = subprocess.run([*command, "quant.weight=9"], capture_output=True, text=True, env=environment, check=False)
     assert bad.returncode == 1
     said, where = bad.stdout.strip().splitlines()
-    assert said == "error: weight bits must be 2 to 8 or null (float), got 9"
+    assert said == "error: quant.weight must be a whole number from 2 to 8, or null (float), got 9"
     assert where.startswith("its traceback is in ")
     assert "Traceback" in Path(where.removeprefix("its traceback is in ")).read_text()
     assert "Traceback" not in bad.stderr

@@ -74,7 +74,7 @@ def test_a_failed_job_leaves_the_others_alone_and_a_second_sweep_finds_them(
     assert sweep(*overrides) == 1
     assert [status.state for status in statuses(tmp_path)] == ["failed", "done"]
     first, said = last_sweep(tmp_path), capsys.readouterr().out
-    reason = "weight bits must be 2 to 8 or null (float), got 9"
+    reason = "quant.weight must be a whole number from 2 to 8, or null (float), got 9"
     assert f"error: {reason}" in said
     assert re.search(rf"failed: {first}/0-\S+: {re.escape(reason)}\n", said)
     made = [hit["computed"] for path in first.rglob("artifacts.json") for hit in json.loads(path.read_text()).values()]

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.kinds import AMOUNT, COUNT, SEED, SHARE, SWITCH, check_fields
 
 
 class TimestepPolicy(Protocol):
@@ -29,8 +30,7 @@ class EveryKth:
     k: int = 1
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
+        check_fields(self, k=COUNT)
 
     def __call__(self, data: CalibrationSet) -> CalibrationSet:
         """The part of the set that is kept."""
@@ -67,8 +67,7 @@ class NormallyDistributed:
     released_labels: bool = False
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.std < 0:
-            raise ValueError(f"{self.samples} samples with a spread of {self.std} cannot be drawn")
+        check_fields(self, samples=COUNT, mean=SHARE, std=AMOUNT, seed=SEED, released_labels=SWITCH)
 
     def levels(self, steps: int) -> Int[Tensor, "samples"]:
         """The drawn noise levels."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.checkpoint import read_tensors
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.file_kind import why_missing
+from tfmq_exp.finite import require_finite_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 16
@@ -89,7 +90,7 @@ def read_weights(network: nn.Module, path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not this network's weights.
+        ValueError: damaged, not this network's weights, or weights that are not finite.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -99,6 +100,7 @@ def read_weights(network: nn.Module, path: Path) -> str:
         network.load_state_dict(read_tensors(path), strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} holds another network's weights: {' '.join(str(error).split())}") from error
+    require_finite_weights(network, f"{path}: the weights")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.denoisers.assigning import assign_weights
 from tfmq_exp.denoisers.compvis import ddim_key
+from tfmq_exp.kinds import COUNT, POSITIVE
 
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
 
@@ -32,8 +33,10 @@ class LatentDecoder:
     """
 
     def __init__(self, network: AutoencoderKL | VQModel, scale: float, rows: int = 8) -> None:
-        if scale <= 0 or rows < 1:
-            raise ValueError(f"scale and rows must be positive, got {scale} and {rows}")
+        if not POSITIVE.fits(scale):
+            raise ValueError(f"the latents' scale factor must be {POSITIVE.right}, got {scale!r}")
+        if not COUNT.fits(rows):
+            raise ValueError(f"decode_rows must be {COUNT.right}, got {rows!r}")
         self.network: Any = network
         self.scale, self.rows = scale, rows
 

@@ -9,12 +9,15 @@ from typing import Any
 import yaml
 
 from tfmq_exp.denoisers import diffusers_folder, original
+from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.denoisers.inspection import inspect
+from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.published import where_to_find
 from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files, tokenizer_settings
 from tfmq_exp.denoisers.weight_files import weight_files
+from tfmq_exp.finite import require_finite, require_finite_weights
 
 
 def hash_file(path: Path) -> str:
@@ -58,6 +61,25 @@ def read_architecture(config: Mapping[str, Any] | str | Path | None) -> Mapping[
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no architecture: expected names with values")
     return content
+
+
+def check_weights(path: Path, parts: Parts) -> None:
+    """Look at all weights that were read, of every network, in their own precision.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite, which a damaged file and a training that diverged leave; names file and tensor.
+    """
+    inside = {
+        "unet": parts.unet,
+        "first_stage": getattr(parts.first_stage, "network", None),
+        "text_encoder": getattr(parts.encoder, "model", None),
+    }
+    folders = diffusers_folder.folders(path) if path.is_dir() else {}
+    for name, network in inside.items():
+        if network is not None:
+            require_finite_weights(network, f"{folders.get(name, path)}: the weights of {name}")
+    if isinstance(parts.encoder, ClassEmbedder):
+        require_finite(parts.encoder.embedding, f"{path}: the weights of the class embedding")
 
 
 def load_denoiser(
@@ -106,6 +128,7 @@ def load_denoiser(
             parts = original.load(path, architecture, ema=ema, tokenizer=words, decode_rows=decode_rows)
         else:
             parts = diffusers_folder.load(path, architecture, tokenizer=words, decode_rows=decode_rows)
+        check_weights(path, parts)  # before the network runs: a weight that is not finite is named, not what came of it
         inspect(parts)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.evaluation.trajectory import STREAM
+from tfmq_exp.finite import relative
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 
@@ -85,4 +86,4 @@ def _sums(value: Tensor, wanted: Tensor) -> Float[Tensor, "4"]:
 def _relative(sums: Float[Tensor, "*any 4"]) -> Float[Tensor, "*any"]:
     error, total, squares, count = sums.unbind(-1)
     variance = (squares - total.square() / count) / (count - 1)
-    return error / count / variance
+    return relative(error / count, variance, "predictions or trajectories")

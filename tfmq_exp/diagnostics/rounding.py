@@ -46,7 +46,7 @@ def _compared(model: QuantizedUNet, float_unet: nn.Module, site: str) -> Row:
         largest = max(largest, int(steps.abs().max()))
         error += _squared(dequantize(chosen, qparams), piece)
         nearest_error += _squared(dequantize(nearest, qparams), piece)
-    power = float(weight.double().square().sum())
+    power = float(weight.double().square().sum()) or 1.0  # a weight of zeros has no error either
     return {
         "bits": parts[0].spec.bits,
         "weights": weight.numel(),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.diagnostics.partial import Part, all_float
+from tfmq_exp.finite import relative
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 THIRDS = ("first_third", "second_third", "last_third")
@@ -48,13 +49,21 @@ def prediction_errors(
 ) -> Row:
     """Squared error over the power of what was wanted: of all samples, and of those from each third of the sampling steps.
 
-    A third that has no samples is NaN.
+    A third that has no samples is None.
+
+    Raises:
+        NotFiniteError: predictions that are not finite, or of no power to measure an error by.
     """
     error = (found.double() - wanted.double()).square().flatten(1).sum(1)
     power = wanted.double().square().flatten(1).sum(1)
     third = step * 3 // steps
-    parts = {name: float(error[third == i].sum() / power[third == i].sum()) for i, name in enumerate(THIRDS)}
-    return {"relative_error": float(error.sum() / power.sum()), **parts}
+
+    def among(rows: Tensor) -> float | None:
+        whole = relative(error[rows].sum(), power[rows].sum(), "the predictions") if bool(rows.any()) else None
+        return None if whole is None else float(whole)
+
+    parts = {name: among(third == i) for i, name in enumerate(THIRDS)}
+    return {"relative_error": among(third >= 0), **parts}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfmq_exp.finite import require_finite
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
@@ -30,8 +31,13 @@ class Tally:
     drawn: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, q: QParams, values: int, generator: torch.Generator) -> None:
-        """Look at a batch under its scale and zero point; `values` of it at most are kept, drawn with replacement."""
+        """Look at a batch under its scale and zero point; `values` of it at most are kept, drawn with replacement.
+
+        Raises:
+            NotFiniteError: a value that is not finite, which no comparison would show.
+        """
         x, spec = x.detach().float(), self.spec
+        require_finite(torch.stack(x.aminmax()), "an activation while sampling")
         codes = (x / q.scale).round_().add_(q.zero_point)
         outside = (codes < spec.qmin).logical_or_(codes > spec.qmax).sum()
         squares = x.square().sum(dtype=torch.float64)

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tfmq_exp.denoisers.file_kind import kind_of
+from tfmq_exp.finite import require_finite_weights
 
 
 class ClipJudge:
@@ -23,7 +24,7 @@ class ClipJudge:
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.
-        ValueError: something else in the place of the weights.
+        ValueError: something else in the place of the weights, or weights that are not finite.
     """
 
     def __init__(self, folder: str, device: str | None = None) -> None:
@@ -41,6 +42,7 @@ class ClipJudge:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         local: dict[str, Any] = {"local_files_only": True}
         model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
+        require_finite_weights(model, f"{weights}: the weights")
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, **local)
         self.processor: Any = CLIPImageProcessorPil.from_pretrained(folder, **local)

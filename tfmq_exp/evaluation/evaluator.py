@@ -11,6 +11,7 @@ from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.digits import load_classifier
 from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
+from tfmq_exp.kinds import COUNT, SWITCH, check_fields
 
 MANIFOLD_IMAGES = 10_000  # as many as guided-diffusion's reference files hold for precision and recall
 
@@ -53,8 +54,7 @@ class Evaluator:
     manifold_images: int = MANIFOLD_IMAGES
 
     def __post_init__(self) -> None:
-        if self.manifold_images < 1:
-            raise ValueError(f"manifold_images must be at least 1, got {self.manifold_images}")
+        check_fields(self, kid=SWITCH, precision_recall=SWITCH, manifold_images=COUNT)
 
     @property
     def kept(self) -> int:

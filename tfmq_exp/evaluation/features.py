@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.finite import NotFiniteError
+from tfmq_exp.kinds import COUNT, check_fields
+
 
 class Features(NamedTuple):
     """Pooled features (FID, KID, precision, recall), spatial features (sFID) and logits (IS)."""
@@ -36,19 +39,18 @@ class Extractor:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"an extractor's batch must be at least 1, got {self.batch}")
+        check_fields(self, batch=COUNT)
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "images channels height width"]) -> Features:
         """Features of any number of images, float32, on the CPU.
 
         Raises:
-            ValueError: features that are not finite, of which no score can be made.
+            NotFiniteError: features that are not finite, of which no score can be made.
         """
         parts = [self.network(batch) for batch in images.split(self.batch)]
         features = Features(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))
         for name, values in features._asdict().items():
             if wrong := int((~values.isfinite().all(1)).sum()):
-                raise ValueError(f"the {name} features of {wrong} of {len(values)} images are not finite")
+                raise NotFiniteError(f"the {name} features of {wrong} of {len(values)} images are not finite")
         return features

@@ -30,6 +30,7 @@ from tfmq_exp.denoisers.file_kind import why_missing
 from tfmq_exp.evaluation.evaluator import MANIFOLD_IMAGES, CaptionJudge, Evaluator
 from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
+from tfmq_exp.finite import require_finite_weights
 
 NAME = "Inception 2015-12-05, torch-fidelity"
 RELEASED = "weights-inception-2015-12-05-6726825d.pth"
@@ -73,7 +74,7 @@ def load_inception(path: Path) -> Inception:
 
     Raises:
         FileNotFoundError: no such file; says where it is published.
-        ValueError: damaged, refused by `read_tensors`, or another network's weights.
+        ValueError: damaged, refused by `read_tensors`, another network's weights, or weights that are not finite.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -92,6 +93,7 @@ def load_inception(path: Path) -> Inception:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} holds weights of another network than {RELEASED}: {reason}") from error
+    require_finite_weights(network, f"{path}: the weights")
     return network.requires_grad_(False).eval()
 
 

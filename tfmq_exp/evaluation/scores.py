@@ -14,6 +14,7 @@ from tfmq_exp.evaluation.inception_score import SPLITS, inception_score, incepti
 from tfmq_exp.evaluation.moments import Moments, frechet_distance
 from tfmq_exp.evaluation.neighbours import NEIGHBOUR, kernel_distance, precision_recall
 from tfmq_exp.evaluation.references import ReferenceStatistics
+from tfmq_exp.finite import NotFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Scores:
             scores["clip"] = max(float(rows.clip.double().mean()), 0.0)  # in this order, nan stays
         for name, value in scores.items():
             if not math.isfinite(value):
-                raise ValueError(f"{self.evaluator.name}: the score {name} of {count} images is {value}")
+                raise NotFiniteError(f"{self.evaluator.name}: the score {name} of {count} images is {value}")
         return scores
 
     def _warn_of_few(self, count: int) -> None:

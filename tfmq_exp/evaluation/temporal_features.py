@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.anatomy import Anatomy, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import time_embedding
+from tfmq_exp.finite import relative
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
@@ -75,7 +76,7 @@ def _distances(
     columns = {
         "cosine_distance": 1 - torch.cosine_similarity(a, b, dim=1),
         "mse": mse,
-        "relative_mse": mse / b.square().mean(1),
+        "relative_mse": relative(mse, b.square().mean(1), f"the temporal feature {name}"),
     }
     values = {key: column.tolist() for key, column in columns.items()}
     return [

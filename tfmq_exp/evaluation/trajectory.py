@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.finite import relative
 from tfmq_exp.sampling.sampler import Predict, Step
 from tfmq_exp.sampling.sampling import Sampling
 
@@ -41,8 +42,8 @@ def trajectory_error(
             {
                 "step": step.index,
                 "t": step.t,
-                "eps_error": _relative(on_path, step.eps),
-                "x_error": _relative(other.x_next, step.x_next),
+                "eps_error": _relative(on_path, step.eps, f"the predicted noise at step {step.index + 1}"),
+                "x_error": _relative(other.x_next, step.x_next, f"the trajectory at step {step.index + 1}"),
             }
         )
         each_step(step.index)
@@ -54,5 +55,5 @@ def _predict(predict: Predict, step: Step, conditions: Conditions) -> Tensor:
     return predict(step.x, torch.full((len(step.x),), step.t, device=step.x.device), conditions)
 
 
-def _relative(value: Tensor, wanted: Tensor) -> float:
-    return float((value - wanted).square().mean() / wanted.var())
+def _relative(value: Tensor, wanted: Tensor, what: str) -> float:
+    return float(relative((value - wanted).square().mean(), wanted.var(), what))

@@ -102,14 +102,14 @@ def build_stages(
 ) -> Stages:
     """All objects of a run. The only place where configuration becomes objects."""
     make: Any = functools.partial(instantiate, _convert_="all")
-    sampling = make_sampling(cfg)  # first, for its files are read in no time
+    # first what is made in no time: a number that cannot be right is named before gigabytes are read
+    sampling, method = make_sampling(cfg), make(cfg.method)
+    method.correction.check(sampling.sampler)
     denoiser = make(cfg.model.denoiser)
     denoiser.to(device)
     sampling.check(denoiser)
     if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
         log.warning("%s", left)
-    method = make(cfg.method)
-    method.correction.check(sampling.sampler)
     protocol, runtime = cfg.model.protocol, cfg.runtime
     return Stages(
         denoiser=denoiser,

@@ -1,52 +1,34 @@
 """What is wrong with a job by its configuration alone. Light to import: a typing error is told before anything slow."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from tfmq_exp.kinds import (
+    AMOUNT,
+    ANY_COUNT,
+    COUNT,
+    DECAY,
+    POSITIVE,
+    POSITIVE_SHARE,
+    RATE,
+    SEED,
+    SHARE,
+    SWITCH,
+    Kind,
+    number,
+    optional,
+    whole,
+)
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
 DIAGNOSE, EXPORT = "diagnose", "export"  # these leave the way to scores once the model is finished
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a value may be.
-
-    Args:
-        right: in words.
-        fits: whether a value is one.
-    """
-
-    right: str
-    fits: Callable[[Any], bool]
-
-
-def whole(value: Any) -> bool:
-    """Python counts truth values as integers; nobody else does."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def number(value: Any) -> bool:
-    """Finite, too."""
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
-
-
-COUNT = Kind("a whole number, at least 1", lambda value: whole(value) and value >= 1)
-ANY_COUNT = Kind("a whole number, at least 0", lambda value: whole(value) and value >= 0)
-SEED = Kind("a whole number from 0 to 2**63 - 1", lambda value: whole(value) and 0 <= value < 2**63)
-THREADS = Kind(f"{COUNT.right}, or null", lambda value: value is None or COUNT.fits(value))
-RATE = Kind("a number above 0", lambda value: number(value) and value > 0)
-AMOUNT = Kind("a number, at least 0", lambda value: number(value) and value >= 0)
-BOUND = Kind(f"{RATE.right}, or null", lambda value: value is None or RATE.fits(value))
-SHARE = Kind("a number from 0 to 1", lambda value: number(value) and 0 <= value <= 1)
-POSITIVE_SHARE = Kind("a number above 0, at most 1", lambda value: number(value) and 0 < value <= 1)
-DECAY = Kind("a number, at least 0 and below 1", lambda value: number(value) and 0 <= value < 1)
-SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+FEWEST_SCORED = 2  # images: one has no covariance
+BITS, FLOAT_BITS = range(2, 9), "32"  # the latter in a name, for what stays float
+MINUTES = Kind("a number from 0 to 525600, a year", lambda value: number(value) and 0 <= value <= 525600)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
 GOAL = Kind(f"one of {', '.join((*GOALS, DIAGNOSE, EXPORT))}", lambda value: value in (*GOALS, DIAGNOSE, EXPORT))
 
 COUNTS = (
@@ -72,10 +54,12 @@ RATES = (
     "qat_learning_rate",
     "qat_range_rate",
 )
+FLAGS = ("dry_run", "repeat", "runtime.estimate", "runtime.traceback", "eval.kid", "eval.precision_recall")
 KINDS = {
     "goal": GOAL,
     "seed": SEED,
-    **dict.fromkeys(("dry_run", "repeat", "runtime.estimate", "runtime.traceback"), SWITCH),
+    **dict.fromkeys((*FLAGS, "model.denoiser.ema", "model.tie_qkv"), SWITCH),
+    **dict.fromkeys(("eval.batch", "eval.manifold_images", "model.denoiser.decode_rows"), COUNT),
     **{f"model.protocol.{name}": COUNT for name in COUNTS},
     **{f"model.protocol.{name}": RATE for name in RATES},
     "model.protocol.qat_warmup": ANY_COUNT,
@@ -86,20 +70,24 @@ KINDS = {
     "method.weights.protocol.weight_decay": AMOUNT,
     "method.weights.protocol.first_rate": POSITIVE_SHARE,
     "method.weights.protocol.average": DECAY,
-    "method.weights.protocol.clip": BOUND,
+    "method.weights.protocol.clip": optional(POSITIVE),
     "method.weights.protocol.untold": SHARE,
-    "model.protocol.eta": AMOUNT,
+    "model.protocol.eta": SHARE,
+    "model.sampling.guidance": AMOUNT,
     **dict.fromkeys(("runtime.batch", "runtime.processes", "runtime.parts"), COUNT),
-    **dict.fromkeys(("runtime.cache_gib", "runtime.checkpoint_minutes"), AMOUNT),
-    "runtime.threads": THREADS,
+    "runtime.cache_gib": AMOUNT,
+    "runtime.cache_dir": optional(TEXT),
+    "runtime.checkpoint_minutes": MINUTES,
+    "runtime.threads": optional(COUNT),
+    "engine.threads": optional(COUNT),
     **dict.fromkeys(("diagnosis.samples", "diagnosis.trajectories"), COUNT),
 }
 PATHS = ("path", "data.path", "model.denoiser.path", "eval.clip.folder")
 PLACES = ("outputs", "store", "checkpoints", "data", "inception")
-TEXT = Kind(
+PATH = Kind(
     "text, in quotes of its own where it looks like a number or a list", lambda value: isinstance(value, str | None)
 )
-KINDS |= dict.fromkeys(("name", *PATHS, *(f"paths.{name}" for name in PLACES)), TEXT)
+KINDS |= dict.fromkeys(("name", *PATHS, *(f"paths.{name}" for name in PLACES)), PATH)
 ABSENT = object()
 
 
@@ -113,8 +101,10 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default=ABSENT)  # a model of one's own may do without some of them
         if value is not ABSENT and not kind.fits(value):
             raise ValueError(f"{key} must be {kind.right}, got {value!r}")
-        if kind is TEXT and str(value).startswith("~"):
+        if kind is PATH and str(value).startswith("~"):
             raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
+    check_bits(cfg)
+    check_images(cfg)
     check_parts(cfg)
     if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
         raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
@@ -141,6 +131,39 @@ def real_images(cfg: DictConfig) -> DictConfig:
                 f"{key} has no value: give it one, {key}=...; goal=images scores nothing and needs no data"
             )
     return cfg.data
+
+
+def check_bits(cfg: DictConfig) -> None:
+    """Look at the bits, and at whether the name that results stand under says them.
+
+    Raises:
+        ValueError: bits that no grid has, no bits at all, or a name like w4a8 of other bits. What the command line changes
+            stands in the rows of tables beside the name.
+    """
+    digits: list[str] = []
+    for key, several in (("weight", ""), ("activation", ", a list of several")):
+        value = cfg.quant[key]
+        widths = list(value) if isinstance(value, ListConfig) and several else [value]
+        unfit = [bits for bits in widths if not (whole(bits) and bits in BITS)]
+        if value is not None and (unfit or not widths or len(set(widths)) < len(widths)):
+            right = f"a whole number from {BITS[0]} to {BITS[-1]}{several}, or null (float)"
+            raise ValueError(f"quant.{key} must be {right}, got {value!r}")
+        digits.append(FLOAT_BITS if value is None else "".join(map(str, widths)))
+    own, said = "w{}a{}".format(*digits), str(cfg.quant.name)
+    changed = [
+        text for text in HydraConfig.get().overrides.task if text.startswith(("quant.weight=", "quant.activation="))
+    ]
+    if re.fullmatch(r"w\d+a\d+", said) and own != said and not changed:
+        raise ValueError(f"quant.name must be {own}, whose bits these are, got {said!r}: results would stand under it")
+
+
+def check_images(cfg: DictConfig) -> None:
+    """ValueError for so few images that they have no score."""
+    images = OmegaConf.select(cfg, "model.protocol.images", default=FEWEST_SCORED)
+    if cfg.goal == GOALS[-1] and images < FEWEST_SCORED:
+        raise ValueError(
+            f"model.protocol.images must be at least {FEWEST_SCORED} for scores, got {images}: goal=images makes them alone"
+        )
 
 
 def check_parts(cfg: DictConfig) -> None:

@@ -20,6 +20,8 @@ from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.store import Entry, Store
 from tfmq_exp.experiment.tracking import stage_summary
 from tfmq_exp.files import write_atomically
+from tfmq_exp.finite import within
+from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.processes import Processes
 from tfmq_exp.reconstruction.run import Means
@@ -38,8 +40,7 @@ class CalibrationPlan:
     batch: int
 
     def __post_init__(self) -> None:
-        if self.images < 1 or self.batch < 1:
-            raise ValueError(f"calibration images and batch must be at least 1, got {self.images} and {self.batch}")
+        check_fields(self, images=COUNT, batch=COUNT)
 
     def batches(self) -> list[range]:
         """Trajectories that run together."""
@@ -164,13 +165,14 @@ class FloatStages:
                 for i, indices in enumerate(own):
                     if files[indices].is_file():
                         continue
-                    part = follow(
-                        self.denoiser,
-                        self.sampling,
-                        indices,
-                        seed=self.seed,
-                        each_step=lambda step, i=i: advance(i * len(self.calls) + step + 1, f"step {step + 1}"),
-                    )
+                    with within("calibration trajectories of the float network"):
+                        part = follow(
+                            self.denoiser,
+                            self.sampling,
+                            indices,
+                            seed=self.seed,
+                            each_step=lambda step, i=i: advance(i * len(self.calls) + step + 1, f"step {step + 1}"),
+                        )
                     write_atomically(files[indices], part.save)
             self.processes.wait()
             if self.processes.first:

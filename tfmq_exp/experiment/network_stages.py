@@ -15,6 +15,7 @@ from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, n
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.training_stages import TrainingStages
 from tfmq_exp.files import write_atomically
+from tfmq_exp.finite import naming_rates
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reconstruction.report import Learned
 from tfmq_exp.reconstruction.run import Task
@@ -80,7 +81,9 @@ class NetworkStages(TrainingStages):
         with self.bars.stage(name, 1) as advance:
             watcher = UnitProgress(advance, self.mirror, name)
             keeper = UnitFiles(folder / "units", watcher.curves, self.store.write)
-            phase(Task(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher))
+            task = Task(model, self.denoiser.unet, self.anatomy, data, self.means, seed, keeper, watcher)
+            with naming_rates(f"method.{name}"):
+                phase(task)
         self.shown_losses |= watcher.shown
         return keeper
 

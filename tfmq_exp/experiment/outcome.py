@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import shutil
 import signal
 import threading
@@ -18,6 +19,7 @@ from rich.console import Console
 from tfmq_exp.experiment.checks import check
 from tfmq_exp.experiment.status import State, begun, occupied
 from tfmq_exp.experiment.terminal import Terminal, open_streams, say, say_error
+from tfmq_exp.kinds import WrongValueError
 
 Work = Callable[[DictConfig, Path, Console], tuple[State, str]]
 # All that a run folder holds after a dry run.
@@ -123,10 +125,12 @@ def discard_plan(folder: Path) -> None:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Hydra wraps what a constructor raises; the user wants the reason."""
+    """Hydra wraps what a constructor raises; the user wants the reason, and of a wrong value its key, which Hydra knows."""
+    key = None
     while type(error).__module__.startswith("hydra.") and error.__cause__ is not None:
+        key = re.search(r"full_key: (\S+)", str(error))
         error = error.__cause__
-    return error
+    return ValueError(error.under(key[1])) if key and isinstance(error, WrongValueError) else error
 
 
 def one_line(error: BaseException) -> str:

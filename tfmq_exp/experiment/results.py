@@ -18,8 +18,9 @@ LEARNING = "model.protocol."
 
 
 def protocol(stages: Stages) -> dict[str, Any]:
-    """What makes rows comparable: sampler, images, the rule that makes them bytes, calibration."""
+    """What makes rows comparable: the float network, sampler, images, the rule that makes them bytes, calibration."""
     return {
+        "network": describe({**stages.network_inputs, "schedule": dict(stages.denoiser.schedule)}),
         "sampler": describe(stages.sampling.sampler),
         "conditioning": describe(stages.sampling.conditioning),
         **({"captions": dict(stages.captions)} if stages.captions else {}),
@@ -82,6 +83,10 @@ def score_records(
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
+    if (
+        stages.method.weights.data == "images"
+    ):  # settings of one name, trained on other images, are no seeds of each other
+        quantized["trained_on"] = stages.examples.key[:8]
     return [
         ScoreRecord(
             quant="fp32",

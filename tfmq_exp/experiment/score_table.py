@@ -48,8 +48,10 @@ def show_sweep(records: Sequence[ScoreRecord], folder: Path, console: Console) -
     """
     if not records:
         return
-    groups = [(tables.headline(group, group), tables.table(group)) for group in tables.by_protocol(records)]
-    for title, (header, ways) in groups:
+    groups = tables.by_protocol(records)
+    named = zip(tables.titles(groups), groups, strict=True)
+    shown = [(tables.headline(title, group), tables.table(group)) for title, group in named]
+    for title, (header, ways) in shown:
         order = [*NAMES, *(name for name in header if name not in (*NAMES, *COSTS))]
         rows = [[visible(way[header.index(name)]) for name in order] for way in ways]
         count = fitting(order, rows, 2, console.width)
@@ -59,7 +61,7 @@ def show_sweep(records: Sequence[ScoreRecord], folder: Path, console: Console) -
             headings = ["", *(f"{row[0]} {row[1]}" for row in rows)]
             columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(order) if i > 1]
             stacked(title, headings, columns, console)
-    text = "\n".join(f"**{title}**\n\n{tables.render(*table, 'markdown')}" for title, table in groups)
+    text = "\n".join(f"**{title}**\n\n{tables.render(*table, 'markdown')}" for title, table in shown)
     target = folder / "scores.md"
     write_atomically(target, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
     say(console, f"every column: {target}")

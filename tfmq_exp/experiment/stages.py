@@ -21,6 +21,8 @@ from tfmq_exp.evaluation.trajectory import trajectory_error
 from tfmq_exp.experiment.network_stages import NetworkStages
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.files import write_atomically, write_json
+from tfmq_exp.finite import within
+from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.sampling.images import STREAM, ImagePlan, sample_shard
 
 
@@ -29,6 +31,9 @@ class DiagnosticPlan:
     """How many trajectories are compared, float against quantized."""
 
     images: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, images=COUNT)
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,7 @@ class DiagnosisPlan:
     sensitivity: Literal["alone", "others"]
 
     def __post_init__(self) -> None:
-        for name in ("samples", "trajectories"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"diagnosis.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, samples=COUNT, trajectories=COUNT)
         if self.sensitivity not in ("alone", "others"):
             raise ValueError(f"diagnosis.sensitivity must be alone or others, got {self.sensitivity!r}")
 
@@ -95,16 +98,17 @@ class Stages(NetworkStages):
                 for shard in self.processes.own(self.images.shards()):
                     target = image_file(folder, shard)
                     if not target.is_file():
-                        images = sample_shard(
-                            predict,
-                            self.denoiser,
-                            sampling,
-                            self.images,
-                            shard,
-                            lambda step, shard=shard: advance(
-                                shard.start + len(shard) * (step + 1) / len(self.calls), f"step {step + 1}"
-                            ),
-                        )
+                        with within(f"{name} {shard.start} to {shard.stop - 1}"):
+                            images = sample_shard(
+                                predict,
+                                self.denoiser,
+                                sampling,
+                                self.images,
+                                shard,
+                                lambda step, shard=shard: advance(
+                                    shard.start + len(shard) * (step + 1) / len(self.calls), f"step {step + 1}"
+                                ),
+                            )
                         write_atomically(target, lambda path, images=images: save_file({"images": images}, path))
                     advance(shard.stop, "")
 

@@ -17,6 +17,7 @@ from tfmq_exp.data.source import ImageSource
 from tfmq_exp.experiment.float_stages import FloatStages
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
 from tfmq_exp.experiment.store import Entry
+from tfmq_exp.finite import naming_rates
 from tfmq_exp.quant.sources.intervals import Intervals
 from tfmq_exp.reconstruction.report import Keeper, Watcher
 from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
@@ -144,7 +145,8 @@ class TrainingStages(FloatStages):
             watcher = UnitProgress(advance, self.mirror, "weights")
             keeper = UnitFiles(folder / "units", watcher.curves, self.store.write)
             task = self.training_task(folder / "checkpoints", keeper, watcher)
-            training(task)
+            with naming_rates("method.weights"):
+                training(task)
         self.shown_losses |= watcher.shown
         if self.processes.first:
             keeper.write_notes(folder)

@@ -9,6 +9,7 @@ import torch
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.denoisers.anatomy import Anatomy
+from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.module import Recipe
 from tfmq_exp.reconstruction.partition import Unit
@@ -40,6 +41,9 @@ class Observe:
     batch: int
     timesteps: TimestepPolicy
 
+    def __post_init__(self) -> None:
+        check_fields(self, batch=COUNT)
+
     def effort(self, images: int, calls: int) -> Effort:
         """One pass."""
         return Effort(self.timesteps.count(images, calls), 0)
@@ -64,10 +68,11 @@ class Observe:
                 data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
             device = next(model.parameters()).device
             model.set_activations(Mode.OBSERVE)
-            for start in range(0, len(data), self.batch):
-                part = data[slice(start, start + self.batch)]
-                model(**part.inputs(device))
-                each_batch(start + len(part), len(data))
+            with model.naming_activations():
+                for start in range(0, len(data), self.batch):
+                    part = data[slice(start, start + self.batch)]
+                    model(**part.inputs(device))
+                    each_batch(start + len(part), len(data))
         model.set_activations(Mode.QUANTIZE)
 
 

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.finite import require_finite
+from tfmq_exp.kinds import COUNT, SWITCH, check_fields
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.sampling.sampler import DDIM, Predict, Sampler, VarianceCalibrated
 from tfmq_exp.sampling.sampling import Sampling
@@ -150,8 +152,7 @@ class NoiseCorrection:
     measures: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ValueError(f"noise statistics need at least one trajectory, got {self.images}")
+        check_fields(self, images=COUNT, keep_drift=SWITCH)
         if self.intercept not in ("channel", "shared"):
             raise ValueError(f"intercept must be channel or shared, got {self.intercept!r}")
         if self.bias not in ("residual", "total"):
@@ -168,7 +169,13 @@ class NoiseCorrection:
             )
 
     def estimate(self, moments: NoiseMoments, timesteps: tuple[int, ...]) -> NoiseStatistics:
-        """k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance."""
+        """k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance.
+
+        Raises:
+            NotFiniteError: the noise of a step is NaN or infinite; names its timestep.
+        """
+        for step, t in enumerate(timesteps):
+            require_finite(moments.dd[step], f"the quantization noise at timestep {t}, squared,")
         per_channel = moments.pixels * moments.e.shape[1]
         mean = {name: getattr(moments, name).sum(1) / per_channel for name in ("e", "d", "ee", "dd", "ed")}
         if self.intercept == "shared":
@@ -188,6 +195,8 @@ class NoiseCorrection:
             n = moments.pixels * moments.e.shape[2]
             sums = (moments.d - k[:, None, None] * moments.e).sum(2)
             sigma = ((squares.sum(2) - sums**2 / n).clamp(min=0) / (n - 1)).sqrt().mean(1)
+        for name, value in (("k", k), ("r2", r2), ("bias", bias), ("sigma", sigma)):
+            require_finite(value, f"{name} of the quantization noise")
         return NoiseStatistics(timesteps, k.float(), r2.float(), bias.float(), sigma.float())
 
     def measure(

@@ -9,9 +9,11 @@ from torch import nn
 
 from tfmq_exp.denoisers.anatomy import Anatomy, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
+from tfmq_exp.kinds import Kind, check_fields, whole
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import cached
 
+BITS = Kind("a whole number from 2 to 8", lambda value: whole(value) and 2 <= value <= 8)
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +43,7 @@ class CacheFeatures:
     select: Literal["disturbance", "always"]
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"stored features have 2 to 8 bits, got {self.bits}")
+        check_fields(self, bits=BITS)
         if self.select not in ("disturbance", "always"):
             raise ValueError(f"select must be disturbance or always, got {self.select!r}")
 

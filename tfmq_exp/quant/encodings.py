@@ -9,6 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tfmq_exp.kinds import COUNT, POSITIVE, SEED, Kind, check_fields, whole
+
+# cosines and sines share it
+WIDTH = Kind(
+    "an even whole number from 2 to 65536", lambda value: whole(value) and 2 <= value <= 2**16 and value % 2 == 0
+)
+
 
 class TimeEncoding(Protocol):
     """Timesteps as vectors."""
@@ -18,12 +25,6 @@ class TimeEncoding(Protocol):
         ...
 
 
-def checked_width(width: int) -> None:
-    """Raise ValueError unless cosines and sines can share it."""
-    if width < 2 or width % 2:
-        raise ValueError(f"the width of an encoding must be even and at least 2, got {width}")
-
-
 @dataclass(frozen=True)
 class Frequency:
     """[cos(t w_i), sin(t w_i)], w_i = 10000^(-2i / width): the encoding of the UNet itself; TDQ's choice."""
@@ -31,7 +32,7 @@ class Frequency:
     width: int
 
     def __post_init__(self) -> None:
-        checked_width(self.width)
+        check_fields(self, width=WIDTH)
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         """Cosines first."""
@@ -45,6 +46,9 @@ class Normalised:
     """t / T, one number: what TDQ_thin reads. T = 1 leaves raw timesteps, with which TDQ's training diverges."""
 
     train_timesteps: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, train_timesteps=COUNT)
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         """A single column."""
@@ -61,7 +65,7 @@ class RandomFourier:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checked_width(self.width)
+        check_fields(self, width=WIDTH, sigma=POSITIVE, train_timesteps=COUNT, seed=SEED)
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         """Cosines first."""

@@ -11,8 +11,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.kinds import (
+    BYTES,
+    COUNT,
+    POSITIVE,
+    POSITIVE_SHARE,
+    POWER,
+    SHARE,
+    SWITCH,
+    Kind,
+    check_fields,
+    optional,
+    whole,
+)
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.spec import QParams, QuantSpec
+
+SEVERAL = Kind("a whole number, at least 2", lambda value: whole(value) and value >= 2)
 
 Range = tuple[Float[Tensor, "*range"], Float[Tensor, "*range"]]
 
@@ -50,6 +65,9 @@ class MinMax:
 
     widen: bool = True
 
+    def __post_init__(self) -> None:
+        check_fields(self, widen=SWITCH)
+
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """Lo = min(x, 0), hi = max(x, 0); without widening min(x) and max(x)."""
         rows, shape = per_range(x, spec), spec.range_shape(x.shape)
@@ -74,6 +92,9 @@ class ThresholdSearch:
     candidates: int = 100
     values: int | None = None
     memory: int = 2**28
+
+    def __post_init__(self) -> None:
+        check_fields(self, p=POWER, candidates=COUNT, values=optional(COUNT), memory=BYTES)
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """Lo and hi of the best threshold."""
@@ -120,6 +141,14 @@ class LpSearch:
     shrink: float = 0.01
     widen: bool = True
     memory: int = 2**28
+
+    def __post_init__(self) -> None:
+        check_fields(self, p=POWER, candidates=COUNT, shrink=SHARE, widen=SWITCH, memory=BYTES)
+        if self.shrink * (self.candidates - 1) >= 1:
+            raise ValueError(
+                f"{self.candidates} candidates, each smaller by shrink={self.shrink}, must end above 0: "
+                f"shrink must be below {1 / (self.candidates - 1):.3g}"
+            )
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """Lo and hi of the best candidate."""
@@ -183,6 +212,9 @@ class KLSearch:
     epsilon: float = 1e-5
     memory: int = 2**28
 
+    def __post_init__(self) -> None:
+        check_fields(self, candidates=SEVERAL, smallest=POSITIVE_SHARE, epsilon=POSITIVE, memory=BYTES)
+
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """The best candidate, widened to include zero."""
         rows, shape = per_range(x, spec).float(), spec.range_shape(x.shape)
@@ -234,6 +266,9 @@ class Histogram:
 
     mass: float = 0.99999
     positive_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, mass=POSITIVE_SHARE, positive_only=SWITCH)
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """Both at most the clipping magnitude, widened to include zero."""

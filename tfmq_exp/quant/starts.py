@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.kinds import POSITIVE, POSITIVE_SHARE, SWITCH, check_fields
 from tfmq_exp.quant.forms.base import Levels, widening
 from tfmq_exp.quant.ranges import Range, RangeEstimator, per_range
 from tfmq_exp.quant.spec import QuantSpec
@@ -35,6 +36,9 @@ class Largest:
 
     share: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_fields(self, share=POSITIVE_SHARE)
+
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """The share of the largest magnitude."""
         return as_range(self.share * per_range(x, spec).abs().amax(dim=1), x, spec)
@@ -51,6 +55,9 @@ class Percentile:
 
     share: float = 0.95
     positive_only: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, share=POSITIVE_SHARE, positive_only=SWITCH)
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """One percentile per range; the value at or above it, without interpolation."""
@@ -76,6 +83,9 @@ class Moments:
     unsigned_deviations: float = 16.0
     signed_mean: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self, deviations=POSITIVE, unsigned_deviations=POSITIVE, signed_mean=SWITCH)
+
     def __call__(self, x: Float[Tensor, "batch *rest"], spec: QuantSpec) -> Range:
         """One range for the batch."""
         rows = x.flatten(1)
@@ -91,6 +101,9 @@ class Fixed:
 
     signed: float
     unsigned: float
+
+    def __post_init__(self) -> None:
+        check_fields(self, signed=POSITIVE, unsigned=POSITIVE)
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
         """Whatever x is."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tfmq_exp.finite import require_finite
+
 
 class Storage:
     """Allocates tensors: in memory while they fit the budget, then as files of a temporary folder.
@@ -81,10 +83,14 @@ class Leaves:
         return cls(tensors, template)
 
     def write(self, start: int, batch: Any) -> None:
-        """Store one batch at position `start`."""
+        """Store one batch at position `start`.
+
+        Raises:
+            NotFiniteError: a tensor with a NaN or an infinity, which no unit can learn from.
+        """
         values = [leaf for leaf in pytree.tree_leaves(batch) if has_samples(leaf)]
         for stored, value in zip(self.tensors, values, strict=True):
-            stored[start : start + len(value)] = value.detach()
+            stored[start : start + len(value)] = require_finite(value.detach(), "a tensor on the calibration set")
 
     def __len__(self) -> int:
         return len(self.tensors[0])

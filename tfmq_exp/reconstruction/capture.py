@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import noise_of
+from tfmq_exp.finite import within
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.reconstruction.cache import Leaves, Storage
 from tfmq_exp.reconstruction.partition import Unit
@@ -98,7 +99,8 @@ def capture_float(
     def keep(kind: str, name: str, start: int, value: Any) -> None:
         if name not in stored[kind]:
             stored[kind][name] = Leaves.like(value, len(data), storage)
-        stored[kind][name].write(start, value)
+        with within(f"what {name} {'is fed' if kind == 'fed' else 'returns'} in the float network"):
+            stored[kind][name].write(start, value)
 
     with hooks(handles):
         for start, t in run(unet, data, batch):
@@ -146,7 +148,8 @@ def capture_squared_gradients(
                 squared = [next(gradients).square() for _ in xs]
                 if name not in stored:
                     stored[name] = Leaves.like(squared, len(data), storage)
-                stored[name].write(start, squared)
+                with within(f"the gradients at the outputs of {name}"):
+                    stored[name].write(start, squared)
             outputs.clear()
     for leaves in stored.values():
         for squared in leaves.tensors:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfmq_exp.kinds import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.sources.base import Source
@@ -35,12 +36,18 @@ class LearnRounding:
     penalty_weight: float
     annealing: Annealing
 
+    def __post_init__(self) -> None:
+        check_fields(self, learning_rate=RATE, penalty_weight=AMOUNT)
+
 
 @dataclass(frozen=True)
 class LearnScales:
     """The activation sources' share of a recipe: Adam, its rate falling to 0 along a cosine."""
 
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        check_fields(self, learning_rate=RATE)
 
     def rate(self, done: float) -> float:
         """Share of the learning rate after a share of the iterations."""
@@ -71,12 +78,18 @@ class Recipe:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.batch < 1:
-            raise ValueError(f"iterations and batch must be at least 1, got {self.iterations} and {self.batch}")
-        if not 1 <= self.parts <= self.batch:
+        check_fields(self, iterations=COUNT, batch=COUNT, parts=COUNT)
+        check_fields(self, rounding=optional(instance_of(LearnRounding)), scales=optional(instance_of(LearnScales)))
+        if self.parts > self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
         if self.rounding is None and self.scales is None:
             raise ValueError("a recipe learns the rounding of weights, activation scales, or both; this one neither")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates, by their place in a method's part."""
+        parts = {"rounding": self.rounding, "scales": self.scales}
+        return {f"recipe.{name}.learning_rate": part.learning_rate for name, part in parts.items() if part}
 
 
 class BlockReconstruction(pl.LightningModule):

@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.kinds import DECAY, POWER, SEED, Kind, check_fields, number
 from tfmq_exp.reconstruction.cache import Leaves, Storage
 from tfmq_exp.reconstruction.capture import capture_squared_gradients
 from tfmq_exp.reconstruction.partition import Unit
+
+EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 
 
 def lp_loss(
@@ -56,6 +59,9 @@ class Lp:
 
     p: float = 2.0
 
+    def __post_init__(self) -> None:
+        check_fields(self, p=POWER)
+
     def importance(
         self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
     ) -> Mapping[str, Leaves]:
@@ -80,6 +86,9 @@ class Fisher:
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self, seed=SEED)
+
     def importance(
         self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
     ) -> Mapping[str, Leaves]:
@@ -103,6 +112,11 @@ class Annealing:
     warmup: float
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        check_fields(self, warmup=DECAY, start=EXPONENT, end=EXPONENT)
+        if self.end > self.start:
+            raise ValueError(f"the exponent must fall from start to end, got {self.start} to {self.end}")
 
     def beta(self, count: int, iterations: int) -> float:
         """Exponent at iteration `count`, counted from 1."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tfmq_exp.kinds import SHARE, check_fields
 from tfmq_exp.quant.quantizers.base import Quantizer
 from tfmq_exp.reconstruction.inputs import Origin
 
@@ -33,8 +34,7 @@ class MixedInputs:
     origins: ClassVar[tuple[Origin, ...]] = ("quantized", "float")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.keep <= 1:
-            raise ValueError(f"keep is a probability, got {self.keep}")
+        check_fields(self, keep=SHARE)
 
     def combine(self, captured: Mapping[Origin, Any]) -> Any:
         """A random mixture of both."""

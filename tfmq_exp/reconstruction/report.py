@@ -1,5 +1,6 @@
 """What is known and kept of a unit that learns, and who is told."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import pytorch_lightning as pl
 from torch import Tensor
 
+from tfmq_exp.finite import DivergedError
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.reconstruction.module import BlockReconstruction
 
@@ -69,7 +71,7 @@ class Watcher(Protocol):
 
 
 class Report(pl.Callback):
-    """Tells the watcher about the loss."""
+    """Tells the watcher about the loss, and ends the learning of a unit whose loss is not finite any more."""
 
     def __init__(self, watcher: Watcher, unit: str, iterations: int) -> None:
         self.watcher, self.unit, self.iterations = watcher, unit, iterations
@@ -77,4 +79,7 @@ class Report(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         """After some iterations."""
         assert isinstance(module, BlockReconstruction)
-        self.watcher.iteration(self.unit, module.count, self.iterations, float(module.error))
+        loss = float(module.error)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the unit {self.unit}", module.count, self.iterations, loss, module.recipe.rates)
+        self.watcher.iteration(self.unit, module.count, self.iterations, loss)

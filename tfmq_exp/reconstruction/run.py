@@ -1,6 +1,7 @@
 """Reconstruct a quantized network unit by unit, in order, keeping every finished unit."""
 
 import functools
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.anatomy import Anatomy
+from tfmq_exp.finite import DivergedError, relative, within
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.quant.rounding import AdaRound
@@ -132,11 +134,12 @@ def reconstruct(task: Task, units: Sequence[Unit], recipe: Recipe) -> None:
         module = unit.module(model.unet)
         fed: dict[Origin, Leaves] = {"float": view.fed} if view.fed else {}
         if "quantized" in recipe.inputs.origins and unit.driver == "denoiser":
-            with replay.instead(means.batch):
+            with replay.instead(means.batch), within(f"what reaches {unit.name} in the quantized network"):
                 fed["quantized"] = capture_inputs(model, module, data, means.batch, storage)
         fed = {origin: fed.get(origin) or view.fed for origin in recipe.inputs.origins}  # type: ignore[misc]
         first, judged = fed[recipe.inputs.origins[0]], max(1, len(view.returned) // JUDGED)
-        with modes(model.weight_quantizers(unit.sites) if recipe.rounding else (), Mode.QUANTIZE):
+        rounded = modes(model.weight_quantizers(unit.sites) if recipe.rounding else (), Mode.QUANTIZE)
+        with rounded, within(f"the quantized unit {unit.name}"):
             before = run_unit(module, model.clock, first.every(judged), means.batch, means.storage())
             learn(task, unit, module, fed, view.returned, importance, recipe)
         for site in unit.sites if recipe.rounding else ():
@@ -256,7 +259,10 @@ def learn(
     with learning(sources, seed), recipe.inputs.inside(inside):
         trainer.fit(lesson, batches)
     module.to(device)
-    processes.check_same(f"what {unit.name} has learned", flat([x.detach() for x in lesson.learned()]))
+    learned = flat([x.detach() for x in lesson.learned()])
+    processes.check_same(f"what {unit.name} has learned", learned)
+    if not bool(learned.isfinite().all()):  # a NaN would be rounded down like any other number
+        raise DivergedError(f"the unit {unit.name}", recipe.iterations, recipe.iterations, math.nan, recipe.rates)
     for rounding in roundings:
         rounding.harden()
 
@@ -283,5 +289,6 @@ def learning(sources: Sequence[Source], seed: int) -> Iterator[None]:
 def relative_error(returned: Leaves, wanted: Leaves) -> float:
     """Mean squared error of the outputs over their variance, averaged over the outputs."""
     pairs = zip(returned.tensors, wanted.tensors, strict=True)
-    errors = [float((r - w.to(r)).square().mean() / w.to(r).var(correction=0)) for r, w in pairs]
+    sizes = [((r - w.to(r)).square().mean(), w.to(r).var(correction=0)) for r, w in pairs]
+    errors = [float(relative(*size, "the outputs of a unit")) for size in sizes]
     return sum(errors) / len(errors)

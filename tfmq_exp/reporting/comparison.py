@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tfmq_exp.reporting.agreement import QUALITY, differing, unstated
+from tfmq_exp.reporting.alike import EFFORT
 from tfmq_exp.reporting.published import PublishedRow
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.reporting.tables import bits_order, changed
@@ -24,7 +25,6 @@ ABLATION = {
 WHOLE = {method for (method, *_), name in ABLATION.items() if name == method}  # with all of its parts
 # the method of TDQ's paper and its baseline, under training: LSQ with another source of steps
 AS_PRINTED = {"lsq_tdq": "tdq", "lsq_dynamic": "dynamic"}
-EFFORT = ("weight_samples", "weight_iterations", "activation_samples", "activation_iterations")
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,9 @@ def sensitivity_bars(rows: Rows, thirds: Sequence[str], path: Path, title: str) 
         at, [max(row["relative_error"], SMALLEST) for row in rows], color="tab:blue", alpha=0.4, label="all steps"
     )
     for third, marker in zip(thirds, ("<", "o", ">"), strict=True):
-        axis.scatter([row[third] for row in rows], at, marker=marker, s=14, label=third.replace("_", " "), zorder=3)
-    shown = [row[key] for row in rows for key in ("relative_error", *thirds) if row[key] > 0]
+        marked = [np.nan if row[third] is None else row[third] for row in rows]  # some have no samples
+        axis.scatter(marked, at, marker=marker, s=14, label=third.replace("_", " "), zorder=3)
+    shown = [row[key] for row in rows for key in ("relative_error", *thirds) if (row[key] or 0) > 0]
     axis.set(xlabel="squared error of the prediction / its power", xscale="log")
     if shown:
         axis.set_xlim(min(shown) / 2, max(shown) * 2)

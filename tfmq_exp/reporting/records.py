@@ -16,7 +16,8 @@ class ScoreRecord:
 
     Args:
         choices: the config group choices that make the row what it is.
-        protocol: sampler, steps, eta, images, uint8 rule: rows with different protocols are not comparable.
+        protocol: network (hash of its weights, settings, noise schedule), sampler, images, uint8 rule, precision: rows with
+            different protocols are not comparable.
         evaluator: name and provenance of feature extractor and reference.
         scores: fid, sfid, is.
         errors: mean temporal-feature error and trajectory error against the float network; empty for the float row.
@@ -100,7 +101,8 @@ def read_records(*sources: Path) -> list[ScoreRecord]:
                 record = checked(row)
                 key = record.keys.get("scores", record.keys)  # one for the images and their judge; float rows have none
                 way = [record.model, record.quant, record.method, record.choices]
-                identity = [*way, record.seed, key, record.protocol]
+                judged = [record.protocol, record.evaluator, record.settings, [] if key else record.scores]
+                identity = [*way, record.seed, key, *judged]
                 found[json.dumps(identity, sort_keys=True)] = record
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:300]

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from tfmq_exp.reporting.alike import comparable, differing, distinctions, one_per_seed, setting, told
 from tfmq_exp.reporting.records import ScoreRecord
 
 FORMATS = ("markdown", "csv")
@@ -77,21 +78,32 @@ def label(record: ScoreRecord, group: str = "") -> str:
 
 
 def names(records: Sequence[ScoreRecord]) -> list[str]:
-    """The label of each record; with the settings where one label would stand for several, which are no seeds of each other."""
-    ways: dict[tuple[str, str], dict[str, str]] = {}
+    """The label of each record; with what tells settings apart where one label stands for several, which are no seeds of each other."""
+    ways: dict[tuple[str, str], dict[str, ScoreRecord]] = {}
     for record in records:
-        if record.settings:
-            ways.setdefault((record.quant, label(record)), {})[record.settings["hash"]] = record.settings["named"]
+        alike = ways.setdefault((record.quant, label(record)), {})
+        alike.setdefault(json.dumps(setting(record), sort_keys=True, default=str), record)
 
     def name(record: ScoreRecord) -> str:
-        alike = ways.get((record.quant, label(record)), {})
-        if not record.settings or len(alike) < 2:
-            return label(record)
-        named = record.settings["named"]
-        told = named if named and list(alike.values()).count(named) == 1 else record.settings["hash"]
-        return f"{label(record)} [{told}]"
+        alike = list(ways[record.quant, label(record)].values())
+        words = _apart(record, alike)
+        return f"{label(record)} [{words}]" if words else label(record)
 
     return [name(record) for record in records]
+
+
+def _apart(record: ScoreRecord, alike: Sequence[ScoreRecord]) -> str:
+    """What tells a record's setting from others: what was named on the command line, a hash, or effort and coverage."""
+    if len(alike) < 2:
+        return ""
+    named = {other.settings["hash"]: other.settings["named"] for other in alike if other.settings}
+    own = record.settings.get("named", "") if record.settings else "settings not noted"
+    if record.settings and (not own or list(named.values()).count(own) > 1):
+        own = record.settings["hash"]
+    several = len(named) + any(not other.settings for other in alike)
+    others = [name for name in differing([setting(other) for other in alike]) if name != "settings"]
+    further = told(setting(record), others) if several < len(alike) else ""
+    return ", ".join(filter(None, (own if several > 1 else "", further)))
 
 
 def execution(records: Sequence[ScoreRecord]) -> str:
@@ -110,20 +122,35 @@ def execution(records: Sequence[ScoreRecord]) -> str:
     return f"simulated quantization; rows executed by {engines} in {forms}{layers}"
 
 
-def headline(records: Sequence[ScoreRecord], shown: Sequence[ScoreRecord]) -> str:
-    """How the records of a table were made.
-
-    Args:
-        records: of one protocol.
-        shown: those of them that have rows or columns in it.
-    """
-    record = records[0]
+def how_made(record: ScoreRecord) -> str:
+    """The protocol of a table in a line."""
     sampler = record.protocol["sampler"]
     return (
-        f"{record.model}, {sampler['class']} {sampler['steps']} steps, eta {sampler['eta']}, "
-        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}, "
-        f"{execution(shown)}"
+        f"{record.model}, {sampler.get('kind', sampler['class'])} {sampler['steps']} steps, eta {sampler['eta']}, "
+        f"{record.protocol['images']} images, {record.evaluator['name']} against {record.evaluator['reference']}"
     )
+
+
+def titles(groups: Sequence[Sequence[ScoreRecord]]) -> list[str]:
+    """How the records of each table were made, with words that tell tables apart which would go by one title.
+
+    Args:
+        groups: of `by_protocol`.
+    """
+    plain = [how_made(group[0]) for group in groups]
+    words = distinctions([group[0] for group in groups], plain)
+    return [", ".join(filter(None, pair)) for pair in zip(plain, words, strict=True)]
+
+
+def headline(title: str, shown: Sequence[ScoreRecord]) -> str:
+    """A title with how the records in a table were computed, and where."""
+    return ", ".join(filter(None, (title, execution(shown), devices(shown))))
+
+
+def devices(records: Sequence[ScoreRecord]) -> str:
+    """Where records were made, for a headline; empty where that is one kind of device, or where they do not say."""
+    found = sorted({str(record.environment["device"]) for record in records if "device" in record.environment})
+    return f"made on {' and '.join(found)}" if len(found) > 1 else ""
 
 
 def formats(executed: Iterable[str]) -> str:
@@ -140,21 +167,26 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
     """
     if not records:
         raise ValueError("there are no results to tabulate")
-    protocols = {json.dumps([r.model, r.protocol, r.evaluator], sort_keys=True) for r in records}
-    if len(protocols) > 1:
-        raise ValueError(f"{len(protocols)} different protocols in one table; use `by_protocol` first")
+    if (protocols := len(by_protocol(records))) > 1:
+        raise ValueError(f"{protocols} different protocols in one table; use `by_protocol` first")
     cols = columns(records[0].evaluator["name"])
     groups: dict[tuple[bool, str, str], list[ScoreRecord]] = {}
     for record, name in zip(records, names(records), strict=True):
         groups.setdefault((record.method != "float", record.quant, name), []).append(record)
     header = ["bits", "method", *[name for name, _, _ in cols], "seeds"]
     rows = []
-    for (_, quant, name), members in sorted(
+    for (_, quant, name), together in sorted(
         groups.items(), key=lambda item: (item[0][0], bits_order(item[0][1]), item[0])
     ):
-        seeds = sorted({r.seed for r in members})
-        rows.append([quant, name, *[cell([read(r) for r in members], d) for _, read, d in cols], str(len(seeds))])
+        members, left_out = one_per_seed(together)
+        count = f"{len(members)}{_left_out(left_out)}"
+        rows.append([quant, name, *[cell([read(r) for r in members], d) for _, read, d in cols], count])
     return header, rows
+
+
+def _left_out(count: int) -> str:
+    """Other runs with the seeds of a mean, which it does not count."""
+    return f" ({count} more runs of them left out)" if count > 1 else " (1 more run of them left out)" if count else ""
 
 
 def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -183,9 +215,12 @@ def pivot(records: Sequence[ScoreRecord], score: str, methods: Sequence[str]) ->
     def value(record: ScoreRecord) -> float | None:
         return record.scores.get(score, record.errors.get(score))
 
+    def seeds(quant: str, column: str) -> str:
+        members, left_out = one_per_seed([r for r, name in named if (r.quant, name) == (quant, column)])
+        return cell([value(r) for r in members], digits) + _left_out(left_out)
+
     rows = [
-        [quant]
-        + [cell([value(r) for r, name in named if (r.quant, name) == (quant, column)], digits) for column in columns]
+        [quant, *(seeds(quant, column) for column in columns)]
         for quant in sorted({r.quant for r in records if r.method in methods}, key=bits_order)
     ]
     return ["bits", *columns], rows
@@ -201,9 +236,7 @@ def by_protocol(records: Sequence[ScoreRecord]) -> list[list[ScoreRecord]]:
     """Records that may stand in one table."""
     groups: dict[str, list[ScoreRecord]] = {}
     for record in records:
-        groups.setdefault(json.dumps([record.model, record.protocol, record.evaluator], sort_keys=True), []).append(
-            record
-        )
+        groups.setdefault(comparable(record), []).append(record)
     return list(groups.values())
 
 

@@ -9,6 +9,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.finite import require_finite
+from tfmq_exp.kinds import COUNT, SEED, check_fields
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 
@@ -20,7 +22,11 @@ def to_uint8(x: Float[Tensor, "*shape"], rule: Rule) -> UInt8[Tensor, "*shape"]:
     """[-1, 1] to 0 .. 255: the only place where images change their range.
 
     (x + 1) * 127.5 is rounded by DDIM's own program and by diffusers, and truncated by LDM's scripts; FID can tell.
+
+    Raises:
+        NotFiniteError: a NaN, which would become a byte like any other, or an infinity, which would be clamped.
     """
+    require_finite(x, "the images that the first stage returns")
     scaled = (x.clamp(-1, 1) + 1) * 127.5
     return (scaled.round() if rule == "round" else scaled).to(torch.uint8)
 
@@ -35,8 +41,7 @@ class ImagePlan:
     uint8: Rule = "round"
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.batch < 1:
-            raise ValueError(f"images and batch must be at least 1, got {self.count} and {self.batch}")
+        check_fields(self, count=COUNT, seed=SEED, batch=COUNT)
         if self.uint8 not in ("round", "truncate"):
             raise ValueError(f"uint8 must be round or truncate, got {self.uint8!r}")
 

@@ -10,7 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.finite import require_finite
+from tfmq_exp.kinds import ANY_COUNT, COUNT, SHARE, SWITCH, Kind, check_fields, optional, whole
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, require_noise_prediction, visited
+
+ORDER = Kind("1, 2 or 3", lambda value: whole(value) and 1 <= value <= 3)
 
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, t of every row, conditions) -> noise
 Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, eps, x, generators) -> next x
@@ -116,6 +120,9 @@ class DDIM:
     offset: int = 1
     ends_clean: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self, steps=optional(COUNT), eta=SHARE, offset=ANY_COUNT, ends_clean=SWITCH)
+
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
         """One at every visited timestep."""
         count = int(schedule["num_train_timesteps"])
@@ -187,6 +194,7 @@ class PLMS:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, steps=COUNT, offset=ANY_COUNT)
         if self.eta:
             raise ValueError(f"PLMS is deterministic: eta must be 0, got {self.eta}")
 
@@ -220,6 +228,7 @@ class DPMSolver:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, steps=COUNT, order=ORDER)
         if self.eta:
             raise ValueError(f"DPM-Solver++ is deterministic: eta must be 0, got {self.eta}")
 
@@ -261,11 +270,16 @@ def trajectory(
         x: where to start: standard normal noise.
         generators: one per row, for samplers that add noise.
         conditions: what the rows are conditioned on.
+
+    Raises:
+        NotFiniteError: what the network returns, or what the sampler makes of it, is NaN or infinite; names the step.
     """
     moves = sampler.start(schedule)
     x = x * moves.sigma
     for index, t in enumerate(sampler.calls(schedule)):
         given = moves.input(index, x)
         eps = predict(given, torch.full((len(x),), t, device=x.device), conditions)
+        require_finite(eps, f"the network's output at step {index + 1}, timestep {t}")
         x = moves.move(index, eps, x, generators)
+        require_finite(x, f"what the sampler makes of the network's output at step {index + 1}, timestep {t}")
         yield Step(index, t, given, eps, x)

@@ -8,6 +8,8 @@ import torch
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
 from tfmq_exp.denoisers.inspection import check_timesteps
+from tfmq_exp.finite import NotFiniteError, require_finite
+from tfmq_exp.kinds import AMOUNT, check_fields, one_of
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
 from tfmq_exp.sampling.sampler import Predict, Sampler, Step, finite_set, trajectory
 from tfmq_exp.sampling.seeds import image_generators, initial_noise
@@ -32,8 +34,7 @@ class Sampling:
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        check_fields(self, guidance=AMOUNT, precision=one_of(*PRECISIONS))
 
     @property
     def guided(self) -> bool:
@@ -52,11 +53,13 @@ class Sampling:
         """Of images `indices` of a stream, where the network is.
 
         Raises:
-            ValueError: guidance of a network that knows no unconditional mode.
+            ValueError: guidance of a network that knows no unconditional mode, or a condition that is not finite.
         """
         found = denoiser.encoder(self.conditioning.choose(seed, stream, indices)).to(denoiser.device)
         if self.guided and not found.null:
             raise ValueError(f"{denoiser.name} has no unconditional mode: guidance must be 1, got {self.guidance}")
+        for name, value in (*found.given.items(), *found.null.items()):
+            require_finite(value, f"the condition {name}")
         return found
 
     def check(self, denoiser: Denoiser) -> None:
@@ -91,8 +94,22 @@ class Sampling:
     def trajectory(
         self, predict: Predict, denoiser: Denoiser, *, seed: int, stream: str, indices: Sequence[int]
     ) -> Iterator[Step]:
-        """Denoise images `indices` of a stream, step by step."""
+        """Denoise images `indices` of a stream, step by step.
+
+        Raises:
+            NotFiniteError: see `tfmq_exp.sampling.sampler.trajectory`; in half precision with what may help.
+        """
         generators = image_generators(seed, stream, indices)
         x = initial_noise(generators, denoiser.sample_shape, denoiser.device)
         conditions = self.conditions(denoiser, seed, stream, indices)
-        return trajectory(predict, self.sampler, denoiser.schedule, x, generators, conditions)
+        steps = trajectory(predict, self.sampler, denoiser.schedule, x, generators, conditions)
+        return explained(steps) if self.precision == "float16" else steps
+
+
+def explained(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps of a trajectory in float16, whose largest number is 65504: an overflow comes with what helps."""
+    try:
+        yield from steps
+    except NotFiniteError as error:
+        advice = "float16 overflows early: set model.sampling.precision to bfloat16 or float32"
+        raise NotFiniteError(f"{error}; {advice}") from error

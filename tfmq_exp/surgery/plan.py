@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from tfmq_exp.denoisers.anatomy import Anatomy, Role, Site
+from tfmq_exp.kinds import SWITCH, check_fields
 from tfmq_exp.quant.forms.base import Form
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.surgery.forms import FormPlan
@@ -22,9 +23,12 @@ Bits = int | Sequence[int]  # several activation widths: which acts is chosen pe
 
 def checked(bits: Bits | None, allowed: range, what: str) -> None:
     """Raise ValueError unless `bits` is None (float) or allowed."""
-    for b in widths(bits):
-        if b not in allowed:
+    found = widths(bits)
+    for b in found:
+        if type(b) is not int or b not in allowed:
             raise ValueError(f"{what} bits must be {allowed[0]} to {allowed[-1]} or null (float), got {b!r}")
+    if bits is not None and (not found or len(set(found)) < len(found)):
+        raise ValueError(f"several {what} bits must be different ones, and null for float, got {bits!r}")
 
 
 def widths(bits: Bits | None) -> tuple[int, ...]:
@@ -187,12 +191,16 @@ class SurgeryPlan:
         if wrong:
             raise ValueError(f"a surgery plan names every role once; wrong or missing: {', '.join(sorted(wrong))}")
         inputs = TRAINED_INPUT_BITS if self.forms else INPUT_BITS
-        for plan in (*self.roles.values(), *self.sites.values()):
-            checked(plan.weight, WEIGHT_BITS, "weight")
-            checked(plan.input, inputs, "activation")
-            checked(plan.output, inputs, "activation")
-        checked(self.attention.operands, inputs, "attention operand")
-        checked(self.attention.probabilities, PROBABILITY_BITS, "attention probability")
+        check_fields(self, split_shortcuts=SWITCH, tie_qkv=SWITCH)
+        named = {f"{group}.{name}": plan for group in ("roles", "sites") for name, plan in getattr(self, group).items()}
+        for name, plan in named.items():
+            if not (plan.weight is None or type(plan.weight) is int):
+                raise ValueError(f"{name}.weight: one number of bits, or null (float), is wanted, got {plan.weight!r}")
+            checked(plan.weight, WEIGHT_BITS, f"{name}.weight: weight")
+            checked(plan.input, inputs, f"{name}.input: activation")
+            checked(plan.output, inputs, f"{name}.output: activation")
+        checked(self.attention.operands, inputs, "attention.operands: attention operand")
+        checked(self.attention.probabilities, PROBABILITY_BITS, "attention.probabilities: attention probability")
         for name in ("weights", "activations") if self.forms else ():
             if getattr(self.grids, name) != "symmetric":
                 raise ValueError(f"trained forms need grids.{name} symmetric, got {getattr(self.grids, name)!r}")

@@ -1,8 +1,8 @@
 """The quantized UNet: the float network with some layers replaced by their quantized twins."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.finite import NotFiniteError, require_finite, within
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.forms.base import Form
 from tfmq_exp.quant.layers import TWINS, QuantizedWeight, QuantLayer
@@ -75,7 +76,8 @@ class QuantizedUNet(nn.Module):
         """Set the scale and zero point of weight quantizers, of all by default, from their weights."""
         for site in self.weight_sites() if sites is None else sites:
             for quantizer, weight in self.layer(site).weight_parts():
-                quantizer.observe(weight)
+                with within(f"the weight of {site}"):
+                    quantizer.observe(weight)
 
     def learn_rounding(self, site: str) -> list[AdaRound]:
         """Start AdaRound on a weight, on each of its parts; nothing for a weight that stays float."""
@@ -112,6 +114,35 @@ class QuantizedUNet(nn.Module):
         for quantizer in self.activation_quantizers().values():
             quantizer.mode = mode
 
+    @contextmanager
+    def naming_activations(self) -> Generator[None]:
+        """Meanwhile, where an activation is not finite, say which one and at which timesteps."""
+        last: tuple[str, Tensor, Tensor] | None = None
+
+        def noting(name: str) -> Callable[[nn.Module, Any], None]:
+            def note(_: nn.Module, args: Any) -> None:
+                nonlocal last
+                last = name, args[0], self.clock.t
+
+            return note
+
+        handles = [
+            quantizer.register_forward_pre_hook(noting(name))
+            for name, quantizer in self.activation_quantizers().items()
+        ]
+        try:
+            yield
+        except NotFiniteError as error:
+            if last is None:
+                raise
+            name, x, t = last
+            wrong = t[~x.isfinite().flatten(1).all(dim=1)] if len(x) == len(t) else t[:0]
+            when = f" at timesteps {', '.join(map(str, sorted(set(wrong.tolist()))[:5]))}" if len(wrong) else ""
+            raise NotFiniteError(f"{name}{when}: {error}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def require_calibrated(self) -> None:
         """Raise RuntimeError, naming it, if some activation source has seen no data at some step."""
         for name, quantizer in self.activation_quantizers().items():
@@ -147,8 +178,10 @@ class QuantizedUNet(nn.Module):
 
     def merge_sources(self) -> None:
         """Replace every source by what is left of it after learning: generated intervals become tables."""
-        for quantizer in self.activation_quantizers().values():
+        for name, quantizer in self.activation_quantizers().items():
             quantizer.merge()
+            for part, value in quantizer.state_dict().items():
+                require_finite(value, f"{part} of {name} after learning")
         self.plan = self.plan.merged()
 
     # temporal features -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from tfmq_exp.denoisers.anatomy import TEMPORAL_ROLES, Role
+from tfmq_exp.kinds import COUNT, DECAY, SEED, WrongValueError, check_fields, sequence_of
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.encodings import TimeEncoding, encoding_from_json, encoding_to_json
 from tfmq_exp.quant.forms.base import Form, Levels
@@ -50,6 +51,9 @@ class StaticScale(Scale):
     momentum: float = 0.95
     estimator: RangeEstimator = DEFAULT_ESTIMATOR
 
+    def __post_init__(self) -> None:
+        check_fields(self, momentum=DECAY)
+
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
         """`Static`."""
         return Static(spec, momentum=self.momentum, estimator=self.estimator)
@@ -65,6 +69,9 @@ class PerStepScale(Scale):
 
     momentum: float = 0.95
     estimator: RangeEstimator = DEFAULT_ESTIMATOR
+
+    def __post_init__(self) -> None:
+        check_fields(self, momentum=DECAY)
 
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
         """`PerStep`."""
@@ -83,6 +90,12 @@ class IntervalScale(Scale):
     train_timesteps: int
     momentum: float = 0.95
     estimator: RangeEstimator = DEFAULT_ESTIMATOR
+
+    def __post_init__(self) -> None:
+        check_fields(self, count=COUNT, train_timesteps=COUNT, momentum=DECAY)
+        if self.count > self.train_timesteps:
+            right = f"at most train_timesteps, {self.train_timesteps}"
+            raise WrongValueError(type(self).__name__, "count", right, self.count)
 
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
         """`Intervals`."""
@@ -128,6 +141,9 @@ class GeneratedScale(Scale):
     momentum: float = 0.95
     estimator: RangeEstimator = DEFAULT_ESTIMATOR
 
+    def __post_init__(self) -> None:
+        check_fields(self, hidden=sequence_of(COUNT), dropout=DECAY, seed=SEED, momentum=DECAY)
+
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
         """`Generated`, whose arguments have the names of the fields here."""
         return Generated(spec, clock, **vars(self))
@@ -152,6 +168,9 @@ class StatisticsScale(Scale):
     seed: int = 0
     momentum: float = 0.0
     estimator: RangeEstimator = DEFAULT_ESTIMATOR
+
+    def __post_init__(self) -> None:
+        check_fields(self, hidden=sequence_of(COUNT), dropout=DECAY, seed=SEED, momentum=DECAY)
 
     def source(self, spec: QuantSpec, clock: StepClock) -> Source:
         """`FromStatistics`, whose arguments have the names of the fields here."""
@@ -208,7 +227,11 @@ class ScalePlan:
     rest: Scale
 
     def __post_init__(self) -> None:
-        for scale in (self.temporal, self.rest):
+        for name, scale in vars(self).items():
+            if not hasattr(scale, "merged"):
+                raise ValueError(
+                    f"scales.{name} must be a record such as StaticScale, with its _target_, got {scale!r}"
+                )
             scale_to_json(scale.merged())  # what could not be stored is refused before anything is computed
 
     def of(self, role: Role | None) -> Scale:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.finite import require_finite
 
 FILE = "examples.npy"
 PROGRESS = "rows.json"
@@ -100,6 +101,7 @@ def write(
             continue
         for half, part in enumerate((images, images.flip(-1)) if mirrored else (images,)):
             pixels = part if encode is None else encode(part.to(denoiser.device).float() / 127.5 - 1).cpu()
+            require_finite(pixels, f"the latents of training images {start} to {done - 1}")
             file[half * count + start : half * count + done] = pixels.numpy()
         file.flush()
         progress.write_text(json.dumps(done), encoding="utf-8")

@@ -10,6 +10,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.denoiser import noise_of
+from tfmq_exp.kinds import (
+    AMOUNT,
+    ANY_COUNT,
+    COUNT,
+    DECAY,
+    POSITIVE,
+    POSITIVE_SHARE,
+    RATE,
+    SHARE,
+    SWITCH,
+    Kind,
+    check_fields,
+    one_of,
+    optional,
+)
 from tfmq_exp.reconstruction.gradients import set_gradients
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.sampling.seeds import derive_seed
@@ -21,19 +36,19 @@ from tfmq_exp.training.labels import Telling
 from tfmq_exp.training.noise_prediction import LOSSES, Norm, loss, noisy
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-COUNT = ("at least 1", lambda n: n >= 1)
-AMOUNT = ("at least 0", lambda x: x >= 0)
-# What fields of a protocol must be, in words, and whether a value is.
-RIGHT: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("iterations", "batch", "observed"), COUNT),
-    "learning_rate": ("above 0", lambda rate: rate > 0),
-    "first_rate": ("above 0, at most 1", lambda share: 0 < share <= 1),
-    **dict.fromkeys(("range_rate", "weight_decay", "warmup"), AMOUNT),
-    "loss": ("l1 or l2", lambda norm: norm in LOSSES),
-    "average": ("in [0, 1)", lambda decay: 0 <= decay < 1),
-    "clip": ("above 0, or null for any gradient", lambda norm: norm is None or norm > 0),
-    "untold": ("in [0, 1]", lambda share: 0 <= share <= 1),
-    "precision": (f"one of {', '.join(PRECISIONS)}", lambda kind: kind in PRECISIONS),
+# What fields of a protocol must be.
+RIGHT: Mapping[str, Kind] = {
+    **dict.fromkeys(("iterations", "batch", "observed", "parts"), COUNT),
+    "learning_rate": RATE,
+    "first_rate": POSITIVE_SHARE,
+    **dict.fromkeys(("range_rate", "weight_decay"), AMOUNT),
+    "warmup": ANY_COUNT,
+    "loss": one_of(*LOSSES),
+    "average": DECAY,
+    "clip": optional(POSITIVE),
+    "untold": SHARE,
+    "mirrored": SWITCH,
+    "precision": one_of(*PRECISIONS),
 }
 
 
@@ -77,10 +92,8 @@ class TrainingProtocol:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        for name, (right, fits) in RIGHT.items():
-            if not fits(value := getattr(self, name)):
-                raise ValueError(f"{name} must be {right}, got {value!r}")
-        if not 1 <= self.parts <= self.batch:
+        check_fields(self, **RIGHT)
+        if self.parts > self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
 
 

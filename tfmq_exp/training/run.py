@@ -1,6 +1,7 @@
 """Train a quantized network from its float weights to the average that is kept, across interruptions."""
 
 import logging
+import math
 import resource
 import time
 import zipfile
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, noise_of
 from tfmq_exp.files import write_atomically
+from tfmq_exp.finite import DivergedError, require_finite
 from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
 from tfmq_exp.reconstruction.report import Learned as Kept
@@ -91,7 +93,11 @@ class Progress(pl.Callback):
         assert isinstance(module, QuantizationAwareTraining)
         self.sum = self.sum + module.error
         if module.count % self.every == 0:
-            self.told.append((module.count, float(self.sum) / self.every))
+            loss = float(self.sum) / self.every
+            if not math.isfinite(loss):
+                rates = {"protocol.learning_rate": module.protocol.learning_rate}
+                raise DivergedError("the training", module.count, self.iterations, loss, rates)
+            self.told.append((module.count, loss))
             self.watcher.iteration(UNIT, module.count, self.iterations, self.told[-1][1])
             self.sum = 0.0
 
@@ -136,7 +142,7 @@ def prepared(task: TrainingTask, protocol: TrainingProtocol) -> tuple[Quantizati
     batches = Batches(task.examples, protocol.batch, len(task.alphas_cumprod), protocol.untold, task.seed)
     telling = Telling(task.encoder, task.labels)
     observe(model)
-    with torch.no_grad():
+    with torch.no_grad(), model.naming_activations():
         for batch in replace(batches, stream="observed").since(0, protocol.observed):
             predict(model, batch, telling, task.alphas_cumprod)
     ready(model)
@@ -169,6 +175,7 @@ def train(task: TrainingTask, protocol: TrainingProtocol) -> None:
     for parameter in lesson.parameters_learned:
         parameter.requires_grad_(False)
     processes.check_same("what was trained", flat([p.detach() for p in lesson.parameters_learned]))
+    require_finite(flat([p.detach() for p in lesson.parameters_learned]), "what was trained")
     after = judge(lesson, batches, task.means.batch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     layers, weights = len(model.plan.sites), sum(parameter.numel() for parameter in lesson.learned.weights)
@@ -198,6 +205,8 @@ def judge(lesson: QuantizationAwareTraining, batches: Batches, together: int) ->
     batch = replace(batches, size=JUDGED, stream="judged", untold=0.0).batch(0)
     parts = [Batch(*rows) for rows in zip(*(field.split(together) for field in batch), strict=True)]
     pairs = [predict(lesson.model, part, lesson.telling, lesson.alphas_cumprod) for part in parts]
+    for predicted, _ in pairs:
+        require_finite(predicted, "the noise that the quantized network predicts for training images")
     return sum(float(loss(*pair, "l2")) * len(pair[1]) for pair in pairs) / JUDGED
 
 

@@ -249,7 +249,7 @@ def test_who_judges_is_part_of_the_identity(evaluator: Evaluator) -> None:
     ]
     identities = [str(e.identity) for e in (evaluator, *changed)]
     assert len(set(identities)) == 5
-    with pytest.raises(ValueError, match="manifold_images must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"manifold_images must be a whole number, at least 1 .*, got 0"):
         dataclasses.replace(evaluator, manifold_images=0)
 
 

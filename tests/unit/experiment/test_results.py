@@ -1,9 +1,19 @@
 """What records say of how their numbers were made."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from tests.smoke.jobs import composed
-from tfmq_exp.experiment.results import settings
+from tfmq_exp.denoisers.digits import WEIGHTS
+from tfmq_exp.experiment.app import build_stages
+from tfmq_exp.experiment.progress import Bars
+from tfmq_exp.experiment.results import protocol, settings
+from tfmq_exp.tracking.mirror import NoMirror
 
 
 def test_settings_tell_trainings_apart_and_seeds_not(tmp_path: Path) -> None:
@@ -19,3 +29,24 @@ def test_settings_tell_trainings_apart_and_seeds_not(tmp_path: Path) -> None:
     preset = of("experiment=qat_digits")
     assert preset["named"] == "experiment=qat_digits"
     assert len({plain["hash"], faster["hash"], preset["hash"]}) == 3
+
+
+def test_a_protocol_tells_networks_apart(tmp_path: Path) -> None:
+    """By the hash of their weights and by their noise schedule: both go by one name."""
+
+    def of(*overrides: str) -> Any:
+        cfg = composed(tmp_path, "runtime=smoke", *overrides)
+        return build_stages(cfg, torch.device("cpu"), Bars(Console(quiet=True)), NoMirror())
+
+    tensors = load_file(WEIGHTS / "denoiser.safetensors")
+    save_file(tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1}, tmp_path / "other.safetensors")
+    plain, other = of(), of(f"model.denoiser.path={tmp_path}/other.safetensors")
+    assert plain.denoiser.name == other.denoiser.name
+    first, second = protocol(plain), protocol(other)
+    assert first["network"]["weights_sha256"] == plain.denoiser.weights_sha256
+    assert first["network"]["schedule"]["beta_end"] == 0.02
+    assert {key for key in first if first[key] != second[key]} == {"network"}
+    assert protocol(of("seed=1")) == first
+    half = protocol(of("model.sampling.precision=bfloat16"))
+    assert {key for key in first if first[key] != half[key]} == {"precision"}
+    assert json.loads(json.dumps(first)) == first

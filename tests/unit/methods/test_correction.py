@@ -367,7 +367,11 @@ def test_each_step_has_the_statistics_of_the_width_chosen_for_it(denoiser: Denoi
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"images": 0}, "at least one trajectory, got 0"), ({"bias": "all"}, "'all'"), ({"sigma": "max"}, "'max'")],
+    [
+        ({"images": 0}, r"images must be a whole number, at least 1 .*, got 0"),
+        ({"bias": "all"}, "'all'"),
+        ({"sigma": "max"}, "'max'"),
+    ],
 )
 def test_impossible_corrections_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

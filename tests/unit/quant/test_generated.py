@@ -217,7 +217,7 @@ def test_frequency_encoding_by_its_formula(width: int) -> None:
 @pytest.mark.parametrize("width", [0, 1, 7, -2])
 def test_odd_and_empty_frequency_encodings_are_refused(width: int) -> None:
     for encoding in (Frequency, lambda width: RandomFourier(width, 1.0, 1000)):
-        with pytest.raises(ValueError, match=f"even and at least 2, got {width}"):
+        with pytest.raises(ValueError, match=f"width must be an even whole number from 2 to 65536, got {width}"):
             encoding(width)
 
 

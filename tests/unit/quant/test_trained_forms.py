@@ -245,7 +245,7 @@ def test_impossible_grids_are_named() -> None:
         Lsq("most")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="narrow or official, got 'full'"):
         Qil("full")
-    with pytest.raises(ValueError, match=r"negative, got -0\.1"):
+    with pytest.raises(ValueError, match=r"decay must be a number, at least 0, got -0\.1"):
         Pact(decay=-0.1)
 
 

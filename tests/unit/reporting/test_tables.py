@@ -157,6 +157,8 @@ def test_seeds_of_one_training_are_averaged_and_two_trainings_are_not() -> None:
         ["bits", f"lsq [{slow}]", f"lsq [{fast}]"],
         [["w4a4", "2.000 ± 1.414", "7.000"]],
     )
-    # what nobody named stands by its hash; records from before there were settings stay as they were
+    # what nobody named stands by its hash; records from before there were settings are no seeds of those
     assert [line[1] for line in table([row(0, 1.0, "a", ""), row(0, 2.0, "b", "")])[1]] == ["lsq [a]", "lsq [b]"]
-    assert [line[1] for line in table([row(0, 1.0, "a", ""), record("lsq", "w4a4", 1, 2.0)])[1]] == ["lsq"]
+    old = record("lsq", "w4a4", 1, 2.0)
+    assert [line[1] for line in table([row(0, 1.0, "a", ""), old])[1]] == ["lsq [a]", "lsq [settings not noted]"]
+    assert [line[1] for line in table([old])[1]] == ["lsq"]

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.kinds import AMOUNT, check_fields
 from tfmq_exp.quant.spec import QuantSpec
 
 Levels = Literal["full", "narrow", "official"]
@@ -72,8 +73,7 @@ class Form:
     def __post_init__(self) -> None:
         if self.levels not in get_args(Levels):
             raise ValueError(f"levels must be one of {', '.join(get_args(Levels))}, got {self.levels!r}")
-        if self.decay < 0:
-            raise ValueError(f"decay must not be negative, got {self.decay}")
+        check_fields(self, decay=AMOUNT)
 
     def further(self) -> Mapping[str, Further]:
         """Numbers that are trained beside the step, by name."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.kinds import SWITCH, check_fields
 from tfmq_exp.quant.forms.base import Form, Grid
 from tfmq_exp.quant.forms.stepped import Rule, stepped
 
@@ -20,6 +21,10 @@ class Lsq(Form):
     """
 
     scaled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, scaled=SWITCH)
 
     def __call__(
         self, x: Float[Tensor, "*shape"], scale: Tensor, grid: Grid, further: Mapping[str, Tensor]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.kinds import SWITCH, check_fields
 from tfmq_exp.quant.forms.base import Form, Further, Grid, Levels
 from tfmq_exp.quant.functional import round_ste
 
@@ -33,6 +34,7 @@ class Qil(Form):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self, learn_gamma=SWITCH)
         if self.levels == "full":
             raise ValueError("QIL's grid is as long below zero as above: levels must be narrow or official, got 'full'")
 

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.finite import require_finite
 from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize, round_ste
 from tfmq_exp.quant.quantizers.base import Quantizer
 from tfmq_exp.quant.ranges import RangeEstimator
@@ -55,7 +56,7 @@ class WeightQuantizer(Quantizer):
         """Place the grid on this weight.
 
         Raises:
-            ValueError: the estimator found ends of another shape than the grid has.
+            ValueError: the estimator found ends of another shape than the grid has, or such that are not finite.
         """
         lo, hi = self.estimator(x.detach(), self.spec)
         if not lo.shape == hi.shape == self.scale.shape:
@@ -64,6 +65,7 @@ class WeightQuantizer(Quantizer):
                 f"{tuple(self.scale.shape)} for a weight of shape {tuple(x.shape)}, "
                 f"got {tuple(lo.shape)} and {tuple(hi.shape)}"
             )
+        require_finite(torch.stack([lo, hi]), f"a range of {type(self.estimator).__name__}")
         scale, zero_point = qparams_from_range(lo, hi, self.spec)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tfmq_exp.finite import require_finite
 from tfmq_exp.quant.forms.base import Form, Grid, limits
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
@@ -120,7 +121,7 @@ class TrainedWeightQuantizer(WeightQuantizer):
     def observe(self, x: Float[Tensor, "out *rest"]) -> None:
         """The step that takes the estimator's range to the largest code."""
         lo, hi = self.estimator(x.detach(), self.spec)
-        reach = torch.maximum(lo.abs(), hi.abs())
+        reach = require_finite(torch.maximum(lo.abs(), hi.abs()), f"a range of {type(self.estimator).__name__}")
         self.scale.copy_((reach / self.high).clamp(min=SMALLEST_SCALE))
 
     @property

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tfmq_exp.finite import require_finite
 from tfmq_exp.quant.functional import SMALLEST_SCALE, qparams_from_range
 from tfmq_exp.quant.ranges import MinMax, RangeEstimator, include_zero
 from tfmq_exp.quant.spec import QParams, QuantSpec
@@ -72,11 +73,21 @@ class RunningRange(Source):
         self.scale = nn.Parameter(torch.full((entries,), torch.nan), requires_grad=False)
 
     def show(self, x: Float[Tensor, "batch *rest"], entry_of_row: Int[Tensor, "batch"]) -> None:
-        """Move the ranges of the entries that the rows belong to."""
+        """Move the ranges of the entries that the rows belong to.
+
+        Raises:
+            NotFiniteError: values, or the range that the estimator finds, are NaN or infinite, which is no range; a moving
+                average would keep it for good.
+        """
         lo, hi = torch.full_like(self.lo, torch.inf), torch.full_like(self.hi, torch.inf)
         for entry in sorted({int(i) for i in entry_of_row}):
-            ends = self.estimator(x[entry_of_row == entry], self.spec)
-            lo[entry], hi[entry] = (end.reshape(()) for end in ends)
+            rows = x[entry_of_row == entry]
+            ends = [end.reshape(()).double() for end in self.estimator(rows, self.spec)]
+            # the extremes too: some estimators look at a part of the values
+            require_finite(
+                torch.stack([*ends, *(end.double() for end in rows.aminmax())]), "the range of an activation"
+            )
+            lo[entry], hi[entry] = ends
         self.update(lo, hi)
 
     @torch.no_grad()

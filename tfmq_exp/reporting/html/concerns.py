@@ -6,6 +6,7 @@ from tfmq_exp.reporting.agreement import evaluator_family
 from tfmq_exp.reporting.html.runs import Run
 from tfmq_exp.reporting.html.scores import SEEDS, ScoreTable, alike, coverage
 from tfmq_exp.reporting.html.ways import Group, Way
+from tfmq_exp.reporting.tables import devices
 
 # pooled and spatial features of an evaluator: FID is of the first, sFID of the second
 FEATURES = {"digits features": (64, 112), "Inception": (2048, 2023)}
@@ -14,7 +15,14 @@ NAMED = 4  # lines named in one sentence
 
 def concerns(group: Group, table: ScoreTable) -> tuple[str, ...]:
     """Sentences for the reader; none where there is nothing to object to."""
-    return (*_smoke(group), *_few_images(group), *_few_seeds(group), *_coverage(group), *_dominated(table))
+    return (
+        *_smoke(group),
+        *_few_images(group),
+        *_few_seeds(group),
+        *_devices(group),
+        *_coverage(group),
+        *_dominated(table),
+    )
 
 
 def is_smoke(run: Run) -> bool:
@@ -55,6 +63,12 @@ def _few_seeds(group: Group) -> Iterator[str]:
             f"{len(few)} of {len(group.quantized)} lines have fewer than {SEEDS} seeds: what their means differ by may be chance, "
             "and none of them is marked as best."
         )
+
+
+def _devices(group: Group) -> Iterator[str]:
+    """Kinds of devices sum in other orders, and take other times."""
+    if made := devices([record for way in group.ways for record in way.records]):
+        yield f"Lines and seeds here were {made}: their numbers differ in the last digits for that alone, their times wholly."
 
 
 def _coverage(group: Group) -> Iterator[str]:

@@ -73,9 +73,10 @@ def sample_files(groups: Sequence[Group], runs: Sequence[Run]) -> tuple[list[Gri
     for group in groups:
         for way in group.quantized:
             for turn, member in enumerate(way.members):
-                title = f"{group.model} {way.bits} {way.label}, seed {member.record.seed}"
+                model = f"{group.model} ({group.distinction})" if group.distinction else group.model
+                title = f"{model} {way.bits} {way.label}, seed {member.record.seed}"
                 file = "samples_deployed.png" if engine_of(member.record) else "samples.png"
-                grid = Grid(f"{group.model} {way.label}", title, member.run.folder / file)
+                grid = Grid(f"{model} {way.label}", title, member.run.folder / file)
                 found.append((turn, len(found), grid))
     for run in runs:
         if not run.records:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tfmq_exp.reporting.comparison import EFFORT
+from tfmq_exp.reporting.alike import comparable, differing, distinctions, setting, told
 from tfmq_exp.reporting.html.runs import DEPLOYED_TRAJECTORY, Run
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.reporting.tables import bits_order, engine_of, label
@@ -54,6 +54,7 @@ class Group:
     protocol: Mapping[str, Any]
     evaluator: Mapping[str, Any]
     ways: tuple[Way, ...]
+    distinction: str = ""  # from groups that would be described alike
 
     @property
     def title(self) -> str:
@@ -64,7 +65,8 @@ class Group:
         guidance = self.protocol.get("guidance", 1)
         guided = f"guidance {guidance:g}" if isinstance(guidance, int | float) and guidance != 1 else ""
         images = f"{self.protocol['images']} images" if "images" in self.protocol else ""
-        return ", ".join(part for part in (" ".join(filter(None, steps)), eta, guided, images) if part)
+        parts = (" ".join(filter(None, steps)), eta, guided, images, self.distinction)
+        return ", ".join(part for part in parts if part)
 
     @property
     def judge(self) -> str:
@@ -88,23 +90,16 @@ def named(record: ScoreRecord) -> str:
     return label(record, "method")
 
 
-def settings(record: ScoreRecord) -> dict[str, Any]:
-    """What all seeds of one way share, beside its name: effort and coverage."""
-    effort = {name: record.cost[name] for name in EFFORT if name in record.cost}
-    engine = record.quantized.get("engine")
-    executed = {f"engine {key}": value for key, value in engine.items()} if isinstance(engine, Mapping) else {}
-    plain = {key: value for key, value in record.quantized.items() if not isinstance(value, list | Mapping)}
-    return {**effort, **plain, **executed, **({"settings": record.settings["hash"]} if record.settings else {})}
-
-
 def groups(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order in which their first runs come."""
     members: dict[str, list[Member]] = {}
     for run in runs:
         for record in run.records:
-            key = json.dumps([record.model, record.protocol, record.evaluator], sort_keys=True, default=str)
-            members.setdefault(key, []).append(Member(record, own_part(record, run)))
-    return [_group(together) for together in members.values()]
+            members.setdefault(comparable(record), []).append(Member(record, own_part(record, run)))
+    found = [_group(together) for together in members.values()]
+    records = [group.ways[0].records[0] for group in found]
+    words = distinctions(records, [f"{group.model} {group.title} {group.judge}" for group in found])
+    return [replace(group, distinction=text) for group, text in zip(found, words, strict=True)]
 
 
 def own_part(record: ScoreRecord, run: Run) -> Run:
@@ -138,12 +133,12 @@ def _ways(members: Sequence[Member]) -> Iterator[Way]:
     together: dict[tuple[str, str], dict[str, list[Member]]] = {}
     for member in members:
         variants = together.setdefault((member.record.quant, named(member.record)), {})
-        variants.setdefault(json.dumps(settings(member.record), sort_keys=True), []).append(member)
+        variants.setdefault(json.dumps(setting(member.record), sort_keys=True), []).append(member)
     for (bits, name), variants in together.items():
-        shown = _differing([json.loads(text) for text in variants])
+        shown = differing([json.loads(text) for text in variants])
         for text, same in variants.items():
             own = json.loads(text)
-            extra = ", ".join(f"{key.replace('_', ' ')} {own.get(key, 'not noted')}" for key in shown)
+            extra = told(own, shown)
             made_last = sorted(
                 same, key=lambda member: member.run.state != "found"
             )  # a found run has what another made
@@ -171,8 +166,3 @@ def _with(label: str, extra: str) -> str:
     if not extra:
         return label
     return f"{label[:-1]}, {extra})" if label.endswith(")") else f"{label} ({extra})"
-
-
-def _differing(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = dict.fromkeys(name for variant in variants for name in variant)
-    return [name for name in names if len({json.dumps(variant.get(name)) for variant in variants}) > 1]
