@@ -1,6 +1,5 @@
 """One job of `run.py`: found where it was done before, done otherwise. Light to import, so that mistakes are told at once."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from tfmq_exp.experiment.outcome import attempt
 from tfmq_exp.experiment.score_table import show
 from tfmq_exp.experiment.status import State
+from tfmq_exp.files import read_record, write_atomically
 from tfmq_exp.reporting.records import ScoreRecord
 
 
@@ -27,12 +27,14 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
     """Results in the folder, whoever made them; `repeat` looks for nobody."""
     if console.is_terminal and "torch" not in sys.modules:
         console.print("loading ...", style="dim")
-    from tfmq_exp.experiment.finished import STAGE, keep, take  # with the store comes torch
+    from tfmq_exp.experiment.finished import STAGE, clear, keep, take  # with the store comes torch
     from tfmq_exp.experiment.identity import job_identity
     from tfmq_exp.experiment.store import Store
 
     if cfg.dry_run:
         return run(cfg, folder, console)
+    settings = OmegaConf.to_yaml(cfg, resolve=True)
+    clear(folder, settings)
     store = Store(Path(cfg.paths.store))
     record = store.entry(STAGE, job_identity(cfg, HydraConfig.get().overrides.task))
     origin = None if cfg.repeat else take(store, record, folder)
@@ -40,10 +42,10 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
         ended = run(cfg, folder, console)
         keep(store, record, folder)
         return ended
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    write_atomically(folder / "config.yaml", lambda path: path.write_text(settings, "utf-8"))
     results = folder / "results.json"
     if results.is_file():
-        show([ScoreRecord(**row) for row in json.loads(results.read_text())["rows"]], console)
+        show([ScoreRecord(**row) for row in read_record(results)["rows"]], console)
     console.print(f"finished before in {origin}; repeat=true does it again", highlight=False, soft_wrap=True)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     return "found", str(origin)

@@ -23,6 +23,7 @@ from tfmq_exp.experiment.interrupting import interruptible
 from tfmq_exp.experiment.outcome import discard_plan
 from tfmq_exp.experiment.status import GOOD, State, read_status
 from tfmq_exp.experiment.words import in_words
+from tfmq_exp.files import write_atomically
 
 ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")
 
@@ -50,15 +51,16 @@ class Job:
 
 def read_job(folder: Path) -> Job:
     """A run folder; a job that died before it could write anything has an empty one."""
+    artifacts, estimate = folder / "artifacts.json", folder / "estimate.json"
     try:
         status = read_status(folder)
-    except (OSError, ValueError, TypeError):
+        stages: dict[str, Any] = json.loads(artifacts.read_text()) if artifacts.is_file() else {}
+        computed = sum(stage["computed"] for stage in stages.values())
+        expected = json.loads(estimate.read_text())["seconds"] if estimate.is_file() else 0.0
+    except FileNotFoundError:
         return Job(folder, None, "died", "it ended before it began")
-    path = folder / "artifacts.json"
-    stages: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    computed = sum(stage["computed"] for stage in stages.values())
-    estimate = folder / "estimate.json"
-    expected = json.loads(estimate.read_text())["seconds"] if estimate.is_file() else 0.0
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return Job(folder, None, "died", f"its files cannot be read: {error}")
     return Job(folder, status.number, status.state, status.reason, status.seconds, len(stages), computed, expected)
 
 
@@ -160,5 +162,5 @@ class SweepReport(Callback):
             show(jobs, seconds, console)
             rows = [{**dataclasses.asdict(job), "folder": str(job.folder)} for job in jobs]
             text = json.dumps({"seconds": round(seconds, 1), "jobs": rows}, indent=2, ensure_ascii=False)
-            (self.folder / "sweep.json").write_text(text + "\n")
+            write_atomically(self.folder / "sweep.json", lambda path: path.write_text(text + "\n", "utf-8"))
         return jobs

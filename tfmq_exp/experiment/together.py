@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.experiment.outcome import one_line, root_cause
+from tfmq_exp.files import write_atomically
 from tfmq_exp.reconstruction.processes import ALONE, Processes, joined
 
 Share = Callable[[DictConfig, Processes, Path], None]
@@ -72,7 +73,8 @@ def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int
             scratch.mkdir()
             share(cfg, processes, scratch)
     except Exception as error:
-        (folder / f"failed-{rank}").write_text(one_line(root_cause(error)))
+        reason = one_line(root_cause(error))
+        write_atomically(folder / f"failed-{rank}", lambda path: path.write_text(reason, "utf-8"))
         raise SystemExit(1) from error
 
 

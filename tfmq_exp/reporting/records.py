@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tfmq_exp.files import read_record, write_atomically
+
 SCHEMA = 1
 
 
@@ -59,13 +61,15 @@ def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
         environment = {key: value for key, value in record.environment.items() if key != "command"}
         return dataclasses.replace(record, cost=cost, environment=environment).to_json()
 
-    path.write_text("".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records))
+    text = "".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records)
+    write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Records as plain data, from a `results.json` or from a file of `save_records`."""
-    text = path.read_text()
-    return json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    if path.suffix == ".json":
+        return read_record(path)["rows"]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_records(*sources: Path) -> list[ScoreRecord]:
@@ -87,6 +91,6 @@ def read_records(*sources: Path) -> list[ScoreRecord]:
                 way = [record.model, record.quant, record.method, record.choices]
                 identity = [*way, record.seed, key, record.protocol]
                 found[json.dumps(identity, sort_keys=True)] = record
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a results file of this program: {error}") from error
     return list(found.values())
