@@ -25,6 +25,7 @@ from tfmq_exp.files import HASH, hash_file, read_record, sha256_of, unchanged, w
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 
 SCHEMA = 2  # part of every key: raise it when the meaning of stored files changes
+NOTED = {"stage", "key", "seconds", "files"}  # what a manifest says beside its own hash
 log = logging.getLogger(__name__)
 
 
@@ -114,7 +115,7 @@ class Entry:
             noted = read_record(self.manifest)
         except ValueError as error:
             raise self.damaged(self.manifest.name) from error
-        if noted.get("key") != self.key or not isinstance(noted.get("files"), dict):
+        if set(noted) != NOTED or noted["key"] != self.key:
             raise self.damaged(self.manifest.name)
         return noted
 
