@@ -53,11 +53,12 @@ LIMIT = 600.0  # seconds after which a run is stuck
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit status (negative: the signal), seconds, and what it said."""
+    """How a run ended: exit status (negative: the signal), seconds, what it said, whether a process of it went on."""
 
     status: int
     seconds: float
     said: str
+    stuck: bool
 
 
 def start(folder: Path, overrides: Sequence[str]) -> int:
@@ -89,11 +90,24 @@ def finish(process: int, folder: Path, kill: Callable[[float], bool] = lambda se
         ended, status = os.waitpid(process, os.WNOHANG)
         seconds = time.monotonic() - began
         if ended:
-            return Outcome(os.waitstatus_to_exitcode(status), seconds, (folder / "said").read_text(errors="replace"))
+            said = (folder / "said").read_text(errors="replace")
+            return Outcome(os.waitstatus_to_exitcode(status), seconds, said, left_behind(process))
         if not killed and kill(seconds):
             os.kill(process, signal.SIGKILL)
             killed = True
         time.sleep(0.002)
+
+
+def left_behind(group: int) -> bool:
+    """Whether processes of a run are there still, a while after its first one; they are ended."""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    return True
 
 
 def result(folder: Path) -> dict[str, str]:
@@ -118,7 +132,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     cost = {name: value for name, value in row["cost"].items() if "seconds" not in name and name != "peak_mib"}
     if "stages" in cost:
         cost["stages"] = {name: stage["key"] for name, stage in cost["stages"].items()}
-    environment = {name: value for name, value in row["environment"].items() if name != "command"}
+    environment = {name: value for name, value in row["environment"].items() if name not in ("command", "git")}
     return {**row, "cost": cost, "environment": environment}
 
 
@@ -155,6 +169,7 @@ def kills(home: Path, count: int, draw: random.Random) -> list[str]:
             last = killed == share
             moment = LIMIT if last else draw.uniform(0, 1.1 * seconds)
             outcome = finish(start(folder, overrides), folder, lambda s, moment=moment: s > moment)
+            problems += [f"{name}, after {killed} kills: a process is stuck"] if outcome.stuck else []
             if outcome.status == -signal.SIGKILL and not last:
                 killed += 1
                 continue

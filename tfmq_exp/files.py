@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        if any(words in str(error) for words in ("(os error", "PytorchStreamWriter")):  # of safetensors and of torch
+        if any(words in str(error) for words in ("(os error", "inline_container")):  # of safetensors and of torch
             raise OSError(f"{path} could not be written, the disk may be full: {error}") from error
         raise
     finally:

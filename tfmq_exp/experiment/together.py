@@ -1,8 +1,10 @@
 """A run of several processes on one machine: the one that was started is the first, and starts the others."""
 
 import multiprocessing
+import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -66,6 +68,7 @@ def together(cfg: DictConfig, share: Share) -> Iterator[Processes]:
 def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int, folder: Path) -> None:
     """What another process does from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one ends it
+    threading.Thread(target=end_with_the_first, daemon=True).start()
     HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))
     try:
         with joined(rank, count, folder / "meeting") as processes:
@@ -76,6 +79,14 @@ def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int
         reason = one_line(root_cause(error))
         write_atomically(folder / f"failed-{rank}", lambda path: path.write_text(reason, "utf-8"))
         raise SystemExit(1) from error
+
+
+def end_with_the_first() -> None:
+    """End this process as soon as the first one is gone: killed, it cannot end the others, which would wait for it."""
+    first = multiprocessing.parent_process()
+    if first is not None:
+        first.join()
+        os._exit(1)
 
 
 def why_one_failed(others: Sequence[BaseProcess], folder: Path) -> str | None:
