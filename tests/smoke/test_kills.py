@@ -1,13 +1,18 @@
 """Runs that are killed, and files whose bits turn: a short form of `scripts/check_resume.py`."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.smoke.jobs import composed
 from tests.smoke.test_scripts import script
+from tfmq_exp.experiment.job import perform
+from tfmq_exp.experiment.status import read_status
 from tfmq_exp.experiment.store import DamagedEntry, Entry
+from tfmq_exp.files import read_record
 
 RUNS = {
     "nearest": ("method=nearest", "quant=w8a8", "goal=images"),
@@ -64,3 +69,26 @@ def test_a_bit_turns_in_every_file(check: Any, tmp_path: Path, name: str, patter
             with pytest.raises(DamagedEntry, match=path.name):
                 entry.verify()
             path.write_bytes(content)
+
+
+def test_any_stage_that_is_deleted_is_made_again_and_the_job_is_found_after_that(check: Any, tmp_path: Path) -> None:
+    """The record of every such run is that of the first: scores, keys, and the set of stages with their costs."""
+
+    def rows(*wanted: str) -> list[Any]:
+        perform(composed(tmp_path, "runtime=smoke", "method=nearest", "quant=w8a8"))
+        assert read_status(tmp_path / "run").state in wanted
+        return [check.without_times(row) for row in read_record(tmp_path / "run/results.json")["rows"]]
+
+    first = rows("done")
+    stages = first[1]["keys"]
+    assert stages == first[1]["cost"]["stages"]
+    assert set(stages) == {
+        *("trajectory", "weights", "activations", "images", "float images"),
+        *("reference", "scores", "float scores", "diagnostics"),
+    }
+    for name in stages:
+        stage = name.removeprefix("float ")
+        shutil.rmtree(tmp_path / "store" / stage / stages[name])
+        assert rows("done") == first
+        assert (tmp_path / "store" / stage / stages[name] / "manifest.json").is_file(), name
+    assert rows("found") == first
