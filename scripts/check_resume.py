@@ -71,7 +71,8 @@ def start(folder: Path, overrides: Sequence[str]) -> int:
     try:
         os.setsid()
         target = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(target, 1), os.dup2(target, 2)
+        os.dup2(target, 1)
+        os.dup2(target, 2)
         places = (f"paths.outputs={folder}", f"hydra.run.dir={folder}/run")
         sys.argv = [str(ROOT / "run.py"), *places, "model=digits", "runtime=smoke", "runtime.threads=1", *overrides]
         runpy.run_path(sys.argv[0], run_name="__main__")
