@@ -20,6 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tfmq_exp.files import write_atomically
 from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
@@ -39,7 +40,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.out:
-        args.out.write_text(text)
+        write_atomically(args.out, lambda path: path.write_text(text))
     else:
         print(text, end="")
     return 0

@@ -14,6 +14,7 @@ from rich.console import Console
 from tests.smoke.jobs import composed, job
 from tfmq_exp.experiment import app
 from tfmq_exp.experiment.diagnose import Diagnosis
+from tfmq_exp.experiment.finished import is_written
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.files import write_checked, write_json
 from tfmq_exp.tracking.mirror import NoMirror
@@ -75,6 +76,12 @@ def diagnosis(first: Path, tmp_path: Path, *overrides: str) -> Diagnosis:
     """Of the same run, or nearly, with what the store has of it."""
     cfg = composed(tmp_path, *SMALL, *overrides, f"paths.store={first.parent / 'store'}")
     return Diagnosis(app.build_stages(cfg, torch.device("cpu"), Bars(Console(quiet=True)), NoMirror()))
+
+
+def test_other_jobs_find_all_that_a_diagnosis_writes(first: Path) -> None:
+    left = [path.relative_to(first).as_posix() for path in first.glob("diagnosis/*")]
+    assert left
+    assert all(map(is_written, left))
 
 
 def computed(found: Diagnosis) -> set[str]:
