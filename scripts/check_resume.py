@@ -11,7 +11,6 @@ the other, in forks of this process, which has imported everything.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import tfmq_exp.experiment.app  # noqa: F401  # so that forks need not
+from tfmq_exp.files import sha256_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATIONS = {
@@ -117,9 +117,9 @@ def result(folder: Path) -> dict[str, str]:
     for manifest in folder.glob("store/*/*/manifest.json"):
         if manifest.parts[-3] != "jobs":
             paths = [path for path in manifest.parent.iterdir() if path.is_file() and path.name not in TIMES]
-            found |= {str(path.relative_to(folder)): digest(path.read_bytes()) for path in paths}
+            found |= {str(path.relative_to(folder)): sha256_of(path) for path in paths}
     tables = [*(folder / "run").glob("*_error.csv"), *(folder / "run").glob("diagnosis/*.csv")]
-    found |= {str(path.relative_to(folder)): digest(path.read_bytes()) for path in tables}
+    found |= {str(path.relative_to(folder)): sha256_of(path) for path in tables}
     stages = json.loads((folder / "run/artifacts.json").read_text())
     found["artifacts.json"] = json.dumps({name: stage["key"] for name, stage in stages.items()}, sort_keys=True)
     if (results := folder / "run/results.json").is_file():
@@ -135,11 +135,6 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
         cost["stages"] = {name: stage["key"] for name, stage in cost["stages"].items()}
     environment = {name: value for name, value in row["environment"].items() if name not in ("command", "git")}
     return {**row, "cost": cost, "environment": environment}
-
-
-def digest(content: bytes) -> str:
-    """SHA-256."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def differences(folder: Path, wanted: dict[str, str], but: str = "") -> str:
@@ -161,7 +156,7 @@ def undisturbed(home: Path, name: str) -> tuple[dict[str, str], float]:
 def kills(home: Path, count: int, draw: random.Random) -> list[str]:
     """Kill runs; returns what went wrong."""
     problems: list[str] = []
-    table = ["configuration | kills | runs to their end | as undisturbed", "---|---:|---:|---:"]
+    print("configuration | kills | runs to their end | as undisturbed", "---|---:|---:|---:", sep="\n")
     for i, (name, overrides) in enumerate(CONFIGURATIONS.items()):
         wanted, seconds = undisturbed(home, name)
         share = count // len(CONFIGURATIONS) + (i < count % len(CONFIGURATIONS))
@@ -179,9 +174,7 @@ def kills(home: Path, count: int, draw: random.Random) -> list[str]:
             good += not wrong
             problems += [f"{name}, after {killed} kills: {wrong}"] if wrong else []
             shutil.rmtree(folder)
-        table.append(f"{name} | {killed} | {ended} | {good}")
-        print(table[-1], flush=True)
-    print("\n" + "\n".join(table))
+        print(name, killed, ended, good, sep=" | ", flush=True)
     return problems
 
 
