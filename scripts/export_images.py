@@ -9,6 +9,7 @@ its index. `--float` takes the images of the float network instead of the quanti
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,20 +91,23 @@ def read(shards: list[Path]) -> Iterator[Tensor]:
 
 
 def write_png(folder: Path, shards: Iterator[Tensor]) -> None:
-    """A PNG for each image, gray where there is one channel.
+    """A PNG for each image, gray where there is one channel; the folder is there with all of them, or not at all.
 
     Raises:
         ValueError: the folder has files, which would be taken for images of this run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
+    partial = folder.resolve().with_name(f"{folder.resolve().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
     index = 0
     for images in shards:
         for image in images:
             pixels = image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0)
-            Image.fromarray(pixels.contiguous().numpy()).save(folder / f"{index:06d}.png")
+            Image.fromarray(pixels.contiguous().numpy()).save(partial / f"{index:06d}.png")
             index += 1
+    partial.replace(folder)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams, visible
+from tfmq_exp.files import write_atomically
 from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published
@@ -37,7 +38,7 @@ def main() -> int:
     try:
         text = listed(args.paper) if args.list or (args.paper and not args.table and not args.pivot) else made(args)
         if args.out:
-            args.out.write_text(text, encoding="utf-8", errors="backslashreplace")
+            write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
     except (OSError, ValueError) as error:
         say_error(Terminal(stderr=True), str(error))
         return 1

@@ -11,7 +11,6 @@ import argparse
 import csv
 import functools
 import hashlib
-import json
 import logging
 import platform
 from importlib.metadata import version
@@ -38,6 +37,7 @@ from tfmq_exp.denoisers.digits import (
     load_denoiser,
 )
 from tfmq_exp.experiment.terminal import standard_streams
+from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.reporting.figures import mosaic
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM
@@ -145,7 +145,8 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
     """Write the (averaged) weights, the loss log and a record of how they were made."""
     args.weights.mkdir(parents=True, exist_ok=True)
     target = args.weights / f"{name}.safetensors"
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in module.network.state_dict().items()}, target)
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in module.network.state_dict().items()}
+    write_atomically(target, lambda path: save_file(tensors, path))
     record = {
         "command": f"python scripts/train_digits.py {name} --steps {module.steps} --batch {args.batch} --seed {args.seed}",
         "parameters": sum(p.numel() for p in module.network.parameters()),
@@ -154,7 +155,7 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
         "versions": {p: version(p) for p in ("torch", "diffusers", "pytorch-lightning", "scikit-learn")},
         "machine": platform.machine(),
     }
-    (args.weights / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(args.weights / f"{name}.json", record)
     files = sorted((args.out / name / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     joined: dict[str, dict[str, str]] = {}  # a step's losses and its validation are rows of their own
     for row in (row for path in files for row in csv.DictReader(path.open(encoding="utf-8"))):

@@ -1,21 +1,35 @@
-"""Files that are there whole, or not at all, whenever a process dies; and text files of any origin, read line by line."""
+"""Files that are there whole, or not at all, whenever a process dies, and that say whether they are what was written."""
 
-import codecs
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+HASH = ".sha256"  # ends the name of a file that holds the hash of another, whose name stands before it
+log = logging.getLogger(__name__)
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name and move it into place."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Let `write` make a file under a temporary name and move it into place.
+
+    Raises:
+        OSError: it could not be written, on a full disk say; names the file.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of a killed run a process may still write
     try:
         write(partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        if any(words in str(error) for words in ("(os error", "inline_container")):  # of safetensors and of torch
+            raise OSError(f"{path} could not be written, the disk may be full: {error}") from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -27,67 +41,85 @@ def write_json(path: Path, data: Any) -> None:
         ValueError: data with a NaN or an infinity, which JSON does not have.
     """
     try:
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = as_json(data)
     except ValueError as error:
         raise ValueError(f"{path.name} would hold a number that is not finite: {error}") from error
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
-# the longer marks first: UTF-32's begins with UTF-16's
-MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-}
+def as_json(data: Any) -> str:
+    """The text of a file; ValueError for a NaN or an infinity."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in the encoding that its byte order mark says; the mark is no part of it.
+def write_record(path: Path, data: Mapping[str, Any]) -> None:
+    """A JSON object with its own hash beside its other keys, as `sha256`."""
+    write_json(path, hashed(data))
+
+
+def hashed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data with its own hash."""
+    plain = json.loads(json.dumps(data))  # as it will be read: keys are texts, tuples lists
+    return {**plain, "sha256": hash_of_json(plain)}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote; an object without hash is taken as it is.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a folder or another thing, another encoding, or NUL characters, which no text has.
+        ValueError: the file is damaged, or no JSON object; names it.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no file at {path}")
-    if not path.is_file():
-        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; expected a text file")
-    data = path.read_bytes()
-    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    encoding = MARKS.get(mark, "utf-8")
     try:
-        text = data[len(mark) :].decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, len(mark) + error.start) + 1
-        raise ValueError(
-            f"{path} is not {encoding.upper()}: byte 0x{error.object[error.start]:02x} in line {line}; save it as UTF-8 "
-            "(Latin-1, for one: iconv -f latin1 -t utf-8)"
-        ) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ValueError(
-            f"{path} has a NUL character in line {line}: UTF-16 without a byte order mark, or no text; save it as UTF-8"
-        )
-    return text
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    wanted = data.pop("sha256", None)
+    if wanted not in (None, hash_of_json(data)):
+        raise ValueError(f"{path} is damaged: it is not what was written")
+    return data
 
 
-def read_lines(path: Path) -> list[str]:
-    r"""The lines of a text file, without their ends and without spaces around them; blank ones are lines, too.
+def hash_of_json(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
-    Lines end with \n or \r\n, or all of them with \r. The last may lack its end. No other character ends a line: what
-    Unicode calls separators (U+2028, U+0085, form feeds, ..) stays inside. Byte order marks that stand before a line, as
-    where files were joined, are no part of it.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: as `read_text`, or a \r inside a line, of which nobody can say whether it ends one.
-    """
-    text = read_text(path).replace("\r\n", "\n")
-    lines = text.split("\n") if "\n" in text else text.split("\r")
-    if inside := [number for number, line in enumerate(lines, 1) if "\r" in line]:
-        raise ValueError(f"{path} has a carriage return inside line {inside[0]}: end every line with \\n or \\r\\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.lstrip("\ufeff").strip() for line in lines]
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checked(path: Path, write: Callable[[Path], object]) -> None:
+    """A file, and beside it its hash, by which `intact` knows it: for work that may break off and be taken up again."""
+
+    def hash_first(partial: Path) -> None:
+        write(partial)
+        digest = sha256_of(partial)
+        write_atomically(hash_file(path), lambda other: other.write_text(digest))
+
+    write_atomically(path, hash_first)
+
+
+def hash_file(path: Path) -> Path:
+    """Where the hash of a file lies."""
+    return path.with_name(path.name + HASH)
+
+
+def unchanged(path: Path) -> bool:
+    """Whether a file is what `write_checked` wrote."""
+    try:
+        return hash_file(path).read_bytes().strip() == sha256_of(path).encode()
+    except FileNotFoundError:
+        return False
+
+
+def intact(path: Path) -> bool:
+    """Whether a file of work that broke off is there and can be used; one that cannot is named in the log."""
+    if not path.is_file():
+        return False
+    if not (good := unchanged(path)):
+        log.warning("%s was not written to its end, or is damaged: it is made again", path)
+    return good

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from rich.console import Console
 from tests.smoke.jobs import composed, job
 from tfmq_exp.experiment import app
 from tfmq_exp.experiment.diagnose import Diagnosis
+from tfmq_exp.experiment.finished import is_written
 from tfmq_exp.experiment.progress import Bars
+from tfmq_exp.files import write_checked, write_json
 from tfmq_exp.tracking.mirror import NoMirror
 
 TABLES = {
@@ -75,6 +78,12 @@ def diagnosis(first: Path, tmp_path: Path, *overrides: str) -> Diagnosis:
     return Diagnosis(app.build_stages(cfg, torch.device("cpu"), Bars(Console(quiet=True)), NoMirror()))
 
 
+def test_other_jobs_find_all_that_a_diagnosis_writes(first: Path) -> None:
+    left = [path.relative_to(first).as_posix() for path in first.glob("diagnosis/*")]
+    assert left
+    assert all(map(is_written, left))
+
+
 def computed(found: Diagnosis) -> set[str]:
     return {name for name, hit in found.stages.hits.items() if hit["computed"]}
 
@@ -85,8 +94,10 @@ def test_the_rest_of_a_killed_diagnosis_is_done(first: Path, tmp_path: Path) -> 
     before = {row["unit"]: row for row in json.loads((entry / "rows.json").read_text())}
     for name in ("manifest.json", "rows.json", "units/conv_in.json"):
         (entry / name).unlink()
-    kept = entry / "units/conv_out.json"
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "relative_error": 0.125}))
+    for kept in (entry / "units").iterdir():
+        content = json.loads(kept.read_text())
+        changed = {**content, "relative_error": 0.125} if kept.stem == "conv_out" else content
+        write_checked(kept, partial(write_json, data=changed))
     found = diagnosis(first, tmp_path)
     assert found.passes() == {"sensitivity": 3 * 6}  # one unit, the whole network and the float one
     after = {row["unit"]: row for row in found.sensitivity()}

@@ -40,7 +40,6 @@ def test_it_trains_on_images_and_follows_no_trajectory(run: Path) -> None:
         "inputs.json",
         "losses.json",
         "manifest.json",
-        "took.json",
         "trained.safetensors",
         "units",
         "units.json",

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.smoke.jobs import CONF, job
+from tfmq_exp.experiment.finished import is_written
 from tfmq_exp.reporting.records import read_records
 from tfmq_exp.reporting.tables import table
 from tfmq_exp.sampling.images import to_uint8
@@ -56,6 +57,8 @@ def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_that_a_person_looks_at(default_run: Path) -> None:
     for name in FILES:
         assert (default_run / name).stat().st_size > 0, name
+    left = {path.relative_to(default_run).as_posix() for path in default_run.rglob("*") if path.is_file()}
+    assert {name for name in left if not is_written(name)} <= {"config.yaml", "status.json", ".running.lock"}
     rows = json.loads((default_run / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["float", "tfmq"]
     assert rows[1]["evaluator"]["name"] == "digits features"

@@ -17,7 +17,7 @@ from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stac
 from tfmq_exp.data.hashes import hash_files
 from tfmq_exp.data.preparation import Pixels, Preparation
 from tfmq_exp.data.tree import files_below
-from tfmq_exp.files import read_lines
+from tfmq_exp.text_files import read_lines
 
 # By the end of a name, in either case; what a file is, is then read from its content.
 SUFFIXES = (

@@ -4,6 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tfmq_exp.experiment.survey import estimate
 from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.together import together
 from tfmq_exp.experiment.tracking import points, run_card, score_summary, show_losses, write_csv
-from tfmq_exp.files import write_json
+from tfmq_exp.files import write_atomically, write_json, write_record
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures
@@ -67,7 +68,8 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
         return "planned", ""
     environment = describe_environment(device)
     write_json(folder / "environment.json", environment)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    settings = OmegaConf.to_yaml(cfg, resolve=True)
+    write_atomically(folder / "config.yaml", lambda path: path.write_text(settings, "utf-8"))
     mirror: Mirror = instantiate(cfg.logger).open(run_card(cfg, folder, environment))
     failed = True
     try:
@@ -77,8 +79,11 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
             stages = build_stages(cfg, device, Bars(console), mirror, processes)
             try:
                 pull(stages, cfg, folder, console, environment, began)
-            finally:
-                write_json(folder / "artifacts.json", stages.hits)
+            except BaseException:
+                with suppress(OSError):  # the disk may be full, which the error says already
+                    write_json(folder / "artifacts.json", stages.hits)
+                raise
+            write_json(folder / "artifacts.json", stages.hits)
         failed = False
     finally:
         mirror.close(failed=failed)
@@ -193,6 +198,8 @@ def make_network(stages: Stages, goal: str) -> None:
         stages.weighted_model()
     else:
         _ = stages.quantized_model
+    if goal != "trajectory":
+        stages.have_origins(goal)
 
 
 def save_on_the_way(stages: Stages, reached: Collection[str], folder: Path, console: Console) -> None:
@@ -304,6 +311,6 @@ def save_errors(errors: Mapping[str, list[dict[str, Any]]], folder: Path, mirror
 
 def save_records(records: Sequence[ScoreRecord], stages: Stages, folder: Path, console: Console) -> None:
     """The rows of the table: float, simulated, and executed by an engine."""
-    write_json(folder / "results.json", {"rows": [record.to_json() for record in records]})
+    write_record(folder / "results.json", {"rows": [record.to_json() for record in records]})
     stages.mirror.summary(score_summary(records))
     show(records, console)

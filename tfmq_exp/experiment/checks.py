@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from tfmq_exp.experiment.folders import check_folders
 from tfmq_exp.kinds import (
     AMOUNT,
     ANY_COUNT,
@@ -95,7 +96,8 @@ def check(cfg: DictConfig) -> None:
     """Look at a job before it begins.
 
     Raises:
-        ValueError: a value that cannot be right, by its key, with what would be; a method that goes by another's name; an export for no engine.
+        ValueError: a value that cannot be right, by its key, with what would be; a method that goes by another's name; an export for no engine;
+            folders inside one another.
     """
     for key, kind in KINDS.items():
         value = OmegaConf.select(cfg, key, default=ABSENT)  # a model of one's own may do without some of them
@@ -112,7 +114,9 @@ def check(cfg: DictConfig) -> None:
         real_images(cfg)
     if cfg.goal == EXPORT and cfg.engine is None:
         raise ValueError("goal=export needs an engine to export for: engine=openvino, onednn or torchao")
-    runtime = HydraConfig.get().runtime
+    hydra = HydraConfig.get()
+    runtime = hydra.runtime
+    check_folders(cfg, Path(runtime.output_dir), moves=bool(hydra.job.chdir))
     folders = [Path(source.path) / "method" for source in runtime.config_sources if source.schema == "file"]
     check_name(
         cfg.method.name, str(runtime.choices["method"]), {path.stem for d in folders for path in d.glob("*.yaml")}

@@ -22,7 +22,7 @@ from tfmq_exp.experiment.stages import DiagnosisPlan, Stages
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.tracking import write_csv
-from tfmq_exp.files import write_json
+from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.reconstruction.partition import TemporalAware
 from tfmq_exp.reporting import diagnosis_figures as figures
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -164,14 +164,14 @@ class Diagnosis:
             whole = stick.error(self.model)["relative_error"]
             (folder / "units").mkdir(exist_ok=True)
             files = {part.name: folder / "units" / f"{part.name}.json" for part in parts}
-            own = [part for part in stages.processes.own(parts) if not files[part.name].is_file()]
+            own = [part for part in stages.processes.own(parts) if not intact(files[part.name])]
             for i, part in enumerate(own):
 
                 def each(done: float, i: int = i, name: str = part.name) -> None:
                     advance((i + done) / len(own), name)
 
                 found = unit_error(self.model, unet, part, parts, stick, alone=alone, each_batch=each)
-                write_json(files[part.name], found)
+                write_checked(files[part.name], partial(write_json, data=found))
             stages.processes.wait()
             rows: list[Row] = []
             for part in parts:
@@ -180,7 +180,10 @@ class Diagnosis:
                 rows.append({**_described(part, stages), **found, "share": share if alone else 1 - share})
             return rows
 
-        return self.stored("sensitivity", self.sensitivity_inputs, compute)
+        stages = self.stages
+        rows = self.stored("sensitivity", self.sensitivity_inputs, compute)
+        stages.have("trajectory", stages.trajectory, stages.calibration_set)
+        return rows
 
 
 def _described(part: Part, stages: Stages) -> Row:

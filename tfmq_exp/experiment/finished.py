@@ -10,35 +10,70 @@ An archive, so that whoever looks through the outputs for results does not take 
 import json
 import logging
 import shutil
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from tfmq_exp.experiment.store import DamagedEntry, Entry, Store
+from tfmq_exp.experiment.words import in_bytes
 from tfmq_exp.files import write_atomically, write_json
 
 STAGE = "jobs"
-# What every job writes for itself, or a dashboard for it.
-OWN = ("config.yaml", "run.log", "status.json", "profile.txt", "profile.pstats", "wandb", "wandb.id", "tensorboard")
+# What a job writes into its run folder, and another that is the same would write as well. Whatever else lies there is not its.
+WRITTEN = (
+    *("results.json", "artifacts.json", "environment.json", "quantized.json"),
+    *("samples.png", "samples_deployed.png", "temporal_error.csv", "temporal_error.png"),
+    *("trajectory_error.csv", "trajectory_error.png", "trajectory_error_deployed.csv"),
+    *("units.csv", "losses.csv", "noise.csv", "sites.csv", "diagnosis/*.csv", "diagnosis/*.png"),
+)
+LARGEST = 2**28  # bytes that a record may hold
 log = logging.getLogger(__name__)
 
 
+def is_written(name: str) -> bool:
+    """Whether a file of that name, relative to the run folder, is one that jobs write."""
+    path = PurePosixPath(name)
+    return any(len(path.parts) == len(PurePosixPath(p).parts) and path.match(p) for p in WRITTEN)
+
+
 def left_in(folder: Path) -> list[Path]:
-    """Files that a job left in its run folder, and in folders there, and that another would leave as well."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if (top := path.relative_to(folder).parts[0]) not in OWN and not top.startswith(".")]
+    """Files that a job left in its run folder, and that another would leave as well."""
+    found = {path for pattern in WRITTEN for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def clear(folder: Path, settings: str) -> None:
+    """Remove what another job has left in a run folder: under this one's configuration it would be taken for its results.
+
+    Args:
+        folder: that may be the run folder of an earlier job.
+        settings: this job's, as `config.yaml` will have them.
+    """
+    config = folder / "config.yaml"
+    if config.is_file() and (folder / "artifacts.json").is_file() and config.read_bytes() != settings.encode():
+        log.warning("%s was the run folder of another job, whose results are replaced", folder)
+        for path in left_in(folder):
+            path.unlink()
 
 
 def keep(store: Store, record: Entry, folder: Path) -> None:
-    """Note a job as finished, with copies of what it left."""
+    """Note a job as finished, with copies of what it left; where that cannot be, a warning says why."""
 
     def fill(target: Path) -> None:
         write_atomically(target / "left.zip", lambda path: pack(folder, path))
-        shutil.copyfile(folder / "artifacts.json", target / "artifacts.json")
+        write_atomically(target / "artifacts.json", partial(shutil.copyfile, folder / "artifacts.json"))
         write_json(target / "origin.json", {"folder": str(folder)})
 
-    if record.done and not whole(record):
-        shutil.rmtree(record.path)
-    store.pull(record, fill)
+    try:
+        if (size := sum(path.stat().st_size for path in left_in(folder))) > LARGEST:
+            raise OSError(f"its files have {in_bytes(size)}, more than {in_bytes(LARGEST)}")
+        if record.done and not undamaged(record):
+            shutil.rmtree(record.path)
+        store.pull(record, fill)
+    except OSError as error:
+        log.warning("the job is done, but the store cannot note that it is: %s", error)
 
 
 def take(store: Store, record: Entry, folder: Path) -> Path | None:
@@ -47,19 +82,31 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
     None, and nothing happens, where there is no such job, where what it left was changed since, or where a stage that it
     stands on was deleted from the store, which is how one asks for that stage to be made again.
     """
-    if not (record.done and whole(record)):
+    if not (record.done and undamaged(record)):
         return None
     stages = json.loads((record.path / "artifacts.json").read_text(encoding="utf-8"))
     for name, stage in stages.items():
-        where = Path(stage["path"])
-        if not (store.root / where.parent.name / where.name / "manifest.json").is_file():
+        if not still_there(store, stage):
             log.warning("this job was finished before, but its %s is gone from the store: once more", name)
             return None
     with ZipFile(record.path / "left.zip") as archive:
-        archive.extractall(folder)
+        members = [member for member in archive.infolist() if is_written(member.filename)]
+        if sum(member.file_size for member in members) > LARGEST:
+            return None
+        archive.extractall(folder, members)
     here = {name: {**stage, "computed": False, "seconds": 0.0} for name, stage in stages.items()}
     write_json(folder / "artifacts.json", here)
     return Path(json.loads((record.path / "origin.json").read_text(encoding="utf-8"))["folder"])
+
+
+def still_there(store: Store, stage: Mapping[str, Any]) -> bool:
+    """Whether the store has a stage of a run's record with all its files."""
+    path = Path(stage["path"])
+    entry = Entry(path.parent.name, path.name, store.root / path.parent.name / path.name, {})
+    try:
+        return entry.whole
+    except DamagedEntry:
+        return False
 
 
 def pack(folder: Path, target: Path) -> None:
@@ -69,7 +116,7 @@ def pack(folder: Path, target: Path) -> None:
             archive.write(path, path.relative_to(folder))
 
 
-def whole(record: Entry) -> bool:
+def undamaged(record: Entry) -> bool:
     """Whether all files are what was written."""
     try:
         record.verify()

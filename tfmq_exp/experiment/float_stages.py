@@ -19,7 +19,7 @@ from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.store import Entry, Store
 from tfmq_exp.experiment.tracking import stage_summary
-from tfmq_exp.files import write_atomically
+from tfmq_exp.files import intact, write_checked
 from tfmq_exp.finite import within
 from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.methods.method import Method
@@ -127,26 +127,38 @@ class FloatStages:
             return entry.path
         outer, self.inner_seconds = self.inner_seconds, 0.0
         began = time.perf_counter()
-        computed = self.store.pull(entry, compute)
+        computed = self.store.pull(entry, compute, lambda: round(time.perf_counter() - began - self.inner_seconds, 2))
         seconds = time.perf_counter() - began
         own = round(seconds - self.inner_seconds, 2)
+        self.inner_seconds = outer + seconds
         self.pulled.add(entry.path)
-        if computed and self.processes.first:
-            entry.note_time(own)
-        hit = {
+        self.remember(name, entry, own, computed=computed)
+        return entry.path
+
+    def have(self, name: str, entry: Entry, pull: Callable[[], object]) -> None:
+        """Have the store hold a stage that the run stands on, though another one that it finds may have used it before.
+
+        A finished one is not read: that takes long where it is large, and who reads it pulls it.
+        """
+        if not self.processes.told(entry.whole):
+            pull()
+        elif entry.path not in self.pulled:
+            self.remember(name, entry, 0.0, computed=False)
+
+    def remember(self, name: str, entry: Entry, seconds: float, *, computed: bool) -> None:
+        """Note a stage for the run's record, the first time that it is met."""
+        if name in self.hits:
+            return
+        self.hits[name] = {
             "key": entry.key,
             "computed": computed,
-            "seconds": own,
+            "seconds": seconds,
             "took": entry.took,
             "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "path": str(entry.path),
         }
-        self.inner_seconds = outer + seconds
-        if name not in self.hits:
-            self.hits[name] = hit
-            self.mirror.summary(stage_summary(name, hit))
-            log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
-        return entry.path
+        self.mirror.summary(stage_summary(name, self.hits[name]))
+        log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
 
     @cached_property
     def trajectory(self) -> Entry:
@@ -163,7 +175,7 @@ class FloatStages:
             own = self.processes.own(batches)
             with self.bars.stage("trajectory", len(own) * len(self.calls)) as advance:
                 for i, indices in enumerate(own):
-                    if files[indices].is_file():
+                    if intact(files[indices]):
                         continue
                     with within("calibration trajectories of the float network"):
                         part = follow(
@@ -173,11 +185,11 @@ class FloatStages:
                             seed=self.seed,
                             each_step=lambda step, i=i: advance(i * len(self.calls) + step + 1, f"step {step + 1}"),
                         )
-                    write_atomically(files[indices], part.save)
+                    write_checked(files[indices], part.save)
             self.processes.wait()
             if self.processes.first:
                 whole = ordered([CalibrationSet.load(file) for file in files.values()])
-                write_atomically(folder / "calibration.safetensors", whole.save)
+                write_checked(folder / "calibration.safetensors", whole.save)
                 shutil.rmtree(parts)
 
         return CalibrationSet.load(self.pull("trajectory", self.trajectory, compute) / "calibration.safetensors")

@@ -1,6 +1,5 @@
 """One job of `run.py`: found where it was done before, done otherwise. Light to import, so that mistakes are told at once."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tfmq_exp.experiment.outcome import attempt
 from tfmq_exp.experiment.score_table import show
 from tfmq_exp.experiment.status import State
 from tfmq_exp.experiment.terminal import say
+from tfmq_exp.files import read_record, write_atomically
 from tfmq_exp.reporting.records import ScoreRecord
 
 
@@ -28,12 +28,14 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
     """Results in the folder, whoever made them; `repeat` looks for nobody."""
     if console.is_interactive and "torch" not in sys.modules:
         console.print("loading ...", style="dim")
-    from tfmq_exp.experiment.finished import STAGE, keep, take  # with the store comes torch
+    from tfmq_exp.experiment.finished import STAGE, clear, keep, take  # with the store comes torch
     from tfmq_exp.experiment.identity import job_identity
     from tfmq_exp.experiment.store import Store
 
     if cfg.dry_run:
         return run(cfg, folder, console)
+    settings = OmegaConf.to_yaml(cfg, resolve=True)
+    clear(folder, settings)
     store = Store(Path(cfg.paths.store))
     record = store.entry(STAGE, job_identity(cfg, HydraConfig.get().overrides.task))
     origin = None if cfg.repeat else take(store, record, folder)
@@ -41,10 +43,10 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
         ended = run(cfg, folder, console)
         keep(store, record, folder)
         return ended
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    write_atomically(folder / "config.yaml", lambda path: path.write_text(settings, "utf-8"))
     results = folder / "results.json"
     if results.is_file():
-        show([ScoreRecord(**row) for row in json.loads(results.read_text(encoding="utf-8"))["rows"]], console)
+        show([ScoreRecord(**row) for row in read_record(results)["rows"]], console)
     say(console, f"finished before in {origin}; repeat=true does it again")
     say(console, f"run folder: {folder}")
     return "found", str(origin)

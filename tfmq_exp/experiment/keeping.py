@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tfmq_exp.experiment.progress import Advance
 from tfmq_exp.experiment.store import Entry
-from tfmq_exp.files import write_atomically, write_json
+from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.report import Learned, UnitReport
@@ -44,7 +44,7 @@ class LossCurve:
 Write = Callable[[Path, Callable[[Path], object]], None]
 
 
-def save_learned(path: Path, learned: Learned, note: Mapping[str, Any], write: Write = write_atomically) -> None:
+def save_learned(path: Path, learned: Learned, note: Mapping[str, Any], write: Write = write_checked) -> None:
     """Integers by site and activation state by name, with a note; the file appears whole or not at all."""
     tensors = {f"activations/{name}": value.cpu().clone() for name, value in learned.activations.items()}
     for site, parts in learned.integers.items():
@@ -88,7 +88,7 @@ class UnitFiles:
     `curves` are the loss curves of this process, by unit; a unit's is kept with it.
     """
 
-    def __init__(self, folder: Path, curves: Mapping[str, LossCurve], write: Write = write_atomically) -> None:
+    def __init__(self, folder: Path, curves: Mapping[str, LossCurve], write: Write = write_checked) -> None:
         self.folder, self.curves, self.write = folder, curves, write
         folder.mkdir(exist_ok=True)
 
@@ -101,8 +101,8 @@ class UnitFiles:
         return self.folder / f"{unit}.safetensors"
 
     def get(self, unit: str) -> Learned | None:
-        """What a finished unit has learned."""
-        return load_learned(self.path(unit))[0] if self.path(unit).is_file() else None
+        """What a finished unit has learned; None where its file is not what was written, too."""
+        return load_learned(self.path(unit))[0] if intact(self.path(unit)) else None
 
     def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
         """Keep a unit, with what was measured while it was learned."""
@@ -125,13 +125,12 @@ class UnitFiles:
 
 def noted(entries: Iterable[Entry], name: str) -> list[dict[str, Any]]:
     """Rows of a file that learning leaves beside what was learned, phase by phase; none where nothing was learned."""
-    paths = {entry.stage: entry.path / name for entry in entries}
-    return [
-        {"phase": stage, **row}
-        for stage, path in paths.items()
-        if path.is_file()
-        for row in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    rows: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry.done and name in entry.noted["files"]:
+            entry.verify(name)
+            rows += ({"phase": entry.stage, **row} for row in json.loads((entry.path / name).read_text("utf-8")))
+    return rows
 
 
 class UnitProgress:

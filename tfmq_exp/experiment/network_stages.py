@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, noted, save_learned
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.training_stages import TrainingStages
-from tfmq_exp.files import write_atomically
+from tfmq_exp.files import write_checked
 from tfmq_exp.finite import naming_rates
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reconstruction.report import Learned
@@ -47,7 +47,7 @@ class NetworkStages(TrainingStages):
         }
         if self.plan.trained is not None:
             inputs["form"] = self.plan.trained
-        if method.weights.data == "images":
+        if self.trains_on_images:
             inputs |= self.training_inputs
         elif method.weights.learns:
             inputs |= {"trajectory": self.trajectory.key, "seed": self.seed}
@@ -57,7 +57,7 @@ class NetworkStages(TrainingStages):
 
     def weighted_model(self) -> QuantizedUNet:
         """The model with integer weights; activations are still float, or learned already if that was done jointly."""
-        if self.method.weights.data == "images":
+        if self.trains_on_images:
             return self.trained_model(self.weights)
         model = build(self.denoiser.unet, self.plan, self.method.weight_range)
 
@@ -130,11 +130,26 @@ class NetworkStages(TrainingStages):
             model.merge_sources()
             if self.processes.first:
                 recipe = Recipe.of(self.sampling, self.denoiser)
-                write_atomically(folder / "quantized.safetensors", lambda path: artifact.save(model, path, recipe))
+                write_checked(folder / "quantized.safetensors", lambda path: artifact.save(model, path, recipe))
                 keeper.write_notes(folder)
 
         path = self.pull("activations", self.activations, compute) / "quantized.safetensors"
         return artifact.load(path).to(next(self.denoiser.unet.parameters()).device)
+
+    def have_origins(self, goal: str) -> None:
+        """Have what a network that was found is made of: weights, and the data behind them. What was deleted is made again."""
+        self.have("weights", self.weights, self.weighted_model)
+        for name, entry, pull in self.data(goal):
+            self.have(name, entry, pull)
+
+    def data(self, goal: str) -> list[tuple[str, Entry, Callable[[], object]]]:
+        """What weights, or a network with activations, are found from: trajectories, training images, or both."""
+        found: list[tuple[str, Entry, Callable[[], object]]] = []
+        if self.follows_trajectories and not (goal == "weights" and self.trains_on_images):
+            found.append(("trajectory", self.trajectory, self.calibration_set))
+        if self.trains_on_images:
+            found.append(("examples", self.examples, self.example_set))
+        return found
 
     # correction --------------------------------------------------------------------------------------------------
 

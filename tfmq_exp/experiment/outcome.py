@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from tfmq_exp.experiment.checks import check
-from tfmq_exp.experiment.status import State, begun, occupied
+from tfmq_exp.experiment.status import State, Status, begun, occupied
 from tfmq_exp.experiment.terminal import Terminal, open_streams, say, say_error
 from tfmq_exp.kinds import WrongValueError
 
@@ -45,6 +45,7 @@ def attempt(cfg: DictConfig, work: Work) -> None:
             SIGTERM or Ctrl-C ended it.
     """
     open_streams()  # launchers start jobs in processes of their own
+    logging.raiseExceptions = False  # a full disk is said once, not with a traceback for every line of the log
     hydra, console = HydraConfig.get(), Terminal()
     folder = Path(hydra.runtime.output_dir)
     sweeping = hydra.mode == RunMode.MULTIRUN
@@ -62,7 +63,7 @@ def attempt(cfg: DictConfig, work: Work) -> None:
                 status = status.turned("interrupted", f"stopped by {what_stopped(stop)}")
                 raise
             finally:
-                status.write(folder)
+                note_end(status, folder)
     except Exception as error:
         say_error(console, one_line(root_cause(error)))
         logging.getLogger("tfmq_exp.traceback").debug("the job failed", exc_info=error)
@@ -74,13 +75,21 @@ def attempt(cfg: DictConfig, work: Work) -> None:
     except BaseException as stop:
         if not sweeping:
             say(console, f"{status.reason}; the same command goes on from there. Run folder: {folder}")
-        if isinstance(stop, KeyboardInterrupt):
-            raise SystemExit(128 + signal.SIGINT) from None
+        if (number := signal_behind(stop)) is not None:
+            raise SystemExit(128 + number) from None
         raise
     finally:
         gc.collect()  # trainers and their modules refer to each other, and with them to large tensors; sweeps go on
     if status.state == "planned" and not sweeping:
         discard_plan(folder)
+
+
+def note_end(status: Status, folder: Path) -> None:
+    """Write how a job ended; what hinders that is a warning, and shall not stand for what the job met."""
+    try:
+        status.write(folder)
+    except OSError as error:
+        logging.getLogger(__name__).warning("how the job ended is not noted: %s", error)
 
 
 @contextmanager
@@ -106,16 +115,21 @@ def stop(number: int, _: FrameType | None) -> None:
     raise Stopped(128 + number)
 
 
-def what_stopped(error: BaseException | None) -> str:
-    """The signal, where one is behind it: libraries wrap them in exceptions of their own, or end the program."""
-    name = type(error).__name__
+def signal_behind(error: BaseException | None) -> signal.Signals | None:
+    """The signal that an exception stands for: libraries wrap them in exceptions of their own, or end the program."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
-            return "Ctrl-C (SIGINT)"
+            return signal.SIGINT
         if isinstance(error, Stopped) or type(error).__name__ == "SIGTERMException":  # Lightning's
-            return "SIGTERM"
+            return signal.SIGTERM
         error = error.__cause__ or error.__context__
-    return name
+    return None
+
+
+def what_stopped(error: BaseException) -> str:
+    """The signal in words; the name of the exception where none is behind it."""
+    number = signal_behind(error)
+    return "Ctrl-C (SIGINT)" if number == signal.SIGINT else number.name if number else type(error).__name__
 
 
 def discard_plan(folder: Path) -> None:

@@ -32,7 +32,7 @@ class Shelf(Store):
 
     seen: dict[str, Entry] = field(default_factory=dict)
 
-    def pull(self, entry: Entry, compute: Callable[[Path], None]) -> bool:
+    def pull(self, entry: Entry, compute: Callable[[Path], None], seconds: object = None) -> bool:
         """Found, or an error.
 
         Raises:
@@ -70,14 +70,12 @@ def lines(stages: Stages, goals: Collection[str], deployed: DeployedStages | Non
         goals: `trajectory`, `weights`, ... up to the one that the run is to reach.
         deployed: the same run with the model executed by an engine, where one is asked for.
     """
-    weighing = "weights" in goals and not ("activations" in goals and stages.activations.done)
-    found = [
-        Line("trajectory", stages.trajectory, goals == ("trajectory",) or (weighing and needs_data(stages, goals)))
-    ]
-    if "weights" in goals and not stages.follows_trajectories:
-        found.append(Line("examples", stages.examples, weighing))
+    goal = tuple(goals)[-1]
+    data = {name: entry for name, entry, _ in stages.data(goal)}
+    found = [Line("trajectory", stages.trajectory, "trajectory" in data or goal in ("trajectory", "diagnose"))]
     if "weights" in goals:
-        found.append(Line("weights", stages.weights, weighing))
+        found += [Line(name, entry) for name, entry in data.items() if name != "trajectory"]
+        found.append(Line("weights", stages.weights))
     if "activations" in goals:
         found.append(Line("activations", stages.activations))
     if "correction" in goals and stages.correction is not None:
@@ -111,11 +109,6 @@ def engine_lines(deployed: DeployedStages, goals: Collection[str]) -> list[Line]
             Line(f"{name} diagnostics", looked_up(deployed, "diagnostics", deployed.errors)),
         ]
     return found
-
-
-def needs_data(stages: Stages, goals: Collection[str]) -> bool:
-    """Whether activations or weights are still to be found from calibration data."""
-    return stages.follows_trajectories and ("activations" in goals or not stages.weights.done)
 
 
 def looked_up(stages: Stages, stage: str, ask: Callable[[], object]) -> Entry | None:

@@ -20,11 +20,11 @@ def still_to_do(stages: Stages, goals: Collection[str], deployed: DeployedStages
     """
     correction: Any = stages.method.correction
     last = "activations" if "activations" in goals else "weights" if "weights" in goals else None
-    phases: list[str] = []  # weights are needed for activations that are still to be calibrated, or for themselves
+    phases: list[str] = []
+    if last is not None and not stages.weights.done:
+        phases.append("weights")
     if last == "activations" and not stages.activations.done:
-        phases = ["activations"]
-    if (phases or last == "weights") and not stages.weights.done:
-        phases = ["weights", *phases]
+        phases.append("activations")
     images = images_to_make(stages, deployed) if "images" in goals else {}
     noise = stages.correction if "correction" in goals else None
     width_choices = max(len(line.input.specs) if line.input else 1 for line in stages.plan.sites.values())

@@ -48,8 +48,8 @@ def effort(stages: Stages) -> dict[str, int]:
 
 def quantization_seconds(stages: Stages) -> float | None:
     """What data, weights, activations and correction took when they were made, by this run or by another that shares them."""
-    data = stages.trajectory if stages.follows_trajectories else stages.examples
-    entries = (data, stages.weights, stages.activations, stages.correction)
+    data = [entry for _, entry, _ in stages.data("activations")]
+    entries = (*data, stages.weights, stages.activations, stages.correction)
     took = [entry.took for entry in entries if entry is not None]
     return None if None in took else round(sum(filter(None, took)), 1)
 
@@ -75,7 +75,7 @@ def score_records(
     size = stages.artefact.stat().st_size
     cost = {
         **effort(stages),
-        **({} if stages.follows_trajectories else {"training_images": len(stages.training_images)}),
+        **({"training_images": len(stages.training_images)} if stages.trains_on_images else {}),
         "size_ratio": size / stages.float_bytes,
         "quantization_seconds": quantization_seconds(stages),
         "seconds": round(time.perf_counter() - began, 1),

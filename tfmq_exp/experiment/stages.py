@@ -20,7 +20,7 @@ from tfmq_exp.evaluation.temporal_features import temporal_feature_error
 from tfmq_exp.evaluation.trajectory import trajectory_error
 from tfmq_exp.experiment.network_stages import NetworkStages
 from tfmq_exp.experiment.store import Entry
-from tfmq_exp.files import write_atomically, write_json
+from tfmq_exp.files import intact, write_atomically, write_checked, write_json
 from tfmq_exp.finite import within
 from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.sampling.images import STREAM, ImagePlan, sample_shard
@@ -97,7 +97,7 @@ class Stages(NetworkStages):
             with self.bars.stage(name, self.images.count) as advance:
                 for shard in self.processes.own(self.images.shards()):
                     target = image_file(folder, shard)
-                    if not target.is_file():
+                    if not intact(target):
                         with within(f"{name} {shard.start} to {shard.stop - 1}"):
                             images = sample_shard(
                                 predict,
@@ -109,7 +109,7 @@ class Stages(NetworkStages):
                                     shard.start + len(shard) * (step + 1) / len(self.calls), f"step {step + 1}"
                                 ),
                             )
-                        write_atomically(target, lambda path, images=images: save_file({"images": images}, path))
+                        write_checked(target, lambda path, images=images: save_file({"images": images}, path))
                     advance(shard.stop, "")
 
         path = self.pull(name, self.images_entry(quantized=quantized), compute)
@@ -163,12 +163,14 @@ class Stages(NetworkStages):
             scores, processes = Scores(evaluator, reference), self.processes
             for shard, file in processes.own([*self.image_files(quantized=quantized).items()]):
                 scores.update(load_file(file)["images"], shard.start, captions(shard))
+            parts = [folder / f"part-{rank}.safetensors" for rank in range(1, processes.count)]
             if not processes.first:
-                save_file(scores.tensors(), folder / f"part-{processes.rank}.safetensors")
+                write_atomically(parts[processes.rank - 1], lambda path: save_file(scores.tensors(), path))
             processes.wait()
             if processes.first:
-                for part in sorted(folder.glob("part-*.safetensors")):
+                for part in parts:
                     scores.merge(load_file(part))
+                for part in folder.glob("part-*"):  # those of an attempt with more processes as well
                     part.unlink()
                 write_json(folder / "scores.json", scores.compute())
 

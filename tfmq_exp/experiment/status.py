@@ -4,7 +4,6 @@ A job that is killed cannot write that it ended. It loses its lock, though, and 
 """
 
 import dataclasses
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -16,10 +15,11 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from tfmq_exp.files import write_json
+from tfmq_exp.files import as_json, hashed, read_record, write_atomically
 
 State = Literal["running", "done", "found", "planned", "failed", "interrupted", "died"]
 GOOD: tuple[State, ...] = ("done", "found", "planned")
+ROOM = 4096  # bytes of a status, filled up with blanks: a full disk has that room still when the job ends
 PATIENCE = 10.0  # seconds that a job which is started again waits for the end of its predecessor
 
 
@@ -58,8 +58,22 @@ class Status:
         return dataclasses.replace(self, state=state, ended=now(), reason=reason)
 
     def write(self, folder: Path) -> None:
-        """Into a run folder."""
-        write_json(folder / "status.json", dataclasses.asdict(self))
+        """Into a run folder; on a full disk into the room of the status that is there already.
+
+        Raises:
+            OSError: there is no room, and no earlier status; or the folder is read-only.
+        """
+        path = folder / "status.json"
+        brief = dataclasses.replace(self, reason=self.reason[: ROOM // 8])  # up to four bytes for a character
+        whole, short = (as_json(hashed(dataclasses.asdict(status))).encode().ljust(ROOM) for status in (self, brief))
+        try:
+            write_atomically(path, lambda partial: partial.write_bytes(whole))
+        except OSError:
+            if not path.is_file() or path.stat().st_size < len(short):
+                raise
+            with path.open("r+b") as file:
+                file.write(short)
+                file.truncate()
 
 
 def now() -> str:
@@ -111,4 +125,4 @@ def read_status(folder: Path) -> Status:
 
 def noted(folder: Path) -> Status:
     """What the file says."""
-    return Status(**json.loads((folder / "status.json").read_text(encoding="utf-8")))
+    return Status(**read_record(folder / "status.json"))

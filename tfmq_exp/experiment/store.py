@@ -3,8 +3,10 @@
     <root>/<stage>/<key>/manifest.json     written last; without it the entry is unfinished and will be resumed
                          inputs.json       what the key was made from
                          ...               the stage's files
+                         ....sha256        hashes of parts, while the entry is unfinished: those that differ are made again
 
-Same inputs, same key, no recomputation. A process killed at any moment leaves an unfinished entry, never a wrong one.
+Same inputs, same key, no recomputation. A process killed at any moment leaves an unfinished entry, never a wrong one. The
+manifest has the hash of every file and its own; finished entries are read without a lock, so a store may be read-only.
 """
 
 import dataclasses
@@ -19,10 +21,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tfmq_exp.files import write_atomically, write_json
+from tfmq_exp.files import HASH, hash_file, read_record, sha256_of, unchanged, write_checked, write_json, write_record
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 
 SCHEMA = 3  # part of every key: raise it when the meaning of stored files changes
+NOTED = {"stage", "key", "seconds", "files"}  # what a manifest says beside its own hash
 log = logging.getLogger(__name__)
 
 
@@ -99,38 +102,64 @@ class Entry:
     @property
     def took(self) -> float | None:
         """Seconds that it took to make, if they were noted."""
-        path = self.path / "took.json"
-        return json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.is_file() else None
+        return self.noted.get("seconds") if self.done else None
 
-    def note_time(self, seconds: float) -> None:
-        """Keep how long it took; beside the result, since no two runs take the same."""
-        write_json(self.path / "took.json", {"seconds": seconds})
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What the manifest says.
 
-    def verify(self) -> None:
-        """Compare every file with its hash.
+        Raises:
+            DamagedEntry: it is no manifest, not what was written, or another entry's.
+        """
+        try:
+            noted = read_record(self.manifest)
+        except ValueError as error:
+            raise self.damaged(self.manifest.name) from error
+        if set(noted) != NOTED or noted["key"] != self.key:
+            raise self.damaged(self.manifest.name)
+        return noted
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is finished, and all files are there that the manifest names; their content is not looked at."""
+        return self.done and all((self.path / name).is_file() for name in self.noted["files"])
+
+    def verify(self, *names: str) -> None:
+        """Compare files with their hashes: those that are named, or all.
 
         Raises:
             DamagedEntry: some file is missing or changed; says which, and how to have it made again.
         """
-        try:
-            files = json.loads(self.manifest.read_text(encoding="utf-8"))["files"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise self._damaged(self.manifest.name) from error
-        for name, wanted in files.items():
+        wanted = self.noted["files"]
+        for name in names or wanted:
             path = self.path / name
-            if not path.is_file() or sha256_of(path) != wanted:
-                raise self._damaged(name)
+            if not path.is_file() or sha256_of(path) != wanted.get(name):
+                raise self.damaged(name)
 
-    def _damaged(self, name: str) -> DamagedEntry:
+    def damaged(self, name: str) -> DamagedEntry:
+        """The error that names a file."""
         return DamagedEntry(
             f"the stored {self.stage} is damaged: {self.path / name}; delete the folder {self.path} to have it made again"
         )
 
-    def finish(self) -> None:
-        """Mark the entry as finished."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p != self.manifest)
-        hashes = {str(p.relative_to(self.path)): sha256_of(p) for p in files}
-        write_json(self.manifest, {"stage": self.stage, "key": self.key, "files": hashes})
+    def finish(self, seconds: float | None = None) -> None:
+        """Mark the entry as finished, and note how long it took.
+
+        Raises:
+            DamagedEntry: a part has changed since it was written.
+        """
+        for path in self.path.rglob("*.partial"):  # of a process that was killed while it wrote
+            path.unlink()
+        files = [p for p in sorted(self.path.rglob("*")) if p.is_file() and p != self.manifest]
+        parts = [path for path in files if path.suffix == HASH]
+        kept = [path for path in files if path.suffix != HASH]
+        for path in kept:
+            if hash_file(path) in parts and not unchanged(path):
+                raise DamagedEntry(f"{path} has changed since it was written: the next run makes it again")
+        hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in kept}
+        write_record(self.manifest, {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes})
+        for path in parts:
+            path.unlink()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -147,12 +176,6 @@ class Entry:
             lock.release()
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclasses.dataclass(frozen=True)
 class Store:
     """The store under a root folder, for one process or for several that make a run together."""
@@ -167,31 +190,43 @@ class Store:
         return Entry(stage, key, self.root / stage / key, plain)
 
     def write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write a file that all processes have the content of: one is enough."""
+        """Write a file that all processes have the content of: one is enough. Its hash lies beside it."""
         if self.processes.first:
-            write_atomically(path, write)
+            write_checked(path, write)
 
     def write_json(self, path: Path, data: Any) -> None:
         """The same for JSON."""
         if self.processes.first:
             write_json(path, data)
 
-    def pull(self, entry: Entry, compute: Callable[[Path], None]) -> bool:
-        """Make sure that the entry is finished; returns whether it had to be computed.
+    def pull(
+        self, entry: Entry, compute: Callable[[Path], None], seconds: Callable[[], float | None] = lambda: None
+    ) -> bool:
+        """Make sure that the entry is finished, and read it through; returns whether it had to be computed.
 
         `compute` fills the folder, together with other processes if there are any; it finds there what an interrupted
-        attempt has left.
+        attempt has left. `seconds` is asked afterwards how long that took.
+
+        Raises:
+            DamagedEntry: it is finished, and some file is not what was written.
         """
+        if self._found(entry):
+            return False
         entry.path.mkdir(parents=True, exist_ok=True)
         with entry.locked() if self.processes.first else nullcontext():
-            if self.processes.told(entry.done):
-                if self.processes.first:
-                    entry.verify()
+            if self._found(entry):  # another job has made it meanwhile
                 return False
             self.write_json(entry.path / "inputs.json", entry.inputs)
             compute(entry.path)
             self.processes.wait()
             if self.processes.first:
-                entry.finish()
+                entry.finish(seconds())
             self.processes.wait()
             return True
+
+    def _found(self, entry: Entry) -> bool:
+        if not self.processes.told(entry.done):
+            return False
+        if self.processes.first:
+            entry.verify()
+        return True

@@ -55,15 +55,16 @@ class Job:
 
 def read_job(folder: Path) -> Job:
     """A run folder; a job that died before it could write anything has an empty one."""
+    artifacts, estimate = folder / "artifacts.json", folder / "estimate.json"
     try:
         status = read_status(folder)
-    except (OSError, ValueError, TypeError):
+        stages: dict[str, Any] = json.loads(artifacts.read_text("utf-8")) if artifacts.is_file() else {}
+        computed = sum(stage["computed"] for stage in stages.values())
+        expected = json.loads(estimate.read_text("utf-8"))["seconds"] if estimate.is_file() else 0.0
+    except FileNotFoundError:
         return Job(folder, None, "died", "it ended before it began")
-    path = folder / "artifacts.json"
-    stages: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    computed = sum(stage["computed"] for stage in stages.values())
-    estimate = folder / "estimate.json"
-    expected = json.loads(estimate.read_text(encoding="utf-8"))["seconds"] if estimate.is_file() else 0.0
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return Job(folder, None, "died", f"its files cannot be read: {error}")
     return Job(folder, status.number, status.state, status.reason, status.seconds, len(stages), computed, expected)
 
 

@@ -1,8 +1,10 @@
 """A run of several processes on one machine: the one that was started is the first, and starts the others."""
 
 import multiprocessing
+import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -12,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.experiment.outcome import one_line, root_cause
+from tfmq_exp.files import write_atomically
 from tfmq_exp.reconstruction.processes import ALONE, Processes, joined
 
 Share = Callable[[DictConfig, Processes, Path], None]
@@ -65,6 +68,7 @@ def together(cfg: DictConfig, share: Share) -> Iterator[Processes]:
 def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int, folder: Path) -> None:
     """What another process does from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one ends it
+    threading.Thread(target=end_with_the_first, daemon=True).start()
     HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))
     try:
         with joined(rank, count, folder / "meeting") as processes:
@@ -72,8 +76,19 @@ def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int
             scratch.mkdir()
             share(cfg, processes, scratch)
     except Exception as error:
-        (folder / f"failed-{rank}").write_text(one_line(root_cause(error)), encoding="utf-8", errors="backslashreplace")
+        reason = one_line(root_cause(error))
+        write_atomically(
+            folder / f"failed-{rank}", lambda path: path.write_text(reason, encoding="utf-8", errors="backslashreplace")
+        )
         raise SystemExit(1) from error
+
+
+def end_with_the_first() -> None:
+    """End this process as soon as the first one is gone: killed, it cannot end the others, which would wait for it."""
+    first = multiprocessing.parent_process()
+    if first is not None:
+        first.join()
+        os._exit(1)
 
 
 def why_one_failed(others: Sequence[BaseProcess], folder: Path) -> str | None:

@@ -153,6 +153,11 @@ class TrainingStages(FloatStages):
         return task.model.state_dict()
 
     @property
+    def trains_on_images(self) -> bool:
+        """Whether weights are learned from training images."""
+        return self.method.weights.data == "images"
+
+    @property
     def follows_trajectories(self) -> bool:
         """Whether the method learns or observes anything along trajectories of the float model."""
         observed = self.method.activations.effort(self.calibration.images, len(self.calls)).samples

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from tfmq_exp.files import read_record, write_atomically
+
 SCHEMA = 1
 
 
@@ -63,9 +65,8 @@ def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
         environment = {key: value for key, value in record.environment.items() if key != "command"}
         return dataclasses.replace(record, cost=cost, environment=environment).to_json()
 
-    path.write_text(
-        "".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records), encoding="utf-8"
-    )
+    text = "".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records)
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def checked(row: Any) -> ScoreRecord:
@@ -80,8 +81,9 @@ def checked(row: Any) -> ScoreRecord:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Records as plain data, from a `results.json` or from a file of `save_records`."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text)["rows"] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    if path.suffix == ".json":
+        return read_record(path)["rows"]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_records(*sources: Path) -> list[ScoreRecord]:

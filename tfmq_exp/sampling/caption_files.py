@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.files import read_lines, read_text
+from tfmq_exp.text_files import read_lines, read_text
 
 TABLES = (".jsonl", ".csv", ".tsv")  # whose lines hold more than a caption
 

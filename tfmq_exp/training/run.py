@@ -1,10 +1,8 @@
 """Train a quantized network from its float weights to the average that is kept, across interruptions."""
 
-import logging
 import math
 import resource
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,7 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, noise_of
-from tfmq_exp.files import write_atomically
+from tfmq_exp.files import hash_file, intact, write_checked
 from tfmq_exp.finite import DivergedError, require_finite
 from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
@@ -35,8 +33,6 @@ from tfmq_exp.training.noise_prediction import loss, noisy
 
 UNIT = "network"  # what learns, to those who are told
 REPORTS = 1000  # of its loss
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +121,7 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.global_step:09d}.ckpt")
         for path in older:
             path.unlink()
+            hash_file(path).unlink(missing_ok=True)
         self.last = time.monotonic()
 
 
@@ -133,7 +130,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Straight beside the older one."""
-        write_atomically(Path(path), lambda partial: torch.save(checkpoint, partial))
+        write_checked(Path(path), lambda partial: torch.save(checkpoint, partial))
 
 
 def prepared(task: TrainingTask, protocol: TrainingProtocol) -> tuple[QuantizationAwareTraining, Batches]:
@@ -212,20 +209,7 @@ def judge(lesson: QuantizationAwareTraining, batches: Batches, together: int) ->
 
 def last_checkpoint(folder: Path) -> Path | None:
     """That of the latest iteration that is whole, if there is one; others are named and left out."""
-    for path in sorted(folder.glob("*.ckpt"), reverse=True):
-        if whole(path):
-            return path
-        log.warning("%s is damaged: the training goes on from an earlier checkpoint, or from its start", path)
-    return None
-
-
-def whole(path: Path) -> bool:
-    """Whether every byte of a zip archive, such as torch writes, is what was written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
+    return next(filter(intact, sorted(folder.glob("*.ckpt"), reverse=True)), None)
 
 
 def fit(

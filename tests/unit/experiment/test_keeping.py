@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tfmq_exp.experiment.keeping import LossCurve, UnitFiles, UnitProgress, load_learned, noted, save_learned
-from tfmq_exp.experiment.store import Store
+from tfmq_exp.experiment.store import DamagedEntry, Store
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.report import Learned, UnitReport
@@ -94,12 +94,17 @@ def test_a_curve_is_kept_with_its_unit_and_found_again(tmp_path: Path) -> None:
         watcher.iteration("a", 10, 10, 0.5 + part)
         (files.part("again") if part else files).put("a", learned(), REPORT)
     files.write_notes(entry.path)
+    entry.finish()
     rows = noted([entry, Store(tmp_path).entry("activations", {})], "losses.json")
     names = [(row["phase"], row["unit"], row["loss"]) for row in rows]
     assert names == [("weights", "a", 0.5), ("weights 2", "a", 1.5)]
     assert list(rows[0]) == ["phase", "unit", "iteration", "loss"]
     assert [f"{phase}/{unit}" for phase, unit, _ in names] == mirror.names
     assert noted([entry], "units.json")[0] == {"phase": "weights", **dataclasses.asdict(REPORT)}
+    notes = entry.path / "units.json"
+    notes.write_text(notes.read_text().replace("0.25", "0.26"))
+    with pytest.raises(DamagedEntry, match=r"units\.json"):
+        noted([entry], "units.json")
 
 
 class Curves(NoMirror):

@@ -1,12 +1,15 @@
 """Keys depend on what matters and on nothing else."""
 
+import errno
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tfmq_exp.experiment.store import Store, code_of, describe, key_of
-from tfmq_exp.files import write_atomically
+from tfmq_exp.experiment.store import DamagedEntry, Store, code_of, describe, key_of
+from tfmq_exp.files import hash_file, intact, read_record, write_atomically, write_checked, write_record
 from tfmq_exp.quant.spec import QuantSpec
 
 
@@ -86,3 +89,120 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
         write_atomically(tmp_path / "file", fail)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_write_that_finds_no_room_names_the_file(tmp_path: Path) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*result'"):
+        write_atomically(tmp_path / "result", full)
+    limit = "Error while serializing: I/O error: File too large (os error 27)"
+    with pytest.raises(OSError, match=r"result could not be written.*File too large"):
+        write_atomically(tmp_path / "result", lambda _: (_ for _ in ()).throw(RuntimeError(limit)))
+
+
+def turned(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_no_bit_of_a_finished_entry_turns_unseen(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    entry = store.entry("s", {"a": 1.5})
+    store.pull(entry, lambda folder: store.write_json(folder / "result.json", {"x": [1, 2.5]}), lambda: 12.5)
+    assert entry.took == 12.5
+    files = sorted(entry.path.iterdir())
+    assert [path.name for path in files] == ["inputs.json", "manifest.json", "result.json"]
+    for path in files:
+        content = path.read_bytes()
+        for bit in range(8 * len(content)):
+            path.write_bytes(turned(content, bit))
+            with pytest.raises(DamagedEntry, match=path.name):
+                entry.verify()
+        path.write_bytes(content)
+    entry.verify()
+    files[0].unlink()
+    assert entry.done
+    assert not entry.whole
+    with pytest.raises(DamagedEntry, match="inputs"):
+        store.pull(entry, lambda folder: None)
+
+
+def test_a_record_says_when_it_is_not_what_was_written(tmp_path: Path) -> None:
+    path, data = tmp_path / "record.json", {"rows": [{"fid": 3.98, "é": None}, {"fid": 1e-9}], "b": True}
+    write_record(path, data)
+    assert read_record(path) == data
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        path.write_bytes(turned(content, bit))
+        with suppress(ValueError):  # unless the key of the hash itself was hit
+            assert {key: value for key, value in read_record(path).items() if key in data} == data
+    path.write_bytes(content.replace(b"3.98", b"3.97"))
+    with pytest.raises(ValueError, match=r"record\.json is damaged"):
+        read_record(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"record\.json holds no JSON object"):
+        read_record(path)
+
+
+def test_a_part_is_used_only_where_it_is_what_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    part = tmp_path / "part"
+    assert not intact(part)
+    assert not caplog.records
+    write_checked(part, lambda path: path.write_bytes(b"content"))
+    assert intact(part)
+    for damage in (b"Content", b"", b"conten", b"content more"):
+        part.write_bytes(damage)
+        assert not intact(part)
+        assert str(part) in caplog.text
+        caplog.clear()
+    part.write_bytes(b"content")
+    for damage in (b"", b"0" * 64, b"\xff" * 64):
+        hash_file(part).write_bytes(damage)
+        assert not intact(part)
+    hash_file(part).unlink()
+    assert not intact(part), "written by nobody knows whom"
+
+
+def test_a_part_that_turns_after_it_was_written_is_not_sealed(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    entry = store.entry("s", {})
+
+    def compute(folder: Path, damage: bytes = b"") -> None:
+        if not intact(folder / "part"):
+            store.write(folder / "part", lambda path: path.write_bytes(b"content"))
+        if damage:
+            (folder / "part").write_bytes(damage)
+
+    with pytest.raises(DamagedEntry, match="part has changed"):
+        store.pull(entry, lambda folder: compute(folder, b"Content"))
+    assert not entry.done
+    (entry.path / "other.123.partial").write_bytes(b"half")
+    assert store.pull(entry, compute)
+    assert (entry.path / "part").read_bytes() == b"content"
+    assert {path.name for path in entry.path.iterdir()} == {"inputs.json", "manifest.json", "part"}
+
+
+def test_a_read_only_store_serves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.pull(store.entry("s", {}), lambda folder: None)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tfmq_exp.experiment.store.FileLock", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert not store.pull(store.entry("s", {}), lambda folder: pytest.fail("it was made again"))
+    with pytest.raises(OSError, match="Read-only"):
+        store.pull(store.entry("s", {"other": 1}), lambda folder: None)
+
+
+def test_an_entry_in_anothers_place_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one, other = store.entry("s", {"a": 1}), store.entry("s", {"a": 2})
+    store.pull(one, lambda folder: None)
+    one.path.rename(other.path)
+    with pytest.raises(DamagedEntry, match="manifest"):
+        store.pull(other, lambda folder: None)

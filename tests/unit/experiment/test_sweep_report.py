@@ -1,6 +1,7 @@
 """The state of a job whatever ends it, and the report of a sweep."""
 
 import atexit
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -96,6 +98,40 @@ def test_what_a_library_makes_of_a_signal_is_understood() -> None:
     assert what_stopped(wrapped) == "Ctrl-C (SIGINT)"
     assert what_stopped(SIGTERMException()) == "SIGTERM"
     assert what_stopped(SystemExit(144)) == "SystemExit"
+
+
+def test_ctrl_c_that_a_library_turned_into_an_exit_is_ctrl_c(cfg: DictConfig, tmp_path: Path) -> None:
+    def learn(*_: object) -> Any:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:  # as Lightning does
+            sys.exit(1)
+
+    with pytest.raises(SystemExit) as end:
+        attempt(cfg, learn)
+    assert end.value.code == 130
+    assert read_status(tmp_path / "run").state == "interrupted"
+
+
+@pytest.mark.parametrize("reason", ["no room", "long " * 2000, "\u20ac" * 5000])
+def test_a_job_on_a_full_disk_has_failed(
+    cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """Not a block is left: the status goes where the first one was."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(*_: object) -> Any:
+        monkeypatch.setattr(status_module, "write_atomically", full)
+        raise ValueError(reason)
+
+    with pytest.raises(SystemExit):
+        attempt(cfg, work)
+    found = read_status(tmp_path / "run")
+    assert found.state == "failed"
+    assert found.reason[:100] == reason.strip()[:100]
+    assert (tmp_path / "run/status.json").stat().st_size == status_module.ROOM
 
 
 def test_an_error_says_where_its_traceback_is(

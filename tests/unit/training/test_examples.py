@@ -1,5 +1,6 @@
 """What is trained on: pixels or latents, their mirror images, their order, their labels."""
 
+import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -59,7 +60,7 @@ def denoiser(shape: tuple[int, int, int], **parts: Any) -> Denoiser:
 def test_digits_stay_pixels(tmp_path: Path) -> None:
     write(DigitsImages(), denoiser((1, 16, 16)), tmp_path, 100, mirrored=False)
     found, wanted = Examples.load(tmp_path), load_images()[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["examples.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batches.sha256", "examples.npy"]
     assert torch.equal(torch.from_numpy(np.array(found.values)), wanted)
     taken = found.rows(torch.tensor([3, 1796, 3]))
     torch.testing.assert_close(taken, wanted[[3, 1796, 3]].double().div(255).mul(2).sub(1).float())
@@ -75,6 +76,55 @@ def test_latents_of_images_and_of_their_mirror_images_across_an_interruption(tmp
     images = Few().images.float() / 127.5 - 1
     both = torch.cat([images, images.flip(3)])
     assert torch.equal(Examples.load(tmp_path).rows(torch.arange(10)), Halves().encode(both))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("empty hashes", "torn hashes", "foreign hashes", "no hashes", "turned hash"),
+        *("turned row", "turned header", "short", "empty", "gone"),
+    ],
+)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_what_an_interruption_leaves_is_used_only_where_it_is_right(
+    tmp_path: Path, damage: str, mirrored: bool
+) -> None:
+    """A kill at any moment, and a bit that turned later: the file is that of an uninterrupted attempt, to the byte."""
+    model, whole, broken = denoiser((1, 2, 2), first_stage=Halves()), tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    write(Few(), model, whole, 2, mirrored=mirrored)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write(Few(stop=4), model, broken, 2, mirrored=mirrored)
+    path = broken / ("batches.sha256" if "hash" in damage else "examples.npy")
+    content = bytearray(path.read_bytes())
+    bytes_now = {
+        "empty hashes": b"",
+        "torn hashes": content[:-5],
+        "foreign hashes": b"\xff\x00 no\nhashes\n",
+        "turned hash": content.replace(content[10:11], b"x"),
+        "turned row": content[:130] + bytes([content[130] ^ 4]) + content[131:],
+        "turned header": content[:20] + bytes([content[20] ^ 1]) + content[21:],
+        "short": content[:-3],
+        "empty": b"",
+    }
+    path.unlink()
+    if damage in bytes_now:
+        path.write_bytes(bytes_now[damage])
+    write(Few(), model, broken, 2, mirrored=mirrored)
+    assert (broken / "examples.npy").read_bytes() == (whole / "examples.npy").read_bytes()
+
+
+def test_no_room_for_the_examples_is_said_before_the_first_image_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr(Few, "batches", lambda *_: pytest.fail("an image was read"))
+    with pytest.raises(OSError, match=r"No space left on device, for \d+ bytes: '.*examples\.npy'"):
+        write(Few(), denoiser((1, 2, 2), first_stage=Halves()), tmp_path, 2, mirrored=False)
+    assert not (tmp_path / "examples.npy").exists()
 
 
 def test_examples_are_known_by_their_images_and_their_first_stage() -> None:

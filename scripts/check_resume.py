@@ -1,0 +1,267 @@
+"""Kill runs at random moments, and turn single bits of what they have stored: the results are those of undisturbed runs.
+
+    python scripts/check_resume.py kills [--count 100] [--seed 0]
+    python scripts/check_resume.py flips [--count 300] [--seed 0]
+
+`kills` starts a run in an empty store, kills it (SIGKILL) after a random time, and starts it again until it ends by itself.
+`flips` turns a bit of a file of a finished run, or of one that was killed in the middle of a stage, and runs the same command.
+Then every stage's files and the run's results must be those of the undisturbed run; a damaged file may also be named by the
+error with which the run ends. Prints a table; the exit status is 1 where anything else happened. At smoke size, one run after
+the other, in forks of this process, which has imported everything.
+"""
+
+import argparse
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tfmq_exp.experiment.app  # noqa: F401  # so that forks need not
+from tfmq_exp.files import sha256_of
+
+ROOT = Path(__file__).parents[1]
+CONFIGURATIONS = {
+    "nearest w8a8": ("method=nearest", "quant=w8a8"),
+    "brecq w4a8": ("method=brecq", "quant=w4a8"),
+    "lsq w4a4 on images": ("method=lsq", "quant=w4a4", "runtime.checkpoint_minutes=0"),
+    "diagnosis of tfmq": ("method=tfmq", "goal=diagnose"),
+    "tfmq by two processes": ("method=tfmq", "runtime.processes=2"),
+}
+# Where runs are killed for `flips`: configuration, and files of one stage that are there before it is finished.
+BROKEN_OFF = (
+    ("brecq w4a8", "trajectory/*/inputs.json", 1),
+    ("brecq w4a8", "weights/*/units/*.safetensors", 4),
+    ("brecq w4a8", "activations/*/units/*.safetensors", 4),
+    ("brecq w4a8", "images/*/images-*.safetensors", 2),
+    ("lsq w4a4 on images", "examples/*/batches.sha256", 1),
+    ("lsq w4a4 on images", "weights/*/checkpoints/*.ckpt", 1),
+    ("diagnosis of tfmq", "diagnosis_sensitivity/*/units/*.json", 4),
+)
+TIMES = {"manifest.json", "units.json"}  # say how long something took
+LIMIT = 600.0  # seconds after which a run is stuck
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: exit status (negative: the signal), seconds, what it said, whether a process of it went on."""
+
+    status: int
+    seconds: float
+    said: str
+    stuck: bool
+
+
+def start(folder: Path, overrides: Sequence[str]) -> int:
+    """Run `run.py` in a fork, with a store and a run folder below `folder`; returns the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    if process := os.fork():
+        return process
+    status = 1
+    try:
+        os.setsid()
+        target = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        places = (f"paths.outputs={folder}", f"hydra.run.dir={folder}/run")
+        sys.argv = [str(ROOT / "run.py"), *places, "model=digits", "runtime=smoke", "runtime.threads=1", *overrides]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def finish(process: int, folder: Path, kill: Callable[[float], bool] = lambda seconds: seconds > LIMIT) -> Outcome:
+    """Wait for a run, or kill it as soon as `kill` says so of its seconds."""
+    began, killed = time.monotonic(), False
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        seconds = time.monotonic() - began
+        if ended:
+            said = (folder / "said").read_text(errors="replace")
+            return Outcome(os.waitstatus_to_exitcode(status), seconds, said, left_behind(process))
+        if not killed and kill(seconds):
+            os.kill(process, signal.SIGKILL)
+            killed = True
+        time.sleep(0.002)
+
+
+def left_behind(group: int) -> bool:
+    """Whether processes of a run are there still, a while after its first one; they are ended."""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    return True
+
+
+def result(folder: Path) -> dict[str, str]:
+    """Hash of everything that must be the same: files of finished stages, and what the run says of them."""
+    found: dict[str, str] = {}
+    for manifest in folder.glob("store/*/*/manifest.json"):
+        if manifest.parts[-3] != "jobs":
+            paths = [path for path in manifest.parent.iterdir() if path.is_file() and path.name not in TIMES]
+            found |= {str(path.relative_to(folder)): sha256_of(path) for path in paths}
+    tables = [*(folder / "run").glob("*_error.csv"), *(folder / "run").glob("diagnosis/*.csv")]
+    found |= {str(path.relative_to(folder)): sha256_of(path) for path in tables}
+    stages = json.loads((folder / "run/artifacts.json").read_text())
+    found["artifacts.json"] = json.dumps({name: stage["key"] for name, stage in stages.items()}, sort_keys=True)
+    if (results := folder / "run/results.json").is_file():
+        rows = json.loads(results.read_text())["rows"]
+        found["results.json"] = json.dumps([without_times(row) for row in rows], sort_keys=True)
+    return found
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `results.json` without seconds, memory and paths."""
+    cost = {name: value for name, value in row["cost"].items() if "seconds" not in name and name != "peak_mib"}
+    if "stages" in cost:
+        cost["stages"] = {name: stage["key"] for name, stage in cost["stages"].items()}
+    environment = {name: value for name, value in row["environment"].items() if name not in ("command", "git")}
+    return {**row, "cost": cost, "environment": environment}
+
+
+def differences(folder: Path, wanted: dict[str, str], but: str = "") -> str:
+    """What of a run is not as it should be, `but` aside, in a line; empty where all is."""
+    found = result(folder)
+    wrong = sorted(name for name in (found.keys() | wanted.keys()) - {but} if found.get(name) != wanted.get(name))
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def undisturbed(home: Path, name: str) -> tuple[dict[str, str], float]:
+    """Results and seconds of a run of a configuration in peace; its store stays in `home`/`name`."""
+    folder = home / name
+    outcome = finish(start(folder, CONFIGURATIONS[name]), folder)
+    if outcome.status:
+        raise RuntimeError(f"{name} fails undisturbed: {outcome.said}")
+    return result(folder), outcome.seconds
+
+
+def kills(home: Path, count: int, draw: random.Random) -> list[str]:
+    """Kill runs; returns what went wrong."""
+    problems: list[str] = []
+    print("configuration | kills | runs to their end | as undisturbed", "---|---:|---:|---:", sep="\n")
+    for i, (name, overrides) in enumerate(CONFIGURATIONS.items()):
+        wanted, seconds = undisturbed(home, name)
+        share = count // len(CONFIGURATIONS) + (i < count % len(CONFIGURATIONS))
+        killed, ended, good, folder = 0, 0, 0, home / "killed"
+        while killed < share or folder.exists():
+            last = killed == share
+            moment = LIMIT if last else draw.uniform(0, 1.1 * seconds)
+            outcome = finish(start(folder, overrides), folder, lambda s, moment=moment: s > moment)
+            problems += [f"{name}, after {killed} kills: a process is stuck"] if outcome.stuck else []
+            if outcome.status == -signal.SIGKILL and not last:
+                killed += 1
+                continue
+            ended += 1
+            wrong = outcome.said.strip()[-300:] if outcome.status else differences(folder, wanted)
+            good += not wrong
+            problems += [f"{name}, after {killed} kills: {wrong}"] if wrong else []
+            shutil.rmtree(folder)
+        print(name, killed, ended, good, sep=" | ", flush=True)
+    return problems
+
+
+def broken_off(folder: Path, name: str, pattern: str, files: int) -> None:
+    """A run that was killed when the store had so many files of a stage that is not finished."""
+    unfinished = pattern.split("/")[0] + "/*/manifest.json"
+
+    def there(seconds: float) -> bool:
+        store = folder / "store"
+        return (len(list(store.glob(pattern))) >= files and not list(store.glob(unfinished))) or seconds > LIMIT
+
+    for _ in range(9):  # it may be finished before it is killed
+        finish(start(folder, CONFIGURATIONS[name]), folder, there)
+        if not list((folder / "store").glob(unfinished)):
+            return
+        shutil.rmtree(folder)
+    raise RuntimeError(f"{name} was never killed between {pattern} and {unfinished}")
+
+
+def flips(home: Path, count: int, draw: random.Random) -> list[str]:
+    """Turn bits; returns what went wrong."""
+    names = sorted({name for name, *_ in BROKEN_OFF})
+    wanted = {name: undisturbed(home, name)[0] for name in names}
+    states: list[tuple[str, str, Path]] = [(name, "finished", home / name) for name in names]
+    for i, (name, pattern, files) in enumerate(BROKEN_OFF):
+        folder = home / f"broken-{i}"
+        broken_off(folder, name, pattern, files)
+        states.append((name, f"broken off in {pattern.split('/')[0]}", folder))
+    seen: dict[str, Counter[str]] = {}
+    problems: list[str] = []
+    for number in range(count):
+        name, state, source = states[number % len(states)]
+        folder = home / "flipped"
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("run"))
+        path, bit = flip(folder / "store", draw, jobs=number // len(states) % 4 == 3)
+        sealed = any(
+            (above / "manifest.json").is_file() for above in path.parents
+        )  # a run that does not read it leaves it
+        if path.parts[-3] != "jobs":
+            shutil.rmtree(folder / "store/jobs", ignore_errors=True)  # else the stages would not be looked at
+        outcome = finish(start(folder, CONFIGURATIONS[name]), folder)
+        what, where = "as undisturbed", f"{path.relative_to(folder)} bit {bit}"
+        if outcome.status:
+            what = "named" if path.name in outcome.said and "error:" in outcome.said else "another error"
+        elif wrong := differences(folder, wanted[name], but=str(path.relative_to(folder)) if sealed else ""):
+            what = f"USED: {wrong}"
+        if what not in ("as undisturbed", "named"):
+            problems.append(f"{name}, {state}, {where}: {what} {outcome.said.strip()[-300:]}")
+        seen.setdefault(f"{name}, {state}", Counter())[what.split(":")[0]] += 1
+        shutil.rmtree(folder)
+    print(
+        "state | flips | named in an error | made again, or not read: as undisturbed | wrong",
+        "---|---:|---:|---:|---:",
+        sep="\n",
+    )
+    for state, counts in seen.items():
+        good = counts["named"], counts["as undisturbed"]
+        print(state, counts.total(), *good, counts.total() - sum(good), sep=" | ")
+    return problems
+
+
+def flip(store: Path, draw: random.Random, *, jobs: bool) -> tuple[Path, int]:
+    """Turn one bit of a file: of records of finished jobs, where there are and they are wanted, or of stages."""
+    paths = sorted(path for path in store.rglob("*") if path.is_file() and path.stat().st_size)
+    records = [path for path in paths if path.is_relative_to(store / "jobs")]
+    path = draw.choice(records if jobs and records else [path for path in paths if path not in records])
+    content = bytearray(path.read_bytes())
+    bit = draw.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return path, bit
+
+
+def main() -> int:
+    """Disturb, and say what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kills", "flips"))
+    parser.add_argument("--count", type=int, help="kills (100), or bits (300)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, files and bits")
+    args = parser.parse_args()
+    disturb, usual = {"kills": (kills, 100), "flips": (flips, 300)}[args.what]
+    with tempfile.TemporaryDirectory(prefix="tfmq-resume-") as home:
+        problems = disturb(Path(home), args.count or usual, random.Random(args.seed))
+    for problem in problems:
+        print(f"WRONG: {problem}")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

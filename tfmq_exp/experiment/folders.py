@@ -1,0 +1,46 @@
+"""Folders of a job that would hold one another: a store inside a run folder, results among the images that are read, ..."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+READ = ("data.path",)  # folders whose images are read, at any depth
+
+
+def check_folders(cfg: DictConfig, run: Path, *, moves: bool) -> None:
+    """Look at where a job reads and writes.
+
+    Args:
+        cfg: the job.
+        run: its run folder.
+        moves: whether Hydra makes that the working directory.
+
+    Raises:
+        ValueError: folders that hold each other and must not, by their keys.
+    """
+    if moves:
+        raise ValueError(
+            "hydra.job.chdir must be false: in another working directory relative paths (paths.outputs, paths.store, "
+            "data.path, checkpoints) are other files, and no two runs share a store"
+        )
+    run_key = "the run folder (hydra.run.dir, hydra.sweep.dir)"
+    written = {"paths.outputs": Path(cfg.paths.outputs), "paths.store": Path(cfg.paths.store), run_key: run}
+    for inner, outer in (("paths.store", run_key), (run_key, "paths.store"), ("paths.outputs", "paths.store")):
+        if inside(written[inner], written[outer]):
+            raise ValueError(
+                f"{inner} ({written[inner]}) lies in {outer} ({written[outer]}): keep what runs leave and the store apart"
+            )
+    for key in READ:
+        value = OmegaConf.select(cfg, key, default=None, throw_on_missing=False)
+        if isinstance(value, str) and Path(value).is_dir():
+            for name, folder in written.items():
+                if inside(folder, Path(value)):
+                    raise ValueError(
+                        f"{key}={value} holds {name} ({folder}), whose pictures would be read as images: "
+                        "choose a folder of images alone"
+                    )
+
+
+def inside(inner: Path, outer: Path) -> bool:
+    """Whether a folder is another one or lies below it, links followed; neither need exist."""
+    return inner.resolve().is_relative_to(outer.resolve())
