@@ -10,7 +10,7 @@ PACKAGE = ROOT / "tfmq_exp"
 
 # A package, or a module beside them, imports only those that stand before it.
 ORDER = (
-    ("files", "finite", "kinds", "text_files"),
+    ("file_kind", "files", "finite", "kinds", "text_files"),
     ("quant", "denoisers", "data", "reporting", "tracking"),
     ("sampling",),
     ("calibration", "surgery", "evaluation"),

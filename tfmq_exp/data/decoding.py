@@ -13,8 +13,8 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from tfmq_exp.data.content import HEAD, describe_content
 from tfmq_exp.data.preparation import MAX_PIXELS, Pixels, Preparation
+from tfmq_exp.file_kind import HEAD, content_of
 
 WAITING = 64  # images that may be decoded ahead: enough for every thread, 13 MB at 256x256
 # Formats of pictures, which Pillow decodes itself. Others start programs (PostScript) or are no pictures (GRIB, HDF5).
@@ -61,10 +61,10 @@ def to_rgb(name: str, content: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded: at most {MAX_PIXELS} pixels ({error})") from error
     except Exception as error:  # damaged bytes fail in whatever way they lead to
-        what = describe_content(content[:HEAD])
+        what = content_of(content[:HEAD])
         unknown = isinstance(error, UnidentifiedImageError)
         told = f"no {', '.join(formats)}, or damaged" if unknown else f"{type(error).__name__}: {error}"
-        reason = f"it is {what}" if what else told
+        reason = f"it {what}" if what else told
         raise ValueError(f"{name} cannot be read as an image ({reason})") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.denoisers.checkpoint import read_tensors
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.file_kind import why_missing
+from tfmq_exp.file_kind import why_missing
 from tfmq_exp.finite import require_finite_weights
 
 WEIGHTS = Path(__file__).parent / "weights"

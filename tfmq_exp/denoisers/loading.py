@@ -11,12 +11,12 @@ import yaml
 from tfmq_exp.denoisers import diffusers_folder, original
 from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.denoisers.inspection import inspect
 from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.published import where_to_find
 from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files, tokenizer_settings
 from tfmq_exp.denoisers.weight_files import weight_files
+from tfmq_exp.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.finite import require_finite, require_finite_weights
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from tfmq_exp.denoisers.file_kind import instead_of_text
+from tfmq_exp.file_kind import instead_of_text
 
 CONFIG = "scheduler_config.json"
 # Those that are tested to sample as diffusers' own pipelines do.

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tfmq_exp.denoisers.assigning import assign_weights
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.file_kind import instead_of_text
+from tfmq_exp.file_kind import instead_of_text
 
 # ViT-L/14, https://huggingface.co/openai/clip-vit-large-patch14
 VIT_L_14 = {

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tfmq_exp.denoisers.file_kind import kind_of
+from tfmq_exp.file_kind import kind_of
 from tfmq_exp.finite import require_finite_weights
 
 

@@ -26,10 +26,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.checkpoint import read_tensors
-from tfmq_exp.denoisers.file_kind import why_missing
 from tfmq_exp.evaluation.evaluator import MANIFOLD_IMAGES, CaptionJudge, Evaluator
 from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
+from tfmq_exp.file_kind import why_missing
 from tfmq_exp.finite import require_finite_weights
 
 NAME = "Inception 2015-12-05, torch-fidelity"

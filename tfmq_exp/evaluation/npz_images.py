@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tfmq_exp.data.content import HEAD, describe_content
+from tfmq_exp.file_kind import HEAD, content_of
 
 MEMBER = "arr_0.npy"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -51,8 +51,8 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head.startswith(b"PK"):
-        what = describe_content(head)
-        raise ValueError(f"{path} is {what or 'no zip archive'}; expected a .npz of numpy")
+        what = content_of(head)
+        raise ValueError(f"{path} {what or 'is no zip archive'}; expected a .npz of numpy")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("data.pkl") for name in archive.namelist()):

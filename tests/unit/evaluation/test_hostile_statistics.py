@@ -43,17 +43,17 @@ def npz(**changes: Any) -> bytes:
 
 
 OTHERS = {
-    "one array": (saved(lambda f: np.save(f, np.zeros(3))), r"is a \.npy file, which holds one array"),
+    "one array": (saved(lambda f: np.save(f, np.zeros(3))), r"is a \.npy file of NumPy, which holds one array"),
     "a dictionary": (
         saved(lambda f: np.save(f, np.array({"mu": np.zeros(3)}), allow_pickle=True)),
-        r"is a \.npy file, which holds one array",
+        r"is a \.npy file of NumPy, which holds one array",
     ),
     "a pickle": (pickle.dumps({"mu": np.zeros(3)}), "is a pickle, which is not read"),
     "torch-fidelity's cache": (saved(lambda f: torch.save({"mu": torch.zeros(3)}, f)), r"a file of torch\.save"),
-    "gzip": (gzip.compress(npz()), "is compressed by gzip: unpack it first"),
-    "a page": (b"<!DOCTYPE html><html>404", "is an HTML page"),
+    "gzip": (gzip.compress(npz()), "is a gzip archive: unpack it"),
+    "a page": (b"<!DOCTYPE html><html>404", r"is a web page \(HTML\)"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
-    "nothing": (b"", "is an empty file"),
+    "nothing": (b"", "is empty"),
     "zeros": (b"\0" * 99, "is no zip archive"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "is an HDF5 file"),
 }

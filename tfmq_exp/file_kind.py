@@ -22,17 +22,18 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", UNPACK),
     (0, b"Rar!\x1a\x07", "is a rar archive", UNPACK),
     (257, b"ustar", "is a tar archive", UNPACK),
-    (0, b"\x93NUMPY", "is an array of NumPy (.npy)", "give a checkpoint of torch.save or safetensors"),
+    (0, b"\x93NUMPY", "is a .npy file of NumPy, which holds one array", ""),
     (0, b"GGUF", "is a GGUF file of llama.cpp's family", CONVERT),
     (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes (.h5)", CONVERT),
     (4, b"TFL3", "is a model of TensorFlow Lite", CONVERT),
     (0, b"PTMF", "is a mobile program of PyTorch", CONVERT),
     (0, b"%PDF-", "is a PDF", AGAIN),
-    (0, b"\x89PNG\r\n", "is a picture", "give the file with the weights"),
-    (0, b"\xff\xd8\xff", "is a picture", "give the file with the weights"),
-    (0, b"GIF8", "is a picture", "give the file with the weights"),
-    (0, b"\x7fELF", "is a program", "give the file with the weights"),
-    (0, b"MZ\x90\x00", "is a program", "give the file with the weights"),
+    (0, b"%!PS", "is PostScript, which is a program", ""),
+    (0, b"\x89PNG\r\n", "is a picture", ""),
+    (0, b"\xff\xd8\xff", "is a picture", ""),
+    (0, b"GIF8", "is a picture", ""),
+    (0, b"\x7fELF", "is a program", ""),
+    (0, b"MZ\x90\x00", "is a program", ""),
 )
 # The end of names of files without a signature of their own.
 NAMES: tuple[tuple[str, str, str], ...] = (
@@ -72,12 +73,32 @@ def kind_of(path: Path) -> str | None:
     if path.stat().st_size == 0:
         return f"is empty; expected a checkpoint: {AGAIN}"
     head = head_of(path)
-    for place, signature, what, advice in SIGNATURES:
-        if head[place:].startswith(signature):
-            return f"{what}: {advice}"
     if is_safetensors(path) or head.startswith(TORCH):
         return None
-    return named(path) or markup(head) or protocol_buffer(head) or flax(head)
+    return by_signature(head) or named(path) or markup(head) or protocol_buffer(head) or flax(head)
+
+
+def content_of(head: bytes) -> str | None:
+    """A sentence on what a file is and what to do, where its first bytes tell; None where they do not.
+
+    Args:
+        head: the first `HEAD` bytes, or all.
+    """
+    if not head:
+        return f"is empty: {AGAIN}"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "is a pickle, which is not read: a pickle is a program"
+    if head.startswith(TORCH[0]):
+        return f"is a zip archive: {UNPACK}"
+    return by_signature(head) or markup(head) or protocol_buffer(head) or flax(head)
+
+
+def by_signature(head: bytes) -> str | None:
+    """What the signature at the beginning of a file says."""
+    for place, signature, what, advice in SIGNATURES:
+        if head[place:].startswith(signature):
+            return f"{what}: {advice}" if advice else what
+    return None
 
 
 def named(path: Path) -> str | None:

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from tfmq_exp.denoisers.checkpoint import read_tensors, tensor_names
 from tfmq_exp.denoisers.digits import load_denoiser as load_digits
-from tfmq_exp.denoisers.file_kind import instead_of_text
 from tfmq_exp.denoisers.loading import load_denoiser, read_architecture
 from tfmq_exp.denoisers.scheduler_config import read_json
 from tfmq_exp.denoisers.text_encoder import read_tokenizer
 from tfmq_exp.evaluation.inception import load_inception
+from tfmq_exp.file_kind import instead_of_text
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n"
 
@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "denied": (b"Access to model x is restricted. You must be authenticated.\n", "is text"),
     "archive of a checkpoint": (zipped("sd/model.ckpt"), "'sd/model.ckpt': unpack it"),
     "npz": (archived(lambda b: np.savez(b, mu=np.zeros(3), sigma=np.eye(3))), "arrays of NumPy (.npz)"),
-    "npy": (archived(lambda b: np.save(b, np.zeros(3))), "array of NumPy (.npy)"),
+    "npy": (archived(lambda b: np.save(b, np.zeros(3))), ".npy file of NumPy"),
     "zip of something": (zipped("a.txt"), "is a zip file"),
     "empty zip": (b"PK\x05\x06" + bytes(18), "empty zip"),
     "gzip": (gzip.compress(b"x" * 1000), "gzip archive: unpack it"),
