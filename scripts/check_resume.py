@@ -91,7 +91,7 @@ def finish(process: int, folder: Path, kill: Callable[[float], bool] = lambda se
         ended, status = os.waitpid(process, os.WNOHANG)
         seconds = time.monotonic() - began
         if ended:
-            said = (folder / "said").read_text(errors="replace")
+            said = (folder / "said").read_text(encoding="utf-8", errors="replace")
             return Outcome(os.waitstatus_to_exitcode(status), seconds, said, left_behind(process))
         if not killed and kill(seconds):
             os.kill(process, signal.SIGKILL)
@@ -120,10 +120,10 @@ def result(folder: Path) -> dict[str, str]:
             found |= {str(path.relative_to(folder)): sha256_of(path) for path in paths}
     tables = [*(folder / "run").glob("*_error.csv"), *(folder / "run").glob("diagnosis/*.csv")]
     found |= {str(path.relative_to(folder)): sha256_of(path) for path in tables}
-    stages = json.loads((folder / "run/artifacts.json").read_text())
+    stages = json.loads((folder / "run/artifacts.json").read_text(encoding="utf-8"))
     found["artifacts.json"] = json.dumps({name: stage["key"] for name, stage in stages.items()}, sort_keys=True)
     if (results := folder / "run/results.json").is_file():
-        rows = json.loads(results.read_text())["rows"]
+        rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
         found["results.json"] = json.dumps([without_times(row) for row in rows], sort_keys=True)
     return found
 

@@ -70,7 +70,7 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged, or no JSON object; names it.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
     if not isinstance(data, dict):
@@ -98,7 +98,7 @@ def write_checked(path: Path, write: Callable[[Path], object]) -> None:
     def hash_first(partial: Path) -> None:
         write(partial)
         digest = sha256_of(partial)
-        write_atomically(hash_file(path), lambda other: other.write_text(digest))
+        write_atomically(hash_file(path), lambda other: other.write_text(digest, encoding="ascii"))
 
     write_atomically(path, hash_first)
 

@@ -13,7 +13,7 @@ MARKS = {
 }
 
 
-def read_text(path: Path) -> str:
+def decode_text(path: Path) -> str:
     """The text of a file in UTF-8, or in the encoding that its byte order mark says; the mark is no part of it.
 
     Raises:
@@ -52,9 +52,9 @@ def read_lines(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as `read_text`, or a \r inside a line, of which nobody can say whether it ends one.
+        ValueError: as `decode_text`, or a \r inside a line, of which nobody can say whether it ends one.
     """
-    text = read_text(path).replace("\r\n", "\n")
+    text = decode_text(path).replace("\r\n", "\n")
     lines = text.split("\n") if "\n" in text else text.split("\r")
     if inside := [number for number, line in enumerate(lines, 1) if "\r" in line]:
         raise ValueError(f"{path} has a carriage return inside line {inside[0]}: end every line with \\n or \\r\\n")

@@ -69,7 +69,9 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     environment = describe_environment(device)
     write_json(folder / "environment.json", environment)
     settings = OmegaConf.to_yaml(cfg, resolve=True)
-    write_atomically(folder / "config.yaml", lambda path: path.write_text(settings, "utf-8"))
+    write_atomically(
+        folder / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8", errors="backslashreplace")
+    )
     mirror: Mirror = instantiate(cfg.logger).open(run_card(cfg, folder, environment))
     failed = True
     try:

@@ -43,7 +43,9 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
         ended = run(cfg, folder, console)
         keep(store, record, folder)
         return ended
-    write_atomically(folder / "config.yaml", lambda path: path.write_text(settings, "utf-8"))
+    write_atomically(
+        folder / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8", errors="backslashreplace")
+    )
     results = folder / "results.json"
     if results.is_file():
         show([ScoreRecord(**row) for row in read_record(results)["rows"]], console)

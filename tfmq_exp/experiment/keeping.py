@@ -129,7 +129,9 @@ def noted(entries: Iterable[Entry], name: str) -> list[dict[str, Any]]:
     for entry in entries:
         if entry.done and name in entry.noted["files"]:
             entry.verify(name)
-            rows += ({"phase": entry.stage, **row} for row in json.loads((entry.path / name).read_text("utf-8")))
+            rows += (
+                {"phase": entry.stage, **row} for row in json.loads((entry.path / name).read_text(encoding="utf-8"))
+            )
     return rows
 
 

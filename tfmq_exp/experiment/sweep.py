@@ -58,9 +58,9 @@ def read_job(folder: Path) -> Job:
     artifacts, estimate = folder / "artifacts.json", folder / "estimate.json"
     try:
         status = read_status(folder)
-        stages: dict[str, Any] = json.loads(artifacts.read_text("utf-8")) if artifacts.is_file() else {}
+        stages: dict[str, Any] = json.loads(artifacts.read_text(encoding="utf-8")) if artifacts.is_file() else {}
         computed = sum(stage["computed"] for stage in stages.values())
-        expected = json.loads(estimate.read_text("utf-8"))["seconds"] if estimate.is_file() else 0.0
+        expected = json.loads(estimate.read_text(encoding="utf-8"))["seconds"] if estimate.is_file() else 0.0
     except FileNotFoundError:
         return Job(folder, None, "died", "it ended before it began")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.text_files import read_lines, read_text
+from tfmq_exp.text_files import decode_text, read_lines
 
 TABLES = (".jsonl", ".csv", ".tsv")  # whose lines hold more than a caption
 
@@ -32,7 +32,7 @@ def read_coco(path: Path) -> CocoFile:
         FileNotFoundError: no such file.
         ValueError: another format, an image with blank captions only, or two with the same id.
     """
-    text = read_text(path)
+    text = decode_text(path)
     try:
         content = json.loads(text)
         rows = sorted(
