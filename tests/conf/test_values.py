@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import DDIMScheduler
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -61,9 +62,11 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tu
             for name, value in node.items():
                 if isinstance(value, int | float):
                     found.setdefault((node["_target_"], name), (place, node))
+    DDIMScheduler().save_pretrained(tmp / "scheduler")
+    known = {"steps": 4, "eta": 0.0, "path": str(tmp)}
     for path in sorted((CONF / "sampler").glob("*.yaml")):
         node: Any = OmegaConf.to_container(OmegaConf.load(path))
-        node = {key: 4 if key == "steps" else 0.0 if key == "eta" else value for key, value in node.items()}
+        node = {key: known.get(key, value) for key, value in node.items()}
         for name, value in node.items():
             if isinstance(value, int | float):
                 found.setdefault((node["_target_"], name), ("sampler", node))
@@ -102,7 +105,7 @@ def begin(cfg: DictConfig) -> None:
         (("model.protocol.eta=2",), "model.protocol.eta must be a number from 0 to 1, got 2"),
         (("sampler.eta=-0.5",), "sampler.eta must be a number from 0 to 1, got -0.5"),
         (("sampler.eta=nan",), "sampler.eta must be a number from 0 to 1, got nan"),
-        (("sampler.steps=0",), "sampler.steps must be a whole number, at least 1 and below 2**31, got 0"),
+        (("sampler.steps=0",), "sampler.steps must be a whole number, at least 1 and below 2**31, or null, got 0"),
         (("method.weight_range.p=0",), "method.weight_range.p must be a number above 0, at most 20, got 0"),
         (("method.weight_range.p=nan",), "method.weight_range.p must be a number above 0, at most 20, got nan"),
         (("method.weight_range.p=inf",), "method.weight_range.p must be a number above 0, at most 20, got inf"),

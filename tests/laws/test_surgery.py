@@ -493,11 +493,3 @@ def test_layers_that_are_not_quantized_are_named(tiny_unet: nn.Module) -> None:
     model: QuantizedUNet = quantizable(tiny_unet, sites={"conv_in": SitePlan()})
     with pytest.raises(KeyError, match="conv_in"):
         model.layer("conv_in")
-
-
-@pytest.mark.parametrize("layers", [10**9, 1e9, [1, 10**9]])
-def test_a_configuration_of_more_layers_than_any_network(layers: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"its configuration: layers_per_block=.* cannot be: expected numbers up to 1024"
-    ):
-        artifact.empty_network({"network": "UNet2DModel", "config": {"layers_per_block": layers}})

@@ -15,6 +15,7 @@ import pytest
 
 from tests.smoke.jobs import job
 from tests.smoke.test_scripts import call
+from tfmq_exp.files import read_record, write_record
 
 aiohttp = pytest.importorskip("aiohttp", reason="no client of websockets to speak with a browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -147,7 +148,7 @@ async def visit(tab: Tab, path: Path) -> Seen:
 def altered(run: Path, target: Path, bits: str, seed: int, fid: float) -> None:
     """The same run with another record."""
     shutil.copytree(run, target)
-    found = json.loads((target / "results.json").read_text())
+    found = read_record(target / "results.json")
     for row in found["rows"]:
         row["seed"] = seed
     found["rows"][-1] |= {
@@ -155,18 +156,18 @@ def altered(run: Path, target: Path, bits: str, seed: int, fid: float) -> None:
         "scores": found["rows"][-1]["scores"] | {"fid": fid},
         "keys": {"seed": str(seed)},
     }
-    (target / "results.json").write_text(json.dumps(found))
+    write_record(target / "results.json", found)
 
 
 def executed(run: Path) -> None:
     """As if an engine had executed the run's model, too."""
-    found = json.loads((run / "results.json").read_text())
+    found = read_record(run / "results.json")
     scores = found["rows"][-1]["scores"] | {"fid": 41.0}
     found["rows"].append(
         found["rows"][-1]
         | {"scores": scores, "choices": {"engine": "an_engine"}, "quantized": {"layers_executed": 0.5}}
     )
-    (run / "results.json").write_text(json.dumps(found))
+    write_record(run / "results.json", found)
     layers = "".join(f"{'long_name_of_a_block.' * 4}{number},res_conv,int8,4,\n" for number in range(9))
     (run / "sites.csv").write_text(
         f"site,role,executed,weight_bits,why\n{layers}conv_in,stem,float,32,it is not quantized\n"

@@ -13,16 +13,11 @@ from torch import Tensor, nn
 
 from tests.conftest import example_inputs, quantizable
 from tests.inception import random_weights
-from tests.unit.evaluation.material import TensorSource, linear_extractor, pictures
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.first_stage import LatentDecoder
-from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.inception import load_inception
-from tfmq_exp.evaluation.references import reference_statistics
-from tfmq_exp.evaluation.scores import score
 from tfmq_exp.files import write_json
 from tfmq_exp.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.methods.activations import Observe
@@ -237,30 +232,6 @@ def test_noise_that_is_corrected() -> None:
     d[1, 0, 0, 0, 0] = math.nan
     with pytest.raises(NotFiniteError, match="the quantization noise at timestep 501, squared, is not finite"):
         correction.estimate(NoiseMoments.of(e, d), (901, 501, 1))
-
-
-@pytest.mark.parametrize("value", WRONG)
-@pytest.mark.parametrize("part", Features._fields)
-def test_features(part: str, value: float) -> None:
-    def network(images: Tensor) -> Features:
-        features = Features(*(torch.ones(len(images), n) for n in (5, 7, 4)))
-        getattr(features, part)[-1, 0] = value
-        return features
-
-    with pytest.raises(NotFiniteError, match=rf"\({part} features\) is not finite: 2 "):
-        Extractor(network, (5, 7), batch=2)(torch.zeros(4, 1, 2, 2, dtype=torch.uint8))
-
-
-def test_scores_that_few_images_have_not_are_left_out_and_others_must_have_a_value() -> None:
-    extract = linear_extractor((3, 6, 6))
-    reference = reference_statistics(TensorSource(pictures(12, 6, 0)), extract, 12, lambda _done, _of: None)
-    evaluator = Evaluator("E", extract, TensorSource(pictures(12, 6, 0)), kid=True, precision_recall=True)
-    found = score(evaluator, reference, [pictures(3, 6, 1)])
-    assert set(found) == {"fid", "sfid", "is_adm", "kid"}
-    assert all(map(math.isfinite, found.values()))
-    reference.pooled.mean[0] = math.nan
-    with pytest.raises(NotFiniteError, match=r"fid is nan.* of 3 images by E"):
-        score(evaluator, reference, [pictures(3, 6, 1)])
 
 
 @pytest.mark.parametrize("value", WRONG)

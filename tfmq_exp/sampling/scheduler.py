@@ -24,6 +24,7 @@ from tfmq_exp.denoisers.scheduler_config import (
     scheduler_defaults,
     scheduler_file,
 )
+from tfmq_exp.kinds import COUNT, SHARE, check_fields
 from tfmq_exp.sampling.sampler import Moves, Sampler
 
 # What these pipelines of diffusers turn their scheduler into, whatever it is.
@@ -63,6 +64,7 @@ class Scheduler:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, steps=COUNT, eta=SHARE)
         if self.kind not in KINDS:
             raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {self.kind!r}{OTHERS}")
         for key, choices in CHOICES.items():

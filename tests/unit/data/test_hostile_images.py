@@ -167,7 +167,7 @@ def test_colours_of_sixteen_bits_keep_the_upper_eight() -> None:
         (Image.fromarray(np.full((16, 16), 40_000, np.uint16)), "PPM"),
         (Image.fromarray(np.full((16, 16), 40_000, np.uint16)), "JPEG2000"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "mode", value),
 )
 def test_grey_of_more_than_eight_bits_is_refused_and_never_clipped(image: Image.Image, form: str) -> None:
     with pytest.raises(ValueError, match=r"depth has pixels of mode [IF].*at most 8 bits per channel"):

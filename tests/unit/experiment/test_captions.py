@@ -16,7 +16,7 @@ def test_captions_come_from_the_file_that_is_named(tmp_path: Path) -> None:
     file = tmp_path / "my captions.txt"
     file.write_text("a cat\ntwo dogs\n")
     wanted = Captions.read(str(file))
-    folder = ("model=diffusers", "path=nowhere", "data.path=x", "data.size=8")
+    folder = ("model=diffusers", "sampler=ddim", "path=nowhere", "data.path=x", "data.size=8")
     assert make_sampling(composed(tmp_path, *folder)).conditioning == Unconditional()
     assert make_sampling(composed(tmp_path, *folder, f"captions='{file}'")).conditioning == wanted
     target = "model.sampling.conditioning._target_=tfmq_exp.sampling.conditioning.Captions.read"
