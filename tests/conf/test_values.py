@@ -20,6 +20,8 @@ from tfmq_exp.sampling.sampler import DDIM
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.surgery.plan import AttentionPlan, SitePlan, SurgeryPlan
 
+pytestmark = pytest.mark.bad_input
+
 # together they have every class of conf/method
 METHODS = (
     ("method=tfmq",),

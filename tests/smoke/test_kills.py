@@ -14,6 +14,8 @@ from tfmq_exp.experiment.status import read_status
 from tfmq_exp.experiment.store import DamagedEntry, Entry
 from tfmq_exp.files import read_record
 
+pytestmark = pytest.mark.bad_input
+
 RUNS = {
     "nearest": ("method=nearest", "quant=w8a8", "goal=images"),
     "brecq": ("method=brecq", "goal=activations"),

@@ -25,6 +25,8 @@ from tfmq_exp.denoisers.text_encoder import read_tokenizer
 from tfmq_exp.evaluation.inception import load_inception
 from tfmq_exp.file_kind import instead_of_text
 
+pytestmark = pytest.mark.bad_input
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n"
 
 

@@ -34,6 +34,8 @@ from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.sampler import DDIM
 from tfmq_exp.sampling.sampling import Sampling
 
+pytestmark = pytest.mark.bad_input
+
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 WRONG = [math.nan, math.inf, -math.inf]
 

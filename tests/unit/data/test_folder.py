@@ -15,6 +15,8 @@ from tfmq_exp.data import decoding
 from tfmq_exp.data.folder import ImageFolder
 from tfmq_exp.data.preparation import CropThenResize, ResizeThenCrop, Unchanged
 
+pytestmark = pytest.mark.bad_input
+
 # in the order of code points, that of their places in the set
 NAMES = ["10.png", "2.PNG", "B/1.png", "a-b/1.png", "a.png", "a/b/1.png", "a/b/10.webp", "a/b/2.png", "b.png"]
 

@@ -14,6 +14,8 @@ import pytest
 from tfmq_exp.data import hashes
 from tfmq_exp.data.hashes import hash_file, hash_files
 
+pytestmark = pytest.mark.bad_input
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:

@@ -11,6 +11,8 @@ from PIL import Image
 from tfmq_exp.data.folder import ImageFolder, find_images
 from tfmq_exp.data.preparation import Unchanged
 
+pytestmark = pytest.mark.bad_input
+
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 

@@ -22,6 +22,8 @@ from tfmq_exp.data.preparation import (
     Unchanged,
 )
 
+pytestmark = pytest.mark.bad_input
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS)
 SMOOTH = Image.fromarray((np.mgrid[0:256:16, 0:256:16].sum(0) // 2).astype(np.uint8)[..., None].repeat(3, 2))

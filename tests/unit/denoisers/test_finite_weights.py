@@ -16,6 +16,8 @@ from tfmq_exp.denoisers.digits import WEIGHTS, load_classifier
 from tfmq_exp.denoisers.digits import load_denoiser as load_digits
 from tfmq_exp.denoisers.loading import load_denoiser
 
+pytestmark = pytest.mark.bad_input
+
 WRONG = [math.nan, math.inf, -math.inf]
 
 

@@ -16,6 +16,8 @@ from tests.unit.denoisers.originals import word
 from tfmq_exp.denoisers.loading import load_denoiser
 from tfmq_exp.denoisers.text_encoder import TextEncoder, read_tokenizer
 
+pytestmark = pytest.mark.bad_input
+
 KERNELS = "kernels-community/flash-attn2"
 
 

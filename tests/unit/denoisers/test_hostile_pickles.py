@@ -17,6 +17,8 @@ import torch
 from tfmq_exp.denoisers.checkpoint import read_tensors, tensor_names
 from tfmq_exp.denoisers.pickle_limits import MOST_INSTRUCTIONS
 
+pytestmark = pytest.mark.bad_input
+
 SECONDS, MEMORY = 2.0, 200 * 2**20
 DEEP = 200_000
 

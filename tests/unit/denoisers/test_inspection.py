@@ -17,6 +17,8 @@ from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_tempo
 from tfmq_exp.denoisers.unet import anatomy
 from tfmq_exp.surgery.plan import AttentionPlan
 
+pytestmark = pytest.mark.bad_input
+
 BASE: dict[str, Any] = {
     **{"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8},
     **{"in_channels": 3, "out_channels": 3},

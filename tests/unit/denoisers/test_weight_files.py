@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.loading import hash_weights, load_denoiser
 from tfmq_exp.denoisers.weight_files import read_state, weight_files
 
+pytestmark = pytest.mark.bad_input
+
 STATE = {f"layer.{i}.weight": torch.full((3,), float(i)) for i in range(6)}
 
 

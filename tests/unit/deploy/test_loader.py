@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("openvino")
 from tfmq_exp.deploy.loader import FORMAT, Deployed
 
+pytestmark = pytest.mark.bad_input
+
 GOOD = {"deployed.json": json.dumps({"format": FORMAT, "timesteps": [3, 1]}), "model.xml": "<net/>", "model.bin": "x"}
 
 

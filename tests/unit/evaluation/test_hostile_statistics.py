@@ -21,6 +21,8 @@ from tfmq_exp.evaluation.npz_images import NpzImages
 from tfmq_exp.evaluation.reference_npz import read_statistics
 from tfmq_exp.evaluation.references import reference_statistics
 
+pytestmark = pytest.mark.bad_input
+
 WIDTHS = (5, 7)
 
 

@@ -11,6 +11,8 @@ from tests.smoke.jobs import composed
 from tfmq_exp.experiment.captions import make_sampling, report_captions
 from tfmq_exp.sampling.conditioning import Captions, Unconditional
 
+pytestmark = pytest.mark.bad_input
+
 
 def test_captions_come_from_the_file_that_is_named(tmp_path: Path) -> None:
     file = tmp_path / "my captions.txt"

@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from tests.smoke.jobs import CONF, composed
 from tfmq_exp.experiment.checks import COUNTS, RATES, check, check_name, real_images
 
+pytestmark = pytest.mark.bad_input
+
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:

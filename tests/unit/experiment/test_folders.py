@@ -7,6 +7,8 @@ from omegaconf import OmegaConf
 
 from tfmq_exp.experiment.folders import check_folders
 
+pytestmark = pytest.mark.bad_input
+
 
 def check(root: Path, outputs: str, store: str, run: str, data: str = "data", *, moves: bool = False) -> None:
     for name in (outputs, store, run, data):

@@ -8,6 +8,8 @@ import pytest
 from tests.smoke.jobs import CONF
 from tfmq_exp.experiment.overrides import misread, parsed, quoted, read_arguments, unknown_keys, unreadable
 
+pytestmark = pytest.mark.bad_input
+
 HARD = (
     "checkpoints/epoch=12-step=340.ckpt",
     "a folder/with (brackets)/x",

@@ -12,6 +12,8 @@ from tfmq_exp.experiment.store import DamagedEntry, Store, code_of, describe, ke
 from tfmq_exp.files import hash_file, intact, read_record, write_atomically, write_checked, write_record
 from tfmq_exp.quant.spec import QuantSpec
 
+pytestmark = pytest.mark.bad_input
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -20,6 +20,8 @@ from tfmq_exp.experiment.terminal import Terminal, VisibleFormatter, say, say_er
 from tfmq_exp.reporting import tables
 from tfmq_exp.reporting.records import ScoreRecord
 
+pytestmark = pytest.mark.bad_input
+
 ROOT = Path(__file__).parents[3]
 NAMES = (
     "a[/]b",

@@ -12,6 +12,8 @@ from tfmq_exp.reporting.html.ways import groups
 from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
 from tfmq_exp.reporting.tables import by_protocol, devices, pivot, table
 
+pytestmark = pytest.mark.bad_input
+
 NETWORK = {
     "weights_sha256": "a" * 64,
     "settings": {"ema": False, "architecture_sha256": "b" * 64},

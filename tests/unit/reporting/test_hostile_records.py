@@ -10,6 +10,8 @@ import pytest
 
 from tfmq_exp.reporting.records import ScoreRecord, read_records
 
+pytestmark = pytest.mark.bad_input
+
 ROW = ScoreRecord("digits", "w4a8", "tfmq", 0, {"fid": 1.0}, {"steps": 10}, {"name": "digits"}, 100).to_json()
 VALUES: list[Any] = [None, True, 3, 1.5, math.nan, "text", [], [1], {}, {"a": 1}, [[]]]
 

@@ -12,6 +12,8 @@ from tfmq_exp.sampling.caption_files import read_captions, read_coco
 from tfmq_exp.sampling.conditioning import Captions
 from tfmq_exp.text_files import read_lines
 
+pytestmark = pytest.mark.bad_input
+
 TWO = ["a café", "two dogs"]
 TEXT = "a café\ntwo dogs\n"
 

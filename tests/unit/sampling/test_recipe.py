@@ -15,6 +15,8 @@ from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.scheduler import Scheduler
 
+pytestmark = pytest.mark.bad_input
+
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SAMPLERS: list[Sampler] = [
     DDIM(4),

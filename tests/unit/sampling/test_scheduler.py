@@ -31,6 +31,8 @@ from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
 
+pytestmark = pytest.mark.bad_input
+
 V, ZERO_SNR = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

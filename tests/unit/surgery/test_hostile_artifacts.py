@@ -21,6 +21,8 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, ScalePlan, StaticScale
 from tfmq_exp.surgery.temporal_cache import cached
 
+pytestmark = pytest.mark.bad_input
+
 SECONDS = 3.0
 
 
