@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from tfmq_exp.experiment.folders import check_folders
+from tfmq_exp.experiment.folders import check_folders, check_image_folder
 from tfmq_exp.kinds import (
     AMOUNT,
     ANY_COUNT,
@@ -134,6 +134,7 @@ def real_images(cfg: DictConfig) -> DictConfig:
             raise ValueError(
                 f"{key} has no value: give it one, {key}=...; goal=images scores nothing and needs no data"
             )
+    check_image_folder(cfg, Path(HydraConfig.get().runtime.output_dir))
     return cfg.data
 
 

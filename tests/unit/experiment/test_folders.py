@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tfmq_exp.experiment.folders import check_folders
+from tfmq_exp.experiment.folders import check_folders, check_image_folder
 
 pytestmark = pytest.mark.bad_input
 
@@ -14,7 +14,9 @@ def check(root: Path, outputs: str, store: str, run: str, data: str = "data", *,
     for name in (outputs, store, run, data):
         (root / name).mkdir(parents=True, exist_ok=True)
     paths = {"outputs": str(root / outputs), "store": str(root / store)}
-    check_folders(OmegaConf.create({"paths": paths, "data": {"path": str(root / data)}}), root / run, moves=moves)
+    cfg = OmegaConf.create({"paths": paths, "data": {"path": str(root / data)}})
+    check_folders(cfg, root / run, moves=moves)
+    check_image_folder(cfg, root / run)
 
 
 @pytest.mark.parametrize(
