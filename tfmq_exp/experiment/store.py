@@ -15,7 +15,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,13 @@ class Entry:
                 raise DamagedEntry(f"{path} has changed since it was written: the next run makes it again")
         hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in kept}
         write_record(self.manifest, {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes})
-        for path in parts:
-            path.unlink()
+        self.remove_part_hashes()
+
+    def remove_part_hashes(self) -> None:
+        """Remove the hashes of parts, for which the manifest stands once it is there; where the store is read-only they stay."""
+        for path in self.path.rglob(f"*{HASH}"):
+            with suppress(OSError):
+                path.unlink()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -229,4 +234,5 @@ class Store:
             return False
         if self.processes.first:
             entry.verify()
+            entry.remove_part_hashes()  # of a process that was killed between the manifest and this
         return True

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tfmq_exp.experiment.store import DamagedEntry, Store, code_of, describe, key_of
+from tfmq_exp.experiment.store import DamagedEntry, Entry, Store, code_of, describe, key_of
 from tfmq_exp.files import hash_file, intact, read_record, write_atomically, write_checked, write_record
 from tfmq_exp.quant.spec import QuantSpec
 
@@ -208,3 +208,20 @@ def test_an_entry_in_anothers_place_is_damage(tmp_path: Path) -> None:
     one.path.rename(other.path)
     with pytest.raises(DamagedEntry, match="manifest"):
         store.pull(other, lambda folder: None)
+
+
+def test_a_process_that_is_killed_after_the_manifest_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    entry = store.entry("stage", {})
+
+    def compute(folder: Path) -> None:
+        write_checked(folder / "part", lambda path: path.write_text("a part"))
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Entry, "remove_part_hashes", lambda _: None)
+        store.pull(entry, compute)
+    assert (entry.path / "part.sha256").is_file()
+    assert not store.pull(entry, compute)
+    assert {path.name for path in entry.path.iterdir()} == {"inputs.json", "manifest.json", "part"}
