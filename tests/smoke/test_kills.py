@@ -35,8 +35,8 @@ def test_runs_killed_at_random_moments_end_as_undisturbed_ones(
     check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(check, "CONFIGURATIONS", {"nearest": RUNS["nearest"]})
-    assert check.kills(tmp_path, 4, random.Random(0)) == []
-    assert "nearest | 4 | " in capsys.readouterr().out
+    assert check.kills(tmp_path, 3, random.Random(0)) == []
+    assert "nearest | 3 | " in capsys.readouterr().out
 
 
 def turn(path: Path, draw: random.Random) -> None:

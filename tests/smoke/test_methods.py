@@ -12,11 +12,11 @@ from tfmq_exp.surgery import artifact
 # put together like others here; tests/laws has every form and every partition by itself, and test_qat.py whole runs of lsq
 ALIKE = {
     *("lsq", "pact", "pact_tdq", "nipq", "nipq_tdq", "qil", "qil_tdq", "duq", "dynamic_generator"),
-    *("freeze", "tdq_thin"),
+    *("freeze", "tdq_thin", "tfmq_qdrop", "duq_tdq", "lsq_dynamic", "ptq4dm", "tdq"),
 }
 METHODS = sorted({path.stem for path in (CONF / "method").glob("*.yaml")} - ALIKE)
-LEARNS_NOTHING = {"nearest", "ptq4dm"}
-QUANTIZES_OUTPUTS = {"brecq", "freeze", "qdrop", "ptq4dm"}
+LEARNS_NOTHING = {"nearest"}
+QUANTIZES_OUTPUTS = {"brecq", "qdrop"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 

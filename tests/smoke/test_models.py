@@ -19,8 +19,7 @@ MODELS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "ddim_cifar10": ("ddim_cifar10", 8, ()),
     "ldm_bedroom": ("ldm_lsun_beds", 64, ("runtime.estimate=true",)),
     "ldm_church": ("ldm_lsun_churches", 128, ()),
-    "ldm_celebahq": ("ldm_celeba", 64, ()),
-    "ldm_ffhq": ("ldm_ffhq_ema", 64, ()),
+    "ldm_ffhq": ("ldm_ffhq_ema", 64, ()),  # the architecture of ldm_celebahq, too
     "ldm_imagenet": ("ldm_cin256_v2", 64, ("model.sampling.conditioning.count=10",)),
     "sd_v1_4": ("sd_v1", 128, ()),
 }
