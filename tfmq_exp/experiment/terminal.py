@@ -1,6 +1,5 @@
 """What the program says, wherever that goes: a terminal of any width and encoding, a file, a pipe whose reader has left."""
 
-import errno
 import io
 import logging
 import os
@@ -16,8 +15,6 @@ from rich.text import Text
 
 # C0 and C1 codes but tabulator and line feed, separators of lines, signs that turn the direction of writing, surrogates.
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # of a stream: its disk is full, or gone
 
 
 def visible(text: str) -> str:
@@ -110,7 +107,7 @@ def standard_streams() -> Iterator[None]:
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        if error.errno not in FULL or error.filename is not None:
+        if writable(sys.stdout):  # it was about another file
             raise
         discard(sys.stdout)
         say_unwritten(error)
@@ -121,6 +118,16 @@ def standard_streams() -> Iterator[None]:
                 stream.flush()
             except OSError:
                 discard(stream)
+
+
+def writable(stream: Any) -> bool:
+    """Whether a stream takes one line more."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def say_unwritten(error: OSError, further: str = "") -> None:

@@ -204,6 +204,13 @@ def test_what_cannot_be_written_is_an_error(size: int) -> None:
 
 
 @full
+def test_another_file_that_cannot_be_written_is_its_own_error() -> None:
+    done = program("with standard_streams():\n print('x'); open('/dev/full', 'w', buffering=1).write('y\\n')")
+    assert (done.returncode, done.stdout.strip()) == (1, "x")
+    assert "what is printed" not in done.stderr
+
+
+@full
 def test_work_goes_on_where_its_messages_cannot_be_written(tmp_path: Path) -> None:
     text = f"""with standard_streams():
  for i in range(3): say(Terminal(), f'line {{i}}')
