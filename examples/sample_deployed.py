@@ -2,28 +2,48 @@
 
     python sample_deployed.py EXPORTED_FOLDER images.npy --count 16
 
-Needs `loader.py` of `tfmq_exp/deploy` beside it, or in Python's path. The noise schedule is that of the shipped model of digits:
-linear betas, 1000 training timesteps; DDIM without noise (arXiv 2010.02502, eq. 12).
+Needs `loader.py` of `tfmq_exp/deploy` beside it, or in Python's path. DDIM without noise (arXiv 2010.02502, eq. 12), for a model
+without conditions; another sampler of `deployed.json` is refused, for its images would be others than those of the run.
 """
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from loader import Deployed
 
-TRAIN, BETA_START, BETA_END = 1000, 1e-4, 0.02
+POWERS = {"linear": 1.0, "scaled_linear": 0.5}  # of betas that are spaced evenly
+
+
+def alphas_of(sampling: dict[str, Any] | None) -> tuple[np.ndarray, float]:
+    """Cumulative products of alphas, by timestep, and the one that the last step leads to.
+
+    Raises:
+        ValueError: a way of sampling that is not `sample`'s.
+    """
+    settings, schedule = (dict((sampling or {}).get(part, {})) for part in ("settings", "schedule"))
+    how = f"{(sampling or {}).get('sampler')} {settings} on {schedule}"
+    betas = [schedule.pop(name, None) for name in ("beta_start", "beta_end", "num_train_timesteps")]
+    power = POWERS.get(schedule.pop("beta_schedule", ""))
+    if not how.startswith("DDIM ") or settings["eta"] != 0 or power is None or schedule:
+        raise ValueError(f"this script samples by DDIM with eta 0 and linear betas; the model was made for {how}")
+    start, end, count = betas
+    alphas = np.cumprod(1 - np.linspace(start**power, end**power, count) ** (1 / power))
+    return alphas, 1.0 if settings["ends_clean"] else alphas[0]
 
 
 def sample(unet: Deployed, count: int, seed: int) -> np.ndarray:
     """Images in [-1, 1], from pure noise."""
-    alphas = np.cumprod(1 - np.linspace(BETA_START, BETA_END, TRAIN))
+    table, last = alphas_of(unet.manifest["sampling"])
+    steps = [table[t] for t in unet.timesteps]
     shape = unet.compiled.input("sample").shape[1:]
     x = np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
-    for t, following in zip(unet.timesteps, [*unet.timesteps[1:], 0], strict=True):
+    for t, alpha, following in zip(unet.timesteps, steps, [*steps[1:], last], strict=True):
         noise = unet(x, t)
-        clean = (x - np.sqrt(1 - alphas[t]) * noise) / np.sqrt(alphas[t])
-        x = (np.sqrt(alphas[following]) * clean + np.sqrt(1 - alphas[following]) * noise).astype(np.float32)
+        clean = (x - np.sqrt(1 - alpha) * noise) / np.sqrt(alpha)
+        x = (np.sqrt(following) * clean + np.sqrt(1 - following) * noise).astype(np.float32)
     return x.clip(-1, 1)
 
 
@@ -34,4 +54,8 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    np.save(args.out, sample(Deployed(args.folder, batch=args.count), args.count, args.seed))
+    try:
+        images = sample(Deployed(args.folder, batch=args.count), args.count, args.seed)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    np.save(args.out, images)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,20 @@ def roles_without(role: str) -> dict[str, SitePlan]:
 def test_missing_role_is_named() -> None:
     with pytest.raises(ValueError, match=r"missing: shortcut$"):
         SurgeryPlan(roles_without("shortcut"))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["mid.res.0.conv1", "mid_block.resnets.0.conv_1", "nothing like it", "*.*.*.*.*.*.x"]
+)
+def test_a_pattern_that_matches_no_layer_is_answered_with_names(pattern: str, tiny_unet: nn.Module) -> None:
+    sites = anatomy(tiny_unet, example_inputs(tiny_unet)).sites
+    with pytest.raises(
+        ValueError, match=rf"'{re.escape(pattern)}' in surgery.sites matches no layer; layers are"
+    ) as caught:
+        quantizable(tiny_unet, sites={pattern: SitePlan(8, 8)})
+    named = str(caught.value).partition("layers are called ")[2].removesuffix(", ...").split(", ")
+    assert set(named) <= set(sites)
+    assert "mid_block.resnets.0.conv1" in named or not pattern.startswith("mid")
 
 
 def test_unknown_role_is_named() -> None:

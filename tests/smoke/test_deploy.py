@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,58 @@ def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: 
     assert images.shape == (2, 1, 16, 16)
     # a code may fall on the other side of a tie in two roundings of the same numbers
     assert np.square(images - x.clamp(-1, 1).numpy()).mean() < 1e-3 * np.square(images).mean()
+
+
+def script() -> dict[str, Any]:
+    """Names of the sampling script, which finds the loader where it would be copied to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(CONF.parent / "tfmq_exp/deploy"))
+        return runpy.run_path(str(CONF.parent / "examples/sample_deployed.py"))
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("ends_clean", [False, True])
+def test_the_script_has_the_run_s_noise_schedule(betas: str, ends_clean: bool) -> None:
+    schedule = {"num_train_timesteps": 50, "beta_schedule": betas, "beta_start": 1e-3, "beta_end": 0.03}
+    table, last = script()["alphas_of"](
+        {"sampler": "DDIM", "settings": {"eta": 0.0, "ends_clean": ends_clean}, "schedule": schedule}
+    )
+    scheduler = DDIMScheduler(**schedule, set_alpha_to_one=ends_clean)
+    assert table == pytest.approx(scheduler.alphas_cumprod.numpy(), rel=1e-5)
+    assert last == pytest.approx(float(scheduler.final_alpha_cumprod), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "PLMS"},
+        {"settings": {"eta": 0.5}},
+        {"schedule": {"beta_schedule": "squaredcos_cap_v2"}},
+        {"schedule": {"prediction_type": "v_prediction"}},
+        {"schedule": {"trained_betas": [0.1]}},
+    ],
+)
+def test_the_script_refuses_another_way_of_sampling(openvino: Path, changes: dict[str, Any]) -> None:
+    sampling = json.loads((Path(hits(openvino)["openvino"]["path"]) / "deployed.json").read_text())["sampling"]
+    script()["alphas_of"](sampling)
+    wrong = {
+        name: value | changes.get(name, {}) if isinstance(value, dict) else value for name, value in sampling.items()
+    }
+    wrong["sampler"] = changes.get("sampler", sampling["sampler"])
+    for refused in (wrong, None):
+        with pytest.raises(ValueError, match="this script samples by DDIM"):
+            script()["alphas_of"](refused)
+
+
+@pytest.mark.parametrize("given", [{"encoder_hidden_states": np.zeros((1, 2, 3))}, {"step": np.zeros(1)}])
+def test_an_exported_model_takes_its_own_inputs_alone(openvino: Path, given: dict[str, Any]) -> None:
+    from tfmq_exp.deploy.loader import Deployed  # which imports openvino
+
+    unet = Deployed(Path(hits(openvino)["openvino"]["path"]), threads=1)
+    with pytest.raises(
+        ValueError, match=f"takes sample; it was given {min('sample', *given)}, {max('sample', *given)}"
+    ):
+        unet(np.zeros((1, 1, 16, 16), dtype=np.float32), unet.timesteps[0], **given)
 
 
 def test_layers_and_attention_are_in_the_table_of_sites(openvino: Path) -> None:

@@ -91,6 +91,7 @@ class Deployed:
             reason = " ".join(str(error).split())[-200:]
             raise ValueError(f"{folder}: model.xml or model.bin is damaged: {reason}") from error
         shapes = {port: list(port.get_partial_shape()) for port in model.inputs}
+        self.inputs = sorted(port.any_name for port in model.inputs if port.any_name != "step")
         model.reshape({port: [batch, *shape[1:]] if shape else [] for port, shape in shapes.items()})
         self.compiled = core.compile_model(model, "CPU", settings(threads, precision))
         self.request = self.compiled.create_infer_request()
@@ -103,9 +104,15 @@ class Deployed:
         return self.timesteps.index(timestep)
 
     def __call__(self, sample: np.ndarray, timestep: int, **conditions: np.ndarray) -> np.ndarray:
-        """Noise of shape [batch, channels, height, width]; all rows are at one timestep."""
+        """Noise of shape [batch, channels, height, width]; all rows are at one timestep.
+
+        Raises:
+            ValueError: another timestep, or other conditions than the model takes.
+        """
         step = np.array(self.step_of(timestep))
         inputs = {"sample": sample, **conditions}
+        if sorted(inputs) != self.inputs:
+            raise ValueError(f"the model takes {', '.join(self.inputs)}; it was given {', '.join(sorted(inputs))}")
         parts = [slice(start, start + self.batch) for start in range(0, len(sample), self.batch)]
         return np.concatenate(
             [self.part({name: value[rows] for name, value in inputs.items()}, step) for rows in parts]

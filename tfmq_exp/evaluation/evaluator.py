@@ -77,9 +77,17 @@ def digits_evaluator(
 ) -> Evaluator:
     """The shipped digit classifier: offline scores of 16x16 gray images, not comparable with Inception's."""
     classifier, sha256 = load_classifier()
-    extract = Extractor(
-        lambda images: Features(*classifier(images)), (64, 112), {"extractor_sha256": sha256}, batch=512
-    )
+
+    def features(images: UInt8[Tensor, "batch 1 16 16"]) -> Features:
+        if images.shape[1:] != (1, 16, 16):
+            channels, height, width = images.shape[1:]
+            size = f"{channels} channels of {height}x{width} pixels"
+            raise ValueError(
+                f"eval=digits judges gray images of 16x16 pixels, these have {size}; eval=inception takes any"
+            )
+        return Features(*classifier(images))
+
+    extract = Extractor(features, (64, 112), {"extractor_sha256": sha256}, batch=512)
     return Evaluator(
         "digits features",
         extract,

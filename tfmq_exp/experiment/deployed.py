@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from tfmq_exp.denoisers.unet import attentions
-from tfmq_exp.deploy.engine import Engine, read_manifest
+from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.experiment.results import mean_errors
 from tfmq_exp.experiment.stages import Stages
@@ -23,6 +23,7 @@ from tfmq_exp.experiment.tracking import write_csv
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.reporting.tables import formats
+from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -100,6 +101,8 @@ class DeployedStages(Stages):
         def compute(folder: Path) -> None:
             if self.processes.first:
                 self.engine.export(self.chosen_model, self.example(), folder)
+                recipe = Recipe.of(self.sampling, self.denoiser)
+                write_manifest(folder, {**read_manifest(folder), "sampling": recipe and recipe.to_json()})
 
         return self.pull(self.engine.name, self.finished, compute)
 

@@ -1,10 +1,61 @@
 """Folders of a job that would hold one another: a store inside a run folder, results among the images that are read, ..."""
 
+import os
 from pathlib import Path
+from typing import Any
 
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from tfmq_exp.experiment.terminal import Terminal, say_error
+
 RUN = "the run folder (hydra.run.dir, hydra.sweep.dir)"
+
+
+class FolderCheck(Callback):
+    """Hydra callback: before Hydra makes the first folder, whether it can be made, and lies where somebody has said.
+
+    Raises:
+        SystemExit: with status 1, once the error is said.
+    """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Of one job."""
+        stop_without_folders(config, config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Of a sweep."""
+        stop_without_folders(config, config.hydra.sweep.dir)
+
+
+def stop_without_folders(config: DictConfig, first: str) -> None:
+    """Say what is wrong with the folders that a command writes to, and end it."""
+    try:
+        check_places(config.paths.outputs, config.paths.store)
+        make_folder(Path(first))
+    except ValueError as error:
+        say_error(Terminal(stderr=True), str(error))
+        raise SystemExit(1) from None
+
+
+def check_places(outputs: Any, store: Any) -> None:
+    """Raise ValueError where a folder has no name, which would be the root or the working directory, or is something else."""
+    for key, value in {"paths.outputs": outputs, "paths.store": store}.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{key} must be a folder, got {value!r}")
+    for key, place in {"paths.outputs": Path(outputs), "paths.store": Path(store)}.items():
+        if os.path.lexists(place) and not os.path.isdir(place):
+            raise ValueError(f"{key}={place} is no folder, nor a link to one")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with all above it; ValueError says what is in its way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"paths.outputs, hydra.run.dir, hydra.sweep.dir: no folder {folder}: {error.strerror}"
+        ) from error
 
 
 def check_folders(cfg: DictConfig, run: Path, *, moves: bool) -> None:

@@ -22,16 +22,30 @@ def visible(text: str) -> str:
     return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+DEFAULT_WIDTH = 80
+
+
 class Terminal(Console):
     """A console that shows names as they are: nothing in them is markup, an emoji or a control sequence.
 
     It is interactive, and has moving bars, on a real terminal alone, whatever the environment says of colours. When the
-    reader of its output leaves, as `head` does, the work goes on without a word.
+    reader of its output leaves, as `head` does, the work goes on without a word; where the output cannot be written, as on a
+    full disk, it goes on once the other stream has said so.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
         self.is_interactive = self.is_interactive and self.file.isatty()
+        self.width = self.width or DEFAULT_WIDTH  # COLUMNS=0 comes from terminals that do not know theirs
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As ever, but for a stream that cannot be written."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            self.quiet = True
+            discard(self.file)
+            say_unwritten(error, "; the work goes on, and the run folder has its results")
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Text of whoever: its control characters are shown."""
@@ -83,19 +97,44 @@ def standard_streams() -> Iterator[None]:
     """Around a whole program: it may print any text, and its reader may leave.
 
     Raises:
-        SystemExit: with the status of a program that SIGPIPE ended, when it was printing what is all that it makes.
+        SystemExit: with the status of a program that SIGPIPE ended, when it was printing what is all that it makes; with
+            status 1 where that cannot be written.
     """
     open_streams()
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        if writable(sys.stdout):  # it was about another file
+            raise
+        discard(sys.stdout)
+        say_unwritten(error)
+        raise SystemExit(1) from None
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
             except OSError:
                 discard(stream)
+
+
+def writable(stream: Any) -> bool:
+    """Whether a stream takes one line more."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+def say_unwritten(error: OSError, further: str = "") -> None:
+    """One line, if anything can be written at all."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"error: what is printed cannot be written: {error.strerror}{further}\n")
+        sys.stderr.flush()
 
 
 def discard(stream: Any) -> None:

@@ -248,7 +248,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> s
     """
     if form == "csv":
         buffer = io.StringIO()
-        csv.writer(buffer).writerows([header, *rows])
+        csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
         return buffer.getvalue()
     if form == "markdown":
         lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]

@@ -1,6 +1,7 @@
 """How a quantized network is sampled, as its file has it: sampler, noise schedule, and the shape of a sample."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ def whole(value: Any, most: int) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise ValueError(f"expected a whole number from 1 to {most}, got {value!r}")
     return value
+
+
+def required_conditions(network: nn.Module) -> list[str]:
+    """What a UNet of diffusers, or a quantized one, must be given beside a sample and its timestep."""
+    parameters = inspect.signature(getattr(network, "unet", network).forward).parameters.values()
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in plain and p.default is p.empty][2:]
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,14 @@ class Recipe:
             network: called like a UNet of diffusers.
             seed: of the run.
             indices: of the images; each has noise of its own.
-            conditions: of each image, where the network takes any.
+            conditions: of each image, where the network takes any: `denoiser.encoder(captions)` of a loaded model.
             stream: of random numbers.
+
+        Raises:
+            ValueError: a network that takes conditions, and none.
         """
+        if conditions is None and (missing := required_conditions(network)):
+            raise ValueError(f"this network is conditioned: give conditions= with {', '.join(missing)} of each image")
         device = next(network.parameters()).device
         generators = image_generators(seed, stream, indices)
         x = initial_noise(generators, self.shape, device)

@@ -155,11 +155,13 @@ TOLD = (
 )
 
 
-def read_scheduler(path: str, steps: int, eta: float = 0.0, settings: Mapping[str, Any] | None = None) -> Scheduler:
+def read_scheduler(
+    path: str | None, steps: int, eta: float = 0.0, settings: Mapping[str, Any] | None = None
+) -> Scheduler:
     """The scheduler of a folder, as diffusers' pipeline of that folder uses it.
 
     Args:
-        path: the folder.
+        path: the folder; None where the model has none, which is an error.
         steps: of a trajectory.
         eta: see `Scheduler`.
         settings: changes of what the folder says, by diffusers' names.
@@ -168,6 +170,8 @@ def read_scheduler(path: str, steps: int, eta: float = 0.0, settings: Mapping[st
         FileNotFoundError: no scheduler in the folder.
         ValueError: a scheduler or a setting that is not supported.
     """
+    if path is None:
+        raise ValueError(f"sampler=folder reads a folder of model=diffusers, and this model is none{OTHERS}")
     folder = Path(path)
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -220,7 +221,10 @@ class SurgeryPlan:
         """
         for pattern in self.sites:
             if not any(fnmatchcase(name, pattern) for name in anatomy.sites):
-                raise ValueError(f"the pattern {pattern!r} in surgery.sites matches no layer")
+                near = get_close_matches(pattern, anatomy.sites, n=3, cutoff=0.3) or list(anatomy.sites)[:3]
+                raise ValueError(
+                    f"the pattern {pattern!r} in surgery.sites matches no layer; layers are called {', '.join(near)}, ..."
+                )
 
         def activation(
             name: str, bits: Bits | None, role: Role | None, scheme: Scheme | None = None

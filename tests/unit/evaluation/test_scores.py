@@ -269,6 +269,16 @@ def test_the_digit_classifier_knows_digits_and_its_scores_get_worse_with_noise()
     assert reference.provenance["images"] == 1797
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 32, 32), (1, 8, 8)])
+def test_the_digit_classifier_refuses_images_of_another_form(shape: tuple[int, int, int]) -> None:
+    from tfmq_exp.data.digits import DigitsImages
+
+    with pytest.raises(
+        ValueError, match=rf"eval=digits .* these have {shape[0]} channels of {shape[1]}x{shape[2]} pixels"
+    ):
+        digits_evaluator(DigitsImages()).extract(torch.zeros(2, *shape, dtype=torch.uint8))
+
+
 def test_the_classifier_is_as_accurate_as_its_record_says_on_digits_it_never_saw() -> None:
     from tfmq_exp.data.digits import load_images
     from tfmq_exp.denoisers.digits import load_classifier

@@ -1,11 +1,12 @@
 """Folders that hold one another are refused by their keys; the usual layouts are not."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from tfmq_exp.experiment.folders import check_folders, check_image_folder
+from tfmq_exp.experiment.folders import FolderCheck, check_folders, check_image_folder
 
 pytestmark = pytest.mark.bad_input
 
@@ -62,3 +63,57 @@ def test_links_are_followed_and_working_directories_stay(tmp_path: Path) -> None
         check(tmp_path, "outputs", "link/store", "run")
     with pytest.raises(ValueError, match=r"hydra\.job\.chdir must be false"):
         check(tmp_path, "outputs", "store", "mine", moves=True)
+
+
+def start(tmp_path: Path, outputs: Any, store: Any, run: str) -> None:
+    """What Hydra calls before it makes the folder of a job, or of a sweep."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    hydra = {"run": {"dir": run}, "sweep": {"dir": run}}
+    config = OmegaConf.create({"paths": {"outputs": outputs, "store": store}, "hydra": hydra})
+    FolderCheck().on_run_start(config)
+    FolderCheck().on_multirun_start(config)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "store", "run", "words"),
+    [
+        (None, "store", "None/run", "paths.outputs must be a folder, got None"),
+        ("", "store", "/run", "paths.outputs must be a folder, got ''"),
+        (" ", "store", " /run", "paths.outputs must be a folder, got ' '"),
+        ("out", None, "out/run", "paths.store must be a folder, got None"),
+        ("out", "", "out/run", "paths.store must be a folder, got ''"),
+        ("out", 3, "out/run", "paths.store must be a folder, got 3"),
+        ("file", "file/store", "file/run", "paths.outputs=file is no folder"),
+        ("out", "file", "out/run", "paths.store=file is no folder"),
+        ("out", "dangling", "out/run", "paths.store=dangling is no folder, nor a link to one"),
+        ("out", "loop", "out/run", "paths.store=loop is no folder"),
+        ("out", "out/store", "file/run", "no folder file/run: Not a directory"),
+        ("out", "out/store", "n" * 300, "File name too long"),
+        ("/dev/null/out", "store", "/dev/null/out/run", "no folder /dev/null/out/run: Not a directory"),
+    ],
+)
+def test_folders_that_cannot_be(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    outputs: Any,
+    store: Any,
+    run: str,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        start(tmp_path, outputs, store, run)
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.startswith("error: ")
+    assert words in said
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling", "loop"}
+
+
+def test_folders_that_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    start(tmp_path, "out", "out/store", "out/runs/1")
+    assert (tmp_path / "out/runs/1").is_dir()
+    assert not (tmp_path / "out/store").exists()

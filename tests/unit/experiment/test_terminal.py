@@ -191,3 +191,44 @@ def test_closed_streams_leave_their_numbers_to_no_file(tmp_path: Path) -> None:
     done = program(text, after="<&- >&- 2>&-")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "result").read_text() == "done"
+
+
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+
+
+@full
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_what_cannot_be_written_is_an_error(size: int) -> None:
+    """Also where it is less than a buffer holds, which is first written at the end."""
+    done = program(f"with standard_streams():\n print('x' * {size})", after="> /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "error: what is printed cannot be written: No space left on device\n"
+
+
+@full
+def test_another_file_that_cannot_be_written_is_its_own_error() -> None:
+    done = program("with standard_streams():\n print('x'); open('/dev/full', 'w', buffering=1).write('y\\n')")
+    assert (done.returncode, done.stdout.strip()) == (1, "x")
+    assert "what is printed" not in done.stderr
+
+
+@full
+def test_work_goes_on_where_its_messages_cannot_be_written(tmp_path: Path) -> None:
+    text = f"""with standard_streams():
+ for i in range(3): say(Terminal(), f'line {{i}}')
+ open({str(tmp_path / "result")!r}, 'w').write('done')"""
+    done = program(text, after="> /dev/full")
+    assert done.returncode == 0
+    assert done.stderr.count("error: what is printed cannot be written: No space left on device; the work goes on") == 1
+    assert (tmp_path / "result").read_text() == "done"
+
+
+@pytest.mark.parametrize("columns", ["0", "00", "", "abc", "-5"])
+def test_a_width_that_is_none_is_the_usual_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    stream = io.StringIO()
+    console = Terminal(file=stream)
+    say(console, "a line")
+    show_sweep([record("float", 1.0), record("brecq", 2.0)], tmp_path, console)
+    assert "a line\n" in stream.getvalue()
+    assert "brecq" in stream.getvalue()

@@ -1,5 +1,6 @@
 """The script that prints tables, as a user runs it: a published table beside ours."""
 
+import csv
 import dataclasses
 import json
 import runpy
@@ -69,6 +70,19 @@ def test_the_script_prints_one_table(
     assert run(monkeypatch, str(tmp_path), "--paper", "tfmq", "--table", "2", "--pivot", "fid") == 1
     assert run(monkeypatch, str(tmp_path)) == 0
     assert "**ldm_bedroom, DDIM 200 steps, eta 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [(), ("--pivot", "fid"), ("--paper", "tfmq", "--table", "2")])
+def test_printed_and_written_csv_are_the_same_and_read_back(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    words = (str(deployed), "--format", "csv", *more)
+    assert run(monkeypatch, *words) == 0
+    printed = capsys.readouterr().out
+    assert run(monkeypatch, *words, "--out", str(deployed / "table.csv")) == 0
+    assert (deployed / "table.csv").read_text(encoding="utf-8") == printed
+    cells = [cell for line in csv.reader(printed.splitlines()) for cell in line]
+    assert not [cell for cell in cells if "\\" in cell or cell != cell.strip()]
 
 
 def test_the_headline_says_which_rows_are_simulated(

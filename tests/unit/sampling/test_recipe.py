@@ -10,7 +10,7 @@ from torch import nn
 
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.sampling.recipe import Recipe, required_conditions
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler
 from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.scheduler import Scheduler
@@ -43,6 +43,13 @@ def test_the_images_of_a_run(denoiser: Denoiser, sampler: Sampler) -> None:
     wanted = sample_shard(predict, denoiser, sampling, ImagePlan(6, 3, 2), range(2, 4))
     found = again.images(denoiser.unet, seed=3, indices=range(2, 4))
     assert torch.equal(to_uint8(found, "round"), wanted)
+
+
+def test_a_network_that_takes_conditions_asks_for_them(tiny_unet: nn.Module, tiny_conditional_unet: nn.Module) -> None:
+    recipe = Recipe(Sampling(DDIM(2)), SCHEDULE, (4, 8, 8))
+    assert required_conditions(tiny_unet) == []
+    with pytest.raises(ValueError, match="give conditions= with encoder_hidden_states of each image"):
+        recipe.images(tiny_conditional_unet, seed=0, indices=[0])
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,11 @@ def test_a_folder_without_scheduler(tmp_path: Path) -> None:
         read_scheduler(str(tmp_path), STEPS)
 
 
+def test_a_model_without_folder() -> None:
+    with pytest.raises(ValueError, match="reads a folder of model=diffusers, and this model is none; sampler=ddim"):
+        read_scheduler(None, STEPS)
+
+
 def test_other_samplers_say_what_they_leave_out(pixels: Model) -> None:
     put_scheduler(pixels.folder, "DDIMScheduler", {"thresholding": True, "timestep_spacing": "trailing"})
     left = replaced_settings(DDIM(4), pixels.folder)
