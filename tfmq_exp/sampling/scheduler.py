@@ -19,8 +19,10 @@ from tfmq_exp.denoisers.scheduler_config import (
     NOISE,
     USUAL,
     check_count,
+    check_former_names,
     pipeline_class,
     read_json,
+    scheduler_class,
     scheduler_defaults,
     scheduler_file,
 )
@@ -28,7 +30,7 @@ from tfmq_exp.kinds import COUNT, SHARE, check_fields
 from tfmq_exp.sampling.sampler import Moves, Sampler
 
 # What these pipelines of diffusers turn their scheduler into, whatever it is.
-CONVERTED = {"DDIMPipeline": "DDIMScheduler"}
+CONVERTED = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 # What StableDiffusionPipeline sets, as long as the scheduler has such a setting, where a folder says otherwise.
 STABLE_DIFFUSION = {"steps_offset": 1, "clip_sample": False}
 CHOICES = {
@@ -177,10 +179,14 @@ def read_scheduler(path: str, steps: int, eta: float = 0.0, settings: Mapping[st
     if (file := scheduler_file(folder)) is None:
         raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{OTHERS}")
     raw, pipeline = read_json(file), pipeline_class(folder)
-    kind = CONVERTED.get(pipeline or "", raw.get("_class_name"))
+    own = raw.get("_class_name")
+    kind = CONVERTED.get(pipeline or "", scheduler_class(folder) or own)
     try:
+        check_former_names(raw | dict(settings or {}))
         if kind not in KINDS:
             raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {kind!r}{OTHERS}")
+        if kind != own:
+            log.warning("%s describes a %s; it is sampled as a %s, as model_index.json has it", file, own, kind)
         defaults = scheduler_defaults(kind)
         if unknown := sorted(set(settings or {}) - set(defaults)):
             raise ValueError(f"sampler.settings.{unknown[0]}: a {kind} has no such setting")
