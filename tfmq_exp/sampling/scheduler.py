@@ -172,12 +172,13 @@ def read_scheduler(path: str, steps: int, eta: float = 0.0, settings: Mapping[st
     """
     folder = Path(path)
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        what = "is no folder" if folder.exists() else "does not exist (nothing is downloaded)"
         raise FileNotFoundError(
             f"{path} {what}: sampler=folder reads a folder of diffusers' layout (path=FOLDER){OTHERS}"
         )
     if (file := scheduler_file(folder)) is None:
-        raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{OTHERS}")
+        cache = "; it is a cache: give the folder below its snapshots/" if (folder / "snapshots").is_dir() else OTHERS
+        raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{cache}")
     raw, pipeline = read_json(file), pipeline_class(folder)
     own = raw.get("_class_name")
     kind = CONVERTED.get(pipeline or "", scheduler_class(folder) or own)

@@ -249,6 +249,13 @@ def test_settings_of_the_command_line(pixels: Model, caplog: pytest.LogCaptureFi
 def test_a_folder_without_scheduler(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"sampler=folder reads scheduler/scheduler_config\.json"):
         read_scheduler(str(tmp_path), STEPS)
+    (tmp_path / "snapshots/0a1b").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"it is a cache: give the folder below its snapshots/"):
+        read_scheduler(str(tmp_path), STEPS)
+    with pytest.raises(
+        FileNotFoundError, match=r"google/ddpm does not exist \(nothing is downloaded\): sampler=folder reads"
+    ):
+        read_scheduler("google/ddpm", STEPS)
 
 
 def test_other_samplers_say_what_they_leave_out(pixels: Model) -> None:
