@@ -26,7 +26,7 @@ from tfmq_exp.denoisers.scheduler_config import (
     scheduler_defaults,
     scheduler_file,
 )
-from tfmq_exp.kinds import COUNT, SHARE, check_fields
+from tfmq_exp.kinds import COUNT, POSITIVE, SHARE, SWITCH, check_fields
 from tfmq_exp.sampling.sampler import Moves, Sampler
 
 # What these pipelines of diffusers turn their scheduler into, whatever it is.
@@ -37,6 +37,7 @@ CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
+BOUNDS = {"clip_sample_range": POSITIVE, "sample_max_value": POSITIVE, "dynamic_thresholding_ratio": SHARE}
 # The settings that decide which timesteps are visited.
 SPACING = (
     *("timestep_spacing", "steps_offset", "interpolation_type"),
@@ -72,10 +73,13 @@ class Scheduler:
         for key, choices in CHOICES.items():
             if (value := self.settings.get(key, choices[0])) not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}{OTHERS}")
-        if wrong := [
-            key for key, value in self.settings.items() if isinstance(value, float) and not math.isfinite(value)
-        ]:
-            raise ValueError(f"{wrong[0]} must be a finite number, got {self.settings[wrong[0]]}")
+        defaults = scheduler_defaults(self.kind)
+        for key, value in self.settings.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} must be a finite number, got {value}")
+            right = SWITCH if isinstance(defaults.get(key), bool) else BOUNDS.get(key)
+            if right is not None and value is not None and not right.fits(value):  # a text "false" would count as true
+                raise ValueError(f"{key} must be {right.right}, got {value!r}")
         count = self.settings["num_train_timesteps"]
         if not 1 <= self.steps <= count:
             raise ValueError(f"{self.steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps")
