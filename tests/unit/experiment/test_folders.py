@@ -5,14 +5,19 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tfmq_exp.experiment.folders import check_folders
+from tests.smoke.jobs import composed
+from tfmq_exp.experiment.checks import check as check_job
+from tfmq_exp.experiment.checks import real_images
+from tfmq_exp.experiment.folders import check_folders, check_images_apart
 
 
 def check(root: Path, outputs: str, store: str, run: str, data: str = "data", *, moves: bool = False) -> None:
     for name in (outputs, store, run, data):
         (root / name).mkdir(parents=True, exist_ok=True)
     paths = {"outputs": str(root / outputs), "store": str(root / store)}
-    check_folders(OmegaConf.create({"paths": paths, "data": {"path": str(root / data)}}), root / run, moves=moves)
+    cfg = OmegaConf.create({"paths": paths, "data": {"path": str(root / data)}})
+    check_folders(cfg, root / run, moves=moves)
+    check_images_apart(cfg, root / run)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +63,16 @@ def test_links_are_followed_and_working_directories_stay(tmp_path: Path) -> None
         check(tmp_path, "outputs", "link/store", "run")
     with pytest.raises(ValueError, match=r"hydra\.job\.chdir must be false"):
         check(tmp_path, "outputs", "store", "mine", moves=True)
+
+
+def test_images_that_are_not_read_may_be_anywhere(tmp_path: Path) -> None:
+    data = ("model=digits", "data=image_folder", f"data.path={tmp_path}", "data.size=16")
+    for goal in ("trajectory", "images"):
+        check_job(composed(tmp_path / "out", *data, f"goal={goal}"))
+    scores = composed(tmp_path / "out", *data)
+    with pytest.raises(ValueError, match=r"data\.path=.* holds paths\.outputs"):
+        check_job(scores)
+    with pytest.raises(
+        ValueError, match=r"data\.path=.* holds paths\.outputs"
+    ):  # as a training that begins asks for them
+        real_images(scores)
