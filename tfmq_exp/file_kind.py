@@ -6,6 +6,7 @@ from pathlib import Path
 HEAD = 512  # bytes that are looked at
 AGAIN = "download it again"
 UNPACK = "unpack it, and give the file inside"
+PICTURE = "is a picture"
 CONVERT = "convert it with the program that it belongs to, or take the publisher's safetensors"
 # (where, bytes, what the file is, what to do)
 SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
@@ -29,9 +30,9 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"PTMF", "is a mobile program of PyTorch", CONVERT),
     (0, b"%PDF-", "is a PDF", AGAIN),
     (0, b"%!PS", "is PostScript, which is a program", ""),
-    (0, b"\x89PNG\r\n", "is a picture", ""),
-    (0, b"\xff\xd8\xff", "is a picture", ""),
-    (0, b"GIF8", "is a picture", ""),
+    (0, b"\x89PNG\r\n", PICTURE, ""),
+    (0, b"\xff\xd8\xff", PICTURE, ""),
+    (0, b"GIF8", PICTURE, ""),
     (0, b"\x7fELF", "is a program", ""),
     (0, b"MZ\x90\x00", "is a program", ""),
 )
@@ -125,6 +126,12 @@ def markup(head: bytes) -> str | None:
     if re.match(r'\{\s*"|\[\s*[{"\]]|\{\s*\}', text):
         return f"is JSON, such as the message of a server ({quoted(text)}): {AGAIN}"
     return None
+
+
+def instead_of_lines(head: bytes) -> str | None:
+    """A pointer to a file or a web page in the place of lines of text, of which it has some too; None where it is neither."""
+    found = by_signature(head) or markup(head)
+    return found if found and re.match(r"is a (pointer|web page)", found) else None
 
 
 def quoted(text: str) -> str:

@@ -3,6 +3,8 @@
 import codecs
 from pathlib import Path
 
+from tfmq_exp.file_kind import HEAD, by_signature, instead_of_lines
+
 # the longer marks first: UTF-32's begins with UTF-16's
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -18,7 +20,8 @@ def decode_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder or another thing, another encoding, or NUL characters, which no text has.
+        ValueError: a folder or another thing, a pointer or a web page in its place, another encoding, or NUL characters, which
+            no text has.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file at {path}")
@@ -27,9 +30,13 @@ def decode_text(path: Path) -> str:
     data = path.read_bytes()
     mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
     encoding = MARKS.get(mark, "utf-8")
+    if what := instead_of_lines(data[:HEAD]):
+        raise ValueError(f"{path} {what}")
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
+        if what := by_signature(data[:HEAD]):
+            raise ValueError(f"{path} {what}; expected a text file") from error
         line = data.count(b"\n", 0, len(mark) + error.start) + 1
         raise ValueError(
             f"{path} is not {encoding.upper()}: byte 0x{error.object[error.start]:02x} in line {line}; save it as UTF-8 "

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tfmq_exp.data.preparation import MAX_PIXELS, Pixels, Preparation
-from tfmq_exp.file_kind import HEAD, content_of
+from tfmq_exp.file_kind import HEAD, PICTURE, content_of
 
 WAITING = 64  # images that may be decoded ahead: enough for every thread, 13 MB at 256x256
 # Formats of pictures, which Pillow decodes itself. Others start programs (PostScript) or are no pictures (GRIB, HDF5).
@@ -64,7 +64,7 @@ def to_rgb(name: str, content: bytes) -> Image.Image:
         what = content_of(content[:HEAD])
         unknown = isinstance(error, UnidentifiedImageError)
         told = f"no {', '.join(formats)}, or damaged" if unknown else f"{type(error).__name__}: {error}"
-        reason = f"it {what}" if what else told
+        reason = "it begins as a picture, and is damaged" if what == PICTURE else f"it {what}" if what else told
         raise ValueError(f"{name} cannot be read as an image ({reason})") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(

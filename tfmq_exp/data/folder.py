@@ -102,7 +102,8 @@ class ImageFolder:
     ) -> None:
         self.root, self.preparation, self.grey = Path(path), preparation, grey
         if not self.root.is_dir():
-            raise FileNotFoundError(f"no folder of images at {path}; expected there: {origin} (nothing is downloaded)")
+            what = f"{path} is a file, no folder" if self.root.exists() else f"no folder of images at {path}"
+            raise FileNotFoundError(f"{what}; expected there: {origin} (nothing is downloaded)")
         self.names, left_out = (
             find_images(self.root) if listing is None else (read_listing(Path(listing), self.root), {})
         )

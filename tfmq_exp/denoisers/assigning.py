@@ -23,9 +23,16 @@ def assign_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     without gradients.
 
     Raises:
-        ValueError: the tensors are not exactly those that the architecture has.
+        ValueError: the tensors are not exactly those that the architecture has, or no real numbers: integers of a quantized
+            file mean nothing without its scales.
     """
     if problems := differences(network, state):
         raise ValueError(f"the weights do not fit the architecture: {'; '.join(problems)}")
+    counters = {name for name, value in network.state_dict().items() if not value.is_floating_point()}
+    if wrong := [name for name, value in state.items() if not value.is_floating_point() and name not in counters]:
+        kind = str(state[wrong[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{len(wrong)} weights are no floating point numbers, first {wrong[0]} ({kind}): quantized by others?"
+        )
     network.load_state_dict({name: value.float().contiguous() for name, value in state.items()}, assign=True)
     network.eval().requires_grad_(False)

@@ -23,6 +23,8 @@ from tfmq_exp.denoisers.weight_files import read_state, weight_files
 # What older versions of diffusers called the layers of attention in autoencoders.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CLASSES = {"unet": UNETS, "first_stage": AUTOENCODERS, "text_encoder": TEXT_MODELS}
+# What a pipeline may list beside: tokenizer and scheduler are read elsewhere, the others change no image of text or noise.
+OTHERS = frozenset({"tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"})
 ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
 
 
@@ -54,6 +56,20 @@ def component(path: Path, *names: str) -> Path | None:
     return None
 
 
+def check_components(path: Path) -> None:
+    """ValueError if the index of the pipeline lists a network that is not read, such as a ControlNet: images would lack it."""
+    file = path / "model_index.json"
+    index = read_json(file) if file.is_file() else {}
+    known = OTHERS | {"unet", "vqvae", "vae", "text_encoder"}
+    listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    if unknown := [name for name, value in listed.items() if name not in known and value[1] is not None]:
+        name = unknown[0]
+        raise ValueError(
+            f"{file}: {name} ({listed[name][1]}) of a {index.get('_class_name')} is not supported; without it the images would "
+            "be others"
+        )
+
+
 def folders(path: Path) -> dict[str, Path]:
     """The components whose weights are read."""
     found = {"unet": unet_folder(path), "first_stage": component(path, "vqvae", "vae")}
@@ -83,8 +99,9 @@ def check(path: Path) -> None:
 
     Raises:
         FileNotFoundError: a component lacks its configuration or its weights.
-        ValueError: a setting that is not safe, cannot be, or is not supported, by its key; see `settings`.
+        ValueError: a component, or a setting that is not safe, cannot be, or is not supported, by its key; see `settings`.
     """
+    check_components(path)
     for name, folder in folders(path).items():
         if (folder / ADAPTER).exists():
             raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")

@@ -26,6 +26,9 @@ TEMPORAL = (
     *("resnet_time_scale_shift", "resnet_skip_time_act", "flip_sin_to_cos", "freq_shift"),
 )
 
+# Settings with which a network divides or takes roots and logarithms.
+NUMERIC = ("act_fn", "time_embedding_type", "norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor")
+
 
 def said(unet: Any, keys: tuple[str, ...]) -> str:
     """Those of these settings that a network has not left at their default, as messages have them."""
@@ -184,7 +187,7 @@ def check_finite(unet: Any, record: Record, output: Tensor, conditions: Mapping[
         if not all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(value)):
             raise ValueError(
                 f"{type(unet).__name__} gives numbers that are not finite in one forward pass, first at {name}: its weights "
-                f"are damaged, or too large for float32 ({said(unet, ('act_fn', 'time_embedding_type'))})"
+                f"are damaged, or too large for float32 ({said(unet, NUMERIC)})"
             )
 
 
@@ -196,5 +199,5 @@ def check_timesteps(unet: Any, timesteps: tuple[int, ...]) -> None:
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:
         raise ValueError(
             f"{said(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite; choose a sampler "
-            "that does not visit it (sampler.offset=1)"
+            "that does not visit it (sampler.offset=1; of sampler=folder +sampler.settings.steps_offset=1)"
         )

@@ -55,6 +55,20 @@ def pipeline_class(path: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def scheduler_class(path: Path) -> str | None:
+    """The class of the scheduler that the folder's `model_index.json` lists, and diffusers loads; None where it lists none."""
+    index = path / "model_index.json"
+    listed = read_json(index).get("scheduler") if index.is_file() else None
+    name = listed[-1] if isinstance(listed, list) and listed else None
+    return name if isinstance(name, str) else None
+
+
+def check_former_names(config: Mapping[str, Any]) -> None:
+    """ValueError for a setting under a name that diffusers no longer knows, and passes over without a word."""
+    if config.get("predict_epsilon") is False and config.get("prediction_type") in (None, "epsilon"):
+        raise ValueError("predict_epsilon=False is what diffusers now calls prediction_type=sample: write that instead")
+
+
 def scheduler_defaults(kind: str) -> dict[str, Any]:
     """All settings of a kind of scheduler, with the values that it has by default."""
     arguments = inspect.signature(getattr(diffusers, kind).__init__).parameters
@@ -77,6 +91,7 @@ def training_noise(file: Path) -> dict[str, Any]:
     if lacking := [key for key in NOISE if found[key] is None]:
         raise ValueError(f"{file} lacks {lacking[0]!r}: expected a scheduler of {', '.join(NOISE)}, got a {name!r}")
     try:
+        check_former_names(config)
         check_count(found["num_train_timesteps"])
         check_betas(found, found["num_train_timesteps"])
     except ValueError as error:

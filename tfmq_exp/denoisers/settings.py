@@ -47,7 +47,12 @@ UNET_CHOICES: dict[str, frozenset[Any]] = {
     ),
 }
 # Of a first stage: how latents are made from what the decoder takes, beyond one factor.
-STAGE_CHOICES: dict[str, frozenset[Any]] = dict.fromkeys(("latents_mean", "latents_std"), frozenset({None}))
+STAGE_CHOICES: dict[str, frozenset[Any]] = {
+    **dict.fromkeys(("latents_mean", "latents_std"), frozenset({None})),
+    "out_channels": frozenset({1, 3}),  # images
+}
+# Of a text model: which of its words the UNet hears.
+TEXT_CHOICES: dict[str, frozenset[Any]] = {"use_attention_mask": frozenset({False, None})}
 
 COUNTS = (
     "layers_per_block",
@@ -175,6 +180,8 @@ def check_network(file: Path, config: Mapping[str, Any], classes: tuple[Any, ...
             raise ValueError(f"{file}: {error}") from error
     elif kind in AUTOENCODERS:
         check_choices(file, config, STAGE_CHOICES, "a first stage")
+    else:
+        check_choices(file, config, TEXT_CHOICES, "a text model")
     try:
         with torch.device("meta"):
             network: nn.Module = (

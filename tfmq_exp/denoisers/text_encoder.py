@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tfmq_exp.denoisers.assigning import assign_weights
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.file_kind import instead_of_text
+from tfmq_exp.kinds import number
 
 # ViT-L/14, https://huggingface.co/openai/clip-vit-large-patch14
 VIT_L_14 = {
@@ -29,6 +30,7 @@ VIT_L_14 = {
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 COMPILED = "tokenizer.json"  # the same in one file, as newer versions of transformers write it
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SHORTEST = 3  # tokens
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", None)
 # What of a tokenizer's settings would name code, or files elsewhere.
 ELSEWHERE = ("auto_map", "init_inputs", "tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")
@@ -135,6 +137,11 @@ def check_tokenizer(file: Path) -> None:
         raise ValueError(
             f"{file}: {named[0]}={settings[named[0]]!r:.80} is refused: the tokenizer is what is in its folder"
         )
+    length = settings.get("model_max_length")
+    if length is not None and not (number(length) and length >= SHORTEST and length == int(length)):
+        raise ValueError(
+            f"{file}: model_max_length must be a whole number, at least {SHORTEST} (start, a word, end), got {length!r:.80}"
+        )
 
 
 def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
@@ -144,7 +151,8 @@ def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
         FileNotFoundError: no folder, or not its files.
         ValueError: files that are no tokenizer.
     """
-    for file in tokenizer_files(folder):
+    files = tokenizer_files(folder)
+    for file in (*files, *tokenizer_settings(Path(str(folder)))):
         if kind := instead_of_text(file):
             raise ValueError(f"{file} {kind}")
     check_tokenizer(Path(str(folder)) / TOKENIZER_SETTINGS[0])

@@ -66,7 +66,23 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that are read from one component's folder.
+    """The files that are read from one component's folder, all of which are there.
+
+    Raises:
+        FileNotFoundError: no weights, or not all shards; a link that leads nowhere.
+        ValueError: an index that is none; a folder, a pipe or a device in the place of a file, which would be read for ever.
+    """
+    files = chosen_files(folder)
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"no weights at {file}{why_missing(file)}")
+        if not file.is_file():
+            raise ValueError(f"{file} {kind_of(file)}")
+    return files
+
+
+def chosen_files(folder: Path) -> list[Path]:
+    """The files with weights that one component's folder says it has.
 
     Weights without a variant before those of one, such as fp16, which are read where there are no others; safetensors before
     pickles. Shards are those that their index names, and where there is none those that their own names count.

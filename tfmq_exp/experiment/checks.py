@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from tfmq_exp.experiment.folders import check_folders, check_image_folder
+from tfmq_exp.experiment.folders import check_folders, check_images_apart
 from tfmq_exp.kinds import (
     AMOUNT,
     ANY_COUNT,
@@ -127,14 +127,14 @@ def real_images(cfg: DictConfig) -> DictConfig:
     """The choice of real images, which scores and training need; other goals do without.
 
     Raises:
-        ValueError: something is missing to find them.
+        ValueError: something is missing to find them, or they would be read among what runs leave.
     """
     for key in sorted(OmegaConf.missing_keys(cfg)):
         if key.startswith("data."):
             raise ValueError(
                 f"{key} has no value: give it one, {key}=...; goal=images scores nothing and needs no data"
             )
-    check_image_folder(cfg, Path(HydraConfig.get().runtime.output_dir))
+    check_images_apart(cfg, Path(HydraConfig.get().runtime.output_dir))
     return cfg.data
 
 

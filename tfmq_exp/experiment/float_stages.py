@@ -74,12 +74,16 @@ class FloatStages:
     @cached_property
     def anatomy(self) -> Anatomy:
         """The network's parts, with the temporal ones confirmed by measurement."""
-        example = self.denoiser.example()
+        example, t = self.denoiser.example(), self.calls[-1]
         found = anatomy(self.denoiser.unet, example)
-        measured = measured_temporal_sites(self.denoiser.unet, example, self.calls[-1], self.calls[-1] + 1)
+        other = t + 1 if t + 1 < int(self.denoiser.schedule["num_train_timesteps"]) else t - 1
+        measured = measured_temporal_sites(self.denoiser.unet, example, t, other)
         if measured != set(found.temporal_sites):
             wrong = sorted(measured.symmetric_difference(found.temporal_sites))
-            raise ValueError(f"by measurement these layers' dependence on t is not what their roles say: {wrong}")
+            raise ValueError(
+                f"by measurement {len(wrong)} layers of the network depend on t otherwise than their roles say, first {wrong[0]}: "
+                "are its weights, or those before it, zeros?"
+            )
         return found
 
     @cached_property

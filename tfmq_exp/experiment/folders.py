@@ -82,8 +82,8 @@ def check_folders(cfg: DictConfig, run: Path, *, moves: bool) -> None:
             )
 
 
-def check_image_folder(cfg: DictConfig, run: Path) -> None:
-    """Look at the folder that real images are read from, at any depth.
+def check_images_apart(cfg: DictConfig, run: Path) -> None:
+    """Look at the folder that real images are read from, at any depth; only scores and training read any.
 
     Args:
         cfg: the job.

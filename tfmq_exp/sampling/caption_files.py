@@ -1,6 +1,7 @@
 """Captions from files: one a line, or COCO's annotations."""
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from tfmq_exp.text_files import decode_text, read_lines
 
+INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # of Unicode's categories
 TABLES = (".jsonl", ".csv", ".tsv")  # whose lines hold more than a caption
 
 
@@ -35,6 +37,10 @@ def read_coco(path: Path) -> CocoFile:
     text = decode_text(path)
     try:
         content = json.loads(text)
+        if not isinstance(content, dict):
+            raise TypeError(
+                f"expected names with values, got a {type(content).__name__}; captions alone go into a text file"
+            )
         rows = sorted(
             (typed(a, "image_id", int), typed(a, "id", int), typed(a, "caption", str).strip())
             for a in typed(content, "annotations", list)
@@ -87,11 +93,16 @@ def read_captions(path: Path) -> tuple[str, ...]:
             f"{path} is a table: give a text file with one caption a line (.txt), or COCO's captions_*.json"
         )
     found = tuple(caption_of_every_image(path) if suffix == ".json" else read_lines(path))
-    if not any(found):
+    if all(map(is_blank, found)):
         raise ValueError(f"{path} holds no captions")
-    if blank := [number for number, caption in enumerate(found, 1) if not caption]:
+    if blank := [number for number, caption in enumerate(found, 1) if is_blank(caption)]:
         lines = (
             f"line {blank[0]} is blank" if len(blank) == 1 else f"{len(blank)} lines are blank, first line {blank[0]}"
         )
         raise ValueError(f"{path}: {lines}: line i is the caption of image i; give it one, or delete the line")
     return found
+
+
+def is_blank(caption: str) -> bool:
+    """Whether nothing of it is to be seen: spaces, controls (such as the end of files of DOS) and invisible marks alone."""
+    return all(unicodedata.category(sign) in INVISIBLE for sign in caption)

@@ -19,22 +19,25 @@ from tfmq_exp.denoisers.scheduler_config import (
     NOISE,
     USUAL,
     check_count,
+    check_former_names,
     pipeline_class,
     read_json,
+    scheduler_class,
     scheduler_defaults,
     scheduler_file,
 )
-from tfmq_exp.kinds import COUNT, SHARE, check_fields
+from tfmq_exp.kinds import COUNT, POSITIVE, SHARE, SWITCH, check_fields
 from tfmq_exp.sampling.sampler import Moves, Sampler
 
 # What these pipelines of diffusers turn their scheduler into, whatever it is.
-CONVERTED = {"DDIMPipeline": "DDIMScheduler"}
+CONVERTED = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 # What StableDiffusionPipeline sets, as long as the scheduler has such a setting, where a folder says otherwise.
 STABLE_DIFFUSION = {"steps_offset": 1, "clip_sample": False}
 CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
+BOUNDS = {"clip_sample_range": POSITIVE, "sample_max_value": POSITIVE, "dynamic_thresholding_ratio": SHARE}
 # The settings that decide which timesteps are visited.
 SPACING = (
     *("timestep_spacing", "steps_offset", "interpolation_type"),
@@ -70,10 +73,13 @@ class Scheduler:
         for key, choices in CHOICES.items():
             if (value := self.settings.get(key, choices[0])) not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}{OTHERS}")
-        if wrong := [
-            key for key, value in self.settings.items() if isinstance(value, float) and not math.isfinite(value)
-        ]:
-            raise ValueError(f"{wrong[0]} must be a finite number, got {self.settings[wrong[0]]}")
+        defaults = scheduler_defaults(self.kind)
+        for key, value in self.settings.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key} must be a finite number, got {value}")
+            right = SWITCH if isinstance(defaults.get(key), bool) else BOUNDS.get(key)
+            if right is not None and value is not None and not right.fits(value):  # a text "false" would count as true
+                raise ValueError(f"{key} must be {right.right}, got {value!r}")
         count = self.settings["num_train_timesteps"]
         if not 1 <= self.steps <= count:
             raise ValueError(f"{self.steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps")
@@ -174,17 +180,22 @@ def read_scheduler(
         raise ValueError(f"sampler=folder reads a folder of model=diffusers, and this model is none{OTHERS}")
     folder = Path(path)
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        what = "is no folder" if folder.exists() else "does not exist (nothing is downloaded)"
         raise FileNotFoundError(
             f"{path} {what}: sampler=folder reads a folder of diffusers' layout (path=FOLDER){OTHERS}"
         )
     if (file := scheduler_file(folder)) is None:
-        raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{OTHERS}")
+        cache = "; it is a cache: give the folder below its snapshots/" if (folder / "snapshots").is_dir() else OTHERS
+        raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{cache}")
     raw, pipeline = read_json(file), pipeline_class(folder)
-    kind = CONVERTED.get(pipeline or "", raw.get("_class_name"))
+    own = raw.get("_class_name")
+    kind = CONVERTED.get(pipeline or "", scheduler_class(folder) or own)
     try:
+        check_former_names(raw | dict(settings or {}))
         if kind not in KINDS:
             raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {kind!r}{OTHERS}")
+        if kind != own:
+            log.warning("%s describes a %s; it is sampled as a %s, as model_index.json has it", file, own, kind)
         defaults = scheduler_defaults(kind)
         if unknown := sorted(set(settings or {}) - set(defaults)):
             raise ValueError(f"sampler.settings.{unknown[0]}: a {kind} has no such setting")

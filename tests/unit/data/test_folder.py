@@ -157,6 +157,12 @@ def test_a_missing_folder_says_what_belongs_there(tmp_path: Path) -> None:
         ImageFolder(str(tmp_path / "nowhere"), 8, Unchanged(), origin="faces of https://example.org")
 
 
+def test_an_archive_in_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "faces.zip").touch()
+    with pytest.raises(FileNotFoundError, match=r"faces\.zip is a file, no folder; expected there: any images"):
+        ImageFolder(str(tmp_path / "faces.zip"), 8, Unchanged())
+
+
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(ValueError, match=r"no images \(\.png, \.apng, \.jpg, .*\.qoi\) in .*expected: any images"):

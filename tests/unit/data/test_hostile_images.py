@@ -91,6 +91,8 @@ OTHERS = {
     b"<svg xmlns='http://www.w3.org/2000/svg'/>": "it is XML",
     b"PK\x03\x04": "it is a zip archive",
     b"": "it is empty",
+    b"\xff\xd8\xff\xe0" + b"x" * 99: "it begins as a picture, and is damaged",
+    b"\x89PNG\r\n\x1a\n" + b"x" * 99: "it begins as a picture, and is damaged",
     b"\0" * 999: "no PNG, JPEG, WEBP",
     b"GRIB" + b"\0" * 99: "no PNG, JPEG, WEBP",
 }

@@ -174,6 +174,10 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     assert "unet cannot be loaded: the weights do not fit the architecture: 1 missing, first conv_out.bias" in refusal()
     save_file(tensors | {"conv_out.bias": bias, "more": bias.clone()}, weights, {"format": "pt"})
     assert "1 not in the architecture, first more" in refusal()
+    for kind in (torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64):
+        save_file(tensors | {"conv_out.bias": bias.to(kind)}, weights, {"format": "pt"})
+        name = str(kind).removeprefix("torch.")
+        assert f"1 weights are no floating point numbers, first conv_out.bias ({name})" in refusal()
     weights.write_bytes(content[:-100])
     assert f"is truncated: it begins as safetensors of {len(content)} bytes and has {len(content) - 100}" in refusal()
     weights.unlink()

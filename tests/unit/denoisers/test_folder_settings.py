@@ -207,6 +207,37 @@ def test_a_first_stage_of_other_latents(pipeline: Path) -> None:
     assert "in_channels=4, and the first stage decodes latents of 6 channels" in refusal(pipeline)
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_first_stage_of_no_images(pipeline: Path, channels: int) -> None:
+    with torch.random.fork_rng():
+        vae = AutoencoderKL(latent_channels=4, out_channels=channels, norm_num_groups=4, block_out_channels=(8,))
+    vae.save_pretrained(pipeline / "vae")
+    assert f"a first stage with out_channels={channels} is not supported; expected 1, 3" in refusal(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("controlnet", "ControlNetModel"),
+        ("adapter", "T2IAdapter"),
+        ("text_encoder_2", "CLIPTextModelWithProjection"),
+        ("motion_adapter", "MotionAdapter"),
+    ],
+)
+def test_components_that_are_not_read(name: str, kind: str, pipeline: Path) -> None:
+    harmless = {"safety_checker": [None, None], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    index = {"_class_name": "SomePipeline", "requires_safety_checker": True, "unet": ["diffusers", "A"], **harmless}
+    (pipeline / "model_index.json").write_text(json.dumps(index | {name: [None, None]}))
+    load_denoiser("x", pipeline, None, False)
+    (pipeline / "model_index.json").write_text(json.dumps(index | {name: ["diffusers", kind]}))
+    assert f"model_index.json: {name} ({kind}) of a SomePipeline is not supported" in refusal(pipeline)
+
+
+def test_text_models_that_hide_words_from_the_unet(pipeline: Path) -> None:
+    edit(pipeline / "text_encoder/config.json", use_attention_mask=True)
+    assert "a text model with use_attention_mask=True is not supported" in refusal(pipeline)
+
+
 def test_an_odd_size(stored: Path, tmp_path: Path) -> None:
     shutil.copytree(stored / "plain", tmp_path / "model")
     edit(tmp_path / "model/unet/config.json", sample_size=7)
@@ -238,6 +269,22 @@ def test_text_models_that_give_no_numbers(pipeline: Path) -> None:
 def test_tokenizers_name_neither_code_nor_files(key: str, value: Any, tokenizer: Path) -> None:
     edit(tokenizer / "tokenizer_config.json", **{key: value})
     with pytest.raises(ValueError, match=f"tokenizer_config.json: {key}="):
+        read_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, -1, 7.5, float("nan"), float("inf"), "77", True, [77]], ids=str)
+def test_lengths_of_captions_that_cannot_be(length: Any, tokenizer: Path) -> None:
+    edit(tokenizer / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json: model_max_length must be a whole number, at least 3"
+    ):
+        read_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_settings_of_a_tokenizer_that_are_something_else(name: str, tokenizer: Path) -> None:
+    (tokenizer / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS"):
         read_tokenizer(tokenizer)
 
 

@@ -187,6 +187,11 @@ def test_numbers_that_are_not_finite(value: float, tiny_unet: nn.Module) -> None
             inspect(parts(unet))
 
 
+def test_settings_that_give_no_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match=r"not finite in one forward pass, .*norm_eps=-1, mid_block_scale_factor=0\)"):
+        inspect(parts(network(False, norm_eps=-1, mid_block_scale_factor=0)))
+
+
 def test_samples_without_a_first_stage_are_images() -> None:
     unet = network(False, in_channels=4, out_channels=4)
     with pytest.raises(ValueError, match="in_channels=4 without a first stage"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -183,4 +184,32 @@ def test_a_pointer_in_a_folder_is_named(folder: Path) -> None:
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
     with pytest.raises(ValueError, match=rf"^{file}: is a pointer of Git LFS"):
+        load_denoiser("x", folder, None, False)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-00001.bin"])
+def test_what_is_no_file_is_not_opened(name: str, folder: Path) -> None:
+    """A pipe waits for ever, a device never ends."""
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    file = folder / "unet" / name
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=rf"{file} is no regular file"):
+        load_denoiser("x", folder, None, False)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"{file} is no regular file"):
+        load_denoiser("x", folder, None, False)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=rf"{file} is a folder; expected a file"):
+        load_denoiser("x", folder, None, False)
+
+
+def test_a_link_of_a_cache_that_leads_nowhere(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.symlink_to("../../blobs/0a1b")
+    with pytest.raises(
+        FileNotFoundError, match=rf"no weights at {file} \(it is a link to \.\./\.\./blobs/0a1b, which is not"
+    ):
         load_denoiser("x", folder, None, False)

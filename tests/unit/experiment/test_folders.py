@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tfmq_exp.experiment.folders import FolderCheck, check_folders, check_image_folder
+from tests.smoke.jobs import composed
+from tfmq_exp.experiment.checks import check as check_job
+from tfmq_exp.experiment.checks import real_images
+from tfmq_exp.experiment.folders import FolderCheck, check_folders, check_images_apart
 
 pytestmark = pytest.mark.bad_input
 
@@ -17,7 +20,7 @@ def check(root: Path, outputs: str, store: str, run: str, data: str = "data", *,
     paths = {"outputs": str(root / outputs), "store": str(root / store)}
     cfg = OmegaConf.create({"paths": paths, "data": {"path": str(root / data)}})
     check_folders(cfg, root / run, moves=moves)
-    check_image_folder(cfg, root / run)
+    check_images_apart(cfg, root / run)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +120,16 @@ def test_folders_that_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     start(tmp_path, "out", "out/store", "out/runs/1")
     assert (tmp_path / "out/runs/1").is_dir()
     assert not (tmp_path / "out/store").exists()
+
+
+def test_images_that_are_not_read_may_be_anywhere(tmp_path: Path) -> None:
+    data = ("model=digits", "data=image_folder", f"data.path={tmp_path}", "data.size=16")
+    for goal in ("trajectory", "images"):
+        check_job(composed(tmp_path / "out", *data, f"goal={goal}"))
+    scores = composed(tmp_path / "out", *data)
+    with pytest.raises(ValueError, match=r"data\.path=.* holds paths\.outputs"):
+        check_job(scores)
+    with pytest.raises(
+        ValueError, match=r"data\.path=.* holds paths\.outputs"
+    ):  # as a training that begins asks for them
+        real_images(scores)

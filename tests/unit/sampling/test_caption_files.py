@@ -1,6 +1,7 @@
 """Line i is the caption of image i, whatever wrote the file."""
 
 import codecs
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def test_the_same_two_captions(data: bytes, tmp_path: Path) -> None:
     assert Captions.read(str(file)).choose(0, "images", range(3)) == [*TWO, TWO[0]]
 
 
+@pytest.mark.parametrize("caption", ["<cat-toy> on a beach", "<x>", "{a, b}", "[a]", "mustard", "🦩", "?", "\u200da"])
+def test_captions_of_unusual_signs_are_captions(caption: str, tmp_path: Path) -> None:
+    file = tmp_path / "captions.txt"
+    for text in (f"{caption}\n", f"{'a' * (258 - len(caption))}{caption}\n"):
+        file.write_text(text, encoding="utf-8")
+        assert read_captions(file) == (text.strip(),)
+
+
 @pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
 def test_only_ends_of_lines_end_lines(separator: str, tmp_path: Path) -> None:
     file = tmp_path / "captions.txt"
@@ -60,6 +69,12 @@ def test_only_ends_of_lines_end_lines(separator: str, tmp_path: Path) -> None:
         ("a\nb\n".encode("utf-16-be"), "NUL character in line 1"),
         (b"a\nb\0c\n", "NUL character in line 2"),
         (b"a\rb\nc\n", "a carriage return inside line 1"),
+        (b"a\nb\n\x1a", "line 3 is blank"),
+        ("a\n\u200b\nb\n".encode(), "line 2 is blank"),
+        ("\u200e\n\u00ad\u3000\n".encode(), "holds no captions"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n", "is a pointer of Git LFS"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>\n<html><body>404</body></html>\n", "is a web page"),
+        (gzip.compress(b"a cat\n"), "is a gzip archive"),
         (b"a\n\nb\n", "line 2 is blank: line i is the caption of image i"),
         (b"\na\n", "line 1 is blank"),
         (b"a\n \t \nb\n\xc2\x85\n", "2 lines are blank, first line 2"),
@@ -118,6 +133,7 @@ def test_coco_has_the_first_caption_of_every_image_in_the_order_of_ids(tmp_path:
     ("content", "message"),
     [
         ([], "is not a COCO caption file"),
+        (["a cat"], "expected names with values, got a list; captions alone go into a text file"),
         ({}, "KeyError 'annotations'"),
         ({"annotations": {}}, "annotations must be of type list"),
         (coco(), "holds no captions"),

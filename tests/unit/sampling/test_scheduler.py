@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -157,6 +158,30 @@ def test_a_pipeline_that_turns_its_scheduler_into_another(pixels: Model) -> None
     check_equal(sampled(pixels), sample_unconditional(pixels.folder, "DDIMPipeline", 0.0))
 
 
+@pytest.mark.parametrize("settings", [{}, {"set_alpha_to_one": True, "steps_offset": 1}], ids=str)
+def test_a_pipeline_of_pndm_takes_no_other_scheduler(pixels: Model, settings: dict[str, Any]) -> None:
+    put_scheduler(pixels.folder, "DDIMScheduler", settings, "PNDMPipeline")
+    check_equal(sampled(pixels), sample_unconditional(pixels.folder, "PNDMPipeline", 0.0))
+
+
+@pytest.mark.parametrize("described", ["DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_the_index_of_a_pipeline_says_which_scheduler_is_loaded(
+    pixels: Model, described: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put_scheduler(pixels.folder, described, {"beta_end": 0.01})
+    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}
+    index |= {"unet": ["diffusers", "UNet2DModel"]}
+    (pixels.folder / "model_index.json").write_text(json.dumps(index))
+    loaded = diffusers.DiffusionPipeline.from_pretrained(pixels.folder, low_cpu_mem_usage=False).scheduler
+    with caplog.at_level(logging.WARNING):
+        ours = read_scheduler(str(pixels.folder), STEPS)
+    loaded.set_timesteps(STEPS)
+    assert ours.kind == type(loaded).__name__
+    assert ours.calls({}) == tuple(loaded.timesteps.tolist())
+    assert all(loaded.config[key] == value for key, value in ours.settings.items())
+    assert f"describes a {described}; it is sampled as a DPMSolverMultistepScheduler" in caplog.text
+
+
 @pytest.mark.parametrize(("kind", "settings"), TEXT_SETTINGS, ids=str)
 def test_captions_as_in_stable_diffusion(text: Model, kind: str, settings: dict[str, Any]) -> None:
     put_scheduler(text.folder, kind, settings, "StableDiffusionPipeline")
@@ -182,11 +207,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"_class_name": ["DDIMScheduler"]}, "_class_name must be one of"),
     ({"prediction_type": "flow_prediction"}, "prediction_type must be one of epsilon, sample, v_prediction"),
     ({"prediction_type": 3}, "prediction_type must be one of"),
+    ({"predict_epsilon": False}, "predict_epsilon=False is what diffusers now calls prediction_type=sample"),
     ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type must be one of"),
     ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "variance_type must be one of"),
     ({"timestep_spacing": "sideways"}, "sideways is not supported"),
     ({"steps_offset": 900}, "steps_offset=900: 4 steps visit timestep 1650 of 0 .. 999"),
     ({"steps_offset": "one"}, "cannot sample 4 steps"),
+    ({"clip_sample": "false"}, "clip_sample must be true or false, got 'false'"),
+    ({"set_alpha_to_one": 0}, "set_alpha_to_one must be true or false, got 0"),
+    ({"clip_sample_range": -1.0}, "clip_sample_range must be a number above 0, got -1.0"),
+    ({"clip_sample_range": "1"}, "clip_sample_range must be a number above 0, got '1'"),
+    ({"dynamic_thresholding_ratio": 7}, "dynamic_thresholding_ratio must be a number from 0 to 1, got 7"),
+    ({"sample_max_value": 0}, "sample_max_value must be a number above 0, got 0"),
     ({"num_train_timesteps": 10**12}, "num_train_timesteps must be a whole number from 1 to 100000"),
     ({"num_train_timesteps": 3}, "4 sampler steps are not 1 to 3"),
     ({"num_train_timesteps": "many"}, "num_train_timesteps must be a whole number"),
@@ -225,6 +257,13 @@ def test_settings_of_the_command_line(pixels: Model, caplog: pytest.LogCaptureFi
 def test_a_folder_without_scheduler(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"sampler=folder reads scheduler/scheduler_config\.json"):
         read_scheduler(str(tmp_path), STEPS)
+    (tmp_path / "snapshots/0a1b").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"it is a cache: give the folder below its snapshots/"):
+        read_scheduler(str(tmp_path), STEPS)
+    with pytest.raises(
+        FileNotFoundError, match=r"google/ddpm does not exist \(nothing is downloaded\): sampler=folder reads"
+    ):
+        read_scheduler("google/ddpm", STEPS)
 
 
 def test_a_model_without_folder() -> None:
