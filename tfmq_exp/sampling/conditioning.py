@@ -1,6 +1,7 @@
 """What the images of a run are conditioned on: which class or caption image i has."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -107,4 +108,4 @@ class Captions:
 
 def hash_of(captions: Sequence[str]) -> str:
     """The sha256 of all captions."""
-    return hashlib.sha256("\n".join(captions).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
