@@ -196,13 +196,11 @@ def broken_off(folder: Path, name: str, pattern: str, files: int) -> None:
 
 def flips(home: Path, count: int, draw: random.Random) -> list[str]:
     """Turn bits; returns what went wrong."""
-    names = sorted({name for name, *_ in BROKEN_OFF})
-    wanted = {name: undisturbed(home, name)[0] for name in names}
-    states: list[tuple[str, str, Path]] = [(name, "finished", home / name) for name in names]
+    wanted = {name: undisturbed(home, name)[0] for name in sorted({name for name, *_ in BROKEN_OFF})}
+    states: list[tuple[str, str, Path]] = [(name, "finished", home / name) for name in wanted]
     for i, (name, pattern, files) in enumerate(BROKEN_OFF):
-        folder = home / f"broken-{i}"
-        broken_off(folder, name, pattern, files)
-        states.append((name, f"broken off in {pattern.split('/')[0]}", folder))
+        broken_off(home / f"broken-{i}", name, pattern, files)
+        states.append((name, f"broken off in {pattern.split('/')[0]}", home / f"broken-{i}"))
     seen: dict[str, Counter[str]] = {}
     problems: list[str] = []
     for number in range(count):
@@ -210,26 +208,21 @@ def flips(home: Path, count: int, draw: random.Random) -> list[str]:
         folder = home / "flipped"
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("run"))
         path, bit = flip(folder / "store", draw, jobs=number // len(states) % 4 == 3)
-        sealed = any(
-            (above / "manifest.json").is_file() for above in path.parents
-        )  # a run that does not read it leaves it
+        sealed = any((above / "manifest.json").is_file() for above in path.parents)  # not read, it stays as it is
         if path.parts[-3] != "jobs":
             shutil.rmtree(folder / "store/jobs", ignore_errors=True)  # else the stages would not be looked at
         outcome = finish(start(folder, CONFIGURATIONS[name]), folder)
-        what, where = "as undisturbed", f"{path.relative_to(folder)} bit {bit}"
+        what, place = "as undisturbed", str(path.relative_to(folder))
         if outcome.status:
             what = "named" if path.name in outcome.said and "error:" in outcome.said else "another error"
-        elif wrong := differences(folder, wanted[name], but=str(path.relative_to(folder)) if sealed else ""):
+        elif wrong := differences(folder, wanted[name], but=place if sealed else ""):
             what = f"USED: {wrong}"
         if what not in ("as undisturbed", "named"):
-            problems.append(f"{name}, {state}, {where}: {what} {outcome.said.strip()[-300:]}")
+            problems.append(f"{name}, {state}, {place} bit {bit}: {what} {outcome.said.strip()[-300:]}")
         seen.setdefault(f"{name}, {state}", Counter())[what.split(":")[0]] += 1
         shutil.rmtree(folder)
-    print(
-        "state | flips | named in an error | made again, or not read: as undisturbed | wrong",
-        "---|---:|---:|---:|---:",
-        sep="\n",
-    )
+    print("state | flips | named in an error | made again, or not read: as undisturbed | wrong")
+    print("---|---:|---:|---:|---:")
     for state, counts in seen.items():
         good = counts["named"], counts["as undisturbed"]
         print(state, counts.total(), *good, counts.total() - sum(good), sep=" | ")
