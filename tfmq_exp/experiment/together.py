@@ -1,5 +1,6 @@
 """A run of several processes on one machine: the one that was started is the first, and starts the others."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,7 @@ def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int
     """What another process does from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one ends it
     threading.Thread(target=end_with_the_first, daemon=True).start()
+    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.ERROR)  # the first one warns of the same
     HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))
     try:
         with joined(rank, count, folder / "meeting") as processes:
