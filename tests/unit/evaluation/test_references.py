@@ -139,7 +139,10 @@ def test_files_with_something_wrong(tmp_path: Path, extract: Extractor, changes:
 def test_files_that_are_no_statistics(tmp_path: Path, extract: Extractor) -> None:
     with pytest.raises(FileNotFoundError, match="guided-diffusion publishes them"):
         read(NpzReference(str(tmp_path / "nowhere.npz")), extract)
-    for name, data, named in (("text.npz", b"hello", "is no zip archive"), ("empty.npz", b"", "is empty: download it again")):
+    for name, data, named in (
+        ("text.npz", b"hello", "is no zip archive"),
+        ("empty.npz", b"", "is empty: download it again"),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=rf"{name} {named}; expected a \.npz of numpy"):
             read(NpzReference(str(tmp_path / name)), extract)
