@@ -86,11 +86,18 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def check_names(file: Path, config: Mapping[str, Any], kind: Any) -> None:
-    """ValueError for a setting that names code, or that the class does not know and would pass over."""
+def check_code(file: Path, config: Mapping[str, Any]) -> None:
+    """ValueError for a setting that names code, or something to be fetched, at any depth."""
     for key, value in config.items():
         if value is not None and (key in CODE or (key.startswith("_") and key not in NOTES)):
             raise ValueError(f"{file}: {key}={value!r:.80} is refused: a folder may not say which code is used")
+        if isinstance(value, Mapping):
+            check_code(file, value)
+
+
+def check_names(file: Path, config: Mapping[str, Any], kind: Any) -> None:
+    """ValueError for a setting that names code, or that the class does not know and would pass over."""
+    check_code(file, config)
     if kind in TEXT_MODELS:  # transformers notes much that is not the network's
         return
     known = inspect.signature(kind.__init__).parameters.keys() | NOTES

@@ -1,6 +1,5 @@
 """Captions as conditions: CLIP's text model, as Stable Diffusion uses it (LDM's FrozenCLIPEmbedder)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tfmq_exp.denoisers.assigning import assign_weights
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.denoisers.scheduler_config import read_json
 from tfmq_exp.file_kind import instead_of_text
 from tfmq_exp.kinds import number
 
@@ -125,12 +125,7 @@ def check_tokenizer(file: Path) -> None:
     """ValueError for settings of another tokenizer, or that name code or files elsewhere."""
     if not file.is_file():
         return
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} is not a configuration: expected names with values")
+    settings = read_json(file)
     if settings.get("tokenizer_class") not in TOKENIZERS:
         raise ValueError(f"{file}: tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}")
     if named := [key for key in ELSEWHERE if settings.get(key)]:

@@ -9,7 +9,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.denoisers.scheduler_config import read_json
+from tfmq_exp.denoisers.settings import check_code
+from tfmq_exp.denoisers.text_encoder import check_tokenizer
 from tfmq_exp.file_kind import kind_of
+from tfmq_exp.files import sha256_of
 from tfmq_exp.finite import require_finite_weights
 
 
@@ -41,6 +45,8 @@ class ClipJudge:
             raise ValueError(f"{weights} {kind}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         local: dict[str, Any] = {"local_files_only": True}
+        check_code(Path(folder) / "config.json", read_json(Path(folder) / "config.json"))
+        check_tokenizer(Path(folder) / "tokenizer_config.json")
         model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
         require_finite_weights(model, f"{weights}: the weights")
         self.model = model.eval().requires_grad_(False).to(self.device)
@@ -51,12 +57,11 @@ class ClipJudge:
             path for path in Path(folder).iterdir() if path.suffix in (".json", ".txt") and path.is_file()
         ):
             settings.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        with weights.open("rb") as file:
-            self.identity: Mapping[str, Any] = {
-                "model": Path(folder).resolve().name,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                "settings_sha256": settings.hexdigest(),  # of the model, the tokenizer and the image processor
-            }
+        self.identity: Mapping[str, Any] = {
+            "model": Path(folder).resolve().name,
+            "sha256": sha256_of(weights),
+            "settings_sha256": settings.hexdigest(),  # of the model, the tokenizer and the image processor
+        }
 
     @torch.no_grad()
     def __call__(

@@ -82,3 +82,21 @@ def test_a_missing_model_is_not_downloaded(tmp_path: Path) -> None:
         ClipJudge(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="openai/clip-vit-base-patch32"):
         ClipJudge("openai/clip-vit-base-patch32")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "key"),
+    [
+        ("config.json", {"_attn_implementation": "kernels-community/flash-attn2"}, "_attn_implementation"),
+        ("config.json", {"text_config": {"_attn_implementation_internal": "someone/kernels"}}, "_attn_implementation"),
+        ("config.json", {"auto_map": {"AutoModel": "someone/code--model.Model"}}, "auto_map"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "someone/code--t.T"}}, "auto_map"),
+    ],
+)
+def test_nothing_in_its_folder_names_code(
+    folder: Path, tmp_path: Path, file: str, changes: dict[str, object], key: str
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"{file}: {key}.* is refused"):
+        ClipJudge(str(copy), device="cpu")
