@@ -98,12 +98,12 @@ def write_checked(path: Path, write: Callable[[Path], object]) -> None:
     def hash_first(partial: Path) -> None:
         write(partial)
         digest = sha256_of(partial)
-        write_atomically(hash_file(path), lambda other: other.write_text(digest, encoding="ascii"))
+        write_atomically(hash_path(path), lambda other: other.write_text(digest, encoding="ascii"))
 
     write_atomically(path, hash_first)
 
 
-def hash_file(path: Path) -> Path:
+def hash_path(path: Path) -> Path:
     """Where the hash of a file lies."""
     return path.with_name(path.name + HASH)
 
@@ -111,7 +111,7 @@ def hash_file(path: Path) -> Path:
 def unchanged(path: Path) -> bool:
     """Whether a file is what `write_checked` wrote."""
     try:
-        return hash_file(path).read_bytes().strip() == sha256_of(path).encode()
+        return hash_path(path).read_bytes().strip() == sha256_of(path).encode()
     except FileNotFoundError:
         return False
 

@@ -17,13 +17,8 @@ from tfmq_exp.denoisers.published import where_to_find
 from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files, tokenizer_settings
 from tfmq_exp.denoisers.weight_files import weight_files
 from tfmq_exp.file_kind import instead_of_text, kind_of, why_missing
+from tfmq_exp.files import sha256_of
 from tfmq_exp.finite import require_finite, require_finite_weights
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_json(value: Any) -> str:
@@ -34,10 +29,10 @@ def hash_json(value: Any) -> str:
 def hash_weights(path: Path) -> str:
     """SHA-256 of a checkpoint; of a folder that of the hashes of the weight files that are read from it."""
     if path.is_file():
-        return hash_file(path)
+        return sha256_of(path)
     folders = diffusers_folder.folders(path).values()
     files = [file for folder in folders for file in weight_files(folder)]
-    return hash_json({file.relative_to(path).as_posix(): hash_file(file) for file in files})
+    return hash_json({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
 
 
 def read_architecture(config: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any] | None:
@@ -137,5 +132,5 @@ def load_denoiser(
     if isinstance(parts.encoder, TextEncoder):
         folder = words or path / "tokenizer"
         files = [*tokenizer_files(folder), *tokenizer_settings(folder)]
-        settings["tokenizer_sha256"] = hash_json({file.name: hash_file(file) for file in files})
+        settings["tokenizer_sha256"] = hash_json({file.name: sha256_of(file) for file in files})
     return Denoiser(name=name, weights_sha256=found, settings=settings, **parts._asdict())

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import diffusers
 
 from tfmq_exp.file_kind import instead_of_text
+from tfmq_exp.kinds import number, whole
 
 CONFIG = "scheduler_config.json"
 # Those that are tested to sample as diffusers' own pipelines do.
@@ -101,7 +101,7 @@ def training_noise(file: Path) -> dict[str, Any]:
 
 def check_count(count: Any) -> None:
     """ValueError for a number of training timesteps that is none."""
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_TIMESTEPS:
+    if not whole(count) or not 1 <= count <= MOST_TIMESTEPS:
         raise ValueError(f"num_train_timesteps must be a whole number from 1 to {MOST_TIMESTEPS}, got {count!r}")
 
 
@@ -122,4 +122,4 @@ def check_betas(noise: Mapping[str, Any], count: int) -> None:
 
 def is_share(value: Any) -> bool:
     """Whether a value is a number between 0 and 1."""
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1
+    return number(value) and 0 < value < 1

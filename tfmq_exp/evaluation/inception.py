@@ -4,7 +4,6 @@ guided-diffusion's evaluator reads the nodes `pool_3`, `mixed_6/conv` and the lo
 in the port these are the output of `AvgPool`, of `Mixed_6d.branch1x1`, and `logits_unbiased`.
 """
 
-import hashlib
 import importlib.metadata
 import logging
 from pathlib import Path
@@ -30,6 +29,7 @@ from tfmq_exp.evaluation.evaluator import MANIFOLD_IMAGES, CaptionJudge, Evaluat
 from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
 from tfmq_exp.file_kind import why_missing
+from tfmq_exp.files import sha256_of
 from tfmq_exp.finite import require_finite_weights
 
 NAME = "Inception 2015-12-05, torch-fidelity"
@@ -149,8 +149,7 @@ def inception_evaluator(
     path = Path(weights)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = InceptionFeatures(load_inception(path)).to(place)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path)
     if not sha256.startswith(RELEASED_SHA256):
         log.warning("%s is not the released %s: its scores compare only if the tensors are the same", path, RELEASED)
     identity = {

@@ -18,6 +18,7 @@ from tfmq_exp.evaluation.features import Extractor
 from tfmq_exp.evaluation.moments import Gaussian, Moments
 from tfmq_exp.evaluation.npz_images import NpzImages, find_images
 from tfmq_exp.evaluation.reference_npz import read_statistics
+from tfmq_exp.files import sha256_of
 
 ALIKE = 1e-9  # variance over squared mean, which sums in double precision leave where nothing varies
 
@@ -47,9 +48,7 @@ class NpzReference:
                 f"no reference statistics at {path}: nothing is downloaded; guided-diffusion publishes them for ImageNet "
                 "and for LSUN bedroom, cat and horse (github.com/openai/guided-diffusion, folder evaluations)"
             )
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": path.name, "sha256": sha256} | ({"any_size": True} if self.any_size else {})
+        return {"file": path.name, "sha256": sha256_of(path)} | ({"any_size": True} if self.any_size else {})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tfmq_exp.files import HASH, hash_file, read_record, sha256_of, unchanged, write_checked, write_json, write_record
+from tfmq_exp.files import HASH, hash_path, read_record, sha256_of, unchanged, write_checked, write_json, write_record
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 
 SCHEMA = 3  # part of every key: raise it when the meaning of stored files changes
@@ -154,7 +154,7 @@ class Entry:
         parts = [path for path in files if path.suffix == HASH]
         kept = [path for path in files if path.suffix != HASH]
         for path in kept:
-            if hash_file(path) in parts and not unchanged(path):
+            if hash_path(path) in parts and not unchanged(path):
                 raise DamagedEntry(f"{path} has changed since it was written: the next run makes it again")
         hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in kept}
         write_record(self.manifest, {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes})

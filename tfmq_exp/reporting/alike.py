@@ -31,7 +31,7 @@ def differing(some: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({json.dumps(each.get(name), default=str) for each in some}) > 1]
 
 
-def told(own: Mapping[str, Any], names: Sequence[str]) -> str:
+def in_words(own: Mapping[str, Any], names: Sequence[str]) -> str:
     """Some values in words, hashes cut short."""
     return ", ".join(f"{name.replace('_', ' ')} {_short(own.get(name, 'not noted'))}" for name in names)
 
@@ -55,7 +55,7 @@ def distinctions(records: Sequence[ScoreRecord], titles: Sequence[str]) -> list[
     found: list[str] = []
     for own, title in zip(flat, titles, strict=True):
         namesakes = [other for other, same in zip(flat, titles, strict=True) if same == title]
-        found.append(told(own, differing(namesakes)))
+        found.append(in_words(own, differing(namesakes)))
     return found
 
 

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from tfmq_exp.reporting.alike import comparable, differing, distinctions, one_per_seed, setting, told
+from tfmq_exp.reporting.alike import comparable, differing, distinctions, in_words, one_per_seed, setting
 from tfmq_exp.reporting.records import ScoreRecord
 
 FORMATS = ("markdown", "csv")
@@ -102,7 +102,7 @@ def _apart(record: ScoreRecord, alike: Sequence[ScoreRecord]) -> str:
         own = record.settings["hash"]
     several = len(named) + any(not other.settings for other in alike)
     others = [name for name in differing([setting(other) for other in alike]) if name != "settings"]
-    further = told(setting(record), others) if several < len(alike) else ""
+    further = in_words(setting(record), others) if several < len(alike) else ""
     return ", ".join(filter(None, (own if several > 1 else "", further)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.scheduler_config import MOST_TIMESTEPS
+from tfmq_exp.kinds import whole
 from tfmq_exp.sampling.images import STREAM
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler, trajectory
 from tfmq_exp.sampling.sampling import Sampling
@@ -23,9 +24,9 @@ LARGEST = 2**16  # channels, or pixels of a side
 SAMPLERS: dict[str, Any] = {kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler)}
 
 
-def whole(value: Any, most: int) -> int:
+def at_most(most: int, value: Any) -> int:
     """A number of things; ValueError if it is none, or more than there can be."""
-    if type(value) is not int or not 1 <= value <= most:
+    if not whole(value) or not 1 <= value <= most:
         raise ValueError(f"expected a whole number from 1 to {most}, got {value!r}")
     return value
 
@@ -90,9 +91,9 @@ class Recipe:
             sampling = Sampling(
                 SAMPLERS[kind](**data["settings"]), guidance=data["guidance"], precision=data["precision"]
             )
-            channels, height, width = (whole(size, LARGEST) for size in data["shape"])
+            channels, height, width = (at_most(LARGEST, size) for size in data["shape"])
             schedule = dict(data["schedule"])
-            whole(schedule["num_train_timesteps"], MOST_TIMESTEPS)
+            at_most(MOST_TIMESTEPS, schedule["num_train_timesteps"])
             if not math.isfinite(sampling.guidance):
                 raise ValueError(f"guidance must be a finite number, got {sampling.guidance}")
             recipe = cls(sampling, schedule, (channels, height, width))

@@ -43,6 +43,11 @@ SPACING = (
     *("timestep_spacing", "steps_offset", "interpolation_type"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
 )
+# The settings that decide whether a scheduler can sample at all.
+DECISIVE = (
+    *("prediction_type", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "final_sigmas_type"),
+    *("beta_schedule", "algorithm_type", "solver_type", "thresholding"),
+)
 OTHERS = "; sampler=ddim, plms or dpm_solver take other ways"
 log = logging.getLogger(__name__)
 
@@ -117,7 +122,7 @@ class Scheduler:
 
     def start(self, schedule: Mapping[str, Any]) -> Moves:
         """Moves that remember what the scheduler does: earlier predictions, and at which step it is."""
-        made, timesteps = self.scheduler(), self._timesteps
+        made = self.scheduler()
 
         def scaled(call: int, x: Tensor) -> Tensor:
             return made.scale_model_input(x, made.timesteps[call])
@@ -130,7 +135,6 @@ class Scheduler:
                 options["eta"] = self.eta
             return made.step(prediction, made.timesteps[call], x, **options)[0]
 
-        assert len(made.timesteps) == len(timesteps)
         return Moves(move, scaled, float(made.init_noise_sigma))
 
     def _try(self) -> None:
@@ -148,17 +152,10 @@ class Scheduler:
                     raise ValueError(f"it gives {float(x)} at timestep {self._timesteps[call]}")
         except Exception as error:  # wrong settings fail in whatever way they lead to
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__
-            said = {key: value for key, value in self.settings.items() if key in TOLD}
+            said = {key: value for key, value in self.settings.items() if key in DECISIVE}
             raise ValueError(
                 f"a {self.kind} cannot sample {self.steps} steps with eta={self.eta} and {said}: {reason}"
             ) from error
-
-
-# The settings that decide whether a scheduler can sample at all.
-TOLD = (
-    *("prediction_type", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "final_sigmas_type"),
-    *("beta_schedule", "algorithm_type", "solver_type", "thresholding"),
-)
 
 
 def read_scheduler(

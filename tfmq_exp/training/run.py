@@ -16,7 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, noise_of
-from tfmq_exp.files import hash_file, intact, write_checked
+from tfmq_exp.files import hash_path, intact, write_checked
 from tfmq_exp.finite import DivergedError, require_finite
 from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
@@ -121,7 +121,7 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.global_step:09d}.ckpt")
         for path in older:
             path.unlink()
-            hash_file(path).unlink(missing_ok=True)
+            hash_path(path).unlink(missing_ok=True)
         self.last = time.monotonic()
 
 

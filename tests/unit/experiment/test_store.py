@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tfmq_exp.experiment.store import DamagedEntry, Entry, Store, code_of, describe, key_of
-from tfmq_exp.files import hash_file, intact, read_record, write_atomically, write_checked, write_record
+from tfmq_exp.files import hash_path, intact, read_record, write_atomically, write_checked, write_record
 from tfmq_exp.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.bad_input
@@ -162,9 +162,9 @@ def test_a_part_is_used_only_where_it_is_what_was_written(tmp_path: Path, caplog
         caplog.clear()
     part.write_bytes(b"content")
     for damage in (b"", b"0" * 64, b"\xff" * 64):
-        hash_file(part).write_bytes(damage)
+        hash_path(part).write_bytes(damage)
         assert not intact(part)
-    hash_file(part).unlink()
+    hash_path(part).unlink()
     assert not intact(part), "written by nobody knows whom"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tfmq_exp.reporting.alike import comparable, differing, distinctions, setting, told
+from tfmq_exp.reporting.alike import comparable, differing, distinctions, in_words, setting
 from tfmq_exp.reporting.html.runs import DEPLOYED_TRAJECTORY, Run
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.reporting.tables import bits_order, engine_of, label
@@ -138,7 +138,7 @@ def _ways(members: Sequence[Member]) -> Iterator[Way]:
         shown = differing([json.loads(text) for text in variants])
         for text, same in variants.items():
             own = json.loads(text)
-            extra = told(own, shown)
+            extra = in_words(own, shown)
             made_last = sorted(
                 same, key=lambda member: member.run.state != "found"
             )  # a found run has what another made
