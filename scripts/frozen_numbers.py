@@ -60,7 +60,7 @@ def tensor_digests(path: Path) -> list[str]:
 
 def recorded_seeds(into: dict[str, int]) -> None:
     """Have every seed that is derived from now on noted with the strings that name its stream."""
-    from tfmq_exp.sampling import seeds
+    from tfmq_exp.core import seeds
 
     derive = seeds.derive_seed
 
@@ -84,7 +84,7 @@ def streams_digest(seeds: dict[str, int]) -> dict[str, Any]:
 
 def class_conditional_checkpoint(folder: Path) -> tuple[str, ...]:
     """A tiny class-conditional latent diffusion model in its original format; overrides that choose it."""
-    from tests.smoke.test_models import checkpoint
+    from tests.e2e.test_models import checkpoint
 
     checkpoint("ldm_cin256_v2", folder)
     config = ROOT / "tests/goldens/compvis/ldm_cin256_v2.config.yaml"
@@ -99,7 +99,9 @@ def numbers(run: Callable[..., Path], name: str, folder: Path) -> dict[str, Any]
     recorded_seeds(seeds)
     results = run(folder / name, f"paths.store={folder / 'store'}", *overrides)
     stages = json.loads((results / "artifacts.json").read_text(encoding="utf-8"))
-    images = [path for stage in ("images", "float images") for path in Path(stages[stage]["path"]).glob("*.safetensors")]
+    images = [
+        path for stage in ("images", "float images") for path in Path(stages[stage]["path"]).glob("*.safetensors")
+    ]
     found: dict[str, Any] = {
         "model": tensor_digests(Path(stages["activations"]["path"]) / "quantized.safetensors"),
         "images": sorted(line for path in images for line in tensor_digests(path)),
@@ -121,7 +123,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
 
-    from tests.smoke.jobs import job
+    from tests.e2e.jobs import job
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import sys
 import webbrowser
 from pathlib import Path
 
-from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams
+from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.files import write_atomically
 from tfmq_exp.reporting.html.page import page
 from tfmq_exp.reporting.html.runs import collect

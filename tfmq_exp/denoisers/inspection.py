@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.denoiser import FirstStage
 from tfmq_exp.denoisers.first_stage import LatentDecoder
 from tfmq_exp.denoisers.original import Parts
+from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import block_modules, roles, time_embedding
 
 SIDE = 32  # of its sample, at most about this: what is measured does not depend on it
