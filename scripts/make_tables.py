@@ -12,8 +12,8 @@
 Without sources all runs and sweeps in outputs are read, as report.py does. A method with other choices has a row,
 or in --pivot a column, of its own, and so has one that an engine executed: its name says so, and the line above the table.
 
-Rows that were made under different protocols (sampler, images, evaluator) stand in different tables. Beside a published
-number ours stands with its difference only where the protocols agree; footnotes say what differs.
+Rows that were made under different protocols (sampler, images, evaluator) are in different tables. A difference from a
+published number is given only where the protocols match; footnotes say what differs.
 """
 
 import argparse
@@ -22,13 +22,11 @@ from pathlib import Path
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams, visible
 from tfmq_exp.files import write_atomically
-from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
-from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
-from tfmq_exp.reporting.published import read_published
-from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import FORMATS, by_protocol, headline, pivot, render, table, titles
+from tfmq_exp.report.comparison import compare, comparison_csv, comparison_markdown
+from tfmq_exp.report.published_tables import find_paper, find_table, read_published, tables_by_paper
+from tfmq_exp.report.records import ScoreRecord, read_records, save_records
+from tfmq_exp.report.tables import FORMATS, by_protocol, headline, pivot, render, table, titles
 
-PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them
 
 
@@ -36,7 +34,8 @@ def main() -> int:
     """Print or write the tables."""
     args = arguments()
     try:
-        text = listed(args.paper) if args.list or (args.paper and not args.table and not args.pivot) else made(args)
+        listing = args.list or (args.paper and not args.table and not args.pivot)
+        text = list_tables(args.paper) if listing else make_tables(args)
         if args.out:
             write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
     except (OSError, ValueError) as error:
@@ -62,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), help="of --pivot, each with its variants (default: all)"
     )
-    parser.add_argument("--paper", help="a paper whose numbers stand beside ours; without --table: name its tables")
+    parser.add_argument("--paper", help="a paper to compare with; without --table: name its tables")
     parser.add_argument("--table", help="which of the tables of --paper")
     parser.add_argument("--model", help="with --table: our numbers are those of this model, whatever the paper's is")
     parser.add_argument("--list", action="store_true", help="name the published tables")
@@ -71,22 +70,22 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def listed(paper: str | None) -> str:
+def list_tables(paper: str | None) -> str:
     """The published tables of one paper or of all, those of `FIRST` at the beginning.
 
     Raises:
         ValueError: no such paper, or more than one.
     """
-    published = read_published(PUBLISHED)
-    papers = listing(published)
-    order = [choose_paper(published, paper)] if paper else list(dict.fromkeys([*FIRST, *papers]))
+    published = read_published()
+    papers = tables_by_paper(published)
+    order = [find_paper(published, paper)] if paper else list(dict.fromkeys([*FIRST, *papers]))
     return "".join(
         f'--paper "{name}" --table "{table}"    {title}\n' for name in order for table, title in papers[name].items()
     )
 
 
-def made(args: argparse.Namespace) -> str:
-    """The tables that were asked for.
+def make_tables(args: argparse.Namespace) -> str:
+    """The tables of the command line.
 
     Raises:
         ValueError: no such published table, or nothing measured to make a table of.
@@ -95,7 +94,7 @@ def made(args: argparse.Namespace) -> str:
         raise ValueError(f"--table {args.table} needs the --paper that it is in; --list names them")
     if args.paper and args.pivot:
         raise ValueError("--pivot is of our records alone; leave it out with --paper and --table")
-    rows = choose(read_published(PUBLISHED), args.paper, args.table) if args.paper else []
+    rows = find_table(read_published(), args.paper, args.table) if args.paper else []
     records = read_records(*args.sources)
     if args.model and not args.table:
         raise ValueError(f"--model {args.model} is for a published table; name it with --paper and --table")
@@ -109,13 +108,13 @@ def made(args: argparse.Namespace) -> str:
         save_records(records, args.save)
     if rows:
         comparison = compare(rows, records, args.model)
-        return as_csv(comparison) if args.format == "csv" else as_markdown(comparison)
+        return comparison_csv(comparison) if args.format == "csv" else comparison_markdown(comparison)
     groups = by_protocol(records)
     named = zip(groups, titles(groups), strict=True)
-    return "\n".join(titled(group, title, args) for group, title in named)
+    return "\n".join(render_table(group, title, args) for group, title in named)
 
 
-def titled(records: list[ScoreRecord], title: str, args: argparse.Namespace) -> str:
+def render_table(records: list[ScoreRecord], title: str, args: argparse.Namespace) -> str:
     """One table; in markdown, under a line that says how it was made, in CSV with a column that does."""
     methods = args.methods or sorted({record.method for record in records})
     shown = [record for record in records if record.method in methods] if args.pivot else records

@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from tfmq_exp.cli.terminal import Terminal, standard_streams
-from tfmq_exp.reporting import interval_dynamics
+from tfmq_exp.report.figures import scales_over_time
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -32,19 +32,19 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> int:
     """Read, write, and print how many intervals follow."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders; what is no diagnosis is left out")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders; those without a diagnosis are left out")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    folders = [run for run in args.runs if (run / interval_dynamics.FILE).is_file()]
+    folders = [run for run in args.runs if (run / scales_over_time.FILE).is_file()]
     if not folders:
-        parser.error(f"none of these has a {interval_dynamics.FILE}; make it with `python run.py goal=diagnose ...`")
-    runs = [interval_dynamics.read_dynamics(run) for run in folders]
+        parser.error(f"none of these has a {scales_over_time.FILE}; make it with `python run.py goal=diagnose ...`")
+    runs = [scales_over_time.read_scales(run) for run in folders]
     args.out.mkdir(parents=True, exist_ok=True)
-    write(interval_dynamics.rows_of(runs), args.out / "intervals.csv")
-    write(interval_dynamics.correlations(runs), args.out / "correlations.csv")
-    write(interval_dynamics.spread(runs), args.out / "spread.csv")
-    interval_dynamics.draw(runs, args.out / "intervals.png")
-    lines = interval_dynamics.summary(runs)
+    write(scales_over_time.scale_rows(runs), args.out / "intervals.csv")
+    write(scales_over_time.correlations(runs), args.out / "correlations.csv")
+    write(scales_over_time.spread(runs), args.out / "spread.csv")
+    scales_over_time.draw(runs, args.out / "intervals.png")
+    lines = scales_over_time.summary(runs)
     table = Table(title="activations by how their deviation correlates with the timestep", title_justify="left")
     for column in lines[0]:
         table.add_column(column)

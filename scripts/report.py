@@ -14,19 +14,17 @@ from pathlib import Path
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.files import write_atomically
-from tfmq_exp.reporting.html.page import page
-from tfmq_exp.reporting.html.runs import collect
-from tfmq_exp.reporting.published import read_published
-
-PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
+from tfmq_exp.report.html.page import render_page
+from tfmq_exp.report.html.run_reader import read_runs
+from tfmq_exp.report.published_tables import read_published
 
 
 def main() -> int:
     """Write the page and say where it is."""
     args = arguments()
     try:
-        runs = collect(args.sources)
-        text = page(runs, read_published(PUBLISHED))
+        runs = read_runs(args.sources)
+        text = render_page(runs, read_published())
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, ValueError) as error:

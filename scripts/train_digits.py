@@ -38,7 +38,7 @@ from tfmq_exp.denoisers.digits import (
     load_denoiser,
 )
 from tfmq_exp.files import write_atomically, write_json
-from tfmq_exp.reporting.figures import mosaic
+from tfmq_exp.report.figures.errors import mosaic
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM

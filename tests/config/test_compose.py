@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tests.e2e.jobs import CONF, composed
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
-CHOICES = [file for file in FILES if len(file.parts) > 1 and file.parts[0] not in ("hydra", "published")]
+CHOICES = [file for file in FILES if len(file.parts) > 1 and file.parts[0] != "hydra"]
 
 
 def overrides(file: Path) -> list[str]:

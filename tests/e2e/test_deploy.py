@@ -26,8 +26,8 @@ from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.deployed import DeployedStages, engine_choices, save_deployed_errors
 from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.stages import Stages
-from tfmq_exp.reporting.html.executed import PRODUCTS, executed
-from tfmq_exp.reporting.html.runs import collect
+from tfmq_exp.report.html.deployment import PRODUCTS, deployments
+from tfmq_exp.report.html.run_reader import read_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
@@ -107,7 +107,7 @@ def test_a_row_of_its_own_with_keys_of_its_own(tmp_path: Path, made: Made, openv
     again = run(tmp_path / "again", made.store, "engine=openvino", "goal=export", "runtime.threads=1")
     assert not computed(again)
     assert "openvino" in hits(again)
-    assert executed(collect([again]))[0].title == "digits w4a8 nearest (executed by openvino)"
+    assert deployments(read_runs([again]))[0].title == "digits w4a8 nearest (executed by openvino)"
 
 
 def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: Path, openvino: Path) -> None:
@@ -204,9 +204,9 @@ def test_layers_and_attention_are_in_the_table_of_sites(openvino: Path) -> None:
     assert {line["site"]: line["role"] for line in lines}.items() >= {"conv_in": "stem", "conv_out": "head"}.items()
     products = [line["site"] for line in lines if line["role"] == PRODUCTS]
     assert set(products) == {line["site"].rpartition(".")[0] for line in lines if line["role"] == "attn_qkv"}
-    (found,) = executed(collect([openvino]))
-    assert found.layers == found.done == len(lines) - len(products) > 0
-    assert [(part.what, part.form) for part in found.parts] == [("layers", "int8"), (PRODUCTS, "float")]
+    (found,) = deployments(read_runs([openvino]))
+    assert found.layers == found.executed == len(lines) - len(products) > 0
+    assert [(group.role, group.dtype) for group in found.groups] == [("layers", "int8"), (PRODUCTS, "float")]
 
 
 def test_engines_share_all_but_their_own_stages(made: Made, openvino: Path, onednn: Path) -> None:

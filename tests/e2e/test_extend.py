@@ -28,7 +28,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from tests.e2e.jobs import CONF, composed
 from tests.e2e.test_models import GOLDENS, checkpoint
 from tests.e2e.test_scripts import call
-from tests.unit.reporting.html_runs import Reader
+from tests.helpers.run_folders import Reader
 from tfmq_exp.cli.job import perform
 from tfmq_exp.cli.job_identity import job_identity
 from tfmq_exp.data.folder import ImageFolder

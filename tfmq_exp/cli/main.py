@@ -39,8 +39,8 @@ from tfmq_exp.pipeline.score_records import score_records
 from tfmq_exp.pipeline.stages import DiagnosisPlan, DiagnosticPlan, Stages
 from tfmq_exp.pipeline.store import Store
 from tfmq_exp.reconstruction.loop import ComputeConfig, quiet_trainer
-from tfmq_exp.reporting import figures
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.figures import errors as figures
+from tfmq_exp.report.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.sampling.scheduler import replaced_settings
 from tfmq_exp.surgery.quantized_unet import coverage

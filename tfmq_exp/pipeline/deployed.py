@@ -21,8 +21,8 @@ from tfmq_exp.methods.noise_correction import NoiseStatistics
 from tfmq_exp.pipeline.score_records import mean_errors
 from tfmq_exp.pipeline.stages import Stages
 from tfmq_exp.pipeline.store import Entry
-from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import formats
+from tfmq_exp.report.records import ScoreRecord
+from tfmq_exp.report.tables import executed_dtypes
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict
@@ -174,7 +174,7 @@ def save_deployed(deployed: DeployedStages, folder: Path, console: Console) -> N
     rows, name = deployed.layers(), deployed.engine.name
     write_csv(folder / "sites.csv", [*rows, *deployed.products()])
     left = [f"{row['site']} ({row['why']})" for row in rows if row["executed"] == FLOAT]
-    share = f"{len(rows) - len(left)} of {len(rows)} layers in {formats(row['executed'] for row in rows)}"
+    share = f"{len(rows) - len(left)} of {len(rows)} layers in {executed_dtypes(row['executed'] for row in rows)}"
     say(
         console,
         f"{name}: {share}, {deployed.executed_bytes / 1e3:.0f} kB, "

@@ -24,7 +24,9 @@ from tfmq_exp.pipeline.progress import Advance
 from tfmq_exp.pipeline.stages import DiagnosisPlan, Stages
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.reconstruction.units import TemporalAware
-from tfmq_exp.reporting import diagnosis_figures as figures
+from tfmq_exp.report.figures import diagnosis as figures
+from tfmq_exp.report.figures.canvas import short_name
+from tfmq_exp.report.figures.errors import accumulation_lines
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Row = dict[str, Any]
@@ -236,7 +238,7 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
     steps = diagnosis.accumulation()
     yield Finding(
         {"error_accumulation": steps},
-        {"error_accumulation": partial(figures.accumulation_lines, steps)},
+        {"error_accumulation": partial(accumulation_lines, steps)},
         "trajectory: steps with the largest error of their own",
         worst(steps, "eps_error"),
         ("step", "t", *ERRORS),
@@ -305,4 +307,4 @@ def show(finding: Finding, console: Console) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return figures.short_name(value) if isinstance(value, str) else str(value)
+    return short_name(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,1 @@
+"""Tables, figures and one HTML page, made from the files of runs."""

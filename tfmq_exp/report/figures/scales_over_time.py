@@ -1,0 +1,171 @@
+"""Scales of activation quantizers over the timesteps: do they follow the activations, and do seeds agree?
+
+As figures 1 to 3 of TDQ's supplement (arXiv 2306.02316), where a scale is called interval. Read from
+`diagnosis/activation_ranges.csv` of runs with `goal=diagnose`.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import yaml
+from matplotlib.lines import Line2D
+
+from tfmq_exp.report.comparability import group_by
+from tfmq_exp.report.figures.canvas import TIME, save_figure, short_name
+
+Row = dict[str, Any]
+FILE = Path("diagnosis/activation_ranges.csv")
+PLOTTED_ACTIVATIONS = 6
+
+
+@dataclass(frozen=True)
+class RunScales:
+    """One run: for every activation its scale and the standard deviation of its values, call after call.
+
+    Args:
+        name: bits and method.
+        seed: of the run.
+        t: timestep of every call.
+        interval: the scale at every call, by activation.
+        deviation: likewise.
+    """
+
+    name: str
+    seed: int
+    t: np.ndarray
+    interval: Mapping[str, np.ndarray]
+    deviation: Mapping[str, np.ndarray]
+
+    @property
+    def label(self) -> str:
+        """For legends and tables."""
+        return f"{self.name}, seed {self.seed}"
+
+
+def read_scales(run: Path) -> RunScales:
+    """Read a run folder.
+
+    Raises:
+        FileNotFoundError: no diagnosis there.
+    """
+    if not (run / FILE).is_file():
+        raise FileNotFoundError(f"no {FILE} in {run}: it is written by `python run.py goal=diagnose ...`")
+    with (run / FILE).open(newline="", encoding="utf-8") as file:
+        activations = group_by(csv.DictReader(file), lambda row: row["activation"])
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+
+    def numbers(column: str) -> dict[str, np.ndarray]:
+        return {name: np.array([float(row[column]) for row in rows]) for name, rows in activations.items()}
+
+    t = np.array([int(row["t"]) for row in next(iter(activations.values()))])
+    return RunScales(config["name"], config["seed"], t, numbers("interval"), numbers("std"))
+
+
+def _activations(runs: Sequence[RunScales]) -> Iterator[tuple[RunScales, str, Row]]:
+    """Every activation of every run, with the columns that name it in a table."""
+    for run in runs:
+        for name in run.interval:
+            yield run, name, {"run": run.name, "seed": run.seed, "activation": name}
+
+
+def scale_rows(runs: Sequence[RunScales]) -> list[Row]:
+    """Scale and deviation of every activation at every timestep of every run."""
+    return [
+        key | {"t": int(t), "interval": float(interval), "deviation": float(deviation)}
+        for run, name, key in _activations(runs)
+        for t, interval, deviation in zip(run.t, run.interval[name], run.deviation[name], strict=True)
+    ]
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's r; NaN where one of them does not change."""
+    return float("nan") if np.ptp(x) == 0 or np.ptp(y) == 0 else float(np.corrcoef(x, y)[0, 1])
+
+
+def correlations(runs: Sequence[RunScales]) -> list[Row]:
+    """For every activation of every run: r of its deviation with the timestep, and of its scale with its deviation."""
+    rows: list[Row] = []
+    for run, name, key in _activations(runs):
+        with_t = correlation(run.t, run.deviation[name])
+        following = correlation(run.interval[name], run.deviation[name])
+        rows.append(key | {"deviation_with_t": with_t, "interval_with_deviation": following})
+    return rows
+
+
+def summary(runs: Sequence[RunScales]) -> list[Row]:
+    """For every run the share of activations that change with the timestep, and of scales that follow them.
+
+    Correlations that are not defined count as 0.
+    """
+    found: list[Row] = []
+    for run in runs:
+        rows = correlations([run])
+        with_t, following = (
+            np.array([row[k] for row in rows]) for k in ("deviation_with_t", "interval_with_deviation")
+        )
+        shares = {f"|r| > {least}": np.abs(with_t) > least for least in (0.5, 0.7)}
+        shares["intervals follow, r > 0.5"] = following > 0.5
+        found.append({"run": run.label} | {name: float(np.mean(share)) for name, share in shares.items()})
+    return found
+
+
+def spread(runs: Sequence[RunScales]) -> list[Row]:
+    """Mean and standard deviation of every scale at every call over the seeds of one method; single seeds are left out.
+
+    Raises:
+        ValueError: seeds of one method that were sampled at different timesteps.
+    """
+    rows: list[Row] = []
+    for name, group in group_by(runs, lambda run: run.name).items():
+        if any(not np.array_equal(run.t, group[0].t) for run in group):
+            raise ValueError(f"the runs of {name} were sampled at different timesteps")
+        for activation in group[0].interval if len(group) > 1 else ():
+            found = np.stack([run.interval[activation] for run in group])
+            for t, mean, std in zip(group[0].t, found.mean(0), found.std(0, ddof=1), strict=True):
+                numbers = {"mean": float(mean), "std": float(std), "relative_std": float(std / mean)}
+                rows.append({"run": name, "activation": activation, "t": int(t), **numbers})
+    return rows
+
+
+def most_changing(runs: Sequence[RunScales], count: int = PLOTTED_ACTIVATIONS) -> list[str]:
+    """Activations whose scale changes most over the timesteps in some run, relative to its mean."""
+
+    def change(name: str) -> float:
+        return max(float(run.interval[name].std() / run.interval[name].mean()) for run in runs)
+
+    return sorted(runs[0].interval, key=change, reverse=True)[:count]
+
+
+def draw(runs: Sequence[RunScales], path: Path) -> None:
+    """Draw the scales of some activations in every run, and the deviation of the first run's values.
+
+    Seeds of one method share its colour. Both axes begin at zero, so that small changes look small.
+    """
+    names = most_changing(runs)
+    methods = group_by(runs, lambda run: run.name)
+    colours = {name: f"C{index}" for index, name in enumerate(methods)}
+    figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.2 * len(names)), squeeze=False, layout="constrained")
+    for name, left in zip(names, axes[:, 0], strict=True):
+        right = left.twinx()
+        for run in runs:
+            left.plot(run.t, run.interval[name], color=colours[run.name])
+        right.plot(runs[0].t, runs[0].deviation[name], color="0.6", linestyle="--")
+        left.set_title(short_name(name), fontsize=9)
+        for axis, label in ((left, "interval"), (right, "deviation")):
+            axis.set_ylabel(label)
+            axis.set_ylim(0, 1.1 * axis.dataLim.y1)
+        left.invert_xaxis()
+    axes[-1, 0].set_xlabel(TIME)
+    lines = [
+        *(Line2D([], [], color=colour) for colour in colours.values()),
+        Line2D([], [], color="0.6", linestyle="--"),
+    ]
+    labels = [f"{name}, seed {', '.join(str(run.seed) for run in group)}" for name, group in methods.items()]
+    labels.append(f"deviation of values, {runs[0].label}")
+    figure.legend(lines, labels, loc="outside upper center", ncols=2, fontsize=8)
+    save_figure(figure, path)

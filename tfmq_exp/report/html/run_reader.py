@@ -1,0 +1,234 @@
+"""Run folders, read for the page: an unreadable file becomes a line of the page, never an error."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tfmq_exp.report.records import ScoreRecord, parse_record, read_rows
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+RUN_FILES = {"results.json", "status.json", "environment.json", "config.yaml", ".hydra"}  # any of them: a run was here
+STORE_FILES = {"manifest.json", "inputs.json"}  # an entry of the store, which has no runs below it
+TEMPORAL, TRAJECTORY = "temporal_error.csv", "trajectory_error.csv"
+DEPLOYED_TRAJECTORY = "trajectory_error_deployed.csv"  # of the model as an engine executes it
+UNITS, LOSSES, SITES = "units.csv", "losses.csv", "sites.csv"
+# file -> (columns of text, columns of numbers)
+TABLES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    TEMPORAL: ((), ("t", "relative_mse")),
+    TRAJECTORY: ((), ("t", "eps_error", "x_error")),
+    UNITS: (("unit",), ("error_before", "error_after", "seconds")),
+    LOSSES: (("phase", "unit"), ("iteration", "loss")),
+    DEPLOYED_TRAJECTORY: ((), ("t", "eps_error", "x_error")),
+    SITES: (("site", "role", "executed", "weight_bits", "why"), ()),
+}
+# found: an earlier job had done the same; planned: a dry run; died: it neither ended nor runs; unfinished: it does not say
+STATES = ("done", "found", "planned", "failed", "interrupted", "died", "running", "unfinished")
+GOOD_STATES = ("done", "found", "planned")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job, or a file of saved records.
+
+    Args:
+        name: its path below the given folder.
+        state: one of `STATES`.
+        reason: why it failed, or which folder it was found in; empty otherwise.
+        records: those of `results.json`, the float network's first.
+        tables: rows of the files in `TABLES`, by file name; only complete ones.
+        choices: the files of the configuration's groups, such as runtime: smoke; empty where Hydra left no record of them.
+        problems: files that are missing or damaged, in words.
+        saved: whether this is a file of saved records, which has no folder.
+    """
+
+    name: str
+    folder: Path
+    state: str
+    reason: str = ""
+    records: tuple[ScoreRecord, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, Row] = field(default_factory=dict)
+    tables: Mapping[str, Rows] = field(default_factory=dict)
+    choices: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    saved: bool = False
+
+    def configured(self, group: str, otherwise: str = "?") -> str:
+        """The name of its model, quant or method in the configuration."""
+        node = self.config.get(group)
+        return str(node.get("name", otherwise)) if isinstance(node, Mapping) else otherwise
+
+    @property
+    def engine(self) -> str:
+        """The configured engine; empty for simulated quantization alone."""
+        node = self.config.get("engine")
+        target = str(node.get("_target_", "")) if isinstance(node, Mapping) else ""
+        return self.choices.get("engine", target.rpartition(".")[2]) if target else ""
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Folders of runs at or below a folder, in the order of their numbers; nothing below a run is another run."""
+    found: list[Path] = []
+    for place, folders, files in os.walk(root):
+        present = {*folders, *files}
+        if present & RUN_FILES:
+            found.append(Path(place))
+        if present & (RUN_FILES | STORE_FILES):
+            folders.clear()
+    return sorted(found, key=lambda path: [_natural(part) for part in path.parts])
+
+
+def _natural(text: str) -> tuple[int, str]:
+    """Sort key: 10-name comes after 9-name."""
+    digits = text.partition("-")[0]
+    return (int(digits) if digits.isdecimal() else -1, text)
+
+
+def read_runs(sources: Sequence[Path]) -> list[Run]:
+    """Read every run below the folders, and every file of saved records (`.jsonl`).
+
+    Raises:
+        ValueError: a source that does not exist, or no run in any of them.
+    """
+    if absent := [str(source) for source in sources if not source.exists()]:
+        raise ValueError(f"{', '.join(absent)} is not there; give folders of runs or saved records (.jsonl)")
+    runs: dict[Path, Run] = {}
+    for source in sources:
+        if source.is_file():
+            runs[source.resolve()] = _read_saved(source)
+            continue
+        for folder in run_folders(source):
+            name = str(folder.relative_to(source)) if folder != source else folder.resolve().name
+            runs.setdefault(folder.resolve(), _read_run(folder, name))
+    if not runs:
+        raise ValueError(f"no folder of a run at or below {', '.join(map(str, sources))}")
+    return list(runs.values())
+
+
+def _read_saved(path: Path) -> Run:
+    problems: list[str] = []
+    records = tuple(_finite(record, problems) for record in _read(path, _records, (), problems))
+    return Run(path.name, path, "done" if records else "failed", "", records, problems=tuple(problems), saved=True)
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    problems: list[str] = []
+
+    def read(file: str, parse: Callable[[Path], Any], default: Any) -> Any:
+        return _read(folder / file, parse, default, problems) if (folder / file).is_file() else default
+
+    records = tuple(_finite(record, problems) for record in read("results.json", _records, ()))
+    config = read("config.yaml", _mapping, {}) or read(".hydra/config.yaml", _mapping, {})
+    stages = read("artifacts.json", _mapping_of_mappings, {})
+    tables = {file: read(file, _rows, ()) for file in TABLES}
+    state, reason = _state(folder, read("status.json", _mapping, {}), config, stages)
+    if state in ("done", "found"):
+        expected = ["config.yaml", "environment.json", "artifacts.json"]
+        if config.get("goal", "scores") == "scores":
+            expected += ["results.json", TEMPORAL, TRAJECTORY]
+        if absent := [file for file in expected if not (folder / file).is_file()]:
+            problems.append(f"no {', '.join(absent)}")
+    return Run(
+        name,
+        folder,
+        state,
+        reason,
+        records,
+        config,
+        environment=read("environment.json", _mapping, {}),
+        stages=stages,
+        tables={file: rows for file, rows in tables.items() if rows},
+        choices=read(".hydra/hydra.yaml", _choices, {}),
+        problems=tuple(problems),
+    )
+
+
+def _state(folder: Path, status: Row, config: Row, stages: Mapping[str, Row]) -> tuple[str, str]:
+    """State and reason from the status file, or else from the other files: stages are written when the goal is reached."""
+    state = str(status.get("state", ""))
+    if state == "running" and _is_abandoned(folder / ".running.lock"):
+        process = f"process {status.get('pid', '?')} on {status.get('host', '?')}"
+        return "died", f"{process} is gone: killed, or out of memory"
+    if state in STATES:
+        return state, str(status.get("reason") or "")
+    ended = bool(stages) and config.get("goal", "scores") != "scores"
+    return "done" if ended or (folder / "results.json").is_file() else "unfinished", ""
+
+
+def _is_abandoned(lock: Path) -> bool:
+    """Whether no process holds an existing lock. One that cannot be opened for writing may be held."""
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock).acquire(timeout=0):
+            return True
+    except (Timeout, OSError):
+        return False
+
+
+def _read(path: Path, parse: Callable[[Path], Any], default: Any, problems: list[str]) -> Any:
+    """Parse a file; the default and a problem where it cannot be read."""
+    try:
+        return parse(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        problems.append(f"{path.name} cannot be read: {text[:200] or type(error).__name__}")
+        return default
+
+
+def _records(path: Path) -> tuple[ScoreRecord, ...]:
+    if not (rows := read_rows(path)):
+        raise ValueError("no records")
+    return tuple(map(parse_record, rows))
+
+
+def _finite(record: ScoreRecord, problems: list[str]) -> ScoreRecord:
+    """The record without numbers that no mean can take; what diverged is named."""
+    parts = (record.scores, record.errors)
+    odd = {name: value for part in parts for name, value in part.items() if not math.isfinite(value)}
+    problems += [f"{name} of {record.quant} {record.method}, seed {record.seed}, is {odd[name]}" for name in odd]
+    scores, errors = ({name: value for name, value in part.items() if name not in odd} for part in parts)
+    return replace(record, scores=scores, errors=errors)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A mapping of a JSON or YAML file."""
+    text = path.read_text(encoding="utf-8")
+    found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(found, dict):
+        raise ValueError("not a mapping")
+    return found
+
+
+def _choices(path: Path) -> dict[str, str]:
+    return {str(group): str(file) for group, file in _mapping(path)["hydra"]["runtime"]["choices"].items()}
+
+
+def _mapping_of_mappings(path: Path) -> dict[str, dict[str, Any]]:
+    found = _mapping(path)
+    if not all(isinstance(value, dict) for value in found.values()):
+        raise ValueError("not a mapping of mappings")
+    return found
+
+
+def _rows(path: Path) -> tuple[Row, ...]:
+    """Rows of a CSV file with the columns of `TABLES`; others stay text."""
+    texts, numbers = TABLES[path.name]
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in (*texts, *numbers) if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"no column {', '.join(missing)}")
+        rows = list(reader)
+    if any(row[name] is None for row in rows for name in texts):
+        raise ValueError("a line that ends early")
+    return tuple({**row, **{name: float(row[name]) for name in numbers}} for row in rows)

@@ -1,1 +1,0 @@
-"""Tables and figures from the files of runs. Imports nothing else of this project."""

@@ -1,1 +1,0 @@
-"""One page from the folders of runs: it holds all that it shows, and loads nothing."""
