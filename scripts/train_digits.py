@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.data.digits import load_images
 from tfmq_exp.denoisers.digits import (
     WEIGHTS,
@@ -37,7 +38,6 @@ from tfmq_exp.denoisers.digits import (
     load_denoiser,
 )
 from tfmq_exp.experiment.terminal import standard_streams
-from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.reporting.figures import mosaic
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM

@@ -12,11 +12,11 @@ from PIL import Image
 from rich.console import Console
 
 from tests.smoke.jobs import composed, job
+from tfmq_exp.core.files import write_checked, write_json
 from tfmq_exp.experiment import app
 from tfmq_exp.experiment.diagnose import Diagnosis
 from tfmq_exp.experiment.finished import is_written
 from tfmq_exp.experiment.progress import Bars
-from tfmq_exp.files import write_checked, write_json
 from tfmq_exp.tracking.mirror import NoMirror
 
 TABLES = {

@@ -9,10 +9,10 @@ import pytest
 
 from tests.smoke.jobs import composed
 from tests.smoke.test_scripts import script
+from tfmq_exp.core.files import read_record
 from tfmq_exp.experiment.job import perform
 from tfmq_exp.experiment.status import read_status
 from tfmq_exp.experiment.store import DamagedEntry, Entry
-from tfmq_exp.files import read_record
 
 pytestmark = pytest.mark.bad_input
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.evaluation.trajectory import STREAM
-from tfmq_exp.finite import relative
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.sampling import Sampling
 

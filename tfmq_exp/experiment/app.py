@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from tfmq_exp.core.files import write_atomically, write_json, write_record
 from tfmq_exp.experiment.captions import make_sampling, report_captions
 from tfmq_exp.experiment.checks import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.experiment.deployed import DeployedStages, save_deployed, save_deployed_errors
@@ -35,7 +36,6 @@ from tfmq_exp.experiment.survey import estimate
 from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.together import together
 from tfmq_exp.experiment.tracking import points, run_card, score_summary, show_losses, write_csv
-from tfmq_exp.files import write_atomically, write_json, write_record
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.reconstruction.run import Means, quiet_trainer
 from tfmq_exp.reporting import figures

@@ -6,8 +6,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from tfmq_exp.experiment.folders import check_folders, check_images_apart
-from tfmq_exp.kinds import (
+from tfmq_exp.core.validate import (
     AMOUNT,
     ANY_COUNT,
     COUNT,
@@ -23,6 +22,7 @@ from tfmq_exp.kinds import (
     optional,
     whole,
 )
+from tfmq_exp.experiment.folders import check_folders, check_images_apart
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
 DIAGNOSE, EXPORT = "diagnose", "export"  # these leave the way to scores once the model is finished

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
 from tfmq_exp.diagnostics.features import features_by_layer
 from tfmq_exp.diagnostics.partial import Part, quantized_parts
@@ -22,7 +23,6 @@ from tfmq_exp.experiment.stages import DiagnosisPlan, Stages
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.terminal import say
 from tfmq_exp.experiment.tracking import write_csv
-from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.reconstruction.partition import TemporalAware
 from tfmq_exp.reporting import diagnosis_figures as figures
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

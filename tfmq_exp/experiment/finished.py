@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
+from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.experiment.store import DamagedEntry, Entry, Store
 from tfmq_exp.experiment.words import in_bytes
-from tfmq_exp.files import write_atomically, write_json
 
 STAGE = "jobs"
 # What a job writes into its run folder, and another that is the same would write as well. Whatever else lies there is not its.

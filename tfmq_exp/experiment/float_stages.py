@@ -12,6 +12,9 @@ from typing import Any
 
 from tfmq_exp.calibration.collect import follow, ordered
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.files import intact, write_checked
+from tfmq_exp.core.finite import within
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.temporal import measured_temporal_sites
@@ -19,9 +22,6 @@ from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.experiment.progress import Bars
 from tfmq_exp.experiment.store import Entry, Store
 from tfmq_exp.experiment.tracking import stage_summary
-from tfmq_exp.files import intact, write_checked
-from tfmq_exp.finite import within
-from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.processes import Processes
 from tfmq_exp.reconstruction.run import Means

@@ -7,11 +7,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from tfmq_exp.core.files import read_record, write_atomically
 from tfmq_exp.experiment.outcome import attempt
 from tfmq_exp.experiment.score_table import show
 from tfmq_exp.experiment.status import State
 from tfmq_exp.experiment.terminal import say
-from tfmq_exp.files import read_record, write_atomically
 from tfmq_exp.reporting.records import ScoreRecord
 
 

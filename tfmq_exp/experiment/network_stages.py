@@ -11,11 +11,11 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from tfmq_exp.core.files import write_checked
+from tfmq_exp.core.finite import naming_rates
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress, load_learned, noted, save_learned
 from tfmq_exp.experiment.store import Entry
 from tfmq_exp.experiment.training_stages import TrainingStages
-from tfmq_exp.files import write_checked
-from tfmq_exp.finite import naming_rates
 from tfmq_exp.methods.correction import NoiseStatistics
 from tfmq_exp.reconstruction.report import Learned
 from tfmq_exp.reconstruction.run import Task

@@ -16,10 +16,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from tfmq_exp.core.validate import WrongValueError
 from tfmq_exp.experiment.checks import check
 from tfmq_exp.experiment.status import State, Status, begun, occupied
 from tfmq_exp.experiment.terminal import Terminal, open_streams, say, say_error
-from tfmq_exp.kinds import WrongValueError
 
 Work = Callable[[DictConfig, Path, Console], tuple[State, str]]
 # All that a run folder holds after a dry run.

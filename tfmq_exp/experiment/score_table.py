@@ -10,8 +10,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.experiment.terminal import say, visible
-from tfmq_exp.files import write_atomically
 from tfmq_exp.reporting import tables
 from tfmq_exp.reporting.records import ScoreRecord
 

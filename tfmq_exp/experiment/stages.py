@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tfmq_exp.calibration.collect import STREAM as CALIBRATION
+from tfmq_exp.core.files import intact, write_atomically, write_checked, write_json
+from tfmq_exp.core.finite import within
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.denoisers.text_encoder import TextEncoder
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
@@ -20,9 +23,6 @@ from tfmq_exp.evaluation.temporal_features import temporal_feature_error
 from tfmq_exp.evaluation.trajectory import trajectory_error
 from tfmq_exp.experiment.network_stages import NetworkStages
 from tfmq_exp.experiment.store import Entry
-from tfmq_exp.files import intact, write_atomically, write_checked, write_json
-from tfmq_exp.finite import within
-from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.sampling.images import STREAM, ImagePlan, sample_shard
 
 

@@ -21,7 +21,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tfmq_exp.files import HASH, hash_path, read_record, sha256_of, unchanged, write_checked, write_json, write_record
+from tfmq_exp.core.files import (
+    HASH,
+    hash_path,
+    read_record,
+    sha256_of,
+    unchanged,
+    write_checked,
+    write_json,
+    write_record,
+)
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 
 SCHEMA = 3  # part of every key: raise it when the meaning of stored files changes

@@ -20,13 +20,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from tfmq_exp.core.files import write_json
 from tfmq_exp.experiment.interrupting import interruptible
 from tfmq_exp.experiment.outcome import discard_plan
 from tfmq_exp.experiment.score_table import show_sweep
 from tfmq_exp.experiment.status import GOOD, State, read_status
 from tfmq_exp.experiment.terminal import Terminal, say
 from tfmq_exp.experiment.words import in_words
-from tfmq_exp.files import write_json
 from tfmq_exp.reporting.records import ScoreRecord, read_records
 
 ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")

@@ -14,8 +14,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.experiment.outcome import one_line, root_cause
-from tfmq_exp.files import write_atomically
 from tfmq_exp.reconstruction.processes import ALONE, Processes, joined
 
 Share = Callable[[DictConfig, Processes, Path], None]

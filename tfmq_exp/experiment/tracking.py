@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.tracking.mirror import Mirror, Points, Rows, RunCard
 

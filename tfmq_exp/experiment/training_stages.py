@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.finite import naming_rates
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.experiment.float_stages import FloatStages
 from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
 from tfmq_exp.experiment.store import Entry
-from tfmq_exp.finite import naming_rates
 from tfmq_exp.quant.sources.intervals import Intervals
 from tfmq_exp.reconstruction.report import Keeper, Watcher
 from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction

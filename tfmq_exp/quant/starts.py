@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import POSITIVE, POSITIVE_SHARE, SWITCH, check_fields
+from tfmq_exp.core.validate import POSITIVE, POSITIVE_SHARE, SWITCH, check_fields
 from tfmq_exp.quant.forms.base import Levels, widening
 from tfmq_exp.quant.ranges import Range, RangeEstimator, per_range
 from tfmq_exp.quant.spec import QuantSpec

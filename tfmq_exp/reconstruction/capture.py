@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.finite import within
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.reconstruction.cache import Leaves, Storage
 from tfmq_exp.reconstruction.partition import Unit

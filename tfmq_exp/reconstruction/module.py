@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.kinds import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
+from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.sources.base import Source

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.finite import DivergedError, relative, within
 from tfmq_exp.denoisers.anatomy import Anatomy
-from tfmq_exp.finite import DivergedError, relative, within
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.quant.rounding import AdaRound

@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from tfmq_exp.core.validate import SWITCH, check_fields
 from tfmq_exp.denoisers.anatomy import Anatomy, Role, Site
-from tfmq_exp.kinds import SWITCH, check_fields
 from tfmq_exp.quant.forms.base import Form
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.surgery.forms import FormPlan

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tfmq_exp.core.finite import NotFiniteError, require_finite, within
 from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.unet import attentions
-from tfmq_exp.finite import NotFiniteError, require_finite, within
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.forms.base import Form
 from tfmq_exp.quant.layers import TWINS, QuantizedWeight, QuantLayer

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from tfmq_exp.core.validate import COUNT, DECAY, SEED, WrongValueError, check_fields, sequence_of
 from tfmq_exp.denoisers.anatomy import TEMPORAL_ROLES, Role
-from tfmq_exp.kinds import COUNT, DECAY, SEED, WrongValueError, check_fields, sequence_of
 from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.encodings import TimeEncoding, encoding_from_json, encoding_to_json
 from tfmq_exp.quant.forms.base import Form, Levels

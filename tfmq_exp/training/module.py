@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.kinds import (
+from tfmq_exp.core.validate import (
     AMOUNT,
     ANY_COUNT,
     COUNT,
@@ -25,6 +24,7 @@ from tfmq_exp.kinds import (
     one_of,
     optional,
 )
+from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.reconstruction.gradients import set_gradients
 from tfmq_exp.reconstruction.processes import ALONE, Processes
 from tfmq_exp.sampling.seeds import derive_seed

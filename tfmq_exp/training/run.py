@@ -15,9 +15,9 @@ from jaxtyping import Float
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from tfmq_exp.core.files import hash_path, intact, write_checked
+from tfmq_exp.core.finite import DivergedError, require_finite
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, noise_of
-from tfmq_exp.files import hash_path, intact, write_checked
-from tfmq_exp.finite import DivergedError, require_finite
 from tfmq_exp.reconstruction.gradients import flat
 from tfmq_exp.reconstruction.report import Keeper, UnitReport, Watcher
 from tfmq_exp.reconstruction.report import Learned as Kept

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import SWITCH, check_fields
+from tfmq_exp.core.validate import SWITCH, check_fields
 from tfmq_exp.quant.forms.base import Form, Grid
 from tfmq_exp.quant.forms.stepped import Rule, stepped
 

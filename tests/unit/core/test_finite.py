@@ -15,11 +15,11 @@ from tests.conftest import example_inputs, quantizable
 from tests.inception import random_weights
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
+from tfmq_exp.core.files import write_json
+from tfmq_exp.core.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.first_stage import LatentDecoder
 from tfmq_exp.evaluation.inception import load_inception
-from tfmq_exp.files import write_json
-from tfmq_exp.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.methods.activations import Observe
 from tfmq_exp.methods.correction import NoiseCorrection, NoiseMoments
 from tfmq_exp.quant.ranges import Histogram, KLSearch, LpSearch, MinMax, RangeEstimator, ThresholdSearch

@@ -1,0 +1,1 @@
+"""Infrastructure for every package: files, validation of values, formatting."""
