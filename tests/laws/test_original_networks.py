@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.conftest import SCALES, TIMESTEPS
-from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
 from tfmq_exp.denoisers.unet import anatomy, attentions
 from tfmq_exp.quant.quantizers.base import Mode
@@ -34,9 +34,9 @@ def network(name: str) -> nn.Module:
     config = yaml.safe_load((GOLDENS / f"{name}.config.yaml").read_text())
     state = {key: value.float() for key, value in load_file(GOLDENS / f"{name}.model.safetensors").items()}
     if name.startswith("ddim"):
-        return compvis.load({"config": config}, state)
+        return compvis_unet.load_unet({"config": config}, state)
     kwargs = config["model"]["params"]["unet_config"]["params"]
-    return compvis.load(
+    return compvis_unet.load_unet(
         {"kwargs": kwargs}, {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     )
 

@@ -1,14 +1,14 @@
-"""What a file is by its first bytes, whatever its name says, and what to do where it is not what was expected."""
+"""The kind of a file by its first bytes, whatever its name says, and what to do where it is not the expected one."""
 
 import re
 from pathlib import Path
 
-HEAD = 512  # bytes that are looked at
+HEAD = 512  # bytes that are read
 AGAIN = "download it again"
 UNPACK = "unpack it, and give the file inside"
 PICTURE = "is a picture"
 CONVERT = "convert it with the program that it belongs to, or take the publisher's safetensors"
-# (where, bytes, what the file is, what to do)
+# (offset, bytes, what the file is, what to do)
 SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"version https://git-lfs", "is a pointer of Git LFS, not the file itself", "fetch it with `git lfs pull`"),
     (0, b"version https://hawser", "is a pointer of Git LFS, not the file itself", "fetch it with `git lfs pull`"),
@@ -48,20 +48,24 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     (r"\.index$|\.data-\d+-of-\d+$|\.meta$", "is a part of a checkpoint of TensorFlow", CONVERT),
     (r"\.index(\.\w+)?\.json$", "is the index of a model in several files", "give the folder that it is in"),
 )
+# Two or three bytes, which texts may begin with, too.
+WEAK = (
+    (rb"\x08[\x01-\x14]\x12", f"is a model of ONNX: {CONVERT}"),  # its version, then the program that wrote it
+    (rb"[\x81-\x8f][\xa1-\xbf\xd9]", f"holds weights of Flax (msgpack): {CONVERT}"),  # a map whose first key is text
+)
 TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # zip files, which others are too, and what came before them
 LEVEL_DB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # the end of TensorFlow's .index
 UNFINISHED = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2")
 
 
-def head_of(path: Path) -> bytes:
-    """The first bytes of a file."""
+def read_head(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(HEAD)
 
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors do: the length of a header, then the header's brace."""
-    head = head_of(path)
+    head = read_head(path)
     return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
 
 
@@ -73,47 +77,36 @@ def kind_of(path: Path) -> str | None:
         return "is no regular file; expected a checkpoint"
     if path.stat().st_size == 0:
         return f"is empty; expected a checkpoint: {AGAIN}"
-    head = head_of(path)
+    head = read_head(path)
     if is_safetensors(path) or head.startswith(TORCH):
         return None
-    return by_signature(head) or named(path) or markup(head) or protocol_buffer(head) or flax(head)
+    return by_signature(head) or by_name(path) or markup(head) or by_weak_signature(head)
 
 
 def content_of(head: bytes) -> str | None:
-    """A sentence on what a file is and what to do, where its first bytes tell; None where they do not.
-
-    Args:
-        head: the first `HEAD` bytes, or all.
-    """
+    """A sentence on what a file is and what to do, from its first `HEAD` bytes; None where they do not say."""
     if not head:
         return f"is empty: {AGAIN}"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "is a pickle, which is not read: a pickle is a program"
     if head.startswith(TORCH[0]):
         return f"is a zip archive: {UNPACK}"
-    return by_signature(head) or markup(head) or protocol_buffer(head) or flax(head)
+    return by_signature(head) or markup(head) or by_weak_signature(head)
 
 
 def by_signature(head: bytes) -> str | None:
-    """What the signature at the beginning of a file says."""
-    for place, signature, what, advice in SIGNATURES:
-        if head[place:].startswith(signature):
-            return f"{what}: {advice}" if advice else what
-    return None
+    """The kind that the signature at the beginning of a file says."""
+    found = ((kind, advice) for offset, mark, kind, advice in SIGNATURES if head[offset:].startswith(mark))
+    return next((f"{kind}: {advice}" if advice else kind for kind, advice in found), None)
 
 
-def named(path: Path) -> str | None:
-    """What the end of a name says."""
-    for ending, what, advice in NAMES:
-        if re.search(ending, path.name, re.IGNORECASE):
-            return f"{what}: {advice}"
-    return None
+def by_weak_signature(head: bytes) -> str | None:
+    return next((kind for pattern, kind in WEAK if re.match(pattern, head)), None)
 
 
-def instead_of_text(path: Path) -> str | None:
-    """What stands in the place of a configuration or a vocabulary, as `kind_of`; None where it may be one."""
-    kind = kind_of(path)
-    return None if kind is None or kind.startswith("is JSON") else kind
+def by_name(path: Path) -> str | None:
+    found = (f"{kind}: {advice}" for end, kind, advice in NAMES if re.search(end, path.name, re.IGNORECASE))
+    return next(found, None)
 
 
 def markup(head: bytes) -> str | None:
@@ -128,8 +121,14 @@ def markup(head: bytes) -> str | None:
     return None
 
 
+def instead_of_text(path: Path) -> str | None:
+    """`kind_of` a file that should be a configuration or a vocabulary; None where it may be one."""
+    kind = kind_of(path)
+    return None if kind is None or kind.startswith("is JSON") else kind
+
+
 def instead_of_lines(head: bytes) -> str | None:
-    """A pointer to a file or a web page in the place of lines of text, of which it has some too; None where it is neither."""
+    """A pointer to a file or a web page, which have lines of text, too; None where it is neither."""
     found = by_signature(head) or markup(head)
     return found if found and re.match(r"is a (pointer|web page)", found) else None
 
@@ -139,28 +138,13 @@ def quoted(text: str) -> str:
     return repr(" ".join(text.split())[:60])
 
 
-def protocol_buffer(head: bytes) -> str | None:
-    """A model of ONNX: its version, then the name of the program that wrote it."""
-    if head[:1] == b"\x08" and 1 <= head[1] <= 20 and head[2:3] == b"\x12":
-        return f"is a model of ONNX: {CONVERT}"
-    return None
-
-
-def flax(head: bytes) -> str | None:
-    """A map of msgpack whose first key is text."""
-    first, key = head[:1], head[1:2]
-    if first and 0x81 <= first[0] <= 0x8F and key and (0xA1 <= key[0] <= 0xBF or key == b"\xd9"):
-        return f"holds weights of Flax (msgpack): {CONVERT}"
-    return None
-
-
 def why_unreadable(path: Path) -> str | None:
-    """What is wrong with a file that looked like tensors and could not be read, where its bytes tell; None otherwise."""
-    size, head = path.stat().st_size, head_of(path)
+    """The fault of a file that looked like tensors and could not be read, where its bytes say it; None otherwise."""
+    size, head = path.stat().st_size, read_head(path)
     if is_safetensors(path):
         return truncated_safetensors(path, size)
-    if what := named(path):
-        return what
+    if kind := by_name(path):
+        return kind
     if not head.strip(b"\0"):
         return f"begins with zeros; expected a checkpoint: a download that has not ended? {AGAIN}"
     with path.open("rb") as file:
@@ -168,29 +152,27 @@ def why_unreadable(path: Path) -> str | None:
         if file.read() == LEVEL_DB:
             return f"is a part of a checkpoint of TensorFlow: {CONVERT}"
     text = head.decode("utf-8", errors="replace")
-    if text.rstrip("\ufffd").replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
+    if re.sub(r"[\n\r\t]", "", text.rstrip("\ufffd")).isprintable():
         return f"is text, no checkpoint: it begins {quoted(text)}"
     return None
 
 
 def truncated_safetensors(path: Path, size: int) -> str | None:
-    """How many bytes the header of safetensors speaks of, where the file has fewer."""
+    """The size that the header of safetensors implies, where the file is smaller."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
     ends = [int(end) for end in re.findall(rb'"data_offsets":\s*\[\s*\d{1,18}\s*,\s*(\d{1,18})\s*\]', header)]
-    wanted = 8 + length + max(ends, default=0)
-    if wanted <= size:
+    expected = 8 + length + max(ends, default=0)
+    if expected <= size:
         return None
     least = "" if len(header) == length else "at least "
-    return f"is truncated: it begins as safetensors of {least}{wanted} bytes and has {size}: {AGAIN}"
+    return f"is truncated: it begins as safetensors of {least}{expected} bytes and has {size}: {AGAIN}"
 
 
 def why_missing(path: Path) -> str:
-    """What is in the place of a path that does not exist: a link that leads nowhere, a download that has not ended."""
+    """A link that leads nowhere, or a download that has not ended, in the place of a path that does not exist."""
     if path.is_symlink():
         return f" (it is a link to {path.readlink()}, which is not there)"
-    for ending in UNFINISHED:
-        if (there := path.with_name(path.name + ending)).exists():
-            return f" (there is {there.name}, a download that has not ended)"
-    return ""
+    parts = (path.with_name(path.name + ending) for ending in UNFINISHED)
+    return next((f" (there is {part.name}, a download that has not ended)" for part in parts if part.exists()), "")

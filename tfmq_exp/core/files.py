@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all, whenever a process dies, and that say whether they are what was written."""
+"""Files that are written whole or not at all, whenever a process dies, JSON, and hashes that show damage."""
 
 import hashlib
 import json
@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-HASH = ".sha256"  # ends the name of a file that holds the hash of another, whose name stands before it
+from tfmq_exp.core.file_kind import instead_of_text
+
+HASH = ".sha256"  # ends the name of a file that holds the hash of the file named before it
 log = logging.getLogger(__name__)
 
 
@@ -34,8 +36,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file with one JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, something else than JSON, or no object; names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} {instead_of_text(path) or f'is damaged, or no JSON: {error}'}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: expected names with values")
+    return content
+
+
 def write_json(path: Path, data: Any) -> None:
-    """JSON in UTF-8, whatever the locale; a name of a file that is no text keeps its bytes, in JSON's own notation.
+    """Write JSON in UTF-8, whatever the locale; a name of a file that is no text keeps its bytes, in JSON's own notation.
 
     Raises:
         ValueError: data with a NaN or an infinity, which JSON does not have.
@@ -48,12 +68,12 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def as_json(data: Any) -> str:
-    """The text of a file; ValueError for a NaN or an infinity."""
+    """The text of a JSON file; ValueError for a NaN or an infinity."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_record(path: Path, data: Mapping[str, Any]) -> None:
-    """A JSON object with its own hash beside its other keys, as `sha256`."""
+    """Write a JSON object with its own hash as the key `sha256`."""
     write_json(path, hashed(data))
 
 
@@ -64,36 +84,31 @@ def hashed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` wrote; an object without hash is taken as it is.
+    """Read a file of `write_record`; an object without hash is taken as it is.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: the file is damaged, or no JSON object; names it.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    wanted = data.pop("sha256", None)
-    if wanted not in (None, hash_of_json(data)):
+    data = read_json(path)
+    if data.pop("sha256", None) not in (None, hash_of_json(data)):
         raise ValueError(f"{path} is damaged: it is not what was written")
     return data
 
 
 def hash_of_json(data: Any) -> str:
-    """SHA-256 of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of plain data, whatever the order of its keys; values that JSON does not have count as their text."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_checked(path: Path, write: Callable[[Path], object]) -> None:
-    """A file, and beside it its hash, by which `intact` knows it: for work that may break off and be taken up again."""
+    """Write a file and its hash, by which `intact` knows it: for work that may break off and be taken up again."""
 
     def hash_first(partial: Path) -> None:
         write(partial)
@@ -104,7 +119,7 @@ def write_checked(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def hash_path(path: Path) -> Path:
-    """Where the hash of a file lies."""
+    """The file that holds the hash of a file."""
     return path.with_name(path.name + HASH)
 
 
@@ -117,7 +132,7 @@ def unchanged(path: Path) -> bool:
 
 
 def intact(path: Path) -> bool:
-    """Whether a file of work that broke off is there and can be used; one that cannot is named in the log."""
+    """Whether a file of work that broke off exists and can be used; one that cannot is named in the log."""
     if not path.is_file():
         return False
     if not (good := unchanged(path)):

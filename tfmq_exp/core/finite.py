@@ -1,4 +1,4 @@
-"""Numbers that are not finite stop where they arise: a NaN that is averaged, clamped or compared looks like a result."""
+"""Errors for numbers that are not finite, where they arise: a NaN that is averaged, clamped or compared looks like a result."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class NotFiniteError(ValueError):
-    """A NaN or an infinity where none may be; the message says where."""
+    """A NaN or an infinity where none may be; the message names the place."""
 
 
 class DivergedError(NotFiniteError):
@@ -17,9 +17,9 @@ class DivergedError(NotFiniteError):
     Args:
         what: learns, or is trained.
         iteration: counted from 1.
-        of: how many iterations there are.
+        of: number of iterations.
         loss: its value.
-        rates: the learning rates that it has, by their place in the configuration.
+        rates: current learning rates by their keys in the configuration.
     """
 
     def __init__(self, what: str, iteration: int, of: int, loss: float, rates: Mapping[str, float]) -> None:
@@ -28,22 +28,16 @@ class DivergedError(NotFiniteError):
         self.what, self.iteration, self.of, self.loss, self.rates = what, iteration, of, loss, rates
 
     def under(self, key: str) -> "DivergedError":
-        """The same where the rates' places are below a key."""
+        """The same error with the rates' keys below a key."""
         rates = {f"{key}.{name}": value for name, value in self.rates.items()}
         return DivergedError(self.what, self.iteration, self.of, self.loss, rates)
 
 
 def require_finite(x: Tensor, what: str) -> Tensor:
-    """The tensor itself.
-
-    One reduction, and on a GPU one synchronisation.
-
-    Args:
-        x: of any type; integers are always finite.
-        what: it is, for the message.
+    """Return a tensor whose values are all finite; one reduction, and on a GPU one synchronisation.
 
     Raises:
-        NotFiniteError: some value is NaN or infinite; says how many of how many, and which kinds.
+        NotFiniteError: some value is NaN or infinite; counts them, and calls the tensor `what`.
     """
     if not bool(torch.isfinite(x).all()):
         nans, infinities = int(x.isnan().sum()), int(x.isinf().sum())
@@ -53,32 +47,28 @@ def require_finite(x: Tensor, what: str) -> Tensor:
 
 
 def require_finite_weights(network: nn.Module, what: str) -> None:
-    """Look at every parameter and buffer of a network.
-
-    Raises:
-        NotFiniteError: names the first tensor with a NaN or an infinity.
-    """
+    """Check every parameter and buffer of a network; NotFiniteError names the first that is not finite."""
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         require_finite(tensor, f"{what}: {name}")
 
 
 def relative(error: Tensor, scale: Tensor, what: str) -> Tensor:
-    """An error over the size of what it is an error of, element by element; no error is 0, whatever the size.
+    """Divide an error by the size of the exact values, element by element; no error is 0, whatever the size.
 
     Args:
         error: at least 0.
         scale: variance or mean square of the exact values, of the same shape.
-        what: it is the error of, for the message.
+        what: has the error, for the message.
 
     Raises:
-        NotFiniteError: either is not finite, or there is an error and nothing to measure it by.
+        NotFiniteError: either is not finite, or there is an error and its scale is 0.
     """
     return require_finite(torch.where((error == 0) & (scale == 0), 0, error / scale), f"the relative error of {what}")
 
 
 @contextmanager
 def within(what: str) -> Iterator[None]:
-    """Put what is being done before the message of a `NotFiniteError`."""
+    """Put the current piece of work before the message of a `NotFiniteError`."""
     try:
         yield
     except DivergedError:
@@ -89,7 +79,7 @@ def within(what: str) -> Iterator[None]:
 
 @contextmanager
 def naming_rates(key: str) -> Iterator[None]:
-    """Say of what diverges where its learning rates are, which are below a key of the configuration."""
+    """Put a key of the configuration before the learning rates that a `DivergedError` names."""
     try:
         yield
     except DivergedError as error:

@@ -16,7 +16,7 @@ MARKS = {
 
 
 def decode_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in the encoding that its byte order mark says; the mark is no part of it.
+    """Read a text in UTF-8, or in the encoding that its byte order mark says; the mark is no part of it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -28,8 +28,7 @@ def decode_text(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no file'}; expected a text file")
     data = path.read_bytes()
-    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    encoding = MARKS.get(mark, "utf-8")
+    mark, encoding = next(((mark, name) for mark, name in MARKS.items() if data.startswith(mark)), (b"", "utf-8"))
     if what := instead_of_lines(data[:HEAD]):
         raise ValueError(f"{path} {what}")
     try:
@@ -51,7 +50,7 @@ def decode_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    r"""The lines of a text file, without their ends and without spaces around them; blank ones are lines, too.
+    r"""Read the lines of a text file, without their ends and without spaces around them; blank ones are lines, too.
 
     Lines end with \n or \r\n, or all of them with \r. The last may lack its end. No other character ends a line: what
     Unicode calls separators (U+2028, U+0085, form feeds, ..) stays inside. Byte order marks that stand before a line, as

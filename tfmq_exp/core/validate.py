@@ -1,4 +1,4 @@
-"""What a value of a configuration may be, in words and as a test. Light to import."""
+"""Kinds of values of a configuration: each one once, as a test and in the words of its error. Light to import."""
 
 import math
 from collections.abc import Callable
@@ -8,25 +8,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be.
-
-    Args:
-        right: in words.
-        fits: whether a value is one.
-    """
+    """A kind of value: `fits` says whether a value is one, `right` is its description in errors."""
 
     right: str
     fits: Callable[[Any], bool]
 
 
 class WrongValueError(ValueError):
-    """A field of a record that cannot be right.
+    """A field of a record with a value that it cannot have.
 
     Args:
-        record: the name of its class.
-        field: its name.
-        right: what it may be, in words.
-        value: what it is.
+        record: name of the record's class.
+        field: name of the field.
+        right: description of the values that it can have.
+        value: the wrong one.
     """
 
     def __init__(self, record: str, field: str, right: str, value: Any) -> None:
@@ -40,46 +35,41 @@ class WrongValueError(ValueError):
 
 
 def check_fields(record: Any, **kinds: Kind) -> None:
-    """Look at fields of a record.
-
-    Raises:
-        WrongValueError: one is not of its kind.
-    """
+    """Check fields of a record by name; WrongValueError for the first whose value is not of its kind."""
     for name, kind in kinds.items():
         if not kind.fits(value := getattr(record, name)):
             raise WrongValueError(type(record).__name__, name, kind.right, value)
 
 
 def whole(value: Any) -> bool:
-    """Python counts truth values as integers; nobody else does."""
+    """Whether a value is an integer; a truth value is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def number(value: Any) -> bool:
-    """Finite, too."""
+    """Whether a value is a finite number; a truth value is none."""
     return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def optional(kind: Kind) -> Kind:
-    """The same, or nothing."""
+    """This kind, or null."""
     return Kind(f"{kind.right}, or null", lambda value: value is None or kind.fits(value))
 
 
 def one_of(*values: Any) -> Kind:
-    """Any of these."""
+    """Any of these values."""
     return Kind(f"one of {', '.join(map(str, values))}", lambda value: value in values)
 
 
 def instance_of(*classes: type) -> Kind:
-    """A record of one of these classes."""
+    """An instance of one of these classes."""
     return Kind(f"a {' or '.join(kind.__name__ for kind in classes)}", lambda value: isinstance(value, classes))
 
 
 def sequence_of(kind: Kind) -> Kind:
-    """Any number of them."""
-    return Kind(
-        f"a list, each {kind.right}", lambda value: isinstance(value, list | tuple) and all(map(kind.fits, value))
-    )
+    """A list or tuple of values of one kind."""
+    fits = kind.fits
+    return Kind(f"a list, each {kind.right}", lambda value: isinstance(value, list | tuple) and all(map(fits, value)))
 
 
 MOST = 2**31  # of anything that is counted one by one
@@ -95,5 +85,6 @@ POWER = Kind("a number above 0, at most 20", lambda value: number(value) and 0 <
 AMOUNT = Kind("a number, at least 0", lambda value: number(value) and value >= 0)
 SHARE = Kind("a number from 0 to 1", lambda value: number(value) and 0 <= value <= 1)
 POSITIVE_SHARE = Kind("a number above 0, at most 1", lambda value: number(value) and 0 < value <= 1)
+INNER_SHARE = Kind("a number above 0 and below 1", lambda value: number(value) and 0 < value < 1)
 DECAY = Kind("a number, at least 0 and below 1", lambda value: number(value) and 0 <= value < 1)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))

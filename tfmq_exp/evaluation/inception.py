@@ -27,7 +27,7 @@ from tfmq_exp.core.file_kind import why_missing
 from tfmq_exp.core.files import sha256_of
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.data.source import ImageSource
-from tfmq_exp.denoisers.checkpoint import read_tensors
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 from tfmq_exp.evaluation.evaluator import MANIFOLD_IMAGES, CaptionJudge, Evaluator
 from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference

@@ -15,7 +15,7 @@ from tfmq_exp.calibration.collect import STREAM as CALIBRATION
 from tfmq_exp.core.files import intact, write_atomically, write_checked, write_json
 from tfmq_exp.core.finite import within
 from tfmq_exp.core.validate import COUNT, check_fields
-from tfmq_exp.denoisers.text_encoder import TextEncoder
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.validate import whole
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.denoisers.scheduler_config import MOST_TIMESTEPS
+from tfmq_exp.denoisers.loading.scheduler_config import MOST_TIMESTEPS
 from tfmq_exp.sampling.images import STREAM
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler, trajectory
 from tfmq_exp.sampling.sampling import Sampling

@@ -13,8 +13,9 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tfmq_exp.core.files import read_json
 from tfmq_exp.core.validate import COUNT, POSITIVE, SHARE, SWITCH, check_fields
-from tfmq_exp.denoisers.scheduler_config import (
+from tfmq_exp.denoisers.loading.scheduler_config import (
     CONFIG,
     KINDS,
     NOISE,
@@ -22,7 +23,6 @@ from tfmq_exp.denoisers.scheduler_config import (
     check_count,
     check_former_names,
     pipeline_class,
-    read_json,
     scheduler_class,
     scheduler_defaults,
     scheduler_file,

@@ -18,7 +18,7 @@ from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.core.files import write_json
 from tfmq_exp.core.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
-from tfmq_exp.denoisers.first_stage import LatentDecoder
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.evaluation.inception import load_inception
 from tfmq_exp.methods.activations import Observe
 from tfmq_exp.methods.correction import NoiseCorrection, NoiseMoments

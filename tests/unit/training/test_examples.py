@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.data.digits import DigitsImages, load_images
-from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
+from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
 from tfmq_exp.experiment.training_stages import TrainingStages
 from tfmq_exp.training.batches import Batches
 from tfmq_exp.training.examples import Examples, identity, write
