@@ -1,4 +1,4 @@
-"""What a stored model says about itself beside its numbers, as plain data, and whether what was read is that."""
+"""The manifest of a stored model: everything but its numbers, as plain data, and comparison with one that was read."""
 
 import dataclasses
 import inspect
@@ -30,7 +30,7 @@ SOMETIMES: Mapping[str, type | UnionType] = {"outside": list}
 
 
 def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
-    """All integer tensors by the name that they have in the file: weights part by part, and cached temporal features."""
+    """All integer tensors by their names in the file: weights part by part, and cached temporal features."""
     weights = {f"weights/{site}/{i}": part for site, parts in model.integers.items() for i, part in enumerate(parts)}
     return weights | {f"cached/{site}": integers for site, integers in model.cached.items()}
 
@@ -41,7 +41,7 @@ def inside(zero_point: Tensor, spec: QuantSpec) -> bool:
 
 
 def described(model: QuantizedUNet) -> dict[str, Any]:
-    """What a manifest says of the model itself: everything but its numbers."""
+    """The manifest of a model, without its recipe."""
     known = inspect.signature(type(model.unet).__init__).parameters
     integers = stored_integers(model)
     outside = [name for name, part in integers.items() if not inside(part.qparams.zero_point, part.spec)]
@@ -74,9 +74,9 @@ def check_entries(manifest: Any) -> None:
 
 
 def difference(given: Any, written: Any, place: str = "") -> str | None:
-    """Where plain data that was read is not what the model made of it would write; None if nowhere.
+    """The place where plain data that was read differs from what the model made of it would write; None if nowhere.
 
-    An entry that nobody reads, one that a default stands for, or a number that was taken for another one would otherwise pass.
+    An entry without a reader, a default, or a number that was taken for another one would otherwise pass.
     """
     if type(given) is not type(written):
         return f"{place or 'all'} is {str(given)[:50]!r} instead of {str(written)[:50]!r}"
