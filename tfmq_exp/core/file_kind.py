@@ -8,6 +8,10 @@ AGAIN = "download it again"
 UNPACK = "unpack it, and give the file inside"
 PICTURE = "is a picture"
 CONVERT = "convert it with the program that it belongs to, or take the publisher's safetensors"
+ARCHIVES = {
+    **{b"\x1f\x8b": "a gzip", b"BZh": "a bzip2", b"\xfd7zXZ\x00": "an xz", b"\x28\xb5\x2f\xfd": "a zstd"},
+    **{b"\x04\x22\x4d\x18": "an lz4", b"7z\xbc\xaf\x27\x1c": "a 7z", b"Rar!\x1a\x07": "a rar"},
+}
 # (offset, bytes, what the file is, what to do)
 SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"version https://git-lfs", "is a pointer of Git LFS, not the file itself", "fetch it with `git lfs pull`"),
@@ -15,13 +19,7 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"# xet version", "is a pointer of Xet, not the file itself", AGAIN),
     (0, b"/annex/objects/", "is a pointer of git-annex, not the file itself", "fetch it with `git annex get`"),
     (0, b"PK\x05\x06", "is an empty zip archive", AGAIN),
-    (0, b"\x1f\x8b", "is a gzip archive", UNPACK),
-    (0, b"BZh", "is a bzip2 archive", UNPACK),
-    (0, b"\xfd7zXZ\x00", "is an xz archive", UNPACK),
-    (0, b"\x28\xb5\x2f\xfd", "is a zstd archive", UNPACK),
-    (0, b"\x04\x22\x4d\x18", "is an lz4 archive", UNPACK),
-    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", UNPACK),
-    (0, b"Rar!\x1a\x07", "is a rar archive", UNPACK),
+    *((0, mark, f"is {name} archive", UNPACK) for mark, name in ARCHIVES.items()),
     (257, b"ustar", "is a tar archive", UNPACK),
     (0, b"\x93NUMPY", "is a .npy file of NumPy, which holds one array", ""),
     (0, b"GGUF", "is a GGUF file of llama.cpp's family", CONVERT),
@@ -30,11 +28,8 @@ SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"PTMF", "is a mobile program of PyTorch", CONVERT),
     (0, b"%PDF-", "is a PDF", AGAIN),
     (0, b"%!PS", "is PostScript, which is a program", ""),
-    (0, b"\x89PNG\r\n", PICTURE, ""),
-    (0, b"\xff\xd8\xff", PICTURE, ""),
-    (0, b"GIF8", PICTURE, ""),
-    (0, b"\x7fELF", "is a program", ""),
-    (0, b"MZ\x90\x00", "is a program", ""),
+    *((0, mark, PICTURE, "") for mark in (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")),
+    *((0, mark, "is a program", "") for mark in (b"\x7fELF", b"MZ\x90\x00")),
 )
 # The end of names of files without a signature of their own.
 NAMES: tuple[tuple[str, str, str], ...] = (

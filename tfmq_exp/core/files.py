@@ -15,11 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name and move it into place.
-
-    Raises:
-        OSError: it could not be written, on a full disk say; names the file.
-    """
+    """Let `write` make a file under a temporary name and move it into place; an OSError names the file."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of a killed run a process may still write
     try:
         write(partial)
@@ -37,12 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, something else than JSON, or no object; names the file.
-    """
+    """Read a file with one JSON object; ValueError for one that is damaged, something else, or no object."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
@@ -55,10 +46,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON in UTF-8, whatever the locale; a name of a file that is no text keeps its bytes, in JSON's own notation.
+    """Write JSON in UTF-8; ValueError for a NaN or an infinity.
 
-    Raises:
-        ValueError: data with a NaN or an infinity, which JSON does not have.
+    A name of a file that is no text keeps its bytes, in JSON's own notation.
     """
     try:
         text = as_json(data)
@@ -84,12 +74,7 @@ def hashed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a file of `write_record`; an object without hash is taken as it is.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or no JSON object; names it.
-    """
+    """Read a file of `write_record`, with `read_json`'s errors; an object without hash is taken as it is."""
     data = read_json(path)
     if data.pop("sha256", None) not in (None, hash_of_json(data)):
         raise ValueError(f"{path} is damaged: it is not what was written")

@@ -15,6 +15,7 @@ from typing import Any
 MOST_INSTRUCTIONS = 400_000  # checkpoints have thirty for each tensor
 HEAVIEST_KEY, MOST_HEAVY_KEYS = 100, 10_000  # parts of a key, and how many keys may have more than one
 LARGEST_KEY = 60  # bits; the hashes of larger integers can all be made equal
+PythonUnpickler: Any = pickle._Unpickler  # that of C hashes keys before they can be checked
 
 
 class RefusedError(ValueError):
@@ -34,8 +35,8 @@ def parts_of(key: Any) -> int:
     return count
 
 
-class SafeUnpickler(pickle._Unpickler):
-    """Python's own unpickler (that of C hashes keys without a look) with limits and a fixed table of names.
+class SafeUnpickler(PythonUnpickler):
+    """An unpickler with limits and a fixed table of names.
 
     Args:
         content: the pickle, from its present position.
@@ -89,7 +90,7 @@ REGISTERED = (pickle.EXT1, pickle.EXT2, pickle.EXT4)  # objects that other progr
 def checked(code: bytes) -> Callable[[SafeUnpickler], None]:
     """An instruction of the unpickler that is checked before it runs."""
     # bytes in the place of a bytearray, whose memory is taken before its content is there
-    run = pickle._Unpickler.dispatch[(pickle.BINBYTES8 if code == pickle.BYTEARRAY8 else code)[0]]
+    run = PythonUnpickler.dispatch[(pickle.BINBYTES8 if code == pickle.BYTEARRAY8 else code)[0]]
     keys = HASHED.get(code, slice(0))
 
     def instruction(unpickler: SafeUnpickler) -> None:
@@ -99,5 +100,5 @@ def checked(code: bytes) -> Callable[[SafeUnpickler], None]:
     return instruction
 
 
-codes = (bytes([code]) for code in pickle._Unpickler.dispatch)
+codes = (bytes([code]) for code in PythonUnpickler.dispatch)
 SafeUnpickler.dispatch = {code[0]: checked(code) for code in codes if code not in REGISTERED}

@@ -53,12 +53,12 @@ def read_lines(path: Path) -> list[str]:
     r"""Read the lines of a text file, without their ends and without spaces around them; blank ones are lines, too.
 
     Lines end with \n or \r\n, or all of them with \r. The last may lack its end. No other character ends a line: what
-    Unicode calls separators (U+2028, U+0085, form feeds, ..) stays inside. Byte order marks that stand before a line, as
+    Unicode calls separators (U+2028, U+0085, form feeds, ..) stays inside. Byte order marks before a line, as
     where files were joined, are no part of it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as `decode_text`, or a \r inside a line, of which nobody can say whether it ends one.
+        ValueError: as `decode_text`, or a \r inside a line, which may or may not end one.
     """
     text = decode_text(path).replace("\r\n", "\n")
     lines = text.split("\n") if "\n" in text else text.split("\r")

@@ -3,8 +3,6 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
-from types import UnionType
 from typing import Any
 
 from torch import Tensor
@@ -16,17 +14,9 @@ from tfmq_exp.surgery.plan import resolved_to_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
-ENTRIES: Mapping[str, type | UnionType] = {
-    "network": str,
-    "config": dict,
-    "plan": dict,
-    "shapes": dict,
-    "cached": dict,
-    "unneeded": list,
-    "heads": dict,
-    "recipe": dict | None,  # how the model is sampled
-}
-SOMETIMES: Mapping[str, type | UnionType] = {"outside": list}
+# network, its configuration, what is quantized, shapes of the integers, numbers of heads, and how the model is sampled
+ENTRIES = frozenset({"network", "config", "plan", "shapes", "cached", "unneeded", "heads", "recipe"})
+SOMETIMES = frozenset({"outside"})
 
 
 def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
@@ -60,17 +50,13 @@ def described(model: QuantizedUNet) -> dict[str, Any]:
 
 
 def check_entries(manifest: Any) -> None:
-    """ValueError for anything but the entries of a manifest, each of its kind."""
+    """ValueError for anything but the entries of a manifest; their content is compared with that of the model later."""
     if type(manifest) is not dict:
         raise ValueError(f"its manifest must be entries with values, got a {type(manifest).__name__}")
-    if lacking := ENTRIES.keys() - manifest.keys():
+    if lacking := ENTRIES - manifest.keys():
         raise ValueError(f"its manifest lacks {min(lacking)!r}")
-    kinds = {**ENTRIES, **SOMETIMES}
-    for entry, value in manifest.items():
-        if entry not in kinds:
-            raise ValueError(f"its manifest has an unknown entry {entry[:50]!r}")
-        if not isinstance(value, kinds[entry]):
-            raise ValueError(f"{entry!r} of its manifest must be {kinds[entry]}, got {str(value)[:50]!r}")
+    if unknown := manifest.keys() - ENTRIES - SOMETIMES:
+        raise ValueError(f"its manifest has an unknown entry {min(unknown)[:50]!r}")
 
 
 def difference(given: Any, written: Any, place: str = "") -> str | None:

@@ -79,11 +79,7 @@ class StoredTensors:
 
 
 def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """The float network that a manifest describes, with nothing in its parameters yet.
-
-    Raises:
-        ValueError: another network, or one that is larger than a file with these tensors can describe.
-    """
+    """The float network that a manifest describes, if its tensors can fill it, with nothing in its parameters yet."""
     if manifest["network"] not in NETWORKS:
         raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
     kind, config = NETWORKS[manifest["network"]], manifest["config"]
@@ -117,11 +113,7 @@ def fill_weights(model: QuantizedUNet, stored: StoredTensors) -> dict[str, Tenso
 def fill_features(
     model: QuantizedUNet, manifest: Mapping[str, Any], stored: StoredTensors, known: Mapping[str, Role]
 ) -> None:
-    """Put stored temporal features in the place of the layers that compute them.
-
-    Raises:
-        ValueError: a layer that computes none, or one taken out whose output is read.
-    """
+    """Put stored temporal features in the place of the layers that compute them, which are no others."""
     for site, spec in manifest["cached"].items():
         if known.get(site) is not Role.TIME_PROJ:
             raise ValueError(f"{site!r} projects no temporal feature: it cannot be stored")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.helpers.reading import tensor_names
+from tests.helpers.checkpoints import tensor_names
 from tfmq_exp.core.file_kind import instead_of_text
 from tfmq_exp.core.files import read_json
 from tfmq_exp.denoisers.digits import load_denoiser as load_digits

@@ -62,11 +62,7 @@ class LatentDecoder:
 
 
 def build_autoencoder(config: Mapping[str, Any], scale: float) -> AutoencoderKL | VQModel:
-    """The diffusers network of an LDM `first_stage_config`, with random weights.
-
-    Raises:
-        ValueError: another autoencoder, or settings it cannot have.
-    """
+    """The diffusers network of an LDM `first_stage_config`, with random weights; ValueError for settings it cannot have."""
     kind, params = str(config["target"]).rpartition(".")[2], config["params"]
     if kind not in KINDS:
         raise ValueError(f"first stage must be one of {', '.join(KINDS)}, got {config['target']!r}")

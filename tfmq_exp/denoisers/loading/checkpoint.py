@@ -16,19 +16,6 @@ from tfmq_exp.denoisers.loading.torch_pickle import TensorRecord
 EMA = "model_ema."
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn errors of reading a file into one ValueError that names it and its kind."""
-    try:
-        yield
-    except RefusedError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except Exception as error:  # damaged bytes fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        damaged = f"is damaged or no checkpoint of torch.save or safetensors ({reason})"
-        raise ValueError(f"{path}: {why_unreadable(path) or damaged}") from error
-
-
 class Checkpoint:
     """A file of named tensors, opened once; what is not asked for is not read.
 
@@ -53,7 +40,7 @@ class Checkpoint:
             raise FileNotFoundError(f"no file at {self.path}{why_missing(self.path)}")
         if kind := kind_of(self.path):
             raise ValueError(f"{self.path}: {kind}")
-        with naming(self.path), ExitStack() as files:
+        with self._naming(), ExitStack() as files:
             if is_safetensors(self.path):
                 stored = files.enter_context(safe_open(self.path, framework="pt"))
                 self._names = list(stored.keys())
@@ -77,23 +64,31 @@ class Checkpoint:
 
     def tensors(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Read tensors by their names, all by default: plain, on the CPU and without gradients."""
-        with naming(self.path):
+        with self._naming():
             return self._read(self._names if names is None else names)
 
     def read(self, prefix: str = "", *, ema: bool = False) -> dict[str, Tensor]:
-        """Read the weights of one network, by their names below a prefix.
-
-        Args:
-            prefix: such as `model.diffusion_model.`; empty for a checkpoint of one network alone.
-            ema: the EMA copies that training kept, instead of the last weights.
+        """Read the weights of one network, by their names below a prefix; with `ema` the averages that training kept.
 
         Raises:
             ValueError: damaged, nothing below the prefix, or no EMA copies of its weights.
         """
-        with naming(self.path):
+        with self._naming():
             sources = select_names(self._names, prefix, ema)
         tensors = self.tensors(sources.values())
         return {name: tensors[source] for name, source in sources.items()}
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn errors of reading into one ValueError that names the file and its kind."""
+        try:
+            yield
+        except RefusedError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        except Exception as error:  # damaged bytes fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            damaged = f"is damaged or no checkpoint of torch.save or safetensors ({reason})"
+            raise ValueError(f"{self.path}: {why_unreadable(self.path) or damaged}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -137,8 +132,6 @@ def select_names(present: Collection[str], prefix: str, ema: bool) -> dict[str, 
     sources = ema_names(names) if ema else {name: name for name in names}
     found = set(present)
     if missing := [name for name in names if sources[name] not in found]:
-        raise RefusedError(
-            f"no EMA copy ({EMA}*) of {len(missing)} of {len(names)} weights below {prefix!r}, such as {missing[0]!r}; "
-            "set ema=false for the weights themselves"
-        )
+        lacking = f"{len(missing)} of {len(names)} weights below {prefix!r}, such as {missing[0]!r}"
+        raise RefusedError(f"no EMA copy ({EMA}*) of {lacking}; set ema=false for the weights themselves")
     return {name.removeprefix(prefix): sources[name] for name in names}

@@ -44,17 +44,12 @@ def unet_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Channels, height and width of one sample."""
-    section, channels = ("data", "channels") if is_ddim(config) else ("model.params", "channels")
-    size = int(at(config, f"{section}.image_size"))
-    return int(at(config, f"{section}.{channels}")), size, size
+    section = at(config, "data" if is_ddim(config) else "model.params")
+    return int(at(section, "channels")), int(at(section, "image_size")), int(at(section, "image_size"))
 
 
 def training_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The noise that the network was trained on, as arguments of diffusers' schedulers.
-
-    Raises:
-        ValueError: a kind of schedule, or a prediction, that is not supported.
-    """
+    """The noise that the network was trained on, as arguments of diffusers' schedulers; ValueError for other kinds."""
     if is_ddim(config):
         kind, kept = at(config, "diffusion.beta_schedule"), "linear"
         places = (f"diffusion.{key}" for key in ("num_diffusion_timesteps", "beta_start", "beta_end"))
@@ -132,7 +127,7 @@ def load_compvis(
 
     Args:
         path: the file.
-        config: its architecture in the layout of the original program; `clip_text_config` beside `model` describes a text
+        config: its architecture in the layout of the original program; a section `clip_text_config` describes a text
             model other than ViT-L/14.
         ema: the average of the UNet's weights instead of the last ones.
         tokenizer: folder of CLIP's vocabulary, for text.

@@ -43,11 +43,7 @@ UNSUPPORTED = ("use_new_attention_order", "num_classes", "use_linear_in_transfor
 
 
 def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
-    """The diffusers network of an LDM `UNetModel` with these constructor arguments.
-
-    Raises:
-        ValueError: an option that would need another network.
-    """
+    """The diffusers network of an LDM `UNetModel` with these constructor arguments; ValueError for unsupported ones."""
     if other := [option for option in UNSUPPORTED if kwargs.get(option)]:
         raise ValueError(f"UNetModel's option {other[0]}={kwargs[other[0]]!r} is not supported")
     multipliers: Sequence[int] = kwargs["channel_mult"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DModel, VQModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextModel
 
 from tfmq_exp.core.files import read_json
@@ -23,11 +23,11 @@ from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, assign_text_wei
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
-# What older versions of diffusers called the layers of attention in autoencoders.
+# Names of autoencoders' attention layers in older versions of diffusers -> today's.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CLASSES = {"unet": UNETS, "first_stage": AUTOENCODERS, "text_encoder": TEXT_MODELS}
 SUBFOLDERS = {"first_stage": ("vqvae", "vae"), "text_encoder": ("text_encoder",)}
-# What a pipeline may list beside: tokenizer and scheduler are read elsewhere, the others change no image of text or noise.
+# What a pipeline may list, too: tokenizer and scheduler are read elsewhere, the others change no image of text or noise.
 OTHERS = frozenset({"tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"})
 ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
 
@@ -46,11 +46,7 @@ def unet_folder(path: Path) -> Path:
 
 
 def component_folders(path: Path) -> dict[str, Path]:
-    """The folders of the networks that are read.
-
-    Raises:
-        FileNotFoundError: no UNet, or the index of the pipeline lists one that is not there.
-    """
+    """The folders of the networks that are read; FileNotFoundError for one that the pipeline's index lists alone."""
     found, index = {"unet": unet_folder(path)}, read_index(path)
     for name, choices in SUBFOLDERS.items():
         if present := [path / choice for choice in choices if (path / choice).is_dir()]:
@@ -72,26 +68,20 @@ def check_index(path: Path) -> None:
 
 
 class Component(NamedTuple):
-    """One network of a folder: its configuration, and itself on the meta device."""
+    """One network of a folder, its settings checked: its configuration, and itself on the meta device."""
 
     folder: Path
     config: Mapping[str, Any]
     network: Any
 
-
-def read_component(name: str, folder: Path) -> Component:
-    """Check the configuration of a network, before weights are read.
-
-    Raises:
-        FileNotFoundError: no configuration, or no weights.
-        ValueError: a setting that is not safe, cannot be, or is not supported, by its key.
-    """
-    if (folder / ADAPTER).exists():
-        raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
-    file = folder / "config.json"
-    available = sum(weights.stat().st_size for weights in weight_files(folder))
-    config = read_json(file)
-    return Component(folder, config, checked_network(file, config, CLASSES[name], available))
+    @classmethod
+    def read(cls, name: str, folder: Path) -> "Component":
+        if (folder / ADAPTER).exists():
+            raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
+        file = folder / "config.json"
+        available = sum(weights.stat().st_size for weights in weight_files(folder))
+        config = read_json(file)
+        return cls(folder, config, checked_network(file, config, CLASSES[name], available))
 
 
 def present_name(name: str, expected: Collection[str]) -> str:
@@ -100,16 +90,6 @@ def present_name(name: str, expected: Collection[str]) -> str:
     outer, _, layer = outer.rpartition(".")
     present = f"{outer}.{FORMER_NAMES.get(layer, layer)}.{leaf}"
     return present if name not in expected and present in expected else name
-
-
-def fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a network on the meta device its weights, which it takes over; ValueError where they do not fit."""
-    if isinstance(network, CLIPTextModel):
-        return assign_text_weights(network, state)
-    expected = network.state_dict().keys()
-    assign_weights(network, {present_name(name, expected): value for name, value in state.items()})
-    if computed := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
-        raise ValueError(f"it has numbers that are in no file ({computed[0]}), which is not supported")
 
 
 class DiffusersFolder:
@@ -128,7 +108,7 @@ class DiffusersFolder:
     def __init__(self, path: Path) -> None:
         check_index(path)
         self.path = path
-        self.components = {name: read_component(name, folder) for name, folder in component_folders(path).items()}
+        self.components = {name: Component.read(name, folder) for name, folder in component_folders(path).items()}
 
     @cached_property
     def architecture(self) -> dict[str, Any]:
@@ -143,7 +123,13 @@ class DiffusersFolder:
         folder, _, network = self.components[name]
         state = read_state(folder)
         try:
-            fill(network, state)
+            if isinstance(network, CLIPTextModel):
+                assign_text_weights(network, state)
+            else:
+                expected = network.state_dict().keys()
+                assign_weights(network, {present_name(name, expected): value for name, value in state.items()})
+            if computed := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
+                raise ValueError(f"it has numbers that are in no file ({computed[0]}), which is not supported")
         except Exception as error:  # unfit configurations fail in any way
             reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder} cannot be loaded: {' '.join(reason.split())[:300]}") from error
@@ -199,11 +185,7 @@ class DiffusersFolder:
 
 
 def apply_heads(unet: nn.Module, config: Mapping[str, Any]) -> None:
-    """Set the numbers of heads of an original architecture, not all of which a diffusers configuration can express.
-
-    Raises:
-        ValueError: the architecture is another one.
-    """
+    """Set an original architecture's numbers of heads, not all of which a diffusers configuration can express."""
     with torch.device("meta"):
         expected = build_unet(unet_architecture(config))
     if problems := differences(expected, unet.state_dict()):

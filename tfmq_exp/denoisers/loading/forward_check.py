@@ -6,6 +6,7 @@ networks; here they are compared with one forward pass, whatever the settings ar
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.denoiser import DenoiserParts, FirstStage
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.network_config import check_channels
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.unet import block_modules, roles, time_embedding
 
@@ -84,15 +86,11 @@ def distance(found: Any, expected: Any) -> float:
     return max((float((a - b).abs().max()) for a, b in pairs), default=0.0) / max(largest, 1e-12)
 
 
-def check_channels(unet: Any, channels: int, stage: FirstStage) -> None:
+def check_sample(unet: Any, channels: int, stage: FirstStage) -> None:
     """ValueError unless the network takes the sample and nothing else, returns noise, and its sample becomes images."""
-    taken, returned = unet.config["in_channels"], unet.config["out_channels"]
-    if taken != channels or returned not in (taken, 2 * taken):
-        raise ValueError(
-            f"in_channels={taken}, out_channels={returned} with samples of {channels} channels: expected in_channels={channels}, "
-            "and as many out, or twice as many with a learned variance; inpainting and other networks that take more than the "
-            "noisy sample are not supported"
-        )
+    check_channels(unet)
+    if (taken := unet.config["in_channels"]) != channels:
+        raise ValueError(f"in_channels={taken} with samples of {channels} channels: expected in_channels={channels}")
     if isinstance(stage, LatentDecoder) and channels != stage.channels:
         raise ValueError(f"in_channels={channels}, and the first stage decodes latents of {stage.channels} channels")
     if not isinstance(stage, LatentDecoder) and channels not in (1, 3):
@@ -111,7 +109,7 @@ def check_forward(parts: DenoiserParts) -> None:
             finite, or computes something otherwise in its pass than apart; by the settings that are behind it.
     """
     unet, shape, conditions = parts.unet, parts.sample_shape, parts.encoder.example().given
-    check_channels(unet, shape[0], parts.first_stage)
+    check_sample(unet, shape[0], parts.first_stage)
     projections = {name for name, role in roles(unet).items() if role is Role.TIME_PROJ}
     check_shape(unet, shape, conditions)
     last, step, name = int(parts.schedule["num_train_timesteps"]) - 1, halvings(unet), type(unet).__name__
@@ -123,14 +121,19 @@ def check_forward(parts: DenoiserParts) -> None:
     # copies, for networks may change tensors later
     inputs: dict[str, tuple[Any, Any]] = {}
     outputs: dict[str, Any] = {}
+
+    def before(path: str, _module: Any, args: Any, kwargs: Any) -> None:
+        inputs[path] = copied((args, kwargs))
+
+    def after(path: str, _module: Any, _args: Any, output: Any) -> None:
+        outputs[path] = copied(output)
+
     with ExitStack() as hooks:
-        for path, module in unet.named_modules():
-            if path in blocks:
-                before = lambda _m, args, kwargs, path=path: inputs.update({path: copied((args, kwargs))})  # noqa: E731
-                hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-            if path in blocks | projections:
-                after = lambda _m, _args, output, path=path: outputs.update({path: copied(output)})  # noqa: E731
-                hooks.enter_context(module.register_forward_hook(after))
+        for path in blocks:
+            hook = unet.get_submodule(path).register_forward_pre_hook(partial(before, path), with_kwargs=True)
+            hooks.enter_context(hook)
+        for path in blocks | projections:
+            hooks.enter_context(unet.get_submodule(path).register_forward_hook(partial(after, path)))
         try:
             output = unet(sample.expand(len(t), -1, -1, -1), t, **given).sample
         except IndexError as error:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
@@ -22,7 +21,8 @@ TEXT_MODELS: tuple[Any, ...] = (CLIPTextModel,)
 
 # Notes of the libraries about a file, which change nothing.
 NOTES = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
-# What the libraries would import, fetch, or put in the place of plain layers.
+TEXT_NOTES = frozenset({"_name_or_path", "transformers_version", "architectures", "model_type", "dtype"})
+# Settings with which the libraries would import or fetch code, or replace plain layers.
 CODE = frozenset({"auto_map", "attn_implementation", "quantization_config", "custom_pipelines"})
 SIDES = ("Down", "Up")
 BLOCKS = ("{}Block2D", "Attn{}Block2D", "CrossAttn{}Block2D", "Resnet{}sampleBlock2D")
@@ -46,11 +46,11 @@ UNET_CHOICES: dict[str, frozenset[Any]] = {
 STAGE_CHOICES = {"latents_mean": NONE, "latents_std": NONE, "out_channels": frozenset({1, 3})}
 # Of a text model: the UNet is conditioned on all of its words.
 TEXT_CHOICES = {"use_attention_mask": OFF}
-CHOICES = (
-    *((kind, UNET_CHOICES, "a UNet") for kind in UNETS),
-    *((kind, STAGE_CHOICES, "a first stage") for kind in AUTOENCODERS),
-    *((kind, TEXT_CHOICES, "a text model") for kind in TEXT_MODELS),
-)
+CHOICES: dict[Any, tuple[Mapping[str, frozenset[Any]], str]] = {
+    **dict.fromkeys(UNETS, (UNET_CHOICES, "a UNet")),
+    **dict.fromkeys(AUTOENCODERS, (STAGE_CHOICES, "a first stage")),
+    **dict.fromkeys(TEXT_MODELS, (TEXT_CHOICES, "a text model")),
+}
 LAYERS = (
     "layers_per_block",
     "transformer_layers_per_block",
@@ -62,16 +62,6 @@ MOST_LEVELS = 16
 LARGEST_SIDE = 8192  # of a sample, in pixels or latents
 # Below these a file that is too short is not the settings' fault: it is damaged, or something else.
 WIDE, LARGE = 2**20, 2**30  # channels or words of one layer; weights of a network
-
-
-def class_of(file: Path, config: Mapping[str, Any], classes: tuple[Any, ...]) -> Any:
-    """The class that a configuration names; ValueError unless it is one of these."""
-    listed = config.get("architectures")
-    name = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else None)
-    kinds = {kind.__name__: kind for kind in classes}
-    if not isinstance(name, str) or name not in kinds:
-        raise ValueError(f"{file.parent} holds a network of class {name}; expected {' or '.join(kinds)}")
-    return kinds[name]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -98,26 +88,14 @@ def check_code(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_sizes(kind: Any, config: Mapping[str, Any], available: int, most_layers: int) -> None:
-    """Check that a network of these settings is built in little time, before it is built.
-
-    Args:
-        kind: its class; a setting that is a switch or a real number by default stays one.
-        config: its settings by name.
-        available: weights that the files can hold.
-        most_layers: in all blocks together.
-
-    Raises:
-        ValueError: a value that cannot be, by its key, or too many layers.
-    """
+    """ValueError, by their keys, for settings of a network that is not built in little time; see `empty_network`."""
     defaults = default_settings(kind)
     for key, value in config.items():
-        if key.endswith("_token_id"):
-            continue
         if isinstance(value, list) and len(value) > MOST_LEVELS:
             raise ValueError(f"{key} has {len(value)} entries; a network has at most {MOST_LEVELS} levels")
         limit = LARGEST_SIDE if key == "sample_size" else MOST_LAYERS if key in LAYERS else max(available, WIDE)
         default = defaults.get(key)
-        wrong = [number for number in numbers(value) if not 0 <= number <= limit]
+        wrong = any(not 0 <= number <= limit for number in numbers(value)) and not key.endswith("_token_id")
         nested = isinstance(value, list) and any(isinstance(part, list) for part in value) and key not in LAYERS
         switch = isinstance(default, bool) and not all(leaf is None or type(leaf) is bool for leaf in leaves(value))
         real = isinstance(default, float) and type(value) not in (int, float)
@@ -132,20 +110,13 @@ def check_sizes(kind: Any, config: Mapping[str, Any], available: int, most_layer
         raise ValueError(f"{chosen} make {layers:.0f} layers; expected at most {most_layers}")
 
 
-def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's own settings; transformers notes much that is not the network's."""
-    known = CLIPTextConfig().to_dict().keys()
-    foreign = {"_name_or_path", "transformers_version", "architectures", "model_type", "dtype"}
-    return {key: value for key, value in config.items() if key in known - foreign}
-
-
 def empty_network(
     kind: Any, config: Mapping[str, Any], available: int, most_layers: int = MOST_LAYERS, tolerated: int = 0
-) -> nn.Module:
+) -> Any:
     """Build a network on the meta device, if its settings are possible.
 
     Args:
-        kind: its class.
+        kind: its class; a setting that is a switch or a real number by default stays one.
         config: its settings by name.
         available: weights that the files can hold.
         most_layers: in all blocks together.
@@ -174,12 +145,12 @@ def empty_network(
 
 def check_choices(kind: Any, config: Mapping[str, Any]) -> None:
     """ValueError for a setting that the class does not know and would ignore, or with a value that is not supported."""
-    if kind not in TEXT_MODELS:
-        known = default_settings(kind).keys() | NOTES
-        if unknown := [key for key, value in config.items() if key not in known and value not in (None, False)]:
-            found = f"{unknown[0]!r} (={config[unknown[0]]!r:.80})"
-            raise ValueError(f"{kind.__name__} has no setting {found}: another version's network?")
-    choices, network = next((choices, network) for other, choices, network in CHOICES if other is kind)
+    known = default_settings(kind).keys() | NOTES
+    unknown = [key for key, value in config.items() if key not in known and value not in (None, False)]
+    if unknown and kind not in TEXT_MODELS:  # transformers notes much that is not the network's
+        found = f"{unknown[0]!r} (={config[unknown[0]]!r:.80})"
+        raise ValueError(f"{kind.__name__} has no setting {found}: another version's network?")
+    choices, network = CHOICES[kind]
     for key, supported in choices.items():
         value = config.get(key)
         found = value if isinstance(value, list | tuple) else (value,)
@@ -189,16 +160,14 @@ def check_choices(kind: Any, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{network} with {key}={value!r:.80} is not supported; expected {expected}")
 
 
-def check_sample(kind: Any, config: Mapping[str, Any]) -> None:
-    """ValueError unless a UNet says its sample's size, and returns its channels, or those of a learned variance besides."""
-    default = default_settings(kind)
-    taken, returned = (config.get(key, default[key]) for key in ("in_channels", "out_channels"))
-    if type(taken) is not int or returned not in (taken, 2 * taken):
+def check_channels(unet: Any) -> None:
+    """ValueError unless a UNet returns as many channels as it takes, or twice as many, with a learned variance."""
+    taken, returned = unet.config["in_channels"], unet.config["out_channels"]
+    if returned not in (taken, 2 * taken):
         wrong = f"expected out_channels={taken}, or {2 * taken} with a learned variance"
-        if type(taken) is type(returned) is int and taken > returned:
+        if taken > returned:
             wrong = f"more channels than the {returned} of the noisy sample (inpainting, or a condition beside it): not supported"
         raise ValueError(f"in_channels={taken}, out_channels={returned}: {wrong}")
-    sides(config.get("sample_size"))
 
 
 def sides(size: Any) -> tuple[int, int]:
@@ -210,7 +179,7 @@ def sides(size: Any) -> tuple[int, int]:
     return pair
 
 
-def checked_network(file: Path, config: Mapping[str, Any], classes: tuple[Any, ...], available: int) -> nn.Module:
+def checked_network(file: Path, config: Mapping[str, Any], classes: tuple[Any, ...], available: int) -> Any:
     """Check a network's configuration file, and build the network on the meta device.
 
     Args:
@@ -222,13 +191,22 @@ def checked_network(file: Path, config: Mapping[str, Any], classes: tuple[Any, .
     Raises:
         ValueError: another class, or a setting that is not safe, cannot be, or is not supported; by its key.
     """
-    kind = class_of(file, config, classes)
+    listed = config.get("architectures")
+    name = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else None)
+    kinds = {kind.__name__: kind for kind in classes}
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"{file.parent} holds a network of class {name}; expected {' or '.join(kinds)}")
+    kind, foreign = kinds[name], NOTES
+    if kind in TEXT_MODELS:  # its own settings alone
+        foreign = (config.keys() - CLIPTextConfig().to_dict().keys()) | TEXT_NOTES
     check_code(file, config)
     try:
         check_choices(kind, config)
-        own = text_settings(config) if kind in TEXT_MODELS else {k: v for k, v in config.items() if k not in NOTES}
+        own = {key: value for key, value in config.items() if key not in foreign}
+        network = empty_network(kind, own, available, tolerated=LARGE)
         if kind in UNETS:
-            check_sample(kind, config)
-        return empty_network(kind, own, available, tolerated=LARGE)
+            check_channels(network)
+            sides(config.get("sample_size"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    return network

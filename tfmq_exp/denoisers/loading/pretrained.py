@@ -13,7 +13,7 @@ from tfmq_exp.denoisers.loading.compvis_checkpoint import load_compvis
 from tfmq_exp.denoisers.loading.diffusers_folder import DiffusersFolder, component_folders
 from tfmq_exp.denoisers.loading.download_hints import where_to_find
 from tfmq_exp.denoisers.loading.forward_check import check_forward
-from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, tokenizer_files, tokenizer_settings
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, tokenizer_files
 from tfmq_exp.denoisers.loading.weight_files import weight_files
 
 
@@ -26,12 +26,7 @@ def hash_weights(path: Path) -> str:
 
 
 def read_architecture(config: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any] | None:
-    """An architecture, given itself or as the path of its YAML file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, or not a mapping.
-    """
+    """An architecture, given itself or as the path of its YAML file."""
     if config is None or isinstance(config, Mapping):
         return config
     path = Path(config)
@@ -64,7 +59,7 @@ def load_denoiser(
         path: an original checkpoint (LDM, Stable Diffusion 1, DDIM), or a folder of diffusers' layout.
         config: the architecture in the original program's layout, or the path of a YAML file with it. With a folder it
             may be None; given, it says the numbers of heads that diffusers' configurations cannot express (LSUN-Churches).
-        ema: the UNet's weights averaged over training, which an original checkpoint may hold beside the last ones.
+        ema: the UNet's weights averaged over training, which an original checkpoint may hold in addition.
         tokenizer: folder with CLIP's vocab.json and merges.txt, for models of text; a folder's own by default.
         sha256: expected hash of the weights: of the file, or of a folder as `hash_weights` counts it.
         decode_rows: images that the first stage decodes together; bounds its memory.
@@ -99,7 +94,6 @@ def load_denoiser(
     described = architecture if folder is None else [architecture, folder.architecture]
     settings = {"ema": ema, "architecture_sha256": hash_of_json(described)}
     if isinstance(parts.encoder, TextEncoder):
-        home = words or path / "tokenizer"
-        files = [*tokenizer_files(home), *tokenizer_settings(home)]
+        files = tokenizer_files(words or path / "tokenizer")
         settings["tokenizer_sha256"] = hash_of_json({file.name: sha256_of(file) for file in files})
     return Denoiser(name=name, weights_sha256=found, settings=settings, **parts._asdict())

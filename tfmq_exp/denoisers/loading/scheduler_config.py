@@ -66,13 +66,10 @@ def scheduler_defaults(kind: str) -> dict[str, Any]:
 
 
 def training_noise(file: Path) -> dict[str, Any]:
-    """The noise that a network was trained on, as arguments of diffusers' schedulers.
+    """The noise that a network was trained on, as arguments of diffusers' schedulers; ValueError for impossible betas.
 
     Args:
         file: a scheduler's configuration. A setting that is not in it has the default of its class.
-
-    Raises:
-        ValueError: no betas, or values that cannot be; the message has the key.
     """
     config = read_json(file)
     name = config.get("_class_name")

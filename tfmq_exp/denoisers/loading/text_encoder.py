@@ -46,16 +46,10 @@ class TextEncoder:
         self.null = self.embed(self.tokens([""]))
 
     def tokens(self, captions: Sequence[str]) -> Int[Tensor, "batch length"]:
-        """Token ids between the start and end of text, cut and padded to the tokenizer's length, at most the model's.
-
-        Raises:
-            ValueError: ids that the model does not have.
-        """
-        known = self.model.config.vocab_size
-        encoded = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
-        ids: Tensor = encoded["input_ids"]  # type: ignore[assignment]  # a tensor, for return_tensors="pt"
+        """Token ids between the start and end of text, cut and padded to the tokenizer's length, at most the model's."""
+        known, options = self.model.config.vocab_size, {"padding": "max_length", "truncation": True}
+        encoded: Any = self.tokenizer(list(captions), max_length=self.length, return_tensors="pt", **options)
+        ids: Tensor = encoded["input_ids"]
         if int(ids.max()) >= known:
             raise ValueError(f"the tokenizer is not this model's: it gives token {int(ids.max())} of {known}")
         return ids
@@ -71,10 +65,8 @@ class TextEncoder:
         wrong = [caption for caption in choices if not isinstance(caption, str)]
         if wrong or not choices:
             given = f"got {wrong[0]!r}" if wrong else "got none"
-            raise ValueError(
-                f"this network is conditioned on a caption for each image: {given}; captions=FILE gives a file with one a line "
-                "(model.sampling.conditioning in full)"
-            )
+            where = "captions=FILE gives a file with one a line (model.sampling.conditioning in full)"
+            raise ValueError(f"this network is conditioned on a caption for each image: {given}; {where}")
         distinct = list(dict.fromkeys(choices))
         found = self.embed(self.tokens(distinct))[[distinct.index(caption) for caption in choices]]
         return Conditions({"encoder_hidden_states": found}, {"encoder_hidden_states": self.null})
@@ -93,20 +85,16 @@ class TextEncoder:
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
-    """The files that make a tokenizer; FileNotFoundError if they are not there."""
-    files = [folder / name for name in (*TOKENIZER_FILES, COMPILED) if (folder / name).is_file()] if folder else []
-    names = {file.name for file in files}
-    if COMPILED not in names and (missing := [name for name in TOKENIZER_FILES if name not in names]):
+    """The files of a tokenizer and its settings; FileNotFoundError without the former."""
+    names = (*TOKENIZER_FILES, COMPILED, *TOKENIZER_SETTINGS)
+    files = [folder / name for name in names if (folder / name).is_file()] if folder else []
+    found = {file.name for file in files}
+    if COMPILED not in found and (missing := [name for name in TOKENIZER_FILES if name not in found]):
         raise FileNotFoundError(
             f"no tokenizer: expected {' and '.join(missing)} in the folder that `tokenizer` names, got {folder}; Stable "
             "Diffusion's are those of openai/clip-vit-large-patch14 (docs/checkpoints.md); nothing is downloaded"
         )
     return files
-
-
-def tokenizer_settings(folder: Path) -> list[Path]:
-    """The files beside a tokenizer's own that change what it does."""
-    return [folder / name for name in TOKENIZER_SETTINGS if (folder / name).is_file()]
 
 
 def check_tokenizer(file: Path) -> None:
@@ -123,15 +111,10 @@ def check_tokenizer(file: Path) -> None:
 
 
 def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
-    """Read CLIP's tokenizer from a local folder; nothing is downloaded.
-
-    Raises:
-        FileNotFoundError: no folder, or not its files.
-        ValueError: files that are no tokenizer.
-    """
+    """Read CLIP's tokenizer from a local folder; FileNotFoundError without its files, ValueError if they are others."""
     files = tokenizer_files(folder)
     home = files[0].parent
-    for file in (*files, *tokenizer_settings(home)):
+    for file in files:
         if kind := instead_of_text(file):
             raise ValueError(f"{file} {kind}")
     check_tokenizer(home / TOKENIZER_SETTINGS[0])
@@ -147,9 +130,6 @@ def load_text_model(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> C
     Args:
         config: of transformers' CLIPTextConfig; `VIT_L_14` for Stable Diffusion 1.
         state: parameters by the names they have in the original file, below `cond_stage_model.transformer.`.
-
-    Raises:
-        ValueError: weights that do not fit.
     """
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(**config))

@@ -19,7 +19,7 @@ ReadStorage: TypeAlias = Callable[[StorageRecord], Tensor]
 
 
 def open_torch(file: BinaryIO) -> tuple[Any, ReadStorage]:
-    """The content of a file of `torch.save`, with records in the place of tensors, and a function that reads their storages.
+    """The content of a file, with records in the place of tensors, and a function that reads their storages.
 
     Raises:
         RefusedError: names of code, more memory or time than a checkpoint needs, or another kind of file.
@@ -113,24 +113,23 @@ def build_tensors(records: Mapping[str, TensorRecord], read: ReadStorage, length
     """
     storages: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
-    for name, record in records.items():
-        key = record.storage.key
-        storages[key] = data = storages[key] if key in storages else read(record.storage)
-        if data.numel() != record.storage.size or not fits(record, length):
+    for name, (storage, dtype, offset, size, stride) in records.items():
+        if storage.key not in storages:
+            storages[storage.key] = read(storage)
+        data = storages[storage.key]
+        if data.numel() != storage.size or not fits(records[name], length):
             raise RefusedError(f"is damaged: the tensor {name!r} does not lie within its storage")
-        place = (data.untyped_storage(), record.offset, record.size, record.stride)
-        tensors[name] = torch.empty(0, dtype=record.dtype).set_(*place)
+        tensors[name] = torch.empty(0, dtype=dtype).set_(data.untyped_storage(), offset, size, stride)  # type: ignore[call-overload]
     return tensors
 
 
 def fits(record: TensorRecord, length: int) -> bool:
     """Whether every element lies within the storage, which torch would enlarge otherwise, and their bytes within `length`."""
-    size, stride = record.size, record.stride
+    storage, dtype, offset, size, stride = record
     if not all(isinstance(part, tuple) and len(part) <= MOST_DIMENSIONS for part in (size, stride)):
         return False
-    if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in (record.offset, *size, *stride)):
+    if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)):
         return False
-    if math.prod(size) * record.dtype.itemsize > length:
-        return False
-    last = record.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    return 0 in size or (last + 1) * record.dtype.itemsize <= record.storage.size
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    inside = 0 in size or (last + 1) * dtype.itemsize <= storage.size
+    return inside and math.prod(size) * dtype.itemsize <= length

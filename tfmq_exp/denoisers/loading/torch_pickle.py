@@ -22,7 +22,7 @@ STUB_PACKAGES = (
     *("omegaconf.", "ldm.", "taming.", "torch.nn.", "torch.optim."),
 )
 PATHS = "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath"
-# Settings, counters and paths that training programs keep beside the weights.
+# Settings, counters and paths that training programs keep with the weights.
 STUBS = frozenset(
     f"{module}.{name}"
     for module, names in {

@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 
 
 class WeightSet(NamedTuple):
-    """One of the sets of weights of a network that a folder may hold."""
+    """One of the sets of weights of a network that a folder may hold; smaller ones are preferred.
 
+    Weights without a variant before those of one, such as fp16, which are read where there are no others; safetensors before
+    pickles.
+    """
+
+    rank: int
     variant: str
-    format: str
-    stem: str
-
-    def order(self) -> tuple[int, str, int, int]:
-        """Preference: the weights with all the numbers' digits first, then safetensors."""
-        rank = VARIANTS.index(self.variant) if self.variant in VARIANTS else len(VARIANTS)
-        return rank, self.variant, FORMATS.index(self.format), STEMS.index(self.stem)
+    format: int
+    stem: int
 
 
 def set_of(name: str) -> tuple[WeightSet, int, bool] | None:
@@ -45,11 +45,14 @@ def set_of(name: str) -> tuple[WeightSet, int, bool] | None:
         return None
     stem, before, _, shards, after, kind, index = match.groups()
     within = "" if index is None else index.removesuffix(".json").replace(".index", "").strip(".")
-    return WeightSet(before or after or within, kind, stem), int(shards or 0), index is not None
+    variant = before or after or within
+    rank = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+    weights = WeightSet(rank, variant, FORMATS.index(kind), STEMS.index(stem))
+    return weights, int(shards or 0), index is not None
 
 
 def shards_of(index: Path) -> list[Path]:
-    """The files that an index names; ValueError for another file, or names of anything but files beside it."""
+    """The files that an index names; ValueError for another file, or names of anything but files in its folder."""
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         inside = all(isinstance(name, str) and Path(name).name == name and name.endswith(FORMATS) for name in named)
@@ -61,27 +64,21 @@ def shards_of(index: Path) -> list[Path]:
     return [index.with_name(name) for name in sorted(named)]
 
 
+def counted(shards: Mapping[Path, int]) -> list[Path]:
+    """Every shard of a set, from the names of some: `name-00001-of-00003` and so on."""
+    first, count = next(iter(shards.items()))
+    before, digits, after = re.split(r"-(\d+)(?=-of-)", first.name, maxsplit=1)
+    return [first.with_name(f"{before}-{i:0{len(digits)}}{after}") for i in range(1, count + 1)]
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The files that are read from one component's folder, all of which exist.
+    """The files of the preferred set of weights in one component's folder, all of which exist.
+
+    Shards are those that their index names, and without one those that their own names count.
 
     Raises:
         FileNotFoundError: no weights, or not all shards; a link that leads nowhere.
         ValueError: a damaged index; a folder, a pipe or a device in the place of a file, which would be read for ever.
-    """
-    files = chosen_files(folder)
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"no weights at {file}{why_missing(file)}")
-        if not file.is_file():
-            raise ValueError(f"{file} {kind_of(file)}")
-    return files
-
-
-def chosen_files(folder: Path) -> list[Path]:
-    """The preferred set of weights in a folder.
-
-    Weights without a variant before those of one, such as fp16, which are read where there are no others; safetensors before
-    pickles. Shards are those that their index names, and without one those that their own names count.
     """
     found: dict[WeightSet, dict[Path, int]] = {}
     indices: dict[WeightSet, Path] = {}
@@ -94,45 +91,35 @@ def chosen_files(folder: Path) -> list[Path]:
                 found.setdefault(weights, {})[file] = shards
     if not found and not indices:
         raise FileNotFoundError(f"no weights in {folder}: expected {EXPECTED}{others(folder)}")
-    weights = min({*found, *indices}, key=WeightSet.order)
-    if whole := [file for file, shards in found.get(weights, {}).items() if not shards]:
-        return whole
-    if weights in indices:
-        files, source = shards_of(indices[weights]), f"its {indices[weights].name}"
-    else:
-        files, source = counted(found[weights]), "the other shards' names"
-    if missing := [file for file in files if not file.exists()]:
-        count = f"{len(missing)} of {len(files)} shards that {source} speak of"
-        raise FileNotFoundError(f"{folder} lacks {missing[0].name}, {count}{why_missing(missing[0])}")
+    weights = min({*found, *indices})
+    if not (files := [file for file, shards in found.get(weights, {}).items() if not shards]):
+        index = indices.get(weights)
+        files = shards_of(index) if index else counted(found[weights])
+        if missing := [file for file in files if not file.exists()]:
+            source = f"its {index.name}" if index else "the other shards' names"
+            count = f"{len(missing)} of {len(files)} shards that {source} speak of"
+            raise FileNotFoundError(f"{folder} lacks {missing[0].name}, {count}{why_missing(missing[0])}")
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"no weights at {file}{why_missing(file)}")
+        if not file.is_file():
+            raise ValueError(f"{file} {kind_of(file)}")
     return files
-
-
-def counted(shards: Mapping[Path, int]) -> list[Path]:
-    """Every shard of a set, from the names of some: `name-00001-of-00003` and so on."""
-    first, count = next(iter(shards.items()))
-    before, digits, after = re.split(r"-(\d+)(?=-of-)", first.name, maxsplit=1)
-    return [first.with_name(f"{before}-{i:0{len(digits)}}{after}") for i in range(1, count + 1)]
 
 
 def others(folder: Path) -> str:
     """The first file in a folder without weights, and its kind."""
-    names = sorted(file.name for file in folder.iterdir() if not file.name.endswith((".json", ".txt", ".md")))
-    if not names:
+    files = sorted(file for file in folder.iterdir() if not file.name.endswith((".json", ".txt", ".md")))
+    if not files:
         return ""
-    kind = kind_of(folder / names[0])
-    return f"; there is {names[0]}" + (f", which {kind}" if kind and (folder / names[0]).is_file() else "")
+    kind = kind_of(files[0]) if files[0].is_file() else None
+    return f"; there is {files[0].name}" + (f", which {kind}" if kind else "")
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """Read all weights in a component's folder, by name.
-
-    Raises:
-        FileNotFoundError: as `weight_files`.
-        ValueError: as `Checkpoint`, or a weight that is in two files.
-    """
+    """Read all weights in a component's folder, by name; errors are those of `weight_files` and `Checkpoint`."""
     files = weight_files(folder)
-    known = set_of(files[0].name)
-    if known is not None and known[0].variant:
+    if (known := set_of(files[0].name)) and known[0].variant:
         log.info("%s has weights of the variant %s alone: %s", folder, known[0].variant, files[0].name)
     state: dict[str, Tensor] = {}
     for file in files:

@@ -1,5 +1,6 @@
 """Folders of diffusers' layout give the same outputs as the original checkpoints they were made from."""
 
+import functools
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel, VQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,6 +103,25 @@ def test_a_folder_of_one_network(tmp_path: Path) -> None:
         load_denoiser("ddim_cifar10", folder, None, False)
     config = read_original("ddim_cifar10").config
     assert load_denoiser("ddim_cifar10", folder, config, False).schedule == expected.schedule
+
+
+def test_each_network_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    saved("ldm_lsun_beds", folder)
+    built: list[type] = []
+
+    def counted(kind: Any) -> Any:
+        @functools.wraps(kind.__init__)
+        def init(self: Any, *args: Any, made: Any = kind.__init__, **options: Any) -> None:
+            built.append(kind)
+            made(self, *args, **options)
+
+        return init
+
+    for kind in (UNet2DModel, VQModel):
+        monkeypatch.setattr(kind, "__init__", counted(kind))
+    load_denoiser("x", folder, None, False)
+    assert built == [UNet2DModel, VQModel]
 
 
 def test_what_identifies_a_folder(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_settings_that_are_the_networks(conditional: bool, settings: dict[str, A
     [
         (False, {"sample_size": 7}, "sample_size=7 is no multiple of 2"),
         (False, {"sample_size": (8, 5)}, r"sample_size=\(8, 5\) is no multiple of 2"),
-        (False, {"in_channels": 6}, "in_channels=6, out_channels=3 with samples of 3 channels"),
+        (False, {"in_channels": 6}, "in_channels=6, out_channels=3: more channels than the 3 of the noisy sample"),
         (False, {"out_channels": 4}, "in_channels=3, out_channels=4"),
         (True, {"in_channels": 9}, "in_channels=9"),
         (True, {"cross_attention_dim": 14}, "conditions of width 12: .*cross_attention_dim=14"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.reading import tensor_names
+from tests.helpers.checkpoints import tensor_names
 from tfmq_exp.core.safe_pickle import MOST_INSTRUCTIONS
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 

@@ -26,7 +26,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline of text, and beside it a UNet of images."""
     folder = tmp_path_factory.mktemp("stored")
     shared: dict[str, Any] = {
-        **{"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8},
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
     }
     attention: dict[str, Any] = {"attention_head_dim": 2, "cross_attention_dim": 12}
     with torch.random.fork_rng():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.helpers.originals import Original, caption, read_original
 from tfmq_exp.denoisers.denoiser import Denoiser, NoConditions, Pixels
+from tfmq_exp.denoisers.loading import checkpoint
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 
@@ -148,6 +149,16 @@ def test_what_is_not_needed_is_not_kept(tmp_path: Path) -> None:
     with torch.no_grad():
         output = denoiser.unet(original.recorded["x"], original.recorded["t"]).sample
     close(output, original.recorded["eps"])
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_checkpoint_is_opened_once(ema: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    opener = checkpoint.open_torch
+    monkeypatch.setattr(checkpoint, "open_torch", lambda file: calls.append(file) or opener(file))
+    loaded("ldm_ffhq_ema", tmp_path, ema=ema)
+    assert len(calls) == 1
+    assert calls[0].closed
 
 
 def refusal(name: str, original: Original, folder: Path, tokenizer: Path | None = None, ema: bool = False) -> str:
