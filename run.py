@@ -8,14 +8,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from tfmq_exp.experiment.overrides import read_arguments, unknown_keys, unreadable
-from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams
+from tfmq_exp.cli.overrides import read_arguments, unknown_keys, unreadable
+from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def run(cfg: DictConfig) -> None:
     """One job."""
-    from tfmq_exp.experiment.job import perform  # here, so that --help and --cfg answer at once
+    from tfmq_exp.cli.job import perform  # here, so that --help and --cfg answer at once
 
     perform(cfg)
 

@@ -32,8 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.deploy.agreement import agreement
 from tfmq_exp.deploy.convert import converted_float
 from tfmq_exp.deploy.engine import read_manifest, write_manifest
@@ -41,11 +42,10 @@ from tfmq_exp.deploy.loader import FORMAT, Deployed
 from tfmq_exp.deploy.onednn_engine import OneDNN
 from tfmq_exp.deploy.openvino_engine import OpenVINODenoiser, export
 from tfmq_exp.deploy.pairs import pairs_saturate
-from tfmq_exp.experiment.terminal import standard_streams
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.ranges import MinMax
-from tfmq_exp.sampling.sampling import Sampling
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 CONF = Path(__file__).parents[1] / "conf"
 PAUSE = 0.02  # seconds after each call, so that one engine's threads are asleep when the next one's start
@@ -79,20 +79,20 @@ def parts_of(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNe
     method = make(cfg.method)
     unet, timesteps = denoiser.unet, sampling.finite_set(denoiser)
     names = tuple(attentions(unet))
-    plan = method.surgery.resolve(anatomy(unet, denoiser.example()), names, method.scales, timesteps)
-    return denoiser, sampling, calibrated(build(unet, plan, MinMax()), denoiser)
+    plan = method.surgery.resolve(read_structure(unet, denoiser.example()), names, method.scales, timesteps)
+    return denoiser, sampling, calibrated(build_quantized_unet(unet, plan, MinMax()), denoiser)
 
 
 @torch.no_grad()
 def calibrated(model: QuantizedUNet, denoiser: Denoiser) -> QuantizedUNet:
     """Weights rounded to nearest, ranges of one random input at every step."""
-    model.place_weight_grids()
-    for site in model.weight_sites():
+    model.calibrate_weights()
+    for site in model.weight_layers():
         model.freeze(site)
     model.set_activations(Mode.OBSERVE)
-    for i, t in enumerate(model.clock.timesteps):
+    for i, t in enumerate(model.context.timesteps):
         model(**inputs_at(denoiser, 1, t, seed=i))
-    model.merge_sources()
+    model.tabulate_scales()
     model.set_activations(Mode.QUANTIZE)
     return model
 
@@ -245,7 +245,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     console = Console()
     denoiser, sampling, model = parts_of(args)
-    timesteps, example = model.clock.timesteps, inputs_at(denoiser, args.batch, model.clock.timesteps[0], seed=1)
+    timesteps, example = model.context.timesteps, inputs_at(denoiser, args.batch, model.context.timesteps[0], seed=1)
     float_bytes = 4 * sum(p.numel() for p in denoiser.unet.parameters())
     console.print(f"{args.model}: {float_bytes / 4e6:.1f} M parameters, batch {args.batch}", highlight=False)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():

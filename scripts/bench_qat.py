@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tfmq_exp.experiment import app
-from tfmq_exp.experiment.environment import pick_device, prepare
-from tfmq_exp.experiment.keeping import UnitFiles, UnitProgress
-from tfmq_exp.experiment.progress import Bars
-from tfmq_exp.experiment.terminal import standard_streams
+from tfmq_exp.cli import main as app
+from tfmq_exp.cli.environment import pick_device, prepare
+from tfmq_exp.cli.terminal import standard_streams
+from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.pipeline.progress import ProgressBars
+from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback
+from tfmq_exp.qat.module import QuantizationAwareTraining
+from tfmq_exp.qat.train import prepared
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.tracking.mirror import NoMirror
-from tfmq_exp.training.module import QuantizationAwareTraining
-from tfmq_exp.training.run import prepared
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 METHODS = "lsq,lsq_tdq,pact,pact_tdq,nipq,nipq_tdq,qil,qil_tdq,duq,duq_tdq,lsq_dynamic,dynamic_generator,dynamic_generator_time"
@@ -47,9 +47,9 @@ class Steps:
             cfg = compose("config", words)
         prepare(cfg.runtime.threads)
         device = pick_device(cfg.trainer.accelerator)
-        stages = app.build_stages(cfg, device, Bars(Console(quiet=True)), NoMirror())
-        watcher = UnitProgress(lambda _done, _note: None, NoMirror(), "weights")
-        task = stages.training_task(Path(folder), UnitFiles(Path(folder) / "units", {}), watcher)
+        stages = app.build_stages(cfg, device, ProgressBars(Console(quiet=True)), NullLogger())
+        watcher = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")
+        task = stages.training_task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), watcher)
         training: Any = stages.method.weights
         self.lesson, batches = prepared(task, training.protocol)
         self.batch = type(batches.batch(0))(*(field.to(device) for field in batches.batch(0)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.experiment.terminal import standard_streams
+from tfmq_exp.cli.terminal import standard_streams
 
 ROOT = Path(__file__).parents[1]
 

@@ -30,18 +30,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.cli import main as app
+from tfmq_exp.cli.environment import prepare
+from tfmq_exp.cli.estimate import Counts, Estimate, format_bytes, format_duration, reckon, show
+from tfmq_exp.cli.survey import Survey, still_to_do
+from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
-from tfmq_exp.experiment import app
-from tfmq_exp.experiment.environment import prepare
-from tfmq_exp.experiment.estimate import Counts, Estimate, in_bytes, in_words, reckon, show
-from tfmq_exp.experiment.progress import Bars
-from tfmq_exp.experiment.stages import Stages
-from tfmq_exp.experiment.survey import Survey, still_to_do
-from tfmq_exp.experiment.terminal import standard_streams
+from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.pipeline.progress import ProgressBars
+from tfmq_exp.pipeline.stages import Stages
 from tfmq_exp.sampling.images import sample_shard
-from tfmq_exp.surgery import artifact
-from tfmq_exp.tracking.mirror import NoMirror
+from tfmq_exp.surgery import serialization
 
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = ("ldm_bedroom", "ldm_imagenet", "sd_v1_4")
@@ -117,7 +117,7 @@ def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
         }
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}
-    return app.build_stages(cfg, torch.device("cpu"), Bars(Console(quiet=True)), NoMirror())
+    return app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger())
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Stopwatch:
         began = time.process_time()
         result = work()
         self.stages[name] = Measured(time.process_time() - began, peak())
-        Console().print(f"{name}: {self.stages[name].seconds:.1f} s, {in_bytes(peak())}", highlight=False)
+        Console().print(f"{name}: {self.stages[name].seconds:.1f} s, {format_bytes(peak())}", highlight=False)
         return result
 
 
@@ -170,9 +170,9 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
     data: CalibrationSet = watch.of("trajectory", stages.calibration_set)
     model = watch.of("weights", stages.weighted_model)
     watch.of("activations", lambda: stages.learn("activations", stages.method.activations, model, 1, folder))
-    model.merge_sources()
+    model.tabulate_scales()
     path = folder / "quantized.safetensors"
-    watch.of("saving", lambda: artifact.save(model, path))
+    watch.of("saving", lambda: serialization.save(model, path))
     inputs = data[slice(0, 1)].inputs(torch.device("cpu"))
 
     def output(network: nn.Module) -> Tensor:
@@ -183,11 +183,13 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
     network_bytes, denoiser = stages.float_bytes, stages.denoiser
     del model
     denoiser.unet.to("meta")  # no longer needed, and large
-    loaded = watch.of("loading", lambda: artifact.load(path))
+    loaded = watch.of("loading", lambda: serialization.load(path))
     if not torch.equal(output(loaded), wanted) or not wanted.isfinite().all():
         raise ValueError("the loaded model returns other numbers than the one in memory")
     size = path.stat().st_size
-    Console().print(f"bit-equal after loading; {in_bytes(size)}, {size / network_bytes:.3f} of fp32", highlight=False)
+    Console().print(
+        f"bit-equal after loading; {format_bytes(size)}, {size / network_bytes:.3f} of fp32", highlight=False
+    )
     sampling, alone = stages.sampling, replace(denoiser, unet=loaded)
     predict = sampling.predictor(loaded)
     shard = range(stages.images.count)
@@ -216,17 +218,19 @@ def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) 
                 else ("", "")
             ),
             f"{ratios[stage.name]:.2f}",
-            in_words(stage.seconds),
-            in_words(stage.seconds / ratios[stage.name]),
+            format_duration(stage.seconds),
+            format_duration(stage.seconds / ratios[stage.name]),
         )
     console.print(view)
     show(whole, console)
     console.print(
-        f"implied by the fraction: {in_words(implied)}; estimate / implied: {whole.seconds / implied:.2f}",
+        f"implied by the fraction: {format_duration(implied)}; estimate / implied: {whole.seconds / implied:.2f}",
         highlight=False,
     )
     at_peak = max(measured.peak for measured in watch.stages.values())
-    console.print(f"fraction: {in_bytes(part.host)} of memory estimated, {in_bytes(at_peak)} measured", highlight=False)
+    console.print(
+        f"fraction: {format_bytes(part.host)} of memory estimated, {format_bytes(at_peak)} measured", highlight=False
+    )
     return {
         "stages": {name: vars(measured) for name, measured in watch.stages.items()},
         "estimated": {stage.name: stage.seconds for stage in part.stages},
@@ -270,14 +274,14 @@ def main() -> int:
         small = stages_of(args, folder, *words, f"runtime.batch={args.samples}")
         wanted, fraction = still_to_do(full, app.GOALS), still_to_do(small, PART)
         parameters = sum(p.numel() for p in full.denoiser.unet.parameters())
-        console.print(f"{args.model}: {parameters:,} parameters, {in_bytes(peak())}", highlight=False)
+        console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         began = time.process_time()
         survey = Survey(full, time.process_time)
         counts = survey.completed(wanted)
         costs = survey.costs(counts)
         whole, part = reckon(costs, counts), reckon(costs, part_of(counts, fraction, small))
         console.print(
-            f"the estimate itself took {time.process_time() - began:.1f} s, {in_bytes(peak())}", highlight=False
+            f"the estimate itself took {time.process_time() - began:.1f} s, {format_bytes(peak())}", highlight=False
         )
         console.print(f"forward pass {costs.forward.seconds:.2f} s", highlight=False)
         del survey

@@ -31,22 +31,35 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
+from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers.loading import compvis_unet
-from tfmq_exp.denoisers.unet import anatomy, attentions
-from tfmq_exp.experiment.terminal import standard_streams
-from tfmq_exp.methods.activations import Observe
-from tfmq_exp.quant.ranges import LpSearch
+from tfmq_exp.denoisers.unet import attentions, read_structure
+from tfmq_exp.methods.activations import CalibrateRanges
+from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
-from tfmq_exp.reconstruction.cache import Leaves, RandomBatches, Storage
+from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import capture_inputs, hooks
-from tfmq_exp.reconstruction.module import Recipe
-from tfmq_exp.reconstruction.partition import TemporalAware, Unit
-from tfmq_exp.reconstruction.run import Means, Task, float_views, quiet_trainer, reconstruct
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.reconstruction.loop import (
+    ComputeConfig,
+    ReconstructionContext,
+    capture_float_units,
+    quiet_trainer,
+    reconstruct,
+)
+from tfmq_exp.reconstruction.module import ReconstructionConfig
+from tfmq_exp.reconstruction.units import TemporalAware, Unit
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.scales import PerStepScale, ScalePlan
 
 
-def plain(model: QuantizedUNet, unit: Unit, unet: nn.Module, inputs: Leaves, targets: Leaves, recipe: Recipe) -> None:
+def plain(
+    model: QuantizedUNet,
+    unit: Unit,
+    unet: nn.Module,
+    inputs: TensorTree,
+    targets: TensorTree,
+    recipe: ReconstructionConfig,
+) -> None:
     """Learn one unit as the papers write it: no gradient by hand, nothing frozen, nothing computed once."""
     module = unit.module(unet)
     prefix = "unet." if unit.driver == "timesteps" else ""
@@ -100,7 +113,7 @@ def plain_search(x: Tensor, bits: int) -> Tensor:
 @torch.no_grad()
 def plain_weight_grids(model: QuantizedUNet) -> None:
     """Channel by channel."""
-    for site in model.weight_sites():
+    for site in model.weight_layers():
         for quantizer, weight in model.layer(site).weight_parts():
             for channel in weight:
                 plain_search(channel, quantizer.spec.bits)
@@ -110,7 +123,7 @@ def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: Calibrati
     """Two passes from the start of the network to the unit, in the batches that it learns with."""
     if unit.driver == "denoiser":
         for network, inner in ((unet, unet), (model, model.get_submodule("unet"))):
-            capture_inputs(network, unit.module(inner), data, batch, Storage(2**32))
+            capture_inputs(network, unit.module(inner), data, batch, SpillAllocator(2**32))
 
 
 @torch.no_grad()
@@ -124,7 +137,7 @@ def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> 
     def range_of(_: nn.Module, args: tuple[Tensor]) -> None:
         torch.stack([args[0].flatten(1).amin(1), args[0].flatten(1).amax(1)])
 
-    for step in range(model.clock.num_steps):
+    for step in range(model.context.num_steps):
         for hook in (search, range_of):
             with hooks([model.layer(site).register_forward_pre_hook(hook) for site in sites]):
                 model(**data[data.step == step].inputs(torch.device("cpu")))
@@ -169,22 +182,22 @@ def main() -> None:
     learnable = copy.deepcopy(unet).requires_grad_(True)
     timesteps = sorted((int(t) for t in tensors["tsteps"]), reverse=True)
     data = read(tensors, "cali", timesteps)
-    parts = anatomy(unet, {k: v[:1] for k, v in data.inputs(torch.device("cpu")).items()})
+    parts = read_structure(unet, {k: v[:1] for k, v in data.inputs(torch.device("cpu")).items()})
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], is_unconditional_ldm(reference["architecture"]))
     scales = ScalePlan(PerStepScale(), PerStepScale())
     resolved = plan.resolve(parts, tuple(attentions(unet)), scales, tuple(timesteps))
-    means = Means(2 * recipe["batch_size"], 2**32, quiet_trainer(torch.device("cpu")))
+    means = ComputeConfig(2 * recipe["batch_size"], 2**32, quiet_trainer(torch.device("cpu")))
     learning = recipe_of(reference, args.iterations or recipe["iters"])
     watch, quiet = Stopwatch(), Forgetful()
 
-    model = build(unet, resolved, LpSearch())
-    units = TemporalAware()(parts, frozenset(model.weight_sites()))
+    model = build_quantized_unet(unet, resolved, LpObserver())
+    units = TemporalAware()(parts, frozenset(model.weight_layers()))
     with watch.of("plain", "weight grids"):
         plain_weight_grids(model)
     with watch.of("ours", "weight grids"):
-        model.place_weight_grids()
-    for unit, view, _ in float_views(units, unet, data, torch.tensor(timesteps), learning, means):
-        inputs = view.fed or capture_inputs(model, unit.module(model.unet), data, means.batch, Storage(2**32))
+        model.calibrate_weights()
+    for unit, view, _ in capture_float_units(units, unet, data, torch.tensor(timesteps), learning, means):
+        inputs = view.fed or capture_inputs(model, unit.module(model.unet), data, means.batch, SpillAllocator(2**32))
         with watch.of("plain", "capture and learning"):
             plain_capture(model, unet, unit, data, recipe["batch_size"])
             plain(model, unit, learnable, inputs, view.returned, learning)
@@ -193,11 +206,11 @@ def main() -> None:
     with watch.of("plain", "activation ranges"):
         plain_activations(model, data, recipe["a_bits"])
 
-    model = build(unet, resolved, LpSearch())
+    model = build_quantized_unet(unet, resolved, LpObserver())
     with watch.of("ours", "capture and learning"):
-        reconstruct(Task(model, unet, parts, data, means, 0, quiet, quiet), units, learning)
+        reconstruct(ReconstructionContext(model, unet, parts, data, means, 0, quiet, quiet), units, learning)
     with watch.of("ours", "activation ranges"):
-        Observe(recipe["samples_per_step"], EveryKth()).ranges(model, data, 0)
+        CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, data, 0)
     Console().print(watch.table(f"CPU seconds, {len(units)} units of {learning.iterations} iterations"))
 
 

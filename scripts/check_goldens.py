@@ -25,7 +25,7 @@ from goldens.comparing import DamagedError, print_groups
 from goldens.compvis import check_compvis
 from goldens.quantizers import check_quantizers
 
-from tfmq_exp.experiment.terminal import standard_streams
+from tfmq_exp.cli.terminal import standard_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

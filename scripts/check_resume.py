@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tfmq_exp.experiment.app  # noqa: F401  # so that forks need not
+import tfmq_exp.cli.main  # noqa: F401  # so that forks need not
 from tfmq_exp.core.files import sha256_of
 
 ROOT = Path(__file__).parents[1]

@@ -29,39 +29,39 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
-from tfmq_exp.denoisers.anatomy import Role
+from tfmq_exp.cli.terminal import Terminal, standard_streams
 from tfmq_exp.denoisers.loading import compvis_unet
-from tfmq_exp.denoisers.unet import anatomy, attentions
-from tfmq_exp.evaluation.temporal_features import temporal_feature_error
-from tfmq_exp.experiment.terminal import Terminal, standard_streams
-from tfmq_exp.methods.activations import Observe
-from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.ranges import LpSearch
+from tfmq_exp.denoisers.structure import Role
+from tfmq_exp.denoisers.unet import attentions, read_structure
+from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
+from tfmq_exp.methods.activations import CalibrateRanges
+from tfmq_exp.quant.observers import LpObserver
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 from tfmq_exp.reconstruction.inputs import QuantizedInputs
-from tfmq_exp.reconstruction.module import LearnRounding, Recipe
+from tfmq_exp.reconstruction.loop import ComputeConfig, ReconstructionContext, quiet_trainer, reconstruct
+from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
-from tfmq_exp.reconstruction.partition import TemporalAware
-from tfmq_exp.reconstruction.report import Learned, UnitReport
-from tfmq_exp.reconstruction.run import Means, Task, quiet_trainer, reconstruct
-from tfmq_exp.surgery import artifact
-from tfmq_exp.surgery.plan import AttentionPlan, SitePlan, SurgeryPlan
-from tfmq_exp.surgery.quantized_unet import build, coverage
+from tfmq_exp.reconstruction.units import TemporalAware
+from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet, coverage
 from tfmq_exp.surgery.scales import PerStepScale, ScalePlan, StaticScale
 
 
-def released_plan(weight: int, activation: int, fuses_qkv: bool) -> SurgeryPlan:
+def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:
     """What the release leaves float (found by running it): stem, head, first time layer, shortcuts, downsamplers.
 
     The attention of LDM's unconditional networks is Conv1d, which the release does not quantize; the inputs of the second
     time layer and of the first residual convolution stay float too.
     """
-    both, none, weight_only = SitePlan(weight, activation), SitePlan(), SitePlan(weight, None)
+    both, none, weight_only = LayerBits(weight, activation), LayerBits(), LayerBits(weight, None)
     float_roles = {Role.STEM, Role.HEAD, Role.SHORTCUT, Role.DOWNSAMPLE}
     if fuses_qkv:
         float_roles |= {Role.ATTN_QKV, Role.ATTN_OUT}
-    return SurgeryPlan(
+    return QuantizationConfig(
         {role.value: none if role in float_roles else both for role in Role},
-        AttentionPlan(),
+        AttentionBits(),
         {
             "time_embedding.linear_1": none,
             "time_embedding.linear_2": weight_only,
@@ -70,22 +70,22 @@ def released_plan(weight: int, activation: int, fuses_qkv: bool) -> SurgeryPlan:
     )
 
 
-def recipe_of(reference: Mapping[str, Any], iterations: int) -> Recipe:
+def recipe_of(reference: Mapping[str, Any], iterations: int) -> ReconstructionConfig:
     """What the original learned with."""
     recipe = reference["recipe"]
     annealing = Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1]))
     rounding = LearnRounding(1e-3, recipe["w"], annealing)
-    return Recipe(iterations, recipe["batch_size"], Lp(recipe["p"]), QuantizedInputs(), rounding=rounding)
+    return ReconstructionConfig(iterations, recipe["batch_size"], Lp(recipe["p"]), QuantizedInputs(), rounding=rounding)
 
 
 class Forgetful:
     """Keeps nothing and says nothing: this comparison is short."""
 
-    def get(self, unit: str) -> Learned | None:
+    def get(self, unit: str) -> UnitResult | None:
         """Nothing was kept."""
         return None
 
-    def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
+    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
         """Nothing is kept."""
 
     def part(self, name: str) -> "Forgetful":
@@ -112,7 +112,7 @@ class Forgetful:
 def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> CalibrationSet:
     """One of the two data sets of the folder; `.c` is cross-attention context."""
     t = tensors[f"{part}.t"].round().long()
-    step = StepClock(timesteps).steps_of(t)
+    step = TimestepContext(timesteps).step_indices(t)
     context = {"encoder_hidden_states": tensors[f"{part}.c"]} if f"{part}.c" in tensors else {}
     return CalibrationSet(tensors[f"{part}.x"], t, step, torch.arange(len(t)), context)
 
@@ -178,7 +178,7 @@ def main() -> int:
     timesteps = sorted(timesteps, reverse=True)
     calibration, held = read(tensors, "cali", timesteps), read(tensors, "held", timesteps)
     deviation = float((outputs_of(float_unet, calibration) - tensors["fp_out"]).abs().max())
-    parts = anatomy(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
+    parts = read_structure(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
     fuses_qkv = is_unconditional_ldm(reference["architecture"])
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv)
     resolved = plan.resolve(
@@ -188,17 +188,17 @@ def main() -> int:
     phases, quiet = Phases(), Forgetful()
     start = time.process_time()
     with phases.timed("weight grids"):
-        model = build(float_unet, resolved, LpSearch(memory=2**22))
-        model.place_weight_grids()
-    means = Means(
+        model = build_quantized_unet(float_unet, resolved, LpObserver(memory=2**22))
+        model.calibrate_weights()
+    means = ComputeConfig(
         batch=recipe["batch_size"] * 2,
         cache_bytes=2**32,
         trainer=quiet_trainer(torch.device("cpu")),
     )
     learning = recipe_of(reference, iterations)
     with phases.timed("reconstruction (capture + learning)"):
-        units = TemporalAware()(parts, frozenset(model.weight_sites()))
-        task = Task(model, float_unet, parts, calibration, means, args.seed, quiet, quiet)
+        units = TemporalAware()(parts, frozenset(model.weight_layers()))
+        task = ReconstructionContext(model, float_unet, parts, calibration, means, args.seed, quiet, quiet)
         reconstruct(task, units, learning)
     quality_start = time.process_time()
     weights_only = [
@@ -207,17 +207,17 @@ def main() -> int:
     ]
     quality = time.process_time() - quality_start
     with phases.timed("activation ranges"):
-        Observe(recipe["samples_per_step"], EveryKth()).ranges(model, calibration, args.seed)
+        CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, calibration, args.seed)
     total = time.process_time() - start - quality
     phases.seconds["total"] = total
     both = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
     cosine = statistics.mean(row["cosine"] for row in temporal_feature_error(model, float_unet, parts))
     with tempfile.TemporaryDirectory() as folder:
-        size = artifact.save(model, Path(folder) / "quantized.safetensors")
+        size = serialization.save(model, Path(folder) / "quantized.safetensors")
     fp32 = 4 * sum(p.numel() for p in float_unet.parameters())
-    own_plan = SurgeryPlan(
+    own_plan = QuantizationConfig(
         {
-            role.value: SitePlan(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"])
+            role.value: LayerBits(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"])
             for role in Role
         }
     )
@@ -254,13 +254,13 @@ def outputs_of(unet: nn.Module, data: CalibrationSet) -> Tensor:
 
 def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> int:
     """Bytes of the artefact when our own default policy quantizes the same network."""
-    model = build(float_unet, plan, LpSearch(candidates=1))
-    model.place_weight_grids()
-    for site in model.weight_sites():
+    model = build_quantized_unet(float_unet, plan, LpObserver(candidates=1))
+    model.calibrate_weights()
+    for site in model.weight_layers():
         model.freeze(site)
-    Observe(32, EveryKth()).ranges(model, data, 0)
+    CalibrateRanges(32, EveryKth()).ranges(model, data, 0)
     with tempfile.TemporaryDirectory() as folder:
-        return artifact.save(model, Path(folder) / "quantized.safetensors")
+        return serialization.save(model, Path(folder) / "quantized.safetensors")
 
 
 def print_tables(

@@ -20,8 +20,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams, visible
 from tfmq_exp.core.files import write_atomically
-from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams, visible
 from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
 from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
 from tfmq_exp.reporting.published import read_published

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tfmq_exp.experiment.terminal import Terminal, standard_streams
+from tfmq_exp.cli.terminal import Terminal, standard_streams
 from tfmq_exp.reporting import interval_dynamics
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.data.digits import load_images
 from tfmq_exp.denoisers.digits import (
@@ -37,11 +38,10 @@ from tfmq_exp.denoisers.digits import (
     cosine_with_warmup,
     load_denoiser,
 )
-from tfmq_exp.experiment.terminal import standard_streams
 from tfmq_exp.reporting.figures import mosaic
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM
-from tfmq_exp.sampling.sampling import Sampling
 
 HELD_OUT = 360  # a fifth of the digits, never seen by the classifier while it trains
 log = logging.getLogger(__name__)

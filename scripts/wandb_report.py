@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.experiment.terminal import Terminal, say_error, standard_streams
+from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
 
 SCORES = ("scores/fid", "scores/sfid", "scores/is", "errors/temporal_cosine", "errors/trajectory", "cost/size_ratio")
 BITS, METHOD = "quant.name", "method.name"

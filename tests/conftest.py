@@ -8,12 +8,12 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from tfmq_exp.denoisers.anatomy import Role
-from tfmq_exp.denoisers.unet import anatomy, attentions
+from tfmq_exp.denoisers.structure import Role
+from tfmq_exp.denoisers.unet import attentions, read_structure
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.ranges import MinMax
-from tfmq_exp.surgery.plan import AttentionPlan, Bits, SitePlan, SurgeryPlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.scales import PerStepScale, ScalePlan, StaticScale
 
 torch.set_num_threads(1)
@@ -83,12 +83,12 @@ def example_inputs(unet: nn.Module, timesteps: Sequence[int] = (1,), seed: int =
 
 def calibrated(model: QuantizedUNet, seed: int = 1) -> QuantizedUNet:
     """Freeze every weight to the nearest integers, take activation ranges from random inputs, switch everything on."""
-    model.place_weight_grids()
-    for site in model.weight_sites():
+    model.calibrate_weights()
+    for site in model.weight_layers():
         model.freeze(site)
     model.set_activations(Mode.OBSERVE)
     with torch.no_grad():
-        model(**example_inputs(model.unet, 2 * model.clock.timesteps, seed))
+        model(**example_inputs(model.unet, 2 * model.context.timesteps, seed))
     model.set_activations(Mode.QUANTIZE)
     return model
 
@@ -107,13 +107,13 @@ def quantizable(
     activation: Bits | None = 8,
     output: Bits | None = None,
     scales: str | ScalePlan = "temporal",
-    attention: AttentionPlan | None = None,
-    sites: dict[str, SitePlan] | None = None,
+    attention: AttentionBits | None = None,
+    sites: dict[str, LayerBits] | None = None,
     split: bool = False,
     tie_qkv: bool = False,
 ) -> QuantizedUNet:
     """A quantized twin with all quantizers still off; the same bits for every role. `scales` may name one of `SCALES`."""
-    roles = {role.value: SitePlan(weight, activation, output) for role in Role}
-    plan = SurgeryPlan(roles, attention or AttentionPlan(), sites or {}, split_shortcuts=split, tie_qkv=tie_qkv)
-    parts, chosen = anatomy(unet, example_inputs(unet)), SCALES[scales] if isinstance(scales, str) else scales
-    return build(unet, plan.resolve(parts, tuple(attentions(unet)), chosen, TIMESTEPS), MinMax())
+    roles = {role.value: LayerBits(weight, activation, output) for role in Role}
+    plan = QuantizationConfig(roles, attention or AttentionBits(), sites or {}, split_shortcuts=split, tie_qkv=tie_qkv)
+    parts, chosen = read_structure(unet, example_inputs(unet)), SCALES[scales] if isinstance(scales, str) else scales
+    return build_quantized_unet(unet, plan.resolve(parts, tuple(attentions(unet)), chosen, TIMESTEPS), MinMax())

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tfmq_exp.evaluation.inception import Inception
+from tfmq_exp.evaluation.features.inception import Inception
 
 
 def random_weights(seed: int) -> dict[str, Tensor]:

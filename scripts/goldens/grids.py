@@ -9,14 +9,14 @@ from torch import nn
 from goldens.comparing import EXACT, ROUNDING, Group, Record
 from goldens.learning import magnification
 from goldens.released import ESTIMATORS, Goldens, at, input_quantizer, on_grid, place, spec_of, weight_quantizer
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.layers import QuantConv2d
+from tfmq_exp.quant.observers import HistogramPercentileObserver
 from tfmq_exp.quant.quantizers.split import SplitQuantizer
-from tfmq_exp.quant.ranges import Histogram
 from tfmq_exp.quant.rounding import rounding_penalty
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.objectives import Annealing, lp_loss
 from tfmq_exp.sampling.sampler import DDIM, finite_set
 
@@ -31,7 +31,7 @@ def scalers(goldens: Goldens) -> Iterator[Group]:
         x = goldens.tensors[f"input.{case['input']}"]
         spec = spec_of(case, case["bits"], 0 if case["channel_wise"] else None)
         if case["status"] != "ok":
-            estimator = Histogram() if case["scaler"] == "hist" else ESTIMATORS[case["scaler"]]
+            estimator = HistogramPercentileObserver() if case["scaler"] == "hist" else ESTIMATORS[case["scaler"]]
             error = fake_quantize(x, qparams_from_range(*estimator(x, spec), spec), spec) - x
             crashed.compare(float(error.norm() < x.norm()), 1.0)  # finite, and better than no tensor at all
             continue
@@ -142,7 +142,7 @@ def timesteps(goldens: Goldens) -> Iterator[Group]:
         group.compare(ours, record["sampler_timesteps"])
         if record["labels_match"]:
             group.compare(ours, record["calibration_labels"])
-            group.compare(StepClock(ours).steps_of(torch.tensor(ours)), record["act_index_at_inference"])
+            group.compare(TimestepContext(ours).step_indices(torch.tensor(ours)), record["act_index_at_inference"])
         else:
             mislabelled.compare(float(len(ours)), float(record["sampler_steps"]))
     for record in goldens.timesteps["ddim_quad"].values():

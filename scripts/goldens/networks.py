@@ -18,7 +18,7 @@ from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
 from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.denoisers.unet import anatomy
+from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.schedule import alphas_cumprod
 
 SINGLE, DOUBLE = 3e-5, 1e-9  # rounding in another order of operations
@@ -79,7 +79,7 @@ def temporal_features(family: Family, unet: nn.Module) -> Iterator[Group]:
     example = {"sample": recorded["x"][:1], "timestep": recorded["t"][:1]}
     if "context" in recorded:
         example[STATES] = recorded["context"][:1]
-    block = TemporalInformationBlock(unet, anatomy(unet, example))
+    block = TemporalInformationBlock(unet, read_structure(unet, example))
     embedding: list[Any] = []
     origin = "temb" if family.ddim else TIME_EMBEDDING
     place = our_module(origin, keys, unet, ddim=family.ddim)

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from goldens.comparing import Group, Record, reading
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
+from tfmq_exp.quant.observers import EntropyObserver, HistogramPercentileObserver, LpObserver, MinMax, Observer
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.ranges import Histogram, KLSearch, LpSearch, MinMax, RangeEstimator
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
-RELEASED = LpSearch(widen=False)
-ESTIMATORS: dict[str, RangeEstimator] = {
+RELEASED = LpObserver(widen=False)
+ESTIMATORS: dict[str, Observer] = {
     "minmax": MinMax(),
     "mse": RELEASED,
-    "kl": KLSearch(),
-    "hist": Histogram(positive_only=True),
+    "kl": EntropyObserver(),
+    "hist": HistogramPercentileObserver(positive_only=True),
 }
 
 

@@ -16,8 +16,8 @@ from goldens.networks import schedule_group
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.denoisers.loading import compvis_checkpoint
 from tfmq_exp.sampling import sampler as sampler_module
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import DDIM, PLMS, Predict, Sampler, trajectory
-from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.schedule import Spacing
 
 PRECISIONS = {"traj": (torch.float32, 2e-6), "traj_f64": (torch.float64, 1e-12)}  # relative

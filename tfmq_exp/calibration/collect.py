@@ -9,7 +9,7 @@ import torch
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.sampling.sampling import Sampling
+from tfmq_exp.sampling.guidance import Sampling
 
 STREAM = "calibration"
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 PART = 1024  # files that are hashed before they are noted
 YOUNG = (
-    2_000_000_000  # ns: a file may change twice within a tick of the file system's clock, so a young one is not noted
+    2_000_000_000  # ns: a file may change twice within a tick of the file system's context, so a young one is not noted
 )
 NOTICE, MUCH = 30.0, 2**32  # it is said how far it is after so many seconds, or before so many bytes
 WAIT = 10.0  # seconds for other jobs that write to the index

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.anatomy import Anatomy, Role
+from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.unet import LAYERS, time_embedding
 
 
@@ -18,9 +18,9 @@ class TemporalInformationBlock(nn.Module):
     after quantization. Build it from the network as it stands; it does not follow later replacements of layers.
     """
 
-    def __init__(self, unet: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, unet: nn.Module, structure: UNetStructure) -> None:
         super().__init__()
-        self.names = tuple(site.name for site in anatomy.by_role(Role.TIME_PROJ))
+        self.names = tuple(site.name for site in structure.by_role(Role.TIME_PROJ))
         self.unet = unet
 
     def forward(self, t: Shaped[Tensor, "steps"]) -> tuple[Float[Tensor, "steps channels"], ...]:

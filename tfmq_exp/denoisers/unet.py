@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.anatomy import Anatomy, Block, Kind, Role, Site
+from tfmq_exp.denoisers.structure import Block, Kind, LayerInfo, Role, UNetStructure
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -75,7 +75,7 @@ def block_modules(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
             yield name, Kind.ATTENTION
 
 
-def anatomy(unet: nn.Module, example: Mapping[str, Any]) -> Anatomy:
+def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure:
     """Sites, their cost, and blocks in execution order, from one traced forward pass.
 
     The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions
@@ -114,11 +114,13 @@ def anatomy(unet: nn.Module, example: Mapping[str, Any]) -> Anatomy:
             handle.remove()
     splits = shortcut_splits(unet)
     sites = {
-        name: Site(name, role, unet.get_submodule(name).get_parameter("weight").numel(), macs[name], splits.get(name))
+        name: LayerInfo(
+            name, role, unet.get_submodule(name).get_parameter("weight").numel(), macs[name], splits.get(name)
+        )
         for name, role in role_of.items()
     }
     members = {block: tuple(layer for layer in role_of if inside.get(layer, layer) == block) for block in order}
-    return Anatomy(sites, tuple(Block(name, blocks[name], members[name]) for name in order))
+    return UNetStructure(sites, tuple(Block(name, blocks[name], members[name]) for name in order))
 
 
 def shortcut_splits(unet: Any) -> dict[str, int]:

@@ -12,17 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.weights import DoesNotFit, per_row
-from tfmq_exp.quant.forms.duq import Duq
-from tfmq_exp.quant.forms.lsq import Lsq
-from tfmq_exp.quant.forms.qil import Qil
+from tfmq_exp.quant.qat.duq import Duq
+from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trained import TrainedQuantizer
-from tfmq_exp.quant.sources.dynamic import Dynamic
-from tfmq_exp.quant.sources.intervals import Intervals
-from tfmq_exp.quant.sources.per_step import PerStep
-from tfmq_exp.quant.sources.static import Static
-from tfmq_exp.quant.sources.statistics import FromStatistics
+from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer
+from tfmq_exp.quant.scales.dynamic import Dynamic
+from tfmq_exp.quant.scales.dynamic_generator import FromStatistics
+from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.timestep_groups import Intervals
 from tfmq_exp.quant.spec import QuantSpec
 
 BYTE_VALUES = 256
@@ -154,7 +154,7 @@ class LiveGrid:
 
     @torch.no_grad()
     def of_rows(self, x: Float[Tensor, "batch *rest"], steps: Int[Tensor, "batch"]) -> StepGrid:
-        """An entry for every row of `x`; the clock of a source that reads the timestep must be at these steps."""
+        """An entry for every row of `x`; the context of a source that reads the timestep must be at these steps."""
         found = [part.flatten().expand(len(x)) for part in self.source(x - self.rule.offset)]
         return ruled(found[0], found[1], self.rule)
 
@@ -173,9 +173,9 @@ def rule_of(quantizer: AffineQuantizer) -> Rule:
     Raises:
         DoesNotFit: a form that makes its codes in a way that is not known here.
     """
-    if not isinstance(quantizer, TrainedQuantizer):
+    if not isinstance(quantizer, TrainableQuantizer):
         return Rule(quantizer.spec.qmin, quantizer.spec.qmax)
-    form, own = quantizer.form.settled(), {name: value.item() for name, value in quantizer.further.items()}
+    form, own = quantizer.form.for_inference(), {name: value.item() for name, value in quantizer.further.items()}
     if own.keys() != FORMS.get(type(form)):
         known = ", ".join(kind.__name__ for kind in FORMS)
         named = f"{type(form).__name__}({', '.join(own)})"

@@ -75,14 +75,16 @@ def agreement(
     for step in steps:
         out = list(compiled({**given, "step": torch.tensor(step).numpy()}).values())
         seen = [torch.from_numpy(value) for value in out[-len(taps) :]]
-        t = torch.full((len(inputs["sample"]),), model.clock.timesteps[step])
-        with model.clock.at(t), torch.no_grad():
-            rows += [compared(site, model.clock.index, seen[2 * i], seen[2 * i + 1]) for i, site in enumerate(examined)]
+        t = torch.full((len(inputs["sample"]),), model.context.timesteps[step])
+        with model.context.at(t), torch.no_grad():
+            rows += [
+                compared(site, model.context.index, seen[2 * i], seen[2 * i + 1]) for i, site in enumerate(examined)
+            ]
     return rows
 
 
 def compared(site: Site, steps: Int[Tensor, "batch"], x: Tensor, y: Tensor) -> SiteAgreement:
-    """One layer with all rows at one step, to which the clock is set."""
+    """One layer with all rows at one step, to which the context is set."""
     wanted = site.layer(x)
     error = (y - wanted).abs() / wanted.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     beyond = error > TOLERANCE

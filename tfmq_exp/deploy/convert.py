@@ -99,7 +99,7 @@ def converted(
     built: list[Built] = []
     replacements = [*site_replacements(sites, built, pairs_saturate), *quantizer_replacements(model, sites)]
     replacements += [cached(module) for module in model.unet.modules() if isinstance(module, CachedFeature)]
-    result = traced(model.unet, model.clock.timesteps, replacements, example)
+    result = traced(model.unet, model.context.timesteps, replacements, example)
     calls = Counter(one.site for one in built)
     if wrong := [site.name for site in sites if calls[site.name] != 1]:
         raise ValueError(f"{len(wrong)} layers are not called exactly once, first {wrong[0]!r}")
@@ -162,7 +162,7 @@ def quantizer_replacements(model: QuantizedUNet, sites: Sequence[Site]) -> list[
     replacements: list[Replacement] = []
     for module in model.unet.modules():
         if isinstance(module, AffineQuantizer | StepSwitch) and id(module) not in inside:
-            grid = grid_of(module, model.clock.num_steps)
+            grid = grid_of(module, model.context.num_steps)
             build = partial(lambda grid, x, at: on_grid(x, grid, at), grid)
             replacements.append(Replacement(module, lambda x: x.shape, columns(grid), build))
     return replacements

@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def rows_by_step(model: QuantizedUNet, t: Tensor) -> list[tuple[int, Tensor]]:
     """The steps of a batch, each with the rows that are at it: engines take one step at a time."""
-    steps = model.clock.steps_of(t)
+    steps = model.context.step_indices(t)
     return [(int(step), torch.nonzero(steps == step)[:, 0]) for step in steps.unique()]
 
 

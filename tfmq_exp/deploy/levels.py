@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.activations import Grid, LiveGrid
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.sources.dynamic import Dynamic
-from tfmq_exp.quant.sources.generated import softplus_inverse
-from tfmq_exp.quant.sources.statistics import STATISTICS, FromStatistics
+from tfmq_exp.quant.scales.dynamic import Dynamic
+from tfmq_exp.quant.scales.dynamic_generator import STATISTICS, FromStatistics
+from tfmq_exp.quant.scales.tdq import softplus_inverse
 
 Node = Any  # openvino's nodes and outputs
 
@@ -40,7 +40,7 @@ def columns(grid: Grid | None) -> dict[str, Tensor]:
     """What of a grid changes with the step, each [steps]: to be looked up at run time."""
     if isinstance(grid, LiveGrid):
         reads_time = isinstance(grid.source, FromStatistics) and grid.source.encoding is not None
-        return {"step": torch.arange(grid.source.clock.num_steps)} if reads_time else {}  # type: ignore[union-attr]
+        return {"step": torch.arange(grid.source.context.num_steps)} if reads_time else {}  # type: ignore[union-attr]
     if grid is None or grid.static:
         return {}
     found = {"scale": grid.scale, "unit": grid.unit, "shift": grid.zero_point - grid.centre}
@@ -172,7 +172,7 @@ def of_step(source: FromStatistics, first: nn.Linear, at: Mapping[str, Node]) ->
     """What the network's first layer adds that does not depend on the tensor: its bias, and its part of the timestep."""
     if source.encoding is None:
         return constant(first.bias)
-    encoded = source.encoding(torch.tensor(source.clock.timesteps)).to(first.weight)
+    encoded = source.encoding(torch.tensor(source.context.timesteps)).to(first.weight)
     table = encoded @ first.weight[:, STATISTICS:].mT + first.bias
     return ops.gather(constant(table), ops.convert(at["step"], "i64"), ops.constant(0))
 

@@ -19,8 +19,8 @@ from tfmq_exp.deploy.activations import StepGrid
 from tfmq_exp.deploy.engine import Prediction, write_manifest
 from tfmq_exp.deploy.sites import Piece, Site, examine, table
 from tfmq_exp.deploy.weights import PAIR_SAFE, SignedWeight, halves, per_row
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.layers import QuantLayer
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
@@ -37,11 +37,11 @@ class IntegerProduct(nn.Module):
     Args:
         layer: what it belongs to.
         piece: its integers.
-        clock: of the model: at which step every row is.
+        context: of the model: at which step every row is.
         pairs_saturate: the processor adds pairs of products in sixteen bits; weights above 64 are multiplied in halves.
     """
 
-    def __init__(self, layer: QuantLayer, piece: Piece, clock: StepClock, pairs_saturate: bool) -> None:
+    def __init__(self, layer: QuantLayer, piece: Piece, context: TimestepContext, pairs_saturate: bool) -> None:
         super().__init__()
         assert piece.weight is not None
         assert piece.grid is not None
@@ -55,7 +55,7 @@ class IntegerProduct(nn.Module):
             self.sizes, self.left_over = [*self.sizes, 1], weight.scale * weight.offset
         self.rows, self.scales = rows, torch.cat(scales)
         self.zeros = torch.zeros(len(rows), dtype=torch.int32)
-        self.grid, self.clock, self.layer = piece.grid, clock, (layer,)
+        self.grid, self.context, self.layer = piece.grid, context, (layer,)
         self.shared: StepGrid | None = None  # one entry for whatever rows
         if isinstance(piece.grid, StepGrid) and piece.grid.static:
             self.shared = piece.grid.taken(torch.tensor([0]))
@@ -67,7 +67,7 @@ class IntegerProduct(nn.Module):
         if self.shared is not None:
             grid, y = self.shared, self.product(x, self.shared)
         else:
-            grid = self.grid.of_rows(x, self.clock.index)
+            grid = self.grid.of_rows(x, self.context.index)
             kinds = torch.stack(grid.parts, dim=1).unique(dim=0, return_inverse=True)[1]
             y = by_rows(x, kinds, lambda part, rows: self.product(part, grid.taken(rows)))
         return y + per_row(grid.offset, y.dim()) * self.of_ones(x) if bool(grid.offset.any()) else y
@@ -126,10 +126,10 @@ def by_rows(x: Tensor, kinds: Tensor, work: Any) -> Tensor:
 class IntegerLayer(nn.Module):
     """A layer with all its products in integers, its bias and its output quantizer."""
 
-    def __init__(self, site: Site, clock: StepClock, pairs_saturate: bool) -> None:
+    def __init__(self, site: Site, context: TimestepContext, pairs_saturate: bool) -> None:
         super().__init__()
         layer = site.layer
-        self.products = nn.ModuleList(IntegerProduct(layer, piece, clock, pairs_saturate) for piece in site.pieces)
+        self.products = nn.ModuleList(IntegerProduct(layer, piece, context, pairs_saturate) for piece in site.pieces)
         self.sizes = [piece.channels for piece in site.pieces]
         self.bias: Any = layer.bias
         self.output_quantizer, self.convolution = layer.output_quantizer, isinstance(layer, nn.Conv2d)
@@ -151,7 +151,7 @@ class OneDNNDenoiser(nn.Module):
         self.model = model
         for site in sites:
             if site.integer:
-                model.unet.set_submodule(site.name, IntegerLayer(site, model.clock, saturating()))
+                model.unet.set_submodule(site.name, IntegerLayer(site, model.context, saturating()))
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Prediction:
         """As the simulated model; wherever the tensors are, it computes on the CPU."""

@@ -40,7 +40,7 @@ def export(
     ov.save_model(found.model, folder / "model.xml", compress_to_fp16=False)
     content: dict[str, Any] = {
         "format": FORMAT,
-        "timesteps": list(model.clock.timesteps),
+        "timesteps": list(model.context.timesteps),
         "halves": halves,
         "openvino": ov.__version__,
         "settings": settings(threads, "f32"),

@@ -72,7 +72,7 @@ def examine(model: QuantizedUNet) -> tuple[Site, ...]:
 
 def site_of(model: QuantizedUNet, name: str) -> Site:
     """One quantized layer."""
-    layer, steps = model.layer(name), model.clock.num_steps
+    layer, steps = model.layer(name), model.context.num_steps
     reasons: list[str] = []
     weights = weights_of(model, name, reasons)
     grids = grids_of(layer.input_quantizer, steps, reasons)

@@ -19,7 +19,7 @@ from torchao.kernel.intmm import safe_int_mm
 from tfmq_exp.deploy.engine import Prediction, write_manifest
 from tfmq_exp.deploy.sites import Site, examine, table
 from tfmq_exp.deploy.torchao_products import INT8_ROWS, INT8_STEP, Fp8Product, Int4Product, Int8Product, Product
-from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 PRODUCTS: Mapping[str, type[Product]] = {"int8": Int8Product, "fp8": Fp8Product, "int4": Int4Product}
@@ -28,11 +28,11 @@ PRODUCTS: Mapping[str, type[Product]] = {"int8": Int8Product, "fp8": Fp8Product,
 class MatrixLayer(nn.Module):
     """A linear layer or 1x1 convolution as small products, with its bias and its output quantizer."""
 
-    def __init__(self, site: Site, clock: StepClock, product: type[Product], device: torch.device) -> None:
+    def __init__(self, site: Site, context: TimestepContext, product: type[Product], device: torch.device) -> None:
         super().__init__()
         self.axis = 1 if isinstance(site.layer, nn.Conv2d) else -1
         self.products = [product(piece, self.axis, device) for piece in site.pieces]
-        self.sizes, self.clock = [piece.channels for piece in site.pieces], clock
+        self.sizes, self.context = [piece.channels for piece in site.pieces], context
         self.bias: Any = site.layer.bias
         self.input_quantizer = site.layer.input_quantizer  # products read its source, and this takes it to the device
         self.output_quantizer = site.layer.output_quantizer
@@ -40,7 +40,7 @@ class MatrixLayer(nn.Module):
     def forward(self, input: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """As the simulated layer."""
         pieces = input.split(self.sizes, dim=self.axis)
-        y: Any = sum(product(x, self.clock.index) for product, x in zip(self.products, pieces, strict=True))
+        y: Any = sum(product(x, self.context.index) for product, x in zip(self.products, pieces, strict=True))
         if self.bias is not None:
             y = y + self.bias
         places = input.movedim(self.axis, -1).shape[:-1]
@@ -57,7 +57,7 @@ class TorchAODenoiser(nn.Module):
         self.model, self.device = model, device
         for site in sites:
             if not obstacle(site, product):
-                model.unet.set_submodule(site.name, MatrixLayer(site, model.clock, product, device))
+                model.unet.set_submodule(site.name, MatrixLayer(site, model.context, product, device))
         model.to(device)
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Prediction:

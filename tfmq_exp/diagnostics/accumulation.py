@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.evaluation.trajectory import STREAM
+from tfmq_exp.diagnostics.trajectory_error import STREAM
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict
-from tfmq_exp.sampling.sampling import Sampling
 
 ERRORS = ("eps_error", "own_eps_error", "eps_distance", "x_error")
 Row = dict[str, Any]

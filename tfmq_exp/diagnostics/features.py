@@ -2,7 +2,7 @@
 
 from statistics import fmean
 
-from tfmq_exp.evaluation.temporal_features import Row
+from tfmq_exp.diagnostics.temporal_error import Row
 
 
 def features_by_layer(rows: list[Row]) -> list[Row]:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.diagnostics.partial import made_float
-from tfmq_exp.diagnostics.tally import Tally
-from tfmq_exp.evaluation.trajectory import STREAM
+from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.diagnostics.activation_stats import ActivationStats
+from tfmq_exp.diagnostics.partial_quantization import made_float
+from tfmq_exp.diagnostics.trajectory_error import STREAM
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.sampling.sampling import Sampling
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 DRAWN = 2**15  # values of an activation and call that quantiles are taken from: the rank of q99 is off by 0.06 %
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 def activation_ranges(
     model: QuantizedUNet,
     denoiser: Denoiser,
-    anatomy: Anatomy,
+    structure: UNetStructure,
     sampling: Sampling,
     *,
     images: int,
@@ -43,7 +43,7 @@ def activation_ranges(
     Args:
         model: the finished model, whose quantizers are looked at; none of them acts.
         denoiser: the float network.
-        anatomy: its parts.
+        structure: its parts.
         sampling: how it is sampled; under guidance both halves of a batch are seen.
         images: trajectories.
         seed: of their noise.
@@ -57,7 +57,7 @@ def activation_ranges(
     """
     indices = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
     rows: list[Row] = []
-    with made_float(model, denoiser.unet, anatomy.sites, model.plan.operands), _watched(model, seed) as watched:
+    with made_float(model, denoiser.unet, structure.sites, model.plan.operands), _watched(model, seed) as watched:
         predict = sampling.predictor(model)
         walks = [sampling.trajectory(predict, denoiser, seed=seed, stream=STREAM, indices=part) for part in indices]
         for call, t in enumerate(sampling.calls(denoiser)):
@@ -77,10 +77,10 @@ class _Watch:
     """A tally for every activation of the present call, and how many values each keeps of a batch."""
 
     def __init__(self, model: QuantizedUNet, seed: int) -> None:
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, ActivationStats] = {}
         self.values = DRAWN
         self.generator = torch.Generator().manual_seed(seed)
-        self.clock = model.clock
+        self.context = model.context
         self.choices: dict[nn.Module, tuple[StepSwitch, int]] = {
             choice: (switch, i) for switch in model.switches() for i, choice in enumerate(switch.choices)
         }
@@ -88,9 +88,9 @@ class _Watch:
     def see(self, name: str, quantizer: AffineQuantizer, x: Tensor) -> None:
         """Before a quantizer runs; of several bit-widths only the one that this step uses counts."""
         switch, choice = self.choices.get(quantizer, (None, 0))
-        if switch is not None and int(switch.at[self.clock.index[0]]) != choice:
+        if switch is not None and int(switch.at[self.context.index[0]]) != choice:
             return
-        tally = self.tallies.setdefault(name, Tally(quantizer.spec))
+        tally = self.tallies.setdefault(name, ActivationStats(quantizer.spec))
         tally.add(x, quantizer.source(x), self.values, self.generator)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.anatomy import Anatomy
+from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.quant.functional import dequantize, quantize
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 @torch.no_grad()
-def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, anatomy: Anatomy) -> list[Row]:
+def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
     """For every integer weight in execution order, beside the nearest integers on the same grid.
 
     Returns:
@@ -23,8 +23,8 @@ def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, anatomy: Anato
         (1 where both are 0).
     """
     return [
-        {"layer": site, "role": anatomy.sites[site].role.value, **_compared(model, float_unet, site)}
-        for block in anatomy.blocks
+        {"layer": site, "role": structure.sites[site].role.value, **_compared(model, float_unet, site)}
+        for block in structure.blocks
         for site in block.sites
         if site in model.integers
     ]

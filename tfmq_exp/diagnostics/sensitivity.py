@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.diagnostics.partial import Part, all_float
+from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, all_float
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 THIRDS = ("first_third", "second_third", "last_third")
@@ -67,7 +67,7 @@ def prediction_errors(
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class PredictionProbe:
     """Samples, what the float network says of them, how many sampling steps they are from, and how many pass together."""
 
     data: CalibrationSet
@@ -80,12 +80,12 @@ class Yardstick:
         cls,
         model: QuantizedUNet,
         float_unet: nn.Module,
-        parts: Sequence[Part],
+        parts: Sequence[QuantizedPart],
         data: CalibrationSet,
         *,
         steps: int,
         batch: int,
-    ) -> "Yardstick":
+    ) -> "PredictionProbe":
         """The float network by the quantized one's operations: a unit with nothing quantized differs by exactly 0."""
         with all_float(model, float_unet, parts):
             return cls(data, predictions(model, data, batch), steps, batch)
@@ -99,9 +99,9 @@ class Yardstick:
 def unit_error(
     model: QuantizedUNet,
     float_unet: nn.Module,
-    part: Part,
-    parts: Sequence[Part],
-    yardstick: Yardstick,
+    part: QuantizedPart,
+    parts: Sequence[QuantizedPart],
+    yardstick: PredictionProbe,
     *,
     alone: bool,
     each_batch: Callable[[float], None] = lambda _: None,

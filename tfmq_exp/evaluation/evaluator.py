@@ -10,13 +10,13 @@ from torch import Tensor
 from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.digits import load_classifier
-from tfmq_exp.evaluation.features import Extractor, Features
+from tfmq_exp.evaluation.features.extractor import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
 
 MANIFOLD_IMAGES = 10_000  # as many as guided-diffusion's reference files hold for precision and recall
 
 
-class CaptionJudge(Protocol):
+class CaptionMetric(Protocol):
     """Who says how well images fit their captions."""
 
     @property
@@ -50,7 +50,7 @@ class Evaluator:
     reference: ImageSource | NpzReference
     kid: bool = False
     precision_recall: bool = False
-    clip: CaptionJudge | None = None
+    clip: CaptionMetric | None = None
     manifold_images: int = MANIFOLD_IMAGES
 
     def __post_init__(self) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfmq_exp.evaluation.moments import Gaussian
+from tfmq_exp.evaluation.metrics.fid import GaussianStatistics
 from tfmq_exp.evaluation.npz_images import opened, read_header
 
 KEYS = ("mu", "sigma", "mu_s", "sigma_s")
 ROUNDING = 1e-5  # of the largest eigenvalue: as far below 0 as float32 may take another
 
 
-def read_statistics(path: Path, widths: tuple[int, int]) -> tuple[Gaussian, Gaussian]:
+def read_statistics(path: Path, widths: tuple[int, int]) -> tuple[GaussianStatistics, GaussianStatistics]:
     """Mean and covariance of pooled and of spatial features, in float64. Arrays are read once their headers are right.
 
     Args:
@@ -37,7 +37,7 @@ def read_statistics(path: Path, widths: tuple[int, int]) -> tuple[Gaussian, Gaus
         mean, covariance, mean_s, covariance_s = (read_array(archive, key, shapes[key]) for key in KEYS)
         for key, matrix in (("sigma", covariance), ("sigma_s", covariance_s)):
             check_covariance(key, matrix)
-    return Gaussian(mean, covariance), Gaussian(mean_s, covariance_s)
+    return GaussianStatistics(mean, covariance), GaussianStatistics(mean_s, covariance_s)
 
 
 def check_keys(found: list[str]) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from tfmq_exp.core.files import sha256_of
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.data.source import ImageSource
-from tfmq_exp.evaluation.features import Extractor
-from tfmq_exp.evaluation.moments import Gaussian, Moments
+from tfmq_exp.evaluation.features.extractor import Extractor
+from tfmq_exp.evaluation.metrics.fid import GaussianStatistics, RunningMoments
 from tfmq_exp.evaluation.npz_images import NpzImages, find_images
 from tfmq_exp.evaluation.reference_npz import read_statistics
 
@@ -61,8 +61,8 @@ class ReferenceStatistics:
         provenance: where it comes from: plain JSON data.
     """
 
-    pooled: Gaussian
-    spatial: Gaussian
+    pooled: GaussianStatistics
+    spatial: GaussianStatistics
     manifold: Float[Tensor, "images pooled"]
     shape: tuple[int, int, int] | None
     provenance: Mapping[str, Any]
@@ -94,7 +94,8 @@ class ReferenceStatistics:
         header, tensors = read_tensor_file(path)
         try:
             gaussians = [
-                Gaussian(tensors[f"{part}.mean"], tensors[f"{part}.covariance"]) for part in ("pooled", "spatial")
+                GaussianStatistics(tensors[f"{part}.mean"], tensors[f"{part}.covariance"])
+                for part in ("pooled", "spatial")
             ]
             shape = None if header["shape"] is None else tuple(header["shape"])
             return cls(gaussians[0], gaussians[1], tensors["manifold"], shape, header["provenance"])
@@ -127,7 +128,7 @@ def reference_statistics(
     return found
 
 
-def check_spread(gaussian: Gaussian, features: str, title: str) -> None:
+def check_spread(gaussian: GaussianStatistics, features: str, title: str) -> None:
     """ValueError for images that are all the same, up to rounding: a distance to them says nothing of a sampler."""
     if float(gaussian.covariance.trace()) <= ALIKE * float(gaussian.mean.square().sum()):
         raise ValueError(
@@ -142,7 +143,7 @@ def from_images(
     count = len(source)
     if count < 2:
         raise ValueError(f"a reference needs at least two images, got {count}")
-    pooled, spatial = (Moments.zeros(width) for width in extract.widths)
+    pooled, spatial = (RunningMoments.zeros(width) for width in extract.widths)
     kept: list[Tensor] = [torch.zeros(0, extract.widths[0])]
     pixels, done = hashlib.sha256(), 0
     wanted = torch.zeros(count, dtype=torch.bool)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tfmq_exp.core.finite import NotFiniteError
 from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.inception_score import SPLITS, inception_score, inception_score_adm
-from tfmq_exp.evaluation.moments import Moments, frechet_distance
-from tfmq_exp.evaluation.neighbours import NEIGHBOUR, kernel_distance, precision_recall
+from tfmq_exp.evaluation.metrics.fid import RunningMoments, frechet_distance
+from tfmq_exp.evaluation.metrics.inception_score import SPLITS, inception_score, inception_score_adm
+from tfmq_exp.evaluation.metrics.kid_prdc import NEIGHBOUR, kernel_distance, precision_recall
 from tfmq_exp.evaluation.references import ReferenceStatistics
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Scores:
         if evaluator.kept and not len(reference.manifold):
             raise ValueError("KID, precision and recall need features of the reference's images, and none were kept")
         self.evaluator, self.reference = evaluator, reference
-        self.pooled, self.spatial = (Moments.zeros(width) for width in evaluator.extract.widths)
+        self.pooled, self.spatial = (RunningMoments.zeros(width) for width in evaluator.extract.widths)
         self.rows: dict[int, Rows] = {}  # by the index of the first image
 
     def update(
@@ -88,7 +88,7 @@ class Scores:
         for first in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("rows.")}):
             self._put(first, Rows(*(tensors[f"rows.{first}.{part}"] for part in Rows._fields)))
         for name, sums in (("pooled", self.pooled), ("spatial", self.spatial)):
-            sums.merge(Moments.of({part: tensors[f"{name}.{part}"] for part in sums.tensors()}))
+            sums.merge(RunningMoments.of({part: tensors[f"{name}.{part}"] for part in sums.tensors()}))
 
     def _put(self, first: int, rows: Rows) -> None:
         for start, there in self.rows.items():

@@ -9,15 +9,15 @@ import torch
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.validate import COUNT, check_fields
-from tfmq_exp.denoisers.anatomy import Anatomy
+from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.reconstruction.module import Recipe
-from tfmq_exp.reconstruction.partition import Unit
-from tfmq_exp.reconstruction.run import Task, reconstruct
+from tfmq_exp.reconstruction.loop import ReconstructionContext, reconstruct
+from tfmq_exp.reconstruction.module import ReconstructionConfig
+from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
-class Effort(NamedTuple):
+class CalibrationBudget(NamedTuple):
     """What a phase of a method costs: calibration samples that it sees, and iterations of learning per unit."""
 
     samples: int
@@ -25,7 +25,7 @@ class Effort(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Observe:
+class CalibrateRanges:
     """Show the calibration set to all quantizers at once, with weights already integer and activations still float.
 
     Batches are drawn from all sampling steps: a range shared by several steps needs that (in the order of the trajectory
@@ -44,11 +44,11 @@ class Observe:
     def __post_init__(self) -> None:
         check_fields(self, batch=COUNT)
 
-    def effort(self, images: int, calls: int) -> Effort:
+    def effort(self, images: int, calls: int) -> CalibrationBudget:
         """One pass."""
-        return Effort(self.timesteps.count(images, calls), 0)
+        return CalibrationBudget(self.timesteps.count(images, calls), 0)
 
-    def __call__(self, task: Task) -> None:
+    def __call__(self, task: ReconstructionContext) -> None:
         """Set all ranges and switch the quantizers on."""
         self.ranges(task.model, task.data, task.seed, lambda done, of: task.watcher.progress("ranges", done, of))
 
@@ -77,7 +77,7 @@ class Observe:
 
 
 @dataclass(frozen=True)
-class Learn:
+class LearnRanges:
     """Observe, then learn what the sources can learn, unit by unit, with integer weights (Q-Diffusion, BRECQ, TDQ).
 
     Whatever `trainable` yields is learned: a scale, a table of scales, a network. Where a step can choose between
@@ -91,36 +91,36 @@ class Learn:
         recipe: iterations, batch, learning rate, objective.
     """
 
-    observe: Observe
-    partition: Callable[[Anatomy, frozenset[str]], list[Unit]]
+    observe: CalibrateRanges
+    partition: Callable[[UNetStructure, frozenset[str]], list[Unit]]
     timesteps: TimestepPolicy
-    recipe: Recipe
+    recipe: ReconstructionConfig
 
-    def effort(self, images: int, calls: int) -> Effort:
+    def effort(self, images: int, calls: int) -> CalibrationBudget:
         """Of one unit."""
-        return Effort(self.timesteps.count(images, calls), self.recipe.iterations)
+        return CalibrationBudget(self.timesteps.count(images, calls), self.recipe.iterations)
 
-    def __call__(self, task: Task) -> None:
+    def __call__(self, task: ReconstructionContext) -> None:
         """Set and learn all ranges; the quantizers are on afterwards."""
         model = task.model
         self.observe.ranges(model, task.data, task.seed)
-        units = self.partition(task.anatomy, frozenset(model.plan.sites))
+        units = self.partition(task.structure, frozenset(model.plan.sites))
         task = task.on(self.timesteps(task.data))
         if not model.activation_bits():
             reconstruct(task, units, self.recipe)
         for bits in model.activation_bits():
-            model.use_bits([bits] * model.clock.num_steps)
+            model.use_bits([bits] * model.context.num_steps)
             reconstruct(replace(task, keeper=task.keeper.part(f"a{bits}")), units, self.recipe)
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepRanges:
     """Activation scales are already what they shall be: they were learned together with the weights."""
 
-    def effort(self, images: int, calls: int) -> Effort:
+    def effort(self, images: int, calls: int) -> CalibrationBudget:
         """None."""
-        return Effort(0, 0)
+        return CalibrationBudget(0, 0)
 
-    def __call__(self, task: Task) -> None:
+    def __call__(self, task: ReconstructionContext) -> None:
         """Switch the quantizers on."""
         task.model.set_activations(Mode.QUANTIZE)

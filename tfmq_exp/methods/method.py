@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from tfmq_exp.calibration.timesteps import TimestepPolicy
-from tfmq_exp.methods.activations import Keep, Learn, Observe
-from tfmq_exp.methods.correction import NoCorrection, NoiseCorrection
-from tfmq_exp.methods.temporal import CacheFeatures, ComputeFeatures
-from tfmq_exp.methods.training import Train
+from tfmq_exp.methods.activations import CalibrateRanges, KeepRanges, LearnRanges
+from tfmq_exp.methods.noise_correction import NoCorrection, NoiseCorrection
+from tfmq_exp.methods.qat_method import QuantizationAwareTrain
+from tfmq_exp.methods.temporal_features import CacheFeatures, ComputeFeatures
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
-from tfmq_exp.quant.ranges import RangeEstimator
-from tfmq_exp.surgery.plan import SurgeryPlan
+from tfmq_exp.quant.observers import Observer
+from tfmq_exp.surgery.config import QuantizationConfig
 from tfmq_exp.surgery.scales import ScalePlan
 
 
@@ -30,11 +30,11 @@ class Method:
     """
 
     name: str
-    surgery: SurgeryPlan
+    surgery: QuantizationConfig
     scales: ScalePlan
-    weight_range: RangeEstimator
+    weight_range: Observer
     timesteps: TimestepPolicy
-    weights: RoundToNearest | Reconstruct | Train
-    activations: Observe | Learn | Keep
+    weights: RoundToNearest | Reconstruct | QuantizationAwareTrain
+    activations: CalibrateRanges | LearnRanges | KeepRanges
     temporal: ComputeFeatures | CacheFeatures
     correction: NoCorrection | NoiseCorrection

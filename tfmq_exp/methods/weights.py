@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tfmq_exp.calibration.timesteps import TimestepPolicy
-from tfmq_exp.denoisers.anatomy import Anatomy
-from tfmq_exp.methods.activations import Effort, Observe
+from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.methods.activations import CalibrateRanges, CalibrationBudget
 from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.reconstruction.module import Recipe
-from tfmq_exp.reconstruction.partition import Unit
-from tfmq_exp.reconstruction.run import Task, reconstruct
-from tfmq_exp.sampling.seeds import derive_seed
+from tfmq_exp.reconstruction.loop import ReconstructionContext, reconstruct
+from tfmq_exp.reconstruction.module import ReconstructionConfig
+from tfmq_exp.reconstruction.units import Unit
 
-Partition = Callable[[Anatomy, frozenset[str]], list[Unit]]
+Partition = Callable[[UNetStructure, frozenset[str]], list[Unit]]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class RoundToNearest:
     learns: ClassVar[frozenset[str]] = frozenset()
     data: ClassVar[str] = "trajectories"  # what there is to learn from: these of the float model, or images
 
-    def effort(self, images: int, calls: int) -> Effort:
+    def effort(self, images: int, calls: int) -> CalibrationBudget:
         """None."""
-        return Effort(0, 0)
+        return CalibrationBudget(0, 0)
 
-    def __call__(self, task: Task) -> None:
+    def __call__(self, task: ReconstructionContext) -> None:
         """Freeze every weight."""
-        task.model.place_weight_grids()
-        for site in task.model.weight_sites():
+        task.model.calibrate_weights()
+        for site in task.model.weight_layers():
             task.model.freeze(site)
 
 
@@ -46,21 +46,21 @@ class Reconstruct:
 
     partition: Partition
     timesteps: TimestepPolicy
-    recipe: Recipe
+    recipe: ReconstructionConfig
     learns: ClassVar[frozenset[str]] = frozenset({"weights"})
     data: ClassVar[str] = "trajectories"
 
-    def effort(self, images: int, calls: int) -> Effort:
+    def effort(self, images: int, calls: int) -> CalibrationBudget:
         """Of one unit."""
-        return Effort(self.timesteps.count(images, calls), self.recipe.iterations)
+        return CalibrationBudget(self.timesteps.count(images, calls), self.recipe.iterations)
 
-    def __call__(self, task: Task) -> None:
+    def __call__(self, task: ReconstructionContext) -> None:
         """Learn and freeze every weight; those that no unit learns are rounded to nearest, before the others learn."""
-        sites = task.model.weight_sites()
-        units = self.partition(task.anatomy, frozenset(sites))
+        sites = task.model.weight_layers()
+        units = self.partition(task.structure, frozenset(sites))
         learned = {site for unit in units for site in unit.sites}
         left = [site for site in sites if site not in learned]
-        task.model.place_weight_grids(left)
+        task.model.calibrate_weights(left)
         for site in left:
             task.model.freeze(site)
         reconstruct(task.on(self.timesteps(task.data)), units, self.recipe)
@@ -74,10 +74,10 @@ class ReconstructJointly(Reconstruct):
         observe: how activation ranges start, under weights rounded to nearest.
     """
 
-    observe: Observe
+    observe: CalibrateRanges
     learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
 
-    def __call__(self, task: Task) -> None:
+    def __call__(self, task: ReconstructionContext) -> None:
         """Place the activations' grids, then learn both.
 
         Raises:
@@ -85,7 +85,7 @@ class ReconstructJointly(Reconstruct):
         """
         if widths := task.model.activation_bits():
             raise ValueError(f"weights and scales can be learned together for one activation width, not for {widths}")
-        task.model.place_weight_grids()
+        task.model.calibrate_weights()
         with modes(task.model.weight_quantizers(), Mode.QUANTIZE):
             self.observe.ranges(task.model, task.data, derive_seed(task.seed, "activations"))
         super().__call__(task)

@@ -90,4 +90,4 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleV
         return self.output_quantizer(self._conv_forward(*quantized, self.bias))
 
 
-TWINS: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.reconstruction.cache import Leaves, Storage
-from tfmq_exp.reconstruction.partition import Unit
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.units import Unit
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
@@ -45,7 +45,9 @@ def run(model: nn.Module, data: CalibrationSet, batch: int) -> Iterator[tuple[in
         yield start, part.t
 
 
-def capture_inputs(model: nn.Module, unit: nn.Module, data: CalibrationSet, batch: int, storage: Storage) -> Leaves:
+def capture_inputs(
+    model: nn.Module, unit: nn.Module, data: CalibrationSet, batch: int, storage: SpillAllocator
+) -> TensorTree:
     """What `unit` is fed while `model` runs. The forward stops there."""
     seen: list[Any] = []
 
@@ -53,11 +55,11 @@ def capture_inputs(model: nn.Module, unit: nn.Module, data: CalibrationSet, batc
         seen.append((args, kwargs))
         raise StopForward
 
-    stored: Leaves | None = None
+    stored: TensorTree | None = None
     with hooks([unit.register_forward_pre_hook(pre_hook, with_kwargs=True)]):
         for start, t in run(model, data, batch):
             fed = (t, *seen.pop())
-            stored = stored or Leaves.like(fed, len(data), storage)
+            stored = stored or TensorTree.like(fed, len(data), storage)
             stored.write(start, fed)
     if stored is None:
         raise ValueError("there is no calibration data")
@@ -65,16 +67,16 @@ def capture_inputs(model: nn.Module, unit: nn.Module, data: CalibrationSet, batc
 
 
 @dataclass(frozen=True)
-class FloatView:
+class UnitActivations:
     """What the float network does at one unit: what it is fed (if that was wanted) and what it returns."""
 
-    fed: Leaves | None
-    returned: Leaves
+    fed: TensorTree | None
+    returned: TensorTree
 
 
 def capture_float(
-    unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage, *, fed: bool
-) -> dict[str, FloatView]:
+    unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator, *, fed: bool
+) -> dict[str, UnitActivations]:
     """Several units at once, in one pass of the float network that stops after the last of them."""
     modules = {unit.name: unit.module(unet) for unit in units}
     inputs: dict[str, Any] = {}
@@ -94,11 +96,11 @@ def capture_float(
             m.register_forward_pre_hook(lambda _m, args, kwargs, name=n: before(name, args, kwargs), with_kwargs=True)
             for n, m in modules.items()
         ]
-    stored: dict[str, dict[str, Leaves]] = {"fed": {}, "returned": {}}
+    stored: dict[str, dict[str, TensorTree]] = {"fed": {}, "returned": {}}
 
     def keep(kind: str, name: str, start: int, value: Any) -> None:
         if name not in stored[kind]:
-            stored[kind][name] = Leaves.like(value, len(data), storage)
+            stored[kind][name] = TensorTree.like(value, len(data), storage)
         with within(f"what {name} {'is fed' if kind == 'fed' else 'returns'} in the float network"):
             stored[kind][name].write(start, value)
 
@@ -110,7 +112,7 @@ def capture_float(
                 keep("returned", name, start, output)
             inputs.clear()
             outputs.clear()
-    return {name: FloatView(stored["fed"].get(name), stored["returned"][name]) for name in modules}
+    return {name: UnitActivations(stored["fed"].get(name), stored["returned"][name]) for name in modules}
 
 
 def capture_squared_gradients(
@@ -118,16 +120,16 @@ def capture_squared_gradients(
     units: Sequence[Unit],
     data: CalibrationSet,
     batch: int,
-    storage: Storage,
+    storage: SpillAllocator,
     generator: torch.Generator,
-) -> dict[str, Leaves]:
+) -> dict[str, TensorTree]:
     """(J^T v)^2 at the units' outputs, J from there to the predicted noise, v standard normal; mean 1 for every unit."""
     modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
     if not modules:
         return {}
     device = next(unet.parameters()).device
     outputs: dict[str, Any] = {}
-    stored: dict[str, Leaves] = {}
+    stored: dict[str, TensorTree] = {}
 
     def hook(name: str, output: Any) -> None:
         for leaf in pytree.tree_leaves(output):
@@ -147,7 +149,7 @@ def capture_squared_gradients(
             for name, xs in leaves.items():
                 squared = [next(gradients).square() for _ in xs]
                 if name not in stored:
-                    stored[name] = Leaves.like(squared, len(data), storage)
+                    stored[name] = TensorTree.like(squared, len(data), storage)
                 with within(f"the gradients at the outputs of {name}"):
                     stored[name].write(start, squared)
             outputs.clear()
@@ -157,27 +159,29 @@ def capture_squared_gradients(
     return stored
 
 
-def call(unit: nn.Module, clock: StepClock, fed: Any) -> Any:
+def call(unit: nn.Module, context: TimestepContext, fed: Any) -> Any:
     """Run a unit on (timesteps of the rows, args, kwargs)."""
     t, args, kwargs = fed
-    with clock.at(t):
+    with context.at(t):
         return unit(*args, **kwargs)
 
 
 @torch.no_grad()
-def run_unit(unit: nn.Module, clock: StepClock, fed: Leaves, batch: int, storage: Storage) -> Leaves:
+def run_unit(
+    unit: nn.Module, context: TimestepContext, fed: TensorTree, batch: int, storage: SpillAllocator
+) -> TensorTree:
     """What a unit returns for all that it is fed."""
     device, samples = next(unit.parameters()).device, len(fed)
-    stored: Leaves | None = None
+    stored: TensorTree | None = None
     for start, part in zip(range(0, samples, batch), fed.batches(batch, device), strict=True):
-        outputs = call(unit, clock, part)
-        stored = stored or Leaves.like(outputs, samples, storage)
+        outputs = call(unit, context, part)
+        stored = stored or TensorTree.like(outputs, samples, storage)
         stored.write(start, outputs)
     assert stored is not None
     return stored
 
 
-class Replay:
+class OutputReplay:
     """What finished units return over the calibration set, so that later passes need not run them again.
 
     Without it, capturing the inputs of every unit would run the network's beginning once per unit. Outputs are kept in
@@ -186,9 +190,9 @@ class Replay:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.outputs: dict[nn.Module, Leaves] = {}
+        self.outputs: dict[nn.Module, TensorTree] = {}
 
-    def add(self, unit: nn.Module, outputs: Leaves) -> None:
+    def add(self, unit: nn.Module, outputs: TensorTree) -> None:
         """Keep what a finished unit returned, for all samples in order."""
         self.outputs[unit] = outputs
         while self.outputs and sum(leaves.nbytes for leaves in self.outputs.values()) > self.budget:

@@ -24,7 +24,7 @@ class UnitInputs(Protocol):
         ...
 
 
-class OneOrigin:
+class FromOneNetwork:
     """Inputs as they were captured, from one network."""
 
     origins: ClassVar[tuple[Origin, ...]]
@@ -39,14 +39,14 @@ class OneOrigin:
 
 
 @dataclass(frozen=True)
-class QuantizedInputs(OneOrigin):
+class QuantizedInputs(FromOneNetwork):
     """What the part of the network that is already quantized gives the unit: it learns to repair errors before it."""
 
     origins: ClassVar[tuple[Origin, ...]] = ("quantized",)
 
 
 @dataclass(frozen=True)
-class FloatInputs(OneOrigin):
+class FloatInputs(FromOneNetwork):
     """What the float network gives the unit; one pass captures many units (Q-Diffusion's learning of scales)."""
 
     origins: ClassVar[tuple[Origin, ...]] = ("float",)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tfmq_exp.core.distributed import ALONE, ProcessGroup
+from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
-from tfmq_exp.quant.sources.base import Source
+from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.capture import call
 from tfmq_exp.reconstruction.gradients import set_gradients
 from tfmq_exp.reconstruction.inputs import UnitInputs
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
-from tfmq_exp.reconstruction.processes import ALONE, Processes
-from tfmq_exp.sampling.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LearnScales:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ReconstructionConfig:
     """How one unit learns. The papers' numbers live in conf/.
 
     Args:
@@ -104,17 +104,17 @@ class BlockReconstruction(pl.LightningModule):
     def __init__(
         self,
         unit: nn.Module,
-        clock: StepClock,
+        context: TimestepContext,
         roundings: Sequence[AdaRound],
         sources: Sequence[Source],
         arrange: Callable[[list[Tensor]], Any],
-        recipe: Recipe,
+        recipe: ReconstructionConfig,
         seed: int = 0,
-        processes: Processes = ALONE,
+        processes: ProcessGroup = ALONE,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.unit, self.clock, self.arrange, self.recipe = unit, clock, arrange, recipe
+        self.unit, self.context, self.arrange, self.recipe = unit, context, arrange, recipe
         self.roundings, self.sources = roundings, sources
         self.seed, self.processes = seed, processes
         self.count = 0  # iterations so far
@@ -133,7 +133,7 @@ class BlockReconstruction(pl.LightningModule):
         self.set_gradients(batch)
         optimizer.step()
         for source in self.sources:
-            source.keep_valid()
+            source.clamp_parameters()
 
     def set_gradients(self, batch: list[Tensor]) -> None:
         """Gradients of the error, part by part of the batch; the penalty's come with those of the first part."""
@@ -154,7 +154,7 @@ class BlockReconstruction(pl.LightningModule):
     def loss(self, batch: list[Tensor]) -> Tensor:
         """The error of the outputs for some rows, without the penalty."""
         data = self.arrange(batch)
-        outputs = call(self.unit, self.clock, self.recipe.inputs.combine(data["fed"]))
+        outputs = call(self.unit, self.context, self.recipe.inputs.combine(data["fed"]))
         wanted = pytree.tree_leaves(data["wanted"])
         importance = [None] * len(wanted) if data["importance"] is None else pytree.tree_leaves(data["importance"])
         triples = zip(pytree.tree_leaves(outputs), wanted, importance, strict=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.validate import DECAY, POWER, SEED, Kind, check_fields, number
-from tfmq_exp.reconstruction.cache import Leaves, Storage
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import capture_squared_gradients
-from tfmq_exp.reconstruction.partition import Unit
+from tfmq_exp.reconstruction.units import Unit
 
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 
@@ -38,8 +38,8 @@ class Objective(Protocol):
     """The error of one output of a unit."""
 
     def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
-    ) -> Mapping[str, Leaves]:
+        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
+    ) -> Mapping[str, TensorTree]:
         """Weights of the elements of the units' outputs, for those units that have any."""
         ...
 
@@ -63,8 +63,8 @@ class Lp:
         check_fields(self, p=POWER)
 
     def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
-    ) -> Mapping[str, Leaves]:
+        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
+    ) -> Mapping[str, TensorTree]:
         """All elements count the same."""
         return {}
 
@@ -90,8 +90,8 @@ class Fisher:
         check_fields(self, seed=SEED)
 
     def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: Storage
-    ) -> Mapping[str, Leaves]:
+        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
+    ) -> Mapping[str, TensorTree]:
         """Squared gradients at every unit's output."""
         return capture_squared_gradients(unet, units, data, batch, storage, torch.Generator().manual_seed(self.seed))
 

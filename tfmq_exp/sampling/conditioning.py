@@ -9,8 +9,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.sampling.caption_files import read_captions
-from tfmq_exp.sampling.seeds import derive_seed
 
 Order = Literal["in_turn", "random"]
 

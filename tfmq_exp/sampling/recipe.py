@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.core.validate import whole
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.loading.scheduler_config import MOST_TIMESTEPS
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import STREAM
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler, trajectory
-from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.scheduler import Scheduler
-from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 LARGEST = 2**16  # channels, or pixels of a side
 SAMPLERS: dict[str, Any] = {kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler)}

@@ -11,27 +11,27 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
-from tfmq_exp.denoisers.anatomy import Anatomy
+from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.unet import attentions
-from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.forms.base import Form
-from tfmq_exp.quant.layers import TWINS, QuantizedWeight, QuantLayer
+from tfmq_exp.quant.layers import QUANT_LAYERS, QuantizedWeight, QuantLayer
+from tfmq_exp.quant.observers import Observer
+from tfmq_exp.quant.qat.base import QATQuantizeFn
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.split import SplitQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trained import TrainedWeightQuantizer
-from tfmq_exp.quant.ranges import RangeEstimator
+from tfmq_exp.quant.quantizers.trainable import TrainableWeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.sources.bank import GeneratorBank
+from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.attention import QuantAttnProcessor
-from tfmq_exp.surgery.plan import ActivationPlan, ResolvedPlan
+from tfmq_exp.surgery.config import ActivationConfig, ResolvedConfig
 from tfmq_exp.surgery.temporal_cache import CachedFeature, Unneeded
 
 
 class QuantizedUNet(nn.Module):
-    """Called like the UNet it holds. Owns the clock; sets it from the timestep at every forward pass.
+    """Called like the UNet it holds. Owns the context; sets it from the timestep at every forward pass.
 
     Quantizers start in mode OFF. A layer's weight is either still float, with a quantizer, or already replaced by what its
     integers stand for; those are then in `integers`. Embedding projections that were replaced by stored features are in
@@ -40,18 +40,18 @@ class QuantizedUNet(nn.Module):
 
     unet: Any  # one of diffusers' UNets
 
-    def __init__(self, unet: nn.Module, plan: ResolvedPlan) -> None:
+    def __init__(self, unet: nn.Module, plan: ResolvedConfig) -> None:
         super().__init__()
         self.unet, self.plan = unet, plan
-        self.clock = StepClock(plan.timesteps)
+        self.context = TimestepContext(plan.timesteps)
         self.integers: dict[str, tuple[QuantizedWeight, ...]] = {}
         self.cached: dict[str, QuantizedWeight] = {}
-        self.bank: GeneratorBank | None = None  # while the network is trained as a whole
+        self.bank: BatchedGenerators | None = None  # while the network is trained as a whole
 
     def forward(self, sample: Float[Tensor, "batch ..."], timestep: Shaped[Tensor, "..."], **conditions: Any) -> Any:
         """The UNet's own output. Raises ValueError at a timestep outside the finite set."""
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        with self.clock.at(t), self.bank.at(t) if self.bank else nullcontext():
+        with self.context.at(t), self.bank.at(t) if self.bank else nullcontext():
             return self.unet(sample, t, **conditions)
 
     # weights -----------------------------------------------------------------------------------------------------
@@ -63,18 +63,18 @@ class QuantizedUNet(nn.Module):
             raise KeyError(f"the layer {site!r} is not quantized")
         return layer
 
-    def weight_sites(self) -> tuple[str, ...]:
+    def weight_layers(self) -> tuple[str, ...]:
         """Sites whose weight is, or will be, integer."""
         return tuple(name for name, line in self.plan.sites.items() if line.weight)
 
     def weight_quantizers(self, sites: Collection[str] | None = None) -> list[WeightQuantizer]:
         """Quantizers of the weights that are not frozen yet."""
-        wanted = self.weight_sites() if sites is None else [s for s in sites if s in self.plan.sites]
+        wanted = self.weight_layers() if sites is None else [s for s in sites if s in self.plan.sites]
         return [quantizer for site in wanted for quantizer, _ in self.layer(site).weight_parts()]
 
-    def place_weight_grids(self, sites: Collection[str] | None = None) -> None:
+    def calibrate_weights(self, sites: Collection[str] | None = None) -> None:
         """Set the scale and zero point of weight quantizers, of all by default, from their weights."""
-        for site in self.weight_sites() if sites is None else sites:
+        for site in self.weight_layers() if sites is None else sites:
             for quantizer, weight in self.layer(site).weight_parts():
                 with within(f"the weight of {site}"):
                     quantizer.observe(weight)
@@ -122,7 +122,7 @@ class QuantizedUNet(nn.Module):
         def noting(name: str) -> Callable[[nn.Module, Any], None]:
             def note(_: nn.Module, args: Any) -> None:
                 nonlocal last
-                last = name, args[0], self.clock.t
+                last = name, args[0], self.context.t
 
             return note
 
@@ -149,7 +149,7 @@ class QuantizedUNet(nn.Module):
             if missing := quantizer.source.uncalibrated():
                 raise RuntimeError(
                     f"{name} has seen no calibration data ({len(missing)} of its ranges, "
-                    f"{self.clock.num_steps} sampling steps)"
+                    f"{self.context.num_steps} sampling steps)"
                 )
 
     def activation_state(self) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class QuantizedUNet(nn.Module):
         for switch in self.switches():
             switch.use(bits)
 
-    def merge_sources(self) -> None:
+    def tabulate_scales(self) -> None:
         """Replace every source by what is left of it after learning: generated intervals become tables."""
         for name, quantizer in self.activation_quantizers().items():
             quantizer.merge()
@@ -189,7 +189,7 @@ class QuantizedUNet(nn.Module):
     def cache_feature(self, site: str, integers: QuantizedWeight) -> None:
         """Replace an embedding projection by its stored features."""
         self.cached[site] = integers
-        self._replace(site, CachedFeature(integers, self.clock))
+        self._replace(site, CachedFeature(integers, self.context))
 
     def drop(self, site: str) -> None:
         """Take out a layer whose output nobody reads any more."""
@@ -201,19 +201,19 @@ class QuantizedUNet(nn.Module):
         self.plan = replace(self.plan, sites={k: v for k, v in self.plan.sites.items() if k != site})
 
 
-def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> QuantizedUNet:
+def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, estimator: Observer) -> QuantizedUNet:
     """A quantized copy of `unet` with exactly the quantizers of the table. The float network is left as it is."""
     model = QuantizedUNet(copy.deepcopy(unet).requires_grad_(False).eval(), plan)
 
-    def quantizer(line: ActivationPlan) -> nn.Module:
-        choices = [line.scale.quantizer(spec, model.clock) for spec in line.specs]
-        return choices[0] if len(choices) == 1 else StepSwitch(choices, model.clock)
+    def quantizer(line: ActivationConfig) -> nn.Module:
+        choices = [line.scale.quantizer(spec, model.context) for spec in line.specs]
+        return choices[0] if len(choices) == 1 else StepSwitch(choices, model.context)
 
     for site, line in plan.sites.items():
         layer = model.unet.get_submodule(site)
-        if type(layer) not in TWINS:
+        if type(layer) not in QUANT_LAYERS:
             raise TypeError(f"{site} is a {type(layer).__name__}, which has no quantized twin")
-        twin = TWINS[type(layer)].from_float(layer)
+        twin = QUANT_LAYERS[type(layer)].from_float(layer)
         sizes = (line.split, twin.weight.shape[1] - line.split) if line.split else ()
         if line.weight:
             pieces = twin.weight.split(sizes, dim=1) if sizes else (twin.weight,)
@@ -238,12 +238,12 @@ def build(unet: nn.Module, plan: ResolvedPlan, estimator: RangeEstimator) -> Qua
 
 
 def weight_quantizer(
-    weight: Float[Tensor, "out *rest"], spec: QuantSpec, estimator: RangeEstimator, form: Form | None
+    weight: Float[Tensor, "out *rest"], spec: QuantSpec, estimator: Observer, form: QATQuantizeFn | None
 ) -> WeightQuantizer:
     """One that rounds a given weight, or one under which the weight is trained by a form."""
     if form is None:
         return WeightQuantizer(weight, spec, estimator)
-    return TrainedWeightQuantizer(weight, spec, estimator, form)
+    return TrainableWeightQuantizer(weight, spec, estimator, form)
 
 
 def tie(quantizers: Sequence[Any]) -> None:
@@ -255,20 +255,20 @@ def tie(quantizers: Sequence[Any]) -> None:
             setattr(other.get_submodule(owner), leaf, shared)
 
 
-def coverage(plan: ResolvedPlan, anatomy: Anatomy) -> Mapping[str, Any]:
+def coverage(plan: ResolvedConfig, structure: UNetStructure) -> Mapping[str, Any]:
     """How much of the network the table makes integer: shares of weights and MACs, and the layers that stay float."""
-    weights = sum(site.weights for site in anatomy.sites.values())
-    macs = sum(site.macs for site in anatomy.sites.values())
-    lines = [(anatomy.sites[name], line) for name, line in plan.sites.items()]
+    weights = sum(site.weights for site in structure.sites.values())
+    macs = sum(site.macs for site in structure.sites.values())
+    lines = [(structure.sites[name], line) for name, line in plan.sites.items()]
     both = [site for site, line in lines if line.weight and line.input]
     outputs = [site for site, line in lines if line.output]
     return {
-        "layers": len(anatomy.sites),
+        "layers": len(structure.sites),
         "weight_share": sum(site.weights for site, line in lines if line.weight) / weights,
         "mac_share_weights": sum(site.macs for site, line in lines if line.weight) / macs,
         "mac_share_weights_and_inputs": sum(site.macs for site in both) / macs,
         "mac_share_outputs": sum(site.macs for site in outputs) / macs,
-        "float_weights": [name for name in anatomy.sites if name not in plan.sites or not plan.sites[name].weight],
-        "float_inputs": [name for name in anatomy.sites if name not in plan.sites or not plan.sites[name].input],
+        "float_weights": [name for name in structure.sites if name not in plan.sites or not plan.sites[name].weight],
+        "float_inputs": [name for name in structure.sites if name not in plan.sites or not plan.sites[name].input],
         "attention_operands": sorted({part for parts in plan.operands.values() for part in parts}),
     }

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.loading.network_config import MOST_LAYERS, UNETS, empty_network
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
+from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, roles, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.ranges import MinMax
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.surgery.config import OPERANDS, ResolvedConfig, resolved_from_json
 from tfmq_exp.surgery.manifest import described, difference, inside
 from tfmq_exp.surgery.packing import unpack
-from tfmq_exp.surgery.plan import OPERANDS, ResolvedPlan, resolved_from_json
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.scales import StatisticsScale, TrainedScale
 
 NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in UNETS}
@@ -102,7 +102,7 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
 def fill_weights(model: QuantizedUNet, stored: StoredTensors) -> dict[str, Tensor]:
     """Freeze every weight of the plan to the stored integers; returns the real weights, by the names in the network."""
     state: dict[str, Tensor] = {}
-    for site in model.weight_sites():
+    for site in model.weight_layers():
         parts = [(quantizer.spec, tuple(part.shape)) for quantizer, part in model.layer(site).weight_parts()]
         found = [stored.integers(f"weights/{site}/{i}", spec, shape) for i, (spec, shape) in enumerate(parts)]
         model.freeze(site, tuple(found))
@@ -117,7 +117,7 @@ def fill_features(
     for site, spec in manifest["cached"].items():
         if known.get(site) is not Role.TIME_PROJ:
             raise ValueError(f"{site!r} projects no temporal feature: it cannot be stored")
-        shape = (model.clock.num_steps, model.unet.get_submodule(site).out_features)
+        shape = (model.context.num_steps, model.unet.get_submodule(site).out_features)
         model.cache_feature(site, stored.integers(f"cached/{site}", QuantSpec(**spec), shape))
     computed = [site for site, role in known.items() if role is Role.TIME_PROJ and site not in manifest["cached"]]
     for site in manifest["unneeded"]:
@@ -126,7 +126,7 @@ def fill_features(
         model.drop(site)
 
 
-def check_plan(plan: ResolvedPlan, numbers: int) -> None:
+def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
     steps = plan.timesteps
     if not steps or len(set(steps)) < len(steps) or not all(type(t) is int and 0 <= t < MOST_TIMESTEPS for t in steps):
@@ -154,7 +154,7 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     plan = resolved_from_json(manifest["plan"])
     check_plan(plan, sum(value.numel() for value in tensors.values()))
     unet = empty_unet(manifest, tensors)
-    model = build(unet, plan, MinMax())
+    model = build_quantized_unet(unet, plan, MinMax())
     state = fill_weights(model, stored)
     fill_features(model, manifest, stored, roles(unet))
     for name, quantizer in model.activation_quantizers().items():

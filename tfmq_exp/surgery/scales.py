@@ -4,42 +4,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.core.validate import COUNT, DECAY, SEED, WrongValueError, check_fields, sequence_of
-from tfmq_exp.denoisers.anatomy import TEMPORAL_ROLES, Role
-from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.encodings import TimeEncoding, encoding_from_json, encoding_to_json
-from tfmq_exp.quant.forms.base import Form, Levels
-from tfmq_exp.quant.forms.settled import form_from_json, form_to_json
+from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Role
+from tfmq_exp.quant.observers import Observer
+from tfmq_exp.quant.qat.base import IntRangeKind, QATQuantizeFn
+from tfmq_exp.quant.qat.serialization import form_from_json, form_to_json
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.trained import Centre, TrainedQuantizer, checked_centre
-from tfmq_exp.quant.ranges import RangeEstimator
-from tfmq_exp.quant.sources.base import DEFAULT_ESTIMATOR, Source
-from tfmq_exp.quant.sources.dynamic import Dynamic
-from tfmq_exp.quant.sources.generated import Generated, LastLayer
-from tfmq_exp.quant.sources.intervals import Intervals
-from tfmq_exp.quant.sources.per_step import PerStep
-from tfmq_exp.quant.sources.static import Static
-from tfmq_exp.quant.sources.statistics import FromStatistics
+from tfmq_exp.quant.quantizers.trainable import Centre, TrainableQuantizer, checked_centre
+from tfmq_exp.quant.scales.base import DEFAULT_OBSERVER, Source
+from tfmq_exp.quant.scales.dynamic import Dynamic
+from tfmq_exp.quant.scales.dynamic_generator import FromStatistics
+from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.tdq import Generated, LastLayer
+from tfmq_exp.quant.scales.timestep_groups import Intervals
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.sampling.seeds import derive_seed
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_encoding import TimeEncoding, encoding_from_json, encoding_to_json
 
 
 class Scale(Protocol):
     """A way of finding the scale of an activation."""
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """A source of its own for one quantizer."""
         ...
 
-    def quantizer(self, spec: QuantSpec, clock: StepClock) -> AffineQuantizer:
+    def quantizer(self, spec: QuantSpec, context: TimestepContext) -> AffineQuantizer:
         """A quantizer with such a source."""
-        return AffineQuantizer(self.source(spec, clock))
+        return AffineQuantizer(self.source(spec, context))
 
     def merged(self) -> "Scale":
         """What is left of it once calibration and learning are over."""
         ...
 
-    def of_its_own(self, name: str) -> "Scale":
+    def seeded_for(self, name: str) -> "Scale":
         """The same for the activation of this name, which draws random numbers of its own where any are drawn."""
         return self
 
@@ -49,12 +49,12 @@ class StaticScale(Scale):
     """One for all timesteps: `Static`."""
 
     momentum: float = 0.95
-    estimator: RangeEstimator = DEFAULT_ESTIMATOR
+    estimator: Observer = DEFAULT_OBSERVER
 
     def __post_init__(self) -> None:
         check_fields(self, momentum=DECAY)
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """`Static`."""
         return Static(spec, momentum=self.momentum, estimator=self.estimator)
 
@@ -68,14 +68,14 @@ class PerStepScale(Scale):
     """One for each sampling step, Finite Set Calibration: `PerStep`."""
 
     momentum: float = 0.95
-    estimator: RangeEstimator = DEFAULT_ESTIMATOR
+    estimator: Observer = DEFAULT_OBSERVER
 
     def __post_init__(self) -> None:
         check_fields(self, momentum=DECAY)
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """`PerStep`."""
-        return PerStep(spec, clock, momentum=self.momentum, estimator=self.estimator)
+        return PerStep(spec, context, momentum=self.momentum, estimator=self.estimator)
 
     def merged(self) -> Scale:
         """A table."""
@@ -89,7 +89,7 @@ class IntervalScale(Scale):
     count: int
     train_timesteps: int
     momentum: float = 0.95
-    estimator: RangeEstimator = DEFAULT_ESTIMATOR
+    estimator: Observer = DEFAULT_OBSERVER
 
     def __post_init__(self) -> None:
         check_fields(self, count=COUNT, train_timesteps=COUNT, momentum=DECAY)
@@ -97,11 +97,11 @@ class IntervalScale(Scale):
             right = f"at most train_timesteps, {self.train_timesteps}"
             raise WrongValueError(type(self).__name__, "count", right, self.count)
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """`Intervals`."""
         return Intervals(
             spec,
-            clock,
+            context,
             count=self.count,
             train_timesteps=self.train_timesteps,
             momentum=self.momentum,
@@ -118,9 +118,9 @@ class DynamicScale(Scale):
     """That of the tensor at hand: `Dynamic`."""
 
     per: Literal["tensor", "sample"]
-    levels: Levels = "full"
+    levels: IntRangeKind = "full"
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """`Dynamic`."""
         return Dynamic(spec, self.per, self.levels)
 
@@ -139,16 +139,16 @@ class GeneratedScale(Scale):
     last: LastLayer
     seed: int = 0
     momentum: float = 0.95
-    estimator: RangeEstimator = DEFAULT_ESTIMATOR
+    estimator: Observer = DEFAULT_OBSERVER
 
     def __post_init__(self) -> None:
         check_fields(self, hidden=sequence_of(COUNT), dropout=DECAY, seed=SEED, momentum=DECAY)
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """`Generated`, whose arguments have the names of the fields here."""
-        return Generated(spec, clock, **vars(self))
+        return Generated(spec, context, **vars(self))
 
-    def of_its_own(self, name: str) -> Scale:
+    def seeded_for(self, name: str) -> Scale:
         """Another start of the network."""
         return replace(self, seed=derive_seed(self.seed, name))
 
@@ -167,16 +167,16 @@ class StatisticsScale(Scale):
     last: LastLayer = "zero"
     seed: int = 0
     momentum: float = 0.0
-    estimator: RangeEstimator = DEFAULT_ESTIMATOR
+    estimator: Observer = DEFAULT_OBSERVER
 
     def __post_init__(self) -> None:
         check_fields(self, hidden=sequence_of(COUNT), dropout=DECAY, seed=SEED, momentum=DECAY)
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """`FromStatistics`, whose arguments have the names of the fields here."""
-        return FromStatistics(spec, clock, **vars(self))
+        return FromStatistics(spec, context, **vars(self))
 
-    def of_its_own(self, name: str) -> Scale:
+    def seeded_for(self, name: str) -> Scale:
         """Another start of the network."""
         return replace(self, seed=derive_seed(self.seed, name))
 
@@ -187,36 +187,36 @@ class StatisticsScale(Scale):
 
 @dataclass(frozen=True)
 class TrainedScale(Scale):
-    """Any of the others, under a form of quantization-aware training: `TrainedQuantizer`.
+    """Any of the others, under a form of quantization-aware training: `TrainableQuantizer`.
 
     Args:
         form: the arithmetic on the step.
         scale: where the step comes from.
-        centre: of the grid, see `TrainedQuantizer`.
+        centre: of the grid, see `TrainableQuantizer`.
     """
 
-    form: Form
+    form: QATQuantizeFn
     scale: Scale
     centre: Centre = "zero"
 
     def __post_init__(self) -> None:
         checked_centre(self.centre)
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         """That of `scale`."""
-        return self.scale.source(spec, clock)
+        return self.scale.source(spec, context)
 
-    def quantizer(self, spec: QuantSpec, clock: StepClock) -> AffineQuantizer:
-        """`TrainedQuantizer`."""
-        return TrainedQuantizer(self.source(spec, clock), self.form, self.centre)
+    def quantizer(self, spec: QuantSpec, context: TimestepContext) -> AffineQuantizer:
+        """`TrainableQuantizer`."""
+        return TrainableQuantizer(self.source(spec, context), self.form, self.centre)
 
-    def of_its_own(self, name: str) -> Scale:
+    def seeded_for(self, name: str) -> Scale:
         """That of `scale`."""
-        return replace(self, scale=self.scale.of_its_own(name))
+        return replace(self, scale=self.scale.seeded_for(name))
 
     def merged(self) -> Scale:
         """The same without noise, on what is left of the scale."""
-        return TrainedScale(self.form.settled(), self.scale.merged(), self.centre)
+        return TrainedScale(self.form.for_inference(), self.scale.merged(), self.centre)
 
 
 @dataclass(frozen=True)

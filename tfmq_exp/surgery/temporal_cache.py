@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.functional import qparams_from_range, quantize
 from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 
 class CachedFeature(nn.Module):
@@ -18,14 +18,14 @@ class CachedFeature(nn.Module):
 
     table: Tensor
 
-    def __init__(self, integers: QuantizedWeight, clock: StepClock) -> None:
+    def __init__(self, integers: QuantizedWeight, context: TimestepContext) -> None:
         super().__init__()
-        self.clock = clock
+        self.context = context
         self.register_buffer("table", integers.dequantize(), persistent=False)
 
     def forward(self, embedding: Any) -> Float[Tensor, "batch channels"]:
         """One row of the table for every row of the batch."""
-        return self.table[self.clock.index]
+        return self.table[self.context.index]
 
 
 class Unneeded(nn.Module):

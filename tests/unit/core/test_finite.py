@@ -19,20 +19,27 @@ from tfmq_exp.core.files import write_json
 from tfmq_exp.core.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
-from tfmq_exp.evaluation.inception import load_inception
-from tfmq_exp.methods.activations import Observe
-from tfmq_exp.methods.correction import NoiseCorrection, NoiseMoments
-from tfmq_exp.quant.ranges import Histogram, KLSearch, LpSearch, MinMax, RangeEstimator, ThresholdSearch
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.evaluation.features.inception import load_inception
+from tfmq_exp.methods.activations import CalibrateRanges
+from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
+from tfmq_exp.quant.observers import (
+    EntropyObserver,
+    HistogramPercentileObserver,
+    LpObserver,
+    MinMax,
+    Observer,
+    SymmetricMSEObserver,
+)
+from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.quant.starts import Fixed, Largest, MeanMagnitude, Moments, Percentile
-from tfmq_exp.reconstruction.cache import Leaves, Storage
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.inputs import FloatInputs
-from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, Recipe
+from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.sampler import DDIM
-from tfmq_exp.sampling.sampling import Sampling
 
 pytestmark = pytest.mark.bad_input
 
@@ -131,16 +138,19 @@ def test_a_condition(tiny_unet: nn.Module) -> None:
         Sampling(DDIM(2)).conditions(denoiser(tiny_unet, encoder=Broken()), 0, "images", [0, 1])
 
 
-ESTIMATORS: list[tuple[RangeEstimator, str]] = [
-    *((estimator, "affine") for estimator in (MinMax(), MinMax(widen=False), ThresholdSearch(), LpSearch())),
-    *((estimator, "affine") for estimator in (LpSearch(widen=False), KLSearch(), Histogram())),
-    *((estimator, "symmetric") for estimator in (MeanMagnitude(), Largest(), Percentile(), Moments(), Fixed(3.0, 6.0))),
+ESTIMATORS: list[tuple[Observer, str]] = [
+    *((estimator, "affine") for estimator in (MinMax(), MinMax(widen=False), SymmetricMSEObserver(), LpObserver())),
+    *(
+        (estimator, "affine")
+        for estimator in (LpObserver(widen=False), EntropyObserver(), HistogramPercentileObserver())
+    ),
+    *((estimator, "symmetric") for estimator in (LSQInit(), AbsMax(), Percentile(), MeanStd(), Constant(3.0, 6.0))),
 ]
 
 
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize(("estimator", "scheme"), ESTIMATORS, ids=lambda x: type(x).__name__)
-def test_a_range_is_not_taken_of_it(estimator: RangeEstimator, scheme: Any, value: float) -> None:
+def test_a_range_is_not_taken_of_it(estimator: Observer, scheme: Any, value: float) -> None:
     source = Static(QuantSpec(8, scheme), momentum=0.9, estimator=estimator)
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     source.observe(x)
@@ -153,13 +163,13 @@ def test_a_range_is_not_taken_of_it(estimator: RangeEstimator, scheme: Any, valu
 
 def test_calibration_names_layer_and_timestep(unet: nn.Module) -> None:
     model = quantizable(unet)
-    site = model.weight_sites()[len(model.weight_sites()) // 2]
-    data = example_inputs(unet, 2 * model.clock.timesteps)
+    site = model.weight_layers()[len(model.weight_layers()) // 2]
+    data = example_inputs(unet, 2 * model.context.timesteps)
     layer = model.unet.get_submodule(site)
 
     def spoil(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         x = args[0].clone()
-        x[model.clock.t == 501] = math.nan
+        x[model.context.t == 501] = math.nan
         return (x,)
 
     layer.register_forward_pre_hook(spoil)
@@ -167,7 +177,7 @@ def test_calibration_names_layer_and_timestep(unet: nn.Module) -> None:
     steps = torch.arange(8) % 4
     samples = CalibrationSet(data["sample"], data["timestep"], steps, torch.arange(8) // 4, conditions)
     with pytest.raises(NotFiniteError, match=rf"^{site}\.input_quantizer at timesteps 501: the range of an activation"):
-        Observe(8, EveryKth(1))(task_of(model, samples))
+        CalibrateRanges(8, EveryKth(1))(task_of(model, samples))
 
 
 def task_of(model: Any, data: CalibrationSet) -> Any:
@@ -187,10 +197,10 @@ def task_of(model: Any, data: CalibrationSet) -> Any:
 
 def test_a_weight_without_a_range_is_named(tiny_unet: nn.Module) -> None:
     model = quantizable(tiny_unet)
-    site = model.weight_sites()[3]
+    site = model.weight_layers()[3]
     model.layer(site).weight.data.view(-1)[0] = math.inf
     with pytest.raises(NotFiniteError, match=f"^the weight of {site}: a range of MinMax is not finite"):
-        model.place_weight_grids()
+        model.calibrate_weights()
 
 
 def test_scales_that_learning_has_spoiled_are_named(tiny_unet: nn.Module) -> None:
@@ -202,13 +212,13 @@ def test_scales_that_learning_has_spoiled_are_named(tiny_unet: nn.Module) -> Non
         other.source.zero_point.nan_to_num_()
     quantizer.source.scale.fill_(math.inf)
     with pytest.raises(NotFiniteError, match=f"scale of {name} after learning is not finite"):
-        model.merge_sources()
+        model.tabulate_scales()
 
 
 @pytest.mark.parametrize("value", WRONG)
 def test_what_units_learn_from(value: float) -> None:
     batch = (torch.arange(4), torch.randn(4, 3), {"context": torch.randn(4, 2)})
-    stored = Leaves.like(batch, 8, Storage(2**20))
+    stored = TensorTree.like(batch, 8, SpillAllocator(2**20))
     stored.write(0, batch)
     batch[2]["context"][1, 0] = value
     with pytest.raises(NotFiniteError, match="a tensor on the calibration set"):
@@ -217,7 +227,7 @@ def test_what_units_learn_from(value: float) -> None:
 
 def test_a_diverged_loss_names_the_rates_to_lower() -> None:
     rounding = LearnRounding(0.01, 0.01, Annealing(0.2, 20.0, 2.0))
-    recipe = Recipe(5, 2, Lp(), FloatInputs(), rounding, LearnScales(4e-4))
+    recipe = ReconstructionConfig(5, 2, Lp(), FloatInputs(), rounding, LearnScales(4e-4))
     with pytest.raises(DivergedError) as error, naming_rates("method.weights"), within("not added"):
         raise DivergedError("the unit mid_block", 10, 300, math.nan, recipe.rates)
     assert str(error.value) == (

@@ -65,7 +65,7 @@ def test_other_content_of_the_same_size_and_time_is_noticed(
     files: Path, tmp_path: Path, read: list[str], how: str
 ) -> None:
     before, state = found(files, tmp_path / "index"), (files / "3").stat()
-    time.sleep(0.02)  # longer than a tick of the file system's clock
+    time.sleep(0.02)  # longer than a tick of the file system's context
     target = files / "3" if how == "in place" else tmp_path / "other"
     target.write_bytes(bytes(197))
     os.utime(target, ns=(state.st_atime_ns, state.st_mtime_ns))

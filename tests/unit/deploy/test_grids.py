@@ -12,21 +12,21 @@ from tfmq_exp.deploy.activations import Grid, LiveGrid, Rule, StepGrid, grid_of
 from tfmq_exp.deploy.onednn_engine import IntegerLayer, available, saturating
 from tfmq_exp.deploy.sites import Piece, Site
 from tfmq_exp.deploy.weights import DoesNotFit, signed_weight
-from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.encodings import Frequency
-from tfmq_exp.quant.forms.base import Form
-from tfmq_exp.quant.forms.duq import Duq
-from tfmq_exp.quant.forms.lsq import Lsq
-from tfmq_exp.quant.forms.nipq import Nipq
-from tfmq_exp.quant.forms.pact import Pact
-from tfmq_exp.quant.forms.qil import Qil
-from tfmq_exp.quant.layers import TWINS, QuantLayer
+from tfmq_exp.quant.layers import QUANT_LAYERS, QuantLayer
+from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.qat.base import QATQuantizeFn
+from tfmq_exp.quant.qat.duq import Duq
+from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.qat.nipq import Nipq
+from tfmq_exp.quant.qat.pact import Pact
+from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trained import Centre, TrainedQuantizer
-from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.quantizers.trainable import Centre, TrainableQuantizer
 from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, PerStepScale, Scale, StaticScale, StatisticsScale
 
 STEPS = torch.arange(len(TIMESTEPS))
@@ -45,7 +45,7 @@ SCALES: dict[str, Scale] = {
 class Kind(NamedTuple):
     """A quantizer under training as it is left: form, source, kind and bits of its grid, centre."""
 
-    form: Form
+    form: QATQuantizeFn
     scale: str
     scheme: Scheme = "symmetric"
     bits: int = 8
@@ -82,13 +82,13 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def quantizer_of(kind: Kind, clock: StepClock) -> TrainedQuantizer:
+def quantizer_of(kind: Kind, context: TimestepContext) -> TrainableQuantizer:
     """As training may leave it: every number away from where it starts."""
-    quantizer = TrainedQuantizer(
-        SCALES[kind.scale].source(QuantSpec(kind.bits, kind.scheme), clock), kind.form, kind.centre
+    quantizer = TrainableQuantizer(
+        SCALES[kind.scale].source(QuantSpec(kind.bits, kind.scheme), context), kind.form, kind.centre
     )
     x = noise(2 * len(TIMESTEPS), 32, 6, 6, seed=1)
-    with clock.at(torch.tensor(2 * TIMESTEPS)):
+    with context.at(torch.tensor(2 * TIMESTEPS)):
         quantizer.observe(x + torch.arange(len(x)).reshape(-1, 1, 1, 1) * 0.2)
     for name, value in quantizer.further.items():
         value.data.copy_(torch.tensor({"gain": 1.17, "pruned": 0.13}[name]))
@@ -97,39 +97,39 @@ def quantizer_of(kind: Kind, clock: StepClock) -> TrainedQuantizer:
     return quantizer.eval()
 
 
-def site(kind: Kind, layer: nn.Module, clock: StepClock) -> Site:
+def site(kind: Kind, layer: nn.Module, context: TimestepContext) -> Site:
     """A layer with four-bit weights behind such a quantizer."""
-    twin: QuantLayer = TWINS[type(layer)].from_float(layer)
+    twin: QuantLayer = QUANT_LAYERS[type(layer)].from_float(layer)
     weights = WeightQuantizer(twin.weight, QuantSpec(4, axis=0), MinMax())
     weights.observe(twin.weight)
-    twin.weight_quantizer, twin.input_quantizer = weights, quantizer_of(kind, clock)
+    twin.weight_quantizer, twin.input_quantizer = weights, quantizer_of(kind, context)
     (integers,) = twin.quantized_weight()
     twin.freeze_weight((integers,))
-    grid = grid_of(twin.input_quantizer, clock.num_steps)
+    grid = grid_of(twin.input_quantizer, context.num_steps)
     grid.check_bytes()
     return Site("layer", twin.requires_grad_(False), (Piece(32, signed_weight(integers), grid),), None, "")
 
 
-def subject(name: str, layer: str) -> tuple[Site, StepClock, Tensor]:
-    """The site, its clock, and an input with a row for every step."""
-    clock = StepClock(TIMESTEPS)
+def subject(name: str, layer: str) -> tuple[Site, TimestepContext, Tensor]:
+    """The site, its context, and an input with a row for every step."""
+    context = TimestepContext(TIMESTEPS)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         made = LAYERS[layer]()
     x = noise(len(TIMESTEPS), 32, 6, 6, seed=3) - 0.1
-    return site(KINDS[name], made, clock), clock, x.flatten(2).mT.contiguous() if layer == "linear" else x
+    return site(KINDS[name], made, context), context, x.flatten(2).mT.contiguous() if layer == "linear" else x
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_codes_of_the_record_are_the_quantizers(name: str) -> None:
     """Bit by bit, rows at different steps; and each is an integer between the ends."""
-    clock, kind = StepClock(TIMESTEPS), KINDS[name]
-    quantizer = quantizer_of(kind, clock)
+    context, kind = TimestepContext(TIMESTEPS), KINDS[name]
+    quantizer = quantizer_of(kind, context)
     grid = grid_of(quantizer, len(TIMESTEPS))
     assert isinstance(grid, StepGrid | LiveGrid)
     assert isinstance(grid, LiveGrid) == kind.scale.startswith(("sample", "tensor", "statistics"))
     x = noise(len(TIMESTEPS), 32, 6, 6) * 1.5
-    with clock.at(torch.tensor(TIMESTEPS)), torch.no_grad():
+    with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
         rows = grid.of_rows(x, STEPS)
         codes = rows.codes(x)
         assert torch.equal(rows.real(codes), quantizer(x))
@@ -139,15 +139,15 @@ def test_codes_of_the_record_are_the_quantizers(name: str) -> None:
 
 
 def test_a_switch_between_trained_quantizers_is_one_table() -> None:
-    clock = StepClock(TIMESTEPS)
-    choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, centre="learned"), clock) for bits in (4, 8)]
-    switch = StepSwitch(choices, clock)
+    context = TimestepContext(TIMESTEPS)
+    choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, centre="learned"), context) for bits in (4, 8)]
+    switch = StepSwitch(choices, context)
     switch.use([8, 4, 4, 8])
     grid = grid_of(switch, len(TIMESTEPS))
     assert isinstance(grid, StepGrid)
     assert grid.highest.tolist() == [127, 7, 7, 127]
     x = noise(len(TIMESTEPS), 8)
-    with clock.at(torch.tensor(TIMESTEPS)), torch.no_grad():
+    with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
         assert torch.equal(grid.real(grid.codes(x)), switch(x))
 
 
@@ -155,19 +155,19 @@ def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
     class Bent(Lsq):
         """Another arithmetic."""
 
-        def settled(self) -> "Bent":
+        def for_inference(self) -> "Bent":
             return self
 
     with pytest.raises(DoesNotFit, match=r"under the form Bent\(\), whose codes are not known; known are .* Lsq"):
-        grid_of(quantizer_of(Kind(Bent(), "static"), StepClock(TIMESTEPS)), 4)
-    bent = quantizer_of(Kind(Qil(), "static"), StepClock(TIMESTEPS))
+        grid_of(quantizer_of(Kind(Bent(), "static"), TimestepContext(TIMESTEPS)), 4)
+    bent = quantizer_of(Kind(Qil(), "static"), TimestepContext(TIMESTEPS))
     bent.form, bent.further["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
     with pytest.raises(DoesNotFit, match=r"Qil\(pruned, gamma\)"):
         grid_of(bent, 4)
 
 
 def test_what_a_byte_does_not_hold() -> None:
-    wide = LiveGrid(SCALES["sample"].source(QuantSpec(9, "symmetric"), StepClock(TIMESTEPS)), Rule(-256, 255))  # type: ignore[arg-type]
+    wide = LiveGrid(SCALES["sample"].source(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS)), Rule(-256, 255))  # type: ignore[arg-type]
     with pytest.raises(DoesNotFit, match="a grid of 512 integers; a byte has 256"):
         wide.check_bytes()
 
@@ -182,9 +182,9 @@ CASES = [(name, "padded") for name in KINDS] + [
 @pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN operators for integers")
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_onednn_multiplies_them(name: str, layer: str) -> None:
-    one, clock, x = subject(name, layer)
-    with clock.at(torch.tensor(TIMESTEPS)), torch.no_grad():
-        wanted, found = one.layer(x), IntegerLayer(one, clock, saturating())(x)
+    one, context, x = subject(name, layer)
+    with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
+        wanted, found = one.layer(x), IntegerLayer(one, context, saturating())(x)
     assert (found - wanted).abs().max() < 3e-6 * wanted.abs().max()
 
 
@@ -194,12 +194,12 @@ def test_openvino_multiplies_them(name: str, layer: str) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     from tfmq_exp.deploy.agreement import compared
 
-    one, clock, x = subject(name, layer)
+    one, context, x = subject(name, layer)
     run, integer = compiled(one, list(x.shape[1:]))
     assert integer
     for step, t in enumerate(TIMESTEPS):
-        with clock.at(torch.full((len(x),), t)), torch.no_grad():
-            row = compared(one, clock.index, x, torch.from_numpy(run([x.numpy(), step])[0]))
+        with context.at(torch.full((len(x),), t)), torch.no_grad():
+            row = compared(one, context.index, x, torch.from_numpy(run([x.numpy(), step])[0]))
         assert (row.unexplained, row.step) == (0, step)
         assert row.beyond < 0.1 * row.outputs
         assert row.error < 0.05
@@ -212,15 +212,15 @@ def test_openvino_puts_real_numbers_on_them(name: str) -> None:
     from tfmq_exp.deploy.agreement import at_tie
     from tfmq_exp.deploy.levels import on_grid
 
-    clock, x = StepClock(TIMESTEPS), noise(len(TIMESTEPS), 32, 6, 6)
-    quantizer = quantizer_of(KINDS[name], clock)
+    context, x = TimestepContext(TIMESTEPS), noise(len(TIMESTEPS), 32, 6, 6)
+    quantizer = quantizer_of(KINDS[name], context)
     grid = grid_of(quantizer, len(TIMESTEPS))
     run = stepped(grid, list(x.shape[1:]), lambda x, at: on_grid(x, grid, at))
     for step, t in enumerate(TIMESTEPS):
-        with clock.at(torch.full((len(x),), t)), torch.no_grad():
+        with context.at(torch.full((len(x),), t)), torch.no_grad():
             found, wanted = torch.from_numpy(run([x.numpy(), step])[0]), quantizer(x)
             wrong = (found - wanted).abs() > 1e-5 * wanted.abs().max()
-            assert not (wrong & ~at_tie(grid, x, clock.index)).any()
+            assert not (wrong & ~at_tie(grid, x, context.index)).any()
 
 
 def compiled(one: Site, shape: list[int]) -> tuple[Any, bool]:

@@ -36,11 +36,11 @@ def test_every_layer_agrees_without_exception(unet: nn.Module, case: str) -> Non
         model(**given)
         for handle in handles:
             handle.remove()
-        with model.clock.at(given["timestep"]):
+        with model.context.at(given["timestep"]):
             for site in examine(model):
                 assert site.integer
                 wanted = site.layer(seen[site.name])
-                found = IntegerLayer(site, model.clock, saturating())(seen[site.name])
+                found = IntegerLayer(site, model.context, saturating())(seen[site.name])
                 assert (found - wanted).abs().max() < 5e-6 * wanted.abs().max(), site.name
 
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from tests.conftest import calibrated, example_inputs, quantizable
 from tests.unit.deploy.subject import inputs, model_of, one_level_unet, small_unet
-from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.surgery.plan import AttentionPlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build
+from tfmq_exp.surgery.config import AttentionBits
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.scales import DynamicScale, ScalePlan
 from tfmq_exp.surgery.temporal_cache import cached
 
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
         "activation": [4, 6, 8],
         "scales": "all",
         "split": True,
-        "attention": AttentionPlan(8, 8),
+        "attention": AttentionBits(8, 8),
     },
     "ranges at run time": {"scales": ScalePlan(DYNAMIC, DYNAMIC)},
     "outputs": {"activation": None, "output": 8, "scales": "all"},
@@ -175,7 +175,7 @@ def asymmetric(unet: nn.Module) -> QuantizedUNet:
     """Eight-bit affine weights, as some releases have them."""
     plan = quantizable(unet, weight=8, scales="all").plan
     sites = {name: replace(line, weight=QuantSpec(8, "affine", axis=0)) for name, line in plan.sites.items()}
-    return calibrated(build(unet, replace(plan, sites=sites), MinMax()))
+    return calibrated(build_quantized_unet(unet, replace(plan, sites=sites), MinMax()))
 
 
 def test_a_site_in_floating_point_is_an_error_that_names_it() -> None:

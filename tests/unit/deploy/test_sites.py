@@ -9,16 +9,16 @@ from tests.unit.deploy.subject import model_of
 from tfmq_exp.deploy.activations import LiveGrid, StepGrid, grid_of
 from tfmq_exp.deploy.sites import examine, table
 from tfmq_exp.deploy.weights import DoesNotFit
-from tfmq_exp.quant.encodings import Normalised
 from tfmq_exp.quant.spec import QParams
-from tfmq_exp.surgery.plan import SitePlan
+from tfmq_exp.quant.timestep_encoding import Normalised
+from tfmq_exp.surgery.config import LayerBits
 from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan, StaticScale
 
 
 def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.Module) -> None:
     plain, weight_only = "conv_out", "conv_in"
     model = model_of(
-        tiny_unet, sites={plain: SitePlan(), weight_only: SitePlan(8, None), "mid_block.*": SitePlan(None, 8)}
+        tiny_unet, sites={plain: LayerBits(), weight_only: LayerBits(8, None), "mid_block.*": LayerBits(None, 8)}
     )
     layers = [name for name, m in tiny_unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     rows = {str(row["site"]): row for row in table(model, examine(model))}
@@ -63,7 +63,7 @@ def test_a_grid_is_what_the_quantizer_uses(tiny_unet: nn.Module, kind: str) -> N
     quantizer = model.layer("conv_in").input_quantizer
     grid = grid_of(quantizer, len(TIMESTEPS))
     x = torch.randn(len(TIMESTEPS), 3, 8, 8)
-    with model.clock.at(torch.tensor(TIMESTEPS)):
+    with model.context.at(torch.tensor(TIMESTEPS)):
         wanted = quantizer(x)
     if kind == "dynamic":
         assert isinstance(grid, LiveGrid)

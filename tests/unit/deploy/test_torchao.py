@@ -60,8 +60,8 @@ def layers(model: QuantizedUNet, form: str, device: torch.device) -> list[tuple[
         for handle in handles:
             handle.remove()
         sites = [site for site in examine(model) if not obstacle(site, PRODUCTS[form])]
-        with model.clock.at(given["timestep"].to(device)):
-            made = [MatrixLayer(site, model.clock, PRODUCTS[form], device).to(device) for site in sites]
+        with model.context.at(given["timestep"].to(device)):
+            made = [MatrixLayer(site, model.context, PRODUCTS[form], device).to(device) for site in sites]
             found = [layer(seen[site.name].to(device)).cpu() for layer, site in zip(made, sites, strict=True)]
         model.cpu()
     return [(site, seen[site.name], y) for site, y in zip(sites, found, strict=True)]
@@ -83,7 +83,7 @@ def test_int8_layers_are_those_of_the_simulation(
         found = layers(model, "int8", device)
     assert len(found) == 25
     assert sum(isinstance(site.layer, nn.Conv2d) for site, *_ in found) == 2
-    with model.clock.at(inputs(501, 1, 501)["timestep"]), torch.no_grad():
+    with model.context.at(inputs(501, 1, 501)["timestep"]), torch.no_grad():
         for site, x, y in found:
             wanted = site.layer(x)
             beyond = (y - wanted).abs() > 5e-6 * wanted.abs().max()

@@ -10,17 +10,17 @@ from torch import nn
 from tests.conftest import calibrated, example_inputs, quantizable
 from tfmq_exp.calibration.collect import collect
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.denoisers.anatomy import Anatomy
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
-from tfmq_exp.denoisers.unet import anatomy
+from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.conditioning import Classes, Unconditional
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import DDIM
-from tfmq_exp.sampling.sampling import Sampling
-from tfmq_exp.surgery.plan import AttentionPlan
+from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-OPERANDS = AttentionPlan(operands=8, probabilities=8)
+OPERANDS = AttentionBits(operands=8, probabilities=8)
 
 
 class Contexts:
@@ -45,7 +45,7 @@ class Subject:
 
     model: QuantizedUNet
     denoiser: Denoiser
-    anatomy: Anatomy
+    structure: UNetStructure
     sampling: Sampling
 
     @property
@@ -64,4 +64,4 @@ def subject_of(unet: nn.Module, **choices: Any) -> Subject:
     denoiser = Denoiser("tiny", unet, shape, SCHEDULE, "0" * 64, encoder=encoder)
     conditioning = Classes(3) if conditional else Unconditional()
     sampling = Sampling(DDIM(4), conditioning, guidance=3.0 if conditional else 1.0)
-    return Subject(model, denoiser, anatomy(unet, example_inputs(unet)), sampling)
+    return Subject(model, denoiser, read_structure(unet, example_inputs(unet)), sampling)

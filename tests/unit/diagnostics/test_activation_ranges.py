@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.diagnostics.subject import Subject, subject_of
+from tfmq_exp.diagnostics.activation_stats import ActivationStats
 from tfmq_exp.diagnostics.ranges import activation_name, activation_ranges, range_changes
-from tfmq_exp.diagnostics.tally import Tally
-from tfmq_exp.evaluation.trajectory import STREAM
+from tfmq_exp.diagnostics.trajectory_error import STREAM
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
@@ -16,7 +16,7 @@ Row = dict[str, float]
 
 def ranges_of(subject: Subject, images: int = 3, batch: int = 2) -> list[Row]:
     made = {"images": images, "seed": 0, "batch": batch}
-    return activation_ranges(subject.model, subject.denoiser, subject.anatomy, subject.sampling, **made)
+    return activation_ranges(subject.model, subject.denoiser, subject.structure, subject.sampling, **made)
 
 
 def inputs_seen(subject: Subject, layer: str) -> list[Tensor]:
@@ -42,7 +42,7 @@ def test_statistics_are_those_of_the_whole_tensors(subject: Subject) -> None:
             assert (row["mean"], row["std"]) == pytest.approx((float(x.mean()), float(x.std(correction=0))), abs=1e-5)
             low, high = x.quantile(0.01), x.quantile(0.99)
             assert (row["q01"], row["q99"]) == pytest.approx((float(low), float(high)), abs=1e-4)
-            with subject.model.clock.at(torch.full((len(x),), int(row["t"]))):
+            with subject.model.context.at(torch.full((len(x),), int(row["t"]))):
                 on_grid, q = quantizer.quantize(x), quantizer.source(x)
             scale = float(q.scale.flatten()[0])
             assert row["interval"] == pytest.approx(scale)
@@ -82,7 +82,7 @@ def test_of_several_widths_the_one_that_acts_is_seen(tiny_unet: nn.Module) -> No
 
 def test_a_tally_counts_what_the_grid_cannot_reach() -> None:
     spec, q = QuantSpec(2), QParams(torch.tensor([1.0]), torch.tensor([1.0]))  # the grid is -1, 0, 1, 2
-    tally, drawn = Tally(spec), torch.Generator().manual_seed(0)
+    tally, drawn = ActivationStats(spec), torch.Generator().manual_seed(0)
     for x in (torch.tensor([-3.0, -1.6, -1.4, 0.0, 2.4]), torch.tensor([2.6, 9.0, 1.0])):
         tally.add(x, q, 8, drawn)
     found = tally.columns()
@@ -95,7 +95,7 @@ def test_a_tally_counts_what_the_grid_cannot_reach() -> None:
 
 
 def test_a_tally_keeps_no_more_values_than_it_is_told() -> None:
-    tally, drawn = Tally(QuantSpec(8)), torch.Generator().manual_seed(0)
+    tally, drawn = ActivationStats(QuantSpec(8)), torch.Generator().manual_seed(0)
     x = torch.randn(100_000, generator=drawn)
     tally.add(x, QParams(torch.tensor([0.1]), torch.tensor([128.0])), 20_000, drawn)
     assert sum(map(len, tally.drawn)) == 20_000

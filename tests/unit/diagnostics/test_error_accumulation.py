@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tests.unit.diagnostics.subject import Subject
 from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
-from tfmq_exp.evaluation.trajectory import STREAM, trajectory_error
-from tfmq_exp.sampling.sampling import Sampling
+from tfmq_exp.diagnostics.trajectory_error import STREAM, trajectory_error
+from tfmq_exp.sampling.guidance import Sampling
 
 
 def relative(value: Tensor, wanted: Tensor) -> float:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, example_inputs
 from tests.unit.diagnostics.subject import Subject, subject_of
-from tfmq_exp.denoisers.anatomy import Role
+from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.diagnostics.features import features_by_layer
-from tfmq_exp.evaluation.temporal_features import EMBEDDING, feature_errors, temporal_feature_error
-from tfmq_exp.methods.temporal import CacheFeatures
+from tfmq_exp.diagnostics.temporal_error import EMBEDDING, feature_errors, temporal_feature_error
+from tfmq_exp.methods.temporal_features import CacheFeatures
 
 
 def seen(network: nn.Module, layers: nn.Module, name: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -25,8 +25,8 @@ def seen(network: nn.Module, layers: nn.Module, name: str, inputs: dict[str, Ten
 
 
 def test_rows_are_what_layers_return_inside_the_network(subject: Subject) -> None:
-    rows = feature_errors(subject.model, subject.unet, subject.anatomy)
-    projections = [site.name for site in subject.anatomy.by_role(Role.TIME_PROJ)]
+    rows = feature_errors(subject.model, subject.unet, subject.structure)
+    projections = [site.name for site in subject.structure.by_role(Role.TIME_PROJ)]
     assert sorted({row["layer"] for row in rows}) == sorted([EMBEDDING, *projections])
     assert len(rows) == len(TIMESTEPS) * (1 + len(projections))
     inputs, name = example_inputs(subject.unet, TIMESTEPS), projections[-1]
@@ -40,8 +40,8 @@ def test_rows_are_what_layers_return_inside_the_network(subject: Subject) -> Non
 
 
 def test_the_mean_over_projections_is_the_error_that_runs_report(subject: Subject) -> None:
-    rows = feature_errors(subject.model, subject.unet, subject.anatomy)
-    for reported in temporal_feature_error(subject.model, subject.unet, subject.anatomy):
+    rows = feature_errors(subject.model, subject.unet, subject.structure)
+    for reported in temporal_feature_error(subject.model, subject.unet, subject.structure):
         here = [row for row in rows if row["step"] == reported["step"] and row["layer"] != EMBEDDING]
         assert fmean(row["relative_mse"] for row in here) == pytest.approx(reported["relative_mse"], rel=1e-4)
         assert fmean(row["mse"] for row in here) == pytest.approx(reported["mse"], rel=1e-4)
@@ -50,7 +50,7 @@ def test_the_mean_over_projections_is_the_error_that_runs_report(subject: Subjec
 
 
 def test_layers_are_means_over_timesteps(subject: Subject) -> None:
-    rows = feature_errors(subject.model, subject.unet, subject.anatomy)
+    rows = feature_errors(subject.model, subject.unet, subject.structure)
     for layer in features_by_layer(rows):
         group = [row for row in rows if row["layer"] == layer["layer"]]
         assert layer["relative_mse"] == pytest.approx(sum(row["relative_mse"] for row in group) / 4)
@@ -61,7 +61,7 @@ def test_layers_are_means_over_timesteps(subject: Subject) -> None:
 
 def test_where_every_feature_is_stored_there_is_no_embedding(tiny_unet: nn.Module) -> None:
     subject = subject_of(tiny_unet)
-    CacheFeatures(8, "always")(subject.model, subject.unet, subject.anatomy)
-    rows = feature_errors(subject.model, subject.unet, subject.anatomy)
+    CacheFeatures(8, "always")(subject.model, subject.unet, subject.structure)
+    rows = feature_errors(subject.model, subject.unet, subject.structure)
     assert EMBEDDING not in {row["layer"] for row in rows}
     assert 0 < max(row["relative_mse"] for row in rows) < 1e-4

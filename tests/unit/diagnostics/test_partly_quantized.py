@@ -6,10 +6,10 @@ from torch import nn
 
 from tests.conftest import example_inputs
 from tests.unit.diagnostics.subject import Subject, subject_of
-from tfmq_exp.denoisers.anatomy import Role
-from tfmq_exp.diagnostics.partial import all_float, made_float, quantized_parts
-from tfmq_exp.methods.temporal import CacheFeatures
-from tfmq_exp.surgery.plan import SitePlan
+from tfmq_exp.denoisers.structure import Role
+from tfmq_exp.diagnostics.partial_quantization import all_float, made_float, quantized_parts
+from tfmq_exp.methods.temporal_features import CacheFeatures
+from tfmq_exp.surgery.config import LayerBits
 
 
 def out(network: nn.Module, unet: nn.Module) -> torch.Tensor:
@@ -18,7 +18,7 @@ def out(network: nn.Module, unet: nn.Module) -> torch.Tensor:
 
 
 def test_all_parts_float_are_the_float_network_and_come_back(subject: Subject) -> None:
-    parts = quantized_parts(subject.model, subject.unet, subject.anatomy)
+    parts = quantized_parts(subject.model, subject.unet, subject.structure)
     before = out(subject.model, subject.unet)
     state = {name: value.clone() for name, value in subject.model.state_dict().items()}
     with all_float(subject.model, subject.unet, parts):
@@ -30,31 +30,31 @@ def test_all_parts_float_are_the_float_network_and_come_back(subject: Subject) -
 
 def test_an_error_inside_leaves_nothing_float(subject: Subject) -> None:
     before = out(subject.model, subject.unet)
-    with pytest.raises(RuntimeError, match="stop"), made_float(subject.model, subject.unet, subject.anatomy.sites):
+    with pytest.raises(RuntimeError, match="stop"), made_float(subject.model, subject.unet, subject.structure.sites):
         raise RuntimeError("stop")
     assert torch.equal(out(subject.model, subject.unet), before)
 
 
 def test_parts_hold_every_layer_once_and_the_attentions(subject: Subject) -> None:
-    parts = quantized_parts(subject.model, subject.unet, subject.anatomy)
-    assert sorted(site for part in parts for site in part.sites) == sorted(subject.anatomy.sites)
+    parts = quantized_parts(subject.model, subject.unet, subject.structure)
+    assert sorted(site for part in parts for site in part.sites) == sorted(subject.structure.sites)
     assert sorted(name for part in parts for name in part.attentions) == sorted(subject.model.plan.operands)
-    assert parts[0].sites == subject.anatomy.temporal_sites
+    assert parts[0].sites == subject.structure.temporal_sites
 
 
 def test_a_float_layer_is_no_part(tiny_unet: nn.Module) -> None:
-    subject = subject_of(tiny_unet, sites={"conv_in": SitePlan()})
-    names = [part.name for part in quantized_parts(subject.model, subject.unet, subject.anatomy)]
+    subject = subject_of(tiny_unet, sites={"conv_in": LayerBits()})
+    names = [part.name for part in quantized_parts(subject.model, subject.unet, subject.structure)]
     assert "conv_in" not in names
     assert "conv_out" in names
 
 
 def test_stored_features_make_room_for_their_layers(tiny_unet: nn.Module) -> None:
     subject = subject_of(tiny_unet)
-    CacheFeatures(8, "always")(subject.model, subject.unet, subject.anatomy)
-    temporal, *others = quantized_parts(subject.model, subject.unet, subject.anatomy)
+    CacheFeatures(8, "always")(subject.model, subject.unet, subject.structure)
+    temporal, *others = quantized_parts(subject.model, subject.unet, subject.structure)
     assert set(temporal.sites) == {
-        *(site.name for site in subject.anatomy.by_role(Role.TIME_PROJ, Role.TIME_EMBED)),
+        *(site.name for site in subject.structure.by_role(Role.TIME_PROJ, Role.TIME_EMBED)),
     }
     stored = out(subject.model, subject.unet)
     with all_float(subject.model, subject.unet, [temporal, *others]):

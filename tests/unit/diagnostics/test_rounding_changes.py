@@ -6,13 +6,13 @@ from torch import nn
 
 from tests.conftest import quantizable
 from tests.unit.diagnostics.subject import Subject, subject_of
-from tfmq_exp.denoisers.unet import anatomy
+from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.diagnostics.rounding import rounding_changes
 
 
 def test_nearest_rounding_changes_nothing(subject: Subject) -> None:
-    rows = rounding_changes(subject.model, subject.unet, subject.anatomy)
-    order = [site for block in subject.anatomy.blocks for site in block.sites]
+    rows = rounding_changes(subject.model, subject.unet, subject.structure)
+    order = [site for block in subject.structure.blocks for site in block.sites]
     assert [row["layer"] for row in rows] == order
     assert {(row["changed"], row["up"], row["largest_steps"], row["mse_ratio"]) for row in rows} == {(0, 0, 0, 1)}
 
@@ -27,7 +27,7 @@ def test_moved_integers_are_counted(tiny_unet: nn.Module) -> None:
     codes[down] -= 2
     moved = integers._replace(codes=codes.reshape(integers.codes.shape))
     subject.model.integers[name] = (moved,)
-    rows = {row["layer"]: row for row in rounding_changes(subject.model, tiny_unet, subject.anatomy)}
+    rows = {row["layer"]: row for row in rounding_changes(subject.model, tiny_unet, subject.structure)}
     row, weight = rows[name], tiny_unet.get_submodule(name).weight
     assert row["changed"] * weight.numel() == pytest.approx(17)
     assert row["up"] * weight.numel() == pytest.approx(12)
@@ -40,7 +40,7 @@ def test_moved_integers_are_counted(tiny_unet: nn.Module) -> None:
 
 def test_learned_rounding_is_one_step_away_where_it_was_told_to_turn(tiny_unet: nn.Module) -> None:
     model = quantizable(tiny_unet, weight=4, activation=None, split=True)
-    model.place_weight_grids()
+    model.calibrate_weights()
     shortcut = "up_blocks.0.resnets.0.conv_shortcut"
     turned = 0
     for rounding in model.learn_rounding(shortcut):
@@ -49,11 +49,11 @@ def test_learned_rounding_is_one_step_away_where_it_was_told_to_turn(tiny_unet: 
         rounding.harden()
         outside = (rounding.gap == 0).flatten()[:50]  # neighbours that are one point of the grid
         turned += 50 - int(outside.sum())
-    for site in model.weight_sites():
+    for site in model.weight_layers():
         model.freeze(site)
     assert len(model.integers[shortcut]) == 2
     example = {"sample": torch.zeros(1, 3, 8, 8), "timestep": torch.tensor([1])}
-    rows = {row["layer"]: row for row in rounding_changes(model, tiny_unet, anatomy(tiny_unet, example))}
+    rows = {row["layer"]: row for row in rounding_changes(model, tiny_unet, read_structure(tiny_unet, example))}
     assert rows[shortcut]["changed"] * rows[shortcut]["weights"] == pytest.approx(turned)
     assert rows[shortcut]["largest_steps"] == 1
     assert rows[shortcut]["mse_ratio"] > 1

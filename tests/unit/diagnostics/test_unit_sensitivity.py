@@ -5,23 +5,23 @@ import torch
 from torch import nn
 
 from tests.unit.diagnostics.subject import Subject, subject_of
-from tfmq_exp.denoisers.anatomy import Kind
-from tfmq_exp.diagnostics.partial import Part, quantized_parts
+from tfmq_exp.denoisers.structure import Kind
+from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, quantized_parts
 from tfmq_exp.diagnostics.sensitivity import (
     THIRDS,
-    Yardstick,
+    PredictionProbe,
     prediction_errors,
     predictions,
     spread_over_steps,
     unit_error,
 )
-from tfmq_exp.surgery.plan import SitePlan
+from tfmq_exp.surgery.config import LayerBits
 
 
-def yardstick(subject: Subject, samples: int = 12) -> tuple[list[Part], Yardstick]:
-    parts = quantized_parts(subject.model, subject.unet, subject.anatomy)
+def yardstick(subject: Subject, samples: int = 12) -> tuple[list[QuantizedPart], PredictionProbe]:
+    parts = quantized_parts(subject.model, subject.unet, subject.structure)
     data = spread_over_steps(subject.data(), samples, seed=0)
-    return parts, Yardstick.of(subject.model, subject.unet, parts, data, steps=4, batch=5)
+    return parts, PredictionProbe.of(subject.model, subject.unet, parts, data, steps=4, batch=5)
 
 
 def test_a_unit_alone_is_a_float_network_with_that_unit_quantized(tiny_unet: nn.Module) -> None:
@@ -34,7 +34,7 @@ def test_a_unit_alone_is_a_float_network_with_that_unit_quantized(tiny_unet: nn.
     handle = tiny_unet.get_submodule("conv_out").register_forward_pre_hook(lambda _m, args: fed.append(args[0]))
     with torch.no_grad():
         wanted = tiny_unet(**stick.data.inputs(torch.device("cpu"))).sample
-        with subject.model.clock.at(stick.data.t):
+        with subject.model.context.at(stick.data.t):
             out = subject.model.layer("conv_out")(fed[0])
     handle.remove()
     assert found["relative_error"] == pytest.approx(
@@ -53,7 +53,7 @@ def test_the_yardstick_is_the_float_network(subject: Subject) -> None:
 def test_alone_and_others_are_two_sides(subject: Subject) -> None:
     parts, stick = yardstick(subject)
     whole = stick.error(subject.model)["relative_error"]
-    one = Part("all", Kind.LAYER, tuple(subject.anatomy.sites), tuple(subject.model.plan.operands))
+    one = QuantizedPart("all", Kind.LAYER, tuple(subject.structure.sites), tuple(subject.model.plan.operands))
     everything = unit_error(subject.model, subject.unet, one, [one], stick, alone=True)
     assert everything["relative_error"] == whole > 0
     assert unit_error(subject.model, subject.unet, one, [one], stick, alone=False)["relative_error"] == 0
@@ -66,9 +66,9 @@ def test_alone_and_others_are_two_sides(subject: Subject) -> None:
 
 
 def test_a_unit_with_nothing_quantized_makes_no_error(tiny_unet: nn.Module) -> None:
-    subject = subject_of(tiny_unet, sites={"conv_in": SitePlan()})
+    subject = subject_of(tiny_unet, sites={"conv_in": LayerBits()})
     parts, stick = yardstick(subject)
-    untouched = Part("conv_in", Kind.LAYER, ("conv_in",), ())
+    untouched = QuantizedPart("conv_in", Kind.LAYER, ("conv_in",), ())
     found = unit_error(subject.model, subject.unet, untouched, [*parts, untouched], stick, alone=True)
     assert found["relative_error"] == 0
     whole = unit_error(subject.model, subject.unet, untouched, [*parts, untouched], stick, alone=False)

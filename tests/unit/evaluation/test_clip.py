@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.evaluation.material import pictures
-from tfmq_exp.evaluation.clip import ClipJudge
+from tfmq_exp.evaluation.features.clip import ClipScore
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_score_is_the_models_own_logit_without_its_scale(folder: Path) -> None:
     images = pictures(4, 32, 0)
-    judge = ClipJudge(str(folder), device="cpu")
+    judge = ClipScore(str(folder), device="cpu")
     ours = judge(images, CAPTIONS)
     model = transformers.CLIPModel.from_pretrained(folder)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
@@ -61,7 +61,7 @@ def test_the_score_is_the_models_own_logit_without_its_scale(folder: Path) -> No
 
 
 def test_other_weights_are_another_judge(folder: Path) -> None:
-    identity = ClipJudge(str(folder), device="cpu").identity
+    identity = ClipScore(str(folder), device="cpu").identity
     assert len(identity["sha256"]) == 64
     assert identity["model"] == folder.name
 
@@ -69,19 +69,19 @@ def test_other_weights_are_another_judge(folder: Path) -> None:
 def test_another_tokenizer_or_preparation_is_another_judge(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)
-    before = ClipJudge(str(folder), device="cpu").identity
-    assert ClipJudge(str(copy), device="cpu").identity == before
+    before = ClipScore(str(folder), device="cpu").identity
+    assert ClipScore(str(copy), device="cpu").identity == before
     path = copy / "preprocessor_config.json"
     path.write_text(path.read_text().replace("0.48145466", "0.5"))
-    changed = ClipJudge(str(copy), device="cpu").identity
+    changed = ClipScore(str(copy), device="cpu").identity
     assert (changed["sha256"], changed != before) == (before["sha256"], True)
 
 
 def test_a_missing_model_is_not_downloaded(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
-        ClipJudge(str(tmp_path))
+        ClipScore(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="openai/clip-vit-base-patch32"):
-        ClipJudge("openai/clip-vit-base-patch32")
+        ClipScore("openai/clip-vit-base-patch32")
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_nothing_in_its_folder_names_code(
     copy = shutil.copytree(folder, tmp_path / "clip")
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
     with pytest.raises(ValueError, match=rf"{file}: {key}.* is refused"):
-        ClipJudge(str(copy), device="cpu")
+        ClipScore(str(copy), device="cpu")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.unit.evaluation.material import pictures
-from tfmq_exp.experiment.store import Store
+from tfmq_exp.pipeline.store import Store
 
 SCRIPT = Path(__file__).parents[3] / "scripts/export_images.py"
 

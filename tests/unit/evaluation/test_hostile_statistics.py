@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.evaluation.material import TensorSource, linear_extractor, pictures
-from tfmq_exp.evaluation.features import Extractor
+from tfmq_exp.evaluation.features.extractor import Extractor
 from tfmq_exp.evaluation.npz_images import NpzImages
 from tfmq_exp.evaluation.reference_npz import read_statistics
 from tfmq_exp.evaluation.references import reference_statistics

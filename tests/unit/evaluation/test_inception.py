@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from tests.unit.evaluation.material import TensorSource, pictures
-from tfmq_exp.evaluation.inception import InceptionFeatures, inception_evaluator, load_inception
+from tfmq_exp.evaluation.features.inception import InceptionFeatures, inception_evaluator, load_inception
 
 
 def test_features_are_those_of_torch_fidelity(inception_file: Path) -> None:

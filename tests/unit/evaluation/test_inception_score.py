@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.evaluation import inception_score as module
-from tfmq_exp.evaluation.inception_score import inception_score, inception_score_adm
+from tfmq_exp.evaluation.metrics.inception_score import inception_score, inception_score_adm
 
 
 def logits(count: int, *, by_class: bool = False) -> Tensor:

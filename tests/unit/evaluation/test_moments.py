@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.evaluation.material import frechet, frechet_of_few
-from tfmq_exp.evaluation.moments import Moments, frechet_distance
+from tfmq_exp.evaluation.metrics.fid import RunningMoments, frechet_distance
 
 
 def rows(count: int, width: int, seed: int) -> Tensor:
@@ -16,8 +16,8 @@ def rows(count: int, width: int, seed: int) -> Tensor:
     return (torch.randn(count, width, generator=generator) @ mixing + 5 + seed).float()
 
 
-def moments(features: Tensor, *sizes: int) -> Moments:
-    found = Moments.zeros(features.shape[1])
+def moments(features: Tensor, *sizes: int) -> RunningMoments:
+    found = RunningMoments.zeros(features.shape[1])
     for batch in features.split(sizes or len(features)):
         found.update(batch)
     return found
@@ -33,7 +33,7 @@ def test_mean_and_covariance_are_numpys() -> None:
 def test_parts_merge_into_the_whole() -> None:
     features = rows(60, 9, 0)
     part, other = moments(features[:13]), moments(features[13:], 40, 7)
-    part.merge(Moments.of(other.tensors()))
+    part.merge(RunningMoments.of(other.tensors()))
     assert part.count == 60
     for ours, whole in zip(part.gaussian(), moments(features).gaussian(), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from tfmq_exp.evaluation import neighbours
-from tfmq_exp.evaluation.neighbours import kernel_distance, precision_recall
+from tfmq_exp.evaluation.metrics import kid_prdc
+from tfmq_exp.evaluation.metrics.kid_prdc import kernel_distance, precision_recall
 
 
 def features(count: int, seed: int, spread: float = 1.0) -> Tensor:
@@ -43,7 +43,7 @@ def test_kernel_distance_of_random_subsets_is_near_torch_fidelitys_and_always_th
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
     theirs = kid_features_to_metric(generated, real, kid_subset_size=100, verbose=False)
-    spread = theirs["kernel_inception_distance_std"] / math.sqrt(neighbours.SUBSETS)
+    spread = theirs["kernel_inception_distance_std"] / math.sqrt(kid_prdc.SUBSETS)
     assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], abs=5 * spread)
 
 
@@ -66,7 +66,7 @@ def test_precision_and_recall(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = pytest.approx((plain_precision(a, b), plain_precision(b, a)), rel=1e-6)
     assert precision_recall(real, generated) == wanted
     assert len({*wanted.expected, 0.0, 1.0}) == 4
-    monkeypatch.setattr(neighbours, "ROWS", 13)
+    monkeypatch.setattr(kid_prdc, "ROWS", 13)
     assert precision_recall(real, generated) == wanted
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.unit.evaluation.material import TensorSource, frechet, linear_extractor, pictures
 from tfmq_exp.evaluation.evaluator import Evaluator, digits_evaluator
-from tfmq_exp.evaluation.features import Features
-from tfmq_exp.evaluation.moments import Gaussian
+from tfmq_exp.evaluation.features.extractor import Features
+from tfmq_exp.evaluation.metrics.fid import GaussianStatistics
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores, score
 
@@ -210,8 +210,8 @@ def test_a_score_that_is_not_finite_is_named(evaluator: Evaluator, reference: Re
             scores.compute()
 
 
-def unknown(gaussian: Gaussian) -> Gaussian:
-    return Gaussian(gaussian.mean * math.nan, gaussian.covariance)
+def unknown(gaussian: GaussianStatistics) -> GaussianStatistics:
+    return GaussianStatistics(gaussian.mean * math.nan, gaussian.covariance)
 
 
 @pytest.mark.parametrize("images", [pictures(4, 7, 0, channels=1), pictures(4, 6, 0), GENERATED.float()])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tests.unit.evaluation.material import TensorSource, frechet_of_few, pictures
-from tfmq_exp.evaluation.inception import inception_evaluator
+from tfmq_exp.evaluation.features.inception import inception_evaluator
 from tfmq_exp.evaluation.references import reference_statistics
 from tfmq_exp.evaluation.scores import score
 

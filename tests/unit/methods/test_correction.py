@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, quantizable
+from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.methods.correction import NoCorrection, NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
+from tfmq_exp.methods.noise_correction import NoCorrection, NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import DDIM, PLMS, Predict, VarianceCalibrated, trajectory
-from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.scheduler import Scheduler
-from tfmq_exp.sampling.seeds import image_generators, initial_noise
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.ranges import MinMax
-from tfmq_exp.quant.sources.base import Source
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.scales import Scale, ScalePlan, StaticScale
 
 
@@ -28,7 +28,7 @@ class Flat:
 class Stubborn:
     """Stays what it is."""
 
-    def source(self, spec: QuantSpec, clock: StepClock) -> Source:
+    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
         return Static(spec, momentum=0.0, estimator=MinMax())
 
     def merged(self) -> Scale:

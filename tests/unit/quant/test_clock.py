@@ -1,56 +1,56 @@
 import pytest
 import torch
 
-from tfmq_exp.quant.clock import StepClock
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 
 def test_every_timestep_finds_its_step():
-    clock = StepClock((751, 501, 251, 1))
-    assert clock.num_steps == 4
-    with clock.at(torch.tensor([1, 751, 251, 251])):
-        assert clock.index.tolist() == [3, 0, 2, 2]
+    context = TimestepContext((751, 501, 251, 1))
+    assert context.num_steps == 4
+    with context.at(torch.tensor([1, 751, 251, 251])):
+        assert context.index.tolist() == [3, 0, 2, 2]
 
 
 @pytest.mark.parametrize("wrong", [0, 2, 500, 752, 100_000, -1, -250])
 def test_a_timestep_outside_the_set_is_named(wrong):
-    clock = StepClock((751, 501, 251, 1))
+    context = TimestepContext((751, 501, 251, 1))
     with (
         pytest.raises(ValueError, match=rf"timestep {wrong} is outside .* 4 timesteps \(1 \.\. 751\)"),
-        clock.at(torch.tensor([751, wrong])),
+        context.at(torch.tensor([751, wrong])),
     ):
         pass
 
 
 def test_nearest_reads_the_closest_step():
-    clock = StepClock((751, 501, 251, 1), nearest=True)
-    assert clock.steps_of(torch.tensor([999, 740, 627, 625, 0, 251])).tolist() == [0, 0, 0, 1, 3, 2]
+    context = TimestepContext((751, 501, 251, 1), nearest=True)
+    assert context.step_indices(torch.tensor([999, 740, 627, 625, 0, 251])).tolist() == [0, 0, 0, 1, 3, 2]
 
 
 def test_a_timestep_visited_twice_keeps_its_first_step():
-    assert StepClock((9, 5, 5, 0, 0)).steps_of(torch.tensor([9, 5, 0])).tolist() == [0, 1, 3]
+    assert TimestepContext((9, 5, 5, 0, 0)).step_indices(torch.tensor([9, 5, 0])).tolist() == [0, 1, 3]
 
 
 def test_reading_an_unset_clock_raises():
-    clock = StepClock((1,))
+    context = TimestepContext((1,))
     with pytest.raises(RuntimeError, match="not set"):
-        _ = clock.index
-    with clock.at(torch.tensor([1])):
+        _ = context.index
+    with context.at(torch.tensor([1])):
         pass
     with pytest.raises(RuntimeError, match="not set"):
-        _ = clock.index
+        _ = context.index
 
 
 def test_blocks_nest_and_survive_exceptions():
-    clock = StepClock((3, 2, 1))
-    with clock.at(torch.tensor([3])):
-        with clock.at(torch.tensor([1])):
-            assert clock.index.tolist() == [2]
-        assert clock.index.tolist() == [0]
-        with pytest.raises(KeyError), clock.at(torch.tensor([1])):
+    context = TimestepContext((3, 2, 1))
+    with context.at(torch.tensor([3])):
+        with context.at(torch.tensor([1])):
+            assert context.index.tolist() == [2]
+        assert context.index.tolist() == [0]
+        with pytest.raises(KeyError), context.at(torch.tensor([1])):
             raise KeyError
-        assert clock.index.tolist() == [0]
+        assert context.index.tolist() == [0]
 
 
 def test_an_empty_set_raises():
     with pytest.raises(ValueError, match="at least one"):
-        StepClock(())
+        TimestepContext(())

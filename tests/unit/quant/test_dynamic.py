@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.functional import fake_quantize
-from tfmq_exp.quant.sources.base import Source
-from tfmq_exp.quant.sources.dynamic import Dynamic
-from tfmq_exp.quant.sources.intervals import Intervals
-from tfmq_exp.quant.sources.per_step import PerStep
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.dynamic import Dynamic
+from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.timestep_groups import Intervals
 from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 TRAIN = 1000
 TIMESTEPS = (990, 751, 501, 500, 499, 250, 100, 1)
@@ -95,18 +95,18 @@ def rows() -> tuple[Tensor, Tensor]:
     return x * torch.logspace(-2, 2, len(t))[:, None], t
 
 
-def shown(source: Source, clock: StepClock) -> Tensor:
+def shown(source: Source, context: TimestepContext) -> Tensor:
     """What a source makes of the rows that it was calibrated with."""
     x, t = rows()
-    with clock.at(t):
+    with context.at(t):
         source.observe(x)
         return fake_quantize(x, source(x), source.spec)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 999, 1000])
 def test_timestep_reads_interval_floor_of_t_n_over_t(count: int) -> None:
-    clock, spec = StepClock(TIMESTEPS), QuantSpec(8)
-    quantized = shown(Intervals(spec, clock, count=count, train_timesteps=TRAIN), clock)
+    context, spec = TimestepContext(TIMESTEPS), QuantSpec(8)
+    quantized = shown(Intervals(spec, context, count=count, train_timesteps=TRAIN), context)
     x, t = rows()
     part = [math.floor(Fraction(int(when) * count, TRAIN)) for when in t]
     for i in range(len(x)):
@@ -118,27 +118,27 @@ def test_timestep_reads_interval_floor_of_t_n_over_t(count: int) -> None:
 
 @pytest.mark.parametrize(("count", "entries"), [(1, 1), (2, 2), (4, 4), (10, 7), (1000, 8)])
 def test_parts_without_steps_have_no_entry(count: int, entries: int) -> None:
-    clock = StepClock(TIMESTEPS)
-    source = Intervals(QuantSpec(8), clock, count=count, train_timesteps=TRAIN)
+    context = TimestepContext(TIMESTEPS)
+    source = Intervals(QuantSpec(8), context, count=count, train_timesteps=TRAIN)
     assert len(source.uncalibrated()) == len(source.scale) == entries
-    shown(source, clock)
+    shown(source, context)
     assert source.uncalibrated() == []
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_one_interval_is_static(momentum: float) -> None:
-    clock, spec = StepClock(TIMESTEPS), QuantSpec(8)
-    one, static = Intervals(spec, clock, count=1, train_timesteps=TRAIN, momentum=momentum), Static(spec)
-    assert torch.equal(shown(one, clock), shown(static, clock))
+    context, spec = TimestepContext(TIMESTEPS), QuantSpec(8)
+    one, static = Intervals(spec, context, count=1, train_timesteps=TRAIN, momentum=momentum), Static(spec)
+    assert torch.equal(shown(one, context), shown(static, context))
 
 
 @pytest.mark.parametrize(("count", "timesteps"), [(5, (801, 601, 401, 201, 1)), (TRAIN, TIMESTEPS)])
 def test_an_interval_for_every_step_is_per_step(count: int, timesteps: tuple[int, ...]) -> None:
-    clock, spec = StepClock(timesteps), QuantSpec(8)
+    context, spec = TimestepContext(timesteps), QuantSpec(8)
     t = torch.tensor(timesteps).repeat(2)
     x, quantized = random(len(t), 4), []
-    for source in (Intervals(spec, clock, count=count, train_timesteps=TRAIN), PerStep(spec, clock)):
-        with clock.at(t):
+    for source in (Intervals(spec, context, count=count, train_timesteps=TRAIN), PerStep(spec, context)):
+        with context.at(t):
             source.observe(x)
             quantized.append(fake_quantize(x, source(x), spec))
     assert torch.equal(*quantized)
@@ -147,4 +147,4 @@ def test_an_interval_for_every_step_is_per_step(count: int, timesteps: tuple[int
 @pytest.mark.parametrize("count", [0, -1, 1001])
 def test_impossible_counts_are_named(count: int) -> None:
     with pytest.raises(ValueError, match=f"must be 1 to 1000, got {count}"):
-        Intervals(QuantSpec(8), StepClock(TIMESTEPS), count=count, train_timesteps=TRAIN)
+        Intervals(QuantSpec(8), TimestepContext(TIMESTEPS), count=count, train_timesteps=TRAIN)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tfmq_exp.quant.functional import SMALLEST_SCALE, dequantize, fake_quantize, qparams_from_range, quantize, round_ste
-from tfmq_exp.quant.ranges import MinMax
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 SCHEMES = ["affine", "symmetric", "unsigned"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.encodings import Frequency, Normalised, RandomFourier, TimeEncoding
 from tfmq_exp.quant.functional import fake_quantize
-from tfmq_exp.quant.sources.generated import Generated, LastLayer, softplus_inverse
+from tfmq_exp.quant.scales.tdq import Generated, LastLayer, softplus_inverse
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_encoding import Frequency, Normalised, RandomFourier, TimeEncoding
 
 TIMESTEPS = tuple(range(991, 0, -10))
 ENCODINGS: list[TimeEncoding] = [Frequency(128), Normalised(1000), RandomFourier(32, 4.0, 1000)]
@@ -24,7 +24,7 @@ def activations(size: float = 1.0) -> Tensor:
 
 
 def generated(
-    clock: StepClock,
+    context: TimestepContext,
     last: LastLayer = "zero",
     *,
     spec: QuantSpec = QuantSpec(8),  # noqa: B008
@@ -35,7 +35,7 @@ def generated(
     size: float = 1.0,
 ) -> Generated:
     """Calibrated on activations of some size, ready to quantize."""
-    made = Generated(spec, clock, encoding=encoding, hidden=hidden, dropout=dropout, last=last, seed=seed).eval()
+    made = Generated(spec, context, encoding=encoding, hidden=hidden, dropout=dropout, last=last, seed=seed).eval()
     made.observe(activations(size))
     return made
 
@@ -49,16 +49,16 @@ def scrambled(source: Generated, by: float = 0.05) -> Generated:
 
 
 @pytest.fixture
-def clock() -> StepClock:
-    return StepClock(TIMESTEPS)
+def context() -> TimestepContext:
+    return TimestepContext(TIMESTEPS)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 1.0, 1e4])
 def test_zero_last_layer_gives_the_calibrated_scale_at_every_step(
-    clock: StepClock, encoding: TimeEncoding, size: float
+    context: TimestepContext, encoding: TimeEncoding, size: float
 ) -> None:
-    source, x = generated(clock, encoding=encoding, dropout=0.2, size=size), activations(size)
+    source, x = generated(context, encoding=encoding, dropout=0.2, size=size), activations(size)
     scale, zero_point = source.table()
     assert torch.equal(scale, source.scale.expand(len(TIMESTEPS)))
     assert torch.equal(zero_point, source.zero_point.expand(len(TIMESTEPS)))
@@ -67,11 +67,13 @@ def test_zero_last_layer_gives_the_calibrated_scale_at_every_step(
 
 @pytest.mark.parametrize("scheme", ["affine", "symmetric", "unsigned"])
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
-def test_merged_table_is_bit_identical_to_the_network(clock: StepClock, encoding: TimeEncoding, scheme: str) -> None:
+def test_merged_table_is_bit_identical_to_the_network(
+    context: TimestepContext, encoding: TimeEncoding, scheme: str
+) -> None:
     spec = QuantSpec(6, scheme)  # type: ignore[arg-type]
-    source = scrambled(generated(clock, "default", spec=spec, encoding=encoding, dropout=0.2))
+    source = scrambled(generated(context, "default", spec=spec, encoding=encoding, dropout=0.2))
     merged, t = source.merged(), torch.tensor([1, 991, 501, 501, 11, 201, 991, 1])
-    with clock.at(t):
+    with context.at(t):
         ours, theirs = source(activations()), merged(activations())
     assert torch.equal(ours.scale, theirs.scale)
     assert torch.equal(ours.zero_point, theirs.zero_point)
@@ -79,19 +81,19 @@ def test_merged_table_is_bit_identical_to_the_network(clock: StepClock, encoding
     assert not any(isinstance(module, nn.Linear) for module in merged.modules())
 
 
-def test_timesteps_in_one_batch_equal_separate_runs(clock: StepClock) -> None:
-    source, x = scrambled(generated(clock, "default", dropout=0.2)), activations()
+def test_timesteps_in_one_batch_equal_separate_runs(context: TimestepContext) -> None:
+    source, x = scrambled(generated(context, "default", dropout=0.2)), activations()
     t = torch.tensor([1, 991, 501, 501, 11, 201, 991, 1])
-    with clock.at(t):
+    with context.at(t):
         together = fake_quantize(x, source(x), source.spec)
     for row in range(len(t)):
-        with clock.at(t[row : row + 1]):
+        with context.at(t[row : row + 1]):
             alone = fake_quantize(x[row : row + 1], source(x[row : row + 1]), source.spec)
         assert torch.equal(together[row : row + 1], alone)
 
 
-def test_interval_is_softplus_of_the_network_plus_a_bias(clock: StepClock) -> None:
-    source = scrambled(generated(clock, "default"))
+def test_interval_is_softplus_of_the_network_plus_a_bias(context: TimestepContext) -> None:
+    source = scrambled(generated(context, "default"))
     start = math.log(math.expm1(float(source.scale)))
     for step, (scale, zero_point) in enumerate(zip(*source.table(), strict=True)):
         read = Frequency(128)(torch.tensor(TIMESTEPS[step : step + 1]))
@@ -107,49 +109,51 @@ def test_softplus_inverse() -> None:
     torch.testing.assert_close(softplus_inverse(y[y < 500]), y[y < 500].expm1().log(), rtol=1e-7, atol=1e-9)
 
 
-def test_every_start_but_zero_moves_the_intervals_and_no_two_agree(clock: StepClock) -> None:
-    shares = {last: generated(clock, last).table().scale / generated(clock).scale for last in STARTS}
+def test_every_start_but_zero_moves_the_intervals_and_no_two_agree(context: TimestepContext) -> None:
+    shares = {last: generated(context, last).table().scale / generated(context).scale for last in STARTS}
     assert bool((shares.pop("zero") == 1).all())
     assert all(bool((share != 1).any()) and bool((share > 0).all()) for share in shares.values())
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(shares.values(), 2))
 
 
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
-def test_default_start_stays_near_the_calibrated_scale(clock: StepClock, size: float) -> None:
-    sources = [generated(clock, "default", seed=seed, size=size) for seed in range(10)]
+def test_default_start_stays_near_the_calibrated_scale(context: TimestepContext, size: float) -> None:
+    sources = [generated(context, "default", seed=seed, size=size) for seed in range(10)]
     shares = torch.stack([source.table().scale / source.scale for source in sources])
     assert 0.8 <= float(shares.min()) < float(shares.max()) <= 1.25
 
 
-def test_starts_depend_on_the_seed_alone(clock: StepClock) -> None:
+def test_starts_depend_on_the_seed_alone(context: TimestepContext) -> None:
     torch.manual_seed(0)
-    one = generated(clock, "default", seed=1).table().scale
+    one = generated(context, "default", seed=1).table().scale
     torch.manual_seed(1)
-    assert torch.equal(generated(clock, "default", seed=1).table().scale, one)
-    assert not torch.equal(generated(clock, "default", seed=2).table().scale, one)
+    assert torch.equal(generated(context, "default", seed=1).table().scale, one)
+    assert not torch.equal(generated(context, "default", seed=2).table().scale, one)
 
 
-def test_unknown_start_is_named(clock: StepClock) -> None:
+def test_unknown_start_is_named(context: TimestepContext) -> None:
     with pytest.raises(ValueError, match="'ones'"):
-        generated(clock, "ones")  # type: ignore[arg-type]
+        generated(context, "ones")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "unsigned"])
-def test_only_affine_grids_have_a_zero_point(clock: StepClock, scheme: str) -> None:
-    source = scrambled(generated(clock, "default", spec=QuantSpec(8, scheme)))  # type: ignore[arg-type]
+def test_only_affine_grids_have_a_zero_point(context: TimestepContext, scheme: str) -> None:
+    source = scrambled(generated(context, "default", spec=QuantSpec(8, scheme)))  # type: ignore[arg-type]
     assert bool((source.table().zero_point == 0).all())
 
 
 @pytest.mark.parametrize("by", [1.0, 10.0])
-def test_intervals_are_positive_and_zero_points_on_the_grid_whatever_was_learned(clock: StepClock, by: float) -> None:
-    scale, zero_point = scrambled(generated(clock, "default"), by).table()
+def test_intervals_are_positive_and_zero_points_on_the_grid_whatever_was_learned(
+    context: TimestepContext, by: float
+) -> None:
+    scale, zero_point = scrambled(generated(context, "default"), by).table()
     assert bool((scale > 0).all())
     assert bool(scale.isfinite().all())
     assert torch.equal(zero_point, zero_point.round().clamp(0, 255))
 
 
-def test_dropout_acts_while_learning_alone(clock: StepClock) -> None:
-    source = scrambled(generated(clock, "default", dropout=0.5))
+def test_dropout_acts_while_learning_alone(context: TimestepContext) -> None:
+    source = scrambled(generated(context, "default", dropout=0.5))
     assert torch.equal(source.table().scale, source.table().scale)
     source.train()
     assert not torch.equal(source.table().scale, source.table().scale)
@@ -173,8 +177,8 @@ def learned(source: Generated, target: Tensor, steps: int) -> list[float]:
     return losses
 
 
-def test_learning_moves_the_scales_of_the_steps_apart(clock: StepClock) -> None:
-    source = generated(clock, encoding=Frequency(32), hidden=(16, 16))
+def test_learning_moves_the_scales_of_the_steps_apart(context: TimestepContext) -> None:
+    source = generated(context, encoding=Frequency(32), hidden=(16, 16))
     before, lower_end = source.scale.clone(), source.zero_point.clone()
     target = before * torch.linspace(0.5, 2, len(TIMESTEPS))
     losses = learned(source, target, 300)
@@ -185,8 +189,8 @@ def test_learning_moves_the_scales_of_the_steps_apart(clock: StepClock) -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=repr)
-def test_gradient_reaches_the_whole_network_after_one_step(clock: StepClock, encoding: TimeEncoding) -> None:
-    source, x = generated(clock, encoding=encoding, hidden=(16, 16), spec=QuantSpec(4)), activations()
+def test_gradient_reaches_the_whole_network_after_one_step(context: TimestepContext, encoding: TimeEncoding) -> None:
+    source, x = generated(context, encoding=encoding, hidden=(16, 16), spec=QuantSpec(4)), activations()
     parameters = list(source.trainable())
     reached = []
     for parameter in parameters:
@@ -194,7 +198,7 @@ def test_gradient_reaches_the_whole_network_after_one_step(clock: StepClock, enc
     optimizer = torch.optim.Adam(parameters, 1e-2)
     for _ in range(2):
         optimizer.zero_grad()
-        with clock.at(torch.tensor(TIMESTEPS[: len(x)])):
+        with context.at(torch.tensor(TIMESTEPS[: len(x)])):
             (fake_quantize(x, source(x), source.spec) - x).abs().pow(2.4).sum().backward()
         reached.append([bool((parameter.grad != 0).any()) for parameter in parameters])  # type: ignore[union-attr]
         optimizer.step()

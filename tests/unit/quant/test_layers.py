@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from tfmq_exp.quant.functional import fake_quantize
-from tfmq_exp.quant.layers import TWINS
+from tfmq_exp.quant.layers import QUANT_LAYERS
+from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.ranges import LpSearch
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec
 
 LAYERS = {
@@ -28,8 +28,8 @@ def layer_and_input(request) -> tuple[nn.Module, torch.Tensor]:
 
 def twin_of(layer, bits=4, scheme="affine"):
     """A twin with its weight quantizer placed and switched on."""
-    twin = TWINS[type(layer)].from_float(layer)
-    twin.weight_quantizer = WeightQuantizer(twin.weight, QuantSpec(bits, scheme, axis=0), LpSearch())
+    twin = QUANT_LAYERS[type(layer)].from_float(layer)
+    twin.weight_quantizer = WeightQuantizer(twin.weight, QuantSpec(bits, scheme, axis=0), LpObserver())
     twin.weight_quantizer.observe(twin.weight)
     twin.weight_quantizer.mode = Mode.QUANTIZE
     return twin
@@ -46,7 +46,7 @@ def switched_on(x):
 def test_a_bare_twin_is_the_float_layer(layer_and_input):
     layer, x = layer_and_input
     before, keys = layer(x), list(layer.state_dict())
-    twin = TWINS[type(layer)].from_float(layer)
+    twin = QUANT_LAYERS[type(layer)].from_float(layer)
     assert twin.weight is layer.weight
     assert twin.bias is layer.bias
     assert isinstance(twin, type(layer))
@@ -77,7 +77,7 @@ def test_both_operands_are_quantized(layer_and_input):
 
 def test_the_output_is_quantized_with_its_bias(layer_and_input):
     layer, x = layer_and_input
-    twin, before = TWINS[type(layer)].from_float(layer), layer(x)
+    twin, before = QUANT_LAYERS[type(layer)].from_float(layer), layer(x)
     twin.output_quantizer = switched_on(before)
     assert torch.equal(twin(x), fake_quantize(before, twin.output_quantizer.source(before), QuantSpec(4)))
     assert not torch.equal(twin(x), before)
@@ -107,4 +107,4 @@ def test_freezing_changes_no_bit(layer_and_input, bits, scheme, learned):
 
 def test_a_float_weight_has_no_integers():
     with pytest.raises(TypeError, match="not quantized"):
-        TWINS[nn.Linear].from_float(nn.Linear(2, 2)).quantized_weight()
+        QUANT_LAYERS[nn.Linear].from_float(nn.Linear(2, 2)).quantized_weight()

@@ -7,10 +7,24 @@ import pytest
 import torch
 
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
-from tfmq_exp.quant.ranges import Histogram, KLSearch, LpSearch, MinMax, bin_counts, bin_edges
+from tfmq_exp.quant.observers import (
+    EntropyObserver,
+    HistogramPercentileObserver,
+    LpObserver,
+    MinMax,
+    bin_counts,
+    bin_edges,
+)
 from tfmq_exp.quant.spec import QuantSpec
 
-ALL = [MinMax(), LpSearch(), LpSearch(widen=False), KLSearch(), Histogram(), Histogram(positive_only=True)]
+ALL = [
+    MinMax(),
+    LpObserver(),
+    LpObserver(widen=False),
+    EntropyObserver(),
+    HistogramPercentileObserver(),
+    HistogramPercentileObserver(positive_only=True),
+]
 
 
 def weight(seed: int = 0) -> torch.Tensor:
@@ -51,7 +65,7 @@ def test_extreme_tensors_give_usable_grids(estimator, scheme, x):
 @pytest.mark.parametrize("widen", [True, False])
 def test_lp_search_equals_a_loop_over_candidates(bits, scheme, widen):
     w, spec = weight(3), QuantSpec(bits, scheme, axis=0)
-    lo, hi = LpSearch(widen=widen)(w, spec)
+    lo, hi = LpObserver(widen=widen)(w, spec)
     for i, channel in enumerate(w):
         least, greatest = channel.min().double(), channel.max().double()
         if widen:
@@ -68,7 +82,7 @@ def test_lp_search_equals_a_loop_over_candidates(bits, scheme, widen):
         assert hi[i].item() == pytest.approx(float(best[2]), rel=1e-12)
 
 
-@pytest.mark.parametrize("make", [LpSearch, KLSearch])
+@pytest.mark.parametrize("make", [LpObserver, EntropyObserver])
 def test_the_memory_budget_does_not_change_the_result(make):
     w, spec = weight(), QuantSpec(4, axis=0)
     for whole, chunked in zip(make()(w, spec), make(memory=1)(w, spec), strict=True):
@@ -82,14 +96,14 @@ def test_the_search_never_loses_to_min_max():
         y = fake_quantize(w, qparams_from_range(*estimator(w, spec), spec), spec)
         return (y - w).abs().pow(2.4).flatten(1).mean(dim=1)
 
-    assert bool((loss(LpSearch()) <= loss(MinMax())).all())
-    assert bool((loss(LpSearch()) < loss(MinMax())).any())
+    assert bool((loss(LpObserver()) <= loss(MinMax())).all())
+    assert bool((loss(LpObserver()) < loss(MinMax())).any())
 
 
 def test_widening_keeps_the_zero_point_inside_the_grid():
     x, spec = torch.linspace(5, 6, 50), QuantSpec(4)
-    inside = qparams_from_range(*LpSearch()(x, spec), spec).zero_point
-    outside = qparams_from_range(*LpSearch(widen=False)(x, spec), spec).zero_point
+    inside = qparams_from_range(*LpObserver()(x, spec), spec).zero_point
+    outside = qparams_from_range(*LpObserver(widen=False)(x, spec), spec).zero_point
     assert spec.qmin <= inside <= spec.qmax
     assert outside < spec.qmin
 
@@ -122,14 +136,14 @@ def test_kl_equals_a_walk_over_the_bins(levels):
                 at += 1
             total += (p[k] + 1e-5) * math.log((p[k] + 1e-5) / (value + 1e-5))
         expected.append(total)
-    ours = KLSearch().divergences(x[None], torch.from_numpy(np.linspace(0.5, 1.0, 50)), levels)
+    ours = EntropyObserver().divergences(x[None], torch.from_numpy(np.linspace(0.5, 1.0, 50)), levels)
     np.testing.assert_allclose(ours[0].numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_histogram_clips_what_exceeds_the_mass():
     x = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([100.0])])
     spec = QuantSpec(8)
-    assert [float(end) for end in Histogram()(x, spec)] == [-1.0, pytest.approx(100 * 255.5 / 256)]
-    lo, hi = Histogram(mass=0.99)(x, spec)
+    assert [float(end) for end in HistogramPercentileObserver()(x, spec)] == [-1.0, pytest.approx(100 * 255.5 / 256)]
+    lo, hi = HistogramPercentileObserver(mass=0.99)(x, spec)
     assert float(lo) == pytest.approx(-100 * 2.5 / 256)
     assert float(hi) == pytest.approx(100 * 2.5 / 256)

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize
+from tfmq_exp.quant.observers import LpObserver, MinMax
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.ranges import LpSearch, MinMax
 from tfmq_exp.quant.rounding import AdaRound, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
 from tfmq_exp.quant.spec import QuantSpec
 
 SPECS = [QuantSpec(bits, scheme, axis=0) for bits in (2, 4, 8) for scheme in ("affine", "symmetric")]
 
 
-def setting(spec: QuantSpec, estimator=LpSearch(), dtype=torch.float64):  # noqa: B008
+def setting(spec: QuantSpec, estimator=LpObserver(), dtype=torch.float64):  # noqa: B008
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(4, 5, 3, generator=generator, dtype=dtype) * torch.logspace(-1, 1, 4, dtype=dtype)[:, None, None]
     q = qparams_from_range(*estimator(w, spec), spec)
@@ -75,7 +75,7 @@ def test_at_its_start_it_decides_for_the_nearest_point(spec):
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_hardened_weights_are_the_decided_codes(spec):
     w, _, noise = setting(spec, dtype=torch.float32)
-    quantizer = WeightQuantizer(w, spec, LpSearch())
+    quantizer = WeightQuantizer(w, spec, LpObserver())
     quantizer.observe(w)
     quantizer.mode = Mode.QUANTIZE
     rounding = quantizer.learn_rounding(w)

@@ -1,22 +1,22 @@
 import pytest
 import torch
 
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.functional import SMALLEST_SCALE, fake_quantize, qparams_from_range
+from tfmq_exp.quant.observers import MinMax, SymmetricMSEObserver
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.quant.ranges import MinMax, ThresholdSearch
-from tfmq_exp.quant.sources.per_step import PerStep
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 TIMESTEPS = (751, 501, 251, 1)
 SPEC = QuantSpec(8)
 
 
 @pytest.fixture
-def clock() -> StepClock:
-    return StepClock(TIMESTEPS)
+def context() -> TimestepContext:
+    return TimestepContext(TIMESTEPS)
 
 
 def rows_per_step(rows: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,16 +26,16 @@ def rows_per_step(rows: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Ten
     return x * torch.logspace(-2, 2, 4).repeat_interleave(rows)[:, None, None], t
 
 
-def test_a_shuffled_mixed_batch_equals_one_step_at_a_time(clock):
+def test_a_shuffled_mixed_batch_equals_one_step_at_a_time(context):
     x, t = rows_per_step()
     order = torch.randperm(len(t), generator=torch.Generator().manual_seed(1))
-    mixed, single = PerStep(SPEC, clock, momentum=0.95), PerStep(SPEC, clock, momentum=0.95)
-    with clock.at(t[order]):
+    mixed, single = PerStep(SPEC, context, momentum=0.95), PerStep(SPEC, context, momentum=0.95)
+    with context.at(t[order]):
         mixed.observe(x[order])
         quantized = fake_quantize(x[order], mixed(x[order]), SPEC)
     for timestep in TIMESTEPS:
         here = t == timestep
-        with clock.at(t[here]):
+        with context.at(t[here]):
             single.observe(x[here])
             expected = fake_quantize(x[here], single(x[here]), SPEC)
         assert not torch.equal(expected, x[here])
@@ -44,10 +44,10 @@ def test_a_shuffled_mixed_batch_equals_one_step_at_a_time(clock):
     assert torch.equal(mixed.zero_point, single.zero_point)
 
 
-def test_every_step_has_the_range_of_its_own_rows(clock):
+def test_every_step_has_the_range_of_its_own_rows(context):
     x, t = rows_per_step()
-    source = PerStep(SPEC, clock, momentum=0.95)
-    with clock.at(t):
+    source = PerStep(SPEC, context, momentum=0.95)
+    with context.at(t):
         source.observe(x)
     for step, timestep in enumerate(TIMESTEPS):
         q = qparams_from_range(*MinMax()(x[t == timestep], SPEC), SPEC)
@@ -55,13 +55,13 @@ def test_every_step_has_the_range_of_its_own_rows(clock):
         assert float(source.zero_point[step]) == float(q.zero_point)
 
 
-def test_equal_tables_quantize_like_static(clock):
+def test_equal_tables_quantize_like_static(context):
     x, t = rows_per_step()
-    static, table = Static(SPEC, momentum=0.95), PerStep(SPEC, clock, momentum=0.95)
+    static, table = Static(SPEC, momentum=0.95), PerStep(SPEC, context, momentum=0.95)
     static.observe(x)
     table.scale.fill_(float(static.scale))
     table.zero_point.fill_(float(static.zero_point))
-    with clock.at(t):
+    with context.at(t):
         assert torch.equal(fake_quantize(x, table(x), SPEC), fake_quantize(x, static(x), SPEC))
 
 
@@ -80,14 +80,14 @@ def test_static_is_a_moving_average(momentum):
     assert float(source.scale) == pytest.approx((hi - lo) / 255, rel=1e-6)
 
 
-def test_the_estimator_gives_the_range_of_every_batch(clock):
+def test_the_estimator_gives_the_range_of_every_batch(context):
     x, t = rows_per_step()
-    estimator = ThresholdSearch(candidates=20)
+    estimator = SymmetricMSEObserver(candidates=20)
     static = Static(SPEC, momentum=0.5, estimator=estimator)
-    table = PerStep(SPEC, clock, momentum=0.5, estimator=estimator)
+    table = PerStep(SPEC, context, momentum=0.5, estimator=estimator)
     for batch in (x, 3 * x):
         static.observe(batch)
-        with clock.at(t):
+        with context.at(t):
             table.observe(batch)
     for source, entry, rows in ((static, 0, x), *((table, k, x[t == at]) for k, at in enumerate(TIMESTEPS))):
         first, second = (float(estimator(batch, SPEC)[1]) for batch in (rows, 3 * rows))
@@ -95,10 +95,10 @@ def test_the_estimator_gives_the_range_of_every_batch(clock):
         assert float(source.lo[entry]) == -float(source.hi[entry])  # the least value is not minus the greatest
 
 
-def test_scales_alone_can_be_learned_and_stay_positive(clock):
+def test_scales_alone_can_be_learned_and_stay_positive(context):
     x, t = rows_per_step()
-    for source in (Static(SPEC), PerStep(SPEC, clock)):
-        with clock.at(t):
+    for source in (Static(SPEC), PerStep(SPEC, context)):
+        with context.at(t):
             source.observe(x)
             assert [parameter is source.scale for parameter in source.trainable()] == [True]
             assert not source.scale.requires_grad
@@ -107,18 +107,18 @@ def test_scales_alone_can_be_learned_and_stay_positive(clock):
             assert bool((source.scale.grad != 0).all())
         with torch.no_grad():
             source.scale.sub_(1e6)
-        source.keep_valid()
+        source.clamp_parameters()
         assert bool((source.scale == SMALLEST_SCALE).all())
 
 
-def test_steps_that_a_batch_lacks_stay_as_they_were(clock):
+def test_steps_that_a_batch_lacks_stay_as_they_were(context):
     x, t = rows_per_step()
-    source = PerStep(SPEC, clock, momentum=0.95)
-    with clock.at(t[t != 251]):
+    source = PerStep(SPEC, context, momentum=0.95)
+    with context.at(t[t != 251]):
         source.observe(x[t != 251])
     assert source.uncalibrated() == [2]
     before = source.scale.clone()
-    with clock.at(t[t == 1]):
+    with context.at(t[t == 1]):
         source.observe(10 * x[t == 1])
     changed = source.scale != before
     assert changed.tolist() == [False, False, True, True]  # NaN differs from itself
@@ -126,16 +126,16 @@ def test_steps_that_a_batch_lacks_stay_as_they_were(clock):
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5)])
-def test_parameters_broadcast_over_any_shape(clock, shape):
+def test_parameters_broadcast_over_any_shape(context, shape):
     x = torch.randn(shape)
-    for source in (Static(SPEC, momentum=0.9), PerStep(SPEC, clock, momentum=0.9)):
-        with clock.at(torch.tensor(TIMESTEPS)):
+    for source in (Static(SPEC, momentum=0.9), PerStep(SPEC, context, momentum=0.9)):
+        with context.at(torch.tensor(TIMESTEPS)):
             source.observe(x)
             assert fake_quantize(x, source(x), SPEC).shape == x.shape
 
 
-def test_only_scales_are_saved(clock):
-    source = PerStep(SPEC, clock, momentum=0.95)
+def test_only_scales_are_saved(context):
+    source = PerStep(SPEC, context, momentum=0.95)
     assert set(source.state_dict()) == {"scale", "zero_point"}
     assert source.scale.shape == (4,)
 

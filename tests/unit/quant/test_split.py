@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.quant.layers import QuantConv2d
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, Quantizer, modes
 from tfmq_exp.quant.quantizers.split import SplitQuantizer
-from tfmq_exp.quant.ranges import MinMax
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec
 
 SIZES = (3, 5)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.sources.per_step import PerStep
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 TIMESTEPS = (751, 501, 251, 1)
 CHOSEN = (4, 8, 6, 4)
@@ -21,17 +21,17 @@ def activations(shape: tuple[int, ...] = (6, 3, 5)) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def switch(clock: StepClock, source: str = "static", widths: tuple[int, ...] = (4, 8, 6)) -> StepSwitch:
+def switch(context: TimestepContext, source: str = "static", widths: tuple[int, ...] = (4, 8, 6)) -> StepSwitch:
     """Calibrated on `activations()`, one row of it for each timestep of `ROWS`."""
 
     def choice(bits: int) -> AffineQuantizer:
         spec = QuantSpec(bits)
-        return AffineQuantizer(Static(spec) if source == "static" else PerStep(spec, clock))
+        return AffineQuantizer(Static(spec) if source == "static" else PerStep(spec, context))
 
-    made = StepSwitch([choice(bits) for bits in widths], clock)
+    made = StepSwitch([choice(bits) for bits in widths], context)
     for quantizer in made.choices:
         quantizer.mode = Mode.OBSERVE
-    with clock.at(ROWS):
+    with context.at(ROWS):
         made(activations())
     for quantizer in made.choices:
         quantizer.mode = Mode.QUANTIZE
@@ -39,86 +39,88 @@ def switch(clock: StepClock, source: str = "static", widths: tuple[int, ...] = (
 
 
 @pytest.fixture
-def clock() -> StepClock:
-    return StepClock(TIMESTEPS)
+def context() -> TimestepContext:
+    return TimestepContext(TIMESTEPS)
 
 
 @pytest.mark.parametrize("source", ["static", "per_step"])
 @pytest.mark.parametrize("shape", [(6, 7), (6, 3, 5), (6, 3, 5, 5)])
-def test_mixed_steps_in_one_batch_equal_each_alone(clock: StepClock, source: str, shape: tuple[int, ...]) -> None:
-    x, mixed = activations(shape), switch(clock, source)
+def test_mixed_steps_in_one_batch_equal_each_alone(
+    context: TimestepContext, source: str, shape: tuple[int, ...]
+) -> None:
+    x, mixed = activations(shape), switch(context, source)
     mixed.use(CHOSEN)
-    with clock.at(ROWS):
+    with context.at(ROWS):
         together = mixed(x)
     by_bits = {choice.spec.bits: choice for choice in mixed.choices}
     for row, t in enumerate(ROWS.tolist()):
         bits = CHOSEN[TIMESTEPS.index(t)]
-        with clock.at(ROWS[row : row + 1]):
+        with context.at(ROWS[row : row + 1]):
             alone, expected = mixed(x[row : row + 1]), by_bits[bits](x[row : row + 1])
         assert torch.equal(alone, expected)
         assert torch.equal(together[row : row + 1], expected)
         others = [by_bits[other] for other in by_bits if other != bits]
-        with clock.at(ROWS[row : row + 1]):
+        with context.at(ROWS[row : row + 1]):
             assert not any(torch.equal(expected, other(x[row : row + 1])) for other in others)
 
 
 @pytest.mark.parametrize("widths", [(4, 8), (8, 4), (4, 8, 6)])
-def test_the_widest_acts_until_a_choice_is_made(clock: StepClock, widths: tuple[int, ...]) -> None:
-    x, made = activations(), switch(clock, widths=widths)
-    with clock.at(ROWS):
+def test_the_widest_acts_until_a_choice_is_made(context: TimestepContext, widths: tuple[int, ...]) -> None:
+    x, made = activations(), switch(context, widths=widths)
+    with context.at(ROWS):
         assert torch.equal(made(x), made.choices[widths.index(8)](x))
 
 
-def test_every_step_needs_a_width(clock: StepClock) -> None:
-    with pytest.raises(ValueError, match=f"{clock.num_steps} steps"):
-        switch(clock, widths=(4, 8)).use([4])
+def test_every_step_needs_a_width(context: TimestepContext) -> None:
+    with pytest.raises(ValueError, match=f"{context.num_steps} steps"):
+        switch(context, widths=(4, 8)).use([4])
 
 
-def test_order_of_the_choices_does_not_matter(clock: StepClock) -> None:
-    x, one, other = activations(), switch(clock, widths=(4, 6, 8)), switch(clock, widths=(8, 4, 6))
+def test_order_of_the_choices_does_not_matter(context: TimestepContext) -> None:
+    x, one, other = activations(), switch(context, widths=(4, 6, 8)), switch(context, widths=(8, 4, 6))
     for made in (one, other):
         made.use(CHOSEN)
-    with clock.at(ROWS):
+    with context.at(ROWS):
         assert torch.equal(one(x), other(x))
 
 
-def test_all_choices_observe(clock: StepClock) -> None:
+def test_all_choices_observe(context: TimestepContext) -> None:
     x = activations()
-    made = StepSwitch([AffineQuantizer(Static(QuantSpec(bits))) for bits in (4, 8)], clock)
+    made = StepSwitch([AffineQuantizer(Static(QuantSpec(bits))) for bits in (4, 8)], context)
     made.use((4, 4, 4, 4))
     for choice in made.choices:
         choice.mode = Mode.OBSERVE
-    with clock.at(ROWS):
+    with context.at(ROWS):
         assert torch.equal(made(x), x)
     for choice in made.choices:
         assert float(choice.source.lo) == float(x.min())
         assert float(choice.source.hi) == float(x.max())
 
 
-def test_switched_off_passes_everything(clock: StepClock) -> None:
-    x, made = activations(), switch(clock)
+def test_switched_off_passes_everything(context: TimestepContext) -> None:
+    x, made = activations(), switch(context)
     for choice in made.choices:
         choice.mode = Mode.OFF
-    with clock.at(ROWS):
+    with context.at(ROWS):
         assert torch.equal(made(x), x)
 
 
-def test_unknown_width_is_named_and_changes_nothing(clock: StepClock) -> None:
-    x, made = activations(), switch(clock)
+def test_unknown_width_is_named_and_changes_nothing(context: TimestepContext) -> None:
+    x, made = activations(), switch(context)
     made.use(CHOSEN)
-    with clock.at(ROWS):
+    with context.at(ROWS):
         before = made(x)
         with pytest.raises(ValueError, match="no quantizer has 5 bits; there are 4, 8, 6"):
             made.use((4, 5, 8, 4))
         assert torch.equal(made(x), before)
 
 
-def test_gradient_reaches_the_scales_that_act(clock: StepClock) -> None:
-    made = switch(clock)
+def test_gradient_reaches_the_scales_that_act(context: TimestepContext) -> None:
+    made = switch(context)
     made.use((4, 4, 8, 8))
     for choice in made.choices:
         choice.source.scale.requires_grad_(True)
-    with clock.at(ROWS):
+    with context.at(ROWS):
         made(activations()).square().sum().backward()
     reached = {choice.spec.bits: choice.source.scale.grad is not None for choice in made.choices}
     assert reached == {4: True, 6: False, 8: True}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
-from tfmq_exp.quant.ranges import MinMax, ThresholdSearch
+from tfmq_exp.quant.observers import MinMax, SymmetricMSEObserver
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 
 SCHEMES: list[Scheme] = ["affine", "symmetric"]
@@ -39,7 +39,7 @@ def loss(channel: Tensor, lo: float, hi: float, spec: QuantSpec) -> float:
 @pytest.mark.parametrize("count", [100, 7])
 def test_equals_a_loop_over_channels_and_thresholds(bits: int, scheme: Scheme, count: int) -> None:
     w, spec = weight(), QuantSpec(bits, scheme, axis=0)
-    lo, hi = ThresholdSearch(candidates=count)(w, spec)
+    lo, hi = SymmetricMSEObserver(candidates=count)(w, spec)
     assert lo.shape == hi.shape == (6, 1, 1)
     for channel, low, high in zip(w, lo.flatten().tolist(), hi.flatten().tolist(), strict=True):
         tried = candidates(channel, count)
@@ -58,14 +58,14 @@ def test_one_sided_tensors_by_hand(sign: int) -> None:
         nearest = [min(grid, key=lambda point, value=value: abs(point - value)) for value in (0, 1, 2, 3, 3.2)]
         losses.append(sum(abs(a - b) ** 2.4 for a, b in zip(nearest, (0, 1, 2, 3, 3.2), strict=True)))
     threshold = largest * (losses.index(min(losses)) + 1) / 100
-    lo, hi = (float(end) for end in ThresholdSearch()(x, QuantSpec(2)))
+    lo, hi = (float(end) for end in SymmetricMSEObserver()(x, QuantSpec(2)))
     assert (lo, hi) == pytest.approx((0, threshold) if sign > 0 else (-threshold, 0), abs=1e-6)
     assert threshold < largest
 
 
 def test_whole_tensors_have_one_threshold() -> None:
     w = weight()
-    lo, hi = ThresholdSearch()(w, QuantSpec(4))
+    lo, hi = SymmetricMSEObserver()(w, QuantSpec(4))
     best = min(loss(w, *ends, QuantSpec(4)) for ends in candidates(w, 100))
     assert float(lo) == -float(hi)
     assert loss(w, float(lo), float(hi), QuantSpec(4)) == pytest.approx(best, rel=1e-5)
@@ -75,7 +75,9 @@ def test_whole_tensors_have_one_threshold() -> None:
 def test_the_memory_budget_does_not_change_the_thresholds(scheme: Scheme) -> None:
     w, spec = weight(), QuantSpec(4, scheme, axis=0)
     for memory in (1, 4 * 4 * w.numel() * 30):
-        for whole, chunked in zip(ThresholdSearch()(w, spec), ThresholdSearch(memory=memory)(w, spec), strict=True):
+        for whole, chunked in zip(
+            SymmetricMSEObserver()(w, spec), SymmetricMSEObserver(memory=memory)(w, spec), strict=True
+        ):
             assert torch.equal(whole, chunked)
 
 
@@ -83,7 +85,7 @@ def test_symmetric_thresholds_never_lose_to_the_whole_range() -> None:
     w, spec = weight(), QuantSpec(3, "symmetric", axis=0)
     searched, whole = (
         (fake_quantize(w, qparams_from_range(*find(w, spec), spec), spec) - w).abs().pow(2.4).flatten(1).mean(dim=1)
-        for find in (ThresholdSearch(), MinMax())
+        for find in (SymmetricMSEObserver(), MinMax())
     )
     assert bool((searched <= whole * (1 + 1e-6)).all())
     assert bool((searched < 0.9 * whole).any())
@@ -91,7 +93,7 @@ def test_symmetric_thresholds_never_lose_to_the_whole_range() -> None:
 
 def test_zeros_stay_zero() -> None:
     x, spec = torch.zeros(2, 8), QuantSpec(8, axis=0)
-    q = qparams_from_range(*ThresholdSearch()(x, spec), spec)
+    q = qparams_from_range(*SymmetricMSEObserver()(x, spec), spec)
     assert torch.equal(fake_quantize(x, q, spec), x)
 
 
@@ -100,8 +102,8 @@ def test_fewer_values_are_evenly_spaced_ones(most: int) -> None:
     x, spec = torch.randn(1000, generator=torch.Generator().manual_seed(3)), QuantSpec(4)
     x[0] = 6.0  # the largest magnitude stays among the values
     kept = x[:: 1000 // most]
-    found = ThresholdSearch(values=most)(x, spec)
-    assert torch.equal(torch.stack(found), torch.stack(ThresholdSearch()(kept, spec)))
-    assert not torch.equal(torch.stack(found), torch.stack(ThresholdSearch()(x, spec)))
-    everything = ThresholdSearch(values=1000)(x, spec)
-    assert torch.equal(torch.stack(everything), torch.stack(ThresholdSearch()(x, spec)))
+    found = SymmetricMSEObserver(values=most)(x, spec)
+    assert torch.equal(torch.stack(found), torch.stack(SymmetricMSEObserver()(kept, spec)))
+    assert not torch.equal(torch.stack(found), torch.stack(SymmetricMSEObserver()(x, spec)))
+    everything = SymmetricMSEObserver(values=1000)(x, spec)
+    assert torch.equal(torch.stack(everything), torch.stack(SymmetricMSEObserver()(x, spec)))

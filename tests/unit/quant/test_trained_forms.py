@@ -7,23 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.quant.forms.base import Form, Grid, Levels, limits
-from tfmq_exp.quant.forms.duq import Duq
-from tfmq_exp.quant.forms.lsq import Lsq
-from tfmq_exp.quant.forms.nipq import Nipq, like_errors
-from tfmq_exp.quant.forms.pact import Pact
-from tfmq_exp.quant.forms.qil import Qil
-from tfmq_exp.quant.forms.settled import form_from_json, form_to_json
+from tfmq_exp.quant.qat.base import IntRange, IntRangeKind, QATQuantizeFn, int_range
+from tfmq_exp.quant.qat.duq import Duq
+from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.qat.nipq import Nipq, like_errors
+from tfmq_exp.quant.qat.pact import Pact
+from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.qat.serialization import form_from_json, form_to_json
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 
-FORMS: list[Form] = [Lsq(), Lsq("official", scaled=False), Pact(), Nipq(), Duq(), Qil(), Qil(learn_gamma=True)]
-SETTLED: list[Form] = [Lsq(), Lsq("narrow"), Duq(), Qil(), Qil("official")]
-SIGNED, UNSIGNED = Grid(-7, 7, 50), Grid(0, 15, 50)
+FORMS: list[QATQuantizeFn] = [Lsq(), Lsq("official", scaled=False), Pact(), Nipq(), Duq(), Qil(), Qil(learn_gamma=True)]
+SETTLED: list[QATQuantizeFn] = [Lsq(), Lsq("narrow"), Duq(), Qil(), Qil("official")]
+SIGNED, UNSIGNED = IntRange(-7, 7, 50), IntRange(0, 15, 50)
 
 Derivatives = tuple[float, ...]  # a value, and its derivatives: to x, then to the range parameters
 
 
-def values(grid: Grid, step: float) -> Tensor:
+def values(grid: IntRange, step: float) -> Tensor:
     """All over the grid and beyond both ends, none where a derivative jumps."""
     x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return x * step * grid.high if grid.low < 0 else (x + 0.5) * step * grid.high
@@ -51,7 +51,7 @@ def matches(x: Tensor, out: Tensor, ranges: tuple[Tensor, ...], oracle: Callable
 
 @pytest.mark.parametrize("grid", [SIGNED, UNSIGNED])
 @pytest.mark.parametrize("scaled", [True, False])
-def test_lsq(grid: Grid, scaled: bool) -> None:
+def test_lsq(grid: IntRange, scaled: bool) -> None:
     """LSQ, eq. 1 to 3 and section 2.2."""
     step = leaf(0.3)
     factor = 1 / math.sqrt(grid.values * grid.high) if scaled else 1.0
@@ -69,7 +69,7 @@ def test_lsq(grid: Grid, scaled: bool) -> None:
 
 
 @pytest.mark.parametrize("grid", [SIGNED, UNSIGNED])
-def test_pact(grid: Grid) -> None:
+def test_pact(grid: IntRange) -> None:
     """PACT: y = (|x| - |x - alpha| + alpha) / 2 rounded; d y / d alpha is 1 where x >= alpha, 0 elsewhere; signed likewise."""
     alpha = leaf(2.0)
 
@@ -84,7 +84,7 @@ def test_pact(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("grid", [SIGNED, UNSIGNED])
-def test_nipq(grid: Grid) -> None:
+def test_nipq(grid: IntRange) -> None:
     """NIPQ: x + nu Delta in the range, with derivative nu / n to alpha; +-alpha outside, with derivative +-1."""
     alpha = leaf(2.0)
     x = values(grid, 2.0 / grid.high).requires_grad_(True)
@@ -107,7 +107,7 @@ def test_nipq(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("grid", [SIGNED, UNSIGNED])
-def test_duq(grid: Grid) -> None:
+def test_duq(grid: IntRange) -> None:
     """DuQ: c round(clip(x / a, lo, 1) L) / L, a and c apart, gradients straight through the rounding."""
     a, c = leaf(2.0), leaf(2.3)
 
@@ -123,7 +123,7 @@ def test_duq(grid: Grid) -> None:
 
 @pytest.mark.parametrize("grid", [SIGNED, UNSIGNED])
 @pytest.mark.parametrize("gamma", [None, 1.0, 0.7, 1.4])
-def test_qil(grid: Grid, gamma: float | None) -> None:
+def test_qil(grid: IntRange, gamma: float | None) -> None:
     """QIL, eq. 3: 0 below c - d, sign above c + d, (0.5 |x| / d - 0.5 c / d + 0.5)^gamma between; times c + d."""
     c, d, bend = leaf(1.2), leaf(0.8), leaf(gamma or 1.0)
 
@@ -154,7 +154,7 @@ def test_qil(grid: Grid, gamma: float | None) -> None:
 # what all have in common
 
 
-def further(form: Form, seed: int = 0) -> Mapping[str, Tensor]:
+def further(form: QATQuantizeFn, seed: int = 0) -> Mapping[str, Tensor]:
     """The form's numbers, away from where they start."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -165,38 +165,40 @@ def further(form: Form, seed: int = 0) -> Mapping[str, Tensor]:
 @pytest.mark.parametrize("scheme", ["symmetric", "unsigned"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_codes_are_integers_that_stand_for_the_values_bit_by_bit(form: Form, bits: int, scheme: Scheme) -> None:
+def test_codes_are_integers_that_stand_for_the_values_bit_by_bit(
+    form: QATQuantizeFn, bits: int, scheme: Scheme
+) -> None:
     if form.levels == "official" and (bits, scheme) == (2, "symmetric"):
         return
-    low, high = limits(QuantSpec(bits, scheme), form.levels)
+    low, high = int_range(QuantSpec(bits, scheme), form.levels)
     x = 3 * torch.randn(4, 3, 40, generator=torch.Generator().manual_seed(0))
     scale = torch.tensor([0.11, 0.4, 1.7]).reshape(1, 3, 1)
-    own, grid, settled = further(form), Grid(low, high), form.settled()
-    codes = settled.codes(x, scale, grid, own)
+    own, grid, for_inference = further(form), IntRange(low, high), form.for_inference()
+    codes = for_inference.codes(x, scale, grid, own)
     assert torch.equal(codes, codes.round())
     assert low <= codes.min() < codes.max() <= high
-    dequantized = codes * settled.output_scale(scale, own)
-    assert torch.equal(settled(x, scale, grid, own), dequantized)
-    assert torch.equal(settled(x.requires_grad_(True), scale, grid, own), dequantized)
+    dequantized = codes * for_inference.output_scale(scale, own)
+    assert torch.equal(for_inference(x, scale, grid, own), dequantized)
+    assert torch.equal(for_inference(x.requires_grad_(True), scale, grid, own), dequantized)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_at_the_start_every_settled_form_rounds_to_the_nearest_code(form: Form) -> None:
+def test_at_the_start_every_settled_form_rounds_to_the_nearest_code(form: QATQuantizeFn) -> None:
     x = 3 * torch.randn(500, generator=torch.Generator().manual_seed(0))
     starts = {name: torch.tensor(f.start) for name, f in form.further().items()}
     assert all(f.low <= f.start <= f.high for f in form.further().values())
-    out = form.settled()(x, torch.tensor([0.25]), SIGNED, starts)
+    out = form.for_inference()(x, torch.tensor([0.25]), SIGNED, starts)
     nearest = [0.25 * min(max(round(float(value) / 0.25), -7), 7) for value in x]
     assert out.tolist() == pytest.approx(nearest)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_gradient_of_a_step_is_the_sum_over_the_values_that_share_it(form: Form) -> None:
+def test_gradient_of_a_step_is_the_sum_over_the_values_that_share_it(form: QATQuantizeFn) -> None:
     x, own = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), further(form)
     scale = torch.linspace(0.05, 0.4, 6, dtype=torch.float64).reshape(6, 1, 1).requires_grad_(True)
     torch.manual_seed(0)
     if isinstance(form, Nipq):
-        form = form.settled()
+        form = form.for_inference()
     form(x, scale, SIGNED, own).square().sum().backward()
     for row in range(6):
         alone = scale.detach()[row : row + 1].requires_grad_(True)
@@ -232,15 +234,15 @@ def test_gradients_fit_half_precision_activations() -> None:
         (4, "unsigned", "official", (0, 14)),
     ],
 )
-def test_limits(bits: int, scheme: Scheme, levels: Levels, expected: tuple[int, int]) -> None:
-    assert limits(QuantSpec(bits, scheme), levels) == expected
+def test_limits(bits: int, scheme: Scheme, levels: IntRangeKind, expected: tuple[int, int]) -> None:
+    assert int_range(QuantSpec(bits, scheme), levels) == expected
 
 
 def test_impossible_grids_are_named() -> None:
     with pytest.raises(ValueError, match="got affine"):
-        limits(QuantSpec(4), "full")
+        int_range(QuantSpec(4), "full")
     with pytest.raises(ValueError, match="2 bits with official levels leave no integer"):
-        limits(QuantSpec(2, "symmetric"), "official")
+        int_range(QuantSpec(2, "symmetric"), "official")
     with pytest.raises(ValueError, match="one of full, narrow, official, got 'most'"):
         Lsq("most")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="narrow or official, got 'full'"):
@@ -289,7 +291,7 @@ def test_noise_without_errors_is_uniform() -> None:
 
 def test_noise_is_settled_into_rounding() -> None:
     x, scale = torch.linspace(-3, 3, 200), torch.tensor([0.3])
-    rounded = Nipq().settled()(x, scale, SIGNED, {})
+    rounded = Nipq().for_inference()(x, scale, SIGNED, {})
     assert torch.equal(rounded, Lsq("narrow")(x, scale, SIGNED, {}))
     assert not torch.equal(Nipq()(x, scale, SIGNED, {}), rounded)
 
@@ -298,13 +300,13 @@ def test_noise_is_settled_into_rounding() -> None:
 
 
 @pytest.mark.parametrize("form", SETTLED, ids=repr)
-def test_settled_forms_survive_json(form: Form) -> None:
+def test_settled_forms_survive_json(form: QATQuantizeFn) -> None:
     assert form_from_json(form_to_json(form)) == form
-    assert form.settled() == form
+    assert form.for_inference() == form
 
 
 @pytest.mark.parametrize("form", [Pact(), Nipq(), Lsq(scaled=False), Qil(learn_gamma=True)], ids=repr)
-def test_forms_that_still_train_are_not_stored(form: Form) -> None:
+def test_forms_that_still_train_are_not_stored(form: QATQuantizeFn) -> None:
     with pytest.raises(TypeError, match="must be settled"):
         form_to_json(form)
 

@@ -6,8 +6,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.quant.clock import StepClock
-from tfmq_exp.quant.encodings import (
+from tfmq_exp.quant.qat.base import QATQuantizeFn
+from tfmq_exp.quant.qat.duq import Duq
+from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.qat.nipq import Nipq
+from tfmq_exp.quant.qat.pact import Pact
+from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers.trainable import Centre, TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.range_init import AbsMax, ScaledToIntRange
+from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
+from tfmq_exp.quant.scales.dynamic_generator import FromStatistics
+from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.tdq import Generated
+from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_encoding import (
     Frequency,
     Normalised,
     RandomFourier,
@@ -15,23 +30,8 @@ from tfmq_exp.quant.encodings import (
     encoding_from_json,
     encoding_to_json,
 )
-from tfmq_exp.quant.forms.base import Form
-from tfmq_exp.quant.forms.duq import Duq
-from tfmq_exp.quant.forms.lsq import Lsq
-from tfmq_exp.quant.forms.nipq import Nipq
-from tfmq_exp.quant.forms.pact import Pact
-from tfmq_exp.quant.forms.qil import Qil
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.trained import Centre, TrainedQuantizer, TrainedWeightQuantizer
-from tfmq_exp.quant.sources.bank import GeneratorBank
-from tfmq_exp.quant.sources.base import Source
-from tfmq_exp.quant.sources.generated import Generated
-from tfmq_exp.quant.sources.static import Static
-from tfmq_exp.quant.sources.statistics import FromStatistics
-from tfmq_exp.quant.spec import QuantSpec, Scheme
-from tfmq_exp.quant.starts import Largest, OnLevels
 
-FORMS: list[Form] = [Lsq(), Pact(), Nipq(), Duq(), Qil()]
+FORMS: list[QATQuantizeFn] = [Lsq(), Pact(), Nipq(), Duq(), Qil()]
 SIGNED = QuantSpec(4, "symmetric")
 WIDE = Frequency(32)
 TIMESTEPS = (901, 601, 301, 1)
@@ -42,9 +42,9 @@ def activations(rows: int = 5) -> Tensor:
     return torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(0)) + 0.3
 
 
-def ready(source: Source, form: Form, centre: Centre = "zero") -> TrainedQuantizer:
+def ready(source: Source, form: QATQuantizeFn, centre: Centre = "zero") -> TrainableQuantizer:
     """Observed and on."""
-    quantizer = TrainedQuantizer(source, form, centre).eval()
+    quantizer = TrainableQuantizer(source, form, centre).eval()
     quantizer.observe(activations())
     quantizer.mode = Mode.QUANTIZE
     return quantizer
@@ -54,19 +54,19 @@ def ready(source: Source, form: Form, centre: Centre = "zero") -> TrainedQuantiz
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_noise_acts_while_training_alone(form: Form) -> None:
+def test_noise_acts_while_training_alone(form: QATQuantizeFn) -> None:
     quantizer, x = ready(Static(SIGNED), form), activations()
-    settled = quantizer(x)
-    assert torch.equal(quantizer.train()(x), settled) is not isinstance(form, Nipq)
-    assert torch.equal(quantizer.eval()(x), settled)
+    for_inference = quantizer(x)
+    assert torch.equal(quantizer.train()(x), for_inference) is not isinstance(form, Nipq)
+    assert torch.equal(quantizer.eval()(x), for_inference)
     quantizer.merge()
-    assert torch.equal(quantizer.train()(x), settled)
+    assert torch.equal(quantizer.train()(x), for_inference)
 
 
 @pytest.mark.parametrize("centre", ["silu", "learned"])
 def test_a_centre_is_subtracted_before_and_added_after(centre: Centre) -> None:
     spec: Scheme = "unsigned" if centre == "silu" else "symmetric"
-    quantizer = ready(Static(QuantSpec(4, spec), estimator=Largest()), Lsq("narrow"), centre)
+    quantizer = ready(Static(QuantSpec(4, spec), estimator=AbsMax()), Lsq("narrow"), centre)
     x = activations()
     middle = -0.2785 if centre == "silu" else float(x.mean())
     largest = float((x - middle).abs().max())
@@ -90,29 +90,31 @@ def test_a_learned_centre_keeps_the_first_mean_and_learns() -> None:
 
 def test_unfit_choices_are_named() -> None:
     with pytest.raises(ValueError, match="got affine"):
-        TrainedQuantizer(Static(QuantSpec(4)), Lsq())
+        TrainableQuantizer(Static(QuantSpec(4)), Lsq())
     with pytest.raises(ValueError, match="zero, silu or learned, got 'mean'"):
-        TrainedQuantizer(Static(SIGNED), Lsq(), "mean")  # type: ignore[arg-type]
+        TrainableQuantizer(Static(SIGNED), Lsq(), "mean")  # type: ignore[arg-type]
     weight = torch.ones(2, 2)
     with pytest.raises(TypeError, match="Lsq is trained"):
-        TrainedWeightQuantizer(weight, SIGNED, Largest(), Lsq()).learn_rounding(weight)
+        TrainableWeightQuantizer(weight, SIGNED, AbsMax(), Lsq()).learn_rounding(weight)
     with pytest.raises(ValueError, match="got affine"):
-        FromStatistics(QuantSpec(4), StepClock(TIMESTEPS), encoding=None, hidden=(4,), dropout=0.0, last="zero", seed=0)
+        FromStatistics(
+            QuantSpec(4), TimestepContext(TIMESTEPS), encoding=None, hidden=(4,), dropout=0.0, last="zero", seed=0
+        )
 
 
 def test_numbers_are_kept_in_their_intervals() -> None:
     for form, name in ((Duq(), "gain"), (Qil(), "pruned")):
         weight = activations()
-        quantizers = [ready(Static(SIGNED), form), TrainedWeightQuantizer(weight, SIGNED, Largest(), form)]
+        quantizers = [ready(Static(SIGNED), form), TrainableWeightQuantizer(weight, SIGNED, AbsMax(), form)]
         for quantizer in quantizers:
             for wrong in (-5.0, 1e9):
                 for parameter in quantizer.parameters():
                     parameter.fill_(wrong)
-                quantizer.keep_valid()  # type: ignore[union-attr]
+                quantizer.clamp_parameters()  # type: ignore[union-attr]
                 bounds = form.further()[name]
                 assert bounds.low <= float(quantizer.further[name]) <= bounds.high + 1e-6  # type: ignore[union-attr, arg-type]
             quantizer.get_parameter("scale" if quantizer is quantizers[1] else "source.scale").fill_(-1.0)
-            quantizer.keep_valid()  # type: ignore[union-attr]
+            quantizer.clamp_parameters()  # type: ignore[union-attr]
             assert all(float(parameter.min()) >= 0 for parameter in quantizer.parameters())
 
 
@@ -122,10 +124,10 @@ def test_numbers_are_kept_in_their_intervals() -> None:
 @pytest.mark.parametrize("axis", [0, None])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_integers_of_a_weight_stand_for_what_was_trained(form: Form, bits: int, axis: int | None) -> None:
+def test_integers_of_a_weight_stand_for_what_was_trained(form: QATQuantizeFn, bits: int, axis: int | None) -> None:
     weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     spec = QuantSpec(bits, "symmetric", axis=axis)
-    quantizer = TrainedWeightQuantizer(weight, spec, Largest(0.7), form).eval()
+    quantizer = TrainableWeightQuantizer(weight, spec, AbsMax(0.7), form).eval()
     quantizer.observe(weight)
     for number in quantizer.further.values():
         number.add_(0.2)
@@ -137,9 +139,9 @@ def test_integers_of_a_weight_stand_for_what_was_trained(form: Form, bits: int, 
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_weight_and_its_numbers_are_trained_together(form: Form) -> None:
+def test_weight_and_its_numbers_are_trained_together(form: QATQuantizeFn) -> None:
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    quantizer = TrainedWeightQuantizer(weight, QuantSpec(3, "symmetric", axis=0), Largest(0.5), form).train()
+    quantizer = TrainableWeightQuantizer(weight, QuantSpec(3, "symmetric", axis=0), AbsMax(0.5), form).train()
     quantizer.observe(weight)
     quantizer.mode = Mode.QUANTIZE
     parameters = [weight, *quantizer.trainable()]
@@ -156,7 +158,7 @@ def test_weight_and_its_numbers_are_trained_together(form: Form) -> None:
 
 def generated(
     seed: int,
-    clock: StepClock,
+    context: TimestepContext,
     encoding: TimeEncoding = WIDE,
     dropout: float = 0.2,
     width: int = 16,
@@ -164,7 +166,7 @@ def generated(
     """Calibrated, with a network that says something."""
     source = Generated(
         QuantSpec(4, "symmetric"),
-        clock,
+        context,
         encoding=encoding,
         hidden=(width, width),
         dropout=dropout,
@@ -175,11 +177,11 @@ def generated(
     return source
 
 
-def sources(clock: StepClock) -> list[Generated]:
+def sources(context: TimestepContext) -> list[Generated]:
     """Networks of four kinds, in disorder."""
     thin = Normalised(1000)
     kinds = [(WIDE, 16, 0.2), (thin, 8, 0.0), (WIDE, 16, 0.2), (WIDE, 8, 0.2), (WIDE, 16, 0.0), (thin, 8, 0.0)]
-    return [generated(i, clock, encoding, dropout, width) for i, (encoding, width, dropout) in enumerate(kinds)]
+    return [generated(i, context, encoding, dropout, width) for i, (encoding, width, dropout) in enumerate(kinds)]
 
 
 def by_itself(source: Generated, t: Tensor) -> Tensor:
@@ -190,9 +192,9 @@ def by_itself(source: Generated, t: Tensor) -> Tensor:
 
 
 def test_a_bank_gives_every_source_what_its_own_network_says_at_any_timestep() -> None:
-    clock = StepClock(TIMESTEPS)
-    mixed = sources(clock)
-    bank = GeneratorBank(mixed)
+    context = TimestepContext(TIMESTEPS)
+    mixed = sources(context)
+    bank = BatchedGenerators(mixed)
     assert sorted(len(group) for group in bank.groups) == [1, 1, 2, 2]
     given = bank.scales(ANY_T)
     assert {id(source) for source, _ in given} == {id(source) for source in mixed}
@@ -202,10 +204,10 @@ def test_a_bank_gives_every_source_what_its_own_network_says_at_any_timestep() -
 
 
 def test_gradients_through_a_bank_are_those_of_each_network() -> None:
-    mixed = sources(StepClock(TIMESTEPS))
+    mixed = sources(TimestepContext(TIMESTEPS))
     for source in mixed:
         source.mlp.requires_grad_(True)
-    sum(rows.square().sum() for _, rows in GeneratorBank(mixed).scales(ANY_T)).backward()  # type: ignore[union-attr]
+    sum(rows.square().sum() for _, rows in BatchedGenerators(mixed).scales(ANY_T)).backward()  # type: ignore[union-attr]
     together = [[p.grad.clone() for p in source.mlp.parameters()] for source in mixed]  # type: ignore[union-attr]
     for source, grads in zip(mixed, together, strict=True):
         source.mlp.zero_grad()
@@ -217,43 +219,43 @@ def test_gradients_through_a_bank_are_those_of_each_network() -> None:
 
 
 def test_rows_are_given_for_a_forward_pass_and_taken_back() -> None:
-    clock = StepClock(TIMESTEPS, nearest=True)
-    mixed, x = sources(clock), activations()
-    bank, quantizer = GeneratorBank(mixed), TrainedQuantizer(mixed[0], Lsq())
-    with clock.at(ANY_T), bank.at(clock.t):
+    context = TimestepContext(TIMESTEPS, nearest=True)
+    mixed, x = sources(context), activations()
+    bank, quantizer = BatchedGenerators(mixed), TrainableQuantizer(mixed[0], Lsq())
+    with context.at(ANY_T), bank.at(context.t):
         inside = quantizer.quantize(x)
         step = mixed[0](x).scale
         assert step.shape == (5, 1, 1)
         torch.testing.assert_close(step.flatten().double(), by_itself(mixed[0], ANY_T), rtol=1e-5, atol=0)
     assert all(source.rows is None for source in mixed)
     for row in range(5):
-        with clock.at(ANY_T[row : row + 1]), bank.at(clock.t):
+        with context.at(ANY_T[row : row + 1]), bank.at(context.t):
             torch.testing.assert_close(quantizer.quantize(x[row : row + 1]), inside[row : row + 1])
-    with clock.at(ANY_T):  # without the bank the nearest of the finite set is read
+    with context.at(ANY_T):  # without the bank the nearest of the finite set is read
         nearest = torch.tensor([3, 0, 1, 3, 3])
         assert torch.equal(mixed[0](x).scale.flatten(), mixed[0].table().scale[nearest])
 
 
 def test_a_bank_drops_out_while_training_and_ignores_half_precision() -> None:
-    source = generated(0, StepClock(TIMESTEPS))
-    bank = GeneratorBank([source])
-    ((_, settled),) = bank.scales(ANY_T)
+    source = generated(0, TimestepContext(TIMESTEPS))
+    bank = BatchedGenerators([source])
+    ((_, for_inference),) = bank.scales(ANY_T)
     with torch.autocast("cpu", torch.bfloat16):
         ((_, half),) = bank.scales(ANY_T)
-    assert torch.equal(half, settled)
+    assert torch.equal(half, for_inference)
     source.train()
     torch.manual_seed(0)  # in four draws of a hundred both rows of one timestep drop the same units
     ((_, dropped),) = bank.scales(ANY_T)
-    assert not torch.equal(dropped, settled)
+    assert not torch.equal(dropped, for_inference)
     assert dropped[0] != dropped[3]  # rows of one timestep drop apart
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_merged_table_is_bit_identical_to_the_network(form: Form) -> None:
-    clock = StepClock(TIMESTEPS)
-    quantizer, x = ready(generated(0, clock), form), activations()
+def test_merged_table_is_bit_identical_to_the_network(form: QATQuantizeFn) -> None:
+    context = TimestepContext(TIMESTEPS)
+    quantizer, x = ready(generated(0, context), form), activations()
     t = torch.tensor([301, 1, 901, 1, 601])
-    with clock.at(t):
+    with context.at(t):
         before = quantizer(x)
         quantizer.merge()
         assert torch.equal(quantizer(x), before)
@@ -266,20 +268,20 @@ def test_merged_table_is_bit_identical_to_the_network(form: Form) -> None:
 
 @pytest.mark.parametrize("encoding", [None, Frequency(8)], ids=repr)
 def test_statistics_of_every_sample_and_its_time_make_its_interval(encoding: TimeEncoding | None) -> None:
-    clock, x = StepClock(TIMESTEPS, nearest=True), activations()
+    context, x = TimestepContext(TIMESTEPS, nearest=True), activations()
     source = FromStatistics(
         SIGNED,
-        clock,
+        context,
         encoding=encoding,
         hidden=(16, 16),
         dropout=0.2,
         last="he",
         seed=3,
-        estimator=OnLevels(Largest(), "narrow"),
+        estimator=ScaledToIntRange(AbsMax(), "narrow"),
     ).eval()
     source.observe(x)
     reach, network = float(x.abs().max()), copy.deepcopy(source.mlp).double()
-    with clock.at(ANY_T):
+    with context.at(ANY_T):
         scale, zero_point = source(x)
     assert scale.shape == (5, 1, 1)
     assert not zero_point.any()
@@ -295,8 +297,8 @@ def test_statistics_of_every_sample_and_its_time_make_its_interval(encoding: Tim
 
 
 def test_statistics_start_at_the_calibrated_interval_and_stay_a_network() -> None:
-    clock = StepClock(TIMESTEPS)
-    source = FromStatistics(SIGNED, clock, encoding=None, hidden=(8,), dropout=0.2, last="zero", seed=0)
+    context = TimestepContext(TIMESTEPS)
+    source = FromStatistics(SIGNED, context, encoding=None, hidden=(8,), dropout=0.2, last="zero", seed=0)
     source.observe(activations())
     assert torch.equal(source(activations()).scale.flatten(), source.scale.expand(5))
     assert source.merged() is source

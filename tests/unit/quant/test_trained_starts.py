@@ -6,23 +6,23 @@ import statistics
 import pytest
 import torch
 
-from tfmq_exp.quant.forms.base import Levels, limits
-from tfmq_exp.quant.forms.lsq import Lsq
-from tfmq_exp.quant.quantizers.trained import TrainedQuantizer, TrainedWeightQuantizer
-from tfmq_exp.quant.ranges import RangeEstimator
-from tfmq_exp.quant.sources.static import Static
+from tfmq_exp.quant.observers import Observer
+from tfmq_exp.quant.qat.base import IntRangeKind, int_range
+from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile, ScaledToIntRange
+from tfmq_exp.quant.scales.static import Static
 from tfmq_exp.quant.spec import QuantSpec, Scheme
-from tfmq_exp.quant.starts import Fixed, Largest, MeanMagnitude, Moments, OnLevels, Percentile
 
 
 def activations() -> torch.Tensor:
     return 1.7 * torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)) - 0.4
 
 
-def step(start: RangeEstimator, scheme: Scheme = "symmetric", bits: int = 4, levels: Levels = "narrow") -> float:
+def step(start: Observer, scheme: Scheme = "symmetric", bits: int = 4, levels: IntRangeKind = "narrow") -> float:
     """The step that an activation quantizer starts with."""
     form = Lsq(levels)
-    quantizer = TrainedQuantizer(Static(QuantSpec(bits, scheme), estimator=OnLevels(start, levels)), form)
+    quantizer = TrainableQuantizer(Static(QuantSpec(bits, scheme), estimator=ScaledToIntRange(start, levels)), form)
     quantizer.observe(activations())
     return float(quantizer.source.scale)
 
@@ -30,17 +30,17 @@ def step(start: RangeEstimator, scheme: Scheme = "symmetric", bits: int = 4, lev
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_lsq_starts_at_twice_the_mean_magnitude_over_the_root_of_the_largest_code(bits: int) -> None:
     mean = statistics.fmean(abs(float(x)) for x in activations().flatten())
-    assert step(MeanMagnitude(), bits=bits) == pytest.approx(2 * mean / math.sqrt(2 ** (bits - 1) - 1), rel=1e-5)
-    assert step(MeanMagnitude(), "unsigned", bits) == pytest.approx(2 * mean / math.sqrt(2**bits - 1), rel=1e-5)
+    assert step(LSQInit(), bits=bits) == pytest.approx(2 * mean / math.sqrt(2 ** (bits - 1) - 1), rel=1e-5)
+    assert step(LSQInit(), "unsigned", bits) == pytest.approx(2 * mean / math.sqrt(2**bits - 1), rel=1e-5)
 
 
 @pytest.mark.parametrize(("levels", "signed", "unsigned"), [("narrow", 7, 15), ("full", 7, 15), ("official", 6, 14)])
-def test_the_largest_code_stands_for_the_whole_range(levels: Levels, signed: int, unsigned: int) -> None:
+def test_the_largest_code_stands_for_the_whole_range(levels: IntRangeKind, signed: int, unsigned: int) -> None:
     largest = max(abs(float(x)) for x in activations().flatten())
-    assert step(Largest(), levels=levels) == pytest.approx(largest / signed, rel=1e-5)
-    assert step(Largest(0.9), "unsigned", levels=levels) == pytest.approx(0.9 * largest / unsigned, rel=1e-5)
-    assert step(Fixed(3.0, 6.0), levels=levels) == pytest.approx(3.0 / signed, rel=1e-5)
-    assert step(Fixed(3.0, 6.0), "unsigned", levels=levels) == pytest.approx(6.0 / unsigned, rel=1e-5)
+    assert step(AbsMax(), levels=levels) == pytest.approx(largest / signed, rel=1e-5)
+    assert step(AbsMax(0.9), "unsigned", levels=levels) == pytest.approx(0.9 * largest / unsigned, rel=1e-5)
+    assert step(Constant(3.0, 6.0), levels=levels) == pytest.approx(3.0 / signed, rel=1e-5)
+    assert step(Constant(3.0, 6.0), "unsigned", levels=levels) == pytest.approx(6.0 / unsigned, rel=1e-5)
 
 
 def test_tdq_starts_at_mean_and_deviations_of_samples() -> None:
@@ -48,9 +48,9 @@ def test_tdq_starts_at_mean_and_deviations_of_samples() -> None:
     mean = statistics.fmean(statistics.fmean(row) for row in rows)
     deviation = statistics.fmean(statistics.stdev(row) for row in rows)
     assert mean < 0
-    assert step(Moments()) == pytest.approx((-mean + 3 * deviation) / 7, rel=1e-4)
-    assert step(Moments(signed_mean=True)) == pytest.approx((mean + 3 * deviation) / 7, rel=1e-4)
-    assert step(Moments(), "unsigned") == pytest.approx((-mean + 16 * deviation) / 15, rel=1e-4)
+    assert step(MeanStd()) == pytest.approx((-mean + 3 * deviation) / 7, rel=1e-4)
+    assert step(MeanStd(signed_mean=True)) == pytest.approx((mean + 3 * deviation) / 7, rel=1e-4)
+    assert step(MeanStd(), "unsigned") == pytest.approx((-mean + 16 * deviation) / 15, rel=1e-4)
 
 
 def test_duq_starts_at_a_percentile_of_positive_values() -> None:
@@ -69,9 +69,9 @@ def test_a_weight_starts_channel_by_channel(axis: int | None) -> None:
     )
     for levels in ("full", "narrow", "official"):
         spec = QuantSpec(4, "symmetric", axis=axis)
-        quantizer = TrainedWeightQuantizer(weight, spec, Largest(0.9), Lsq(levels))  # type: ignore[arg-type]
+        quantizer = TrainableWeightQuantizer(weight, spec, AbsMax(0.9), Lsq(levels))  # type: ignore[arg-type]
         quantizer.observe(weight)
-        high = limits(spec, levels)[1]  # type: ignore[arg-type]
+        high = int_range(spec, levels)[1]  # type: ignore[arg-type]
         rows = weight if axis == 0 else weight[None]
         expected = [0.9 * max(abs(float(x)) for x in row.flatten()) / high for row in rows]
         assert quantizer.scale.shape == spec.range_shape(weight.shape)

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tfmq_exp.sampling.seeds import image_generators, initial_noise
+from tfmq_exp.core.seeds import image_generators, initial_noise
 
 IMAGES, STEPS, SEED, GUIDANCE = 2, 4, 5, 3.0
 CAPTIONS = ["a cat", "a dog"]

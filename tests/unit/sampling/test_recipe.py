@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.recipe import Recipe, required_conditions
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler
-from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.scheduler import Scheduler
 
 pytestmark = pytest.mark.bad_input

@@ -26,9 +26,9 @@ from tests.unit.sampling.folders import (
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from tfmq_exp.denoisers.loading.scheduler_config import training_noise
+from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver
-from tfmq_exp.sampling.sampling import Sampling
 from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
 

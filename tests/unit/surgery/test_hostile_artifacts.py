@@ -14,9 +14,9 @@ from torch import nn
 
 from tests.conftest import calibrated, generic, quantizable
 from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
-from tfmq_exp.quant.ranges import LpSearch
-from tfmq_exp.surgery import artifact
-from tfmq_exp.surgery.plan import AttentionPlan
+from tfmq_exp.quant.observers import LpObserver
+from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, ScalePlan, StaticScale
 from tfmq_exp.surgery.temporal_cache import cached
@@ -44,15 +44,15 @@ def small_unet() -> nn.Module:
 @pytest.fixture(scope="module")
 def content(small_unet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Content:
     path = tmp_path_factory.mktemp("saved") / "model.safetensors"
-    artifact.save(calibrated(quantizable(small_unet, attention=AttentionPlan(8, 16))), path)
-    return Content(*artifact.read(path))
+    serialization.save(calibrated(quantizable(small_unet, attention=AttentionBits(8, 16))), path)
+    return Content(*serialization.read(path))
 
 
 def write(content: Content, path: Path) -> Path:
     """An artefact whose checksum is right."""
     text = json.dumps(content.manifest, sort_keys=True)
-    header = {"format": artifact.FORMAT, "version": artifact.VERSION, "manifest": content.manifest}
-    header["sha256"] = artifact.checksum(text, content.tensors)
+    header = {"format": serialization.FORMAT, "version": serialization.VERSION, "manifest": content.manifest}
+    header["sha256"] = serialization.checksum(text, content.tensors)
     save_file(content.tensors, path, {"header": json.dumps(header, sort_keys=True)})
     return path
 
@@ -66,7 +66,7 @@ def changed(content: Content, change: Change, path: Path) -> Path:
 def refusal(path: Path) -> str:
     start = time.process_time()
     with pytest.raises(ValueError, match=r"\S") as caught:
-        artifact.load(path)
+        serialization.load(path)
     assert time.process_time() - start < SECONDS
     message = str(caught.value)
     assert message.startswith(f"{path} ")
@@ -81,7 +81,7 @@ def test_what_no_model_is_like_is_refused(name: str, content: Content, tmp_path:
 
 
 def test_without_a_change_it_is_read(content: Content, tmp_path: Path) -> None:
-    artifact.load(changed(content, lambda _: None, tmp_path / "model.safetensors"))
+    serialization.load(changed(content, lambda _: None, tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -191,12 +191,12 @@ def with_features(unet: nn.Module, temporal: Any, rest: Any, store: bool = False
     if not widen:
         weight = model.unet.conv_out.weight
         weight.data = weight.abs() + 1  # ranges that do not contain zero
-        model.unet.conv_out.weight_quantizer.estimator = LpSearch(widen=False)
+        model.unet.conv_out.weight_quantizer.estimator = LpObserver(widen=False)
     model = calibrated(model)
     if store:
         for site in [name for name in model.plan.sites if name.endswith("time_emb_proj")]:
             width = model.unet.get_submodule(site).out_features
-            model.cache_feature(site, cached(torch.randn(model.clock.num_steps, width), 8))
+            model.cache_feature(site, cached(torch.randn(model.context.num_steps, width), 8))
         for site in ("time_embedding.linear_1", "time_embedding.linear_2"):
             model.drop(site)
     return model
@@ -213,9 +213,9 @@ def with_features(unet: nn.Module, temporal: Any, rest: Any, store: bool = False
 )
 def test_what_models_are_like_is_read(options: dict[str, Any], tiny_unet: nn.Module, tmp_path: Path) -> None:
     model = with_features(tiny_unet, **options)
-    artifact.save(model, tmp_path / "a.safetensors")
-    loaded = artifact.load(tmp_path / "a.safetensors")
-    artifact.save(loaded, tmp_path / "b.safetensors")
+    serialization.save(model, tmp_path / "a.safetensors")
+    loaded = serialization.load(tmp_path / "a.safetensors")
+    serialization.save(loaded, tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -224,8 +224,8 @@ def test_what_models_are_like_is_read(options: dict[str, Any], tiny_unet: nn.Mod
 
 def test_stored_features_that_are_needed_are_refused(tiny_unet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    artifact.save(with_features(tiny_unet, StaticScale(), StaticScale(), store=True), path)
-    stored = Content(*artifact.read(path))
+    serialization.save(with_features(tiny_unet, StaticScale(), StaticScale(), store=True), path)
+    stored = Content(*serialization.read(path))
     site = next(iter(stored.manifest["cached"]))
     changes: dict[str, Change] = {
         "steps": lambda c: c.manifest["plan"]["timesteps"].pop(),
@@ -243,7 +243,7 @@ def test_stored_features_that_are_needed_are_refused(tiny_unet: nn.Module, tmp_p
 
 def test_ranges_without_zero_are_said(tiny_unet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    artifact.save(with_features(tiny_unet, StaticScale(), StaticScale(), widen=False), path)
-    stored = Content(*artifact.read(path))
+    serialization.save(with_features(tiny_unet, StaticScale(), StaticScale(), widen=False), path)
+    stored = Content(*serialization.read(path))
     assert stored.manifest["outside"] == ["weights/conv_out/0"]
     assert "must lie within the grid" in refusal(changed(stored, entry("outside", ...), tmp_path / "b.safetensors"))

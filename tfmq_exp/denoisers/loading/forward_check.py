@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.denoiser import DenoiserParts, FirstStage
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.network_config import check_channels
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
+from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import block_modules, roles, time_embedding
 
 SIDE = 32  # of the sample, at most about this: the result does not depend on it

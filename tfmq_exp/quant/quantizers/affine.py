@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize, round_ste
+from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.quantizers.base import Quantizer
-from tfmq_exp.quant.ranges import RangeEstimator
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.sources.base import Source
+from tfmq_exp.quant.scales.base import Source
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
@@ -44,7 +44,7 @@ class WeightQuantizer(Quantizer):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Float[Tensor, "out *rest"], spec: QuantSpec, estimator: RangeEstimator) -> None:
+    def __init__(self, weight: Float[Tensor, "out *rest"], spec: QuantSpec, estimator: Observer) -> None:
         super().__init__()
         self.spec, self.estimator = spec, estimator
         shape = spec.range_shape(weight.shape)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.quant.clock import StepClock
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 
 class StepSwitch(nn.Module):
@@ -19,17 +19,17 @@ class StepSwitch(nn.Module):
 
     at: Tensor
 
-    def __init__(self, choices: Sequence[AffineQuantizer], clock: StepClock) -> None:
+    def __init__(self, choices: Sequence[AffineQuantizer], context: TimestepContext) -> None:
         super().__init__()
-        self.choices, self.clock = nn.ModuleList(choices), clock
+        self.choices, self.context = nn.ModuleList(choices), context
         self.bits = tuple(choice.spec.bits for choice in choices)
         widest = self.bits.index(max(self.bits))
-        self.register_buffer("at", torch.full((clock.num_steps,), widest), persistent=False)
+        self.register_buffer("at", torch.full((context.num_steps,), widest), persistent=False)
 
     def use(self, bits: Sequence[int]) -> None:
         """Set the bit-width of every step. Raises ValueError for a width that is not among the choices, or too few."""
-        if len(bits) != self.clock.num_steps:
-            raise ValueError(f"{self.clock.num_steps} steps need as many bit-widths, got {len(bits)}")
+        if len(bits) != self.context.num_steps:
+            raise ValueError(f"{self.context.num_steps} steps need as many bit-widths, got {len(bits)}")
         if wrong := set(bits).difference(self.bits):
             raise ValueError(f"no quantizer has {min(wrong)} bits; there are {', '.join(map(str, self.bits))}")
         self.at.copy_(torch.tensor([self.bits.index(b) for b in bits]))
@@ -40,7 +40,7 @@ class StepSwitch(nn.Module):
             for choice in self.choices:
                 choice(x)
             return x
-        chosen = self.at[self.clock.index]
+        chosen = self.at[self.context.index]
         used: list[int] = sorted({int(i) for i in chosen})
         if len(used) == 1:
             return self.choices[used[0]](x)

@@ -9,12 +9,12 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from tests.conftest import example_inputs, generic, quantizable
-from tfmq_exp.denoisers.anatomy import Role
 from tfmq_exp.denoisers.denoiser import Conditions, DenoiserParts, NoConditions, Pixels, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_forward, check_timesteps
+from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
-from tfmq_exp.denoisers.unet import anatomy
-from tfmq_exp.surgery.plan import AttentionPlan
+from tfmq_exp.denoisers.unet import read_structure
+from tfmq_exp.surgery.config import AttentionBits
 
 pytestmark = pytest.mark.bad_input
 
@@ -103,7 +103,7 @@ def test_settings_that_are_the_networks(conditional: bool, settings: dict[str, A
     unet = network(conditional, **settings)
     check_forward(parts(unet))
     inputs = example_inputs(unet, (751, 1))
-    found = anatomy(unet, example_inputs(unet))
+    found = read_structure(unet, example_inputs(unet))
     assert measured_temporal_sites(unet, example_inputs(unet), 1, 2) == set(found.temporal_sites)
     features: dict[str, torch.Tensor] = {}
     handles = [
@@ -117,7 +117,7 @@ def test_settings_that_are_the_networks(conditional: bool, settings: dict[str, A
     block = TemporalInformationBlock(unet, found)
     for name, feature in zip(block.names, block(inputs["timestep"]), strict=True):
         torch.testing.assert_close(feature, features[name], atol=1e-5, rtol=1e-5)
-    twin = quantizable(unet, attention=AttentionPlan(8, 8))
+    twin = quantizable(unet, attention=AttentionBits(8, 8))
     with torch.no_grad():
         torch.testing.assert_close(twin(**inputs).sample, wanted, atol=1e-4, rtol=1e-4)
     assert noise_of(wanted, inputs["sample"]).shape == inputs["sample"].shape

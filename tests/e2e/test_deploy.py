@@ -1,0 +1,276 @@
+"""The finished model executed by an engine, as a row beside the simulated one, in plans and in what engines share."""
+
+import csv
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+from tests.e2e.jobs import CONF, composed, job
+from tfmq_exp.cli import main as app
+from tfmq_exp.cli.dry_run import lines
+from tfmq_exp.cli.remaining import still_to_do
+from tfmq_exp.cli.survey import estimate
+from tfmq_exp.cli.sweep_report import read_job
+from tfmq_exp.deploy.onednn_engine import available
+from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.pipeline.deployed import DeployedStages, engine_choices, save_deployed_errors
+from tfmq_exp.pipeline.progress import ProgressBars
+from tfmq_exp.pipeline.stages import Stages
+from tfmq_exp.reporting.html.executed import PRODUCTS, executed
+from tfmq_exp.reporting.html.runs import collect
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
+
+
+@dataclass(frozen=True)
+class Made:
+    """Run folders that share a store: the simulation alone, then with each engine."""
+
+    store: Path
+    alone: Path
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("made")
+    found = Made(root / "store", root / "alone" / "run", root)
+    run(root / "alone", found.store)
+    return found
+
+
+@pytest.fixture(scope="module")
+def openvino(made: Made) -> Path:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    return run(made.root / "openvino", made.store, "engine=openvino", "runtime.threads=1")
+
+
+@pytest.fixture(scope="module")
+def onednn(made: Made) -> Path:
+    if not available():
+        pytest.skip("this build of torch has no oneDNN operators for integers")
+    return run(made.root / "onednn", made.store, "engine=onednn")
+
+
+def hits(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "artifacts.json").read_text())
+
+
+def computed(folder: Path) -> set[str]:
+    return {name for name, hit in hits(folder).items() if hit["computed"]}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def words(store: Path, *more: str) -> list[str]:
+    return ["method=nearest", "runtime=smoke", f"paths.store={store}", *more]
+
+
+def run(folder: Path, store: Path, *more: str) -> Path:
+    return job(folder, *words(store, *more))
+
+
+def planned(folder: Path, store: Path, *more: str) -> tuple[Stages, DeployedStages]:
+    """The stages of a job that is only asked what it would do."""
+    cfg = composed(folder, *words(store, *more))
+    stages = app.build_stages(cfg, app.pick_device("cpu"), ProgressBars(app.Console(quiet=True)), NullLogger())
+    deployed = app.executed_too(stages, cfg)
+    assert deployed is not None
+    return stages, deployed
+
+
+def test_a_row_of_its_own_with_keys_of_its_own(tmp_path: Path, made: Made, openvino: Path) -> None:
+    simulated, deployed = rows(openvino)[1:]
+    assert deployed["choices"] == {"engine": "openvino"}
+    assert simulated["scores"] == rows(made.alone)[1]["scores"]
+    assert deployed["errors"]["trajectory"] == pytest.approx(simulated["errors"]["trajectory"], rel=1)
+    found = hits(openvino)
+    for stage in ("images", "scores", "diagnostics"):
+        assert found[stage]["key"] == hits(made.alone)[stage]["key"], "the simulation knows nothing of engines"
+        assert found[f"openvino {stage}"]["key"] != found[stage]["key"]
+        assert deployed["keys"][stage] == found[f"openvino {stage}"]["key"]
+        assert simulated["keys"][stage] == found[stage]["key"]
+    assert (Path(found["openvino"]["path"]) / "model.xml").is_file()
+
+    again = run(tmp_path / "again", made.store, "engine=openvino", "goal=export", "runtime.threads=1")
+    assert not computed(again)
+    assert "openvino" in hits(again)
+    assert executed(collect([again]))[0].title == "digits w4a8 nearest (executed by openvino)"
+
+
+def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: Path, openvino: Path) -> None:
+    """Against diffusers' sampler around the same model."""
+    from tfmq_exp.deploy.loader import Deployed  # which imports openvino
+
+    exported = Path(hits(openvino)["openvino"]["path"])
+    for path in ("tfmq_exp/deploy/loader.py", "examples/sample_deployed.py"):
+        shutil.copy(CONF.parent / path, tmp_path)
+    words = ["sample_deployed.py", str(exported), "images.npy", "--count", "2", "--seed", "5"]
+    code = (
+        f"import runpy, sys; sys.argv = {words!r}; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print([name for name in sys.modules if name.partition('.')[0] in ('tfmq_exp', 'torch', 'diffusers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+    unet = Deployed(exported, batch=2, threads=1)
+    scheduler = DDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    scheduler.set_timesteps(len(unet.timesteps))
+    assert scheduler.timesteps.tolist() == list(unet.timesteps)
+    x = torch.from_numpy(np.random.default_rng(5).standard_normal((2, 1, 16, 16), dtype=np.float32))
+    for t in unet.timesteps:
+        noise = torch.from_numpy(unet(x.numpy(), t).copy())
+        x = scheduler.step(noise, t, x).prev_sample
+    images = np.load(tmp_path / "images.npy")
+    assert images.shape == (2, 1, 16, 16)
+    # a code may fall on the other side of a tie in two roundings of the same numbers
+    assert np.square(images - x.clamp(-1, 1).numpy()).mean() < 1e-3 * np.square(images).mean()
+
+
+def script() -> dict[str, Any]:
+    """Names of the sampling script, which finds the loader where it would be copied to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(CONF.parent / "tfmq_exp/deploy"))
+        return runpy.run_path(str(CONF.parent / "examples/sample_deployed.py"))
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("ends_clean", [False, True])
+def test_the_script_has_the_run_s_noise_schedule(betas: str, ends_clean: bool) -> None:
+    schedule = {"num_train_timesteps": 50, "beta_schedule": betas, "beta_start": 1e-3, "beta_end": 0.03}
+    table, last = script()["alphas_of"](
+        {"sampler": "DDIM", "settings": {"eta": 0.0, "ends_clean": ends_clean}, "schedule": schedule}
+    )
+    scheduler = DDIMScheduler(**schedule, set_alpha_to_one=ends_clean)
+    assert table == pytest.approx(scheduler.alphas_cumprod.numpy(), rel=1e-5)
+    assert last == pytest.approx(float(scheduler.final_alpha_cumprod), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "PLMS"},
+        {"settings": {"eta": 0.5}},
+        {"schedule": {"beta_schedule": "squaredcos_cap_v2"}},
+        {"schedule": {"prediction_type": "v_prediction"}},
+        {"schedule": {"trained_betas": [0.1]}},
+    ],
+)
+def test_the_script_refuses_another_way_of_sampling(openvino: Path, changes: dict[str, Any]) -> None:
+    sampling = json.loads((Path(hits(openvino)["openvino"]["path"]) / "deployed.json").read_text())["sampling"]
+    script()["alphas_of"](sampling)
+    wrong = {
+        name: value | changes.get(name, {}) if isinstance(value, dict) else value for name, value in sampling.items()
+    }
+    wrong["sampler"] = changes.get("sampler", sampling["sampler"])
+    for refused in (wrong, None):
+        with pytest.raises(ValueError, match="this script samples by DDIM"):
+            script()["alphas_of"](refused)
+
+
+@pytest.mark.parametrize("given", [{"encoder_hidden_states": np.zeros((1, 2, 3))}, {"step": np.zeros(1)}])
+def test_an_exported_model_takes_its_own_inputs_alone(openvino: Path, given: dict[str, Any]) -> None:
+    from tfmq_exp.deploy.loader import Deployed  # which imports openvino
+
+    unet = Deployed(Path(hits(openvino)["openvino"]["path"]), threads=1)
+    with pytest.raises(
+        ValueError, match=f"takes sample; it was given {min('sample', *given)}, {max('sample', *given)}"
+    ):
+        unet(np.zeros((1, 1, 16, 16), dtype=np.float32), unet.timesteps[0], **given)
+
+
+def test_layers_and_attention_are_in_the_table_of_sites(openvino: Path) -> None:
+    lines = list(csv.DictReader((openvino / "sites.csv").open()))
+    assert {line["executed"] for line in lines if line["role"] != PRODUCTS} == {"int8"}
+    assert {line["site"]: line["role"] for line in lines}.items() >= {"conv_in": "stem", "conv_out": "head"}.items()
+    products = [line["site"] for line in lines if line["role"] == PRODUCTS]
+    assert set(products) == {line["site"].rpartition(".")[0] for line in lines if line["role"] == "attn_qkv"}
+    (found,) = executed(collect([openvino]))
+    assert found.layers == found.done == len(lines) - len(products) > 0
+    assert [(part.what, part.form) for part in found.parts] == [("layers", "int8"), (PRODUCTS, "float")]
+
+
+def test_engines_share_all_but_their_own_stages(made: Made, openvino: Path, onednn: Path) -> None:
+    simulated = {name: hit["key"] for name, hit in hits(made.alone).items()}
+    for name, folder in {"openvino": openvino, "onednn": onednn}.items():
+        own = {name, f"{name} images", f"{name} scores", f"{name} diagnostics"}
+        assert computed(folder) == own
+        shared = {stage: hit["key"] for stage, hit in hits(folder).items() if stage not in own}
+        assert shared.items() <= simulated.items()
+        assert {"images", "float images", "scores"} <= shared.keys()
+        assert rows(folder)[2]["choices"] == {"engine": name}
+        told = read_job(folder)
+        assert (told.asked, told.computed) == (len(own | shared.keys()), len(own))
+
+
+@pytest.mark.parametrize(
+    ("goal", "own"),
+    [("export", [""]), ("images", ["", " images"]), ("scores", ["", " images", " scores", " diagnostics"])],
+)
+def test_a_plan_has_the_stages_of_an_engine(
+    tmp_path: Path, made: Made, onednn: Path, goal: str, own: list[str]
+) -> None:
+    stages, deployed = planned(tmp_path, made.store, "engine=onednn", f"goal={goal}")
+    plain = lines(stages, app.on_the_way(goal))
+    found = lines(stages, app.on_the_way(goal), deployed)
+    assert [line.stage for line in found[len(plain) :]] == [f"onednn{stage}" for stage in own]
+    assert {line.state for line in found} == {"found"}
+    assert all(line.entry and line.entry.key == hits(onednn)[line.stage]["key"] for line in found[len(plain) :])
+    assert estimate(stages, app.on_the_way(goal), deployed=deployed) is None
+
+
+def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
+    stages, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.rest=bf16")
+    plan = lines(stages, app.on_the_way("scores"), deployed)
+    own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
+    assert [line.stage for line in plan if line.state == "to be made"] == own
+    assert {line.state for line in plan[: -len(own)]} == {"found"}
+    left = still_to_do(stages, app.on_the_way("scores"), deployed)
+    assert (left.phases, left.images, left.diagnostics) == ((), {"openvino images": 24}, 0)
+    assert (left.exporting, left.engine_diagnostics) == (True, 4)
+    stages, deployed = planned(tmp_path, made.store, "engine=openvino", "seed=7")
+    whole = estimate(stages, app.on_the_way("scores"), deployed=deployed)
+    assert whole is not None
+    seconds = {stage.name: stage.seconds for stage in whole.stages}
+    assert seconds["openvino images"] == seconds["images"] > 0
+    assert seconds["openvino diagnostics"] == seconds["diagnostics"] > 0
+    assert "simulated network" in whole.note
+
+
+def test_what_was_changed_in_an_engine_is_in_its_row(tmp_path: Path, made: Made, openvino: Path) -> None:
+    _, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.threads=1", "engine.halves=true")
+    assert engine_choices(deployed.engine.name) == {"engine": "openvino", "engine.halves": "true"}
+
+
+def test_an_engines_trajectory_is_a_table_of_its_own(tmp_path: Path, made: Made, onednn: Path) -> None:
+    _, deployed = planned(tmp_path, made.store, "engine=onednn")
+    save_deployed_errors(deployed, tmp_path)
+    own = list(csv.DictReader((tmp_path / "trajectory_error_deployed.csv").open()))
+    simulated = list(csv.DictReader((onednn / "trajectory_error.csv").open()))
+    assert [line["t"] for line in own] == [line["t"] for line in simulated]
+    assert float(own[-1]["x_error"]) == rows(onednn)[2]["errors"]["trajectory"]
+
+
+def test_export_needs_an_engine(tmp_path: Path, made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, made.store, "goal=export")
+    assert "engine=openvino, onednn or torchao" in " ".join(capsys.readouterr().out.split())

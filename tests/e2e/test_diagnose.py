@@ -1,0 +1,121 @@
+"""Diagnoses of finished runs: files, figures, and what the store keeps of them."""
+
+import csv
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from tests.e2e.jobs import composed, job
+from tfmq_exp.cli import main as app
+from tfmq_exp.cli.job_cache import is_written
+from tfmq_exp.core.files import write_checked, write_json
+from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.pipeline.diagnose import Diagnosis
+from tfmq_exp.pipeline.progress import ProgressBars
+
+TABLES = {
+    "weight_rounding": ("layer", "changed", "largest_steps", "mse_ratio"),
+    "temporal_features": ("layer", "step", "t", "cosine_distance", "relative_mse"),
+    "temporal_features_by_layer": ("layer", "relative_mse", "at_t"),
+    "error_accumulation": ("step", "t", "eps_error", "own_eps_error", "x_error"),
+    "activation_ranges": ("activation", "call", "t", "min", "q01", "q99", "max", "interval", "clipped"),
+    "activation_changes": ("activation", "width_change", "correlation", "same_as"),
+    "unit_sensitivity": ("unit", "relative_error", "first_third", "last_third", "share"),
+}
+FIGURES = {
+    "weight_rounding",
+    "temporal_features",
+    "error_accumulation",
+    "activation_ranges",
+    "activation_changes",
+    "unit_sensitivity",
+}
+SMALL = ("goal=diagnose", "runtime=smoke", "method=nearest", "diagnosis.trajectories=3", "diagnosis.samples=6")
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
+
+
+def read(folder: Path, table: str) -> list[dict[str, str]]:
+    with (folder / "diagnosis" / f"{table}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return job(tmp_path_factory.mktemp("diagnosed"), *SMALL)
+
+
+def test_tables_and_figures_are_there(first: Path) -> None:
+    for name, columns in TABLES.items():
+        rows = read(first, name)
+        assert rows, name
+        assert set(columns) <= rows[0].keys(), name
+    assert {path.stem for path in (first / "diagnosis").glob("*.png")} == FIGURES
+    for name in FIGURES:
+        pixels = np.asarray(Image.open(first / "diagnosis" / f"{name}.png").convert("L"))
+        assert 0.01 < (pixels < 250).mean() < 0.95, name
+    assert not (first / "samples.png").exists()
+
+
+def test_what_it_says_of_rounding_to_nearest(first: Path) -> None:
+    assert {row["changed"] for row in read(first, "weight_rounding")} == {"0.0"}
+    calls = {row["call"] for row in read(first, "activation_ranges")}
+    assert len(read(first, "activation_ranges")) == len(calls) * 64
+    units = read(first, "unit_sensitivity")
+    assert units[0]["unit"] == "temporal_information_block"
+    assert all(float(row["relative_error"]) > 0 for row in units)
+
+
+def diagnosis(first: Path, tmp_path: Path, *overrides: str) -> Diagnosis:
+    """Of the same run, or nearly, with what the store has of it."""
+    cfg = composed(tmp_path, *SMALL, *overrides, f"paths.store={first.parent / 'store'}")
+    return Diagnosis(app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger()))
+
+
+def test_other_jobs_find_all_that_a_diagnosis_writes(first: Path) -> None:
+    left = [path.relative_to(first).as_posix() for path in first.glob("diagnosis/*")]
+    assert left
+    assert all(map(is_written, left))
+
+
+def computed(found: Diagnosis) -> set[str]:
+    return {name for name, hit in found.stages.hits.items() if hit["computed"]}
+
+
+def test_the_rest_of_a_killed_diagnosis_is_done(first: Path, tmp_path: Path) -> None:
+    """A finished unit is not asked again, and the rows come out the same."""
+    (entry,) = (path for path in (first.parent / "store/diagnosis_sensitivity").iterdir() if path.is_dir())
+    before = {row["unit"]: row for row in json.loads((entry / "rows.json").read_text())}
+    for name in ("manifest.json", "rows.json", "units/conv_in.json"):
+        (entry / name).unlink()
+    for kept in (entry / "units").iterdir():
+        content = json.loads(kept.read_text())
+        changed = {**content, "relative_error": 0.125} if kept.stem == "conv_out" else content
+        write_checked(kept, partial(write_json, data=changed))
+    found = diagnosis(first, tmp_path)
+    assert found.passes() == {"sensitivity": 3 * 6}  # one unit, the whole network and the float one
+    after = {row["unit"]: row for row in found.sensitivity()}
+    assert computed(found) == {"sensitivity"}
+    assert found.passes() == {}
+    assert after.pop("conv_out")["relative_error"] == 0.125 != before.pop("conv_out")["relative_error"]
+    assert after == before
+
+
+def test_all_but_one_unit(first: Path, tmp_path: Path) -> None:
+    """Another entry of the store; leaving the worst unit float removes much of the error, and never all of it."""
+    found = diagnosis(first, tmp_path, "diagnosis.sensitivity=others")
+    rows = found.sensitivity()
+    assert computed(found) == {"sensitivity"}
+    assert 0.05 < max(row["share"] for row in rows) < 1
+
+
+def test_a_wrong_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        job(tmp_path, *SMALL, "diagnosis.sensitivity=none")
+    assert "diagnosis.sensitivity must be alone or others, got 'none'" in capsys.readouterr().out

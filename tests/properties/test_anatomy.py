@@ -1,0 +1,159 @@
+"""What the anatomy says of a network agrees with what can be measured on it."""
+
+import copy
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
+from tfmq_exp.denoisers.structure import Kind, Role, UNetStructure
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
+from tfmq_exp.denoisers.unet import read_structure
+from tfmq_exp.reconstruction.units import Blockwise, TemporalAware
+
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@pytest.fixture
+def parts(unet: nn.Module) -> UNetStructure:
+    return read_structure(unet, example_inputs(unet))
+
+
+def executed_layers(unet: nn.Module) -> list[str]:
+    """Names of layers with weights in the order in which they first run."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        for name, module in unet.named_modules()
+        if isinstance(module, WEIGHTED)
+    ]
+    unet(**example_inputs(unet))
+    for handle in handles:
+        handle.remove()
+    return list(dict.fromkeys(order))
+
+
+def test_sites_are_the_layers_with_weights(unet: nn.Module, parts: UNetStructure) -> None:
+    layers = {name for name, module in unet.named_modules() if isinstance(module, WEIGHTED)}
+    assert set(parts.sites) == layers
+    assert all(site.name == name for name, site in parts.sites.items())
+    weights = sum(parameter.numel() for parameter in unet.parameters() if parameter.dim() > 1)
+    assert sum(site.weights for site in parts.sites.values()) == weights
+
+
+def test_every_layer_has_exactly_one_role(parts: UNetStructure) -> None:
+    counts = Counter(site.name for role in Role for site in parts.by_role(role))
+    assert counts == dict.fromkeys(parts.sites, 1)
+
+
+def test_stem_runs_first_and_head_last(unet: nn.Module, parts: UNetStructure) -> None:
+    convolutions = [name for name in executed_layers(unet) if isinstance(unet.get_submodule(name), nn.Conv2d)]
+    assert [site.name for site in parts.by_role(Role.STEM)] == convolutions[:1]
+    assert [site.name for site in parts.by_role(Role.HEAD)] == convolutions[-1:]
+
+
+def test_blocks_partition_the_sites(parts: UNetStructure) -> None:
+    assert Counter(site for block in parts.blocks for site in block.sites) == dict.fromkeys(parts.sites, 1)
+
+
+def test_blocks_are_in_the_order_of_execution(unet: nn.Module, parts: UNetStructure) -> None:
+    block_of = {site: block.name for block in parts.blocks for site in block.sites}
+    order = list(dict.fromkeys(block_of[name] for name in executed_layers(unet)))
+    assert [block.name for block in parts.blocks] == order
+
+
+def test_blocks_other_than_layers_are_what_papers_reconstruct(unet: nn.Module, parts: UNetStructure) -> None:
+    expected = {
+        "TimestepEmbedding": Kind.TEMPORAL,
+        "ResnetBlock2D": Kind.RESIDUAL,
+        "Attention": Kind.ATTENTION,
+        "BasicTransformerBlock": Kind.ATTENTION,
+        "Conv2d": Kind.LAYER,
+    }
+    assert all(block.kind is expected[type(unet.get_submodule(block.name)).__name__] for block in parts.blocks)
+
+
+@pytest.mark.parametrize("partition", [Blockwise(), TemporalAware()])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_units_are_disjoint_and_cover_what_can_be_learned(parts: UNetStructure, partition: Any, stride: int) -> None:
+    learnable = frozenset(list(parts.sites)[::stride])
+    units = partition(parts, learnable)
+    assert Counter(site for unit in units for site in unit.sites) == dict.fromkeys(learnable, 1)
+    assert all(unit.sites for unit in units)
+
+
+def inner_features(unet: nn.Module, model: nn.Module, t: Tensor) -> list[Tensor]:
+    """Outputs of every embedding projection while `model` runs."""
+    features: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out: features.append(out))
+        for name, module in unet.named_modules()
+        if name.endswith("time_emb_proj")
+    ]
+    model(**example_inputs(unet, t.tolist()))
+    for handle in handles:
+        handle.remove()
+    return features
+
+
+def sorted_features(features: Any) -> list[Any]:
+    return sorted(feature.tolist() for feature in features)
+
+
+def test_temporal_information_block_is_what_the_network_computes(unet: nn.Module, parts: UNetStructure) -> None:
+    t = torch.tensor(TIMESTEPS)
+    features = TemporalInformationBlock(unet, parts)(t)
+    assert sorted_features(features) == sorted_features(inner_features(unet, unet, t))
+    assert all((feature[0] != feature[1]).any() for feature in features)
+
+
+@pytest.mark.parametrize("per_step", ["none", "temporal"])
+def test_temporal_information_block_follows_quantization(unet: nn.Module, parts: UNetStructure, per_step: str) -> None:
+    t, model = torch.tensor(TIMESTEPS), calibrated(quantizable(unet, scales=per_step))
+    with model.context.at(t):
+        features = TemporalInformationBlock(model.unet, parts)(t)
+    assert sorted_features(features) == sorted_features(inner_features(model.unet, model, t))
+    assert sorted_features(features) != sorted_features(TemporalInformationBlock(unet, parts)(t))
+
+
+def test_temporal_sites_are_those_that_depend_on_time_alone(unet: nn.Module, parts: UNetStructure) -> None:
+    measured = measured_temporal_sites(unet, example_inputs(unet), 1, 501)
+    assert measured == set(parts.temporal_sites)
+    assert len(measured) == 2 + sum(block.kind is Kind.RESIDUAL for block in parts.blocks)
+
+
+def test_measurement_sees_a_temporal_layer_that_depends_on_the_image(unet: nn.Module, parts: UNetStructure) -> None:
+    leaky = copy.deepcopy(unet)
+    leak: list[Tensor] = []
+    leaky.conv_in.register_forward_hook(lambda _m, _a, out: leak.append(out.mean()))
+    name = parts.by_role(Role.TIME_PROJ)[-1].name
+    leaky.get_submodule(name).register_forward_pre_hook(lambda _m, args: (args[0] + leak[-1],))
+    assert set(parts.temporal_sites) - measured_temporal_sites(leaky, example_inputs(leaky), 1, 501) == {name}
+
+
+def test_measurement_sees_a_wrong_role(unet: nn.Module, parts: UNetStructure) -> None:
+    wrong = dataclasses.replace(parts.by_role(Role.SHORTCUT)[0], role=Role.TIME_PROJ)
+    lie = dataclasses.replace(parts, sites={**parts.sites, wrong.name: wrong})
+    assert set(lie.temporal_sites) - measured_temporal_sites(unet, example_inputs(unet), 1, 501) == {wrong.name}
+
+
+def test_unknown_layer_is_named(unet: nn.Module) -> None:
+    extended = copy.deepcopy(unet)
+    extended.mid_block.novelty = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"1 layers.*'mid_block\.novelty'"):
+        read_structure(extended, example_inputs(extended))
+
+
+def test_costs_by_hand(tiny_unet: nn.Module, tiny_conditional_unet: nn.Module) -> None:
+    plain = read_structure(tiny_unet, example_inputs(tiny_unet)).sites
+    conditional = read_structure(tiny_conditional_unet, example_inputs(tiny_conditional_unet)).sites
+    assert plain["conv_in"].macs == (3 * 3 * 3) * 16 * (8 * 8)
+    assert plain["down_blocks.0.downsamplers.0.conv"].macs == (16 * 3 * 3) * 16 * (4 * 4)
+    assert plain["time_embedding.linear_1"].macs == 16 * 64
+    assert plain["mid_block.attentions.0.to_q"].macs == 32 * 32 * (4 * 4)
+    context_keys = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert conditional[context_keys].macs == 12 * 32 * 5

@@ -1,0 +1,165 @@
+"""Every method of conf/method on integer engines: what of it they multiply as integers, and whether that is the simulation."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from tests.conftest import TIMESTEPS, calibrated
+from tests.e2e.jobs import CONF, composed
+from tests.unit.deploy.subject import inputs, one_level_unet
+from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.unet import attentions, read_structure
+from tfmq_exp.deploy.onednn_engine import IntegerLayer, available, saturating
+from tfmq_exp.deploy.sites import examine, table
+from tfmq_exp.methods.method import Method
+from tfmq_exp.qat.model import clamp_parameters, finish, observe, ready, trainable, trained_quantizers
+from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+DOCUMENT = CONF.parent / "docs" / "deploy.md"
+# One of each kind of grid that only training leaves; the others are executed in tests/unit/deploy.
+EXPORTED = ("lsq_tdq", "duq", "qil_tdq", "lsq_dynamic", "dynamic_generator_time")
+
+
+class Documented(NamedTuple):
+    """A row of the table of methods."""
+
+    methods: Sequence[str]
+    integer: str
+    why: str
+
+
+def documented() -> list[Documented]:
+    """The table of methods; the last row is of all that stand in none of the others."""
+    text = DOCUMENT.read_text().split("| method | in integers | the others |\n|---|---|---|\n")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[0].splitlines()]
+    return [Documented(re.findall(r"`(\w+)`", methods), integer, why) for methods, integer, why in rows]
+
+
+def row_of(method: str) -> Documented:
+    *exceptions, others = documented()
+    return next((row for row in exceptions if method in row.methods), others)
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    """Every kind of layer but those that change the resolution."""
+    return one_level_unet(mid_block_type=None, up_block_types=("UpBlock2D",))
+
+
+@pytest.fixture(scope="module")
+def parts(unet: nn.Module) -> UNetStructure:
+    return read_structure(unet, inputs(1))
+
+
+def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> QuantizedUNet:
+    """As the method leaves a network, but for what learning would have changed: trained numbers are moved at random."""
+    plan = method.surgery.resolve(parts, tuple(attentions(unet)), method.scales, TIMESTEPS)
+    model = build_quantized_unet(unet, plan, method.weight_range)
+    if method.weights.data == "images":
+        observe(model)
+        with torch.no_grad():
+            model(**inputs(3, 400, 900))
+        ready(model)
+        disturb(model)
+        return finish(model)
+    calibrated(model)
+    method.temporal(model, unet, parts)
+    model.tabulate_scales()
+    return model
+
+
+@torch.no_grad()
+def disturb(model: QuantizedUNet) -> None:
+    """Away from where training begins, where gains are 1, nothing is pruned and generated steps are all the same."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainable(model).generators:
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for quantizer in trained_quantizers(model):
+        for value in quantizer.further.values():
+            value.add_(0.1 * torch.rand((), generator=generator) + 0.02)
+    clamp_parameters(model)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(
+    method: str, unet: nn.Module, parts: UNetStructure, tmp_path_factory: pytest.TempPathFactory
+) -> QuantizedUNet:
+    """Read back from its file."""
+    folder = tmp_path_factory.mktemp(method)
+    choices = instantiate(composed(folder, f"method={method}", "quant=w4a8").method, _convert_="all")
+    serialization.save(finished(choices, unet, parts), folder / "model.safetensors")
+    return serialization.load(folder / "model.safetensors")
+
+
+def seen_by(model: QuantizedUNet, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What reaches every layer in the simulation."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(site: str) -> Any:
+        return lambda _, args: seen.update({site: args[0]})
+
+    hooks = [model.layer(site).register_forward_pre_hook(keep(site)) for site in model.plan.sites]
+    with torch.no_grad():
+        model(**given)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_the_document_says_what_is_executed_in_integers(
+    model: QuantizedUNet, parts: UNetStructure, method: str
+) -> None:
+    row = row_of(method)
+    rows = table(model, examine(model))
+    integer = {str(line["site"]) for line in rows if line["executed"] == "int8"}
+    assert (
+        integer
+        == {
+            "every layer": {str(line["site"]) for line in rows},
+            "the head": {site.name for site in parts.by_role(Role.HEAD)},
+        }[row.integer]
+    )
+    assert {line["why"] for line in rows if line["executed"] == "float"} == ({row.why} if row.why else set())
+
+
+@pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN operators for integers")
+def test_every_layer_in_integers_agrees_with_its_simulation(model: QuantizedUNet) -> None:
+    """Rows at different steps."""
+    given = inputs(501, 1, 501)
+    seen = seen_by(model, given)
+    sites = [site for site in examine(model) if site.integer]
+    assert sites
+    with model.context.at(given["timestep"]), torch.no_grad():
+        for site in sites:
+            wanted = site.layer(seen[site.name])
+            found = IntegerLayer(site, model.context, saturating())(seen[site.name])
+            assert (found - wanted).abs().max() < 5e-6 * wanted.abs().max(), site.name
+
+
+@pytest.mark.parametrize("method", EXPORTED, indirect=True)
+def test_openvino_executes_what_training_leaves(model: QuantizedUNet, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    from tfmq_exp.deploy.agreement import agreement
+    from tfmq_exp.deploy.openvino_engine import export
+    from tfmq_exp.deploy.pairs import pairs_saturate
+
+    given = inputs(501, 501)
+    found = export(model, given, tmp_path, halves=pairs_saturate(), threads=1)
+    assert set(found.products) == set(model.plan.sites)
+    seen = agreement(found, model, given, steps=(1, 3), sites=list(model.plan.sites), threads=1)
+    assert not [row for row in seen if row.unexplained]
+    assert sum(row.beyond for row in seen) < 0.01 * sum(row.outputs for row in seen)
+    assert max(row.error for row in seen) < 0.03

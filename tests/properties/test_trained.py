@@ -1,0 +1,428 @@
+"""Networks under quantization-aware training: what is trained, what is left of it, and the file that it becomes."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import TIMESTEPS, example_inputs, quantizable
+from tfmq_exp.denoisers.structure import Role
+from tfmq_exp.denoisers.unet import attentions, read_structure
+from tfmq_exp.pipeline.store import describe
+from tfmq_exp.qat.model import clamp_parameters, finish, observe, penalty, ready, trainable
+from tfmq_exp.quant.qat.base import IntRangeKind, QATQuantizeFn
+from tfmq_exp.quant.qat.duq import Duq
+from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.qat.nipq import Nipq
+from tfmq_exp.quant.qat.pact import Pact
+from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.range_init import AbsMax
+from tfmq_exp.quant.scales.base import EMARange
+from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_encoding import Frequency
+from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.config import (
+    AttentionBits,
+    LayerBits,
+    QuantizationConfig,
+    SchemeConfig,
+    resolved_from_json,
+    resolved_to_json,
+)
+from tfmq_exp.surgery.qat_config import AFTER_SILU, QATConfig
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.scales import (
+    DynamicScale,
+    GeneratedScale,
+    IntervalScale,
+    PerStepScale,
+    Scale,
+    ScalePlan,
+    StaticScale,
+    StatisticsScale,
+    scale_from_json,
+    scale_to_json,
+)
+
+SYMMETRIC = SchemeConfig("symmetric", "channel", "symmetric")
+ANY_T = (3, 17, 500, 902)  # none of the sampler's
+TDQ = GeneratedScale(Frequency(32), (16, 16), 0.2, "zero")
+FORMS: dict[str, QATQuantizeFn] = {
+    "lsq": Lsq(),
+    "official": Lsq("official", scaled=False),
+    "pact": Pact(),
+    "nipq": Nipq(),
+    "duq": Duq(),
+    "qil": Qil(),
+}
+SCALES: dict[str, Scale] = {
+    "static": StaticScale(),
+    "tdq": TDQ,
+    "intervals": IntervalScale(3, 1000),
+    "dynamic": DynamicScale("sample"),
+    "statistics": StatisticsScale(None, (8, 8), 0.2),
+    "statistics and time": StatisticsScale(Frequency(8), (8, 8), 0.2),
+}
+# Every form and every scale, and the pairs that the papers compare.
+PAIRS = [
+    ("lsq", "static"),
+    ("official", "tdq"),
+    ("pact", "tdq"),
+    ("nipq", "tdq"),
+    ("duq", "tdq"),
+    ("qil", "intervals"),
+    ("lsq", "dynamic"),
+    ("lsq", "statistics"),
+    ("duq", "statistics and time"),
+]
+
+
+def network(
+    unet: nn.Module,
+    form: QATQuantizeFn,
+    scale: Scale,
+    *,
+    weights: QATQuantizeFn | None = None,
+    bits: int = 3,
+    attention: AttentionBits | None = None,
+    further: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> QuantizedUNet:
+    """A quantized twin to be trained; nothing placed yet."""
+    plan = QuantizationConfig(
+        {role.value: LayerBits(bits, bits) for role in Role},
+        attention or AttentionBits(),
+        grids=SYMMETRIC,
+        forms=QATConfig(form, weights or form, AbsMax(0.5), **choices),
+        **(further or {}),
+    )
+    parts = read_structure(unet, example_inputs(unet))
+    resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan(scale, scale), TIMESTEPS)
+    return build_quantized_unet(unet, resolved, AbsMax())
+
+
+def begun(model: QuantizedUNet) -> QuantizedUNet:
+    """Observed at timesteps that are not the sampler's, and ready."""
+    observe(model)
+    with torch.no_grad():
+        model(**example_inputs(model.unet, ANY_T))
+    ready(model)
+    return model
+
+
+def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
+    """After some steps that change everything."""
+    model.train()
+    learned = trainable(model)
+    optimizer = torch.optim.AdamW([*learned.weights, *learned.ranges, *learned.generators], 3e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            inputs = example_inputs(model.unet, ANY_T)
+            ((model(**inputs).sample - inputs["sample"]).square().mean() + penalty(model)).backward()
+            optimizer.step()
+            clamp_parameters(model)
+    return model
+
+
+def output(model: nn.Module, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
+    with torch.no_grad():
+        return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5)).sample
+
+
+def at_the_samplers_steps(model: QuantizedUNet) -> Tensor:
+    """What the network gives that is still trained, as it will be sampled."""
+    for_inference = copy.deepcopy(model).eval()
+    for_inference.context.nearest, for_inference.bank = False, None
+    return output(for_inference)
+
+
+# from training to a file
+
+
+@pytest.mark.parametrize(("form", "scale"), PAIRS)
+def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
+    tiny_unet: nn.Module, tmp_path: Path, form: str, scale: str
+) -> None:
+    operands = AttentionBits(operands=3, probabilities=8) if scale == "tdq" else None
+    centre = "learned" if scale == "static" else "zero"
+    model = network(tiny_unet, FORMS[form], SCALES[scale], attention=operands, after_silu="offset", elsewhere=centre)
+    trained(begun(model))
+    before = at_the_samplers_steps(model)
+    assert finish(model) is model
+    assert torch.equal(output(model), before)
+    serialization.save(model, tmp_path / "model.safetensors")
+    loaded = serialization.load(tmp_path / "model.safetensors")
+    assert torch.equal(output(loaded), before)
+    assert loaded.plan == model.plan
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.bank is None
+    with pytest.raises(ValueError, match="timestep 3 is outside"):
+        output(model, ANY_T)
+    if not scale.startswith("statistics"):
+        kept = [name for name, _ in loaded.unet.named_parameters() if ".mlp." in name]
+        assert kept == []
+
+
+def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn.Module, tmp_path: Path) -> None:
+    model = network(tiny_conditional_unet, Duq(), TDQ, weights=Qil(learn_gamma=True), further={"split_shortcuts": True})
+    trained(begun(model))
+    before = at_the_samplers_steps(model)
+    serialization.save(finish(model), tmp_path / "model.safetensors")
+    assert torch.equal(output(serialization.load(tmp_path / "model.safetensors")), before)
+
+
+def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.Module) -> None:
+    model = finish(trained(begun(network(tiny_unet, Lsq("official"), StaticScale()))))
+    assert set(model.integers) == set(model.weight_layers())
+    for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
+        signed = codes.int() + spec.qmin
+        assert -2 <= int(signed.min()) < int(signed.max()) <= 2
+        assert not zero_point.any()
+        assert torch.equal(model.layer(site).weight, signed * scale)
+
+
+def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
+    model = trained(begun(network(tiny_unet, Lsq(), TDQ)))
+    assert model.bank is not None
+    said = {id(source): rows.detach() for source, rows in model.eval().bank.scales(torch.tensor(TIMESTEPS))}
+    names = {id(q.source): name for name, q in model.activation_quantizers().items()}
+    assert said.keys() == names.keys()
+    finish(model)
+    for key, name in names.items():
+        source = model.activation_quantizers()[name].source
+        assert isinstance(source, PerStep)
+        torch.testing.assert_close(source.scale.data, said[key], rtol=1e-6, atol=0)
+        assert len(source.scale.unique()) == len(TIMESTEPS)
+
+
+# what is trained
+
+
+@pytest.mark.parametrize(("form", "scale"), [("duq", "static"), ("nipq", "tdq"), ("lsq", "statistics and time")])
+def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module, form: str, scale: str) -> None:
+    model = begun(network(tiny_unet, FORMS[form], SCALES[scale], elsewhere="learned"))
+    model.train()
+    learned = trainable(model)
+    everything = [*learned.weights, *learned.ranges, *learned.generators]
+    assert len({id(parameter) for parameter in everything}) == len(everything)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in everything}
+    floats = {name for name, _ in tiny_unet.named_parameters()}
+    assert {id(p) for name, p in model.unet.named_parameters() if name in floats} == {id(p) for p in learned.weights}
+    assert bool(learned.generators) is (scale in ("tdq", "statistics", "statistics and time"))
+    inputs = example_inputs(model.unet, ANY_T)
+    (model(**inputs).sample - 1).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in everything)
+    assert sum(bool((parameter.grad != 0).any()) for parameter in learned.ranges) > 0.9 * len(learned.ranges)  # type: ignore[union-attr]
+
+
+def test_tied_quantizers_are_trained_once(tiny_unet: nn.Module) -> None:
+    free = trainable(begun(network(tiny_unet, Duq(), StaticScale())))
+    tied = trainable(begun(network(tiny_unet, Duq(), StaticScale(), further={"tie_qkv": True})))
+    groups = 2 * len(attentions(tiny_unet))
+    assert len(free.ranges) - len(tied.ranges) == 2 * groups  # step and gain of two of three
+
+
+def test_tdq_starts_as_the_static_method(tiny_unet: nn.Module) -> None:
+    static, generated = (begun(network(tiny_unet, Lsq(), scale)) for scale in (StaticScale(), TDQ))
+    assert torch.equal(output(static, ANY_T), output(generated, ANY_T))
+
+
+def test_intervals_follow_the_timesteps_of_the_batch_while_training(tiny_unet: nn.Module) -> None:
+    model = trained(begun(network(tiny_unet, Lsq(), TDQ))).eval()
+    seen: dict[int, Tensor] = {}
+    quantizer = model.activation_quantizers()["conv_in.input_quantizer"]
+    quantizer.register_forward_hook(lambda module, x, _: seen.update({0: module.source(x[0]).scale.flatten()}))
+    steps = {}
+    for t in (0, 500, 999):
+        output(model, (t, t))
+        steps[t] = seen[0].clone()
+        assert torch.equal(steps[t][:1], steps[t][1:])
+    output(model, (999, 0, 500))
+    torch.testing.assert_close(seen[0], torch.stack([steps[t][0] for t in (999, 0, 500)]), rtol=1e-6, atol=0)
+    assert len({float(step[0]) for step in steps.values()}) == 3
+
+
+def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
+    model = network(tiny_unet, Lsq(), PerStepScale())
+    observe(model)
+    with torch.no_grad():
+        model(**example_inputs(tiny_unet, (740, 20)))  # nearest to the first and the last step
+    source = model.activation_quantizers()["conv_in.input_quantizer"].source
+    assert isinstance(source, EMARange)
+    assert source.scale.isnan().tolist() == [False, True, True, False]
+    first, last = float(source.scale[0]), float(source.scale[3])
+    ready(model)
+    assert source.scale.tolist() == [first, first, last, last]
+
+
+def test_an_unobserved_network_is_not_ready(tiny_unet: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="has seen no calibration data"):
+        ready(network(tiny_unet, Lsq(), StaticScale()))
+
+
+# the penalty
+
+
+def test_penalty_of_static_clip_values_by_hand(tiny_unet: nn.Module) -> None:
+    model = begun(network(tiny_unet, Pact(decay=0.25), StaticScale(), weights=Lsq()))
+    clips = [float(q.source.scale.detach()) * 3 for q in model.activation_quantizers().values()]  # type: ignore[arg-type]
+    assert penalty(model).item() == pytest.approx(0.25 * sum(clip**2 for clip in clips), rel=1e-5)
+    penalty(model).backward()
+    for quantizer in model.activation_quantizers().values():
+        expected = 0.25 * 2 * 9 * float(quantizer.source.scale.detach())  # type: ignore[arg-type]
+        assert float(quantizer.source.scale.grad) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type, union-attr]
+
+
+def test_penalty_of_generated_clip_values_is_their_mean_over_the_finite_set(tiny_unet: nn.Module) -> None:
+    model = trained(begun(network(tiny_unet, Pact(decay=0.25), TDQ, weights=Lsq()))).eval()
+    tables = [q.source.table().scale for q in model.activation_quantizers().values()]  # type: ignore[operator]
+    by_hand = sum(0.25 * (3 * table).double().square().mean().item() for table in tables)
+    assert penalty(model).item() == pytest.approx(by_hand, rel=1e-5)
+    assert penalty(model).requires_grad
+
+
+def test_layers_that_are_one_in_the_original_are_penalised_once(tiny_unet: nn.Module) -> None:
+    """q, k and v with one clip value: its gradient is that of one quantizer, static or of a network."""
+    for scale in (StaticScale(), TDQ):
+        tied, free = (
+            begun(network(tiny_unet, Pact(decay=0.25), scale, weights=Lsq(), further={"tie_qkv": tie}))
+            for tie in (True, False)
+        )
+        quantizers = free.activation_quantizers()
+        sources: list[Any] = [q.source for name, q in quantizers.items() if not {"to_k", "to_v"} & set(name.split("."))]
+        assert len(sources) < len(quantizers)
+        clips = [float((s.table().scale if scale is TDQ else s.scale).detach().square().mean()) for s in sources]
+        assert penalty(tied).item() == pytest.approx(0.25 * 9 * sum(clips), rel=1e-5)
+
+
+def test_every_network_starts_on_its_own(tiny_unet: nn.Module) -> None:
+    """And all of them as the seed says."""
+    first, again, other = (
+        begun(network(tiny_unet, Lsq(), replace(TDQ, seed=seed), attention=AttentionBits(3, 4))) for seed in (0, 0, 1)
+    )
+    starts = [
+        [q.source.mlp[0].weight.detach() for q in model.activation_quantizers().values()]  # type: ignore[index, union-attr]
+        for model in (first, again, other)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
+    different = [start.sum().item() for start in (*starts[0], *starts[2])]
+    assert len(set(different)) == len(different)
+
+
+@pytest.mark.parametrize("levels", ["full", "narrow", "official"])
+@pytest.mark.parametrize(("scheme", "bits"), [("symmetric", 3), ("symmetric", 4), ("unsigned", 3), ("unsigned", 4)])
+def test_ranges_at_run_time_keep_their_largest_value(levels: IntRangeKind, scheme: Scheme, bits: int) -> None:
+    record = QATConfig(Lsq(levels), Lsq(levels), AbsMax()).scale(DynamicScale("sample"), "zero")
+    quantizer = scale_from_json(scale_to_json(record.merged())).quantizer(
+        QuantSpec(bits, scheme), TimestepContext(TIMESTEPS)
+    )
+    quantizer.mode = Mode.QUANTIZE
+    x = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) + 0.1
+    torch.testing.assert_close(quantizer.eval()(x).amax(dim=1), x.amax(dim=1))
+    assert quantizer(x).unique().numel() > 3
+
+
+def test_other_forms_have_no_penalty(tiny_unet: nn.Module) -> None:
+    assert all(FORMS[form].decay == 0 for form in FORMS if form != "pact")
+    assert penalty(begun(network(tiny_unet, Nipq(), TDQ))).item() == 0
+
+
+# the plan
+
+
+def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
+    model = network(unet, Lsq(), StaticScale(), after_silu="offset")
+    parts = read_structure(unet, example_inputs(unet))
+    for name, quantizer in model.activation_quantizers().items():
+        assert isinstance(quantizer, TrainableQuantizer)
+        silu = parts.sites[name.removesuffix(".input_quantizer")].role in AFTER_SILU
+        assert quantizer.spec.scheme == ("unsigned" if silu else "symmetric")
+        assert (quantizer.offset is not None) is silu
+    observe(model)
+    lowest: dict[str, float] = {}
+
+    def look(name: str) -> Any:
+        return lambda _, inputs: lowest.update({name: float(inputs[0].min())})
+
+    for name, quantizer in model.activation_quantizers().items():
+        if quantizer.spec.scheme == "unsigned":
+            quantizer.register_forward_pre_hook(look(name))
+    output(model)
+    assert all(-0.2786 <= value < 0 for value in lowest.values())
+
+
+@pytest.mark.parametrize(("form", "scale"), PAIRS)
+def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None:
+    plan = network(tiny_unet, FORMS[form], SCALES[scale], after_silu="offset").plan
+    merged = plan.merged()
+    assert merged.merged() == merged
+    assert resolved_from_json(json.loads(json.dumps(resolved_to_json(merged)))) == merged
+    trained_line = plan.sites["conv_in"].input
+    assert trained_line is not None
+    if form in ("pact", "nipq", "official") or scale == "tdq":
+        with pytest.raises(TypeError, match="before it is stored"):
+            scale_to_json(trained_line.scale)
+
+
+def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:
+    texts = {
+        name: json.dumps(describe(network(tiny_unet, form, TDQ).plan.sites["conv_in"].input))
+        for name, form in FORMS.items()
+    }
+    assert len(set(texts.values())) == len(FORMS)
+    plain = describe(quantizable(tiny_unet).plan.sites["conv_in"].input)
+    assert plain["specs"] == [{"class": "QuantSpec", "bits": 8, "scheme": "affine", "axis": None}]
+    assert plain.keys() == {"class", "specs", "scale"}
+    assert plain["scale"].keys() == {"class", "momentum", "estimator"}
+
+
+def test_few_bits_are_for_trained_ranges() -> None:
+    roles = {role.value: LayerBits(3, 3) for role in Role}
+    with pytest.raises(ValueError, match=r"activation bits must be 4 to 8 .* got 3"):
+        QuantizationConfig(roles)
+    for role in Role:
+        roles[role.value] = LayerBits(3, 1)
+    with pytest.raises(ValueError, match=r"activation bits must be 2 to 8 .* got 1"):
+        QuantizationConfig(roles, grids=SYMMETRIC, forms=QATConfig(Lsq(), Lsq(), AbsMax()))
+
+
+@pytest.mark.parametrize("wrong", ["weights", "activations"])
+def test_unfit_grids_are_named(wrong: str) -> None:
+    grids = {"weights": "symmetric", "activations": "symmetric"} | {wrong: "affine"}
+    forms = QATConfig(Lsq(), Lsq(), AbsMax())
+    with pytest.raises(ValueError, match=f"grids.{wrong} symmetric, got 'affine'"):
+        QuantizationConfig({role.value: LayerBits(4, 4) for role in Role}, grids=SchemeConfig(**grids), forms=forms)  # type: ignore[arg-type]
+
+
+def test_unfit_forms_are_named() -> None:
+    with pytest.raises(ValueError, match="symmetric or offset, got 'shifted'"):
+        QATConfig(Lsq(), Lsq(), AbsMax(), after_silu="shifted")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="zero or learned, got 'mean'"):
+        QATConfig(Lsq(), Lsq(), AbsMax(), elsewhere="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="learn_gamma is for weights"):
+        QATConfig(Qil(learn_gamma=True), Lsq(), AbsMax())
+    with pytest.raises(ValueError, match="'wavelet'"):
+        scale_from_json({"kind": "wavelet"})
+
+
+def test_weights_are_placed_by_the_weight_range_and_float_when_off(tiny_unet: nn.Module) -> None:
+    model = network(tiny_unet, Lsq("narrow"), StaticScale(), bits=8)
+    assert torch.allclose(output(model), output(tiny_unet), atol=2e-6)
+    model.calibrate_weights()
+    for quantizer, weight in (part for site in model.weight_layers() for part in model.layer(site).weight_parts()):
+        assert isinstance(quantizer, TrainableWeightQuantizer)
+        assert quantizer.mode is Mode.OFF
+        largest = weight.abs().flatten(1).amax(dim=1)
+        torch.testing.assert_close(quantizer.scale.flatten(), largest / 127)

@@ -1,0 +1,137 @@
+"""What is refused by the configuration alone, before anything slow."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from tests.e2e.jobs import CONF, composed
+from tfmq_exp.cli.validation import COUNTS, RATES, check, check_name, real_images
+
+pytestmark = pytest.mark.bad_input
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
+    return composed(tmp_path_factory.mktemp("checks"), "runtime=smoke", "method=intervals")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "right_ones"),
+    [
+        ("goal", "fid", "one of trajectory, weights, activations, correction, images, scores, diagnose"),
+        ("seed", "abc", "a whole number from 0 to"),
+        ("seed", 1.5, "a whole number from 0 to"),
+        ("seed", -1, "a whole number from 0 to"),
+        ("seed", None, "a whole number from 0 to"),
+        ("dry_run", "perhaps", "true or false"),
+        ("model.protocol.steps", "ten", "a whole number, at least 1"),
+        ("model.protocol.images", 0, "a whole number, at least 1"),
+        ("model.protocol.iterations", True, "a whole number, at least 1"),
+        ("model.protocol.learning_rate", 0.0, "a number above 0"),
+        ("model.protocol.eta", math.nan, "a number from 0 to 1"),
+        ("model.protocol.qat_average", 1.5, "a number, at least 0 and below 1"),
+        ("model.protocol.qat_mirrored", "no", "true or false"),
+        ("method.weights.protocol.clip", -1, "a number above 0, or null"),
+        ("method.weights.protocol.first_rate", 0, "a number above 0, at most 1"),
+        ("method.weights.protocol.untold", 2, "a number from 0 to 1"),
+        ("runtime.batch", 2.0, "a whole number, at least 1"),
+        ("runtime.threads", 0, "a whole number, at least 1 and below 2**31, or null"),
+        ("runtime.cache_gib", -1, "a number, at least 0"),
+        ("diagnosis.samples", "few", "a whole number, at least 1"),
+        ("name", 7, "text, in quotes of its own"),
+        ("data.path", ["x"], "text, in quotes of its own"),
+        ("paths.store", 2024, "text, in quotes of its own"),
+    ],
+)
+def test_a_value_that_cannot_be_right_is_named(right: DictConfig, key: str, value: object, right_ones: str) -> None:
+    check(right)
+    cfg = right.copy()
+    OmegaConf.update(cfg, key, value, force_add=True)
+    with pytest.raises(ValueError, match=re.escape(f"{key} must be {right_ones}")) as error:
+        check(cfg)
+    assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_what_must_be_given_is_asked_for(right: DictConfig) -> None:
+    cfg = right.copy()
+    OmegaConf.update(cfg, "data", OmegaConf.load(CONF / "data" / "image_folder.yaml"), merge=False)
+    with pytest.raises(ValueError, match=r"data\.path has no value: give it one"):
+        check(cfg)
+    for goal in ("trajectory", "weights", "images", "diagnose"):  # whoever trains on images asks for them itself
+        OmegaConf.update(cfg, "goal", goal)
+        check(cfg)
+    with pytest.raises(ValueError, match=r"data\.path has no value: give it one"):
+        real_images(cfg)
+
+
+@pytest.mark.parametrize("key", ["path", "data.path", "paths.outputs", "model.denoiser.path"])
+def test_a_home_folder_that_no_shell_has_written_out_is_refused(
+    right: DictConfig, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = right.copy()
+    OmegaConf.update(cfg, key, "~/models", force_add=True)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(key)} is ~/models: ~ is not expanded here; write /home/me/models"
+    ):
+        check(cfg)
+
+
+def test_every_process_has_a_part_where_gradients_are_scaled(right: DictConfig) -> None:
+    cfg = right.copy()
+    OmegaConf.update(cfg, "method.weights.protocol.precision", "16-mixed", force_add=True)
+    OmegaConf.update(cfg, "runtime.processes", 2)
+    with pytest.raises(ValueError, match=r"runtime\.parts must be at least 2, the number of processes, got 1"):
+        check(cfg)
+    OmegaConf.update(cfg, "runtime.parts", 2)
+    check(cfg)
+
+
+def test_a_method_goes_by_the_name_of_its_file_or_by_one_of_no_other(right: DictConfig) -> None:
+    cfg = right.copy()
+    OmegaConf.update(cfg, "method.name", "brecq")
+    with pytest.raises(ValueError, match=r"method=intervals has method\.name=brecq, .*`name: intervals`"):
+        check(cfg)
+    for path in (CONF / "method").glob("*.yaml"):
+        check_name(yaml.safe_load(path.read_text())["name"], path.stem, {p.stem for p in path.parent.glob("*.yaml")})
+
+
+def test_a_method_of_ones_own_needs_a_name(tmp_path: Path) -> None:
+    own = tmp_path / "conf/method/mine.yaml"
+    own.parent.mkdir(parents=True)
+    words = (f"hydra.searchpath=[file://{tmp_path}/conf]", "method=mine")
+    own.write_text("defaults: [tfmq, _self_]\n")
+    with pytest.raises(ValueError, match=r"method=mine has method\.name=tfmq"):
+        check(composed(tmp_path, *words))
+    own.write_text("defaults: [tfmq, _self_]\nname: mine\n")
+    check(composed(tmp_path, *words))
+
+
+def test_every_number_of_a_protocol_is_looked_at() -> None:
+    """Of all models' files: a new key has to say what it may be."""
+    found: dict[str, set[type]] = {}
+    for path in (CONF / "model").glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        for key, value in content.get("model", content).get("protocol", {}).items():
+            if isinstance(value, int | float):
+                found.setdefault(key, set()).add(type(value))
+    assert {key for key, kinds in found.items() if kinds == {int}} == {*COUNTS, "qat_warmup"}
+    assert {key for key, kinds in found.items() if float in kinds} == {*RATES, "eta", "qat_average"}
+
+
+def test_mistakes_are_told_before_torch_is_loaded() -> None:
+    code = "import sys, tfmq_exp.cli.job, tfmq_exp.cli.sweep_report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, check=False).returncode == 0
+
+
+def test_the_folder_of_a_pipeline_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path has no value: give it the folder that pipeline\.save_pretrained"):
+        check(composed(tmp_path, "model=diffusers", "goal=images"))
+    check(composed(tmp_path, "model=diffusers", "goal=images", "path=folder"))
+    check(composed(tmp_path, "model=diffusers", "goal=images", "model.denoiser.path=folder"))

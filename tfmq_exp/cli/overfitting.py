@@ -1,0 +1,34 @@
+"""A part of a network that is learned alone, to see whether learning itself works."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.reconstruction.units import Unit
+
+
+@dataclass(frozen=True)
+class OneUnit:
+    """One unit of a partition; the layers of all others stay float. For `goal=weights`: such a network is not finished.
+
+    Args:
+        partition: into what the network is cut.
+        unit: which one, by name; None: the one with the most layers, the first of them.
+    """
+
+    partition: Callable[[UNetStructure, frozenset[str]], list[Unit]]
+    unit: str | None = None
+
+    def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
+        """The unit by itself.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        units = self.partition(structure, learnable)
+        if self.unit is None:
+            return [max(units, key=lambda unit: len(unit.sites))]
+        chosen = [unit for unit in units if unit.name == self.unit]
+        if not chosen:
+            raise ValueError(f"unit must be one of {', '.join(unit.name for unit in units)}, got {self.unit!r}")
+        return chosen

@@ -1,0 +1,75 @@
+"""What the parts of a denoiser are for: records only, no network library's attribute names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a linear or convolutional layer is for."""
+
+    STEM = "stem"
+    HEAD = "head"
+    TIME_EMBED = "time_embed"
+    TIME_PROJ = "time_proj"
+    RES_CONV = "res_conv"
+    SHORTCUT = "shortcut"
+    DOWNSAMPLE = "downsample"
+    UPSAMPLE = "upsample"
+    ATTN_QKV = "attn_qkv"
+    ATTN_OUT = "attn_out"
+    FEED_FORWARD = "feed_forward"
+    PROJECTION = "projection"
+
+
+TEMPORAL_ROLES = frozenset({Role.TIME_EMBED, Role.TIME_PROJ})
+
+
+class Kind(StrEnum):
+    """What a block is."""
+
+    TEMPORAL = "temporal"
+    RESIDUAL = "residual"
+    ATTENTION = "attention"
+    LAYER = "layer"
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer with weights: its name in the network, its role, and how much of the network it is.
+
+    `macs` counts multiply-accumulates for one sample. `split` is the number of trunk channels at the start of the input
+    of a shortcut where trunk and skip are joined; None elsewhere.
+    """
+
+    name: str
+    role: Role
+    weights: int
+    macs: int
+    split: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module that is reconstructed as a whole, and the sites inside it."""
+
+    name: str
+    kind: Kind
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class UNetStructure:
+    """Every site with exactly one role, and the blocks that partition them, in the order in which the network runs them."""
+
+    sites: Mapping[str, LayerInfo]
+    blocks: tuple[Block, ...]
+
+    def by_role(self, *roles: Role) -> tuple[LayerInfo, ...]:
+        """The sites with one of these roles."""
+        return tuple(site for site in self.sites.values() if site.role in roles)
+
+    @property
+    def temporal_sites(self) -> tuple[str, ...]:
+        """The Temporal Information Block's layers: time embedding first, then every embedding projection."""
+        return tuple(site.name for role in (Role.TIME_EMBED, Role.TIME_PROJ) for site in self.by_role(role))

@@ -1,0 +1,32 @@
+"""Weights and activation ranges trained together, the whole network at once, on images."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tfmq_exp.methods.activations import CalibrationBudget
+from tfmq_exp.qat.conditioning import Labels
+from tfmq_exp.qat.module import TrainingProtocol
+from tfmq_exp.qat.train import TrainingTask, train
+
+
+@dataclass(frozen=True)
+class QuantizationAwareTrain:
+    """Quantization-aware training: the denoiser's own training goes on, with quantizers in the network (TDQ, arXiv 2306.02316).
+
+    Args:
+        protocol: iterations, batch, learning rates, loss.
+        labels: what the training images are, for networks that are told.
+    """
+
+    protocol: TrainingProtocol
+    labels: Labels
+    learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
+    data: ClassVar[str] = "images"
+
+    def effort(self, images: int, calls: int) -> CalibrationBudget:
+        """Training images, counted as often as they are seen, and iterations."""
+        return CalibrationBudget(self.protocol.batch * self.protocol.iterations, self.protocol.iterations)
+
+    def __call__(self, task: TrainingTask) -> None:
+        """Train; the quantizers learn until the model is finished."""
+        train(task, self.protocol)

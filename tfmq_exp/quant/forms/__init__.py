@@ -1,1 +1,0 @@
-"""Quantizers of quantization-aware training: what each makes of a value and its step, and with which gradients."""

@@ -1,1 +1,0 @@
-"""Where the scale and zero point of a quantizer come from."""

@@ -1,1 +1,0 @@
-"""Mirrors: dashboards that show what a run writes to its folder."""
