@@ -35,8 +35,8 @@ from tfmq_exp.cli.environment import prepare
 from tfmq_exp.cli.estimate import Counts, Estimate, format_bytes, format_duration, reckon, show
 from tfmq_exp.cli.survey import Survey, still_to_do
 from tfmq_exp.cli.terminal import standard_streams
-from tfmq_exp.denoisers import compvis, first_stage, original
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
+from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
 from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.stages import Stages
@@ -90,16 +90,16 @@ def random_denoiser(name: str, architecture: str) -> Denoiser:
     params = config["model"]["params"]
     arguments = params["unet_config"]["params"]
     torch.manual_seed(0)
-    unet = generic(compvis.openai_unet(arguments))
+    unet = generic(compvis_unet.openai_unet(arguments))
     scale = float(params.get("scale_factor", 1.0))
-    autoencoder = first_stage.build(params["first_stage_config"], scale)
-    generic(autoencoder)
+    vae = autoencoder.build_autoencoder(params["first_stage_config"], scale)
+    generic(vae)
     encoder: ConditionEncoder = NoConditions()
     if arguments.get("use_spatial_transformer"):
         encoder = RandomContext(1 if name == "ldm_imagenet" else 77, arguments["context_dim"])
-    shape = original.square(params["channels"], params["image_size"])
-    decoder = first_stage.LatentDecoder(autoencoder, scale)
-    return Denoiser(name, unet, shape, original.schedule(config), "random", encoder, decoder)
+    shape = compvis_checkpoint.sample_shape(config)
+    decoder = autoencoder.LatentDecoder(vae, scale)
+    return Denoiser(name, unet, shape, compvis_checkpoint.training_schedule(config), "random", encoder, decoder)
 
 
 def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.cli.terminal import standard_streams
-from tfmq_exp.denoisers import compvis
+from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
@@ -178,7 +178,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     reference = json.loads((args.folder / "reference.json").read_text(encoding="utf-8"))
     recipe, tensors = reference["recipe"], load_file(args.folder / "data.safetensors")
-    unet = compvis.load(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
+    unet = compvis_unet.load_unet(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
     learnable = copy.deepcopy(unet).requires_grad_(True)
     timesteps = sorted((int(t) for t in tensors["tsteps"]), reverse=True)
     data = read(tensors, "cali", timesteps)

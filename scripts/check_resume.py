@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import tfmq_exp.cli.main  # noqa: F401  # so that forks need not
-from tfmq_exp.files import sha256_of
+from tfmq_exp.core.files import sha256_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATIONS = {

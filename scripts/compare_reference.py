@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.cli.terminal import Terminal, standard_streams
-from tfmq_exp.denoisers import compvis
+from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
@@ -173,7 +173,7 @@ def main() -> int:
     recipe = reference["recipe"]
     iterations = args.iterations or recipe["iters"]
     tensors = load_file(args.folder / "data.safetensors")
-    float_unet = compvis.load(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
+    float_unet = compvis_unet.load_unet(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
     timesteps = [int(t) for t in tensors["tsteps"].tolist()]
     timesteps = sorted(timesteps, reverse=True)
     calibration, held = read(tensors, "cali", timesteps), read(tensors, "held", timesteps)

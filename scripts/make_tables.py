@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams, visible
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.report.comparison import compare, comparison_csv, comparison_markdown
 from tfmq_exp.report.published_tables import find_paper, find_table, read_published, tables_by_paper
 from tfmq_exp.report.records import ScoreRecord, read_records, save_records

@@ -13,7 +13,7 @@ import webbrowser
 from pathlib import Path
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.report.html.page import render_page
 from tfmq_exp.report.html.run_reader import read_runs
 from tfmq_exp.report.published_tables import read_published

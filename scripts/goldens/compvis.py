@@ -9,8 +9,8 @@ from goldens.comparing import Group, coverage, reading
 from goldens.families import Family, read_family, read_json
 from goldens.full_size import check_full_size
 from goldens.trajectories import check_samplers, end_to_end
-from tfmq_exp.denoisers.checkpoint import tensor_names
-from tfmq_exp.denoisers.first_stage import LatentDecoder
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
 
 
 def check_family(family: Family) -> Iterator[Group]:
@@ -43,5 +43,6 @@ def check_compvis(folder: Path) -> list[Group]:
         paths = {*folder.glob("*.safetensors"), *(family.weights for family in families)}
         present: set[str] = set()
         for path in paths:
-            present |= {f"{path.name}: {key}" for key in tensor_names(path)}
+            with Checkpoint(path) as file:
+                present |= {f"{path.name}: {key}" for key in file.names()}
         return [*groups, *others, *check_full_size(folder), coverage("tensors read", present, read)]

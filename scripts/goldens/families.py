@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from goldens.comparing import DamagedError, Record, reading
 from goldens.formula import weight
-from tfmq_exp.denoisers import original
-from tfmq_exp.denoisers.checkpoint import EMA, ema_names, read_weights, tensor_names
-from tfmq_exp.denoisers.original import Parts
-from tfmq_exp.denoisers.text_encoder import VIT_L_14, load_text_model
+from tfmq_exp.denoisers.denoiser import DenoiserParts
+from tfmq_exp.denoisers.loading import compvis_checkpoint
+from tfmq_exp.denoisers.loading.checkpoint import EMA, Checkpoint, ema_names
+from tfmq_exp.denoisers.loading.text_encoder import VIT_L_14, load_text_model
 
 UNET, FIRST_STAGE, CONDITIONS = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 # of the noise, as LDM keeps them
@@ -78,7 +78,7 @@ class Family:
     @property
     def ddim(self) -> bool:
         """Whether it is of the DDIM program: a network on pixels, and nothing else in the file."""
-        return original.is_ddim(self.config)
+        return compvis_checkpoint.is_ddim(self.config)
 
     @property
     def captions(self) -> bool:
@@ -93,15 +93,16 @@ class Family:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Of all that is in the file of weights."""
-        return tuple(tensor_names(self.weights))
+        with Checkpoint(self.weights) as file:
+            return tuple(file.names())
 
     @cached_property
     def schedule(self) -> Mapping[str, Any]:
         """The noise that the network was trained on."""
         with reading(self.weights):
-            return original.schedule(self.config)
+            return compvis_checkpoint.training_schedule(self.config)
 
-    def load(self, *, ema: bool = False) -> Parts:
+    def load(self, *, ema: bool = False) -> DenoiserParts:
         """The converted networks; what encodes captions is apart (`text_model`), for the goldens hold no vocabulary.
 
         Raises:
@@ -109,15 +110,16 @@ class Family:
         """
         config = self.config
         if self.captions:
-            params = {**config["model"]["params"], "cond_stage_config": original.UNCONDITIONAL}
+            params = {**config["model"]["params"], "cond_stage_config": compvis_checkpoint.UNCONDITIONAL}
             config = {**config, "model": {**config["model"], "params": params}}
         with reading(self.weights):
-            return original.load(self.weights, config, ema=ema, tokenizer=None, decode_rows=8)
+            return compvis_checkpoint.load_compvis(self.weights, config, ema=ema, tokenizer=None, decode_rows=8)
 
     def text_model(self) -> Any:
         """CLIP's text model with this file's weights."""
         with reading(self.weights):
-            state = read_weights(self.weights, f"{CONDITIONS}transformer.", ema=False)
+            with Checkpoint(self.weights) as file:
+                state = file.read(f"{CONDITIONS}transformer.")
             return load_text_model(self.config.get("clip_text_config", VIT_L_14), state)
 
     def placed(self) -> set[str]:
@@ -135,7 +137,7 @@ def by_formula(folder: Path, name: str, config: Mapping[str, Any], recorded: Rec
     parameters = read_json(folder / f"{name}.params.json.gz")
     seed = parameters["seed"]
     state = {key: weight(key, shape, seed) for key, shape in parameters["parameters"].items()}
-    if not original.is_ddim(config) and original.at(config, "model.params").get("scale_by_std"):
+    if not compvis_checkpoint.is_ddim(config) and compvis_checkpoint.at(config, "model.params").get("scale_by_std"):
         state["scale_factor"] = recorded["scale_factor"]  # measured in training, so not in the formula
     path = scratch / f"{name}.model.safetensors"
     save_file(state, path)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from goldens.comparing import EXACT, Group, Record
 from goldens.families import AVERAGING, CONDITIONS, FIRST_STAGE, UNET, read_json
-from tfmq_exp.denoisers import compvis, first_stage, original
-from tfmq_exp.denoisers.checkpoint import EMA, ema_names
-from tfmq_exp.denoisers.text_encoder import VIT_L_14, load_text_model
+from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
+from tfmq_exp.denoisers.loading.checkpoint import EMA, ema_names
+from tfmq_exp.denoisers.loading.text_encoder import VIT_L_14, load_text_model
 
 MANIFESTS = "fullsize_key_manifests.json.gz"
 CONF = Path(__file__).parents[2] / "conf"
@@ -56,16 +56,16 @@ def networks(config: dict[str, Any], tensors: Mapping[str, list[int]]) -> Iterat
     Raises:
         ValueError: parameters that are missing, unknown or of another shape.
     """
-    prefix = "" if original.is_ddim(config) else UNET
-    yield prefix, compvis.load(original.unet_architecture(config), below(tensors, prefix))
+    prefix = "" if compvis_checkpoint.is_ddim(config) else UNET
+    yield prefix, compvis_unet.load_unet(compvis_checkpoint.unet_architecture(config), below(tensors, prefix))
     if prefix:
-        params = original.at(config, "model.params")
-        yield FIRST_STAGE, first_stage.load(params["first_stage_config"], below(tensors, FIRST_STAGE), 1.0)
-        stage = params.get("cond_stage_config", original.UNCONDITIONAL)
+        params = compvis_checkpoint.at(config, "model.params")
+        yield FIRST_STAGE, autoencoder.load_autoencoder(params["first_stage_config"], below(tensors, FIRST_STAGE), 1.0)
+        stage = params.get("cond_stage_config", compvis_checkpoint.UNCONDITIONAL)
         if "FrozenCLIPEmbedder" in str(stage):
             text = f"{CONDITIONS}transformer."
             yield text, load_text_model(config.get("clip_text_config", VIT_L_14), below(tensors, text))
-        elif stage != original.UNCONDITIONAL:
+        elif stage != compvis_checkpoint.UNCONDITIONAL:
             rows = nn.Embedding(stage["params"]["n_classes"], stage["params"]["embed_dim"], device="meta")
             rows.load_state_dict(below(tensors, f"{CONDITIONS}embedding."), assign=True)
             yield f"{CONDITIONS}embedding.", rows

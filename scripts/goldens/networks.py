@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from goldens.comparing import EXACT, ROUNDING, DamagedError, Group
 from goldens.families import SCHEDULE, Family
-from tfmq_exp.denoisers import compvis
-from tfmq_exp.denoisers.checkpoint import read_tensors
-from tfmq_exp.denoisers.class_embedder import ClassEmbedder
-from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.first_stage import LatentDecoder
-from tfmq_exp.denoisers.original import Parts
+from tfmq_exp.denoisers.denoiser import Conditions, DenoiserParts
+from tfmq_exp.denoisers.loading import compvis_unet
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
+from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.schedule import alphas_cumprod
@@ -62,8 +61,8 @@ def our_module(module: str, keys: frozenset[str], unet: Any, *, ddim: bool) -> s
         DamagedError: no weights of such a module.
     """
     layers, levels = unet.config["layers_per_block"], len(unet.config["block_out_channels"])
-    openai_key = partial(compvis.openai_key, layers_per_block=layers, keys=keys)
-    rename = partial(compvis.ddim_key, levels=levels) if ddim else openai_key
+    openai_key = partial(compvis_unet.openai_key, layers_per_block=layers, keys=keys)
+    rename = partial(compvis_unet.ddim_key, levels=levels) if ddim else openai_key
     places = {rename(key).rpartition(".")[0] for key in keys if key.startswith(f"{module}.")}
     if not places:
         raise DamagedError(f"there are no weights of {module!r} in the goldens")
@@ -100,7 +99,7 @@ def temporal_features(family: Family, unet: nn.Module) -> Iterator[Group]:
     yield group
 
 
-def conditions(family: Family, parts: Parts) -> tuple[Conditions, list[Group]]:
+def conditions(family: Family, parts: DenoiserParts) -> tuple[Conditions, list[Group]]:
     """Contexts from class labels or token ids, and how they compare; neither, of a network without conditions."""
     recorded = family.recorded
     if "context" not in recorded:
@@ -152,7 +151,8 @@ def kept_schedule(family: Family) -> Iterator[Group]:
     """The noise schedule that the file of weights holds."""
     names = [name for name in SCHEDULE if name in family.names]
     if names:
-        yield schedule_group(f"{family.name}: schedule", family, read_tensors(family.weights, names))
+        with Checkpoint(family.weights) as file:
+            yield schedule_group(f"{family.name}: schedule", family, file.tensors(names))
 
 
 def noise_tables(alphas: Float64[Tensor, "timesteps"]) -> dict[str, Float64[Tensor, "timesteps"]]:

@@ -13,8 +13,8 @@ from goldens.comparing import EXACT, DamagedError, Group, Record
 from goldens.families import SCHEDULE, Family, read_json, read_recorded
 from goldens.formula import evaluate
 from goldens.networks import schedule_group
-from tfmq_exp.denoisers import original
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.denoisers.loading import compvis_checkpoint
 from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import DDIM, PLMS, Predict, Sampler, trajectory
@@ -24,7 +24,7 @@ PRECISIONS = {"traj": (torch.float32, 2e-6), "traj_f64": (torch.float64, 1e-12)}
 GROWTH, START = 5e-6, 1e-4  # of a trajectory around a network: relative to its largest value, and beside that
 SPACINGS: dict[str, Spacing] = {"uniform": "uniform", "quad": "quadratic"}
 DDIM_PROGRAM = ("ddim_generalized", "generalized_steps")
-LDM: Mapping[str, Any] = original.schedule({"model": {"params": {}}})
+LDM: Mapping[str, Any] = compvis_checkpoint.training_schedule({"model": {"params": {}}})
 
 
 def sampler_of(program: str, steps: int, eta: float, spacing: str) -> DDIM | PLMS:
@@ -136,7 +136,7 @@ def case_schedule(case: Record, ddim: Mapping[str, Any] | None) -> Mapping[str, 
     """The noise schedule of a sampler's case."""
     if case["linear_start"] is not None:
         betas = {"linear_start": case["linear_start"], "linear_end": case["linear_end"]}
-        return original.schedule({"model": {"params": betas}})
+        return compvis_checkpoint.training_schedule({"model": {"params": betas}})
     if ddim is None:
         raise DamagedError(
             f"{case['id']} has the betas of the DDIM program, and there is no network of it in the index"

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.e2e.jobs import CONF, composed
-from tfmq_exp.denoisers import compvis, first_stage
+from tfmq_exp.denoisers.loading import autoencoder, compvis_unet
 from tfmq_exp.quant.qat.lsq import Lsq
 from tfmq_exp.report.protocol_match import AS_PRINTED, clip_network, published_calls
 from tfmq_exp.report.published_tables import PublishedRow, read_published
@@ -270,12 +270,12 @@ def test_architectures_have_the_published_size(name: str) -> None:
     config: Any = OmegaConf.to_container(model.denoiser.config)
     with torch.device("meta"):
         if name == "ddim_cifar10":
-            networks: Any = (compvis.ddim_unet(config),)
+            networks: Any = (compvis_unet.ddim_unet(config),)
         else:
             params = config["model"]["params"]
             networks = (
-                compvis.openai_unet(params["unet_config"]["params"]),
-                first_stage.build(params["first_stage_config"], scale=1.0),
+                compvis_unet.openai_unet(params["unet_config"]["params"]),
+                autoencoder.build_autoencoder(params["first_stage_config"], scale=1.0),
             )
     counts = tuple(sum(p.numel() for p in network.parameters()) for network in networks)
     assert counts == PARAMETERS[name][: len(counts)]

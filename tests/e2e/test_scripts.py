@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.jobs import job
-from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.digits import DigitClassifier, load_classifier
+from tfmq_exp.denoisers.loading import compvis_unet
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests/goldens/reference_run/ldm"
@@ -111,7 +111,7 @@ def test_the_comparison_takes_other_architectures(
         architecture = {"cls": "ldm", "kwargs": config["model"]["params"]["unet_config"]["params"]}
         prefix = "model.diffusion_model."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    unet = compvis.load(architecture, state)
+    unet = compvis_unet.load_unet(architecture, state)
     generator = torch.Generator().manual_seed(0)
     tensors = {"tsteps": torch.tensor([1, 501])}
     for part, output in (("cali", "fp_out"), ("held", "fp_out_held")):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.conftest import SCALES, TIMESTEPS
-from tfmq_exp.denoisers import compvis
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
 from tfmq_exp.denoisers.unet import attentions, read_structure
@@ -34,9 +34,9 @@ def network(name: str) -> nn.Module:
     config = yaml.safe_load((GOLDENS / f"{name}.config.yaml").read_text())
     state = {key: value.float() for key, value in load_file(GOLDENS / f"{name}.model.safetensors").items()}
     if name.startswith("ddim"):
-        return compvis.load({"config": config}, state)
+        return compvis_unet.load_unet({"config": config}, state)
     kwargs = config["model"]["params"]["unet_config"]["params"]
-    return compvis.load(
+    return compvis_unet.load_unet(
         {"kwargs": kwargs}, {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     )
 

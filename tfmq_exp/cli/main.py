@@ -29,7 +29,7 @@ from tfmq_exp.cli.survey import estimate
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
-from tfmq_exp.files import write_atomically, write_json, write_record
+from tfmq_exp.core.files import write_atomically, write_json, write_record
 from tfmq_exp.loggers.base import Logger, NullLogger
 from tfmq_exp.pipeline.deployed import DeployedStages, save_deployed, save_deployed_errors
 from tfmq_exp.pipeline.diagnose import diagnose

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.cli.terminal import say, visible
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.report import tables
 from tfmq_exp.report.records import ScoreRecord
 

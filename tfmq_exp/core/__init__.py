@@ -1,1 +1,1 @@
-"""Core."""
+"""Infrastructure for every package: files, validation of values, formatting."""

@@ -1,26 +1,25 @@
-"""A batch of CIFAR-10's python version, read without running anything the file asks for.
+"""A batch of CIFAR-10's python version, a pickle of a dict with an array, labels and names, read without running it."""
 
-The file is a pickle of a dict with an array, a list of labels and names. A pickle is a program; here the three names that
-describe an array stand for plain records, any other name ends the reading, and no name is looked up in a real module.
-"""
-
-import io
-import pickle
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from tfmq_exp.core.safe_pickle import SafeUnpickler
+
 # by which NumPy before 2 (core) and since (_core) pickles an array
-ARRAY_NAMES = {
-    *(("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")),
-    *(("numpy", "ndarray"), ("numpy", "dtype")),
-}
+ARRAY_NAMES = (
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+)
 
 
 class Record:
-    """What a pickle says of an array or of its type; nothing is done with it.
+    """An array or its type as a pickle describes it.
 
     Where there is a `__setstate__`, a pickle sets no attributes: so it cannot change this class for the next file.
     """
@@ -34,29 +33,25 @@ class Record:
         self.state = state
 
 
-class BatchUnpickler(pickle.Unpickler):
+class BatchUnpickler(SafeUnpickler):
     """Builds dicts, lists, numbers, strings and `Record`s."""
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(io.BytesIO(content), encoding="bytes")  # Python 2 wrote it: its strings are bytes
+    refusal = "it is no part of an array"
 
-    def find_class(self, module: str, name: str, /) -> Any:
-        """A record for what describes an array; UnpicklingError for any other name."""
-        if (module, name) not in ARRAY_NAMES:
-            raise pickle.UnpicklingError(f"refuses to load '{module}.{name}', which is no part of an array")
-        return Record
+    def known(self, name: str) -> Any:
+        return Record if name in ARRAY_NAMES else None
 
 
 def read_record(path: Path, content: bytes) -> tuple[UInt8[np.ndarray, "images pixels"], list[int]]:
-    """Images, a row each, and labels of a batch.
+    """Read the images of a batch, a row each, and their labels.
 
     Raises:
         ValueError: names of code in it, damaged, or not a batch of CIFAR-10; the message says which.
     """
     try:
-        batch = BatchUnpickler(content).load()
+        batch = BatchUnpickler(BytesIO(content), encoding="bytes").load()  # Python 2 wrote it: its strings are bytes
         return to_array(batch[b"data"]), [int(label) for label in batch[b"labels"]]
-    except Exception as error:  # damaged bytes fail in whatever way they lead to
+    except Exception as error:  # damaged bytes fail in any way
         raise ValueError(f"{path} is no batch of CIFAR-10 ({type(error).__name__}: {error})") from error
 
 

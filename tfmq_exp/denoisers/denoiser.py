@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -85,6 +85,16 @@ def noise_of(
 ) -> Float[Tensor, "batch channels ..."]:
     """The noise in what a network returned for a sample; one that learned its variance returns that behind the noise."""
     return output[:, : sample.shape[1]]
+
+
+class DenoiserParts(NamedTuple):
+    """The fields of a `Denoiser` that are in its files; its name and where it came from are not."""
+
+    unet: Any
+    sample_shape: tuple[int, int, int]
+    schedule: Mapping[str, Any]
+    encoder: ConditionEncoder
+    first_stage: FirstStage
 
 
 @dataclass(frozen=True)

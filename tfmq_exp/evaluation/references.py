@@ -1,7 +1,6 @@
 """What generated images are compared with: moments of a reference's features, computed once or read from a file."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +8,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tfmq_exp.core.files import sha256_of
+from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.evaluation.features.extractor import Extractor
 from tfmq_exp.evaluation.metrics.fid import GaussianStatistics, RunningMoments
 from tfmq_exp.evaluation.npz_images import NpzImages, find_images
 from tfmq_exp.evaluation.reference_npz import read_statistics
-from tfmq_exp.files import sha256_of
 
 ALIKE = 1e-9  # variance over squared mean, which sums in double precision leave where nothing varies
 
@@ -84,7 +82,7 @@ class ReferenceStatistics:
             f"{name}.{part}": x for name, gaussian in gaussians.items() for part, x in gaussian._asdict().items()
         }
         header = {"shape": self.shape, "provenance": dict(self.provenance)}
-        save_file({**tensors, "manifold": self.manifold}, path, {"header": json.dumps(header, sort_keys=True)})
+        write_tensor_file(path, {**tensors, "manifold": self.manifold}, header)
 
     @classmethod
     def load(cls, path: Path) -> "ReferenceStatistics":
@@ -93,17 +91,15 @@ class ReferenceStatistics:
         Raises:
             ValueError: a damaged file.
         """
+        header, tensors = read_tensor_file(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["header"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             gaussians = [
                 GaussianStatistics(tensors[f"{part}.mean"], tensors[f"{part}.covariance"])
                 for part in ("pooled", "spatial")
             ]
             shape = None if header["shape"] is None else tuple(header["shape"])
             return cls(gaussians[0], gaussians[1], tensors["manifold"], shape, header["provenance"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no reference statistics: {error}") from error
 
 

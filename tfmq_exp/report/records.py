@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard, get_origin, get_type_hints
 
-from tfmq_exp.files import read_record, write_atomically
+from tfmq_exp.core.files import read_record, write_atomically
 
 SCHEMA = 1
 

@@ -1,15 +1,14 @@
-"""A quantized network from what a file says and holds; nothing of it is taken as it comes."""
+"""A quantized network from the manifest and the tensors of a file, all of which are checked."""
 
-import inspect
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
+from tfmq_exp.denoisers.loading.network_config import MOST_LAYERS, UNETS, empty_network
+from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, roles, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
@@ -22,12 +21,12 @@ from tfmq_exp.surgery.packing import unpack
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.scales import StatisticsScale, TrainedScale
 
-NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
-MOST_TIMESTEPS, MOST_LAYERS = 2**20, 1000
+NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in UNETS}
+MOST_TIMESTEPS = 2**20
 WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 
 
-class Stored:
+class StoredTensors:
     """The tensors of a file, each of which is taken exactly once; ValueError for one that is missing, left over or unfit."""
 
     def __init__(self, tensors: Mapping[str, Tensor], outside: Sequence[str]) -> None:
@@ -62,7 +61,7 @@ class Stored:
         return value
 
     def integers(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QuantizedWeight:
-        """What `packed` stored of a tensor of this shape."""
+        """The integers of a tensor of this shape, as `artifact.packed` stored them."""
         if spec.bits > 8:
             raise ValueError(f"{name!r} must have at most 8 bits, got {spec.bits}")
         scale = self.scale(f"{name}/scale").reshape(spec.range_shape(shape))
@@ -73,29 +72,21 @@ class Stored:
         codes = unpack(self.take(f"{name}/codes", torch.uint8), spec.bits, shape)
         return QuantizedWeight(codes, QParams(scale, zero_point), spec)
 
-    def end(self) -> None:
-        """Everything must have been taken."""
+    def require_all_taken(self) -> None:
         if self.tensors:
             count, first = len(self.tensors), min(self.tensors)
             raise ValueError(f"it holds {count} tensors that the model has no place for, first {first!r}")
 
 
-def empty_network(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """The float network that a manifest describes, with nothing in its parameters yet.
-
-    Raises:
-        ValueError: another network, or one that is larger than a file with these tensors can describe.
-    """
+def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The float network that a manifest describes, if its tensors can fill it, with nothing in its parameters yet."""
     if manifest["network"] not in NETWORKS:
         raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
-    kind: Any = getattr(diffusers, manifest["network"])
-    defaults = {name: option.default for name, option in inspect.signature(kind.__init__).parameters.items()}
-    check_config(manifest["config"], defaults, len(tensors))
-    with torch.device("meta"):
-        unet = kind.from_config(manifest["config"])
-    numbers = sum(value.numel() for value in unet.state_dict().values())
-    if numbers > WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values()):
-        raise ValueError(f"its configuration describes {numbers} weights, which its tensors cannot hold")
+    kind, config = NETWORKS[manifest["network"]], manifest["config"]
+    if unknown := config.keys() - default_settings(kind).keys():
+        raise ValueError(f"config.{min(unknown)} is unknown")
+    available = WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values())
+    unet: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
     unet.to_empty(device="cpu")
     modules = attentions(unet)
     if manifest["heads"].keys() != modules.keys():
@@ -108,45 +99,8 @@ def empty_network(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     return unet
 
 
-def check_config(config: Mapping[str, Any], defaults: Mapping[str, Any], tensors: int) -> None:
-    """Whether a configuration is one that a network can be built of in little time.
-
-    Args:
-        config: to check.
-        defaults: of the network's class; a switch stays a switch, and a real number a number.
-        tensors: how many the network has at least; there are no more layers than that.
-
-    Raises:
-        ValueError: an unknown key, a value of another kind, or too many layers.
-    """
-    layers = len(config["block_out_channels"])
-    for key, value in config.items():
-        if key not in defaults:
-            raise ValueError(f"config.{key} is unknown")
-        default, values = defaults[key], list(scalars(value))
-        nested = isinstance(value, list) and any(isinstance(item, list) for item in value) and "layers" not in key
-        switch = isinstance(default, bool) and not all(item is None or type(item) is bool for item in values)
-        real = isinstance(default, float) and type(value) not in (int, float)
-        negative = any(isinstance(number, int | float) and not 0 <= number < math.inf for number in values)
-        if nested or switch or real or negative or isinstance(value, dict):
-            raise ValueError(f"config.{key} cannot be {str(value)[:50]!r}")
-        if "layers" in key:
-            layers *= max([1, *(count for count in values if type(count) is int)])
-    if layers > min(tensors, MOST_LAYERS):
-        raise ValueError(f"its configuration describes {str(layers)[:50]} layers for {tensors} tensors")
-
-
-def scalars(value: Any) -> Iterator[Any]:
-    """The values inside nested lists."""
-    if isinstance(value, list):
-        for item in value:
-            yield from scalars(item)
-    else:
-        yield value
-
-
-def fill_weights(model: QuantizedUNet, stored: Stored) -> dict[str, Tensor]:
-    """Freeze every weight of the plan to the stored integers; returns what these stand for, by the names in the network."""
+def fill_weights(model: QuantizedUNet, stored: StoredTensors) -> dict[str, Tensor]:
+    """Freeze every weight of the plan to the stored integers; returns the real weights, by the names in the network."""
     state: dict[str, Tensor] = {}
     for site in model.weight_layers():
         parts = [(quantizer.spec, tuple(part.shape)) for quantizer, part in model.layer(site).weight_parts()]
@@ -156,12 +110,10 @@ def fill_weights(model: QuantizedUNet, stored: Stored) -> dict[str, Tensor]:
     return state
 
 
-def fill_features(model: QuantizedUNet, manifest: Mapping[str, Any], stored: Stored, known: Mapping[str, Role]) -> None:
-    """Put stored temporal features in the place of the layers that compute them.
-
-    Raises:
-        ValueError: a layer that computes none, or one taken out whose output is read.
-    """
+def fill_features(
+    model: QuantizedUNet, manifest: Mapping[str, Any], stored: StoredTensors, known: Mapping[str, Role]
+) -> None:
+    """Put stored temporal features in the place of the layers that compute them, which are no others."""
     for site, spec in manifest["cached"].items():
         if known.get(site) is not Role.TIME_PROJ:
             raise ValueError(f"{site!r} projects no temporal feature: it cannot be stored")
@@ -178,21 +130,17 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
     steps = plan.timesteps
     if not steps or len(set(steps)) < len(steps) or not all(type(t) is int and 0 <= t < MOST_TIMESTEPS for t in steps):
-        raise ValueError(
-            f"'plan.timesteps' must be different integers of 0 .. {MOST_TIMESTEPS - 1}, got {str(steps)[:50]}"
-        )
-    if wrong := [
-        name
-        for name, site in plan.sites.items()
-        if site.split is not None and not (type(site.split) is int and site.split > 0)
-    ]:
-        raise ValueError(f"'plan.sites.{wrong[0]}.split' must be a number of channels")
+        expected = f"different integers of 0 .. {MOST_TIMESTEPS - 1}"
+        raise ValueError(f"'plan.timesteps' must be {expected}, got {str(steps)[:50]}")
+    for name, site in plan.sites.items():
+        if site.split is not None and not (type(site.split) is int and site.split > 0):
+            raise ValueError(f"'plan.sites.{name}.split' must be a number of channels")
     parts = {part for lines in plan.operands.values() for part in lines}
     if unknown := parts - {*OPERANDS, "probabilities"}:
         raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
-    sites = [line for site in plan.sites.values() for line in (site.input, site.output)]
-    for line in (*sites, *(line for parts in plan.operands.values() for line in parts.values())):
-        scale = line.scale if line else None
+    lines = [line for site in plan.sites.values() for line in (site.input, site.output)]
+    lines += [line for parts in plan.operands.values() for line in parts.values()]
+    for scale in [line.scale for line in lines if line]:
         inner = scale.scale if isinstance(scale, TrainedScale) else scale
         if isinstance(inner, StatisticsScale):
             widths = (getattr(inner.encoding, "width", 1), *inner.hidden, 1)
@@ -202,10 +150,10 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
 
 def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
     """The model that a manifest describes, with its tensors; any error where they do not fit."""
-    stored = Stored(tensors, manifest.get("outside", ()))
+    stored = StoredTensors(tensors, manifest.get("outside", ()))
     plan = resolved_from_json(manifest["plan"])
     check_plan(plan, sum(value.numel() for value in tensors.values()))
-    unet = empty_network(manifest, tensors)
+    unet = empty_unet(manifest, tensors)
     model = build_quantized_unet(unet, plan, MinMax())
     state = fill_weights(model, stored)
     fill_features(model, manifest, stored, roles(unet))
@@ -221,7 +169,7 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     for name, value in model.unet.state_dict().items():
         if name not in state:
             state[name] = stored.take(f"float/{name}", value.dtype)
-    stored.end()
+    stored.require_all_taken()
     model.unet.load_state_dict(state, strict=True)
     model.set_activations(Mode.QUANTIZE)
     if wrong := difference({entry: value for entry, value in manifest.items() if entry != "recipe"}, described(model)):

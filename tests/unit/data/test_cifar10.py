@@ -138,7 +138,7 @@ def attacks(marker: Path) -> dict[str, bytes]:
 def test_code_in_a_batch_is_refused_and_does_not_run(place: str, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     with pytest.raises(
-        ValueError, match=r"data_batch_1 is no batch of CIFAR-10 \(UnpicklingError: refuses to load '\w+\.\w+'"
+        ValueError, match=r"data_batch_1 is no batch of CIFAR-10 \(RefusedError: refuses to load '\w+\.\w+'"
     ):
         read_record(Path("data_batch_1"), attacks(marker)[place])
     assert not marker.exists()
@@ -161,7 +161,7 @@ def test_a_batch_with_code_in_it_is_refused_by_the_source_too(python: Path, monk
     sums = cifar10.PYTHON_FILES | {"data_batch_3": hashlib.md5(content, usedforsecurity=False).hexdigest()}
     monkeypatch.setattr(cifar10, "PYTHON_FILES", sums)
     with pytest.raises(
-        ValueError, match=r"data_batch_3 is no batch of CIFAR-10 \(UnpicklingError: refuses to load 'os\.system'"
+        ValueError, match=r"data_batch_3 is no batch of CIFAR-10 \(RefusedError: refuses to load 'os\.system'"
     ):
         CIFAR10(str(python)).batches(5)
     assert not marker.exists()
@@ -178,7 +178,7 @@ def test_a_pickle_cannot_change_what_the_next_one_is_given(tmp_path: Path) -> No
     ("content", "reason"),
     [
         (b"", "EOFError"),
-        (b"no pickle", "UnpicklingError"),
+        (b"no pickle", "KeyError"),
         (python2(rows(1), [1])[:-9], "EOFError|UnpicklingError"),
         (pickle.dumps({b"labels": [1]}), "KeyError"),
         (pickle.dumps([1]), "TypeError"),

@@ -24,8 +24,8 @@ from tests.unit.sampling.folders import (
     save_unconditional,
 )
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading import load_denoiser
-from tfmq_exp.denoisers.scheduler_config import training_noise
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
+from tfmq_exp.denoisers.loading.scheduler_config import training_noise
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver

@@ -149,7 +149,7 @@ def test_messages_name_the_entry(content: Content, tmp_path: Path) -> None:
         "manifest with an unknown key": "unknown entry 'novelty'",
         "without heads": "lacks 'heads'",
         "without config/freq_shift": "config.freq_shift is missing",
-        "config layers_per_block=1000000000": "1000000000 layers",
+        "config layers_per_block=1000000000": "layers_per_block=1000000000 cannot be",
         "timesteps []": "'plan.timesteps' must be different integers",
         "unneeded ['conv_out']": "'conv_out' is needed",
         "heads 3": "must divide 32, got 3",

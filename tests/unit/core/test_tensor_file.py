@@ -1,0 +1,43 @@
+"""Tensors with a JSON header: what is written is read, equal contents are equal files, and anything else is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
+
+pytestmark = pytest.mark.bad_input
+
+TENSORS = {"b": torch.arange(3), "a": torch.ones(2, 2, dtype=torch.float16)}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    header = {"shape": [3, 8, 8], "name": "digits", "more": {"z": None, "a": 1.5}}
+    write_tensor_file(tmp_path / "a", TENSORS, header)
+    write_tensor_file(tmp_path / "b", dict(reversed(TENSORS.items())), dict(reversed(header.items())))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    found, tensors = read_tensor_file(tmp_path / "a")
+    assert found == header
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+
+
+@pytest.mark.parametrize("header", ["[]", "3", "{", "[" * 100_000])
+def test_headers_that_are_no_objects(header: str, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "a", {"header": header})
+    with pytest.raises(ValueError, match=r"^.*/a is (no file of this program|not readable)"):
+        read_tensor_file(tmp_path / "a")
+
+
+def test_other_files(tmp_path: Path) -> None:
+    write_tensor_file(tmp_path / "a", TENSORS, {})
+    content = (tmp_path / "a").read_bytes()
+    for damaged, words in (
+        (content[:-3], "not readable"),
+        (b"version https://git-lfs", "git lfs pull"),
+        (b"", "is empty"),
+    ):
+        (tmp_path / "a").write_bytes(damaged)
+        with pytest.raises(ValueError, match=words):
+            read_tensor_file(tmp_path / "a")

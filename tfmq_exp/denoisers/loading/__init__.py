@@ -1,0 +1,1 @@
+"""Pretrained denoisers from the disk: original checkpoints and folders of diffusers' layout. Nothing is downloaded."""

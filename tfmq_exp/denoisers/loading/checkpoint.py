@@ -1,0 +1,137 @@
+"""Checkpoint files: the named tensors of safetensors or of `torch.save`, whichever the bytes are; a suffix says nothing."""
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import safe_open
+from torch import Tensor
+
+from tfmq_exp.core.file_kind import is_safetensors, kind_of, why_missing, why_unreadable
+from tfmq_exp.core.safe_pickle import RefusedError
+from tfmq_exp.denoisers.loading.torch_checkpoint import build_tensors, open_torch
+from tfmq_exp.denoisers.loading.torch_pickle import TensorRecord
+
+EMA = "model_ema."
+
+
+class Checkpoint:
+    """A file of named tensors, opened once; what is not asked for is not read.
+
+        with Checkpoint(path) as file:
+            unet = file.read("model.diffusion_model.", ema=True)
+
+    Optimizer states, settings and everything else that is not a tensor of the state dict are left out. EMA copies in the list
+    of the DDIM program are named as LDM does: `model_ema.` + name without dots.
+
+    Raises:
+        FileNotFoundError: on entering, no such file.
+        ValueError: damaged, another kind of file, without tensors, or a pickle that names anything but parts of tensors and
+            classes of known training libraries; the message names the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self.path.exists():
+            raise FileNotFoundError(f"no file at {self.path}{why_missing(self.path)}")
+        if kind := kind_of(self.path):
+            raise ValueError(f"{self.path}: {kind}")
+        with self._naming(), ExitStack() as files:
+            if is_safetensors(self.path):
+                stored = files.enter_context(safe_open(self.path, framework="pt"))
+                self._names = list(stored.keys())
+                self._read = lambda names: {name: stored.get_tensor(name) for name in names}
+            else:
+                root, read = open_torch(files.enter_context(self.path.open("rb")))
+                records, length = state_of(root), self.path.stat().st_size
+                self._names = list(records)
+                self._read = lambda names: build_tensors({name: records[name] for name in names}, read, length)
+            if not self._names:
+                raise RefusedError("holds no weights: expected tensors by name, bare or below 'state_dict'")
+            self._files = files.pop_all()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._files.close()
+
+    def names(self) -> list[str]:
+        """The names of all tensors, in the order of the file."""
+        return self._names
+
+    def tensors(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Read tensors by their names, all by default: plain, on the CPU and without gradients."""
+        with self._naming():
+            return self._read(self._names if names is None else names)
+
+    def read(self, prefix: str = "", *, ema: bool = False) -> dict[str, Tensor]:
+        """Read the weights of one network, by their names below a prefix; with `ema` the averages that training kept.
+
+        Raises:
+            ValueError: damaged, nothing below the prefix, or no EMA copies of its weights.
+        """
+        with self._naming():
+            sources = select_names(self._names, prefix, ema)
+        tensors = self.tensors(sources.values())
+        return {name: tensors[source] for name, source in sources.items()}
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn errors of reading into one ValueError that names the file and its kind."""
+        try:
+            yield
+        except RefusedError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        except Exception as error:  # damaged bytes fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            damaged = f"is damaged or no checkpoint of torch.save or safetensors ({reason})"
+            raise ValueError(f"{self.path}: {why_unreadable(self.path) or damaged}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file; errors are those of `Checkpoint`."""
+    with Checkpoint(path) as file:
+        return file.tensors()
+
+
+def tensors_of(state: Any) -> dict[str, TensorRecord]:
+    """The named tensors of a dict, without the `module.` of DataParallel; none of anything else."""
+    # by the method of dict itself: a pickle may give an OrderedDict another one
+    items = dict.items(state) if isinstance(state, dict) else ()
+    named = {name: value for name, value in items if isinstance(name, str) and isinstance(value, TensorRecord)}
+    parallel = all(name.startswith("module.") for name in named)
+    return {name.removeprefix("module.") if parallel else name: value for name, value in named.items()}
+
+
+def state_of(root: Any) -> dict[str, TensorRecord]:
+    """The tensors of Lightning's state dict, a bare one, or DDIM's list: state, optimizer, epoch, step (, EMA copies)."""
+    if not isinstance(root, list):
+        return tensors_of(root["state_dict"] if isinstance(root, dict) and "state_dict" in root else root)
+    state, averages = (tensors_of(root[place] if place < len(root) else None) for place in (0, 4))
+    copies = ema_names(averages)
+    return {**state, **{copies[name]: value for name, value in averages.items()}}
+
+
+def ema_names(names: Iterable[str]) -> dict[str, str]:
+    """LDM's name for the EMA copy of each parameter; RefusedError if two would have the same."""
+    copies = {name: EMA + name.removeprefix("model.").replace(".", "") for name in names}
+    if len(set(copies.values())) < len(copies):
+        raise RefusedError("two parameters have the same name without dots, so their EMA copies cannot be told apart")
+    return copies
+
+
+def select_names(present: Collection[str], prefix: str, ema: bool) -> dict[str, str]:
+    """Map the names below a prefix to names in the file; RefusedError if there are none, or no EMA copies of them."""
+    names = [name for name in present if name.startswith(prefix) and (prefix or not name.startswith(EMA))]
+    if not names:
+        tops = sorted({name.partition(".")[0] + "." for name in present if "." in name})
+        raise RefusedError(f"no weights below {prefix!r}; the prefixes in this checkpoint are {', '.join(tops[:12])}")
+    sources = ema_names(names) if ema else {name: name for name in names}
+    found = set(present)
+    if missing := [name for name in names if sources[name] not in found]:
+        lacking = f"{len(missing)} of {len(names)} weights below {prefix!r}, such as {missing[0]!r}"
+        raise RefusedError(f"no EMA copy ({EMA}*) of {lacking}; set ema=false for the weights themselves")
+    return {name.removeprefix(prefix): sources[name] for name in names}

@@ -1,0 +1,130 @@
+"""The files with one network's weights in a folder of diffusers' or transformers' layout: whole, in shards, of a variant."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tfmq_exp.core.file_kind import kind_of, why_missing
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+FORMATS = ("safetensors", "bin")
+VARIANTS = ("", "fp32", "fp16", "bf16")  # the order of preference; any others after these
+# model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors and a variant's shards in both orders of their
+# names; their indices, with the variant anywhere.
+NAME = re.compile(
+    rf"({'|'.join(STEMS)})(?:\.([\w-]+?))?(?:-(\d+)-of-(\d+))?(?:\.([\w-]+?))?\.({'|'.join(FORMATS)})"
+    r"((?:\.[\w-]+?)?\.index(?:\.[\w-]+?)?\.json)?"
+)
+EXPECTED = f"{STEMS[0]}.safetensors or {STEMS[1]}.safetensors, whole or in shards, or .bin files by these names"
+log = logging.getLogger(__name__)
+
+
+class WeightSet(NamedTuple):
+    """One of the sets of weights of a network that a folder may hold; smaller ones are preferred.
+
+    Weights without a variant before those of one, such as fp16, which are read where there are no others; safetensors before
+    pickles.
+    """
+
+    rank: int
+    variant: str
+    format: int
+    stem: int
+
+
+def set_of(name: str) -> tuple[WeightSet, int, bool] | None:
+    """The set that a file belongs to, the number of its shards (0: it is whole), and whether the file is an index."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        return None
+    stem, before, _, shards, after, kind, index = match.groups()
+    within = "" if index is None else index.removesuffix(".json").replace(".index", "").strip(".")
+    variant = before or after or within
+    rank = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+    weights = WeightSet(rank, variant, FORMATS.index(kind), STEMS.index(stem))
+    return weights, int(shards or 0), index is not None
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names; ValueError for another file, or names of anything but files in its folder."""
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        inside = all(isinstance(name, str) and Path(name).name == name and name.endswith(FORMATS) for name in named)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        kind = kind_of(index) or "is damaged"
+        raise ValueError(f"{index} {kind}: expected a `weight_map` of names to files") from error
+    if not named or not inside:
+        raise ValueError(f"{index} is damaged: expected a `weight_map` of names to files in the same folder")
+    return [index.with_name(name) for name in sorted(named)]
+
+
+def counted(shards: Mapping[Path, int]) -> list[Path]:
+    """Every shard of a set, from the names of some: `name-00001-of-00003` and so on."""
+    first, count = next(iter(shards.items()))
+    before, digits, after = re.split(r"-(\d+)(?=-of-)", first.name, maxsplit=1)
+    return [first.with_name(f"{before}-{i:0{len(digits)}}{after}") for i in range(1, count + 1)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of the preferred set of weights in one component's folder, all of which exist.
+
+    Shards are those that their index names, and without one those that their own names count.
+
+    Raises:
+        FileNotFoundError: no weights, or not all shards; a link that leads nowhere.
+        ValueError: a damaged index; a folder, a pipe or a device in the place of a file, which would be read for ever.
+    """
+    found: dict[WeightSet, dict[Path, int]] = {}
+    indices: dict[WeightSet, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if (known := set_of(file.name)) is not None:
+            weights, shards, is_index = known
+            if is_index:
+                indices[weights] = file
+            else:
+                found.setdefault(weights, {})[file] = shards
+    if not found and not indices:
+        raise FileNotFoundError(f"no weights in {folder}: expected {EXPECTED}{others(folder)}")
+    weights = min({*found, *indices})
+    if not (files := [file for file, shards in found.get(weights, {}).items() if not shards]):
+        index = indices.get(weights)
+        files = shards_of(index) if index else counted(found[weights])
+        if missing := [file for file in files if not file.exists()]:
+            source = f"its {index.name}" if index else "the other shards' names"
+            count = f"{len(missing)} of {len(files)} shards that {source} speak of"
+            raise FileNotFoundError(f"{folder} lacks {missing[0].name}, {count}{why_missing(missing[0])}")
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"no weights at {file}{why_missing(file)}")
+        if not file.is_file():
+            raise ValueError(f"{file} {kind_of(file)}")
+    return files
+
+
+def others(folder: Path) -> str:
+    """The first file in a folder without weights, and its kind."""
+    files = sorted(file for file in folder.iterdir() if not file.name.endswith((".json", ".txt", ".md")))
+    if not files:
+        return ""
+    kind = kind_of(files[0]) if files[0].is_file() else None
+    return f"; there is {files[0].name}" + (f", which {kind}" if kind else "")
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """Read all weights in a component's folder, by name; errors are those of `weight_files` and `Checkpoint`."""
+    files = weight_files(folder)
+    if (known := set_of(files[0].name)) and known[0].variant:
+        log.info("%s has weights of the variant %s alone: %s", folder, known[0].variant, files[0].name)
+    state: dict[str, Tensor] = {}
+    for file in files:
+        tensors = read_tensors(file)
+        if twice := state.keys() & tensors.keys():
+            raise ValueError(f"{file}: {min(twice)} is in another shard, too")
+        state |= tensors
+    return state
