@@ -73,7 +73,7 @@ class Run:
         """What was asked to execute the model; empty where nothing was."""
         chosen = self.config.get("engine")
         target = str(chosen.get("_target_", "")) if isinstance(chosen, Mapping) else ""
-        return self.chosen.get("engine", target.rpartition(".")[2]) if target else ""
+        return self.chosen.get("engine", target.rpartition(".")[2].lower()) if target else ""
 
 
 def run_folders(root: Path) -> list[Path]:
