@@ -2,7 +2,7 @@
 
     python sample_deployed.py EXPORTED_FOLDER images.npy --count 16
 
-Needs `loader.py` of `tfmq_exp/deploy` beside it, or in Python's path. DDIM without noise (arXiv 2010.02502, eq. 12), for a model
+Needs `tfmq_exp/deploy/openvino/runtime.py` next to it, or in Python's path. DDIM without noise (arXiv 2010.02502, eq. 12), for a model
 without conditions; another sampler of `deployed.json` is refused, for its images would be others than those of the run.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loader import Deployed
+from runtime import ExportedUNet
 
 POWERS = {"linear": 1.0, "scaled_linear": 0.5}  # of betas that are spaced evenly
 
@@ -34,7 +34,7 @@ def alphas_of(sampling: dict[str, Any] | None) -> tuple[np.ndarray, float]:
     return alphas, 1.0 if settings["ends_clean"] else alphas[0]
 
 
-def sample(unet: Deployed, count: int, seed: int) -> np.ndarray:
+def sample(unet: ExportedUNet, count: int, seed: int) -> np.ndarray:
     """Images in [-1, 1], from pure noise."""
     table, last = alphas_of(unet.manifest["sampling"])
     steps = [table[t] for t in unet.timesteps]
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        images = sample(Deployed(args.folder, batch=args.count), args.count, args.seed)
+        images = sample(ExportedUNet(args.folder, batch=args.count), args.count, args.seed)
     except ValueError as error:
         sys.exit(f"error: {error}")
     np.save(args.out, images)

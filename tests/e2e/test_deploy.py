@@ -21,7 +21,7 @@ from tfmq_exp.cli.dry_run import lines
 from tfmq_exp.cli.remaining import still_to_do
 from tfmq_exp.cli.survey import estimate
 from tfmq_exp.cli.sweep_report import read_job
-from tfmq_exp.deploy.onednn_engine import available
+from tfmq_exp.deploy.onednn import available
 from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.deployed import DeployedStages, engine_choices, save_deployed_errors
 from tfmq_exp.pipeline.progress import ProgressBars
@@ -112,10 +112,10 @@ def test_a_row_of_its_own_with_keys_of_its_own(tmp_path: Path, made: Made, openv
 
 def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: Path, openvino: Path) -> None:
     """Against diffusers' sampler around the same model."""
-    from tfmq_exp.deploy.loader import Deployed  # which imports openvino
+    from tfmq_exp.deploy.openvino.runtime import ExportedUNet  # which imports openvino
 
     exported = Path(hits(openvino)["openvino"]["path"])
-    for path in ("tfmq_exp/deploy/loader.py", "examples/sample_deployed.py"):
+    for path in ("tfmq_exp/deploy/openvino/runtime.py", "examples/sample_deployed.py"):
         shutil.copy(CONF.parent / path, tmp_path)
     words = ["sample_deployed.py", str(exported), "images.npy", "--count", "2", "--seed", "5"]
     code = (
@@ -125,7 +125,7 @@ def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: 
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
-    unet = Deployed(exported, batch=2, threads=1)
+    unet = ExportedUNet(exported, batch=2, threads=1)
     scheduler = DDIMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -147,9 +147,9 @@ def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: 
 
 
 def script() -> dict[str, Any]:
-    """Names of the sampling script, which finds the loader where it would be copied to."""
+    """Names of the sampling script, which finds the runtime where it would be copied to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(CONF.parent / "tfmq_exp/deploy"))
+        patch.syspath_prepend(str(CONF.parent / "tfmq_exp/deploy/openvino"))
         return runpy.run_path(str(CONF.parent / "examples/sample_deployed.py"))
 
 
@@ -189,9 +189,9 @@ def test_the_script_refuses_another_way_of_sampling(openvino: Path, changes: dic
 
 @pytest.mark.parametrize("given", [{"encoder_hidden_states": np.zeros((1, 2, 3))}, {"step": np.zeros(1)}])
 def test_an_exported_model_takes_its_own_inputs_alone(openvino: Path, given: dict[str, Any]) -> None:
-    from tfmq_exp.deploy.loader import Deployed  # which imports openvino
+    from tfmq_exp.deploy.openvino.runtime import ExportedUNet  # which imports openvino
 
-    unet = Deployed(Path(hits(openvino)["openvino"]["path"]), threads=1)
+    unet = ExportedUNet(Path(hits(openvino)["openvino"]["path"]), threads=1)
     with pytest.raises(
         ValueError, match=f"takes sample; it was given {min('sample', *given)}, {max('sample', *given)}"
     ):
@@ -239,7 +239,7 @@ def test_a_plan_has_the_stages_of_an_engine(
 
 
 def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
-    stages, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.rest=bf16")
+    stages, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.float_precision=bf16")
     plan = lines(stages, app.on_the_way("scores"), deployed)
     own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
     assert [line.stage for line in plan if line.state == "to be made"] == own
@@ -257,8 +257,8 @@ def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, open
 
 
 def test_what_was_changed_in_an_engine_is_in_its_row(tmp_path: Path, made: Made, openvino: Path) -> None:
-    _, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.threads=1", "engine.halves=true")
-    assert engine_choices(deployed.engine.name) == {"engine": "openvino", "engine.halves": "true"}
+    _, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.threads=1", "engine.split_int8_weights=true")
+    assert engine_choices(deployed.engine.name) == {"engine": "openvino", "engine.split_int8_weights": "true"}
 
 
 def test_an_engines_trajectory_is_a_table_of_its_own(tmp_path: Path, made: Made, onednn: Path) -> None:

@@ -1,22 +1,23 @@
 """Every method of conf/method on integer engines: what of it they multiply as integers, and whether that is the simulation."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from hydra.utils import instantiate
-from torch import Tensor, nn
+from torch import nn
 
 from tests.conftest import TIMESTEPS, calibrated
 from tests.e2e.jobs import CONF, composed
-from tests.unit.deploy.subject import inputs, one_level_unet
+from tests.helpers.deployed import inputs, layer_inputs, one_level_unet
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.unet import attentions, read_structure
-from tfmq_exp.deploy.onednn_engine import IntegerLayer, available, saturating
-from tfmq_exp.deploy.sites import examine, table
+from tfmq_exp.deploy.layer_report import deployed_layers, layer_report
+from tfmq_exp.deploy.onednn import available, onednn_products, pairs_saturate
+from tfmq_exp.deploy.product_layers import ProductLayer
 from tfmq_exp.methods.method import Method
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, ready, trainable, trained_quantizers
 from tfmq_exp.surgery import serialization
@@ -37,7 +38,7 @@ class Documented(NamedTuple):
 
 
 def documented() -> list[Documented]:
-    """The table of methods; the last row is of all that stand in none of the others."""
+    """The table of methods; the last row is of all that are in none of the others."""
     text = DOCUMENT.read_text().split("| method | in integers | the others |\n|---|---|---|\n")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[0].splitlines()]
     return [Documented(re.findall(r"`(\w+)`", methods), integer, why) for methods, integer, why in rows]
@@ -104,32 +105,17 @@ def model(
     return serialization.load(folder / "model.safetensors")
 
 
-def seen_by(model: QuantizedUNet, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What reaches every layer in the simulation."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(site: str) -> Any:
-        return lambda _, args: seen.update({site: args[0]})
-
-    hooks = [model.layer(site).register_forward_pre_hook(keep(site)) for site in model.plan.sites]
-    with torch.no_grad():
-        model(**given)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 def test_the_document_says_what_is_executed_in_integers(
     model: QuantizedUNet, parts: UNetStructure, method: str
 ) -> None:
     row = row_of(method)
-    rows = table(model, examine(model))
-    integer = {str(line["site"]) for line in rows if line["executed"] == "int8"}
+    rows = layer_report(model, deployed_layers(model))
+    integer = {str(line["layer"]) for line in rows if line["executed"] == "int8"}
     assert (
         integer
         == {
-            "every layer": {str(line["site"]) for line in rows},
-            "the head": {site.name for site in parts.by_role(Role.HEAD)},
+            "every layer": {str(line["layer"]) for line in rows},
+            "the head": {layer.name for layer in parts.by_role(Role.HEAD)},
         }[row.integer]
     )
     assert {line["why"] for line in rows if line["executed"] == "float"} == ({row.why} if row.why else set())
@@ -139,27 +125,27 @@ def test_the_document_says_what_is_executed_in_integers(
 def test_every_layer_in_integers_agrees_with_its_simulation(model: QuantizedUNet) -> None:
     """Rows at different steps."""
     given = inputs(501, 1, 501)
-    seen = seen_by(model, given)
-    sites = [site for site in examine(model) if site.integer]
-    assert sites
+    seen = layer_inputs(model, given)
+    layers = [layer for layer in deployed_layers(model) if layer.integer]
+    assert layers
     with model.context.at(given["timestep"]), torch.no_grad():
-        for site in sites:
-            wanted = site.layer(seen[site.name])
-            found = IntegerLayer(site, model.context, saturating())(seen[site.name])
-            assert (found - wanted).abs().max() < 5e-6 * wanted.abs().max(), site.name
+        for layer in layers:
+            expected = layer.layer(seen[layer.name])
+            found = ProductLayer(layer, onednn_products(layer, pairs_saturate()) or [], model.context)(seen[layer.name])
+            assert (found - expected).abs().max() < 5e-6 * expected.abs().max(), layer.name
 
 
 @pytest.mark.parametrize("method", EXPORTED, indirect=True)
 def test_openvino_executes_what_training_leaves(model: QuantizedUNet, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from tfmq_exp.deploy.agreement import agreement
-    from tfmq_exp.deploy.openvino_engine import export
-    from tfmq_exp.deploy.pairs import pairs_saturate
+    from tfmq_exp.deploy.openvino.executed_kernels import pairs_saturate
+    from tfmq_exp.deploy.openvino.export import export
+    from tfmq_exp.deploy.openvino.parity import compare_layers
 
     given = inputs(501, 501)
-    found = export(model, given, tmp_path, halves=pairs_saturate(), threads=1)
+    found = export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
     assert set(found.products) == set(model.plan.sites)
-    seen = agreement(found, model, given, steps=(1, 3), sites=list(model.plan.sites), threads=1)
+    seen = compare_layers(found, model, given, steps=(1, 3), layers=list(model.plan.sites), threads=1)
     assert not [row for row in seen if row.unexplained]
     assert sum(row.beyond for row in seen) < 0.01 * sum(row.outputs for row in seen)
     assert max(row.error for row in seen) < 0.03

@@ -1,1 +1,1 @@
-"""From a quantized UNet to one that an integer engine executes."""
+"""Engines that execute a quantized UNet with integers."""

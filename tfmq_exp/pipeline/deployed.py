@@ -109,12 +109,12 @@ class DeployedStages(Stages):
     def layers(self) -> list[dict[str, Any]]:
         """Every layer: what it is for, and in what it is executed; `float` is what the engine leaves, and why."""
         sites = self.simulated.structure.sites
-        rows = read_manifest(self.exported)["sites"]
-        return [{"site": row["site"], "role": sites[row["site"]].role.value, **row} for row in rows]
+        rows = read_manifest(self.exported)["layers"]
+        return [{"site": (site := row.pop("layer")), "role": sites[site].role.value, **row} for row in rows]
 
     def products(self) -> list[dict[str, Any]]:
         """Both products of every attention, which no engine has, as further rows of the same table."""
-        plain = {"role": "attention products", "executed": FLOAT, "weight_bits": "", "products": 2, "form": ""}
+        plain = {"role": "attention products", "executed": FLOAT, "weight_bits": "", "products": 2, "note": ""}
         found: list[dict[str, Any]] = []
         for name in attentions(self.denoiser.unet):
             operands = self.simulated.plan.operands.get(name, {})

@@ -1,15 +1,15 @@
 """Torch's oneDNN operators: the simulation's codes, an exact product."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.unit.deploy.subject import CASES, inputs, model_of, one_level_unet
-from tfmq_exp.deploy.onednn_engine import IntegerLayer, OneDNN, available, saturating
-from tfmq_exp.deploy.sites import examine
+from tests.helpers.deployed import CASES, inputs, layer_inputs, model_of, one_level_unet
+from tfmq_exp.deploy.layer_report import deployed_layers
+from tfmq_exp.deploy.onednn import OneDNN, available, onednn_products, pairs_saturate
+from tfmq_exp.deploy.product_layers import ProductLayer
 
 pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN operators for integers")
 
@@ -25,23 +25,15 @@ def test_every_layer_agrees_without_exception(unet: nn.Module, case: str) -> Non
     model = model_of(unet, **CASES[case])
     if model.switches():
         model.use_bits([4, 8, 6, 4])
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(site: str) -> Any:
-        return lambda _, args: seen.update({site: args[0]})
-
-    handles = [model.layer(site).register_forward_pre_hook(keep(site)) for site in model.plan.sites]
     given = inputs(501, 1, 501)
-    with torch.no_grad():
-        model(**given)
-        for handle in handles:
-            handle.remove()
-        with model.context.at(given["timestep"]):
-            for site in examine(model):
-                assert site.integer
-                wanted = site.layer(seen[site.name])
-                found = IntegerLayer(site, model.context, saturating())(seen[site.name])
-                assert (found - wanted).abs().max() < 5e-6 * wanted.abs().max(), site.name
+    seen = layer_inputs(model, given)
+    with torch.no_grad(), model.context.at(given["timestep"]):
+        for layer in deployed_layers(model):
+            assert layer.integer
+            expected = layer.layer(seen[layer.name])
+            products = onednn_products(layer, pairs_saturate()) or []
+            found = ProductLayer(layer, products, model.context)(seen[layer.name])
+            assert (found - expected).abs().max() < 5e-6 * expected.abs().max(), layer.name
 
 
 def test_the_simulation_is_left_as_it_was(unet: nn.Module) -> None:
@@ -52,5 +44,5 @@ def test_the_simulation_is_left_as_it_was(unet: nn.Module) -> None:
         opened = OneDNN().open(model, Path(), batch=2)
         found = opened(**given).sample
         assert torch.equal(model(**given).sample, before)
-    assert sum(isinstance(module, IntegerLayer) for module in opened.modules()) == len(model.plan.sites)
+    assert sum(isinstance(module, ProductLayer) for module in opened.modules()) == len(model.plan.sites)
     assert 0 < (found - before).square().mean() / before.square().mean() < 1e-3

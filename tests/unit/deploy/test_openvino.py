@@ -1,4 +1,4 @@
-"""OpenVINO executes what the simulation computes: site by site, in integers, for every kind of grid."""
+"""OpenVINO executes what the simulation computes: layer by layer, in integers, for every kind of grid."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.conftest import calibrated, example_inputs, quantizable
-from tests.unit.deploy.subject import inputs, model_of, one_level_unet, small_unet
+from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.surgery.config import AttentionBits
@@ -24,16 +24,15 @@ from tfmq_exp.surgery.temporal_cache import cached
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 
-from tfmq_exp.deploy.activations import grid_of
-from tfmq_exp.deploy.agreement import agreement, at_tie
-from tfmq_exp.deploy.convert import Converted, converted
-from tfmq_exp.deploy.execution import Executed, check_integer
-from tfmq_exp.deploy.loader import Deployed, settings
-from tfmq_exp.deploy.openvino_engine import OpenVINO, export
-from tfmq_exp.deploy.pairs import pairs_saturate
-from tfmq_exp.deploy.sites import examine
+from tfmq_exp.deploy.activation_tables import activation_scale
+from tfmq_exp.deploy.layer_report import deployed_layers
+from tfmq_exp.deploy.openvino.engine import OpenVINO
+from tfmq_exp.deploy.openvino.executed_kernels import ExecutedKernel, check_integer, pairs_saturate
+from tfmq_exp.deploy.openvino.export import ConvertedModel, convert, export
+from tfmq_exp.deploy.openvino.parity import at_tie, compare_layers
+from tfmq_exp.deploy.openvino.runtime import ExportedUNet, compile_settings
 
-LOADER = Path(__file__).parents[3] / "tfmq_exp/deploy/loader.py"
+RUNTIME = Path(__file__).parents[3] / "tfmq_exp/deploy/openvino/runtime.py"
 DYNAMIC = DynamicScale("sample")
 CASES: dict[str, dict[str, Any]] = {
     "static, eight bits": {"weight": 8, "scales": "none"},
@@ -68,77 +67,77 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(model: QuantizedUNet, folder: Path) -> Converted:
-    return export(model, inputs(501), folder, halves=pairs_saturate(), threads=1)
+def found(model: QuantizedUNet, folder: Path) -> ConvertedModel:
+    return export(model, inputs(501), folder, split_int8_weights=pairs_saturate(), threads=1)
 
 
-def check_agreement(found: Converted, model: QuantizedUNet, given: Mapping[str, torch.Tensor]) -> None:
+def check_agreement(found: ConvertedModel, model: QuantizedUNet, given: Mapping[str, torch.Tensor]) -> None:
     """Differences beyond 1e-5 of the largest output only where a number lies at a tie between two codes."""
-    rows = agreement(found, model, given, steps=(1, 3), sites=list(model.plan.sites), threads=1)
+    rows = compare_layers(found, model, given, steps=(1, 3), layers=list(model.plan.sites), threads=1)
     assert len(rows) == 2 * len(model.plan.sites)
     assert not [row for row in rows if row.unexplained]
     assert sum(row.beyond for row in rows) < 0.01 * sum(row.outputs for row in rows)
     assert max(row.error for row in rows) < 0.03
 
 
-def test_tables_for_all_sites(found: Converted, model: QuantizedUNet, folder: Path) -> None:
+def test_tables_for_all_layers(found: ConvertedModel, model: QuantizedUNet, folder: Path) -> None:
     check_agreement(found, model, inputs(501))
     assert set(found.products) == set(model.plan.sites)
-    assert {row["executed"] for row in manifest_of(folder)["sites"]} == {"int8"}
+    assert {row["executed"] for row in manifest_of(folder)["layers"]} == {"int8"}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_site_agrees_with_its_simulation(tmp_path: Path, unet: nn.Module, case: str) -> None:
+def test_every_layer_agrees_with_its_simulation(tmp_path: Path, unet: nn.Module, case: str) -> None:
     model = model_of(unet, **CASES[case])
     if model.switches():
         model.use_bits([4, 8, 6, 4])
     given = inputs(501, 501)
-    found = export(model, given, tmp_path, halves=pairs_saturate(), threads=1)
+    found = export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
     manifest, count = manifest_of(tmp_path), 0 if case == "outputs" else len(model.plan.sites)
-    assert sum(row["executed"] == "int8" for row in manifest["sites"]) == count
+    assert sum(row["executed"] == "int8" for row in manifest["layers"]) == count
     assert len(found.products) == count
     assert any(kernel.endswith("8") for kernel in manifest["kernels"]) == (case != "outputs")
     check_agreement(found, model, given)
 
 
 def test_the_whole_model_alone_in_another_process(
-    tmp_path: Path, model: QuantizedUNet, found: Converted, folder: Path
+    tmp_path: Path, model: QuantizedUNet, found: ConvertedModel, folder: Path
 ) -> None:
-    """With numpy and openvino and nothing of ours but the loader; another batch than the exported one, and an odd rest."""
+    """With numpy and openvino and nothing of ours but the runtime; another batch than the exported one, and an odd rest."""
     given = inputs(501, 501, 501)
     np.save(tmp_path / "x.npy", given["sample"].numpy())
     program = f"""
 import importlib.util, sys
 from pathlib import Path
 import numpy as np
-spec = importlib.util.spec_from_file_location("loader", {str(LOADER)!r})
-loader = importlib.util.module_from_spec(spec); spec.loader.exec_module(loader)
-unet = loader.Deployed(Path({str(folder)!r}), batch=2, threads=1)
+spec = importlib.util.spec_from_file_location("runtime", {str(RUNTIME)!r})
+runtime = importlib.util.module_from_spec(spec); spec.loader.exec_module(runtime)
+unet = runtime.ExportedUNet(Path({str(folder)!r}), batch=2, threads=1)
 np.save({str(tmp_path / "y.npy")!r}, unet(np.load({str(tmp_path / "x.npy")!r}), 501))
 assert not {{"torch", "tfmq_exp", "diffusers"}} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     with torch.no_grad():
-        wanted = model(**given).sample
-    # a few codes at ties move all that follows; one wrong site moves it by more than that
-    assert relative(torch.from_numpy(np.load(tmp_path / "y.npy")), wanted) < 1e-3
+        expected = model(**given).sample
+    # a few codes at ties move all that follows; one wrong layer moves it by more than that
+    assert relative(torch.from_numpy(np.load(tmp_path / "y.npy")), expected) < 1e-3
 
 
-def test_rows_at_several_steps(model: QuantizedUNet, found: Converted, folder: Path) -> None:
+def test_rows_at_several_steps(model: QuantizedUNet, found: ConvertedModel, folder: Path) -> None:
     mixed = inputs(751, 1, 751)
     opened: Any = OpenVINO(1, "f32", None).open(model, folder, batch=2)
     with torch.no_grad():
-        wanted = model(**mixed).sample
-    assert relative(opened(**mixed).sample, wanted) < 1e-3
+        expected = model(**mixed).sample
+    assert relative(opened(**mixed).sample, expected) < 1e-3
     with pytest.raises(ValueError, match="timestep 500 is none of the 4 exported ones"):
-        opened.deployed(mixed["sample"].numpy(), 500)
+        opened.exported(mixed["sample"].numpy(), 500)
 
 
-def relative(x: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((x - wanted).square().mean() / wanted.square().mean())
+def relative(x: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((x - expected).square().mean() / expected.square().mean())
 
 
-def test_bytes_on_the_disk(model: QuantizedUNet, found: Converted, folder: Path) -> None:
+def test_bytes_on_the_disk(model: QuantizedUNet, found: ConvertedModel, folder: Path) -> None:
     stored = manifest_of(folder)["bytes"]
     weights = sum(model.layer(name).weight.numel() for name in model.plan.sites)
     channels = sum(len(model.layer(name).weight) for name in model.plan.sites)
@@ -153,21 +152,21 @@ def test_conditional_networks_and_stored_features(tmp_path: Path, tiny_condition
     width = len(model.layer(site).weight)
     model.cache_feature(site, cached(torch.randn(4, width, generator=torch.Generator().manual_seed(0)), 8))
     given = example_inputs(tiny_conditional_unet, (251, 251))
-    export(model, given, tmp_path, halves=pairs_saturate(), threads=1)
+    export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
     opened = OpenVINO(1, "f32", None).open(model, tmp_path, batch=2)
     with torch.no_grad():
-        wanted = model(**given).sample
-    assert relative(opened(**given).sample, wanted) < 2e-3
+        expected = model(**given).sample
+    assert relative(opened(**given).sample, expected) < 2e-3
 
 
 def test_eight_bits_with_a_zero_point_need_another_channel(tmp_path: Path, unet: nn.Module) -> None:
     model = asymmetric(unet)
     given = inputs(501)
-    found = export(model, given, tmp_path, halves=pairs_saturate(), threads=1)
-    rows = {row["site"]: row for row in json.loads((tmp_path / "deployed.json").read_text())["sites"]}
-    names = [name for name, row in rows.items() if row["form"] == "extra channel of ones"]
+    found = export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
+    rows = {row["layer"]: row for row in json.loads((tmp_path / "deployed.json").read_text())["layers"]}
+    names = [name for name, row in rows.items() if row["note"] == "extra channel of ones"]
     assert len(names) > 0.9 * len(rows)
-    seen = agreement(found, model, given, steps=(1,), sites=names, threads=1)
+    seen = compare_layers(found, model, given, steps=(1,), layers=names, threads=1)
     assert not [row for row in seen if row.unexplained]
 
 
@@ -178,11 +177,11 @@ def asymmetric(unet: nn.Module) -> QuantizedUNet:
     return calibrated(build_quantized_unet(unet, replace(plan, sites=sites), MinMax()))
 
 
-def test_a_site_in_floating_point_is_an_error_that_names_it() -> None:
-    integer = Executed(("a/product0",), "Convolution", "jit_avx2_I8", ("u8", "i8", "f32"))
-    behind = Executed(("b/product0/DequantizationMultiply",), "FullyConnected", "jit_gemm_i8", ("u8", "i8"))
-    unpacked = Executed(("c/product0",), "FullyConnected", "brgemm_avx512_I8", ("f32", "i8"))
-    floating = Executed(("d/product0", "Add_1"), "Convolution", "brgconv_avx2_f32", ("f32", "f32"))
+def test_a_layer_in_floating_point_is_an_error_that_names_it() -> None:
+    integer = ExecutedKernel(("a/product0",), "Convolution", "jit_avx2_I8", ("u8", "i8", "f32"))
+    behind = ExecutedKernel(("b/product0/DequantizationMultiply",), "FullyConnected", "jit_gemm_i8", ("u8", "i8"))
+    unpacked = ExecutedKernel(("c/product0",), "FullyConnected", "brgemm_avx512_I8", ("f32", "i8"))
+    floating = ExecutedKernel(("d/product0", "Add_1"), "Convolution", "brgconv_avx2_f32", ("f32", "f32"))
     graph = [integer, behind, unpacked, floating]
     check_integer(graph, {"a": ["a/product0"], "b": ["b/product0"]})
     with pytest.raises(
@@ -193,13 +192,13 @@ def test_a_site_in_floating_point_is_an_error_that_names_it() -> None:
 
 def test_an_input_that_is_in_no_record_is_not_left_float(unet: nn.Module) -> None:
     model = model_of(unet, activation=[4, 8], scales=ScalePlan(DYNAMIC, DYNAMIC))
-    with pytest.raises(ValueError, match="'conv_in' cannot be converted: scales of a Dynamic source are no table"):
-        converted(model, examine(model), inputs(501))
+    with pytest.raises(ValueError, match="'conv_in' cannot be converted: bits are chosen by sampling step"):
+        convert(model, deployed_layers(model), inputs(501))
 
 
 def test_ties_are_rare_and_found(unet: nn.Module) -> None:
     model = model_of(unet, scales="none")
-    grid, step = grid_of(model.layer("conv_in").input_quantizer, 4), torch.tensor([0])
+    grid, step = activation_scale(model.layer("conv_in").input_quantizer, 4), torch.tensor([0])
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert at_tie(grid, x, step).float().mean() < 2e-3
     scale = grid.of_rows(x, step).scale
@@ -209,9 +208,9 @@ def test_ties_are_rare_and_found(unet: nn.Module) -> None:
 
 def test_bad_choices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="f32 or bf16, got 'f16'"):
-        settings(1, "f16")
+        compile_settings(1, "f16")
     with pytest.raises(ValueError, match=r"no exported model: there is no deployed\.json"):
-        Deployed(tmp_path)
+        ExportedUNet(tmp_path)
     (tmp_path / "deployed.json").write_text('{"format": "other"}')
     with pytest.raises(ValueError, match="of format 'other'"):
-        Deployed(tmp_path)
+        ExportedUNet(tmp_path)

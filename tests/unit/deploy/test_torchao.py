@@ -12,15 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 
-from tests.unit.deploy.subject import CASES as SHARED
-from tests.unit.deploy.subject import inputs, model_of, one_level_unet, weight
-from tfmq_exp.deploy import engine, torchao_engine, torchao_products
-from tfmq_exp.deploy.activations import StepGrid
+from tests.helpers.deployed import CASES as SHARED
+from tests.helpers.deployed import inputs, layer_inputs, model_of, one_level_unet, weight
+from tfmq_exp.deploy import engine
+from tfmq_exp.deploy.activation_tables import ScaleTable
 from tfmq_exp.deploy.engine import read_manifest
-from tfmq_exp.deploy.sites import Piece, Site, examine
-from tfmq_exp.deploy.torchao_engine import PRODUCTS, MatrixLayer, TorchAO, obstacle, rows_of
-from tfmq_exp.deploy.torchao_products import Fp8Product, Int4Product, Int8Product
-from tfmq_exp.deploy.weights import per_row, signed_weight
+from tfmq_exp.deploy.layer_report import DeployedLayer, DeployedProduct, deployed_layers
+from tfmq_exp.deploy.product_layers import ProductLayer
+from tfmq_exp.deploy.torchao import products as torchao_products
+from tfmq_exp.deploy.torchao.engine import TorchAO
+from tfmq_exp.deploy.torchao.products import FORMATS, Int8Product, fp8_product, int4_product, safe_int_mm
+from tfmq_exp.deploy.weight_tables import per_row, signed_weight
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -47,24 +49,18 @@ def models(unet: nn.Module) -> Mapping[str, QuantizedUNet]:
     return made
 
 
-def layers(model: QuantizedUNet, form: str, device: torch.device) -> list[tuple[Site, Tensor, Tensor]]:
-    """Every layer that goes through a form: its input in the simulation, and what a form's layer makes of it."""
-    seen: dict[str, Tensor] = {}
-    handles = [
-        model.layer(site).register_forward_pre_hook(lambda _, args, site=site: seen.__setitem__(site, args[0]))
-        for site in model.plan.sites
-    ]
+def layers(model: QuantizedUNet, dtype: str, device: torch.device) -> list[tuple[DeployedLayer, Tensor, Tensor]]:
+    """Every layer that is executed in a dtype: its input in the simulation, and its output."""
     given = inputs(501, 1, 501)
-    with torch.no_grad():
-        model(**given)
-        for handle in handles:
-            handle.remove()
-        sites = [site for site in examine(model) if not obstacle(site, PRODUCTS[form])]
-        with model.context.at(given["timestep"].to(device)):
-            made = [MatrixLayer(site, model.context, PRODUCTS[form], device).to(device) for site in sites]
-            found = [layer(seen[site.name].to(device)).cpu() for layer, site in zip(made, sites, strict=True)]
-        model.cpu()
-    return [(site, seen[site.name], y) for site, y in zip(sites, found, strict=True)]
+    seen, found = layer_inputs(model, given), []
+    model.to(device)
+    with model.context.at(given["timestep"].to(device)), torch.no_grad():
+        for deployed in deployed_layers(model):
+            if products := FORMATS[dtype].products(deployed, device):
+                layer = ProductLayer(deployed, products, model.context).to(device)
+                found.append((deployed, seen[deployed.name], layer(seen[deployed.name].to(device)).cpu()))
+    model.cpu()
+    return found
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
@@ -77,19 +73,19 @@ def test_int8_layers_are_those_of_the_simulation(
 
     def noted(rows: Tensor, matrix: Tensor) -> Tensor:
         sizes.append((len(rows), *matrix.shape))
-        return torchao_engine.safe_int_mm(rows, matrix)
+        return safe_int_mm(rows, matrix)
 
     with mock.patch.object(torchao_products, "safe_int_mm", noted):
         found = layers(model, "int8", device)
     assert len(found) == 25
-    assert sum(isinstance(site.layer, nn.Conv2d) for site, *_ in found) == 2
+    assert sum(isinstance(deployed.layer, nn.Conv2d) for deployed, *_ in found) == 2
     with model.context.at(inputs(501, 1, 501)["timestep"]), torch.no_grad():
-        for site, x, y in found:
-            wanted = site.layer(x)
-            beyond = (y - wanted).abs() > 5e-6 * wanted.abs().max()
-            assert beyond.double().mean() < (1e-3 if site.output else 1e-9), (
-                site.name
-            )  # an output at a tie may go either way
+        for deployed, x, y in found:
+            expected = deployed.layer(x)
+            beyond = (y - expected).abs() > 5e-6 * expected.abs().max()
+            assert beyond.double().mean() < (1e-3 if deployed.output else 1e-9), (
+                deployed.name
+            )  # an output at a tie may be rounded either way
     assert all(rows > 16 and inner % 8 == 0 and out % 8 == 0 for rows, inner, out in sizes)
 
 
@@ -106,13 +102,13 @@ def plain(parts: tuple[QuantizedWeight, ...]) -> list[tuple[Tensor, Tensor]]:
     return [(part.qparams.scale.double().reshape(-1, 1), value) for part, value in zip(parts, values, strict=True)]
 
 
-def slow(form: str, parts: tuple[QuantizedWeight, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a form says it computes, channels last and without bias, in float64; and the size of what bfloat16 rounds."""
+def slow(dtype: str, parts: tuple[QuantizedWeight, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a dtype says it computes, channels last and without bias, in float64; and the size of what bfloat16 rounds."""
     total, rounded = torch.zeros(()), torch.zeros(())
     pieces = x.split([value.shape[1] for _, value in plain(parts)], dim=-1)
     for piece, (scale, value) in zip(pieces, plain(parts), strict=True):
         rows = piece.bfloat16()
-        if form == "fp8":
+        if dtype == "fp8":
             unit = (rows.abs().amax(-1, keepdim=True) / 448).float()
             y = (e4m3(rows.float() / unit) * unit.double()) @ (scale * e4m3(value)).T
         else:
@@ -123,33 +119,35 @@ def slow(form: str, parts: tuple[QuantizedWeight, ...], x: Tensor) -> tuple[Tens
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize(
-    ("form", "case"),
+    ("dtype", "case"),
     [
-        ("fp8", "tables for all sites"),
+        ("fp8", "tables for all layers"),
         ("fp8", "eight bits"),
         ("fp8", "split"),
-        ("int4", "tables for all sites"),
+        ("int4", "tables for all layers"),
         ("int4", "split"),
         ("int4", "float inputs"),
     ],
 )
 def test_fp8_and_int4_are_what_they_are_said_to_be(
-    models: Mapping[str, QuantizedUNet], form: str, case: str, device: torch.device
+    models: Mapping[str, QuantizedUNet], dtype: str, case: str, device: torch.device
 ) -> None:
     """But for the last bit of bfloat16, in which products leave the kernel, and float32 sums."""
     model = models[case]
-    found = layers(model, form, device)
+    found = layers(model, dtype, device)
     assert len(found) == 25
-    for site, x, y in found:
-        axis = 1 if isinstance(site.layer, nn.Conv2d) else -1
-        wanted, rounded = slow(form, model.integers[site.name], x.movedim(axis, -1))
+    for deployed, x, y in found:
+        axis = 1 if isinstance(deployed.layer, nn.Conv2d) else -1
+        expected, rounded = slow(dtype, model.integers[deployed.name], x.movedim(axis, -1))
         allowed = 2**-8 * rounded + 1e-5 * rounded.amax()
-        assert ((y.movedim(axis, -1).double() - site.layer.bias.double() - wanted).abs() <= allowed).all(), site.name  # type: ignore[operator]
+        assert ((y.movedim(axis, -1).double() - deployed.layer.bias.double() - expected).abs() <= allowed).all(), (
+            deployed.name
+        )  # type: ignore[operator]
 
 
-def grid_at(scale: list[float], zero_point: list[float], **further: float) -> StepGrid:
+def grid_at(scale: list[float], zero_point: list[float], **further: float) -> ScaleTable:
     numbers = {"lowest": -100.0, "highest": 155.0, "gain": 1.0, "offset": 0.0, "pruned": 0.0, **further}
-    return StepGrid(torch.tensor(scale), torch.tensor(zero_point), *(torch.full((2,), v) for v in numbers.values()))
+    return ScaleTable(torch.tensor(scale), torch.tensor(zero_point), *(torch.full((2,), v) for v in numbers.values()))
 
 
 @pytest.mark.parametrize("zero_point", [0.0, 97.0, 255.0])
@@ -163,9 +161,9 @@ def test_int8_with_all_that_a_grid_can_have(zero_point: float, offset: float) ->
     x = (per_row(grid.scale[steps], 3) * (codes - per_row(grid.zero_point[steps], 3)) + offset).float()
     real = 1.5 * (x.double() - offset) + offset
     ((scale, value),) = plain((parts,))
-    wanted = (real @ (scale * value).T).flatten(0, 1)
-    found = Int8Product(Piece(37, signed_weight(parts), grid), -1, CPU)(x, steps)
-    assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max()
+    expected = real @ (scale * value).T
+    found = Int8Product(DeployedProduct(37, signed_weight(parts), grid), -1, CPU)(x, steps)
+    assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("zero_point", [7.0, 19.0, 200.0])
@@ -175,100 +173,105 @@ def test_nothing_is_lost_where_a_format_is_exact(zero_point: float) -> None:
     ((scale, value),) = plain((parts,))
     x = torch.zeros(3, 37)
     x[0, 5], x[1, 36] = 448.0, -448.0  # the third row is zero
-    wanted = x.double() @ (scale * value).T
-    piece, steps = Piece(37, signed_weight(parts), None), torch.zeros(3, dtype=torch.long)
-    assert torch.allclose(Int4Product(piece, -1, CPU)(x, steps).double(), wanted, rtol=2**-8, atol=0)
+    expected = x.double() @ (scale * value).T
+    piece, steps = DeployedProduct(37, signed_weight(parts), None), torch.zeros(3, dtype=torch.long)
+    assert torch.allclose(int4_product(piece, -1, CPU)(x, steps).double(), expected, rtol=2**-8, atol=0)
     small = x / 448
-    assert torch.allclose(Int4Product(piece, -1, CPU)(small, steps).double(), wanted / 448, rtol=2**-23, atol=0)
-    assert torch.allclose(Fp8Product(piece, -1, CPU)(x, steps)[2], torch.zeros(22))
+    assert torch.allclose(int4_product(piece, -1, CPU)(small, steps).double(), expected / 448, rtol=2**-23, atol=0)
+    assert torch.allclose(fp8_product(piece, -1, CPU)(x, steps)[2], torch.zeros(22))
 
 
 def test_a_row_says_what_is_executed_and_why_not(models: Mapping[str, QuantizedUNet], tmp_path: Path) -> None:
     attention, convolution = "mid_block.attentions.0.to_q", "mid_block.resnets.0.conv1"
 
-    def row(case: str, form: str, site: str) -> Mapping[str, Any]:
-        return next(row for row in rows_of(models[case], form) if row["site"] == site)
+    def rows(case: str, dtype: str) -> list[dict[str, Any]]:
+        TorchAO(dtype, "cpu").export(models[case], {}, tmp_path)
+        return read_manifest(tmp_path)["layers"]
+
+    def row(case: str, dtype: str, layer: str) -> Mapping[str, Any]:
+        return next(row for row in rows(case, dtype) if row["layer"] == layer)
 
     assert row("split", "int8", attention)["executed"] == "int8"
     assert row("split", "int8", convolution)["why"] == "torchao has no integer convolution"
     assert row("split", "fp8", convolution)["executed"] == "float"
-    assert row("split", "fp8", attention)["form"].startswith("weights exact in e4m3")
-    assert row("eight bits", "fp8", attention)["form"].startswith("weights rounded in e4m3")
+    assert row("split", "fp8", attention)["note"].startswith("weights exact in e4m3")
+    assert row("eight bits", "fp8", attention)["note"].startswith("weights rounded in e4m3")
     assert row("eight bits", "int4", attention)["why"] == "weights of 8 bits; int4 holds 4"
     assert row("float inputs", "int8", attention)["why"] == "its input is not quantized"
     assert row("float inputs", "int4", attention)["executed"] == "int4"
     shared = row("split", "int4", "up_blocks.0.resnets.0.conv_shortcut")
     assert (shared["executed"], shared["products"], shared["weight_bits"]) == ("int4", 2, "4")
-    rows = rows_of(models["split"], "int4")
-    TorchAO("int4", "cpu").export(models["split"], {}, tmp_path)
-    assert read_manifest(tmp_path)["sites"] == rows
-    assert len(rows) == sum(isinstance(module, nn.Linear | nn.Conv2d) for module in models["split"].unet.modules())
+    assert len(rows("split", "int4")) == sum(
+        isinstance(module, nn.Linear | nn.Conv2d) for module in models["split"].unet.modules()
+    )
 
 
 @pytest.mark.parametrize(
-    ("form", "parts", "reason"),
+    ("dtype", "parts", "reason"),
     [
         ("int4", weight(4, "affine", 300.0, (6, 4)), "292 codes from the middle; the kernel's bfloat16 holds 256"),
         ("fp8", weight(8, "affine", 500.0, (6, 4)), "a weight of 500 steps; e4m3 ends at 448"),
     ],
 )
-def test_numbers_that_a_format_does_not_hold(form: str, parts: QuantizedWeight, reason: str) -> None:
-    site = Site("a", mock.Mock(spec=nn.Linear), (Piece(4, signed_weight(parts), None),), None, "")
-    assert reason in obstacle(site, PRODUCTS[form])
+def test_numbers_that_a_format_does_not_hold(dtype: str, parts: QuantizedWeight, reason: str) -> None:
+    deployed = DeployedLayer(
+        "a", mock.Mock(spec=nn.Linear), (DeployedProduct(4, signed_weight(parts), None),), None, ""
+    )
+    assert reason in FORMATS[dtype].why_not(deployed)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 def test_the_whole_network(models: Mapping[str, QuantizedUNet], device: torch.device) -> None:
     """Rounding errors of sums rarely move a code; float arithmetic moves many. The simulation stays what it was."""
-    model, given, found = models["tables for all sites"], inputs(501, 1), {}
+    model, given, found = models["tables for all layers"], inputs(501, 1), {}
     with torch.no_grad():
         before = model(**given).sample
-        for form in PRODUCTS:
-            opened = TorchAO(form, str(device)).open(model, Path(), batch=2)
-            assert sum(isinstance(module, MatrixLayer) for module in opened.modules()) == 25
-            found[form] = float((opened(**given).sample - before).square().mean() / before.square().mean())
+        for dtype in FORMATS:
+            opened = TorchAO(dtype, str(device)).open(model, Path(), batch=2)
+            assert sum(isinstance(module, ProductLayer) for module in opened.modules()) == 25
+            found[dtype] = float((opened(**given).sample - before).square().mean() / before.square().mean())
         assert torch.equal(model(**given).sample, before)
     assert found["int8"] < 1e-4 < found["int4"] < found["fp8"] < 1e-2
 
 
 def test_sizes_and_devices_pass_torchs_checks_for_cuda() -> None:
     """Tensors without numbers, said to be on a GPU: operators check shapes, types and devices of what they would be given."""
-    piece = Piece(37, signed_weight(weight(4, "affine", 7.0, (22, 37))), grid_at([0.5, 0.25], [0.0, 9.0]))
+    piece = DeployedProduct(37, signed_weight(weight(4, "affine", 7.0, (22, 37))), grid_at([0.5, 0.25], [0.0, 9.0]))
     int8 = Int8Product(piece, 1, CPU)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         device = torch.device("cuda")
         for name, value in list(vars(int8).items()):
             setattr(int8, name, value.to(device) if isinstance(value, Tensor) else value)
-        int8.grid = torchao_products.on(int8.grid, device)
+        int8.input = ScaleTable(*(column.to(device) for column in int8.input))  # type: ignore[union-attr]
         x, steps = torch.empty(3, 37, 5, 5, device=device), torch.zeros(3, dtype=torch.long, device=device)
         with mock.patch.object(
-            StepGrid, "placed", lambda grid, x: x / per_row(grid.scale, x.dim())
+            ScaleTable, "scaled", lambda table, x: x / per_row(table.scale, x.dim())
         ):  # the true one looks at numbers
-            found = [int8(x, steps), *(made(piece, 1, device)(x, steps) for made in (Fp8Product, Int4Product))]
+            found = [int8(x, steps), *(made(piece, 1, device)(x, steps) for made in (fp8_product, int4_product))]
         for y in found:
-            assert (tuple(y.shape), y.dtype, y.device.type) == ((75, 22), torch.float32, "cuda")
+            assert (tuple(y.shape), y.dtype, y.device.type) == ((3, 22, 5, 5), torch.float32, "cuda")
 
 
 def test_what_is_missing_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs a CUDA device.*engine=openvino or engine=onednn"):
-        engine.torchao("int8")
+        TorchAO("int8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A10")
-    made = engine.torchao("int4")
-    assert (made.identity["form"], made.identity["device"]) == ("int4", "cuda")
-    with pytest.raises(ValueError, match=r"engine.form=fp8 needs .* 8.9 or more; A10 has 8.6"):
-        engine.torchao("fp8")
-    with pytest.raises(ValueError, match=r"engine.form must be int8, fp8, int4, got 'int2'"):
+    made = TorchAO("int4")
+    assert (made.identity["dtype"], made.identity["device"]) == ("int4", "cuda")
+    with pytest.raises(ValueError, match=r"engine.dtype=fp8 needs .* 8.9 or more; A10 has 8.6"):
+        TorchAO("fp8")
+    with pytest.raises(ValueError, match=r"engine.dtype must be int8, fp8, int4, got 'int2'"):
         TorchAO("int2", "cpu")
     monkeypatch.setattr(engine, "version", mock.Mock(side_effect=engine.PackageNotFoundError))
     with pytest.raises(ValueError, match=r"pip install 'tfmq_exp\[torchao\]'"):
-        engine.torchao("int8")
+        TorchAO("int8")
 
 
 def test_an_integer_product_that_is_none_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchao multiplies in float32, without a word, where CUDA's kernel fails."""
-    monkeypatch.setattr(torchao_engine, "safe_int_mm", lambda a, b: (a.float() @ b.float()).to(torch.int32))
+    monkeypatch.setattr(torchao_products, "safe_int_mm", lambda a, b: (a.float() @ b.float()).to(torch.int32))
     with pytest.raises(ValueError, match="for 33016063"):
         TorchAO("int8", "cpu").open(mock.Mock(), Path(), batch=1)

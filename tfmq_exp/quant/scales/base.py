@@ -27,6 +27,10 @@ class Source(nn.Module):
         """The parameters to quantize `x` with, broadcastable against it."""
         raise NotImplementedError
 
+    def step_table(self, steps: int) -> QParams | None:
+        """Scale and zero point of every sampling step, shape [steps]; None where they depend on the tensor."""
+        return None
+
     def uncalibrated(self) -> list[int]:
         """Entries that have seen no data yet and cannot quantize."""
         return []

@@ -69,6 +69,9 @@ class FromStatistics(Static):
             scale = intervals(self.scale, self.mlp(read).squeeze(1)).reshape(-1, *(1,) * (x.dim() - 1))
         return QParams(scale, torch.zeros_like(scale, requires_grad=False))
 
+    def step_table(self, steps: int) -> None:
+        """None: the scale depends on the tensor."""
+
     def trainable(self) -> Iterator[nn.Parameter]:
         """The network."""
         return self.mlp.parameters()

@@ -51,3 +51,7 @@ class PerStep(EMARange):
         entries = self.entry_of_step[self.context.index]
         shape = (len(entries),) + (1,) * (x.dim() - 1)
         return QParams(self.scale[entries].reshape(shape), self.zero_point[entries].reshape(shape))
+
+    def step_table(self, steps: int) -> QParams:
+        """The entry of every step."""
+        return QParams(self.scale[self.entry_of_step], self.zero_point[self.entry_of_step])

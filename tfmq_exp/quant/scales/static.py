@@ -22,3 +22,7 @@ class Static(EMARange):
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
         """The same pair for every row."""
         return QParams(self.scale, self.zero_point)
+
+    def step_table(self, steps: int) -> QParams | None:
+        """The same entry for every step."""
+        return QParams(self.scale.expand(steps), self.zero_point.expand(steps))

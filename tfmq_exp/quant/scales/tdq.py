@@ -107,6 +107,10 @@ class Generated(Static):
         self.mlp = network(self.encoded.shape[1], self.hidden, dropout, last, torch.Generator().manual_seed(seed))
         self.rows: Float[Tensor, "batch"] | None = None  # the batch's intervals, where a bank has evaluated the network
 
+    def step_table(self, steps: int) -> QParams:
+        """`table`."""
+        return self.table()
+
     def table(self) -> QParams:
         """Scale and zero point of every step of the finite set, shape [steps]."""
         scale = intervals(self.scale, self.mlp(self.encoded).squeeze(1))

@@ -73,7 +73,7 @@ class Run:
         """The configured engine; empty for simulated quantization alone."""
         node = self.config.get("engine")
         target = str(node.get("_target_", "")) if isinstance(node, Mapping) else ""
-        return self.choices.get("engine", target.rpartition(".")[2]) if target else ""
+        return self.choices.get("engine", target.rpartition(".")[2].lower()) if target else ""
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("openvino")
-from tfmq_exp.deploy.loader import FORMAT, Deployed
+from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet
 
 pytestmark = pytest.mark.bad_input
 
@@ -32,7 +32,7 @@ def test_what_is_no_exported_model(changes: dict[str, Any], words: str, tmp_path
         if content is not None:
             (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=r"\S") as caught:
-        Deployed(tmp_path)
+        ExportedUNet(tmp_path)
     assert words in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,12 +1,12 @@
-"""The engine's form of a weight says what the simulation's says."""
+"""Signed bytes represent the same weight as the simulation."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from tests.unit.deploy.subject import weight
-from tfmq_exp.deploy.weights import DoesNotFit, halves, signed_weight
+from tests.helpers.deployed import weight
+from tfmq_exp.deploy.weight_tables import NotRepresentableError, signed_weight, split_in_two
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
@@ -37,9 +37,9 @@ def test_the_same_real_numbers(bits: int, scheme: Any, zero_point: int, exact: b
 
 def test_halves_add_up_and_no_pair_of_them_overflows() -> None:
     signed = torch.arange(-128, 128, dtype=torch.int8).reshape(256, 1)
-    low, high = halves(signed).split(256)
+    low, high = split_in_two(signed).split(256)
     assert torch.equal(low.int() + high.int(), signed.int())
-    assert 2 * 255 * int(halves(signed).int().abs().max()) < 2**15
+    assert 2 * 255 * int(split_in_two(signed).int().abs().max()) < 2**15
 
 
 def test_one_scale_for_the_whole_tensor() -> None:
@@ -51,9 +51,9 @@ def test_one_scale_for_the_whole_tensor() -> None:
 
 
 def test_what_does_not_fit_says_why() -> None:
-    with pytest.raises(DoesNotFit, match=r"zero point of 2\.5 is no integer"):
+    with pytest.raises(NotRepresentableError, match=r"zero point of 2\.5 is no integer"):
         signed_weight(weight(4, "affine", 2.5))
     codes = torch.zeros(4, 6, dtype=torch.uint8)
     by_input = QParams(torch.ones(1, 6), torch.zeros(1, 6))
-    with pytest.raises(DoesNotFit, match="6 weight scales for 4 output channels"):
+    with pytest.raises(NotRepresentableError, match="6 weight scales for 4 output channels"):
         signed_weight(QuantizedWeight(codes, by_input, QuantSpec(4, "affine", axis=1)))

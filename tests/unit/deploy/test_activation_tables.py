@@ -1,4 +1,4 @@
-"""Every kind of grid: its record says what the quantizer does, and both engines multiply its codes."""
+"""Every kind of activation quantizer: its table is what the quantizer does, and both engines multiply its codes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,10 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS
-from tfmq_exp.deploy.activations import Grid, LiveGrid, Rule, StepGrid, grid_of
-from tfmq_exp.deploy.onednn_engine import IntegerLayer, available, saturating
-from tfmq_exp.deploy.sites import Piece, Site
-from tfmq_exp.deploy.weights import DoesNotFit, signed_weight
+from tfmq_exp.deploy.activation_tables import (
+    ActivationScale,
+    RuntimeScale,
+    ScaleTable,
+    activation_scale,
+    check_bytes,
+)
+from tfmq_exp.deploy.layer_report import DeployedLayer, DeployedProduct
+from tfmq_exp.deploy.onednn import available, onednn_products, pairs_saturate
+from tfmq_exp.deploy.product_layers import ProductLayer
+from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row, signed_weight
 from tfmq_exp.quant.layers import QUANT_LAYERS, QuantLayer
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.qat.base import QATQuantizeFn
@@ -97,45 +104,53 @@ def quantizer_of(kind: Kind, context: TimestepContext) -> TrainableQuantizer:
     return quantizer.eval()
 
 
-def site(kind: Kind, layer: nn.Module, context: TimestepContext) -> Site:
+def deployed(kind: Kind, layer: nn.Module, context: TimestepContext) -> DeployedLayer:
     """A layer with four-bit weights behind such a quantizer."""
-    twin: QuantLayer = QUANT_LAYERS[type(layer)].from_float(layer)
-    weights = WeightQuantizer(twin.weight, QuantSpec(4, axis=0), MinMax())
-    weights.observe(twin.weight)
-    twin.weight_quantizer, twin.input_quantizer = weights, quantizer_of(kind, context)
-    (integers,) = twin.quantized_weight()
-    twin.freeze_weight((integers,))
-    grid = grid_of(twin.input_quantizer, context.num_steps)
-    grid.check_bytes()
-    return Site("layer", twin.requires_grad_(False), (Piece(32, signed_weight(integers), grid),), None, "")
+    quantized: QuantLayer = QUANT_LAYERS[type(layer)].from_float(layer)
+    weights = WeightQuantizer(quantized.weight, QuantSpec(4, axis=0), MinMax())
+    weights.observe(quantized.weight)
+    quantized.weight_quantizer, quantized.input_quantizer = weights, quantizer_of(kind, context)
+    (integers,) = quantized.quantized_weight()
+    quantized.freeze_weight((integers,))
+    grid = activation_scale(quantized.input_quantizer, context.num_steps)
+    check_bytes(grid.table)
+    return DeployedLayer(
+        "layer", quantized.requires_grad_(False), (DeployedProduct(32, signed_weight(integers), grid),), None, ""
+    )
 
 
-def subject(name: str, layer: str) -> tuple[Site, TimestepContext, Tensor]:
-    """The site, its context, and an input with a row for every step."""
+def example(name: str, layer: str) -> tuple[DeployedLayer, TimestepContext, Tensor]:
+    """The layer, its context, and an input with a row for every step."""
     context = TimestepContext(TIMESTEPS)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         made = LAYERS[layer]()
     x = noise(len(TIMESTEPS), 32, 6, 6, seed=3) - 0.1
-    return site(KINDS[name], made, context), context, x.flatten(2).mT.contiguous() if layer == "linear" else x
+    return deployed(KINDS[name], made, context), context, x.flatten(2).mT.contiguous() if layer == "linear" else x
+
+
+def dequantized(table: ScaleTable, codes: Tensor) -> Tensor:
+    columns = (table.zero_point, table.output_scale, table.offset)
+    zero_point, scale, offset = (per_row(column, codes.dim()) for column in columns)
+    return (codes - zero_point) * scale + offset
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_codes_of_the_record_are_the_quantizers(name: str) -> None:
+def test_codes_of_the_table_are_the_quantizers(name: str) -> None:
     """Bit by bit, rows at different steps; and each is an integer between the ends."""
     context, kind = TimestepContext(TIMESTEPS), KINDS[name]
     quantizer = quantizer_of(kind, context)
-    grid = grid_of(quantizer, len(TIMESTEPS))
-    assert isinstance(grid, StepGrid | LiveGrid)
-    assert isinstance(grid, LiveGrid) == kind.scale.startswith(("sample", "tensor", "statistics"))
+    grid = activation_scale(quantizer, len(TIMESTEPS))
+    assert isinstance(grid, ScaleTable | RuntimeScale)
+    assert isinstance(grid, RuntimeScale) == kind.scale.startswith(("sample", "tensor", "statistics"))
     x = noise(len(TIMESTEPS), 32, 6, 6) * 1.5
     with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
         rows = grid.of_rows(x, STEPS)
         codes = rows.codes(x)
-        assert torch.equal(rows.real(codes), quantizer(x))
+        assert torch.equal(dequantized(rows, codes), quantizer(x))
     assert torch.equal(codes, codes.round())
     assert quantizer.low <= int(codes.min()) < int(codes.max()) <= quantizer.high
-    assert rows.width == grid.width <= 2**kind.bits
+    assert rows.num_codes == grid.table.num_codes <= 2**kind.bits
 
 
 def test_a_switch_between_trained_quantizers_is_one_table() -> None:
@@ -143,12 +158,12 @@ def test_a_switch_between_trained_quantizers_is_one_table() -> None:
     choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, centre="learned"), context) for bits in (4, 8)]
     switch = StepSwitch(choices, context)
     switch.use([8, 4, 4, 8])
-    grid = grid_of(switch, len(TIMESTEPS))
-    assert isinstance(grid, StepGrid)
+    grid = activation_scale(switch, len(TIMESTEPS))
+    assert isinstance(grid, ScaleTable)
     assert grid.highest.tolist() == [127, 7, 7, 127]
     x = noise(len(TIMESTEPS), 8)
     with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
-        assert torch.equal(grid.real(grid.codes(x)), switch(x))
+        assert torch.equal(dequantized(grid, grid.codes(x)), switch(x))
 
 
 def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
@@ -158,18 +173,18 @@ def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
         def for_inference(self) -> "Bent":
             return self
 
-    with pytest.raises(DoesNotFit, match=r"under the form Bent\(\), whose codes are not known; known are .* Lsq"):
-        grid_of(quantizer_of(Kind(Bent(), "static"), TimestepContext(TIMESTEPS)), 4)
+    with pytest.raises(NotRepresentableError, match=r"by Bent\(\), whose codes are not known; known are .* Lsq"):
+        activation_scale(quantizer_of(Kind(Bent(), "static"), TimestepContext(TIMESTEPS)), 4)
     bent = quantizer_of(Kind(Qil(), "static"), TimestepContext(TIMESTEPS))
     bent.form, bent.further["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
-    with pytest.raises(DoesNotFit, match=r"Qil\(pruned, gamma\)"):
-        grid_of(bent, 4)
+    with pytest.raises(NotRepresentableError, match=r"Qil\(pruned, gamma\)"):
+        activation_scale(bent, 4)
 
 
 def test_what_a_byte_does_not_hold() -> None:
-    wide = LiveGrid(SCALES["sample"].source(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS)), Rule(-256, 255))  # type: ignore[arg-type]
-    with pytest.raises(DoesNotFit, match="a grid of 512 integers; a byte has 256"):
-        wide.check_bytes()
+    quantizer = SCALES["sample"].quantizer(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS))
+    with pytest.raises(NotRepresentableError, match="a grid of 512 integers; a byte has 256"):
+        check_bytes(activation_scale(quantizer, len(TIMESTEPS)).table)
 
 
 CASES = [(name, "padded") for name in KINDS] + [
@@ -182,24 +197,25 @@ CASES = [(name, "padded") for name in KINDS] + [
 @pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN operators for integers")
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_onednn_multiplies_them(name: str, layer: str) -> None:
-    one, context, x = subject(name, layer)
+    one, context, x = example(name, layer)
     with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
-        wanted, found = one.layer(x), IntegerLayer(one, context, saturating())(x)
-    assert (found - wanted).abs().max() < 3e-6 * wanted.abs().max()
+        products = onednn_products(one, pairs_saturate()) or []
+        expected, found = one.layer(x), ProductLayer(one, products, context)(x)
+    assert (found - expected).abs().max() < 3e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_openvino_multiplies_them(name: str, layer: str) -> None:
     """In integers, and as the simulation at every step but where an input lies at a tie."""
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from tfmq_exp.deploy.agreement import compared
+    from tfmq_exp.deploy.openvino.parity import compare_layer
 
-    one, context, x = subject(name, layer)
+    one, context, x = example(name, layer)
     run, integer = compiled(one, list(x.shape[1:]))
     assert integer
     for step, t in enumerate(TIMESTEPS):
         with context.at(torch.full((len(x),), t)), torch.no_grad():
-            row = compared(one, context.index, x, torch.from_numpy(run([x.numpy(), step])[0]))
+            row = compare_layer(one, context.index, x, torch.from_numpy(run([x.numpy(), step])[0]))
         assert (row.unexplained, row.step) == (0, step)
         assert row.beyond < 0.1 * row.outputs
         assert row.error < 0.05
@@ -209,45 +225,45 @@ def test_openvino_multiplies_them(name: str, layer: str) -> None:
 def test_openvino_puts_real_numbers_on_them(name: str) -> None:
     """Operands of attention, outputs, and inputs of layers whose weight is float."""
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from tfmq_exp.deploy.agreement import at_tie
-    from tfmq_exp.deploy.levels import on_grid
+    from tfmq_exp.deploy.openvino.fake_quantize import GraphQuantizer
+    from tfmq_exp.deploy.openvino.parity import at_tie
 
     context, x = TimestepContext(TIMESTEPS), noise(len(TIMESTEPS), 32, 6, 6)
     quantizer = quantizer_of(KINDS[name], context)
-    grid = grid_of(quantizer, len(TIMESTEPS))
-    run = stepped(grid, list(x.shape[1:]), lambda x, at: on_grid(x, grid, at))
+    grid = activation_scale(quantizer, len(TIMESTEPS))
+    run = stepped(grid, list(x.shape[1:]), lambda x, now: GraphQuantizer(grid, now).fake_quantize(x))
     for step, t in enumerate(TIMESTEPS):
         with context.at(torch.full((len(x),), t)), torch.no_grad():
-            found, wanted = torch.from_numpy(run([x.numpy(), step])[0]), quantizer(x)
-            wrong = (found - wanted).abs() > 1e-5 * wanted.abs().max()
+            found, expected = torch.from_numpy(run([x.numpy(), step])[0]), quantizer(x)
+            wrong = (found - expected).abs() > 1e-5 * expected.abs().max()
             assert not (wrong & ~at_tie(grid, x, context.index)).any()
 
 
-def compiled(one: Site, shape: list[int]) -> tuple[Any, bool]:
+def compiled(one: DeployedLayer, shape: list[int]) -> tuple[Any, bool]:
     """One layer as OpenVINO executes it, called with x and the step; and whether its product is in integers."""
-    from tfmq_exp.deploy.execution import executed
-    from tfmq_exp.deploy.graph import whole_site
+    from tfmq_exp.deploy.openvino.executed_kernels import executed_kernels
+    from tfmq_exp.deploy.openvino.graph import layer_graph
 
     def build(x: Any, at: Mapping[str, Any]) -> Any:
-        y, (product,) = whole_site(one, x, {f"0.{name}": node for name, node in at.items()})
+        y, (product,) = layer_graph(one, x, {f"0.{name}": node for name, node in at.items()})
         product.set_friendly_name("product")
         return y
 
-    run = stepped(one.pieces[0].grid, shape, build)
-    nodes = [n for n in executed(run) if n.product and any(layer.startswith("product") for layer in n.layers)]
+    run = stepped(one.products[0].input, shape, build)
+    nodes = [n for n in executed_kernels(run) if n.product and any(node.startswith("product") for node in n.nodes)]
     return run, len(nodes) == 1 and nodes[0].integer
 
 
-def stepped(grid: Grid | None, shape: list[int], build: Callable[[Any, Mapping[str, Any]], Any]) -> Any:
+def stepped(grid: ActivationScale | None, shape: list[int], build: Callable[[Any, Mapping[str, Any]], Any]) -> Any:
     """A compiled model of x and the step, given what becomes of x and of the step's numbers."""
     import numpy as np
     import openvino as ov
     import openvino.opset13 as ops
 
-    from tfmq_exp.deploy.levels import columns, constant
-    from tfmq_exp.deploy.loader import settings
+    from tfmq_exp.deploy.openvino.fake_quantize import constant, step_columns
+    from tfmq_exp.deploy.openvino.runtime import compile_settings
 
     x, step = ops.parameter([-1, *shape], np.float32), ops.parameter([], np.int64)
-    at = {name: ops.gather(constant(part), step, ops.constant(0)) for name, part in columns(grid).items()}
+    at = {name: ops.gather(constant(part), step, ops.constant(0)) for name, part in step_columns(grid).items()}
     model: Any = ov.Model([build(x.output(0), at)], [x, step])  # pyright: ignore[reportGeneralTypeIssues]
-    return ov.Core().compile_model(model, "CPU", settings(1, "f32"))
+    return ov.Core().compile_model(model, "CPU", compile_settings(1, "f32"))

@@ -1,4 +1,4 @@
-"""What is deployed in these tests: a network wide enough for every kernel, with everything about it drawn at random."""
+"""Models for tests of engines: a network wide enough for every kernel, with random parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from tfmq_exp.surgery.scales import DynamicScale, ScalePlan
 DYNAMIC = DynamicScale("sample")
 # choices of `model_of` that every engine has to know
 CASES: dict[str, dict[str, Any]] = {
-    "tables for all sites": {"scales": "all"},
+    "tables for all layers": {"scales": "all"},
     "eight bits": {"weight": 8, "scales": "all"},
     "bits chosen by step": {"activation": [4, 6, 8], "scales": "all"},
     "split": {"split": True, "scales": "all"},
@@ -62,6 +62,21 @@ def model_of(unet: nn.Module, **choices: Any) -> QuantizedUNet:
 def inputs(*timesteps: int) -> Mapping[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     return {"sample": torch.randn(len(timesteps), 3, 8, 8, generator=generator), "timestep": torch.tensor(timesteps)}
+
+
+def layer_inputs(model: QuantizedUNet, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of every quantized layer in a forward pass of the simulation."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _, args: seen.update({name: args[0]})
+
+    hooks = [model.layer(name).register_forward_pre_hook(keep(name)) for name in model.plan.sites]
+    with torch.no_grad():
+        model(**given)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def weight(bits: int, scheme: Any, zero_point: float, shape: tuple[int, ...] = (6, 4, 3, 3)) -> QuantizedWeight:

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import TIMESTEPS, example_inputs, quantizable
-from tests.unit.deploy.subject import model_of
-from tfmq_exp.deploy.activations import LiveGrid, StepGrid, grid_of
-from tfmq_exp.deploy.sites import examine, table
-from tfmq_exp.deploy.weights import DoesNotFit
+from tests.conftest import TIMESTEPS
+from tests.helpers.deployed import model_of
+from tfmq_exp.deploy.activation_tables import RuntimeScale, ScaleTable, activation_scale
+from tfmq_exp.deploy.layer_report import deployed_layers, layer_report
 from tfmq_exp.quant.spec import QParams
 from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery.config import LayerBits
@@ -21,7 +20,7 @@ def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.
         tiny_unet, sites={plain: LayerBits(), weight_only: LayerBits(8, None), "mid_block.*": LayerBits(None, 8)}
     )
     layers = [name for name, m in tiny_unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    rows = {str(row["site"]): row for row in table(model, examine(model))}
+    rows = {str(row["layer"]): row for row in layer_report(model, deployed_layers(model))}
     assert list(rows) == layers
     assert rows[plain]["why"] == "it is not quantized"
     assert rows[weight_only]["why"] == "its input is not quantized"
@@ -33,11 +32,11 @@ def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.
 
 
 def test_split_shortcuts_are_two_products(tiny_unet: nn.Module) -> None:
-    sites = {site.name: site for site in examine(model_of(tiny_unet, split=True))}
-    shortcut = sites["up_blocks.0.resnets.0.conv_shortcut"]
+    layers = {layer.name: layer for layer in deployed_layers(model_of(tiny_unet, split=True))}
+    shortcut = layers["up_blocks.0.resnets.0.conv_shortcut"]
     assert shortcut.integer
-    assert sum(piece.channels for piece in shortcut.pieces) == shortcut.layer.weight.shape[1]
-    assert len(shortcut.pieces) == 2
+    assert sum(product.channels for product in shortcut.products) == shortcut.layer.weight.shape[1]
+    assert len(shortcut.products) == 2
 
 
 def test_a_zero_point_that_is_no_integer_is_named(tiny_unet: nn.Module) -> None:
@@ -45,7 +44,7 @@ def test_a_zero_point_that_is_no_integer_is_named(tiny_unet: nn.Module) -> None:
     integers = model.integers["conv_in"][0]
     moved = QParams(integers.qparams.scale, integers.qparams.zero_point + 0.25)
     model.integers["conv_in"] = (integers._replace(qparams=moved),)
-    row = next(site for site in examine(model) if site.name == "conv_in")
+    row = next(layer for layer in deployed_layers(model) if layer.name == "conv_in")
     assert not row.integer
     assert "is no integer" in row.why
 
@@ -61,39 +60,43 @@ SCALES = {
 def test_a_grid_is_what_the_quantizer_uses(tiny_unet: nn.Module, kind: str) -> None:
     model = model_of(tiny_unet, scales=ScalePlan(SCALES[kind], SCALES[kind]))
     quantizer = model.layer("conv_in").input_quantizer
-    grid = grid_of(quantizer, len(TIMESTEPS))
+    grid = activation_scale(quantizer, len(TIMESTEPS))
     x = torch.randn(len(TIMESTEPS), 3, 8, 8)
     with model.context.at(torch.tensor(TIMESTEPS)):
-        wanted = quantizer(x)
+        expected = quantizer(x)
     if kind == "dynamic":
-        assert isinstance(grid, LiveGrid)
+        assert isinstance(grid, RuntimeScale)
         return
-    assert isinstance(grid, StepGrid)
+    assert isinstance(grid, ScaleTable)
     scale, zero_point = grid.scale[:, None, None, None], grid.zero_point[:, None, None, None]
     codes = ((x / scale).round() + zero_point).clamp(0, 255)
-    assert torch.equal(scale * (codes - zero_point), wanted)
+    assert torch.equal(scale * (codes - zero_point), expected)
     assert grid.static == (kind == "static")
 
 
 def test_chosen_bits_are_in_the_table(tiny_unet: nn.Module) -> None:
     model = model_of(tiny_unet, activation=[4, 8])
     model.use_bits([8, 4, 4, 8])
-    grid = grid_of(model.layer("conv_in").input_quantizer, 4)
-    assert isinstance(grid, StepGrid)
+    grid = activation_scale(model.layer("conv_in").input_quantizer, 4)
+    assert isinstance(grid, ScaleTable)
     assert grid.highest.tolist() == [255, 15, 15, 255]
 
 
 def test_bits_by_step_with_ranges_at_run_time_are_in_no_record(tiny_unet: nn.Module) -> None:
     scales = ScalePlan(DynamicScale("sample"), DynamicScale("sample"))
-    rows = examine(model_of(tiny_unet, activation=[4, 8], scales=scales))
-    assert {row.why for row in rows} == {"scales of a Dynamic source are no table over sampling steps"}
-    assert {piece.grid for row in rows for piece in row.pieces} == {None}
+    rows = deployed_layers(model_of(tiny_unet, activation=[4, 8], scales=scales))
+    assert {row.why for row in rows} == {"bits are chosen by sampling step, but scales are computed from the tensor"}
+    assert {product.input for row in rows for product in row.products} == {None}
 
 
-def test_generated_scales_must_be_merged(tiny_unet: nn.Module) -> None:
-    scale = GeneratedScale(Normalised(1000), (4,), 0.0, "zero")
-    model = quantizable(tiny_unet, scales=ScalePlan(scale, scale))
-    with torch.no_grad():
-        model(**example_inputs(tiny_unet))
-    with pytest.raises(DoesNotFit, match="Generated"):
-        grid_of(model.layer("conv_in").input_quantizer, 4)
+def test_generated_scales_are_the_table_that_they_are_merged_into(tiny_unet: nn.Module) -> None:
+    scale = GeneratedScale(Normalised(1000), (4,), 0.0, "default")
+    model = model_of(tiny_unet, scales=ScalePlan(scale, scale))
+    before = activation_scale(model.layer("conv_in").input_quantizer, 4)
+    model.tabulate_scales()
+    after = activation_scale(model.layer("conv_in").input_quantizer, 4)
+    assert isinstance(before, ScaleTable)
+    assert isinstance(after, ScaleTable)
+    assert torch.equal(before.scale, after.scale)
+    assert torch.equal(before.zero_point, after.zero_point)
+    assert not after.static
