@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
-from tfmq_exp.evaluation.npz_images import write_npz
+from tfmq_exp.evaluation.npz import write_npz
 from tfmq_exp.files import write_atomically
 from tfmq_exp.pipeline.store import Entry
 

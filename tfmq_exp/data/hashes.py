@@ -1,11 +1,10 @@
-"""The sha256 of files. An index remembers those of files whose size, times and inode are what they were.
+"""SHA-256 of files, with an index of those of files whose size, times and inode have not changed.
 
 A file that is written to gets another time of its status (ctime), which no program can set: neither restoring the time of
 modification nor writing as many bytes hides a change. The index is a cache in the user's own folder, may be deleted at any
 time, and is made again when it is damaged; where it cannot be used, files are hashed each time.
 """
 
-import hashlib
 import logging
 import os
 import sqlite3
@@ -13,45 +12,43 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-PART = 1024  # files that are hashed before they are noted
-YOUNG = (
-    2_000_000_000  # ns: a file may change twice within a tick of the file system's context, so a young one is not noted
-)
-NOTICE, MUCH = 30.0, 2**32  # it is said how far it is after so many seconds, or before so many bytes
+from tfmq_exp.files import sha256_of
+
+PART = 1024  # files that are hashed before they are added to the index
+# ns: a file may change twice within a tick of the file system's clock, so a young one is not added
+YOUNG = 2_000_000_000
+NOTICE, MUCH = 30.0, 2**32  # progress is logged after so many seconds, or before so many bytes
 WAIT = 10.0  # seconds for other jobs that write to the index
 TABLE = (
     "CREATE TABLE IF NOT EXISTS hashes (file BLOB PRIMARY KEY, times BLOB, sha256 BLOB, crc32 INTEGER) WITHOUT ROWID"
 )
-UNUSABLE = (sqlite3.Error, OSError, ValueError)  # the last for text in it that is no UTF-8
 log = logging.getLogger(__name__)
 
 
 class FileState(NamedTuple):
-    """Which file it is, and what changes with its content."""
+    """Identity of a file, and what changes with its content."""
 
     file: bytes  # device and inode
     times: bytes  # size, times of modification and of the status
     size: int  # bytes
-    changed: int  # the last of these, ns
+    changed: int  # the time of the status, ns
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
-        """What the file system says.
+        """Ask the file system.
 
         Raises:
             OSError: there is no such file, or it is out of reach.
             ValueError: a pipe, a socket, a device: reading would wait.
         """
-        try:
+        with _naming(path):
             found = path.stat()
-        except OSError as error:
-            raise type(error)(f"cannot read {path}: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path} is no regular file")
         file = struct.pack("<QQ", found.st_dev % 2**64, found.st_ino % 2**64)
@@ -60,7 +57,7 @@ class FileState(NamedTuple):
 
 
 class HashIndex:
-    """A table of hashes in a file, which several jobs may use at a time.
+    """A table of hashes in an SQLite file, which several jobs may use at a time; empty where the file cannot be used.
 
     Args:
         path: the file; made if it is not there.
@@ -68,57 +65,54 @@ class HashIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.database = self._open()
+        self.database: sqlite3.Connection | None = None
+        self._attempt(self._open)
 
-    def _open(self) -> sqlite3.Connection | None:
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.database = sqlite3.connect(self.path, timeout=WAIT)
+        self.database.execute(TABLE)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        """Do it, or go on without an index. A damaged one is removed, so that the next job makes a new one."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(self.path, timeout=WAIT)
-            database.execute(TABLE)
-        except UNUSABLE as error:
-            return self._without(error)
-        return database
-
-    def _without(self, error: Exception) -> None:
-        """Go on without an index. One that is damaged is removed, so that the next job makes a new one."""
-        log.info("hashes of files are not remembered: %s: %s", self.path, error)
-        busy_or_out_of_reach = isinstance(error, OSError | sqlite3.OperationalError)
-        if not busy_or_out_of_reach or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
-            for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
-                path.unlink(missing_ok=True)
+            return action()
+        except (sqlite3.Error, OSError, ValueError) as error:  # the last for text in it that is no UTF-8
+            log.info("hashes of files are not remembered: %s: %s", self.path, error)
+            self.close()
+            busy_or_out_of_reach = isinstance(error, OSError | sqlite3.OperationalError)
+            if not busy_or_out_of_reach or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+                for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
+                    path.unlink(missing_ok=True)
+            return None
 
     def find(self, states: Collection[FileState]) -> dict[FileState, bytes]:
         """The hashes of those files that are known and have not changed."""
-        if self.database is None:
+        if (database := self.database) is None:
             return {}
         query = f"SELECT file, times, sha256, crc32 FROM hashes WHERE file IN ({','.join('?' * len(states))})"
-        try:
-            rows = self.database.execute(query, [state.file for state in states]).fetchall()
-        except UNUSABLE as error:
-            self.database = self._without(error)
-            return {}
-        known = {(file, times): sha256 for file, times, sha256, crc32 in rows if _crc32(file, times, sha256) == crc32}
+        rows = self._attempt(lambda: database.execute(query, [state.file for state in states]).fetchall())
+        known = {
+            (file, times): sha256 for file, times, sha256, crc32 in rows or () if _crc32(file, times, sha256) == crc32
+        }
         return {state: known[state[:2]] for state in states if state[:2] in known}
 
-    def add(self, rows: Iterable[tuple[FileState, bytes]]) -> None:
+    def add(self, hashes: Iterable[tuple[FileState, bytes]]) -> None:
         """Remember hashes."""
-        if self.database is None:
+        if (database := self.database) is None:
             return
-        try:
-            with self.database:
-                values = [(state.file, state.times, sha256, _crc32(*state[:2], sha256)) for state, sha256 in rows]
-                self.database.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", values)
-        except UNUSABLE as error:
-            self.database = self._without(error)
+        rows = [(state.file, state.times, sha256, _crc32(*state[:2], sha256)) for state, sha256 in hashes]
 
-    def __enter__(self) -> "HashIndex":
-        return self
+        def insert() -> None:
+            with database:
+                database.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", rows)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+        self._attempt(insert)
+
+    def close(self) -> None:
         if self.database is not None:
             self.database.close()
+            self.database = None
 
 
 def _crc32(*values: object) -> int:
@@ -127,7 +121,7 @@ def _crc32(*values: object) -> int:
 
 
 def default_index() -> Path:
-    """Where the index is: `tfmq_exp/file_hashes.sqlite` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    """The user's index: `tfmq_exp/file_hashes.sqlite` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "tfmq_exp" / "file_hashes.sqlite"
 
@@ -144,17 +138,17 @@ def hash_files(root: Path, names: Sequence[str], index: Path | None = None) -> I
         OSError: a file cannot be read; says which.
         ValueError: a file that is not a regular one, or is written to meanwhile.
     """
-    said = time.monotonic()
-    with HashIndex(index or default_index()) as known, ThreadPoolExecutor() as pool:
+    logged = time.monotonic()
+    with closing(HashIndex(index or default_index())) as known, ThreadPoolExecutor() as pool:
         for start in range(0, len(names), PART):
             part = [root / name for name in names[start : start + PART]]
             began, states = time.time_ns(), {path: FileState.of(path) for path in part}
             remembered = known.find(states.values())
             hashes = {path: remembered[state] for path, state in states.items() if state in remembered}
             missing = {path: state for path, state in states.items() if path not in hashes}
-            much = sum(state.size for state in missing.values())
-            if missing and (much > MUCH or time.monotonic() - said > NOTICE):
-                said = time.monotonic()
+            much = sum(state.size for state in missing.values()) > MUCH
+            if missing and (much or time.monotonic() - logged > NOTICE):
+                logged = time.monotonic()
                 log.warning("hashing files of %s, once: %d of %d are done", root, start, len(names))
             hashes |= dict(zip(missing, pool.map(_hash, missing), strict=True))
             for path, state in missing.items():
@@ -170,8 +164,13 @@ def hash_file(path: Path) -> str:
 
 
 def _hash(path: Path) -> bytes:
+    with _naming(path):
+        return bytes.fromhex(sha256_of(path))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        yield
     except OSError as error:
         raise type(error)(f"cannot read {path}: {error.strerror}") from error

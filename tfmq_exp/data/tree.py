@@ -1,34 +1,23 @@
-"""The files below a folder. Links are followed, and every folder is read once, under the first of its names."""
+"""Walk over the files below a folder. Links are followed, and every folder is read once, under the first of its names."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 Kind = Literal["file", "broken link", "no regular file"]
 
 
-class Found(NamedTuple):
-    """Something in a folder that is no folder.
+def files_below(root: Path, is_skipped: Callable[[str], bool] = lambda _: False) -> Iterator[tuple[str, Kind]]:
+    """Every entry below a folder that is no folder, in no order: its path relative to `root`, with slashes, and its kind.
 
-    Args:
-        name: its path relative to the folder, with slashes.
-        kind: of what a link leads to; `no regular file` is a pipe, a socket or a device.
-    """
-
-    name: str
-    kind: Kind
-
-
-def files_below(root: Path, passed_over: Callable[[str], bool] = lambda _: False) -> Iterator[Found]:
-    """Everything below a folder but folders, in no order.
-
-    A folder with several names has its own before those of links, and of these the first in alphabetical order. A link to
-    the folder itself or to one that it lies in is not followed.
+    A link has the kind of its target; `no regular file` is a pipe, a socket or a device. A folder with several names has
+    its own before those of links, and of these the first in alphabetical order. A link to the folder itself or to one that
+    it lies in is not followed.
 
     Args:
         root: the folder.
-        passed_over: whether files and folders of a name are not looked at.
+        is_skipped: whether files and folders of a name are left out.
 
     Raises:
         OSError: a folder that cannot be listed; says which.
@@ -41,12 +30,12 @@ def files_below(root: Path, passed_over: Callable[[str], bool] = lambda _: False
             continue
         seen.add(here)
         for entry in _entries(root / place):
-            if passed_over(entry.name):
+            if is_skipped(entry.name):
                 continue
             name = f"{place}/{entry.name}" if place else entry.name
             kind = _kind(entry)
             if kind != "folder":
-                yield Found(name, kind)
+                yield name, kind
             else:
                 (links if entry.is_symlink() else folders).append(name)
 
@@ -60,7 +49,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _kind(entry: os.DirEntry[str]) -> Kind | Literal["folder"]:
-    """What an entry is; for what is no link without asking the file system again."""
     try:
         if entry.is_dir():
             return "folder"

@@ -1,20 +1,18 @@
-"""How the error of single steps accumulates along the trajectory."""
+"""Accumulation of single steps' errors along the trajectory."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.diagnostics.trajectory_error import STREAM
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.diagnostics.trajectory_error import Row, paired_steps, predict_at
 from tfmq_exp.finite import relative
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict
 
 ERRORS = ("eps_error", "own_eps_error", "eps_distance", "x_error")
-Row = dict[str, Any]
 
 
 def error_accumulation(
@@ -28,57 +26,45 @@ def error_accumulation(
     batch: int,
     each_step: Callable[[int], None] = lambda _: None,
 ) -> list[Row]:
-    """Float and quantized sampling (`predict`, `quantized`) from the same noise, side by side, for every network call.
+    """Four relative errors for every network call of float and quantized sampling from the same noise.
 
     Args:
         predict: the quantized network's prediction.
-        quantized: how it is sampled.
+        quantized: its sampling.
         denoiser: the float network.
-        sampling: how it is sampled.
+        sampling: its sampling.
         images: trajectories; the first of those that `trajectory_error` compares.
         seed: of their noise.
-        batch: how many run together.
-        each_step: told how many calls are done, over all batches.
+        batch: trajectories that run together.
+        each_step: called with the number of calls that are done, over all batches.
 
     Returns:
-        rows of mean squared errors over the variance of the float quantity. `eps_error`: the prediction where the float
-        trajectory goes (teacher forcing); `own_eps_error`: where the quantized trajectory goes, against what the float
-        network says there; `eps_distance`: between the predictions on the two trajectories, which is the last plus what has
+        rows of mean squared errors over the variance of the float quantity. `eps_error`: the prediction on the float
+        trajectory (teacher forcing); `own_eps_error`: on the quantized trajectory, against the float network's prediction
+        there; `eps_distance`: between the predictions on the two trajectories, which is the last plus what has
         accumulated; `x_error`: between the trajectories after the step.
     """
     calls = sampling.calls(denoiser)
     sums = torch.zeros(len(calls), len(ERRORS), 4, dtype=torch.float64)
+    predict_float = sampling.predictor(denoiser.unet)
     done = 0
     for start in range(0, images, batch):
-        where: dict[str, Any] = {
-            "seed": seed,
-            "stream": STREAM,
-            "indices": range(start, min(start + batch, images)),
-        }
-        conditions = sampling.conditions(denoiser, *where.values())
-        ask = sampling.predictor(denoiser.unet)
-        walk = quantized.trajectory(predict, denoiser, **where)
-        for step in sampling.trajectory(ask, denoiser, **where):
-            own = next(walk)
-            # at the first step both are at x_T, where both predictions are at hand
-            forced = own.eps if step.index == 0 else _at(predict, step.x, step.t, conditions)
-            there = step.eps if step.index == 0 else _at(ask, own.x, step.t, conditions)
-            pairs = ((forced, step.eps), (own.eps, there), (own.eps, step.eps), (own.x_next, step.x_next))
-            sums[step.index] += torch.stack([_sums(*pair) for pair in pairs])
+        indices = range(start, min(start + batch, images))
+        for pair in paired_steps(predict, quantized, denoiser, sampling, seed=seed, indices=indices):
+            exact, own = pair.exact, pair.quantized
+            # at the first step both are at x_T, where the float prediction is known
+            there = exact.eps if exact.index == 0 else predict_at(predict_float, own.x, exact.t, pair.conditions)
+            pairs = ((pair.forced, exact.eps), (own.eps, there), (own.eps, exact.eps), (own.x_next, exact.x_next))
+            sums[exact.index] += torch.stack([_sums(*values) for values in pairs])
             done += 1
             each_step(done)
-    relative = _relative(sums).tolist()
-    return [{"step": step, "t": t, **dict(zip(ERRORS, relative[step], strict=True))} for step, t in enumerate(calls)]
+    errors = _relative(sums).tolist()
+    return [{"step": step, "t": t, **dict(zip(ERRORS, errors[step], strict=True))} for step, t in enumerate(calls)]
 
 
-@torch.no_grad()
-def _at(predict: Predict, x: Tensor, t: int, conditions: Conditions) -> Tensor:
-    return predict(x, torch.full((len(x),), t, device=x.device), conditions)
-
-
-def _sums(value: Tensor, wanted: Tensor) -> Float[Tensor, "4"]:
-    """Of squared differences, and of what the variance of `wanted` is made of."""
-    a, b = value.double(), wanted.double()
+def _sums(value: Tensor, exact: Tensor) -> Float[Tensor, "4"]:
+    """Sums of squared differences, of `exact`, of its squares, and the number of values."""
+    a, b = value.double(), exact.double()
     count = torch.tensor(float(b.numel()), dtype=torch.float64, device=b.device)
     return torch.stack([(a - b).square().sum(), b.sum(), b.square().sum(), count]).cpu()
 

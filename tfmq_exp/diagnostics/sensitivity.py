@@ -1,8 +1,7 @@
-"""Which units the prediction's error comes from: quantize one of them, or all but one, and look at the prediction."""
+"""Sensitivity of the prediction to the quantization of single units: quantize one of them, or all but one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,16 +9,17 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, all_float
+from tfmq_exp.diagnostics.partial_quantization import QuantizedUnit, float_units
+from tfmq_exp.diagnostics.trajectory_error import Row
 from tfmq_exp.finite import relative
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 THIRDS = ("first_third", "second_third", "last_third")
-Row = dict[str, Any]
+Progress = Callable[[float], None]
 
 
 def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> CalibrationSet:
-    """At most so many samples of whole trajectories, as many from each sampling step as from any other, give or take one.
+    """Draw at most so many samples of whole trajectories, equally many of each sampling step, give or take one.
 
     Where they are fewer than steps, the steps are evenly spaced.
     """
@@ -33,9 +33,9 @@ def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> Calibrat
 
 @torch.no_grad()
 def predictions(
-    model: nn.Module, data: CalibrationSet, batch: int, each_batch: Callable[[float], None] = lambda _: None
+    model: nn.Module, data: CalibrationSet, batch: int, each_batch: Progress = lambda _: None
 ) -> Float[Tensor, "samples ..."]:
-    """What a network says of every sample, without guidance; `each_batch` is told the share that is done."""
+    """A network's prediction for every sample, without guidance; `each_batch` is called with the share that is done."""
     device, found = next(model.parameters()).device, []
     for start in range(0, len(data), batch):
         inputs = data[slice(start, start + batch)].inputs(device)
@@ -45,33 +45,42 @@ def predictions(
 
 
 def prediction_errors(
-    found: Float[Tensor, "samples ..."], wanted: Float[Tensor, "samples ..."], step: Tensor, steps: int
+    predicted: Float[Tensor, "samples ..."], exact: Float[Tensor, "samples ..."], step: Tensor, steps: int
 ) -> Row:
-    """Squared error over the power of what was wanted: of all samples, and of those from each third of the sampling steps.
+    """Squared error over the power of the exact prediction: of all samples, and of each third of the sampling steps.
 
-    A third that has no samples is None.
+    Args:
+        predicted: predictions of the quantized network.
+        exact: those of the float one.
+        step: the sampling step of each sample.
+        steps: number of sampling steps; a third without samples is None.
 
     Raises:
         NotFiniteError: predictions that are not finite, or of no power to measure an error by.
     """
-    error = (found.double() - wanted.double()).square().flatten(1).sum(1)
-    power = wanted.double().square().flatten(1).sum(1)
+    error = (predicted.double() - exact.double()).square().flatten(1).sum(1)
+    power = exact.double().square().flatten(1).sum(1)
     third = step * 3 // steps
 
     def among(rows: Tensor) -> float | None:
-        whole = relative(error[rows].sum(), power[rows].sum(), "the predictions") if bool(rows.any()) else None
-        return None if whole is None else float(whole)
+        return float(relative(error[rows].sum(), power[rows].sum(), "the predictions")) if bool(rows.any()) else None
 
-    parts = {name: among(third == i) for i, name in enumerate(THIRDS)}
-    return {"relative_error": among(third >= 0), **parts}
+    return {"relative_error": among(third >= 0), **{name: among(third == i) for i, name in enumerate(THIRDS)}}
 
 
 @dataclass(frozen=True)
 class PredictionProbe:
-    """Samples, what the float network says of them, how many sampling steps they are from, and how many pass together."""
+    """Samples and the float network's predictions for them.
+
+    Args:
+        data: the samples.
+        exact: the float predictions.
+        steps: number of sampling steps.
+        batch: samples in one forward pass.
+    """
 
     data: CalibrationSet
-    wanted: Float[Tensor, "samples ..."]
+    exact: Float[Tensor, "samples ..."]
     steps: int
     batch: int
 
@@ -80,43 +89,43 @@ class PredictionProbe:
         cls,
         model: QuantizedUNet,
         float_unet: nn.Module,
-        parts: Sequence[QuantizedPart],
+        units: Sequence[QuantizedUnit],
         data: CalibrationSet,
         *,
         steps: int,
         batch: int,
     ) -> "PredictionProbe":
-        """The float network by the quantized one's operations: a unit with nothing quantized differs by exactly 0."""
-        with all_float(model, float_unet, parts):
+        """Predict with the quantized network's operations, all units float: what is not quantized then differs by exactly 0."""
+        with float_units(model, float_unet, units):
             return cls(data, predictions(model, data, batch), steps, batch)
 
-    def error(self, model: nn.Module, each_batch: Callable[[float], None] = lambda _: None) -> Row:
-        """Of the model as it stands."""
-        found = predictions(model, self.data, self.batch, each_batch)
-        return prediction_errors(found, self.wanted, self.data.step, self.steps)
+    def error(self, model: nn.Module, each_batch: Progress = lambda _: None) -> Row:
+        """Errors of a model's predictions."""
+        predicted = predictions(model, self.data, self.batch, each_batch)
+        return prediction_errors(predicted, self.exact, self.data.step, self.steps)
 
 
 def unit_error(
     model: QuantizedUNet,
     float_unet: nn.Module,
-    part: QuantizedPart,
-    parts: Sequence[QuantizedPart],
-    yardstick: PredictionProbe,
+    unit: QuantizedUnit,
+    units: Sequence[QuantizedUnit],
+    probe: PredictionProbe,
     *,
     alone: bool,
-    each_batch: Callable[[float], None] = lambda _: None,
+    each_batch: Progress = lambda _: None,
 ) -> Row:
-    """Error of the network with this unit quantized and the others float, or (not `alone`) the other way around.
+    """Error of the network with this unit quantized and the others float, or the reverse.
 
     Args:
-        model: the finished model; the unit's weights and ranges are what they are there.
+        model: the finished model, with whose weights and ranges the unit is quantized.
         float_unet: the float network.
-        part: the unit.
-        parts: all units.
-        yardstick: what is compared.
-        alone: whether the unit alone is quantized.
-        each_batch: told the share of samples that is done.
+        unit: the unit.
+        units: all units.
+        probe: samples and float predictions.
+        alone: whether this unit alone is quantized, or all others.
+        each_batch: called with the share of samples that is done.
     """
-    others = [other for other in parts if other is not part]
-    with all_float(model, float_unet, others if alone else [part]):
-        return yardstick.error(model, each_batch)
+    others = [other for other in units if other is not unit]
+    with float_units(model, float_unet, others if alone else [unit]):
+        return probe.error(model, each_batch)

@@ -13,12 +13,11 @@ from rich.table import Table
 from tfmq_exp.cli.log_outputs import write_csv
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
-from tfmq_exp.diagnostics.features import features_by_layer
-from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, quantized_parts
-from tfmq_exp.diagnostics.ranges import activation_ranges, range_changes
-from tfmq_exp.diagnostics.rounding import rounding_changes
+from tfmq_exp.diagnostics.activation_ranges import activation_ranges, range_changes
+from tfmq_exp.diagnostics.partial_quantization import QuantizedUnit, quantized_units
+from tfmq_exp.diagnostics.rounding_changes import rounding_changes
 from tfmq_exp.diagnostics.sensitivity import THIRDS, PredictionProbe, spread_over_steps, unit_error
-from tfmq_exp.diagnostics.temporal_error import feature_errors
+from tfmq_exp.diagnostics.temporal_error import feature_errors, features_by_layer
 from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.pipeline.progress import Advance
 from tfmq_exp.pipeline.stages import DiagnosisPlan, Stages
@@ -156,7 +155,7 @@ class Diagnosis:
         def compute(folder: Path, advance: Advance) -> list[Row]:
             stages = self.stages
             unet, structure = stages.denoiser.unet, stages.structure
-            parts = quantized_parts(self.model, unet, structure)
+            parts = quantized_units(self.model, unet, structure)
             data = spread_over_steps(stages.calibration_set(), self.plan.samples, stages.seed)
             stick = PredictionProbe.of(
                 self.model, unet, parts, data, steps=len(stages.calls), batch=min(stages.batch, len(data))
@@ -186,9 +185,9 @@ class Diagnosis:
         return rows
 
 
-def _described(part: QuantizedPart, stages: Stages) -> Row:
-    weights = sum(stages.structure.sites[site].weights for site in part.sites)
-    return {"unit": part.name, "kind": part.kind.value, "layers": len(part.sites), "weights": weights}
+def _described(part: QuantizedUnit, stages: Stages) -> Row:
+    weights = sum(stages.structure.sites[site].weights for site in part.layers)
+    return {"unit": part.name, "kind": part.kind.value, "layers": len(part.layers), "weights": weights}
 
 
 Draw = Callable[[Path, str], None]
@@ -279,10 +278,10 @@ def diagnose(stages: Stages, folder: Path, console: Console, name: str) -> None:
     for finding in findings(Diagnosis(stages)):
         for table, rows in finding.tables.items():
             write_csv(target / f"{table}.csv", rows)
-            stages.mirror.table(f"diagnosis/{table}", rows)
+            stages.mirror.log_table(f"diagnosis/{table}", rows)
         for figure, draw in finding.figures.items():
             draw(target / f"{figure}.png", f"{figure.replace('_', ' ')}, {name}")
-            stages.mirror.image(f"diagnosis/{figure}", target / f"{figure}.png")
+            stages.mirror.log_image(f"diagnosis/{figure}", target / f"{figure}.png")
         show(finding, console)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.diagnostics.subject import Subject, subject_of
+from tests.helpers.diagnosis import Subject, subject_of
+from tfmq_exp.diagnostics.activation_ranges import activation_name, activation_ranges, range_changes
 from tfmq_exp.diagnostics.activation_stats import ActivationStats
-from tfmq_exp.diagnostics.ranges import activation_name, activation_ranges, range_changes
 from tfmq_exp.diagnostics.trajectory_error import STREAM
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.spec import QParams, QuantSpec

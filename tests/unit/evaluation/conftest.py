@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.inception import random_weights
+from tests.helpers.inception import random_weights
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.unit.evaluation.material import pictures
+from tests.helpers.evaluation import pictures
 from tfmq_exp.pipeline.store import Store
 
 SCRIPT = Path(__file__).parents[3] / "scripts/export_images.py"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.evaluation.material import pictures
-from tfmq_exp.evaluation.npz_images import NpzImages, find_images, write_npz
+from tests.helpers.evaluation import pictures
+from tfmq_exp.evaluation.npz import NpzImages, find_images, write_npz
 
 
 def last(images: Tensor) -> np.ndarray:

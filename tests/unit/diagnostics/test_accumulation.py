@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.diagnostics.subject import Subject
+from tests.helpers.diagnosis import Subject
 from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
 from tfmq_exp.diagnostics.trajectory_error import STREAM, trajectory_error
 from tfmq_exp.sampling.guidance import Sampling

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, example_inputs
-from tests.unit.diagnostics.subject import Subject, subject_of
+from tests.helpers.diagnosis import Subject, subject_of
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.diagnostics.features import features_by_layer
-from tfmq_exp.diagnostics.temporal_error import EMBEDDING, feature_errors, temporal_feature_error
+from tfmq_exp.diagnostics.temporal_error import EMBEDDING, feature_errors, features_by_layer, temporal_feature_error
 from tfmq_exp.methods.temporal_features import CacheFeatures
 
 
