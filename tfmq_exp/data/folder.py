@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -33,16 +34,9 @@ log = logging.getLogger(__name__)
 
 
 def find_images(root: Path) -> tuple[list[str], dict[str, int]]:
-    """The images below a folder, and how many other files there are.
+    """The images below a folder, sorted, and the number of other files by the end of their names.
 
     Folders that links lead to belong to it, once; hidden files and those of systems do not.
-
-    Returns:
-        the paths of images relative to the folder, sorted; the number of other files, by the end of their names.
-
-    Raises:
-        FileNotFoundError: broken links; says how many there are.
-        OSError: a folder that cannot be listed.
     """
     names, left_out, broken = list[str](), Counter[str](), list[str]()
     for name, kind in files_below(root, lambda name: name.startswith(".") or name.lower() in SYSTEM):
@@ -120,11 +114,7 @@ class ImageFolder:
         return len(self.names)
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-        """Read all images, `size` at a time.
-
-        Raises:
-            ValueError: one that cannot be read as an image, or has changed since the dataset was made; says which.
-        """
+        """Read all images; ValueError with the name of one that cannot be decoded, or has changed meanwhile."""
         return stacked(in_order(self._decode, range(len(self))), size)
 
     def _decode(self, i: int) -> Pixels:
@@ -141,12 +131,7 @@ class ImageFolder:
 
 
 def read_listing(path: Path, root: Path) -> list[str]:
-    """The paths in a text file, sorted, each once.
-
-    Raises:
-        FileNotFoundError: it is missing, or a file that it names.
-        ValueError: no text file, or a path that is not below the folder.
-    """
+    """The paths in a text file, sorted, each once; all are files below `root`."""
     if not path.exists():
         raise FileNotFoundError(
             f"no listing at {path}; expected a text file with a path relative to {root} on each line"
@@ -164,13 +149,7 @@ def read_listing(path: Path, root: Path) -> list[str]:
 
 
 def _normalized(name: str, listing: Path) -> str:
-    """A listed path without `.` and `..`; ValueError for one outside the folder."""
-    parts = list[str]()
-    for part in PurePosixPath(name).parts:
-        if part == ".." and parts:
-            parts.pop()
-        elif part in ("..", "/", "//"):
-            raise ValueError(f"{name!r} in {listing} leads out of the folder of images; expected paths relative to it")
-        else:
-            parts.append(part)
-    return "/".join(parts)
+    path = posixpath.normpath(name)
+    if path.startswith(("/", "../")) or path == "..":
+        raise ValueError(f"{name!r} in {listing} leads out of the folder of images; expected paths relative to it")
+    return path

@@ -21,47 +21,39 @@ from typing import Any, NamedTuple
 from tfmq_exp.files import sha256_of
 
 PART = 1024  # files that are hashed before they are added to the index
-# ns: a file may change twice within a tick of the file system's clock, so a young one is not added
-YOUNG = 2_000_000_000
+YOUNG = (
+    2_000_000_000  # ns: a file may change twice within a tick of the file system's clock, so young ones are not added
+)
 NOTICE, MUCH = 30.0, 2**32  # progress is logged after so many seconds, or before so many bytes
 WAIT = 10.0  # seconds for other jobs that write to the index
-TABLE = (
-    "CREATE TABLE IF NOT EXISTS hashes (file BLOB PRIMARY KEY, times BLOB, sha256 BLOB, crc32 INTEGER) WITHOUT ROWID"
-)
+TABLE = "CREATE TABLE IF NOT EXISTS states (state BLOB PRIMARY KEY, sha256 BLOB, crc32 INTEGER) WITHOUT ROWID"
 log = logging.getLogger(__name__)
 
 
 class FileState(NamedTuple):
-    """Identity of a file, and what changes with its content."""
+    """All that changes when a file or its content changes."""
 
-    file: bytes  # device and inode
-    times: bytes  # size, times of modification and of the status
+    device: int
+    inode: int
     size: int  # bytes
-    changed: int  # the time of the status, ns
+    modified: int  # ns
+    changed: int  # time of the status, ns
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
-        """Ask the file system.
-
-        Raises:
-            OSError: there is no such file, or it is out of reach.
-            ValueError: a pipe, a socket, a device: reading would wait.
-        """
         with _naming(path):
             found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(found.st_mode):  # a pipe, a socket, a device: reading would wait
             raise ValueError(f"{path} is no regular file")
-        file = struct.pack("<QQ", found.st_dev % 2**64, found.st_ino % 2**64)
-        times = struct.pack("<Qqq", found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        return cls(file, times, found.st_size, found.st_ctime_ns)
+        return cls(found.st_dev % 2**64, found.st_ino % 2**64, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    @property
+    def key(self) -> bytes:
+        return struct.pack("<QQQqq", *self)
 
 
 class HashIndex:
-    """A table of hashes in an SQLite file, which several jobs may use at a time; empty where the file cannot be used.
-
-    Args:
-        path: the file; made if it is not there.
-    """
+    """A table of hashes in an SQLite file, which several jobs may use at a time; empty where the file cannot be used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,25 +79,22 @@ class HashIndex:
             return None
 
     def find(self, states: Collection[FileState]) -> dict[FileState, bytes]:
-        """The hashes of those files that are known and have not changed."""
+        """The hashes of those files that are known."""
         if (database := self.database) is None:
             return {}
-        query = f"SELECT file, times, sha256, crc32 FROM hashes WHERE file IN ({','.join('?' * len(states))})"
-        rows = self._attempt(lambda: database.execute(query, [state.file for state in states]).fetchall())
-        known = {
-            (file, times): sha256 for file, times, sha256, crc32 in rows or () if _crc32(file, times, sha256) == crc32
-        }
-        return {state: known[state[:2]] for state in states if state[:2] in known}
+        query = f"SELECT state, sha256, crc32 FROM states WHERE state IN ({','.join('?' * len(states))})"
+        rows = self._attempt(lambda: database.execute(query, [state.key for state in states]).fetchall())
+        known = {key: sha256 for key, sha256, crc32 in rows or () if _crc32(key, sha256) == crc32}
+        return {state: known[state.key] for state in states if state.key in known}
 
     def add(self, hashes: Iterable[tuple[FileState, bytes]]) -> None:
-        """Remember hashes."""
         if (database := self.database) is None:
             return
-        rows = [(state.file, state.times, sha256, _crc32(*state[:2], sha256)) for state, sha256 in hashes]
+        rows = [(state.key, sha256, _crc32(state.key, sha256)) for state, sha256 in hashes]
 
         def insert() -> None:
             with database:
-                database.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", rows)
+                database.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", rows)
 
         self._attempt(insert)
 
@@ -127,12 +116,7 @@ def default_index() -> Path:
 
 
 def hash_files(root: Path, names: Sequence[str], index: Path | None = None) -> Iterator[bytes]:
-    """The sha256 of each file, in order; several are read at a time.
-
-    Args:
-        root: the folder that they are in.
-        names: their paths relative to it.
-        index: the file that remembers hashes; None for that of the user.
+    """The sha256 of each file below `root`, in order; several are read at a time. `index` is by default the user's.
 
     Raises:
         OSError: a file cannot be read; says which.
@@ -144,18 +128,18 @@ def hash_files(root: Path, names: Sequence[str], index: Path | None = None) -> I
             part = [root / name for name in names[start : start + PART]]
             began, states = time.time_ns(), {path: FileState.of(path) for path in part}
             remembered = known.find(states.values())
-            hashes = {path: remembered[state] for path, state in states.items() if state in remembered}
-            missing = {path: state for path, state in states.items() if path not in hashes}
+            missing = {path: state for path, state in states.items() if state not in remembered}
             much = sum(state.size for state in missing.values()) > MUCH
             if missing and (much or time.monotonic() - logged > NOTICE):
                 logged = time.monotonic()
                 log.warning("hashing files of %s, once: %d of %d are done", root, start, len(names))
-            hashes |= dict(zip(missing, pool.map(_hash, missing), strict=True))
+            found = dict(zip(missing.values(), pool.map(_hash, missing), strict=True))
             for path, state in missing.items():
                 if FileState.of(path) != state:
                     raise ValueError(f"{path} was written to while it was read")
-            known.add((state, hashes[path]) for path, state in missing.items() if began - state.changed > YOUNG)
-            yield from (hashes[path] for path in part)
+            known.add((state, sha256) for state, sha256 in found.items() if began - state.changed > YOUNG)
+            hashes = remembered | found
+            yield from (hashes[states[path]] for path in part)
 
 
 def hash_file(path: Path) -> str:

@@ -5,6 +5,7 @@ As figures 2 to 4 of TDQ (arXiv 2306.02316) ask: do activations change along the
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,16 +14,62 @@ from torch import Tensor, nn
 
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.diagnostics.activation_stats import ActivationStats
-from tfmq_exp.diagnostics.partial_quantization import float_layers
+from tfmq_exp.diagnostics.partial_quantization import float_units, quantized_units
 from tfmq_exp.diagnostics.trajectory_error import STREAM, Row
+from tfmq_exp.finite import require_finite
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 MAX_VALUES = 2**15  # of an activation and call that quantiles are computed of: the rank of q99 is off by 0.06 %
+
+
+@dataclass
+class ActivationStats:
+    """Statistics of one activation during one network call, batch after batch, in bounded memory.
+
+    Args:
+        spec: the quantizer's grid.
+        batches: of each batch the extremes; sums of the values and of their squares, their count, and how many are outside
+            the grid; ends of the grid over all rows; the sum of the scale over rows, and the number of rows.
+        drawn: values that quantiles are computed of.
+    """
+
+    spec: QuantSpec
+    batches: list[list[float]] = field(default_factory=list)
+    drawn: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, q: QParams, max_values: int, generator: torch.Generator) -> None:
+        """Add a batch under its scale and zero point; `max_values` of it at most are kept, drawn with replacement."""
+        x, qmin, qmax = x.detach().float(), self.spec.qmin, self.spec.qmax
+        low, high = x.aminmax()
+        require_finite(torch.stack([low, high]), "an activation while sampling")  # which no comparison would show
+        codes = (x / q.scale).round_().add_(q.zero_point)
+        outside = (codes < qmin).logical_or_(codes > qmax).sum()
+        ends = (q.scale * (qmin - q.zero_point)).min(), (q.scale * (qmax - q.zero_point)).max()
+        moments = x.sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)
+        row = (low, high, *moments, outside, *ends, q.scale.sum())
+        self.batches.append([*torch.stack([value.double() for value in row]).tolist(), x.numel(), q.scale.numel()])
+        values = x.flatten()
+        if values.numel() > max_values:
+            values = values[torch.randint(values.numel(), (max_values,), generator=generator).to(x.device)]
+        self.drawn.append(values.cpu())
+
+    def columns(self) -> dict[str, Any]:
+        """All statistics, by the names of the table's columns."""
+        low, high, total, squares, outside, grid_low, grid_high, scale, count, rows = zip(*self.batches, strict=True)
+        mean = sum(total) / sum(count)
+        q01, q99 = torch.cat(self.drawn).quantile(torch.tensor([0.01, 0.99])).tolist()
+        return {
+            **{"min": min(low), "q01": q01, "mean": mean, "q99": q99, "max": max(high)},
+            "std": max(0.0, sum(squares) / sum(count) - mean**2) ** 0.5,
+            **{"grid_min": min(grid_low), "grid_max": max(grid_high)},
+            "interval": sum(scale) / sum(rows),
+            "clipped": sum(outside) / sum(count),
+        }
 
 
 def activation_ranges(
@@ -59,7 +106,8 @@ def activation_ranges(
     rows: list[Row] = []
     recorder = _Recorder(model, seed)
     with ExitStack() as stack:
-        stack.enter_context(float_layers(model, denoiser.unet, structure.sites, model.plan.operands))
+        units = quantized_units(model, denoiser.unet, structure)
+        stack.enter_context(float_units(model, denoiser.unet, units))
         for name, quantizer in model.activation_quantizers().items():
             stack.enter_context(quantizer.register_forward_pre_hook(partial(recorder.record, activation_name(name))))
         predict = sampling.predictor(model)

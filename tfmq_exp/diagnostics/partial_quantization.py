@@ -1,4 +1,4 @@
-"""A quantized network some of whose layers or units are those of the float one."""
+"""A quantized network some of whose units are those of the float one."""
 
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
@@ -42,19 +42,17 @@ def quantized_units(model: QuantizedUNet, float_unet: nn.Module, structure: UNet
 
 
 @contextmanager
-def float_layers(
-    model: QuantizedUNet, float_unet: nn.Module, layers: Collection[str], attentions: Collection[str] = ()
-) -> Generator[None]:
-    """Make some layers, and the operands of some attentions, float for the duration of a block.
+def float_units(model: QuantizedUNet, float_unet: nn.Module, units: Collection[QuantizedUnit]) -> Generator[None]:
+    """Make units float for the duration of a block.
 
     A quantized layer gets the float weight and its quantizers are off, but still run their hooks; a module in the place of
     a layer (a stored feature) is exchanged for the layer. No memory is taken: weights are those of `float_unet`.
     """
-    prefixes = tuple([f"{layer}." for layer in layers] + [f"{name}.processor." for name in attentions])
-    named = model.unet.named_modules()
-    quantizers = [module for name, module in named if isinstance(module, Quantizer) and name.startswith(prefixes)]
-    before = {layer: model.unet.get_submodule(layer) for layer in layers}
+    attentions = [f"{name}.processor." for unit in units for name in unit.attentions]
+    before = {layer: model.unet.get_submodule(layer) for unit in units for layer in unit.layers}
     weights = {layer: module.weight for layer, module in before.items() if isinstance(module, QuantLayer)}
+    prefixes, named = tuple([f"{layer}." for layer in before] + attentions), model.unet.named_modules()
+    quantizers = [module for name, module in named if isinstance(module, Quantizer) and name.startswith(prefixes)]
     try:
         for layer, module in before.items():
             original = float_unet.get_submodule(layer)
@@ -70,11 +68,3 @@ def float_layers(
                 module.weight = weights[layer]
             else:
                 model.unet.set_submodule(layer, module)
-
-
-@contextmanager
-def float_units(model: QuantizedUNet, float_unet: nn.Module, units: Collection[QuantizedUnit]) -> Generator[None]:
-    """Make whole units float for the duration of a block."""
-    layers = [layer for unit in units for layer in unit.layers]
-    with float_layers(model, float_unet, layers, [name for unit in units for name in unit.attentions]):
-        yield

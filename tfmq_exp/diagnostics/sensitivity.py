@@ -54,9 +54,6 @@ def prediction_errors(
         exact: those of the float one.
         step: the sampling step of each sample.
         steps: number of sampling steps; a third without samples is None.
-
-    Raises:
-        NotFiniteError: predictions that are not finite, or of no power to measure an error by.
     """
     error = (predicted.double() - exact.double()).square().flatten(1).sum(1)
     power = exact.double().square().flatten(1).sum(1)
@@ -68,64 +65,39 @@ def prediction_errors(
     return {"relative_error": among(third >= 0), **{name: among(third == i) for i, name in enumerate(THIRDS)}}
 
 
-@dataclass(frozen=True)
+@dataclass
 class PredictionProbe:
-    """Samples and the float network's predictions for them.
+    """Prediction errors of a quantized network with some of its units float.
 
     Args:
-        data: the samples.
-        exact: the float predictions.
-        steps: number of sampling steps.
+        model: the finished model.
+        float_unet: the float network.
+        units: all units of the model.
+        data: samples.
+        steps: number of sampling steps that they are from.
         batch: samples in one forward pass.
     """
 
+    model: QuantizedUNet
+    float_unet: nn.Module
+    units: Sequence[QuantizedUnit]
     data: CalibrationSet
-    exact: Float[Tensor, "samples ..."]
     steps: int
     batch: int
 
-    @classmethod
-    def of(
-        cls,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        units: Sequence[QuantizedUnit],
-        data: CalibrationSet,
-        *,
-        steps: int,
-        batch: int,
-    ) -> "PredictionProbe":
-        """Predict with the quantized network's operations, all units float: what is not quantized then differs by exactly 0."""
-        with float_units(model, float_unet, units):
-            return cls(data, predictions(model, data, batch), steps, batch)
+    def __post_init__(self) -> None:
+        # by the quantized network's operations: where nothing is quantized the error is exactly 0
+        self.exact = self._predict(self.units)
 
-    def error(self, model: nn.Module, each_batch: Progress = lambda _: None) -> Row:
-        """Errors of a model's predictions."""
-        predicted = predictions(model, self.data, self.batch, each_batch)
-        return prediction_errors(predicted, self.exact, self.data.step, self.steps)
+    def _predict(self, as_float: Sequence[QuantizedUnit], each_batch: Progress = lambda _: None) -> Tensor:
+        with float_units(self.model, self.float_unet, as_float):
+            return predictions(self.model, self.data, self.batch, each_batch)
 
+    def error(self, as_float: Sequence[QuantizedUnit] = (), each_batch: Progress = lambda _: None) -> Row:
+        """Errors with these units float; `each_batch` is called with the share of samples that is done."""
+        return prediction_errors(self._predict(as_float, each_batch), self.exact, self.data.step, self.steps)
 
-def unit_error(
-    model: QuantizedUNet,
-    float_unet: nn.Module,
-    unit: QuantizedUnit,
-    units: Sequence[QuantizedUnit],
-    probe: PredictionProbe,
-    *,
-    alone: bool,
-    each_batch: Progress = lambda _: None,
-) -> Row:
-    """Error of the network with this unit quantized and the others float, or the reverse.
-
-    Args:
-        model: the finished model, with whose weights and ranges the unit is quantized.
-        float_unet: the float network.
-        unit: the unit.
-        units: all units.
-        probe: samples and float predictions.
-        alone: whether this unit alone is quantized, or all others.
-        each_batch: called with the share of samples that is done.
-    """
-    others = [other for other in units if other is not unit]
-    with float_units(model, float_unet, others if alone else [unit]):
-        return probe.error(model, each_batch)
+    def unit_error(self, unit: QuantizedUnit, *, alone: bool, each_batch: Progress = lambda _: None) -> Row:
+        """Errors with this unit quantized and the others float (`alone`), or the reverse."""
+        others = [other for other in self.units if other is not unit]
+        return self.error(others if alone else [unit], each_batch)

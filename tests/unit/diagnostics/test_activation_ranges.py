@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.diagnosis import Subject, subject_of
-from tfmq_exp.diagnostics.activation_ranges import activation_name, activation_ranges, range_changes
-from tfmq_exp.diagnostics.activation_stats import ActivationStats
+from tfmq_exp.diagnostics.activation_ranges import ActivationStats, activation_name, activation_ranges, range_changes
 from tfmq_exp.diagnostics.trajectory_error import STREAM
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.spec import QParams, QuantSpec

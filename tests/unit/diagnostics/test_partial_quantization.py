@@ -7,7 +7,7 @@ from torch import nn
 from tests.conftest import example_inputs
 from tests.helpers.diagnosis import Subject, subject_of
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.diagnostics.partial_quantization import float_layers, float_units, quantized_units
+from tfmq_exp.diagnostics.partial_quantization import float_units, quantized_units
 from tfmq_exp.methods.temporal_features import CacheFeatures
 from tfmq_exp.surgery.config import LayerBits
 
@@ -30,7 +30,8 @@ def test_all_parts_float_are_the_float_network_and_come_back(subject: Subject) -
 
 def test_an_error_inside_leaves_nothing_float(subject: Subject) -> None:
     before = out(subject.model, subject.unet)
-    with pytest.raises(RuntimeError, match="stop"), float_layers(subject.model, subject.unet, subject.structure.sites):
+    units = quantized_units(subject.model, subject.unet, subject.structure)
+    with pytest.raises(RuntimeError, match="stop"), float_units(subject.model, subject.unet, units):
         raise RuntimeError("stop")
     assert torch.equal(out(subject.model, subject.unet), before)
 

@@ -1,5 +1,7 @@
 """Units quantized one at a time, against networks that are put together by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,6 @@ from tfmq_exp.diagnostics.sensitivity import (
     prediction_errors,
     predictions,
     spread_over_steps,
-    unit_error,
 )
 from tfmq_exp.surgery.config import LayerBits
 
@@ -21,7 +22,7 @@ from tfmq_exp.surgery.config import LayerBits
 def probe_of(subject: Subject, samples: int = 12) -> tuple[list[QuantizedUnit], PredictionProbe]:
     units = quantized_units(subject.model, subject.unet, subject.structure)
     data = spread_over_steps(subject.data(), samples, seed=0)
-    return units, PredictionProbe.of(subject.model, subject.unet, units, data, steps=4, batch=5)
+    return units, PredictionProbe(subject.model, subject.unet, units, data, steps=4, batch=5)
 
 
 def test_a_unit_alone_is_a_float_network_with_that_unit_quantized(tiny_unet: nn.Module) -> None:
@@ -29,7 +30,7 @@ def test_a_unit_alone_is_a_float_network_with_that_unit_quantized(tiny_unet: nn.
     subject = subject_of(tiny_unet)
     units, probe = probe_of(subject)
     last = next(unit for unit in units if unit.name == "conv_out")
-    found = unit_error(subject.model, subject.unet, last, units, probe, alone=True)
+    found = probe.unit_error(last, alone=True)
     inputs: list[torch.Tensor] = []
     handle = tiny_unet.get_submodule("conv_out").register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
     with torch.no_grad():
@@ -52,27 +53,29 @@ def test_the_probe_is_the_float_network(subject: Subject) -> None:
 
 def test_alone_and_others_are_two_sides(subject: Subject) -> None:
     units, probe = probe_of(subject)
-    whole = probe.error(subject.model)["relative_error"]
+    whole = probe.error()["relative_error"]
     one = QuantizedUnit("all", Kind.LAYER, tuple(subject.structure.sites), tuple(subject.model.plan.operands))
-    everything = unit_error(subject.model, subject.unet, one, [one], probe, alone=True)
+    as_one = dataclasses.replace(probe, units=[one])
+    everything = as_one.unit_error(one, alone=True)
     assert everything["relative_error"] == whole > 0
-    assert unit_error(subject.model, subject.unet, one, [one], probe, alone=False)["relative_error"] == 0
+    assert as_one.unit_error(one, alone=False)["relative_error"] == 0
     for unit in units[:2]:
-        alone = unit_error(subject.model, subject.unet, unit, units, probe, alone=True)
-        others = unit_error(subject.model, subject.unet, unit, units, probe, alone=False)
+        alone = probe.unit_error(unit, alone=True)
+        others = probe.unit_error(unit, alone=False)
         assert 0 < alone["relative_error"] < whole
         assert others["relative_error"] != pytest.approx(whole, rel=1e-6)
-    assert probe.error(subject.model)["relative_error"] == whole
+    assert probe.error()["relative_error"] == whole
 
 
 def test_a_unit_with_nothing_quantized_makes_no_error(tiny_unet: nn.Module) -> None:
     subject = subject_of(tiny_unet, sites={"conv_in": LayerBits()})
     units, probe = probe_of(subject)
     untouched = QuantizedUnit("conv_in", Kind.LAYER, ("conv_in",), ())
-    found = unit_error(subject.model, subject.unet, untouched, [*units, untouched], probe, alone=True)
+    probe = dataclasses.replace(probe, units=[*units, untouched])
+    found = probe.unit_error(untouched, alone=True)
     assert found["relative_error"] == 0
-    whole = unit_error(subject.model, subject.unet, untouched, [*units, untouched], probe, alone=False)
-    assert whole == probe.error(subject.model)
+    whole = probe.unit_error(untouched, alone=False)
+    assert whole == probe.error()
 
 
 @pytest.mark.parametrize(

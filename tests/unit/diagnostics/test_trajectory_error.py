@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.diagnosis import Subject
-from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
-from tfmq_exp.diagnostics.trajectory_error import STREAM, trajectory_error
+from tfmq_exp.diagnostics.trajectory_error import ERRORS, STREAM, error_accumulation, trajectory_error
 from tfmq_exp.sampling.guidance import Sampling
 
 
