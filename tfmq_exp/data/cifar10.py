@@ -33,11 +33,7 @@ ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html"
 class CIFAR10:
     """The training images, in the order of the files.
 
-    Args:
-        path: the folder with `cifar-10-batches-bin` or `cifar-10-batches-py`; of both the first is read, which is no pickle.
-
-    Raises:
-        FileNotFoundError: neither, or a file is missing.
+    `path` has `cifar-10-batches-bin` or `cifar-10-batches-py`; of both the first is read, which is no pickle.
     """
 
     def __init__(self, path: str) -> None:

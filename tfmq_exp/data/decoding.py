@@ -35,9 +35,6 @@ def decode(name: str, content: bytes, size: int, preparation: Preparation) -> Pi
         content: the bytes of the file, in one of `FORMATS`, whatever its name.
         size: of the result, in pixels.
         preparation: makes the image a square.
-
-    Raises:
-        ValueError: damaged, no image, more than `MAX_PIXELS`, grey of more than 8 bits, or of another size after preparation.
     """
     rgb = to_rgb(name, content)
     try:

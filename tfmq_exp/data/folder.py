@@ -71,11 +71,6 @@ class ImageFolder:
         listing: a text file with the relative paths of the images to read, one a line; None for all.
         origin: which images belong there and where they are published, for the message if the folder is missing.
         grey: one channel, the images' luma (ITU-R 601), for networks of such images.
-
-    Raises:
-        FileNotFoundError: no such folder or listing, a listed image is missing, or a broken link.
-        OSError: a folder or a file that cannot be read.
-        ValueError: no images, or a listing with paths outside the folder.
     """
 
     def __init__(

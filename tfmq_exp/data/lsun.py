@@ -23,10 +23,6 @@ class LSUN:
         size: pixels of a side after preparation.
         preparation: makes an image a square; None for latent-diffusion's.
         origin: where the data set is published, for the message if it is missing.
-
-    Raises:
-        FileNotFoundError: no database there.
-        ValueError: damaged or empty.
     """
 
     def __init__(

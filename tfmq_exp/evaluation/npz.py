@@ -78,12 +78,7 @@ def read_header(archive: zipfile.ZipFile, name: str) -> Header:
 
 
 def find_images(path: Path) -> tuple[Header, zipfile.ZipInfo] | None:
-    """Read the header of `arr_0`; None if the file has none.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a `.npz`, or `arr_0` is no array of uint8 images, is empty, or unpacks to more than images do.
-    """
+    """Read the header of `arr_0`, None if there is none; ValueError for what are no uint8 images, or unpack to too much."""
     with open_npz(path) as archive:
         if IMAGES not in archive.namelist():
             return None
@@ -101,12 +96,7 @@ def find_images(path: Path) -> tuple[Header, zipfile.ZipInfo] | None:
 
 
 class NpzImages:
-    """The images of a `.npz` as an image dataset: guided-diffusion's samples and reference batches.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no images in it.
-    """
+    """The images of a `.npz` as an image dataset: guided-diffusion's samples and reference batches."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -168,14 +158,9 @@ def write_npz(
 
 
 def read_statistics(path: Path, widths: tuple[int, int]) -> tuple[GaussianStatistics, GaussianStatistics]:
-    """Read mean and covariance of pooled and of spatial features, in float64.
-
-    Args:
-        path: the file.
-        widths: number of features of each kind.
+    """Read mean and covariance of pooled and of spatial features, in float64; `widths` are their numbers of features.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: not a `.npz`, a key missing, another shape, or values that are no mean and covariance.
     """
     with open_npz(path) as archive:

@@ -32,9 +32,6 @@ class Scores:
     """Streaming scores: sums for FID and sFID, rows for metrics that need images one by one.
 
     Images have indices. What processes have computed of different images merges into the scores of all images, in any order.
-
-    Raises:
-        ValueError: a reference without the features that the evaluator's metrics need.
     """
 
     def __init__(self, evaluator: Evaluator, reference: ReferenceStatistics) -> None:
@@ -53,9 +50,6 @@ class Scores:
             images: images `first`, `first + 1`, ...
             first: index among all.
             captions: what they were made from, where the evaluator has a caption metric.
-
-        Raises:
-            ValueError: images of another type or size than the reference's, or captions of other images.
         """
         shape = tuple(images.shape[1:])
         if images.dtype is not torch.uint8 or self.reference.shape not in (None, shape):

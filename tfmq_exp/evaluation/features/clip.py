@@ -25,10 +25,6 @@ class ClipScore:
     Args:
         folder: `config.json`, `model.safetensors`, and the files of tokenizer and image processor.
         device: of the model; None for CUDA where there is one.
-
-    Raises:
-        FileNotFoundError: no such folder, or no weights in it.
-        ValueError: another file in the place of the weights, or weights that are not finite.
     """
 
     def __init__(self, folder: str, device: str | None = None) -> None:

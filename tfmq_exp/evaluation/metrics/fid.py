@@ -16,11 +16,7 @@ class GaussianStatistics(NamedTuple):
 
 
 class FeatureMoments(Metric):
-    """Mean and covariance of features, from sums in float64 that add up over batches and processes.
-
-    Args:
-        num_features: columns of the features.
-    """
+    """Mean and covariance of features, from sums in float64 that add up over batches and processes."""
 
     full_state_update = False
     count: Int[Tensor, ""]
@@ -40,11 +36,7 @@ class FeatureMoments(Metric):
         self.outer.addmm_(rows.t(), rows)
 
     def statistics(self) -> GaussianStatistics:
-        """Mean and covariance.
-
-        Raises:
-            ValueError: fewer than two images, which have no covariance.
-        """
+        """Mean and covariance; ValueError for fewer than two images, which have none."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two images, got {int(self.count)}")
         mean = self.total / self.count
@@ -55,11 +47,7 @@ class FeatureMoments(Metric):
 
 
 class FrechetDistance(FeatureMoments):
-    """Fréchet distance of generated features to given statistics of real ones, which torchmetrics' own class cannot take.
-
-    Args:
-        real: statistics of the reference.
-    """
+    """Fréchet distance of generated features to given statistics of real ones, which torchmetrics' own class cannot take."""
 
     def __init__(self, real: GaussianStatistics) -> None:
         super().__init__(len(real.mean))

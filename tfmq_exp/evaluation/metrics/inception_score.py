@@ -13,13 +13,7 @@ SPLITS, SEED = 10, 2020  # torch-fidelity's defaults
 
 
 def inception_score(logits: Float[Tensor, "images classes"]) -> float:
-    """Mean over 10 parts of all images in torch-fidelity's own random order.
-
-    The score of a part is at most the number of its images.
-
-    Raises:
-        ValueError: fewer images than parts.
-    """
+    """Mean over 10 parts of all images in torch-fidelity's random order; a part's score is at most its number of images."""
     count = len(logits)
     if count < SPLITS:
         raise ValueError(f"an Inception score over {SPLITS} parts needs as many images, got {count}")

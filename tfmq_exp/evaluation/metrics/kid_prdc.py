@@ -19,9 +19,6 @@ def kernel_distance(
 
     Subsets have `subset_size` images, or as many as there are. In double precision, because the distance is a small
     difference of large sums.
-
-    Raises:
-        ValueError: fewer than two images on a side.
     """
     size = min(subset_size, len(real), len(generated))
     if size < 2:
@@ -41,15 +38,8 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991) with k = 3, by torch-fidelity.
 
-    Precision: the share of generated features inside the ball of some real one; recall: the reverse.
-
-    Args:
-        real: features of the reference.
-        generated: features of the generated images.
-        rows: features whose distances to all others are in memory together.
-
-    Raises:
-        ValueError: fewer images than a ball needs.
+    Precision: the share of generated features inside the ball of some real one; recall: the reverse. The distances of
+    `rows` features to all others are in memory together.
     """
     if min(len(real), len(generated)) <= NEIGHBOUR:
         counts = f"{len(real)} real, {len(generated)} generated"
