@@ -26,11 +26,9 @@ def files_below(root: Path, is_skipped: Callable[[str], bool] = lambda _: False)
             place = os.path.relpath(folder, root)
             folders[:] = [name for name in folders if not is_skipped(name)]
             links += [os.path.normpath(f"{place}/{name}") for name in folders if os.path.islink(f"{folder}/{name}")]
-            yield from (
-                (os.path.normpath(f"{place}/{name}"), _kind(f"{folder}/{name}"))
-                for name in files
-                if not is_skipped(name)
-            )
+            for name in files:
+                if not is_skipped(name):
+                    yield os.path.normpath(f"{place}/{name}"), _kind(f"{folder}/{name}")
 
 
 def _raise(error: OSError) -> NoReturn:
