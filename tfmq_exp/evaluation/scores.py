@@ -70,7 +70,7 @@ class Scores:
         """All rows in the order of their indices; ValueError for images that are missing or came twice."""
         if not self.rows:
             raise ValueError("scores need at least two images, got 0")
-        rows = ImageRows(*map(torch.cat, zip(*self.rows, strict=True)))
+        rows = _concatenated(self.rows)
         order = rows.index.argsort()
         rows = ImageRows(*(part[order] if len(part) else part for part in rows))
         for expected, index in enumerate(rows.index.tolist()):
@@ -86,8 +86,7 @@ class Scores:
             f"{name}.{key}": x for name, metric in self.distances.items() for key, x in metric.metric_state.items()
         }
         if self.rows:
-            rows = ImageRows(*map(torch.cat, zip(*self.rows, strict=True)))
-            tensors |= {f"rows.{name}": x for name, x in rows._asdict().items()}
+            tensors |= {f"rows.{name}": x for name, x in _concatenated(self.rows)._asdict().items()}
         return tensors
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
@@ -141,3 +140,7 @@ class Scores:
             log.warning(f"{name}: an Inception score over parts of {count // SPLITS} images is at most that number")
         if self.evaluator.kept and (few := min(count, len(self.reference.manifold))) <= NEIGHBOUR:
             log.warning(f"{name}: {few} images are too few for precision and recall{' or KID' if few < 2 else ''}")
+
+
+def _concatenated(parts: Sequence[ImageRows]) -> ImageRows:
+    return ImageRows(*map(torch.cat, zip(*parts, strict=True)))

@@ -9,8 +9,8 @@ from tfmq_exp.diagnostics.trajectory_error import ERRORS, STREAM, error_accumula
 from tfmq_exp.sampling.guidance import Sampling
 
 
-def relative(value: Tensor, wanted: Tensor) -> float:
-    return float((value - wanted).square().mean() / wanted.var())
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).square().mean() / expected.var())
 
 
 def accumulated(subject: Subject, batch: int) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Sample files of guided-diffusion, beside what numpy itself writes and reads."""
+"""Sample files of guided-diffusion, compared with numpy's own reading and writing."""
 
 import weakref
 from collections.abc import Callable, Iterator

@@ -94,9 +94,9 @@ def test_statistics_survive_a_file(tmp_path: Path, extract: Extractor) -> None:
 
 def test_statistics_of_a_published_file(tmp_path: Path, extract: Extractor) -> None:
     path = statistics_file(tmp_path / "VIRTUAL.npz", extract)
-    found, wanted = read(NpzReference(str(path)), extract, 8), read(TensorDataset(IMAGES), extract)
+    found, expected = read(NpzReference(str(path)), extract, 8), read(TensorDataset(IMAGES), extract)
     assert torch.equal(found.manifold, extract(IMAGES[:8]).pooled)
-    same(dataclasses.replace(found, manifold=wanted.manifold), wanted)
+    same(dataclasses.replace(found, manifold=expected.manifold), expected)
     assert found.shape == (3, 6, 6)
     assert found.provenance["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.provenance["images_beside_statistics"] == 10

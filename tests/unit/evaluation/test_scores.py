@@ -1,4 +1,4 @@
-"""Scores against the textbook formulas, in double precision, whatever the shards and whoever gathered them."""
+"""Scores against the textbook formulas, in double precision, for any shards and any number of processes."""
 
 import dataclasses
 import math
@@ -123,11 +123,11 @@ def test_images_at_equal_distances_in_the_reference_make_the_manifold(evaluator:
     ours = score(few, measured(few), [GENERATED])
     spread = [i * len(REAL) // 40 for i in range(40)]
     half = dataclasses.replace(evaluator, reference=TensorDataset(REAL[spread]))
-    wanted = score(half, measured(half), [GENERATED])
+    expected = score(half, measured(half), [GENERATED])
     assert {k: ours[k] for k in ("kid", "precision", "recall")} == {
-        k: wanted[k] for k in ("kid", "precision", "recall")
+        k: expected[k] for k in ("kid", "precision", "recall")
     }
-    assert ours["fid"] != wanted["fid"]
+    assert ours["fid"] != expected["fid"]
 
 
 def test_the_reference_itself_is_at_distance_zero(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
@@ -230,8 +230,8 @@ def test_captions_reach_their_images(evaluator: Evaluator, reference: ReferenceS
     captioned = dataclasses.replace(evaluator, clip=Brightness())
     captions = ["x" * (i % 2) for i in range(len(GENERATED))]
     ours = score(captioned, reference, GENERATED.split(37), lambda indices: [captions[i] for i in indices])
-    wanted = GENERATED.double().mean() - 100 * np.mean([len(caption) for caption in captions])
-    assert ours["clip"] == pytest.approx(float(wanted), rel=1e-6)
+    expected = GENERATED.double().mean() - 100 * np.mean([len(caption) for caption in captions])
+    assert ours["clip"] == pytest.approx(float(expected), rel=1e-6)
     assert score(captioned, reference, [GENERATED], lambda i: ["long" * 9] * len(i))["clip"] == 0.0
     wrong: list[Any] = [[], ["one"], list(range(len(GENERATED)))]
     for given in wrong:

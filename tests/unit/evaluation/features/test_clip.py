@@ -55,8 +55,8 @@ def test_the_score_is_the_models_own_logit_without_its_scale(folder: Path) -> No
         tokens = tokens if len(tokens) <= 12 else [*tokens[:11], tokens[-1]]
         with torch.no_grad():
             output = model(input_ids=torch.tensor([tokens]), pixel_values=pixels[i : i + 1])
-            wanted = 100 * output.logits_per_image[0, 0] / model.logit_scale.exp()
-        assert float(ours[i]) == pytest.approx(float(wanted), rel=1e-4), caption
+            expected = 100 * output.logits_per_image[0, 0] / model.logit_scale.exp()
+        assert float(ours[i]) == pytest.approx(float(expected), rel=1e-4), caption
     assert not torch.allclose(ours, metric(images, CAPTIONS[::-1])), "the pairs matter"
 
 

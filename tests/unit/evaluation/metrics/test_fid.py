@@ -52,8 +52,8 @@ def test_frechet_distance_is_the_definition(count: int) -> None:
 def test_few_generated_images_are_compared_within_their_range(others: int) -> None:
     real, generated = rows(others, 30, 0), rows(9, 30, 1)
     ours = frechet_distance(moments(real).statistics(), moments(generated).statistics(), rank=8)
-    wanted = frechet_of_few(real.double().numpy(), generated.double().numpy())
-    assert ours == pytest.approx(wanted, rel=1e-6)
+    expected = frechet_of_few(real.double().numpy(), generated.double().numpy())
+    assert ours == pytest.approx(expected, rel=1e-6)
     assert ours == pytest.approx(
         float(frechet_distance(moments(real).statistics(), moments(generated).statistics())), rel=1e-4
     )

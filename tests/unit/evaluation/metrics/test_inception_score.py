@@ -28,8 +28,8 @@ def test_ten_shuffled_parts() -> None:
     rows = logits(103)
     shuffled = rows.double().numpy()[np.random.RandomState(2020).permutation(103)]
     edges = [103 * i // 10 for i in range(11)]
-    wanted = np.mean([plain(shuffled[a:b]) for a, b in itertools.pairwise(edges)])
-    assert inception_score(rows) == pytest.approx(wanted, rel=1e-9)
+    expected = np.mean([plain(shuffled[a:b]) for a, b in itertools.pairwise(edges)])
+    assert inception_score(rows) == pytest.approx(expected, rel=1e-9)
 
 
 def test_consecutive_parts() -> None:
