@@ -12,11 +12,11 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tfmq_exp.files import sha256_of
 
@@ -58,17 +58,16 @@ class HashIndex:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.database: sqlite3.Connection | None = None
-        self._attempt(self._open)
+        with self._tolerant():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.database = sqlite3.connect(path, timeout=WAIT)
+            self.database.execute(TABLE)
 
-    def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(self.path, timeout=WAIT)
-        self.database.execute(TABLE)
-
-    def _attempt(self, action: Callable[[], Any]) -> Any:
-        """Do it, or go on without an index. A damaged one is removed, so that the next job makes a new one."""
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Go on without an index after an error. A damaged one is removed, so that the next job makes a new one."""
         try:
-            return action()
+            yield
         except (sqlite3.Error, OSError, ValueError) as error:  # the last for text in it that is no UTF-8
             log.info("hashes of files are not remembered: %s: %s", self.path, error)
             self.close()
@@ -76,27 +75,23 @@ class HashIndex:
             if not busy_or_out_of_reach or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
                 for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
                     path.unlink(missing_ok=True)
-            return None
 
     def find(self, states: Collection[FileState]) -> dict[FileState, bytes]:
         """The hashes of those files that are known."""
-        if (database := self.database) is None:
-            return {}
+        known: dict[bytes, bytes] = {}
         query = f"SELECT state, sha256, crc32 FROM states WHERE state IN ({','.join('?' * len(states))})"
-        rows = self._attempt(lambda: database.execute(query, [state.key for state in states]).fetchall())
-        known = {key: sha256 for key, sha256, crc32 in rows or () if _crc32(key, sha256) == crc32}
+        with self._tolerant():
+            if self.database is not None:
+                rows = self.database.execute(query, [state.key for state in states])
+                known = {key: sha256 for key, sha256, crc32 in rows if _crc32(key, sha256) == crc32}
         return {state: known[state.key] for state in states if state.key in known}
 
     def add(self, hashes: Iterable[tuple[FileState, bytes]]) -> None:
-        if (database := self.database) is None:
-            return
         rows = [(state.key, sha256, _crc32(state.key, sha256)) for state, sha256 in hashes]
-
-        def insert() -> None:
-            with database:
-                database.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", rows)
-
-        self._attempt(insert)
+        with self._tolerant():
+            if self.database is not None:
+                with self.database:
+                    self.database.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         if self.database is not None:

@@ -29,18 +29,11 @@ MAX_VALUES = 2**15  # of an activation and call that quantiles are computed of: 
 
 @dataclass
 class ActivationStats:
-    """Statistics of one activation during one network call, batch after batch, in bounded memory.
+    """Statistics of one activation during one network call, batch after batch, in bounded memory."""
 
-    Args:
-        spec: the quantizer's grid.
-        batches: of each batch the extremes; sums of the values and of their squares, their count, and how many are outside
-            the grid; ends of the grid over all rows; the sum of the scale over rows, and the number of rows.
-        drawn: values that quantiles are computed of.
-    """
-
-    spec: QuantSpec
-    batches: list[list[float]] = field(default_factory=list)
-    drawn: list[Tensor] = field(default_factory=list)
+    spec: QuantSpec  # the quantizer's grid
+    batches: list[list[float]] = field(default_factory=list)  # the columns of each batch, in the order of `columns`
+    drawn: list[Tensor] = field(default_factory=list)  # values that quantiles are computed of
 
     def add(self, x: Tensor, q: QParams, max_values: int, generator: torch.Generator) -> None:
         """Add a batch under its scale and zero point; `max_values` of it at most are kept, drawn with replacement."""

@@ -67,23 +67,14 @@ def prediction_errors(
 
 @dataclass
 class PredictionProbe:
-    """Prediction errors of a quantized network with some of its units float.
-
-    Args:
-        model: the finished model.
-        float_unet: the float network.
-        units: all units of the model.
-        data: samples.
-        steps: number of sampling steps that they are from.
-        batch: samples in one forward pass.
-    """
+    """Prediction errors of a quantized network with some of its units float."""
 
     model: QuantizedUNet
     float_unet: nn.Module
-    units: Sequence[QuantizedUnit]
+    units: Sequence[QuantizedUnit]  # all of the model
     data: CalibrationSet
-    steps: int
-    batch: int
+    steps: int  # sampling steps that the data are from
+    batch: int  # samples in one forward pass
 
     def __post_init__(self) -> None:
         # by the quantized network's operations: where nothing is quantized the error is exactly 0

@@ -18,34 +18,18 @@ Row = dict[str, Any]
 
 
 class StepPair(NamedTuple):
-    """A sampling step of the float and of the quantized trajectory, which start from the same noise.
-
-    Args:
-        exact: on the float trajectory.
-        quantized: on the quantized one.
-        forced: the quantized network's prediction on the float trajectory (teacher forcing).
-        conditions: of the images.
-    """
+    """A sampling step of the float and of the quantized trajectory, which start from the same noise."""
 
     exact: Step
     quantized: Step
-    forced: Tensor
+    forced: Tensor  # the quantized network's prediction on the float trajectory (teacher forcing)
     conditions: Conditions
 
 
 def paired_steps(
     predict: Predict, quantized: Sampling, denoiser: Denoiser, sampling: Sampling, *, seed: int, indices: Sequence[int]
 ) -> Iterator[StepPair]:
-    """Sample with both networks side by side.
-
-    Args:
-        predict: the quantized network's prediction.
-        quantized: its sampling.
-        denoiser: the float network.
-        sampling: its sampling.
-        seed: of the noise.
-        indices: of the images.
-    """
+    """Sample images `indices` with both networks side by side; other arguments are those of `error_accumulation`."""
     start: dict[str, Any] = {"seed": seed, "stream": STREAM, "indices": indices}
     conditions = sampling.conditions(denoiser, *start.values())
     quantized_steps = quantized.trajectory(predict, denoiser, **start)

@@ -25,23 +25,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class NpzReference:
-    """Statistics in guided-diffusion's format, in a file.
-
-    Args:
-        path: the `.npz`.
-        any_size: take a file without images, which does not say of which size they were.
-    """
+    """Statistics in guided-diffusion's format, in a `.npz` file."""
 
     path: str
-    any_size: bool = False
+    any_size: bool = False  # take a file without images, which does not say of which size they were
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Name and hash of the file: plain JSON data.
-
-        Raises:
-            FileNotFoundError: no such file; says where such files are published.
-        """
+        """Name and hash of the file: plain JSON data."""
         path = Path(self.path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -53,21 +44,13 @@ class NpzReference:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """All that scores need of a reference.
+    """All that scores need of a reference."""
 
-    Args:
-        pooled: for FID.
-        spatial: for sFID.
-        manifold: pooled features of some images, for KID, precision and recall; no rows where these are not computed.
-        shape: channels, height, width of the images; None where a file does not say.
-        provenance: identity of the images or the file: plain JSON data.
-    """
-
-    pooled: GaussianStatistics
-    spatial: GaussianStatistics
-    manifold: Float[Tensor, "images pooled"]
-    shape: tuple[int, int, int] | None
-    provenance: Mapping[str, Any]
+    pooled: GaussianStatistics  # for FID
+    spatial: GaussianStatistics  # for sFID
+    manifold: Float[Tensor, "images pooled"]  # of some images, for KID, precision and recall; else no rows
+    shape: tuple[int, int, int] | None  # channels, height, width; None where a file does not say
+    provenance: Mapping[str, Any]  # identity of the images or the file: plain JSON data
 
     @property
     def title(self) -> str:

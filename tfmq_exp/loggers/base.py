@@ -11,25 +11,15 @@ Points = Sequence[tuple[int, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """Identity and settings of a run.
+    """Identity and settings of a run."""
 
-    Args:
-        folder: of the run; a run that goes on in the same folder is the same run.
-        name: for people.
-        group: common to the runs of one sweep; None outside sweeps.
-        kind: the method.
-        tags: words to find it by.
-        choices: the file that was chosen from each config group.
-        settings: the resolved configuration, and the environment.
-    """
-
-    folder: Path
+    folder: Path  # a run that goes on in the same folder is the same run
     name: str
-    group: str | None
-    kind: str
+    group: str | None  # common to the runs of one sweep; None outside sweeps
+    kind: str  # the method
     tags: tuple[str, ...]
-    choices: Mapping[str, str]
-    settings: Mapping[str, Any]
+    choices: Mapping[str, str]  # the file that was chosen from each config group
+    settings: Mapping[str, Any]  # the resolved configuration, and the environment
 
 
 class Logger:
