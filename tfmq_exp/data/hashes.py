@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from tfmq_exp.files import sha256_of
+from tfmq_exp.core.files import sha256_of
 
 PART = 1024  # files that are hashed before they are added to the index
 YOUNG = (

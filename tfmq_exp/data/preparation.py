@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from PIL import Image
 
-from tfmq_exp.kinds import check_fields, one_of
+from tfmq_exp.core.validate import check_fields, one_of
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 Pixels: TypeAlias = UInt8[np.ndarray, "height width 3"]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfmq_exp.core.finite import require_finite
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.diagnostics.partial_quantization import float_units, quantized_units
 from tfmq_exp.diagnostics.trajectory_error import STREAM, Row
-from tfmq_exp.finite import require_finite
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch

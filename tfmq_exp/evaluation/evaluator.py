@@ -7,10 +7,10 @@ from typing import Any, Protocol
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.evaluation.features.extractor import Extractor
 from tfmq_exp.evaluation.references import NpzReference
-from tfmq_exp.kinds import COUNT, SWITCH, check_fields
 
 
 class CaptionMetric(Protocol):

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from tfmq_exp.core.file_kind import HEAD, content_of
 from tfmq_exp.evaluation.metrics.fid import GaussianStatistics
-from tfmq_exp.file_kind import HEAD, content_of
 
 IMAGES = "arr_0.npy"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tfmq_exp.core.files import sha256_of
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.evaluation.features.extractor import Extractor
 from tfmq_exp.evaluation.metrics.fid import FeatureMoments, GaussianStatistics
 from tfmq_exp.evaluation.npz import NpzImages, find_images, read_statistics
-from tfmq_exp.files import sha256_of
 
 ALIKE = 1e-9  # variance over squared mean, which sums in double precision leave where nothing varies
 Progress = Callable[[int, int], None]

@@ -12,18 +12,18 @@ from rich.table import Table
 
 from tfmq_exp.cli.log_outputs import write_csv
 from tfmq_exp.cli.terminal import say
+from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.diagnostics.activation_ranges import activation_ranges, range_changes
 from tfmq_exp.diagnostics.partial_quantization import QuantizedUnit, quantized_units
 from tfmq_exp.diagnostics.rounding_changes import rounding_changes
 from tfmq_exp.diagnostics.sensitivity import THIRDS, PredictionProbe, spread_over_steps
 from tfmq_exp.diagnostics.temporal_error import feature_errors, features_by_layer
 from tfmq_exp.diagnostics.trajectory_error import ERRORS, error_accumulation
-from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.pipeline.progress import Advance
 from tfmq_exp.pipeline.stages import DiagnosisPlan, Stages
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.reconstruction.units import TemporalAware
-from tfmq_exp.reporting import diagnosis_figures as figures
+from tfmq_exp.report import diagnosis_figures as figures
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Row = dict[str, Any]

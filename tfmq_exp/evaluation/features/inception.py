@@ -14,11 +14,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tfmq_exp.denoisers.checkpoint import read_tensors
+from tfmq_exp.core.file_kind import why_missing
+from tfmq_exp.core.files import sha256_of
+from tfmq_exp.core.finite import require_finite_weights
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 from tfmq_exp.evaluation.features.extractor import Extractor, Features
-from tfmq_exp.file_kind import why_missing
-from tfmq_exp.files import sha256_of
-from tfmq_exp.finite import require_finite_weights
 
 RELEASED = "weights-inception-2015-12-05-6726825d.pth"
 RELEASED_SHA256 = "6726825d"  # how the hash begins, by the file's own name
