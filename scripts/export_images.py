@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.core.files import write_atomically
-from tfmq_exp.evaluation.npz_images import write_npz
+from tfmq_exp.evaluation.npz import write_npz
 from tfmq_exp.pipeline.store import Entry
 
 

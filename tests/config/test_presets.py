@@ -229,7 +229,7 @@ def test_a_model_brings_its_sampler_data_and_evaluator_and_the_command_line_wins
     assert sampler.endswith("PLMS")
     assert composed(tmp_path, "model=sd_v1_4", "sampler=ddim").sampler._target_.endswith("DDIM")
     bedroom, celeba = (composed(tmp_path, f"model={name}") for name in ("ldm_bedroom", "ldm_celebahq"))
-    assert bedroom.eval._target_ == celeba.eval._target_ != composed(tmp_path).eval._target_
+    assert bedroom.eval.name == celeba.eval.name != composed(tmp_path).eval.name
     assert bedroom.data != celeba.data
     assert bedroom.model.denoiser.config == celeba.model.denoiser.config
 

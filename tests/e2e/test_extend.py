@@ -31,8 +31,6 @@ from tests.e2e.test_scripts import call
 from tests.helpers.run_folders import Reader
 from tfmq_exp.cli.job import perform
 from tfmq_exp.cli.job_identity import job_identity
-from tfmq_exp.data.folder import ImageFolder
-from tfmq_exp.data.preparation import Unchanged
 from tfmq_exp.denoisers.unet import roles
 from tfmq_exp.pipeline.store import describe
 from tfmq_exp.quant.spec import QuantSpec
@@ -234,7 +232,7 @@ def test_changed_code_is_another_job_and_another_stage(lab: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, tiny_unet: nn.Module) -> Path:
-    """What a user has: a diffusers folder, a judge, an original checkpoint with its configuration, images."""
+    """What a user has: a diffusers folder, a feature extractor, an original checkpoint with its configuration, images."""
     root = tmp_path_factory.mktemp("files")
     saved: Any = tiny_unet
     saved.save_pretrained(root / "flowers-ddpm/unet")
@@ -260,19 +258,18 @@ def frechet(one: Tensor, other: Tensor) -> float:
     return float(((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * roots.sum())
 
 
-def test_a_diffusers_folder_and_the_judge(lab: Path, files: Path, tmp_path: Path) -> None:
-    places = (f"paths.checkpoints={files}", f"paths.data={files}", "data.size=8", "eval.side=32")
+def test_a_diffusers_folder_and_the_extractor(lab: Path, files: Path, tmp_path: Path) -> None:
+    places = (f"paths.checkpoints={files}", f"paths.data={files}", "data.size=8", "eval.extract.side=32")
     found = run(lab, tmp_path, "model=flowers", "method=nearest", *places, "model.protocol.images=16")
     row = rows(found)[1]
     assert row["model"] == "flowers"
-    assert row["evaluator"]["name"] == "ResNet resnet-flowers"
-    judge = importlib.import_module("ideas.resnet_judge").resnet_evaluator(
-        str(files / "resnet-flowers"), ImageFolder(str(files / "flowers"), 8, Unchanged()), side=32, version=1
-    )
-    assert row["evaluator"]["sha256"] == judge.identity["sha256"]
+    assert row["evaluator"]["name"] == "ResNet flowers"
+    extractor = importlib.import_module("ideas.resnet_extractor")
+    extract = extractor.resnet_extractor(str(files / "resnet-flowers"), side=32, version=1)
+    assert row["evaluator"]["sha256"] == extract.identity["sha256"]
     images = torch.cat([load_file(file)["images"] for file in sorted(stored(found, "images").glob("*.safetensors"))])
     real = np.stack([np.asarray(Image.open(file)).transpose(2, 0, 1) for file in (files / "flowers").glob("*.png")])
-    features = (judge.extract(x).pooled.double().numpy() for x in (torch.tensor(real), images))
+    features = (extract(x).pooled.double().numpy() for x in (torch.tensor(real), images))
     assert row["scores"]["fid"] == pytest.approx(frechet(*features), rel=1e-3)
 
 

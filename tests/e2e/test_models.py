@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.e2e.jobs import job
-from tests.inception import random_weights
+from tests.helpers.inception import random_weights
 
 GOLDENS = Path(__file__).parents[1] / "goldens/compvis"
 # configuration, recorded weights, side of the images, and what a caption or label needs

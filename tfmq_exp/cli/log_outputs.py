@@ -56,7 +56,7 @@ def show_losses(mirror: Logger, rows: Rows, already: Set[str]) -> None:
     for row in rows:
         unit = f"{row['phase']}/{row['unit']}"
         if unit not in already:
-            mirror.loss(unit, row["iteration"], row["loss"])
+            mirror.log_loss(unit, row["iteration"], row["loss"])
 
 
 def points(rows: Rows, axis: str) -> Points:

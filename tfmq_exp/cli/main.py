@@ -89,7 +89,7 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
         failed = False
     finally:
         mirror.close(failed=failed)
-        for line in mirror.where():
+        for line in mirror.locations():
             say(console, line)
     say(console, f"run folder: {folder}")
     return "done", ""
@@ -232,8 +232,8 @@ def save_noise(stages: Stages, folder: Path) -> None:
         return
     rows = stages.statistics.rows()
     write_csv(folder / "noise.csv", rows)
-    stages.mirror.table("noise", rows)
-    stages.mirror.curve("noise", "step", points(rows, "step"))
+    stages.mirror.log_table("noise", rows)
+    stages.mirror.log_curve("noise", "step", points(rows, "step"))
 
 
 def save_learning(stages: Stages, folder: Path) -> None:
@@ -241,7 +241,7 @@ def save_learning(stages: Stages, folder: Path) -> None:
     units, losses = stages.noted("units.json"), stages.noted("losses.json")
     if units:
         write_csv(folder / "units.csv", units)
-        stages.mirror.table("units", units)
+        stages.mirror.log_table("units", units)
     if losses:
         write_csv(folder / "losses.csv", losses)
         show_losses(stages.mirror, losses, stages.shown_losses)
@@ -286,7 +286,7 @@ def save_grid(stages: Stages, folder: Path, name: str, made_by: str) -> None:
     quantized = _first(stages.sampled(quantized=True), 64)
     original = _first(stages.sampled(quantized=False), 64)
     figures.side_by_side(original, quantized, folder / f"{name}.png", ("float", made_by))
-    stages.mirror.image(name, folder / f"{name}.png")
+    stages.mirror.log_image(name, folder / f"{name}.png")
 
 
 def _first(shards: Any, count: int) -> np.ndarray:
@@ -306,13 +306,13 @@ def save_errors(errors: Mapping[str, list[dict[str, Any]]], folder: Path, mirror
         write_csv(folder / f"{name}_error.csv", rows)
         plots[name](rows, folder / f"{name}_error.png", f"{name} error, {title}")
         axis, column = axes[name]
-        mirror.table(f"{name}_error", rows)
-        mirror.curve(f"{name}_error", axis, points(rows, column))
-        mirror.image(f"{name}_error", folder / f"{name}_error.png")
+        mirror.log_table(f"{name}_error", rows)
+        mirror.log_curve(f"{name}_error", axis, points(rows, column))
+        mirror.log_image(f"{name}_error", folder / f"{name}_error.png")
 
 
 def save_records(records: Sequence[ScoreRecord], stages: Stages, folder: Path, console: Console) -> None:
     """The rows of the table: float, simulated, and executed by an engine."""
     write_record(folder / "results.json", {"rows": [record.to_json() for record in records]})
-    stages.mirror.summary(score_summary(records))
+    stages.mirror.log_summary(score_summary(records))
     show(records, console)

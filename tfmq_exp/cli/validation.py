@@ -60,7 +60,7 @@ KINDS = {
     "goal": GOAL,
     "seed": SEED,
     **dict.fromkeys((*FLAGS, "model.denoiser.ema", "model.tie_qkv"), SWITCH),
-    **dict.fromkeys(("eval.batch", "eval.manifold_images", "model.denoiser.decode_rows"), COUNT),
+    **dict.fromkeys(("eval.extract.batch_size", "eval.manifold_images", "model.denoiser.decode_rows"), COUNT),
     **{f"model.protocol.{name}": COUNT for name in COUNTS},
     **{f"model.protocol.{name}": RATE for name in RATES},
     "model.protocol.qat_warmup": ANY_COUNT,

@@ -15,7 +15,7 @@ from tfmq_exp.data.decoding import check_batch
 from tfmq_exp.data.hashes import hash_file
 
 SHAPE = (3, 32, 32)
-PIXELS = 3 * 32 * 32
+PIXELS = 3 * 32 * 32  # bytes of an image
 PER_FILE = 10_000
 BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
 BINARY_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
@@ -30,56 +30,10 @@ PYTHON_FILES = {
 ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
-def read_binary(path: Path) -> UInt8[np.ndarray, "images 3072"]:
-    """Images of a file of the binary version: for each a byte with the label, then 3,072 with red, green and blue planes.
-
-    Raises:
-        ValueError: another length, or labels outside 0 .. 9.
-    """
-    data = np.fromfile(path, dtype=np.uint8)
-    if data.size != PER_FILE * (1 + PIXELS):
-        raise ValueError(
-            f"{path} has {data.size} bytes, expected {PER_FILE * (1 + PIXELS)}: it is truncated or another file"
-        )
-    rows = data.reshape(PER_FILE, 1 + PIXELS)
-    check_labels(path, rows[:, 0])
-    return rows[:, 1:]
-
-
-def read_python(path: Path, md5: str) -> UInt8[np.ndarray, "images 3072"]:
-    """Images of a file of the python version, a pickle that is not given the chance to run anything.
-
-    Raises:
-        ValueError: another md5, arrays of another shape, labels outside 0 .. 9, or names of code in it.
-    """
-    content = path.read_bytes()
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise ValueError(f"{path} is damaged or not the published file: its md5 is {found}, expected {md5}")
-    images, labels = read_record(path, content)
-    if images.shape != (PER_FILE, PIXELS) or len(labels) != PER_FILE:
-        raise ValueError(
-            f"{path} holds images {images.shape} and {len(labels)} labels, expected {(PER_FILE, PIXELS)} and {PER_FILE}"
-        )
-    check_labels(path, np.asarray(labels))
-    return images
-
-
-def check_labels(path: Path, labels: np.ndarray) -> None:
-    """ValueError for labels that CIFAR-10 does not have."""
-    if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, expected 0 to 9")
-
-
 class CIFAR10:
     """The training images, in the order of the files.
 
-    Args:
-        path: the folder with `cifar-10-batches-bin` or `cifar-10-batches-py`; where both are there, the first, which is no
-            pickle.
-
-    Raises:
-        FileNotFoundError: neither, or a file is missing.
+    `path` has `cifar-10-batches-bin` or `cifar-10-batches-py`; of both the first is read, which is no pickle.
     """
 
     def __init__(self, path: str) -> None:
@@ -89,11 +43,11 @@ class CIFAR10:
                 f"no CIFAR-10 at {path}: expected {BINARY}/ or {PYTHON}/ there, as the archives of {ORIGIN} unpack "
                 "(nothing is downloaded)"
             )
-        self.version, self.folder = found[0], Path(path, found[0])
-        self.files = [self.folder / name for name in (BINARY_FILES if self.version == BINARY else PYTHON_FILES)]
+        self.version, folder = found[0], Path(path, found[0])
+        self.files = [folder / name for name in (BINARY_FILES if self.version == BINARY else PYTHON_FILES)]
         missing = [file.name for file in self.files if not file.is_file()]
         if missing:
-            raise FileNotFoundError(f"{self.folder} lacks {', '.join(missing)}; unpack the archive of {ORIGIN} again")
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; unpack the archive of {ORIGIN} again")
         self.shape = SHAPE
         self.identity: Mapping[str, Any] = {
             "set": "CIFAR-10 training images",
@@ -102,14 +56,39 @@ class CIFAR10:
         }
 
     def __len__(self) -> int:
-        """How many images."""
         return PER_FILE * len(self.files)
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 32 32"]]:
-        """All of them, `size` at a time; ValueError names a file that is not what was published."""
+        """Read all images, `size` at a time; ValueError names a file that is not the published one."""
         check_batch(size)
-        images = np.empty((len(self), *SHAPE), dtype=np.uint8)
-        for i, file in enumerate(self.files):
-            rows = read_binary(file) if self.version == BINARY else read_python(file, PYTHON_FILES[file.name])
-            images[i * PER_FILE : (i + 1) * PER_FILE] = rows.reshape(-1, *SHAPE)
-        return iter(torch.from_numpy(images).split(size))
+        read = read_binary if self.version == BINARY else read_python
+        return iter(torch.from_numpy(np.concatenate([read(file) for file in self.files])).split(size))
+
+
+def read_binary(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
+    """Read a file of the binary version: for each image a byte with the label, then red, green and blue planes."""
+    data = np.fromfile(path, dtype=np.uint8)
+    if data.size != PER_FILE * (1 + PIXELS):
+        expected = f"expected {PER_FILE * (1 + PIXELS)}: it is truncated or another file"
+        raise ValueError(f"{path} has {data.size} bytes, {expected}")
+    rows = data.reshape(PER_FILE, 1 + PIXELS)
+    return _checked(path, rows[:, 1:], rows[:, 0])
+
+
+def read_python(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
+    """Read a file of the python version, a pickle that cannot run anything."""
+    content, expected = path.read_bytes(), PYTHON_FILES[path.name]
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise ValueError(f"{path} is damaged or not the published file: its md5 is {found}, expected {expected}")
+    images, labels = read_record(path, content)
+    return _checked(path, images, np.asarray(labels))
+
+
+def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> UInt8[np.ndarray, "images 3 32 32"]:
+    if images.shape != (PER_FILE, PIXELS) or len(labels) != PER_FILE:
+        counts = f"expected {(PER_FILE, PIXELS)} and {PER_FILE}"
+        raise ValueError(f"{path} holds images {images.shape} and {len(labels)} labels, {counts}")
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, expected 0 to 9")
+    return images.reshape(-1, *SHAPE)

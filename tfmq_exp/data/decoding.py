@@ -1,4 +1,4 @@
-"""From files of images to batches: decoded by a few threads, in order, without holding more than a few at a time."""
+"""Decoding of image files into batches, by a few threads, in order, with few images in memory at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,19 +25,16 @@ Item = TypeVar("Item")
 
 
 def decode(name: str, content: bytes, size: int, preparation: Preparation) -> Pixels:
-    """One image as 8-bit RGB of `size` by `size`; of an animation, or of several pages, the first.
+    """Decode one image as 8-bit RGB of `size` by `size`; of an animation, or of several pages, the first.
 
     As training loaders do, transparency, orientation tags and colour profiles are ignored, and colours of 16 bits per
     channel keep their upper 8.
 
     Args:
-        name: what errors call it. One that ends in `.tga` may be a TGA, whose content has no mark of its own.
+        name: of the file, for errors. One that ends in `.tga` may be a TGA, whose content has no mark of its own.
         content: the bytes of the file, in one of `FORMATS`, whatever its name.
         size: of the result, in pixels.
-        preparation: how it becomes a square.
-
-    Raises:
-        ValueError: damaged, no image, more than `MAX_PIXELS`, grey of more than 8 bits, or of another size after preparation.
+        preparation: makes the image a square.
     """
     rgb = to_rgb(name, content)
     try:
@@ -54,25 +51,25 @@ def decode(name: str, content: bytes, size: int, preparation: Preparation) -> Pi
 
 
 def to_rgb(name: str, content: bytes) -> Image.Image:
-    """The image as RGB. Its size and mode are looked at before pixels are decoded; errors are those of `decode`."""
+    """Decode an image as RGB, after a look at its size and mode; errors are those of `decode`."""
     formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
     try:
         image = Image.open(BytesIO(content), formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded: at most {MAX_PIXELS} pixels ({error})") from error
-    except Exception as error:  # damaged bytes fail in whatever way they lead to
-        what = content_of(content[:HEAD])
-        unknown = isinstance(error, UnidentifiedImageError)
-        told = f"no {', '.join(formats)}, or damaged" if unknown else f"{type(error).__name__}: {error}"
-        reason = "it begins as a picture, and is damaged" if what == PICTURE else f"it {what}" if what else told
+    except Exception as error:  # damaged bytes can raise anything
+        kind = content_of(content[:HEAD])
+        reason = "it begins as a picture, and is damaged" if kind == PICTURE else f"it {kind}"
+        if kind is None:
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = f"no {', '.join(formats)}, or damaged" if unknown else f"{type(error).__name__}: {error}"
         raise ValueError(f"{name} cannot be read as an image ({reason})") from error
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} is too large to be decoded: {image.width}x{image.height}, at most {MAX_PIXELS} pixels"
-        )
+        size = f"{image.width}x{image.height}"
+        raise ValueError(f"{name} is too large to be decoded: {size}, at most {MAX_PIXELS} pixels")
     if image.mode not in MODES:
         raise ValueError(
-            f"{name} has pixels of mode {image.mode}, whose range is not known; expected at most 8 bits per channel"
+            f"{name} has pixels of mode {image.mode}, of unknown range; expected at most 8 bits per channel"
         )
     image.info.pop("transparency", None)  # of a palette, of which Pillow would warn
     try:
@@ -82,7 +79,7 @@ def to_rgb(name: str, content: bytes) -> Image.Image:
 
 
 def in_order(function: Callable[[Item], Pixels], items: Iterable[Item]) -> Iterator[Pixels]:
-    """The function of every item, computed by threads, in the order of the items."""
+    """Apply a function to every item in threads; results in the order of the items."""
     with ThreadPoolExecutor() as pool:
         waiting: deque[Future[Pixels]] = deque()
         try:
@@ -98,18 +95,19 @@ def in_order(function: Callable[[Item], Pixels], items: Iterable[Item]) -> Itera
 
 
 def check_batch(size: int) -> None:
-    """ValueError for a batch without images."""
+    """Raise a ValueError for a batch without images."""
     if size < 1:
         raise ValueError(f"a batch holds at least one image, got {size}")
 
 
 def stacked(images: Iterable[Pixels], size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-    """Images `size` at a time, channels first."""
-    images = iter(images)
-    while batch := list(islice(images, size)):
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()
+    """Batches of `size` images, channels first; a ValueError at once for a size below 1."""
+    check_batch(size)
+    remaining = iter(images)
+    batches = iter(lambda: list(islice(remaining, size)), [])
+    return (torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous() for batch in batches)
 
 
 def describe(preparation: Preparation) -> dict[str, Any]:
-    """The name and settings of a preparation."""
+    """The name and fields of a preparation, for identities."""
     return {"name": type(preparation).__name__, **vars(preparation)}

@@ -24,22 +24,17 @@ def load_images() -> tuple[UInt8[Tensor, "1797 1 16 16"], Int[Tensor, "1797"]]:
 
 
 class DigitsImages:
-    """All 1,797 of them, one channel."""
+    """All 1,797 digits as an image dataset of one channel."""
 
     def __init__(self) -> None:
         self.images, _ = load_images()
         self.shape = (1, IMAGE_SIZE, IMAGE_SIZE)
-        self.identity: Mapping[str, Any] = {
-            "set": "scikit-learn digits",
-            "images": len(self.images),
-            "size": IMAGE_SIZE,
-        }
+        identity = {"set": "scikit-learn digits", "images": len(self.images), "size": IMAGE_SIZE}
+        self.identity: Mapping[str, Any] = identity
 
     def __len__(self) -> int:
-        """How many images."""
         return len(self.images)
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch 1 16 16"]]:
-        """All of them, `size` at a time."""
         check_batch(size)
         return iter(self.images.split(size))

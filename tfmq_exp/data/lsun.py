@@ -8,7 +8,7 @@ import lmdb
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stacked
+from tfmq_exp.data.decoding import decode, describe, in_order, stacked
 from tfmq_exp.data.hashes import hash_file
 from tfmq_exp.data.preparation import CropThenResize, Pixels, Preparation
 
@@ -21,20 +21,12 @@ class LSUN:
     Args:
         path: the folder with `data.mdb`, such as `church_outdoor_train_lmdb`.
         size: pixels of a side after preparation.
-        preparation: how an image becomes a square; null for latent-diffusion's way.
-        origin: where the data set is published; a part of the message if it is missing.
-
-    Raises:
-        FileNotFoundError: no database there.
-        ValueError: damaged or empty.
+        preparation: makes an image a square; None for latent-diffusion's.
+        origin: where the data set is published, for the message if it is missing.
     """
 
     def __init__(
-        self,
-        path: str,
-        size: int,
-        preparation: Preparation | None = None,
-        origin: str = "https://github.com/fyu/lsun",
+        self, path: str, size: int, preparation: Preparation | None = None, origin: str = "https://github.com/fyu/lsun"
     ) -> None:
         self.path, self.preparation = Path(path), preparation or CropThenResize()
         if not (self.path / "data.mdb").is_file():
@@ -56,17 +48,15 @@ class LSUN:
         }
 
     def __len__(self) -> int:
-        """How many images."""
         return self.count
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
-        """All of them, `size` at a time; ValueError names the key of the first that cannot be read."""
-        check_batch(size)
-        return self._read(size)
+        """Read all images, `size` at a time; ValueError with the key of one that cannot be read."""
+        return stacked(self._images(), size)
 
-    def _read(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 height width"]]:
+    def _images(self) -> Iterator[Pixels]:
         with open_database(self.path) as database, database.begin() as transaction:
-            yield from stacked(in_order(self._decode, transaction.cursor()), size)
+            yield from in_order(self._decode, transaction.cursor())
 
     def _decode(self, entry: tuple[bytes, bytes]) -> Pixels:
         key, value = entry
@@ -74,7 +64,7 @@ class LSUN:
 
 
 def open_database(path: Path) -> lmdb.Environment:
-    """The database, for reading alone and without a lock file, so that it may lie on a read-only disk."""
+    """Open a database read-only and without a lock file, so that it may lie on a read-only disk."""
     try:
         return lmdb.open(str(path), readonly=True, lock=False, create=False, readahead=False)
     except lmdb.Error as error:

@@ -1,6 +1,6 @@
-"""How an image becomes a square of bytes: each function is one training program's own way, to the byte.
+"""Preparation of an image as a square of bytes: each class is that of one training program, to the byte.
 
-A Fréchet distance tells these ways apart, so real images are prepared as the network's training images were. Flips, which
+A Fréchet distance sees the differences, so real images are prepared as the network's training images were. Flips, which
 training adds at random, are left out.
 """
 
@@ -10,6 +10,8 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from PIL import Image
+
+from tfmq_exp.core.validate import check_fields, one_of
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 Pixels: TypeAlias = UInt8[np.ndarray, "height width 3"]
@@ -23,11 +25,9 @@ FIXED_POINT = 2048  # OpenCV's weights are multiples of 1/2048
 
 
 class Preparation(Protocol):
-    """Makes an RGB image a square; a frozen dataclass, because its name and settings identify what came of it."""
+    """Makes an RGB image `size` rows and columns; a frozen dataclass, because name and fields are part of identities."""
 
-    def __call__(self, image: Image.Image, size: int) -> Pixels:
-        """The image as `size` rows and columns."""
-        ...
+    def __call__(self, image: Image.Image, size: int) -> Pixels: ...
 
 
 def crop_centre(pixels: Pixels, size: int) -> Pixels:
@@ -37,58 +37,87 @@ def crop_centre(pixels: Pixels, size: int) -> Pixels:
 
 
 def check_enlarged(width: int, height: int) -> None:
-    """ValueError for an image so narrow that it would fill the memory once its short side has the right length."""
+    """Raise a ValueError for an image so narrow that it fills the memory once its short side has the right length."""
     if width * height > MAX_PIXELS:
         raise ValueError(f"its short side resized, it would have {width}x{height}; at most {MAX_PIXELS} pixels")
 
 
-def crop_then_resize(image: Image.Image, size: int, interpolation: Interpolation) -> Pixels:
-    """The middle square of the short side's length, resized by Pillow (latent-diffusion, `ldm/data/lsun.py`)."""
-    square = Image.fromarray(crop_centre(np.asarray(image), min(image.size)))
-    return np.asarray(square.resize((size, size), FILTERS[interpolation]))
+@dataclass(frozen=True)
+class CropThenResize:
+    """LSUN in latent-diffusion (`ldm/data/lsun.py`): the middle square of the short side's length, resized by Pillow."""
+
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        check_fields(self, interpolation=one_of(*FILTERS))
+
+    def __call__(self, image: Image.Image, size: int) -> Pixels:
+        square = Image.fromarray(crop_centre(np.asarray(image), min(image.size)))
+        return np.asarray(square.resize((size, size), FILTERS[self.interpolation]))
 
 
-def resize_then_crop(image: Image.Image, size: int, interpolation: Interpolation) -> Pixels:
+@dataclass(frozen=True)
+class ResizeThenCrop:
     """The short side resized to `size` by Pillow, then the middle square.
 
     As `Resize` and `CenterCrop` of torchvision, which torch-fidelity applies under `samples_resize_and_crop`: the long side
     is rounded down, and half of an odd margin is rounded to even.
     """
-    short = min(image.size)
-    width, height = (size if length == short else int(size * length / short) for length in image.size)
-    check_enlarged(width, height)
-    pixels = np.asarray(image if short == size else image.resize((width, height), FILTERS[interpolation]))
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return pixels[top : top + size, left : left + size]
+
+    interpolation: Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        check_fields(self, interpolation=one_of(*FILTERS))
+
+    def __call__(self, image: Image.Image, size: int) -> Pixels:
+        short = min(image.size)
+        width, height = (size if length == short else int(size * length / short) for length in image.size)
+        check_enlarged(width, height)
+        resized = image if short == size else image.resize((width, height), FILTERS[self.interpolation])
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        return np.asarray(resized)[top : top + size, left : left + size]
 
 
-def halve_then_resize_then_crop(image: Image.Image, size: int) -> Pixels:
-    """Averages of 2x2 pixels while both sides stay at least `size`, a bicubic resize of the short side, the middle square.
+@dataclass(frozen=True)
+class HalveThenResizeThenCrop:
+    """ImageNet in guided-diffusion (`center_crop_arr` of `guided_diffusion/image_datasets.py`).
 
-    As `center_crop_arr` of guided-diffusion (`guided_diffusion/image_datasets.py`).
+    Averages of 2x2 pixels while both sides stay at least `size`, a bicubic resize of the short side, the middle square.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    check_enlarged(width, height)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return crop_centre(np.asarray(image), size)
+
+    def __call__(self, image: Image.Image, size: int) -> Pixels:
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = size / min(image.size)
+        width, height = round(image.width * scale), round(image.height * scale)
+        check_enlarged(width, height)
+        return crop_centre(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), size)
 
 
-def aliased_resize_then_crop(image: Image.Image, size: int) -> Pixels:
-    """The short side resized to `size` by two-by-two interpolation without a filter, then the middle square.
+@dataclass(frozen=True)
+class AliasedResizeThenCrop:
+    """Faces in taming-transformers and latent-diffusion: two-by-two interpolation without a filter, then the middle square.
 
     As `SmallestMaxSize` and `CenterCrop` of albumentations in taming-transformers (`taming/data/base.py`), which resize by
     OpenCV's INTER_LINEAR. From 1024 to 256 pixels each becomes the mean of 4 of the 16 that it covers.
     """
-    scale = size / min(image.size)
-    pixels = np.asarray(image)
-    if scale != 1:
-        width, height = round(image.width * scale), round(image.height * scale)
-        check_enlarged(width, height)
-        pixels = resize_as_opencv(pixels, height, width)
-    return crop_centre(pixels, size)
+
+    def __call__(self, image: Image.Image, size: int) -> Pixels:
+        scale = size / min(image.size)
+        pixels = np.asarray(image)
+        if scale != 1:
+            width, height = round(image.width * scale), round(image.height * scale)
+            check_enlarged(width, height)
+            pixels = resize_as_opencv(pixels, height, width)
+        return crop_centre(pixels, size)
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """The pixels as they are, of images that were prepared before; the dataset then checks their size."""
+
+    def __call__(self, image: Image.Image, size: int) -> Pixels:
+        return np.asarray(image)
 
 
 def resize_as_opencv(pixels: Pixels, height: int, width: int) -> Pixels:
@@ -110,63 +139,3 @@ def _neighbours(old: int, new: int) -> tuple[Int32[np.ndarray, "2 new"], Int32[n
     share = position - first
     weights = np.rint(np.stack([1 - share, share]) * FIXED_POINT).astype(np.int32)
     return np.stack([first, first + 1]).clip(0, old - 1).astype(np.int32), weights
-
-
-def _check(interpolation: str) -> None:
-    if interpolation not in FILTERS:
-        raise ValueError(f"interpolation must be one of {', '.join(FILTERS)}, got {interpolation!r}")
-
-
-@dataclass(frozen=True)
-class CropThenResize:
-    """LSUN in latent-diffusion: `crop_then_resize`."""
-
-    interpolation: Interpolation = "bicubic"
-
-    def __post_init__(self) -> None:
-        _check(self.interpolation)
-
-    def __call__(self, image: Image.Image, size: int) -> Pixels:
-        """The prepared image."""
-        return crop_then_resize(image, size, self.interpolation)
-
-
-@dataclass(frozen=True)
-class ResizeThenCrop:
-    """Torchvision and torch-fidelity: `resize_then_crop`."""
-
-    interpolation: Interpolation = "bilinear"
-
-    def __post_init__(self) -> None:
-        _check(self.interpolation)
-
-    def __call__(self, image: Image.Image, size: int) -> Pixels:
-        """The prepared image."""
-        return resize_then_crop(image, size, self.interpolation)
-
-
-@dataclass(frozen=True)
-class HalveThenResizeThenCrop:
-    """ImageNet in guided-diffusion: `halve_then_resize_then_crop`."""
-
-    def __call__(self, image: Image.Image, size: int) -> Pixels:
-        """The prepared image."""
-        return halve_then_resize_then_crop(image, size)
-
-
-@dataclass(frozen=True)
-class AliasedResizeThenCrop:
-    """Faces in taming-transformers and latent-diffusion: `aliased_resize_then_crop`."""
-
-    def __call__(self, image: Image.Image, size: int) -> Pixels:
-        """The prepared image."""
-        return aliased_resize_then_crop(image, size)
-
-
-@dataclass(frozen=True)
-class Unchanged:
-    """Images that were prepared before: the pixels as they are, which the source then checks for their size."""
-
-    def __call__(self, image: Image.Image, size: int) -> Pixels:
-        """The image's pixels."""
-        return np.asarray(image)

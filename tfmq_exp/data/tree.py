@@ -1,71 +1,41 @@
-"""The files below a folder. Links are followed, and every folder is read once, under the first of its names."""
+"""Walk over the files below a folder. Links are followed, and every folder is read once, under the first of its names."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NoReturn
 
 Kind = Literal["file", "broken link", "no regular file"]
 
 
-class Found(NamedTuple):
-    """Something in a folder that is no folder.
+def files_below(root: Path, is_skipped: Callable[[str], bool] = lambda _: False) -> Iterator[tuple[str, Kind]]:
+    """Every entry below a folder that is no folder, in no order: its path relative to `root`, with slashes, and its kind.
 
-    Args:
-        name: its path relative to the folder, with slashes.
-        kind: of what a link leads to; `no regular file` is a pipe, a socket or a device.
+    A link has the kind of its target; `no regular file` is a pipe, a socket or a device. A folder with several names has
+    its own before those of links, and of these the first in alphabetical order. A link to the folder itself or to one that
+    it lies in is not followed. Files and folders whose name `is_skipped` are left out.
     """
-
-    name: str
-    kind: Kind
-
-
-def files_below(root: Path, passed_over: Callable[[str], bool] = lambda _: False) -> Iterator[Found]:
-    """Everything below a folder but folders, in no order.
-
-    A folder with several names has its own before those of links, and of these the first in alphabetical order. A link to
-    the folder itself or to one that it lies in is not followed.
-
-    Args:
-        root: the folder.
-        passed_over: whether files and folders of a name are not looked at.
-
-    Raises:
-        OSError: a folder that cannot be listed; says which.
-    """
-    seen = set(root.resolve().parents)
-    folders, links = [""], list[str]()
-    while folders or links:
-        place = folders.pop() if folders else links.pop(links.index(min(links)))
-        if (here := (root / place).resolve()) in seen:
-            continue
-        seen.add(here)
-        for entry in _entries(root / place):
-            if passed_over(entry.name):
+    seen, links = {str(parent) for parent in root.resolve().parents}, [""]
+    while links:
+        top = links.pop(links.index(min(links)))
+        for folder, folders, files in os.walk(root / top, onerror=_raise):
+            if (here := os.path.realpath(folder)) in seen:
+                folders.clear()
                 continue
-            name = f"{place}/{entry.name}" if place else entry.name
-            kind = _kind(entry)
-            if kind != "folder":
-                yield Found(name, kind)
-            else:
-                (links if entry.is_symlink() else folders).append(name)
+            seen.add(here)
+            place = os.path.relpath(folder, root)
+            folders[:] = [name for name in folders if not is_skipped(name)]
+            links += [os.path.normpath(f"{place}/{name}") for name in folders if os.path.islink(f"{folder}/{name}")]
+            for name in files:
+                if not is_skipped(name):
+                    yield os.path.normpath(f"{place}/{name}"), _kind(f"{folder}/{name}")
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise type(error)(f"cannot list the folder {folder}: {error.strerror}") from error
+def _raise(error: OSError) -> NoReturn:
+    raise type(error)(f"cannot list the folder {error.filename}: {error.strerror}") from error
 
 
-def _kind(entry: os.DirEntry[str]) -> Kind | Literal["folder"]:
-    """What an entry is; for what is no link without asking the file system again."""
-    try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return "file"
-        return "no regular file" if os.path.exists(entry.path) else "broken link"
-    except OSError:  # links that lead in a circle, or into a folder that may not be entered
-        return "broken link"
+def _kind(path: str) -> Kind:
+    if os.path.isfile(path):
+        return "file"
+    return "no regular file" if os.path.exists(path) else "broken link"

@@ -1,6 +1,6 @@
-"""The quantized network with some of its parts as they are in the float one."""
+"""A quantized network some of whose units are those of the float one."""
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,67 +14,57 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
 @dataclass(frozen=True)
-class QuantizedPart:
+class QuantizedUnit:
     """A unit of the network: its layers, and the attentions inside it whose operands are quantized."""
 
     name: str
     kind: Kind
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
     attentions: tuple[str, ...]
 
 
-def quantized_parts(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[QuantizedPart]:
-    """The units with something quantized in them, in execution order, the Temporal Information Block first.
+def quantized_units(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[QuantizedUnit]:
+    """The units with anything quantized in them, in execution order, the Temporal Information Block first.
 
     That block is one unit whatever the method learns together: where its features are stored, the time embedding is gone,
     and no projection could be made float by itself.
     """
 
-    def replaced(site: str) -> bool:
-        return type(model.unet.get_submodule(site)) is not type(float_unet.get_submodule(site))
+    def replaced(layer: str) -> bool:
+        return type(model.unet.get_submodule(layer)) is not type(float_unet.get_submodule(layer))
 
-    found: list[QuantizedPart] = []
+    units: list[QuantizedUnit] = []
     for unit in TemporalAware()(structure, frozenset(structure.sites)):
-        inside = tuple(a for a in model.plan.operands if a == unit.name or a.startswith(f"{unit.name}."))
-        if inside or any(replaced(site) for site in unit.sites):
-            found.append(QuantizedPart(unit.name, unit.kind, unit.sites, inside))
-    return found
+        attentions = tuple(a for a in model.plan.operands if a == unit.name or a.startswith(f"{unit.name}."))
+        if attentions or any(replaced(layer) for layer in unit.sites):
+            units.append(QuantizedUnit(unit.name, unit.kind, unit.sites, attentions))
+    return units
 
 
 @contextmanager
-def made_float(
-    model: QuantizedUNet, float_unet: nn.Module, sites: Collection[str], attentions: Collection[str] = ()
-) -> Generator[None]:
-    """Some layers, and the operands of some attentions, as the float network has them, for the duration of a block.
+def float_units(model: QuantizedUNet, float_unet: nn.Module, units: Collection[QuantizedUnit]) -> Generator[None]:
+    """Make units float for the duration of a block.
 
-    A quantized layer takes the float weight and its quantizers are off, so that they can still be looked at; what stands
-    for a layer (a stored feature) makes room for the layer. No memory is taken: weights are those of `float_unet`.
+    A quantized layer gets the float weight and its quantizers are off, but still run their hooks; a module in the place of
+    a layer (a stored feature) is exchanged for the layer. No memory is taken: weights are those of `float_unet`.
     """
-    owners = tuple([f"{site}." for site in sites] + [f"{name}.processor." for name in attentions])
-    named = model.unet.named_modules()
-    quantizers = [module for name, module in named if isinstance(module, Quantizer) and name.startswith(owners)]
-    before = {site: model.unet.get_submodule(site) for site in sites}
-    weights = {site: layer.weight for site, layer in before.items() if isinstance(layer, QuantLayer)}
+    attentions = [f"{name}.processor." for unit in units for name in unit.attentions]
+    before = {layer: model.unet.get_submodule(layer) for unit in units for layer in unit.layers}
+    weights = {layer: module.weight for layer, module in before.items() if isinstance(module, QuantLayer)}
+    prefixes, named = tuple([f"{layer}." for layer in before] + attentions), model.unet.named_modules()
+    quantizers = [module for name, module in named if isinstance(module, Quantizer) and name.startswith(prefixes)]
     try:
-        for site, layer in before.items():
-            original = float_unet.get_submodule(site)
-            if isinstance(layer, QuantLayer):
-                layer.weight = nn.Parameter(original.get_parameter("weight"), requires_grad=False)
+        for layer, module in before.items():
+            original = float_unet.get_submodule(layer)
+            if isinstance(module, QuantLayer):
+                module.weight = nn.Parameter(original.get_parameter("weight"), requires_grad=False)
             else:
-                model.unet.set_submodule(site, original)
+                model.unet.set_submodule(layer, original)
         with modes(quantizers, Mode.OFF):
             yield
     finally:
-        for site, layer in before.items():
-            if isinstance(layer, QuantLayer):
-                layer.weight = weights[site]
+        for layer, module in before.items():
+            if isinstance(module, QuantLayer):
+                module.weight = weights[layer]
             else:
-                model.unet.set_submodule(site, layer)
-
-
-@contextmanager
-def all_float(model: QuantizedUNet, float_unet: nn.Module, parts: Sequence[QuantizedPart]) -> Generator[None]:
-    """The same for whole units."""
-    sites = [site for part in parts for site in part.sites]
-    with made_float(model, float_unet, sites, [name for part in parts for name in part.attentions]):
-        yield
+                model.unet.set_submodule(layer, module)

@@ -1,8 +1,7 @@
-"""Which units the prediction's error comes from: quantize one of them, or all but one, and look at the prediction."""
+"""Sensitivity of the prediction to the quantization of single units: quantize one of them, or all but one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,15 +10,16 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, all_float
+from tfmq_exp.diagnostics.partial_quantization import QuantizedUnit, float_units
+from tfmq_exp.diagnostics.trajectory_error import Row
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 THIRDS = ("first_third", "second_third", "last_third")
-Row = dict[str, Any]
+Progress = Callable[[float], None]
 
 
 def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> CalibrationSet:
-    """At most so many samples of whole trajectories, as many from each sampling step as from any other, give or take one.
+    """Draw at most so many samples of whole trajectories, equally many of each sampling step, give or take one.
 
     Where they are fewer than steps, the steps are evenly spaced.
     """
@@ -33,9 +33,9 @@ def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> Calibrat
 
 @torch.no_grad()
 def predictions(
-    model: nn.Module, data: CalibrationSet, batch: int, each_batch: Callable[[float], None] = lambda _: None
+    model: nn.Module, data: CalibrationSet, batch: int, each_batch: Progress = lambda _: None
 ) -> Float[Tensor, "samples ..."]:
-    """What a network says of every sample, without guidance; `each_batch` is told the share that is done."""
+    """A network's prediction for every sample, without guidance; `each_batch` is called with the share that is done."""
     device, found = next(model.parameters()).device, []
     for start in range(0, len(data), batch):
         inputs = data[slice(start, start + batch)].inputs(device)
@@ -45,78 +45,50 @@ def predictions(
 
 
 def prediction_errors(
-    found: Float[Tensor, "samples ..."], wanted: Float[Tensor, "samples ..."], step: Tensor, steps: int
+    predicted: Float[Tensor, "samples ..."], exact: Float[Tensor, "samples ..."], step: Tensor, steps: int
 ) -> Row:
-    """Squared error over the power of what was wanted: of all samples, and of those from each third of the sampling steps.
+    """Squared error over the power of the exact prediction: of all samples, and of each third of the sampling steps.
 
-    A third that has no samples is None.
-
-    Raises:
-        NotFiniteError: predictions that are not finite, or of no power to measure an error by.
+    Args:
+        predicted: predictions of the quantized network.
+        exact: those of the float one.
+        step: the sampling step of each sample.
+        steps: number of sampling steps; a third without samples is None.
     """
-    error = (found.double() - wanted.double()).square().flatten(1).sum(1)
-    power = wanted.double().square().flatten(1).sum(1)
+    error = (predicted.double() - exact.double()).square().flatten(1).sum(1)
+    power = exact.double().square().flatten(1).sum(1)
     third = step * 3 // steps
 
     def among(rows: Tensor) -> float | None:
-        whole = relative(error[rows].sum(), power[rows].sum(), "the predictions") if bool(rows.any()) else None
-        return None if whole is None else float(whole)
+        return float(relative(error[rows].sum(), power[rows].sum(), "the predictions")) if bool(rows.any()) else None
 
-    parts = {name: among(third == i) for i, name in enumerate(THIRDS)}
-    return {"relative_error": among(third >= 0), **parts}
+    return {"relative_error": among(third >= 0), **{name: among(third == i) for i, name in enumerate(THIRDS)}}
 
 
-@dataclass(frozen=True)
+@dataclass
 class PredictionProbe:
-    """Samples, what the float network says of them, how many sampling steps they are from, and how many pass together."""
+    """Prediction errors of a quantized network with some of its units float."""
 
+    model: QuantizedUNet
+    float_unet: nn.Module
+    units: Sequence[QuantizedUnit]  # all of the model
     data: CalibrationSet
-    wanted: Float[Tensor, "samples ..."]
-    steps: int
-    batch: int
+    steps: int  # sampling steps that the data are from
+    batch: int  # samples in one forward pass
 
-    @classmethod
-    def of(
-        cls,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        parts: Sequence[QuantizedPart],
-        data: CalibrationSet,
-        *,
-        steps: int,
-        batch: int,
-    ) -> "PredictionProbe":
-        """The float network by the quantized one's operations: a unit with nothing quantized differs by exactly 0."""
-        with all_float(model, float_unet, parts):
-            return cls(data, predictions(model, data, batch), steps, batch)
+    def __post_init__(self) -> None:
+        # by the quantized network's operations: where nothing is quantized the error is exactly 0
+        self.exact = self._predict(self.units)
 
-    def error(self, model: nn.Module, each_batch: Callable[[float], None] = lambda _: None) -> Row:
-        """Of the model as it stands."""
-        found = predictions(model, self.data, self.batch, each_batch)
-        return prediction_errors(found, self.wanted, self.data.step, self.steps)
+    def _predict(self, as_float: Sequence[QuantizedUnit], each_batch: Progress = lambda _: None) -> Tensor:
+        with float_units(self.model, self.float_unet, as_float):
+            return predictions(self.model, self.data, self.batch, each_batch)
 
+    def error(self, as_float: Sequence[QuantizedUnit] = (), each_batch: Progress = lambda _: None) -> Row:
+        """Errors with these units float; `each_batch` is called with the share of samples that is done."""
+        return prediction_errors(self._predict(as_float, each_batch), self.exact, self.data.step, self.steps)
 
-def unit_error(
-    model: QuantizedUNet,
-    float_unet: nn.Module,
-    part: QuantizedPart,
-    parts: Sequence[QuantizedPart],
-    yardstick: PredictionProbe,
-    *,
-    alone: bool,
-    each_batch: Callable[[float], None] = lambda _: None,
-) -> Row:
-    """Error of the network with this unit quantized and the others float, or (not `alone`) the other way around.
-
-    Args:
-        model: the finished model; the unit's weights and ranges are what they are there.
-        float_unet: the float network.
-        part: the unit.
-        parts: all units.
-        yardstick: what is compared.
-        alone: whether the unit alone is quantized.
-        each_batch: told the share of samples that is done.
-    """
-    others = [other for other in parts if other is not part]
-    with all_float(model, float_unet, others if alone else [part]):
-        return yardstick.error(model, each_batch)
+    def unit_error(self, unit: QuantizedUnit, *, alone: bool, each_batch: Progress = lambda _: None) -> Row:
+        """Errors with this unit quantized and the others float (`alone`), or the reverse."""
+        others = [other for other in self.units if other is not unit]
+        return self.error(others if alone else [unit], each_batch)

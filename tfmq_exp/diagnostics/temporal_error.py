@@ -1,4 +1,4 @@
-"""How far the temporal features of a quantized network are from the float ones, timestep by timestep."""
+"""Errors of a quantized network's temporal features against the float ones, timestep by timestep."""
 
 from statistics import fmean
 from typing import Any
@@ -15,12 +15,13 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
 EMBEDDING = "time_embedding"
+DISTANCES = ("cosine_distance", "mse", "relative_mse")
 Row = dict[str, Any]
 
 
 @torch.no_grad()
 def feature_errors(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
-    """For every temporal feature and timestep of the finite set: how far the quantized feature is from the float one.
+    """Distances of every temporal feature to the float one, for every timestep of the finite set.
 
     The time embedding comes first (after its activation, as every projection reads it), then the projections' features in
     execution order. The embedding is left out where all features are stored and nothing computes it.
@@ -31,11 +32,11 @@ def feature_errors(model: QuantizedUNet, float_unet: nn.Module, structure: UNetS
     """
     t = torch.tensor(model.context.timesteps, device=next(float_unet.parameters()).device)
     with model.context.at(t):
-        found = _features(model.unet, structure, t)
-    wanted = _features(float_unet, structure, t)
+        features = _features(model.unet, structure, t)
+    exact = _features(float_unet, structure, t)
     if any(isinstance(model.unet.get_submodule(s.name), Unneeded) for s in structure.by_role(Role.TIME_EMBED)):
-        del wanted[EMBEDDING]
-    return [row for name, feature in wanted.items() for row in _distances(name, t, found[name], feature)]
+        del exact[EMBEDDING]
+    return [row for name, feature in exact.items() for row in _distances(name, t, features[name], feature)]
 
 
 def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
@@ -44,42 +45,49 @@ def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, structur
     Returns:
         rows with `cosine` similarity, `mse`, and `relative_mse`.
     """
-    steps: dict[int, list[Row]] = {}
-    for row in feature_errors(model, float_unet, structure):
-        if row["layer"] != EMBEDDING:
-            steps.setdefault(row["step"], []).append(row)
+    rows = [row for row in feature_errors(model, float_unet, structure) if row["layer"] != EMBEDDING]
+    errors: list[Row] = []
+    for step, group in _grouped(rows, "step").items():
+        distance, mse, relative_mse = (fmean(row[key] for row in group) for key in DISTANCES)
+        row = {"step": step, "t": group[0]["t"], "cosine": 1 - distance, "mse": mse, "relative_mse": relative_mse}
+        errors.append(row)
+    return errors
+
+
+def features_by_layer(rows: list[Row]) -> list[Row]:
+    """Rows of `feature_errors` averaged over the timesteps, and `at_t`, where the relative error is largest."""
     return [
         {
-            "step": step,
-            "t": rows[0]["t"],
-            "cosine": 1 - fmean(row["cosine_distance"] for row in rows),
-            "mse": fmean(row["mse"] for row in rows),
-            "relative_mse": fmean(row["relative_mse"] for row in rows),
+            "layer": layer,
+            **{key: fmean(row[key] for row in group) for key in DISTANCES},
+            "at_t": max(group, key=lambda row: row["relative_mse"])["t"],
         }
-        for step, rows in steps.items()
+        for layer, group in _grouped(rows, "layer").items()
     ]
+
+
+def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
 def _features(unet: nn.Module, structure: UNetStructure, t: Tensor) -> dict[str, Tensor]:
     block = TemporalInformationBlock(unet, structure)
-    found = dict(zip(block.names, block(t), strict=True))
-    in_order = [site for part in structure.blocks for site in part.sites if site in found]
-    return {EMBEDDING: time_embedding(unet, t), **{site: found[site] for site in in_order}}
+    features = dict(zip(block.names, block(t), strict=True))
+    in_order = [layer for part in structure.blocks for layer in part.sites if layer in features]
+    return {EMBEDDING: time_embedding(unet, t), **{layer: features[layer] for layer in in_order}}
 
 
 def _distances(
-    name: str, t: Tensor, found: Float[Tensor, "steps channels"], wanted: Float[Tensor, "steps channels"]
+    name: str, t: Tensor, feature: Float[Tensor, "steps channels"], exact: Float[Tensor, "steps channels"]
 ) -> list[Row]:
-    """One row per timestep."""
-    a, b = found.double(), wanted.double()
+    a, b = feature.double(), exact.double()
     mse = (a - b).square().mean(1)
-    columns = {
-        "cosine_distance": 1 - torch.cosine_similarity(a, b, dim=1),
-        "mse": mse,
-        "relative_mse": relative(mse, b.square().mean(1), f"the temporal feature {name}"),
-    }
-    values = {key: column.tolist() for key, column in columns.items()}
+    relative_mse = relative(mse, b.square().mean(1), f"the temporal feature {name}")
+    columns = torch.stack([1 - torch.cosine_similarity(a, b, dim=1), mse, relative_mse], dim=1).tolist()
     return [
-        {"layer": name, "step": step, "t": when, **{key: column[step] for key, column in values.items()}}
-        for step, when in enumerate(t.tolist())
+        {"layer": name, "step": step, "t": at, **dict(zip(DISTANCES, values, strict=True))}
+        for step, (at, values) in enumerate(zip(t.tolist(), columns, strict=True))
     ]

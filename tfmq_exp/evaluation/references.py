@@ -1,4 +1,4 @@
-"""What generated images are compared with: moments of a reference's features, computed once or read from a file."""
+"""Reference statistics: moments of real images' features, computed once or read from a file."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -12,34 +12,25 @@ from torch import Tensor
 
 from tfmq_exp.core.files import sha256_of
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
-from tfmq_exp.data.source import ImageSource
+from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.evaluation.features.extractor import Extractor
-from tfmq_exp.evaluation.metrics.fid import GaussianStatistics, RunningMoments
-from tfmq_exp.evaluation.npz_images import NpzImages, find_images
-from tfmq_exp.evaluation.reference_npz import read_statistics
+from tfmq_exp.evaluation.metrics.fid import FeatureMoments, GaussianStatistics
+from tfmq_exp.evaluation.npz import NpzImages, find_images, read_statistics
 
 ALIKE = 1e-9  # variance over squared mean, which sums in double precision leave where nothing varies
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class NpzReference:
-    """Statistics in guided-diffusion's format, in a file; see `tfmq_exp.evaluation.reference_npz`.
-
-    Args:
-        path: the `.npz`.
-        any_size: take a file without images, which does not say of which size they were.
-    """
+    """Statistics in guided-diffusion's format, in a `.npz` file."""
 
     path: str
-    any_size: bool = False
+    any_size: bool = False  # take a file without images, which does not say of which size they were
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Name and hash of the file: plain JSON data.
-
-        Raises:
-            FileNotFoundError: no such file; says where such files are published.
-        """
+        """Name and hash of the file: plain JSON data."""
         path = Path(self.path)
         if not path.is_file():
             raise FileNotFoundError(
@@ -51,29 +42,21 @@ class NpzReference:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Everything that the scores read of a reference.
+    """All that scores need of a reference."""
 
-    Args:
-        pooled: for FID.
-        spatial: for sFID.
-        manifold: pooled features of its first images, for KID, precision and recall; none where they were not asked for.
-        shape: channels, height, width of the images; None where a file does not say.
-        provenance: where it comes from: plain JSON data.
-    """
-
-    pooled: GaussianStatistics
-    spatial: GaussianStatistics
-    manifold: Float[Tensor, "images pooled"]
-    shape: tuple[int, int, int] | None
-    provenance: Mapping[str, Any]
+    pooled: GaussianStatistics  # for FID
+    spatial: GaussianStatistics  # for sFID
+    manifold: Float[Tensor, "images pooled"]  # of some images, for KID, precision and recall; else no rows
+    shape: tuple[int, int, int] | None  # channels, height, width; None where a file does not say
+    provenance: Mapping[str, Any]  # identity of the images or the file: plain JSON data
 
     @property
     def title(self) -> str:
-        """The reference in a few words, for a table."""
-        known = (self.provenance[key] for key in ("set", "database", "file") if key in self.provenance)
+        """A short description for tables."""
+        names = (self.provenance[key] for key in ("set", "database", "file") if key in self.provenance)
         size = f" of {self.shape[1]}x{self.shape[2]}" if self.shape else ""
         count = f"{self.provenance['images']} images" if "images" in self.provenance else "statistics of images"
-        return ", ".join((*known, count + size))
+        return ", ".join((*names, count + size))
 
     def save(self, path: Path) -> None:
         """Write as safetensors, with shape and provenance as JSON in its header."""
@@ -104,73 +87,65 @@ class ReferenceStatistics:
 
 
 def reference_statistics(
-    reference: ImageSource | NpzReference, extract: Extractor, keep: int, each: Callable[[int, int], None]
+    reference: ImageDataset | NpzReference, extract: Extractor, keep: int, progress: Progress
 ) -> ReferenceStatistics:
-    """The statistics of a reference, in one pass over its images.
+    """Compute the statistics of images in one pass, or read them from a file.
 
     Args:
         reference: images, or a file of statistics.
         extract: images to features.
-        keep: how many images' pooled features to keep, for KID, precision and recall: images at equal distances, since the
+        keep: how many images' pooled features to keep, for KID, precision and recall: evenly spaced images, since the
             first ones of a folder may all be of one class. Of a file of statistics the first, as its own evaluator does.
-        each: told after every batch how many images are done, and of how many.
+        progress: called after every batch with the number of images that are done, and of all.
 
     Raises:
         FileNotFoundError: no such file of statistics.
-        ValueError: fewer than two images, or all the same; images or statistics that are not what they should be.
+        ValueError: fewer than two images, or all the same; images or statistics that are damaged or of another kind.
     """
-    if isinstance(reference, NpzReference):
-        found = from_npz(reference, extract, keep, each)
-    else:
-        found = from_images(reference, extract, keep, each)
-    for gaussian, features in ((found.pooled, "pooled"), (found.spatial, "spatial")):
-        check_spread(gaussian, features, found.title)
-    return found
+    compute = _from_npz if isinstance(reference, NpzReference) else _from_images
+    statistics = compute(reference, extract, keep, progress)  # type: ignore[arg-type]
+    for features in ("pooled", "spatial"):
+        mean, covariance = getattr(statistics, features)
+        if float(covariance.trace()) <= ALIKE * float(mean.square().sum()):
+            raise ValueError(
+                f"all images of the reference ({statistics.title}) have the same {features} features: are they one image?"
+            )
+    return statistics
 
 
-def check_spread(gaussian: GaussianStatistics, features: str, title: str) -> None:
-    """ValueError for images that are all the same, up to rounding: a distance to them says nothing of a sampler."""
-    if float(gaussian.covariance.trace()) <= ALIKE * float(gaussian.mean.square().sum()):
-        raise ValueError(
-            f"all images of the reference ({title}) have the same {features} features: are they one image?"
-        )
-
-
-def from_images(
-    source: ImageSource, extract: Extractor, keep: int, each: Callable[[int, int], None]
-) -> ReferenceStatistics:
-    """Statistics of images; their provenance has the hash of all pixels, image after image in the order C, H, W."""
-    count = len(source)
+def _from_images(dataset: ImageDataset, extract: Extractor, keep: int, progress: Progress) -> ReferenceStatistics:
+    """Provenance has the hash of all pixels, image after image in the order C, H, W."""
+    count = len(dataset)
     if count < 2:
         raise ValueError(f"a reference needs at least two images, got {count}")
-    pooled, spatial = (RunningMoments.zeros(width) for width in extract.widths)
-    kept: list[Tensor] = [torch.zeros(0, extract.widths[0])]
+    pooled, spatial = (FeatureMoments(width) for width in extract.widths)
+    keep = min(keep, count)
+    is_kept = torch.zeros(count, dtype=torch.bool)
+    is_kept[torch.arange(keep) * count // max(1, keep)] = True
+    kept: list[Tensor] = []
     pixels, done = hashlib.sha256(), 0
-    wanted = torch.zeros(count, dtype=torch.bool)
-    wanted[torch.arange(min(keep, count)) * count // max(1, min(keep, count))] = True
-    for images in source.batches(extract.batch):
-        if images.dtype is not torch.uint8 or tuple(images.shape[1:]) != source.shape:
-            given = f"{images.dtype} {tuple(images.shape[1:])}"
-            raise ValueError(f"the reference announces uint8 images {source.shape} and gives {given}")
+    for images in dataset.batches(extract.batch_size):
+        if images.dtype is not torch.uint8 or tuple(images.shape[1:]) != dataset.shape:
+            found = f"{images.dtype} {tuple(images.shape[1:])}"
+            raise ValueError(f"the reference announces uint8 images {dataset.shape} and gives {found}")
         features = extract(images)
         pooled.update(features.pooled)
         spatial.update(features.spatial)
-        kept.append(features.pooled[wanted[done : done + len(images)]])
+        kept.append(features.pooled[is_kept[done : done + len(images)]])
         pixels.update(images.contiguous().numpy().tobytes())
         done += len(images)
-        each(done, count)
+        progress(done, count)
     if done != count:
         raise ValueError(f"the reference announces {count} images and gives {done}")
-    provenance = {**source.identity, "images": count, "pixels_sha256": pixels.hexdigest()}
-    return ReferenceStatistics(pooled.gaussian(), spatial.gaussian(), torch.cat(kept), source.shape, provenance)
+    provenance = {**dataset.identity, "images": count, "pixels_sha256": pixels.hexdigest()}
+    return ReferenceStatistics(pooled.statistics(), spatial.statistics(), torch.cat(kept), dataset.shape, provenance)
 
 
-def from_npz(
-    reference: NpzReference, extract: Extractor, keep: int, each: Callable[[int, int], None]
-) -> ReferenceStatistics:
-    """Statistics of a file, whose images are read only where their features are to be kept."""
+def _from_npz(reference: NpzReference, extract: Extractor, keep: int, progress: Progress) -> ReferenceStatistics:
+    """Images of the file are read only where their features are to be kept."""
     provenance, path = reference.identity, Path(reference.path)
-    pooled, spatial = read_statistics(path, extract.widths)
+    statistics = read_statistics(path, extract.widths)
+    kept = [torch.zeros(0, extract.widths[0])]
     if find_images(path) is None:
         if not reference.any_size:
             raise ValueError(
@@ -179,15 +154,13 @@ def from_npz(
             )
         if keep:
             raise ValueError(f"{path} holds no images (arr_0), which KID, precision and recall need")
-        return ReferenceStatistics(pooled, spatial, torch.zeros(0, extract.widths[0]), None, provenance)
-    source = NpzImages(path)
-    kept: list[Tensor] = [torch.zeros(0, extract.widths[0])]
-    count, done = min(len(source), keep), 0
-    for images in source.batches(extract.batch) if count else ():
-        kept.append(extract(images[: count - done]).pooled)
+        return ReferenceStatistics(*statistics, kept[0], None, provenance)
+    dataset = NpzImages(path)
+    provenance["images_beside_statistics"] = len(dataset)
+    count, done = min(len(dataset), keep), 0
+    batches = dataset.batches(extract.batch_size)
+    while done < count:
+        kept.append(extract(next(batches)[: count - done]).pooled)
         done += len(kept[-1])
-        each(done, count)
-        if done == count:
-            break
-    provenance["images_beside_statistics"] = len(source)
-    return ReferenceStatistics(pooled, spatial, torch.cat(kept), source.shape, provenance)
+        progress(done, count)
+    return ReferenceStatistics(*statistics, torch.cat(kept), dataset.shape, provenance)

@@ -2,16 +2,16 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from tfmq_exp.core.finite import NotFiniteError
 from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.metrics.fid import RunningMoments, frechet_distance
+from tfmq_exp.evaluation.metrics.fid import FrechetDistance
 from tfmq_exp.evaluation.metrics.inception_score import SPLITS, inception_score, inception_score_adm
 from tfmq_exp.evaluation.metrics.kid_prdc import NEIGHBOUR, kernel_distance, precision_recall
 from tfmq_exp.evaluation.references import ReferenceStatistics
@@ -19,159 +19,128 @@ from tfmq_exp.evaluation.references import ReferenceStatistics
 log = logging.getLogger(__name__)
 
 
-class Rows(NamedTuple):
-    """What is kept of images one by one."""
+class ImageRows(NamedTuple):
+    """Features that are kept of every image."""
 
+    index: Int[Tensor, "images"]
     logits: Float[Tensor, "images classes"]
-    pooled: Float[Tensor, "images pooled"]  # width 0 where only moments are asked for
-    clip: Float[Tensor, "images"]  # empty where there is no judge of captions
+    pooled: Float[Tensor, "images pooled"]  # width 0 where no metric needs them
+    clip: Float[Tensor, "images"]  # empty without a caption metric
 
 
 class Scores:
-    """Streaming scores: moments for the two Fréchet distances, rows for what needs images one by one.
+    """Streaming scores: sums for FID and sFID, rows for metrics that need images one by one.
 
-    Images have indices; what processes have gathered from different images merges into what one would have gathered from
-    all of them, whatever came first.
-
-    Raises:
-        ValueError: a reference without the features that the evaluator's scores need.
+    Images have indices. What processes have computed of different images merges into the scores of all images, in any order.
     """
 
     def __init__(self, evaluator: Evaluator, reference: ReferenceStatistics) -> None:
         if evaluator.kept and not len(reference.manifold):
             raise ValueError("KID, precision and recall need features of the reference's images, and none were kept")
         self.evaluator, self.reference = evaluator, reference
-        self.pooled, self.spatial = (RunningMoments.zeros(width) for width in evaluator.extract.widths)
-        self.rows: dict[int, Rows] = {}  # by the index of the first image
+        self.distances = {"fid": FrechetDistance(reference.pooled), "sfid": FrechetDistance(reference.spatial)}
+        self.rows: list[ImageRows] = []
 
     def update(
         self, images: UInt8[Tensor, "batch channels height width"], first: int, captions: Sequence[str] = ()
     ) -> None:
-        """Take generated images into account.
+        """Add generated images.
 
         Args:
             images: images `first`, `first + 1`, ...
             first: index among all.
-            captions: what they were made from, where the evaluator has a judge for that.
-
-        Raises:
-            ValueError: images of another kind or size than the reference's, or captions of other images.
+            captions: what they were made from, where the evaluator has a caption metric.
         """
         shape = tuple(images.shape[1:])
         if images.dtype is not torch.uint8 or self.reference.shape not in (None, shape):
-            wanted = f"uint8 {self.reference.shape}"
-            raise ValueError(f"the reference's images are {wanted}, the generated ones {images.dtype} {shape}")
+            expected = f"uint8 {self.reference.shape}"
+            raise ValueError(f"the reference's images are {expected}, the generated ones {images.dtype} {shape}")
         clip = torch.zeros(0)
         if self.evaluator.clip is not None:
             if len(captions) != len(images) or not all(isinstance(caption, str) for caption in captions):
                 raise ValueError(f"the CLIP score needs a caption for each image, got {list(captions)[:3]}")
             clip = self.evaluator.clip(images, captions)
         features = self.evaluator.extract(images)
-        kept = features.pooled if self.evaluator.kept else features.pooled[:, :0]
-        self._put(first, Rows(features.logits, kept.clone(), clip))
-        self.pooled.update(features.pooled)
-        self.spatial.update(features.spatial)
+        pooled = features.pooled if self.evaluator.kept else features.pooled[:, :0]
+        self.rows.append(ImageRows(torch.arange(first, first + len(images)), features.logits, pooled.clone(), clip))
+        self.distances["fid"].update(features.pooled)
+        self.distances["sfid"].update(features.spatial)
+
+    def joined_rows(self) -> ImageRows:
+        """All rows in the order of their indices; ValueError for images that are missing or came twice."""
+        if not self.rows:
+            raise ValueError("scores need at least two images, got 0")
+        rows = _concatenated(self.rows)
+        order = rows.index.argsort()
+        rows = ImageRows(*(part[order] if len(part) else part for part in rows))
+        for expected, index in enumerate(rows.index.tolist()):
+            if index < expected:
+                raise ValueError(f"image {index} came twice")
+            if index > expected:
+                raise ValueError(f"images {expected} to {index - 1} are missing")
+        return rows
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was gathered, by name: what another process needs in order to merge it."""
-        moments = {"pooled": self.pooled, "spatial": self.spatial}
-        named = {f"{name}.{part}": x for name, sums in moments.items() for part, x in sums.tensors().items()}
-        rows = {f"rows.{first}.{part}": x for first, kept in self.rows.items() for part, x in kept._asdict().items()}
-        return named | rows
+        """All that another process needs for `merge`, by name."""
+        tensors: dict[str, Any] = {
+            f"{name}.{key}": x for name, metric in self.distances.items() for key, x in metric.metric_state.items()
+        }
+        if self.rows:
+            tensors |= {f"rows.{name}": x for name, x in _concatenated(self.rows)._asdict().items()}
+        return tensors
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take into account what the same evaluator has gathered from other images, in this process or another.
-
-        Raises:
-            ValueError: an image that is in both.
-        """
-        for first in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("rows.")}):
-            self._put(first, Rows(*(tensors[f"rows.{first}.{part}"] for part in Rows._fields)))
-        for name, sums in (("pooled", self.pooled), ("spatial", self.spatial)):
-            sums.merge(RunningMoments.of({part: tensors[f"{name}.{part}"] for part in sums.tensors()}))
-
-    def _put(self, first: int, rows: Rows) -> None:
-        for start, there in self.rows.items():
-            if first < start + len(there.logits) and start < first + len(rows.logits):
-                raise ValueError(f"image {max(first, start)} came twice")
-        self.rows[first] = rows
-
-    def gathered(self) -> Rows:
-        """The rows in the order of their indices.
-
-        Raises:
-            ValueError: no images, or some are missing between others.
-        """
-        expected = min(self.rows, default=0)
-        for first in sorted(self.rows):
-            if first != expected:
-                raise ValueError(f"images {expected} to {first - 1} are missing")
-            expected += len(self.rows[first].logits)
-        parts = [self.rows[first] for first in sorted(self.rows)]
-        if not parts:
-            raise ValueError("scores need at least two images, got 0")
-        return Rows(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        """Add the `tensors` of the same evaluator's scores of other images."""
+        if "rows.index" in tensors:
+            self.rows.append(ImageRows(*(tensors[f"rows.{name}"] for name in ImageRows._fields)))
+        for name, metric in self.distances.items():
+            metric.merge_state({key: tensors[f"{name}.{key}"] for key in metric.metric_state})
 
     def compute(self) -> dict[str, float]:
-        """Lower is better for `fid`, `sfid`, `kid`; higher for `is`, `is_adm`, `precision`, `recall`, `clip`.
+        """Compute `fid`, `sfid`, `kid` (lower is better), `is`, `is_adm`, `precision`, `recall`, `clip` (higher is better).
 
-        The last five are there where the evaluator asks for them. A score that needs more images than there are is left out,
-        and a warning says why.
+        KID, precision, recall and CLIP where the evaluator has them. A score that needs more images than there are is
+        left out, and a warning says why.
 
         Raises:
-            ValueError: fewer than two images, some are missing, or a score that is not finite.
+            ValueError: fewer than two images, some missing or twice, or a score that is not finite.
         """
-        rows = self.gathered()
-        count, device = len(rows.logits), self.evaluator.extract.device
+        rows, evaluator = self.joined_rows(), self.evaluator
+        count, device = len(rows.index), evaluator.extract.device
         if count < 2:
             raise ValueError(f"scores need at least two images, got {count}")
         self._warn_of_few(count)
-        scores = {
-            "fid": frechet_distance(self.reference.pooled, self.pooled.gaussian(), count - 1),
-            "sfid": frechet_distance(self.reference.spatial, self.spatial.gaussian(), count - 1),
-        }
-        real, generated = self.reference.manifold[: self.evaluator.kept].to(device), rows.pooled.to(device)
+        scores = {name: float(metric.compute()) for name, metric in self.distances.items()}
         if count >= SPLITS:
             scores |= {"is": inception_score(rows.logits), "is_adm": inception_score_adm(rows.logits)}
-        few = min(len(real), count)
-        if self.evaluator.kid and few >= 2:
+        real, generated = self.reference.manifold[: evaluator.kept].to(device), rows.pooled.to(device)
+        if evaluator.kid and min(len(real), count) >= 2:
             scores["kid"] = kernel_distance(real, generated)
-        if self.evaluator.precision_recall and few > NEIGHBOUR:
+        if evaluator.precision_recall and min(len(real), count) > NEIGHBOUR:
             scores["precision"], scores["recall"] = precision_recall(real, generated)
-        if self.evaluator.clip is not None:
+        if evaluator.clip is not None:
             scores["clip"] = max(float(rows.clip.double().mean()), 0.0)  # in this order, nan stays
         for name, value in scores.items():
             if not math.isfinite(value):
-                raise NotFiniteError(f"{self.evaluator.name}: the score {name} of {count} images is {value}")
+                raise NotFiniteError(f"{evaluator.name}: the score {name} of {count} images is {value}")
         return scores
 
     def _warn_of_few(self, count: int) -> None:
         """A covariance of too few images is singular, and the distance is biased by their number."""
-        name, widths = self.evaluator.name, self.evaluator.extract.widths
-        for what, images in (("generated", count), ("reference", self.reference.provenance.get("images", math.inf))):
-            if images <= max(widths):
+        name, (pooled, spatial) = self.evaluator.name, self.evaluator.extract.widths
+        for kind, images in (("generated", count), ("reference", self.reference.provenance.get("images", math.inf))):
+            if images <= max(pooled, spatial):
                 log.warning(
-                    "%s: %d %s images for %d pooled and %d spatial features: their covariance is singular, and FID and "
-                    "sFID compare only with those of as many images",
-                    *(name, images, what, *widths),
+                    f"{name}: {images} {kind} images for {pooled} pooled and {spatial} spatial features: their covariance is "
+                    "singular, and FID and sFID compare only with those of as many images"
                 )
         if count < SPLITS:
-            log.warning("%s: no Inception scores, which need %d images; there are %d", name, SPLITS, count)
+            log.warning(f"{name}: no Inception scores, which need {SPLITS} images; there are {count}")
         elif count < SPLITS**2:
-            log.warning("%s: an Inception score over parts of %d images is at most that number", name, count // SPLITS)
+            log.warning(f"{name}: an Inception score over parts of {count // SPLITS} images is at most that number")
         if self.evaluator.kept and (few := min(count, len(self.reference.manifold))) <= NEIGHBOUR:
-            log.warning("%s: %d images are too few for precision and recall%s", name, few, " or KID" if few < 2 else "")
+            log.warning(f"{name}: {few} images are too few for precision and recall{' or KID' if few < 2 else ''}")
 
 
-def score(
-    evaluator: Evaluator,
-    reference: ReferenceStatistics,
-    shards: Iterable[UInt8[Tensor, "batch channels height width"]],
-    captions: Callable[[range], Sequence[str]] = lambda _: (),
-) -> dict[str, float]:
-    """Scores of images that come in shards, in the order of their indices, made from the captions of these indices."""
-    scores, count = Scores(evaluator, reference), 0
-    for images in shards:
-        scores.update(images, count, captions(range(count, count + len(images))))
-        count += len(images)
-    return scores.compute()
+def _concatenated(parts: Sequence[ImageRows]) -> ImageRows:
+    return ImageRows(*map(torch.cat, zip(*parts, strict=True)))

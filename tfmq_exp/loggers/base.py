@@ -1,4 +1,4 @@
-"""What a dashboard is told of a run. Everything is in the run folder as well: a mirror shows, it never keeps alone."""
+"""Loggers: dashboards that show a run outside its folder. All that they show is in the run folder as well."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,97 +11,58 @@ Points = Sequence[tuple[int, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """What is known of a run before it starts.
+    """Identity and settings of a run."""
 
-    Args:
-        folder: where the run writes; a run that goes on in the same folder is the same run.
-        name: how people call it.
-        group: what the runs of one sweep share; None outside sweeps.
-        kind: the method.
-        tags: words to find it by.
-        choices: the file that was chosen from each config group.
-        settings: the resolved configuration, and the environment.
-    """
-
-    folder: Path
+    folder: Path  # a run that goes on in the same folder is the same run
     name: str
-    group: str | None
-    kind: str
+    group: str | None  # common to the runs of one sweep; None outside sweeps
+    kind: str  # the method
     tags: tuple[str, ...]
-    choices: Mapping[str, str]
-    settings: Mapping[str, Any]
+    choices: Mapping[str, str]  # the file that was chosen from each config group
+    settings: Mapping[str, Any]  # the resolved configuration, and the environment
 
 
-class Logger(Protocol):
-    """Shows a run somewhere else than in its folder."""
+class Logger:
+    """A dashboard of one run. Every method does nothing unless it is overridden."""
 
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        """One point of a unit's loss curve; `unit` says the phase of learning too: `weights/mid_block.resnets.0`."""
-        ...
+    def log_loss(self, unit: str, iteration: int, value: float) -> None:
+        """Log one point of a loss curve; `unit` has the phase of learning too: `weights/mid_block.resnets.0`."""
 
-    def curve(self, name: str, axis: str, points: Points) -> None:
-        """Whole curves: at each place of the axis (a timestep, a step) the value of every curve by its name."""
-        ...
+    def log_curve(self, name: str, axis: str, points: Points) -> None:
+        """Log several curves over one axis (a timestep, a step): at each place the value of every curve by its name."""
 
-    def table(self, name: str, rows: Rows) -> None:
-        """A table."""
-        ...
+    def log_table(self, name: str, rows: Rows) -> None:
+        """Log rows with the same columns."""
 
-    def image(self, name: str, path: Path) -> None:
-        """A picture."""
-        ...
+    def log_image(self, name: str, path: Path) -> None:
+        """Log a picture."""
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers, some of them or all."""
-        ...
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Log final numbers, some of them or all."""
 
     def close(self, *, failed: bool) -> None:
-        """The run is over."""
-        ...
+        """End the run."""
 
-    def where(self) -> Sequence[str]:
-        """Lines that say where the run is now and how to look at it; asked for once it is closed."""
-        ...
+    def locations(self) -> Sequence[str]:
+        """Lines that say where a closed run can be seen, and how."""
+        return ()
 
 
 class LoggerConfig(Protocol):
-    """A file of `conf/logger/`: which mirror, and how it is set."""
+    """Settings of a logger (`conf/logger/`)."""
 
     def open(self, run: RunMetadata) -> Logger:
-        """The mirror of one run."""
+        """Start the logger of one run."""
         ...
 
 
-class NullLogger:
-    """Files only."""
-
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        """Nothing."""
-
-    def curve(self, name: str, axis: str, points: Points) -> None:
-        """Nothing."""
-
-    def table(self, name: str, rows: Rows) -> None:
-        """Nothing."""
-
-    def image(self, name: str, path: Path) -> None:
-        """Nothing."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self, *, failed: bool) -> None:
-        """Nothing."""
-
-    def where(self) -> Sequence[str]:
-        """Nowhere else."""
-        return ()
+class NullLogger(Logger):
+    """A logger that shows nothing."""
 
 
 @dataclass(frozen=True)
 class NoLogger:
-    """The choice of no mirror."""
+    """Settings for the run folder alone."""
 
-    def open(self, run: RunMetadata) -> NullLogger:
-        """None."""
+    def open(self, run: RunMetadata) -> Logger:
         return NullLogger()

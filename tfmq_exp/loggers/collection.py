@@ -1,67 +1,54 @@
-"""Several mirrors at once."""
+"""Several loggers at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-from tfmq_exp.loggers.base import Logger, LoggerConfig, Points, Rows, RunMetadata
+from tfmq_exp.loggers.base import Logger, LoggerConfig, RunMetadata
 
 
-class LoggerCollection:
-    """Tells each of its mirrors what it is told."""
+def _forward(method: str) -> Callable[..., None]:
+    def call(self: "LoggerCollection", *args: Any) -> None:
+        for logger in self.loggers:
+            getattr(logger, method)(*args)
 
-    def __init__(self, mirrors: Sequence[Logger]) -> None:
-        self.mirrors = tuple(mirrors)
+    return call
 
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        """To each."""
-        for mirror in self.mirrors:
-            mirror.loss(unit, iteration, value)
 
-    def curve(self, name: str, axis: str, points: Points) -> None:
-        """To each."""
-        for mirror in self.mirrors:
-            mirror.curve(name, axis, points)
+class LoggerCollection(Logger):
+    """Forwards every call to each of its loggers."""
 
-    def table(self, name: str, rows: Rows) -> None:
-        """To each."""
-        for mirror in self.mirrors:
-            mirror.table(name, rows)
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = tuple(loggers)
 
-    def image(self, name: str, path: Path) -> None:
-        """To each."""
-        for mirror in self.mirrors:
-            mirror.image(name, path)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """To each."""
-        for mirror in self.mirrors:
-            mirror.summary(values)
+    log_loss = _forward("log_loss")
+    log_curve = _forward("log_curve")
+    log_table = _forward("log_table")
+    log_image = _forward("log_image")
+    log_summary = _forward("log_summary")
 
     def close(self, *, failed: bool) -> None:
-        """Each, also where another one fails to."""
-        with ExitStack() as closing:
-            for mirror in self.mirrors:
-                closing.callback(mirror.close, failed=failed)
+        """Close each, also where another one fails to."""
+        with ExitStack() as stack:
+            for logger in self.loggers:
+                stack.callback(logger.close, failed=failed)
 
-    def where(self) -> list[str]:
-        """What each says."""
-        return [line for mirror in self.mirrors for line in mirror.where()]
+    def locations(self) -> list[str]:
+        return [line for logger in self.loggers for line in logger.locations()]
 
 
 class LoggersConfig:
-    """The choice of several mirrors, each under a name of its own."""
+    """Settings of several loggers, each under a name of its own."""
 
-    def __init__(self, **choices: LoggerConfig) -> None:
-        self.choices = choices
+    def __init__(self, **configs: LoggerConfig) -> None:
+        self.configs = configs
 
     def open(self, run: RunMetadata) -> LoggerCollection:
-        """All of them, or none: those that are open are closed when one fails to open."""
+        """Start all of them, or none: those that are open are closed when one fails to open."""
         opened: list[Logger] = []
         try:
-            for choice in self.choices.values():
-                opened.append(choice.open(run))
+            for config in self.configs.values():
+                opened.append(config.open(run))
         except BaseException:
             LoggerCollection(opened).close(failed=True)
             raise

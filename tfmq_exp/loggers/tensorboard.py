@@ -1,4 +1,4 @@
-"""TensorBoard as a mirror."""
+"""TensorBoard."""
 
 import shlex
 import shutil
@@ -11,17 +11,17 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from tfmq_exp.loggers.base import Points, Rows, RunMetadata
+from tfmq_exp.loggers.base import Logger, Points, Rows, RunMetadata
 
 
 @dataclass(frozen=True)
 class TensorBoard:
-    """The choice of TensorBoard: event files under `<run folder>/<folder>`; `tensorboard --logdir outputs` shows all runs."""
+    """Settings of TensorBoard: event files under `<run folder>/<folder>`; `tensorboard --logdir outputs` shows all runs."""
 
     folder: str = "tensorboard"
 
     def open(self, run: RunMetadata) -> "TensorBoardLogger":
-        """Start the event file. An earlier one of the same run goes away: a resumed run writes all of it again.
+        """Start the event file. An earlier one of the same run is removed: a resumed run writes all of it again.
 
         Raises:
             RuntimeError: TensorBoard is not installed.
@@ -36,43 +36,40 @@ class TensorBoard:
         return TensorBoardLogger(writer, {**run.choices, "seed": run.settings.get("seed", 0)})
 
 
-class TensorBoardLogger:
-    """An open event file. What is compared by (`choices`) and the final numbers make a row of the page HPARAMS."""
+class TensorBoardLogger(Logger):
+    """An open event file. `choices` and the final numbers make a row of the page HPARAMS."""
 
     def __init__(self, writer: Any, choices: Mapping[str, str | int]) -> None:
         self.writer, self.choices = writer, dict(choices)
         self.numbers: dict[str, float] = {}
 
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        """Each unit has its own curve over its own iterations."""
+    def log_loss(self, unit: str, iteration: int, value: float) -> None:
         self.writer.add_scalar(f"loss/{unit}", value, iteration)
 
-    def curve(self, name: str, axis: str, points: Points) -> None:
+    def log_curve(self, name: str, axis: str, points: Points) -> None:
         """The place on the axis is the event's step."""
         for place, values in points:
             for key, value in values.items():
                 self.writer.add_scalar(f"{name}/{key}", value, place)
 
-    def table(self, name: str, rows: Rows) -> None:
+    def log_table(self, name: str, rows: Rows) -> None:
         """A table in Markdown, on the page TEXT."""
         if rows:
             lines = [list(rows[0]), ["---"] * len(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
             self.writer.add_text(f"tables/{name}", "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
-    def image(self, name: str, path: Path) -> None:
-        """A picture."""
+    def log_image(self, name: str, path: Path) -> None:
         with Image.open(path) as image:
             self.writer.add_image(f"images/{name}", np.asarray(image.convert("RGB")), dataformats="HWC")
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Numbers become scalars at step 0; what is no number stays in the run folder."""
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Numbers become scalars at step 0; other values are in the run folder only."""
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
         for key, value in numbers.items():
             self.writer.add_scalar(key, value, 0)
         self.numbers |= numbers
 
     def close(self, *, failed: bool) -> None:
-        """Write the row of HPARAMS and how the run ended, and close the file."""
         from torch.utils.tensorboard.summary import hparams
 
         for part in hparams(self.choices, self.numbers):
@@ -80,6 +77,6 @@ class TensorBoardLogger:
         self.writer.add_text("status", "failed" if failed else "finished")
         self.writer.close()
 
-    def where(self) -> list[str]:
-        """This run's events; a folder above shows all runs below it."""
+    def locations(self) -> list[str]:
+        """The folder of this run's events; a folder above shows all runs below it."""
         return [f"TensorBoard: tensorboard --logdir {shlex.quote(str(self.writer.log_dir))}"]

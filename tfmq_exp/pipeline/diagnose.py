@@ -13,13 +13,12 @@ from rich.table import Table
 from tfmq_exp.cli.log_outputs import write_csv
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.files import intact, write_checked, write_json
-from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
-from tfmq_exp.diagnostics.features import features_by_layer
-from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, quantized_parts
-from tfmq_exp.diagnostics.ranges import activation_ranges, range_changes
-from tfmq_exp.diagnostics.rounding import rounding_changes
-from tfmq_exp.diagnostics.sensitivity import THIRDS, PredictionProbe, spread_over_steps, unit_error
-from tfmq_exp.diagnostics.temporal_error import feature_errors
+from tfmq_exp.diagnostics.activation_ranges import activation_ranges, range_changes
+from tfmq_exp.diagnostics.partial_quantization import QuantizedUnit, quantized_units
+from tfmq_exp.diagnostics.rounding_changes import rounding_changes
+from tfmq_exp.diagnostics.sensitivity import THIRDS, PredictionProbe, spread_over_steps
+from tfmq_exp.diagnostics.temporal_error import feature_errors, features_by_layer
+from tfmq_exp.diagnostics.trajectory_error import ERRORS, error_accumulation
 from tfmq_exp.pipeline.progress import Advance
 from tfmq_exp.pipeline.stages import DiagnosisPlan, Stages
 from tfmq_exp.pipeline.store import Entry
@@ -158,28 +157,27 @@ class Diagnosis:
         def compute(folder: Path, advance: Advance) -> list[Row]:
             stages = self.stages
             unet, structure = stages.denoiser.unet, stages.structure
-            parts = quantized_parts(self.model, unet, structure)
+            units = quantized_units(self.model, unet, structure)
             data = spread_over_steps(stages.calibration_set(), self.plan.samples, stages.seed)
-            stick = PredictionProbe.of(
-                self.model, unet, parts, data, steps=len(stages.calls), batch=min(stages.batch, len(data))
-            )
-            whole = stick.error(self.model)["relative_error"]
+            batch = min(stages.batch, len(data))
+            probe = PredictionProbe(self.model, unet, units, data, steps=len(stages.calls), batch=batch)
+            whole = probe.error()["relative_error"]
             (folder / "units").mkdir(exist_ok=True)
-            files = {part.name: folder / "units" / f"{part.name}.json" for part in parts}
-            own = [part for part in stages.processes.shard(parts) if not intact(files[part.name])]
-            for i, part in enumerate(own):
+            files = {unit.name: folder / "units" / f"{unit.name}.json" for unit in units}
+            own = [unit for unit in stages.processes.shard(units) if not intact(files[unit.name])]
+            for i, unit in enumerate(own):
 
-                def each(done: float, i: int = i, name: str = part.name) -> None:
+                def each(done: float, i: int = i, name: str = unit.name) -> None:
                     advance((i + done) / len(own), name)
 
-                found = unit_error(self.model, unet, part, parts, stick, alone=alone, each_batch=each)
-                write_checked(files[part.name], partial(write_json, data=found))
+                found = probe.unit_error(unit, alone=alone, each_batch=each)
+                write_checked(files[unit.name], partial(write_json, data=found))
             stages.processes.barrier()
             rows: list[Row] = []
-            for part in parts:
-                found = json.loads(files[part.name].read_text(encoding="utf-8"))
+            for unit in units:
+                found = json.loads(files[unit.name].read_text(encoding="utf-8"))
                 share = found["relative_error"] / whole if whole else 0.0
-                rows.append({**_described(part, stages), **found, "share": share if alone else 1 - share})
+                rows.append({**_described(unit, stages), **found, "share": share if alone else 1 - share})
             return rows
 
         stages = self.stages
@@ -188,9 +186,9 @@ class Diagnosis:
         return rows
 
 
-def _described(part: QuantizedPart, stages: Stages) -> Row:
-    weights = sum(stages.structure.sites[site].weights for site in part.sites)
-    return {"unit": part.name, "kind": part.kind.value, "layers": len(part.sites), "weights": weights}
+def _described(unit: QuantizedUnit, stages: Stages) -> Row:
+    weights = sum(stages.structure.sites[layer].weights for layer in unit.layers)
+    return {"unit": unit.name, "kind": unit.kind.value, "layers": len(unit.layers), "weights": weights}
 
 
 Draw = Callable[[Path, str], None]
@@ -281,10 +279,10 @@ def diagnose(stages: Stages, folder: Path, console: Console, name: str) -> None:
     for finding in findings(Diagnosis(stages)):
         for table, rows in finding.tables.items():
             write_csv(target / f"{table}.csv", rows)
-            stages.mirror.table(f"diagnosis/{table}", rows)
+            stages.mirror.log_table(f"diagnosis/{table}", rows)
         for figure, draw in finding.figures.items():
             draw(target / f"{figure}.png", f"{figure.replace('_', ' ')}, {name}")
-            stages.mirror.image(f"diagnosis/{figure}", target / f"{figure}.png")
+            stages.mirror.log_image(f"diagnosis/{figure}", target / f"{figure}.png")
         show(finding, console)
 
 

@@ -161,7 +161,7 @@ class FloatStages:
             "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "path": str(entry.path),
         }
-        self.mirror.summary(stage_summary(name, self.hits[name]))
+        self.mirror.log_summary(stage_summary(name, self.hits[name]))
         log.info("%s %s (%s)", name, "computed" if computed else "found in the store", entry.key)
 
     @cached_property

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.finite import naming_rates
-from tfmq_exp.data.source import ImageSource
+from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.pipeline.float_stages import FloatStages
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback
@@ -32,10 +32,10 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 class TrainingStages(FloatStages):
     """The stages of methods that train on images."""
 
-    real_images: Callable[[], ImageSource] = field(kw_only=True)
+    real_images: Callable[[], ImageDataset] = field(kw_only=True)
 
     @cached_property
-    def training_images(self) -> ImageSource:
+    def training_images(self) -> ImageDataset:
         """The set of images; made once."""
         return self.real_images()
 

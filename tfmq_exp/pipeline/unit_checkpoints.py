@@ -164,7 +164,7 @@ class LoggingCallback:
         curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))
         if curve.add(number, of, loss):
             self.shown.add(f"{curve.phase}/{unit}")
-            self.mirror.loss(f"{curve.phase}/{unit}", number, loss)
+            self.mirror.log_loss(f"{curve.phase}/{unit}", number, loss)
 
     def finished(self, unit: str, report: UnitReport | None) -> None:
         """After a unit."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tfmq_exp.data.source import ImageSource
+from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
 from tfmq_exp.sampling.caption_files import read_coco
 
@@ -17,7 +17,7 @@ from tfmq_exp.sampling.caption_files import read_coco
 class Labels(Protocol):
     """A way of finding the label of every image of a set."""
 
-    def of(self, source: ImageSource) -> Sequence[Any]:
+    def of(self, source: ImageDataset) -> Sequence[Any]:
         """As many as there are images; none where the network is told nothing."""
         ...
 
@@ -26,12 +26,12 @@ class Labels(Protocol):
 class NoLabels:
     """The network is told nothing."""
 
-    def of(self, source: ImageSource) -> Sequence[Any]:
+    def of(self, source: ImageDataset) -> Sequence[Any]:
         """None."""
         return ()
 
 
-def names_of(source: ImageSource) -> Sequence[str]:
+def names_of(source: ImageDataset) -> Sequence[str]:
     """Paths of the images in their folder; TypeError for a set that is no folder."""
     names = getattr(source, "names", None)
     if names is None:
@@ -45,7 +45,7 @@ def names_of(source: ImageSource) -> Sequence[str]:
 class FolderClasses:
     """A folder for each class, as ImageNet is published: classes count from 0 in the order of the folders' names."""
 
-    def of(self, source: ImageSource) -> Sequence[int]:
+    def of(self, source: ImageDataset) -> Sequence[int]:
         """ValueError for an image that is in no folder."""
         names = names_of(source)
         if bare := [name for name in names if "/" not in name]:
@@ -65,7 +65,7 @@ class CocoCaptions:
 
     path: str
 
-    def of(self, source: ImageSource) -> Sequence[str]:
+    def of(self, source: ImageDataset) -> Sequence[str]:
         """ValueError for an image without a caption, or a file that is none of COCO's; see `read_coco`."""
         content = read_coco(Path(self.path))
         captions = {

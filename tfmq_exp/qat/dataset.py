@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tfmq_exp.core.files import HASH
 from tfmq_exp.core.finite import require_finite
-from tfmq_exp.data.source import ImageSource
+from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 
 FILE = "examples.npy"
@@ -50,7 +50,7 @@ class TrainingSet:
         return taken.float() / 127.5 - 1 if taken.dtype is torch.uint8 else taken
 
 
-def identity(source: ImageSource, denoiser: Denoiser, *, mirrored: bool) -> Mapping[str, Any]:
+def identity(source: ImageDataset, denoiser: Denoiser, *, mirrored: bool) -> Mapping[str, Any]:
     """What identifies the examples: the images, and the first stage where there is one."""
     encoder = {"weights_sha256": denoiser.weights_sha256, "settings": dict(denoiser.settings)}
     return {
@@ -60,7 +60,7 @@ def identity(source: ImageSource, denoiser: Denoiser, *, mirrored: bool) -> Mapp
     }
 
 
-def check_size(source: ImageSource, denoiser: Denoiser) -> None:
+def check_size(source: ImageDataset, denoiser: Denoiser) -> None:
     """ValueError for images that the denoiser's own would not look like."""
     with torch.no_grad():
         blank = torch.zeros(1, *denoiser.sample_shape, device=denoiser.device)
@@ -73,7 +73,7 @@ def check_size(source: ImageSource, denoiser: Denoiser) -> None:
 
 
 def write(
-    source: ImageSource,
+    source: ImageDataset,
     denoiser: Denoiser,
     folder: Path,
     batch: int,

@@ -49,8 +49,8 @@ def test_everything_else_does(cfg: DictConfig) -> None:
         ("runtime.batch=5",),
         ("runtime.parts=2",),
         ("model.protocol.images=25",),
-        ("eval.weights=a/file",),
-        ("eval.weights=another/file",),
+        ("eval.extract.weights=a/file",),
+        ("eval.extract.weights=another/file",),
         ("logger._target_=tfmq_exp.loggers.wandb.Wandb",),
     )
     with open_dict(cfg):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import example_inputs, quantizable
-from tests.inception import random_weights
+from tests.helpers.inception import random_weights
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.core.files import write_json

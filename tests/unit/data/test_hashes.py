@@ -98,7 +98,7 @@ def test_an_index_that_is_damaged_changes_nothing(files: Path, tmp_path: Path, r
         index.mkdir()
     elif damage == "another table":
         with sqlite3.connect(index) as database:
-            database.execute("CREATE TABLE hashes (x)")
+            database.execute("CREATE TABLE states (x)")
     else:
         index.write_bytes(
             {"text": b"no database" * 999, "empty": b"", "truncated": content[: len(content) // 2]}[damage]

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from tests.unit.diagnostics.subject import Subject, subject_of
+from tests.helpers.diagnosis import Subject, subject_of
 
 
 @pytest.fixture(scope="session")

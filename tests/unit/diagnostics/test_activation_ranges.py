@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.diagnostics.subject import Subject, subject_of
-from tfmq_exp.diagnostics.activation_stats import ActivationStats
-from tfmq_exp.diagnostics.ranges import activation_name, activation_ranges, range_changes
+from tests.helpers.diagnosis import Subject, subject_of
+from tfmq_exp.diagnostics.activation_ranges import ActivationStats, activation_name, activation_ranges, range_changes
 from tfmq_exp.diagnostics.trajectory_error import STREAM
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.spec import QParams, QuantSpec
@@ -20,7 +19,7 @@ def ranges_of(subject: Subject, images: int = 3, batch: int = 2) -> list[Row]:
 
 
 def inputs_seen(subject: Subject, layer: str) -> list[Tensor]:
-    """What a layer of the float network is fed at every call, three trajectories at once."""
+    """Inputs of a layer of the float network at every call, three trajectories at once."""
     kept: list[Tensor] = []
     handle = subject.unet.get_submodule(layer).register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
     predict = subject.sampling.predictor(subject.unet)
@@ -109,7 +108,7 @@ def test_changes_over_time() -> None:
         return {"activation": name, "bits": 8, "call": call, "t": 100 - call, **ends, **grid}  # type: ignore[dict-item]
 
     rows = [row("still", call, 2.0, 0.5, 0.0) for call in range(3)]
-    for name in ("grows", "twin"):
+    for name in ("grows", "copy"):
         rows += [row(name, call, 1.0 + call, 0.1 * (1 + call), 0.1 * (call == 1)) for call in range(3)]
     changes = {change["activation"]: change for change in range_changes(rows)}
     assert list(changes)[-1] == "still"
@@ -118,4 +117,4 @@ def test_changes_over_time() -> None:
     grows = changes["grows"]
     assert (grows["width_change"], grows["correlation"], grows["interval_change"]) == pytest.approx((3, 1, 3))
     assert (grows["most_clipped"], grows["at_t"]) == (0.1, 99)
-    assert [changes[name]["same_as"] for name in ("still", "grows", "twin")] == ["", "", "grows"]
+    assert [changes[name]["same_as"] for name in ("still", "grows", "copy")] == ["", "", "grows"]

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from tests.conftest import quantizable
-from tests.unit.diagnostics.subject import Subject, subject_of
+from tests.helpers.diagnosis import Subject, subject_of
 from tfmq_exp.denoisers.unet import read_structure
-from tfmq_exp.diagnostics.rounding import rounding_changes
+from tfmq_exp.diagnostics.rounding_changes import rounding_changes
 
 
 def test_nearest_rounding_changes_nothing(subject: Subject) -> None:

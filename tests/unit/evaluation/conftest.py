@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.inception import random_weights
+from tests.helpers.inception import random_weights
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def inception_state() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def inception_file(inception_state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The same weights as `.pth`; beside it as `.safetensors`."""
+    """The same weights as `.pth`; and as `.safetensors`."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(inception_state, path)
     save_file(inception_state, path.with_suffix(".safetensors"))

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.unit.evaluation.material import pictures
+from tests.helpers.evaluation import pictures
 from tfmq_exp.pipeline.store import Store
 
 SCRIPT = Path(__file__).parents[3] / "scripts/export_images.py"
@@ -52,11 +52,11 @@ def test_a_sample_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, originals = pictures(10, 8, 0), pictures(10, 8, 1)
     run = finished_run(tmp_path, images)
     finished_run(tmp_path, originals, "float images")
-    for wanted, options in ((images, ()), (originals, ("--float",))):
+    for expected, options in ((images, ()), (originals, ("--float",))):
         assert export(monkeypatch, run, "--npz", tmp_path / "out/samples.npz", *options) == 0
         with np.load(tmp_path / "out/samples.npz") as file:
             assert file.files == ["arr_0"]
-            np.testing.assert_array_equal(file["arr_0"], wanted.permute(0, 2, 3, 1).numpy())
+            np.testing.assert_array_equal(file["arr_0"], expected.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.evaluation.material import TensorSource, linear_extractor, pictures
+from tests.helpers.evaluation import TensorDataset, linear_extractor, pictures
 from tfmq_exp.evaluation.features.extractor import Extractor
-from tfmq_exp.evaluation.npz_images import NpzImages
+from tfmq_exp.evaluation.npz import NpzImages
 from tfmq_exp.evaluation.references import NpzReference, ReferenceStatistics, reference_statistics
 
 IMAGES = pictures(30, 6, seed=0)
@@ -20,7 +20,7 @@ IMAGES = pictures(30, 6, seed=0)
 
 @pytest.fixture(scope="module")
 def extract() -> Extractor:
-    return linear_extractor((3, 6, 6), batch=7)
+    return linear_extractor((3, 6, 6), batch_size=7)
 
 
 def read(reference: Any, extract: Extractor, keep: int = 0) -> ReferenceStatistics:
@@ -50,8 +50,8 @@ def same(one: ReferenceStatistics, other: ReferenceStatistics) -> None:
 
 
 def test_statistics_of_images_are_numpys(extract: Extractor) -> None:
-    told: list[tuple[int, int]] = []
-    found = reference_statistics(TensorSource(IMAGES), extract, 12, lambda done, of: told.append((done, of)))
+    calls: list[tuple[int, int]] = []
+    found = reference_statistics(TensorDataset(IMAGES), extract, 12, lambda done, of: calls.append((done, of)))
     features = extract(IMAGES)
     for gaussian, rows in ((found.pooled, features.pooled), (found.spatial, features.spatial)):
         np.testing.assert_allclose(gaussian.mean, rows.double().numpy().mean(0), rtol=1e-12)
@@ -65,11 +65,11 @@ def test_statistics_of_images_are_numpys(extract: Extractor) -> None:
         "pixels_sha256": hashlib.sha256(IMAGES.numpy().tobytes()).hexdigest(),
     }
     assert found.title == "a test's images, 30 images of 6x6"
-    assert told == [(7, 30), (14, 30), (21, 30), (28, 30), (30, 30)]
+    assert calls == [(7, 30), (14, 30), (21, 30), (28, 30), (30, 30)]
 
 
 def test_batches_make_no_difference(extract: Extractor) -> None:
-    one, other = (read(TensorSource(IMAGES), linear_extractor((3, 6, 6), batch=size), 12) for size in (1, 30))
+    one, other = (read(TensorDataset(IMAGES), linear_extractor((3, 6, 6), batch_size=size), 12) for size in (1, 30))
     same(one, other)
     assert one.provenance == other.provenance
 
@@ -77,12 +77,12 @@ def test_batches_make_no_difference(extract: Extractor) -> None:
 def test_a_source_that_reads_a_sample_file(tmp_path: Path, extract: Extractor) -> None:
     np.savez(tmp_path / "images.npz", IMAGES.permute(0, 2, 3, 1).numpy())
     found = read(NpzImages(tmp_path / "images.npz"), extract, 12)
-    same(found, read(TensorSource(IMAGES), extract, 12))
+    same(found, read(TensorDataset(IMAGES), extract, 12))
     assert found.provenance["pixels_sha256"] == hashlib.sha256(IMAGES.numpy().tobytes()).hexdigest()
 
 
 def test_statistics_survive_a_file(tmp_path: Path, extract: Extractor) -> None:
-    found = read(TensorSource(IMAGES), extract, 12)
+    found = read(TensorDataset(IMAGES), extract, 12)
     found.save(tmp_path / "statistics.safetensors")
     loaded = ReferenceStatistics.load(tmp_path / "statistics.safetensors")
     same(found, loaded)
@@ -94,9 +94,9 @@ def test_statistics_survive_a_file(tmp_path: Path, extract: Extractor) -> None:
 
 def test_statistics_of_a_published_file(tmp_path: Path, extract: Extractor) -> None:
     path = statistics_file(tmp_path / "VIRTUAL.npz", extract)
-    found, wanted = read(NpzReference(str(path)), extract, 8), read(TensorSource(IMAGES), extract)
+    found, expected = read(NpzReference(str(path)), extract, 8), read(TensorDataset(IMAGES), extract)
     assert torch.equal(found.manifold, extract(IMAGES[:8]).pooled)
-    same(dataclasses.replace(found, manifold=wanted.manifold), wanted)
+    same(dataclasses.replace(found, manifold=expected.manifold), expected)
     assert found.shape == (3, 6, 6)
     assert found.provenance["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.provenance["images_beside_statistics"] == 10
@@ -148,7 +148,7 @@ def test_files_that_are_no_statistics(tmp_path: Path, extract: Extractor) -> Non
             read(NpzReference(str(tmp_path / name)), extract)
 
 
-class Liar(TensorSource):
+class Liar(TensorDataset):
     """Announces more images than there are."""
 
     def __len__(self) -> int:
@@ -157,13 +157,13 @@ class Liar(TensorSource):
 
 def test_sources_that_are_not_what_they_say(extract: Extractor) -> None:
     with pytest.raises(ValueError, match="at least two images, got 1"):
-        read(TensorSource(IMAGES[:1]), extract)
+        read(TensorDataset(IMAGES[:1]), extract)
     with pytest.raises(ValueError, match="announces 31 images and gives 30"):
         read(Liar(IMAGES), extract)
-    other = TensorSource(IMAGES)
+    other = TensorDataset(IMAGES)
     other.shape = (3, 8, 8)
     with pytest.raises(ValueError, match=r"announces uint8 images \(3, 8, 8\) and gives torch.uint8 \(3, 6, 6\)"):
         read(other, extract)
     floats: Tensor = IMAGES.float()
     with pytest.raises(ValueError, match=r"gives torch.float32"):
-        read(TensorSource(floats), extract)
+        read(TensorDataset(floats), extract)

@@ -1,4 +1,4 @@
-"""Scores against the textbook formulas, in double precision, whatever the shards and whoever gathered them."""
+"""Scores against the textbook formulas, in double precision, for any shards and any number of processes."""
 
 import dataclasses
 import math
@@ -11,21 +11,22 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tests.unit.evaluation.material import TensorSource, frechet, linear_extractor, pictures
-from tfmq_exp.evaluation.evaluator import Evaluator, digits_evaluator
+from tests.helpers.evaluation import TensorDataset, frechet, linear_extractor, measured, pictures, score
+from tfmq_exp.evaluation.evaluator import Evaluator
+from tfmq_exp.evaluation.features.digit_classifier import digits_extractor
 from tfmq_exp.evaluation.features.extractor import Features
 from tfmq_exp.evaluation.metrics.fid import GaussianStatistics
-from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
-from tfmq_exp.evaluation.scores import Scores, score
+from tfmq_exp.evaluation.references import ReferenceStatistics
+from tfmq_exp.evaluation.scores import Scores
 
 SHAPE = (1, 6, 6)
 REAL, GENERATED = pictures(300, 6, 0, channels=1), pictures(250, 6, 1, channels=1)
 
 
 class Brightness:
-    """Judges a caption by its length and an image by its mean."""
+    """Scores a caption by its length and an image by its mean."""
 
-    identity = {"judge": "brightness"}
+    identity = {"metric": "brightness"}
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         return images.double().mean((1, 2, 3)) - 100 * torch.tensor([len(caption) for caption in captions])
@@ -33,16 +34,12 @@ class Brightness:
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return Evaluator("random", linear_extractor(SHAPE), TensorSource(REAL), kid=True, precision_recall=True)
+    return Evaluator("random", linear_extractor(SHAPE), TensorDataset(REAL), kid=True, precision_recall=True)
 
 
 @pytest.fixture(scope="module")
 def reference(evaluator: Evaluator) -> ReferenceStatistics:
     return measured(evaluator)
-
-
-def measured(evaluator: Evaluator) -> ReferenceStatistics:
-    return reference_statistics(evaluator.reference, evaluator.extract, evaluator.kept, lambda _done, _of: None)
 
 
 def test_frechet_distances(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
@@ -98,12 +95,14 @@ def test_images_that_came_twice_or_not_at_all(evaluator: Evaluator, reference: R
     one, other = Scores(evaluator, reference), Scores(evaluator, reference)
     one.update(GENERATED[:10], 0)
     other.update(GENERATED[8:20], 8)
+    other.merge(one.tensors())
     with pytest.raises(ValueError, match="image 8 came twice"):
-        one.merge(other.tensors())
-    with pytest.raises(ValueError, match="image 9 came twice"):
-        one.update(GENERATED[9:12], 9)
+        other.compute()
     one.update(GENERATED[15:20], 15)
     with pytest.raises(ValueError, match="images 10 to 14 are missing"):
+        one.compute()
+    one.update(GENERATED[9:12], 9)
+    with pytest.raises(ValueError, match="image 9 came twice"):
         one.compute()
 
 
@@ -123,12 +122,12 @@ def test_images_at_equal_distances_in_the_reference_make_the_manifold(evaluator:
     few = dataclasses.replace(evaluator, manifold_images=40)
     ours = score(few, measured(few), [GENERATED])
     spread = [i * len(REAL) // 40 for i in range(40)]
-    half = dataclasses.replace(evaluator, reference=TensorSource(REAL[spread]))
-    wanted = score(half, measured(half), [GENERATED])
+    half = dataclasses.replace(evaluator, reference=TensorDataset(REAL[spread]))
+    expected = score(half, measured(half), [GENERATED])
     assert {k: ours[k] for k in ("kid", "precision", "recall")} == {
-        k: wanted[k] for k in ("kid", "precision", "recall")
+        k: expected[k] for k in ("kid", "precision", "recall")
     }
-    assert ours["fid"] != wanted["fid"]
+    assert ours["fid"] != expected["fid"]
 
 
 def test_the_reference_itself_is_at_distance_zero(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
@@ -168,7 +167,7 @@ def test_a_score_that_needs_more_images_is_left_out_and_never_nan(
     said: list[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    few = dataclasses.replace(evaluator, reference=TensorSource(REAL[:real]))
+    few = dataclasses.replace(evaluator, reference=TensorDataset(REAL[:real]))
     found = score(few, measured(few), [GENERATED[:generated]])
     assert found.keys() == ALL - left_out
     assert all(map(math.isfinite, found.values()))
@@ -193,7 +192,7 @@ def test_features_that_are_not_finite_end_the_scoring(evaluator: Evaluator, part
         getattr(features, part)[0, 1] = value
         return features
 
-    broken = dataclasses.replace(evaluator.extract, network=network, batch=100)
+    broken = dataclasses.replace(evaluator.extract, network=network, batch_size=100)
     with pytest.raises(ValueError, match=f"the {part} features of 3 of 250 images are not finite"):
         broken(GENERATED)
 
@@ -228,19 +227,19 @@ def test_a_reference_that_does_not_say_its_size(evaluator: Evaluator, reference:
 
 
 def test_captions_reach_their_images(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
-    judged = dataclasses.replace(evaluator, clip=Brightness())
+    captioned = dataclasses.replace(evaluator, clip=Brightness())
     captions = ["x" * (i % 2) for i in range(len(GENERATED))]
-    ours = score(judged, reference, GENERATED.split(37), lambda indices: [captions[i] for i in indices])
-    wanted = GENERATED.double().mean() - 100 * np.mean([len(caption) for caption in captions])
-    assert ours["clip"] == pytest.approx(float(wanted), rel=1e-6)
-    assert score(judged, reference, [GENERATED], lambda i: ["long" * 9] * len(i))["clip"] == 0.0
+    ours = score(captioned, reference, GENERATED.split(37), lambda indices: [captions[i] for i in indices])
+    expected = GENERATED.double().mean() - 100 * np.mean([len(caption) for caption in captions])
+    assert ours["clip"] == pytest.approx(float(expected), rel=1e-6)
+    assert score(captioned, reference, [GENERATED], lambda i: ["long" * 9] * len(i))["clip"] == 0.0
     wrong: list[Any] = [[], ["one"], list(range(len(GENERATED)))]
     for given in wrong:
         with pytest.raises(ValueError, match="a caption for each image"):
-            score(judged, reference, [GENERATED], lambda _, given=given: given)
+            score(captioned, reference, [GENERATED], lambda _, given=given: given)
 
 
-def test_who_judges_is_part_of_the_identity(evaluator: Evaluator) -> None:
+def test_metrics_are_part_of_the_identity(evaluator: Evaluator) -> None:
     changed = [
         dataclasses.replace(evaluator, name="another"),
         dataclasses.replace(evaluator, kid=False),
@@ -256,7 +255,7 @@ def test_who_judges_is_part_of_the_identity(evaluator: Evaluator) -> None:
 def test_the_digit_classifier_knows_digits_and_its_scores_get_worse_with_noise() -> None:
     from tfmq_exp.data.digits import DigitsImages
 
-    evaluator = digits_evaluator(DigitsImages())
+    evaluator = Evaluator("digits features", digits_extractor(), DigitsImages())
     clean = next(DigitsImages().batches(400))
     noise = torch.randint(0, 128, clean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     noisy = (clean.int() + noise.int()).clamp(0, 255).to(torch.uint8)
@@ -265,18 +264,15 @@ def test_the_digit_classifier_knows_digits_and_its_scores_get_worse_with_noise()
     assert good["fid"] < bad["fid"] / 5
     assert good["sfid"] < bad["sfid"]
     assert good["is"] > bad["is"]
-    assert evaluator.name == "digits features"
     assert reference.provenance["images"] == 1797
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 32, 32), (1, 8, 8)])
 def test_the_digit_classifier_refuses_images_of_another_form(shape: tuple[int, int, int]) -> None:
-    from tfmq_exp.data.digits import DigitsImages
-
     with pytest.raises(
         ValueError, match=rf"eval=digits .* these have {shape[0]} channels of {shape[1]}x{shape[2]} pixels"
     ):
-        digits_evaluator(DigitsImages()).extract(torch.zeros(2, *shape, dtype=torch.uint8))
+        digits_extractor()(torch.zeros(2, *shape, dtype=torch.uint8))
 
 
 def test_the_classifier_is_as_accurate_as_its_record_says_on_digits_it_never_saw() -> None:

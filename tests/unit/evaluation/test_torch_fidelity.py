@@ -9,10 +9,9 @@ import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tests.unit.evaluation.material import TensorSource, frechet_of_few, pictures
-from tfmq_exp.evaluation.features.inception import inception_evaluator
-from tfmq_exp.evaluation.references import reference_statistics
-from tfmq_exp.evaluation.scores import score
+from tests.helpers.evaluation import TensorDataset, frechet_of_few, measured, pictures, score
+from tfmq_exp.evaluation.evaluator import Evaluator
+from tfmq_exp.evaluation.features.inception import inception_extractor
 
 COUNT = 12  # KID's subsets are then all images on both sides, whatever the random numbers
 OPTIONS = {"cuda": False, "batch_size": COUNT, "cache": False, "save_cpu_ram": True, "verbose": False}
@@ -38,12 +37,11 @@ def shards(images: Tensor) -> Iterator[Tensor]:
 @pytest.mark.slow
 def test_scores_are_those_of_torch_fidelity(inception_file: Path) -> None:
     real, generated = pictures(COUNT, 32, seed=0), pictures(COUNT, 32, seed=2, noise=60)
-    evaluator = inception_evaluator(
-        str(inception_file), TensorSource(real), kid=True, precision_recall=True, batch=COUNT, device="cpu"
-    )
-    reference = reference_statistics(evaluator.reference, evaluator.extract, evaluator.kept, lambda _done, _of: None)
+    extract = inception_extractor(str(inception_file), batch_size=COUNT, device="cpu")
+    evaluator = Evaluator("Inception", extract, TensorDataset(real), kid=True, precision_recall=True)
+    reference = measured(evaluator)
     spatial: list[Tensor] = []
-    block = evaluator.extract.network.network.Mixed_6d
+    block = extract.network.network.Mixed_6d
     with block.register_forward_hook(lambda _module, _inputs, output: spatial.append(output[:, :7])):
         ours = score(evaluator, reference, shards(generated))
     theirs = torch_fidelity.calculate_metrics(

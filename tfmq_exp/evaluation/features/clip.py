@@ -23,18 +23,15 @@ class ClipScore:
 
     Args:
         folder: `config.json`, `model.safetensors`, and the files of tokenizer and image processor.
-        device: where it runs; CUDA, if there is any, unless said.
-
-    Raises:
-        FileNotFoundError: no such folder, or no weights in it.
-        ValueError: something else in the place of the weights, or weights that are not finite.
+        device: of the model; None for CUDA where there is one.
     """
 
     def __init__(self, folder: str, device: str | None = None) -> None:
         from transformers import CLIPModel, CLIPTokenizer  # here: it takes seconds, and most runs need none
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        weights = Path(folder) / "model.safetensors"
+        root = Path(folder)
+        weights = root / "model.safetensors"
         if not weights.is_file():
             raise FileNotFoundError(
                 f"no CLIP model at {weights}: nothing is downloaded; put a model there as transformers saves it, such as "
@@ -42,24 +39,22 @@ class ClipScore:
             )
         if kind := kind_of(weights):
             raise ValueError(f"{weights} {kind}")
+        check_code(root / "config.json", read_json(root / "config.json"))
+        check_tokenizer(root / "tokenizer_config.json")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         local: dict[str, Any] = {"local_files_only": True}
-        check_code(Path(folder) / "config.json", read_json(Path(folder) / "config.json"))
-        check_tokenizer(Path(folder) / "tokenizer_config.json")
         model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
         require_finite_weights(model, f"{weights}: the weights")
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, **local)
         self.processor: Any = CLIPImageProcessorPil.from_pretrained(folder, **local)
-        settings = hashlib.sha256()
-        for path in sorted(
-            path for path in Path(folder).iterdir() if path.suffix in (".json", ".txt") and path.is_file()
-        ):
+        settings = hashlib.sha256()  # of the model, the tokenizer and the image processor
+        for path in sorted(path for path in root.iterdir() if path.suffix in (".json", ".txt") and path.is_file()):
             settings.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         self.identity: Mapping[str, Any] = {
-            "model": Path(folder).resolve().name,
+            "model": root.resolve().name,
             "sha256": sha256_of(weights),
-            "settings_sha256": settings.hexdigest(),  # of the model, the tokenizer and the image processor
+            "settings_sha256": settings.hexdigest(),
         }
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Features of images: one pass of an extractor gives all that the scores read."""
+"""Feature extractors of images: one forward pass gives the features of all scores."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,34 +22,34 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network whose inner layers are the features.
+    """A network that turns images into features.
 
     Args:
-        network: uint8 images to features; moves images to where it is.
-        widths: how many pooled and how many spatial features it has.
-        identity: hashes, the rule that resizes, versions of libraries: plain JSON data.
-        batch: images in one forward pass.
-        device: where features are compared with each other, once there are all.
+        network: uint8 images to features; moves images to its own device.
+        widths: number of pooled and of spatial features.
+        identity: all that features depend on (hashes, resize rule, versions of libraries): plain JSON data.
+        batch_size: images in one forward pass.
+        device: where features of all images are compared with each other.
     """
 
     network: Callable[[UInt8[Tensor, "batch channels height width"]], Features]
     widths: tuple[int, int]
     identity: Mapping[str, Any] = field(default_factory=dict)
-    batch: int = 64
+    batch_size: int = 64
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_fields(self, batch=COUNT)
+        check_fields(self, batch_size=COUNT)
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "images channels height width"]) -> Features:
-        """Features of any number of images, float32, on the CPU.
+        """Extract features of any number of images: float32, on the CPU.
 
         Raises:
-            NotFiniteError: features that are not finite, of which no score can be made.
+            NotFiniteError: features that are not finite.
         """
-        parts = [self.network(batch) for batch in images.split(self.batch)]
-        features = Features(*(torch.cat(part).float().cpu() for part in zip(*parts, strict=True)))
+        batches = [self.network(batch) for batch in images.split(self.batch_size)]
+        features = Features(*(torch.cat(part).float().cpu() for part in zip(*batches, strict=True)))
         for name, values in features._asdict().items():
             if wrong := int((~values.isfinite().all(1)).sum()):
                 raise NotFiniteError(f"the {name} features of {wrong} of {len(values)} images are not finite")

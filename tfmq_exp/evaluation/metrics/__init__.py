@@ -1,1 +1,1 @@
-"""Evaluation metrics."""
+"""Metrics of features."""

@@ -1,6 +1,6 @@
-"""What the tests of scores share: tiny images, sources of images, and the textbook's Fréchet distance."""
+"""Helpers for tests of scores: tiny images, image datasets, the textbook's Fréchet distance, scores in one call."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.features.extractor import Extractor, Features
+from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
+from tfmq_exp.evaluation.scores import Scores
 
 
-class TensorSource:
-    """Images in memory as an ImageSource."""
+class TensorDataset:
+    """Images in memory as an image dataset."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -49,7 +52,7 @@ def frechet_of_few(a: np.ndarray, b: np.ndarray) -> float:
     return float(mean + np.square(x).sum() + np.square(y).sum() - 2 * np.linalg.svd(x @ y.T, compute_uv=False).sum())
 
 
-def linear_extractor(shape: tuple[int, int, int], batch: int = 64) -> Extractor:
+def linear_extractor(shape: tuple[int, int, int], batch_size: int = 64) -> Extractor:
     """A random linear extractor of 5 pooled and 7 spatial features and 4 logits: nothing about it is special."""
     generator = torch.Generator().manual_seed(0)
     pixels = shape[0] * shape[1] * shape[2]
@@ -60,4 +63,22 @@ def linear_extractor(shape: tuple[int, int, int], batch: int = 64) -> Extractor:
         rows = images.flatten(1).double()  # so that the size of a batch cannot be seen
         return Features(*((rows @ w.double()).float() for w in weights))
 
-    return Extractor(network, (5, 7), {"extractor": "linear"}, batch)
+    return Extractor(network, (5, 7), {"extractor": "linear"}, batch_size)
+
+
+def measured(evaluator: Evaluator) -> ReferenceStatistics:
+    return reference_statistics(evaluator.reference, evaluator.extract, evaluator.kept, lambda _done, _of: None)
+
+
+def score(
+    evaluator: Evaluator,
+    reference: ReferenceStatistics,
+    shards: Iterable[Tensor],
+    captions: Callable[[range], Sequence[str]] = lambda _: (),
+) -> dict[str, float]:
+    """Scores of images that come in shards, in the order of their indices, made from the captions of these indices."""
+    scores, count = Scores(evaluator, reference), 0
+    for images in shards:
+        scores.update(images, count, captions(range(count, count + len(images))))
+        count += len(images)
+    return scores.compute()

@@ -70,8 +70,8 @@ def test_pictures_of_all_formats_are_read(tmp_path: Path, suffix: str, case: Cal
     image = SMOOTH if suffix in LOSSY else image
     (tmp_path / case(f"a{suffix}")).write_bytes(encoded(image, form, **({"lossless": True} if form == "WEBP" else {})))
     (found,) = source(tmp_path).batches(9)
-    wanted = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    assert (found[0].int() - wanted.int()).abs().float().mean() <= (3 if suffix in LOSSY else 0)
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    assert (found[0].int() - expected.int()).abs().float().mean() <= (3 if suffix in LOSSY else 0)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
@@ -139,8 +139,8 @@ MODES: dict[str, tuple[bytes, Image.Image]] = {
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.filterwarnings("error")
 def test_modes_become_rgb_as_documented(name: str) -> None:
-    content, wanted = MODES[name]
-    np.testing.assert_array_equal(decode(name, content, 16, Unchanged()), np.asarray(wanted.convert("RGB")))
+    content, expected = MODES[name]
+    np.testing.assert_array_equal(decode(name, content, 16, Unchanged()), np.asarray(expected.convert("RGB")))
 
 
 def test_cmyk_of_adobes_jpegs_is_not_inverted() -> None:

@@ -1,4 +1,4 @@
-"""Sample files of guided-diffusion, beside what numpy itself writes and reads."""
+"""Sample files of guided-diffusion, compared with numpy's own reading and writing."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.evaluation.material import pictures
-from tfmq_exp.evaluation.npz_images import NpzImages, find_images, write_npz
+from tests.helpers.evaluation import pictures
+from tfmq_exp.evaluation.npz import NpzImages, find_images, write_npz
 
 
 def last(images: Tensor) -> np.ndarray:

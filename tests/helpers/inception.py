@@ -1,15 +1,18 @@
 """An Inception network with random weights: no published score can be had without the real file, but every formula can."""
 
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
-
-from tfmq_exp.evaluation.features.inception import Inception
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 
 def random_weights(seed: int) -> dict[str, Tensor]:
     """Weights under which activations neither vanish nor grow, and images get different classes."""
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in Inception().state_dict().items()}
+    without_file = patch.object(FeatureExtractorInceptionV3, "load_state_dict"), patch("torch.load")
+    with torch.device("meta"), without_file[0], without_file[1]:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], "no file")
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: torch.Size) -> Tensor:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, example_inputs
-from tests.unit.diagnostics.subject import Subject, subject_of
+from tests.helpers.diagnosis import Subject, subject_of
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.diagnostics.features import features_by_layer
-from tfmq_exp.diagnostics.temporal_error import EMBEDDING, feature_errors, temporal_feature_error
+from tfmq_exp.diagnostics.temporal_error import EMBEDDING, feature_errors, features_by_layer, temporal_feature_error
 from tfmq_exp.methods.temporal_features import CacheFeatures
 
 
@@ -31,9 +30,9 @@ def test_rows_are_what_layers_return_inside_the_network(subject: Subject) -> Non
     assert len(rows) == len(TIMESTEPS) * (1 + len(projections))
     inputs, name = example_inputs(subject.unet, TIMESTEPS), projections[-1]
     found = seen(subject.model, subject.model.unet, name, inputs)
-    wanted = seen(subject.unet, subject.unet, name, inputs)
+    expected = seen(subject.unet, subject.unet, name, inputs)
     for row in (row for row in rows if row["layer"] == name):
-        a, b = found[row["step"]].double(), wanted[row["step"]].double()
+        a, b = found[row["step"]].double(), expected[row["step"]].double()
         assert row["t"] == TIMESTEPS[row["step"]]
         assert row["cosine_distance"] == pytest.approx(float(1 - a @ b / (a.norm() * b.norm())), rel=1e-4)
         assert row["relative_mse"] == pytest.approx(float((a - b).square().sum() / b.square().sum()), rel=1e-4)

@@ -1,5 +1,6 @@
 """The Inception network: the port's own outputs, and weights that are read without running anything."""
 
+import io
 import os
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tests.unit.evaluation.material import TensorSource, pictures
-from tfmq_exp.evaluation.features.inception import InceptionFeatures, inception_evaluator, load_inception
+from tests.helpers.evaluation import pictures
+from tfmq_exp.evaluation.features.inception import InceptionFeatures, inception_extractor, load_inception
 
 
 def test_features_are_those_of_torch_fidelity(inception_file: Path) -> None:
@@ -20,7 +21,7 @@ def test_features_are_those_of_torch_fidelity(inception_file: Path) -> None:
     blocks: list[Tensor] = []
     port.Mixed_6d.register_forward_hook(lambda _module, _inputs, output: blocks.append(output))
     pooled, logits = port(images)
-    ours = inception_evaluator(str(inception_file), TensorSource(images), batch=1, device="cpu").extract(images)
+    ours = inception_extractor(str(inception_file), batch_size=1, device="cpu")(images)
     torch.testing.assert_close(ours.pooled, pooled)
     torch.testing.assert_close(ours.logits, logits)
     assert ours.spatial.shape == (2, 2023)
@@ -29,10 +30,16 @@ def test_features_are_those_of_torch_fidelity(inception_file: Path) -> None:
     torch.testing.assert_close(ours.spatial[:, flat.flatten()], blocks[0][:, channels, rows, columns].flatten(1))
 
 
-def test_both_formats_give_the_same_network_without_torch_load(
+def test_both_formats_give_the_same_network_and_torch_load_never_gets_the_file(
     inception_file: Path, inception_state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "load", lambda *_args, **_options: pytest.fail("torch.load was called"))
+    original = torch.load
+
+    def load(source: object, **options: object) -> object:
+        assert isinstance(source, io.BytesIO)
+        return original(source, **options)
+
+    monkeypatch.setattr(torch, "load", load)
     for path in (inception_file, inception_file.with_suffix(".safetensors")):
         state = load_inception(path).state_dict()
         assert state.keys() == inception_state.keys()
@@ -92,12 +99,10 @@ def test_images_of_another_kind_are_refused(inception_file: Path) -> None:
             extract(images)
 
 
-def test_an_evaluator_says_who_judges(inception_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = TensorSource(pictures(2, 8, seed=0))
-    evaluator = inception_evaluator(str(inception_file), source, kid=True, manifold_images=5, device="cpu")
-    assert evaluator.name == "Inception 2015-12-05, torch-fidelity"
+def test_an_extractor_has_the_hash_of_its_weights_and_warns_of_others_than_the_released(
+    inception_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = inception_extractor(str(inception_file), device="cpu").identity
     assert "not the released" in caplog.text
-    identity = evaluator.identity
     assert len(identity["extractor_sha256"]) == 64
     assert identity["versions"].keys() == {"torch-fidelity", "torchmetrics"}
-    assert (identity["kid"], identity["precision_recall"], identity["manifold_images"]) == (True, False, 5)

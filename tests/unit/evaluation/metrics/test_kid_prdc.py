@@ -29,8 +29,8 @@ def plain_kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_kernel_distance_of_all_images() -> None:
     real, generated = features(25, 0), features(25, 1)
-    wanted = plain_kernel_distance(real.double().numpy(), generated.double().numpy())
-    assert kernel_distance(real, generated) == pytest.approx(wanted, rel=1e-9)
+    expected = plain_kernel_distance(real.double().numpy(), generated.double().numpy())
+    assert kernel_distance(real, generated) == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance_of_random_subsets_is_near_torch_fidelitys_and_always_the_same() -> None:
@@ -60,14 +60,13 @@ def plain_precision(real: np.ndarray, generated: np.ndarray) -> float:
     return float(np.mean([inside(feature) for feature in generated]))
 
 
-def test_precision_and_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall() -> None:
     real, generated = features(60, 0), features(45, 2, spread=0.6)
     a, b = real.double().numpy(), generated.double().numpy()
-    wanted = pytest.approx((plain_precision(a, b), plain_precision(b, a)), rel=1e-6)
-    assert precision_recall(real, generated) == wanted
-    assert len({*wanted.expected, 0.0, 1.0}) == 4
-    monkeypatch.setattr(kid_prdc, "ROWS", 13)
-    assert precision_recall(real, generated) == wanted
+    expected = pytest.approx((plain_precision(a, b), plain_precision(b, a)), rel=1e-6)
+    assert precision_recall(real, generated) == expected
+    assert len({*expected.expected, 0.0, 1.0}) == 4
+    assert precision_recall(real, generated, rows=13) == expected
 
 
 def test_too_few_images_have_no_score_and_say_so() -> None:

@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.evaluation.material import TensorSource, linear_extractor, pictures
+from tests.helpers.evaluation import TensorDataset, linear_extractor, pictures
 from tfmq_exp.evaluation.features.extractor import Extractor
-from tfmq_exp.evaluation.npz_images import NpzImages
-from tfmq_exp.evaluation.reference_npz import read_statistics
+from tfmq_exp.evaluation.npz import NpzImages, read_statistics
 from tfmq_exp.evaluation.references import reference_statistics
 
 pytestmark = pytest.mark.bad_input
@@ -227,7 +226,7 @@ def test_a_reference_of_one_image_many_times_is_refused(count: int, value: int) 
 
 def measured(images: Tensor) -> Any:
     extract: Extractor = linear_extractor((3, 6, 6))
-    return reference_statistics(TensorSource(images), extract, 0, lambda _done, _of: None)
+    return reference_statistics(TensorDataset(images), extract, 0, lambda _done, _of: None)
 
 
 def test_a_reference_whose_images_differ_by_one_grey_level_is_one() -> None:

@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.diagnostics.subject import Subject
-from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
-from tfmq_exp.diagnostics.trajectory_error import STREAM, trajectory_error
+from tests.helpers.diagnosis import Subject
+from tfmq_exp.diagnostics.trajectory_error import ERRORS, STREAM, error_accumulation, trajectory_error
 from tfmq_exp.sampling.guidance import Sampling
 
 
-def relative(value: Tensor, wanted: Tensor) -> float:
-    return float((value - wanted).square().mean() / wanted.var())
+def relative(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).square().mean() / expected.var())
 
 
 def accumulated(subject: Subject, batch: int) -> list[dict[str, float]]:

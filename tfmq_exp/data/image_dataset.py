@@ -1,4 +1,4 @@
-"""What every set of real images is to those who read it."""
+"""Interface of sets of real images."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -7,12 +7,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 
-class ImageSource(Protocol):
+class ImageDataset(Protocol):
     """Images of one size, in a fixed order."""
 
-    def __len__(self) -> int:
-        """How many."""
-        ...
+    def __len__(self) -> int: ...
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -21,9 +19,9 @@ class ImageSource(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What identifies the images and how they were prepared, found without reading their pixels: plain JSON data."""
+        """All that the images depend on, found without decoding them: plain JSON data."""
         ...
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
-        """All of them, `size` at a time."""
+        """Read all images, `size` at a time."""
         ...

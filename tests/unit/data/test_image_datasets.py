@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tfmq_exp.data.digits import DigitsImages, load_images
-from tfmq_exp.data.source import ImageSource
+from tfmq_exp.data.image_dataset import ImageDataset
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -38,7 +38,7 @@ def test_a_batch_without_digits_is_refused() -> None:
         DigitsImages().batches(0)
 
 
-def chosen(name: str, data: Path, **values: object) -> ImageSource:
+def chosen(name: str, data: Path, **values: object) -> ImageDataset:
     """The source that a file of conf/data/ chooses."""
     cfg = OmegaConf.create({"paths": {"data": str(data)}, "data": OmegaConf.load(CONF / f"data/{name}.yaml")})
     cfg.data.update(values)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.evaluation.material import pictures
+from tests.helpers.evaluation import pictures
 from tfmq_exp.evaluation.features.clip import ClipScore
 
 transformers = pytest.importorskip("transformers")
@@ -44,8 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_score_is_the_models_own_logit_without_its_scale(folder: Path) -> None:
     images = pictures(4, 32, 0)
-    judge = ClipScore(str(folder), device="cpu")
-    ours = judge(images, CAPTIONS)
+    metric = ClipScore(str(folder), device="cpu")
+    ours = metric(images, CAPTIONS)
     model = transformers.CLIPModel.from_pretrained(folder)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
@@ -55,18 +55,18 @@ def test_the_score_is_the_models_own_logit_without_its_scale(folder: Path) -> No
         tokens = tokens if len(tokens) <= 12 else [*tokens[:11], tokens[-1]]
         with torch.no_grad():
             output = model(input_ids=torch.tensor([tokens]), pixel_values=pixels[i : i + 1])
-            wanted = 100 * output.logits_per_image[0, 0] / model.logit_scale.exp()
-        assert float(ours[i]) == pytest.approx(float(wanted), rel=1e-4), caption
-    assert not torch.allclose(ours, judge(images, CAPTIONS[::-1])), "the pairs matter"
+            expected = 100 * output.logits_per_image[0, 0] / model.logit_scale.exp()
+        assert float(ours[i]) == pytest.approx(float(expected), rel=1e-4), caption
+    assert not torch.allclose(ours, metric(images, CAPTIONS[::-1])), "the pairs matter"
 
 
-def test_other_weights_are_another_judge(folder: Path) -> None:
+def test_weights_are_part_of_the_identity(folder: Path) -> None:
     identity = ClipScore(str(folder), device="cpu").identity
     assert len(identity["sha256"]) == 64
     assert identity["model"] == folder.name
 
 
-def test_another_tokenizer_or_preparation_is_another_judge(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_preparation_are_part_of_the_identity(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)
     before = ClipScore(str(folder), device="cpu").identity

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.evaluation import inception_score as module
 from tfmq_exp.evaluation.metrics.inception_score import inception_score, inception_score_adm
 
 
@@ -29,15 +28,14 @@ def test_ten_shuffled_parts() -> None:
     rows = logits(103)
     shuffled = rows.double().numpy()[np.random.RandomState(2020).permutation(103)]
     edges = [103 * i // 10 for i in range(11)]
-    wanted = np.mean([plain(shuffled[a:b]) for a, b in itertools.pairwise(edges)])
-    assert inception_score(rows) == pytest.approx(wanted, rel=1e-9)
+    expected = np.mean([plain(shuffled[a:b]) for a, b in itertools.pairwise(edges)])
+    assert inception_score(rows) == pytest.approx(expected, rel=1e-9)
 
 
-def test_consecutive_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ADM_SPLIT", 40)
+def test_consecutive_parts() -> None:
     rows = logits(103)
     parts = [rows.double().numpy()[a : a + 40] for a in (0, 40, 80)]
-    assert inception_score_adm(rows) == pytest.approx(np.mean([plain(part) for part in parts]), rel=1e-9)
+    assert inception_score_adm(rows, 40) == pytest.approx(np.mean([plain(part) for part in parts]), rel=1e-9)
 
 
 def test_the_split_is_guided_diffusions() -> None:
@@ -46,14 +44,13 @@ def test_the_split_is_guided_diffusions() -> None:
     assert inception_score_adm(rows) == pytest.approx(np.mean([plain(part) for part in parts]), rel=1e-9)
 
 
-def test_order_by_class_ruins_only_the_score_of_consecutive_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ADM_SPLIT", 100)
+def test_order_by_class_ruins_only_the_score_of_consecutive_parts() -> None:
     mixed, sorted_ = logits(700), logits(700, by_class=True)
     torch.manual_seed(1)
-    first = inception_score_adm(mixed)
+    first = inception_score_adm(mixed, 100)
     torch.manual_seed(2)
-    assert inception_score_adm(mixed) == first, "to the last bit, whatever was drawn before"
-    assert inception_score_adm(sorted_) < 0.5 * inception_score_adm(mixed)
+    assert inception_score_adm(mixed, 100) == first, "to the last bit, whatever was drawn before"
+    assert inception_score_adm(sorted_, 100) < 0.5 * inception_score_adm(mixed, 100)
     assert inception_score(sorted_) == pytest.approx(inception_score(mixed), rel=0.05)
 
 

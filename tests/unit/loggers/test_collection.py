@@ -1,0 +1,43 @@
+"""Several loggers at once."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.loggers import RecordingLogger, metadata
+from tfmq_exp.loggers.base import Logger, NoLogger, NullLogger, RunMetadata
+from tfmq_exp.loggers.collection import LoggerCollection, LoggersConfig
+
+
+class Opened:
+    """Settings whose logger is known; without one it fails to open."""
+
+    def __init__(self, logger: Logger | None) -> None:
+        self.logger = logger
+
+    def open(self, run: RunMetadata) -> Logger:
+        if self.logger is None:
+            raise OSError("cannot be opened")
+        return self.logger
+
+
+def test_every_call_reaches_all_loggers_and_all_are_closed(tmp_path: Path) -> None:
+    one, other = RecordingLogger(), RecordingLogger()
+    both = LoggersConfig(one=Opened(one), other=Opened(other), files=NoLogger()).open(metadata(tmp_path))
+    both.log_loss("weights/a", 1, 0.5)
+
+    class Stuck(NullLogger):
+        def close(self, *, failed: bool) -> None:
+            raise OSError("stuck")
+
+    with pytest.raises(OSError, match="stuck"):
+        LoggerCollection([Stuck(), both, Stuck()]).close(failed=True)
+    assert one.calls == other.calls == [("loss", "weights/a", 1, 0.5), ("close", True)]
+    assert both.locations() == ["called 2 times"] * 2
+
+
+def test_a_logger_is_closed_when_the_next_cannot_be_opened(tmp_path: Path) -> None:
+    logger = RecordingLogger()
+    with pytest.raises(OSError, match="cannot be opened"):
+        LoggersConfig(one=Opened(logger), other=Opened(None)).open(metadata(tmp_path))
+    assert logger.calls == [("close", True)]

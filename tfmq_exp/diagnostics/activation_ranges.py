@@ -1,0 +1,187 @@
+"""Activations at every network call of the float model, compared with the ranges of their quantizers.
+
+As figures 2 to 4 of TDQ (arXiv 2306.02316) ask: do activations change along the trajectory, and does the scale follow?
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_exp.core.finite import require_finite
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.diagnostics.partial_quantization import float_units, quantized_units
+from tfmq_exp.diagnostics.trajectory_error import STREAM, Row
+from tfmq_exp.quant.functional import SMALLEST_SCALE
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer
+from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+MAX_VALUES = 2**15  # of an activation and call that quantiles are computed of: the rank of q99 is off by 0.06 %
+
+
+@dataclass
+class ActivationStats:
+    """Statistics of one activation during one network call, batch after batch, in bounded memory."""
+
+    spec: QuantSpec  # the quantizer's grid
+    batches: list[list[float]] = field(default_factory=list)  # the columns of each batch, in the order of `columns`
+    drawn: list[Tensor] = field(default_factory=list)  # values that quantiles are computed of
+
+    def add(self, x: Tensor, q: QParams, max_values: int, generator: torch.Generator) -> None:
+        """Add a batch under its scale and zero point; `max_values` of it at most are kept, drawn with replacement."""
+        x, qmin, qmax = x.detach().float(), self.spec.qmin, self.spec.qmax
+        low, high = x.aminmax()
+        require_finite(torch.stack([low, high]), "an activation while sampling")  # which no comparison would show
+        codes = (x / q.scale).round_().add_(q.zero_point)
+        outside = (codes < qmin).logical_or_(codes > qmax).sum()
+        ends = (q.scale * (qmin - q.zero_point)).min(), (q.scale * (qmax - q.zero_point)).max()
+        moments = x.sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)
+        row = (low, high, *moments, outside, *ends, q.scale.sum())
+        self.batches.append([*torch.stack([value.double() for value in row]).tolist(), x.numel(), q.scale.numel()])
+        values = x.flatten()
+        if values.numel() > max_values:
+            values = values[torch.randint(values.numel(), (max_values,), generator=generator).to(x.device)]
+        self.drawn.append(values.cpu())
+
+    def columns(self) -> dict[str, Any]:
+        """All statistics, by the names of the table's columns."""
+        low, high, total, squares, outside, grid_low, grid_high, scale, count, rows = zip(*self.batches, strict=True)
+        mean = sum(total) / sum(count)
+        q01, q99 = torch.cat(self.drawn).quantile(torch.tensor([0.01, 0.99])).tolist()
+        return {
+            **{"min": min(low), "q01": q01, "mean": mean, "q99": q99, "max": max(high)},
+            "std": max(0.0, sum(squares) / sum(count) - mean**2) ** 0.5,
+            **{"grid_min": min(grid_low), "grid_max": max(grid_high)},
+            "interval": sum(scale) / sum(rows),
+            "clipped": sum(outside) / sum(count),
+        }
+
+
+def activation_ranges(
+    model: QuantizedUNet,
+    denoiser: Denoiser,
+    structure: UNetStructure,
+    sampling: Sampling,
+    *,
+    images: int,
+    seed: int,
+    batch: int,
+    each_call: Callable[[int], None] = lambda _: None,
+) -> list[Row]:
+    """Statistics of every quantized activation at every network call of the float model, in one pass over the trajectories.
+
+    All trajectories advance together, batch after batch, so that the values of one call are all that is kept.
+
+    Args:
+        model: the finished model, whose quantizers are compared with; none of them acts.
+        denoiser: the float network.
+        structure: its parts.
+        sampling: its sampling; under guidance both halves of a batch count.
+        images: trajectories.
+        seed: of their noise.
+        batch: trajectories that run together.
+        each_call: called with the number of calls that are done.
+
+    Returns:
+        rows with `min`, `q01`, `mean`, `q99`, `max`, `std`; `grid_min` and `grid_max`, the ends of the quantizer's grid at
+        that step, and its `interval` (the scale; the rows' mean where the range is that of the row); `clipped`, the share
+        of values beyond those ends.
+    """
+    batches = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
+    rows: list[Row] = []
+    recorder = _Recorder(model, seed)
+    with ExitStack() as stack:
+        units = quantized_units(model, denoiser.unet, structure)
+        stack.enter_context(float_units(model, denoiser.unet, units))
+        for name, quantizer in model.activation_quantizers().items():
+            stack.enter_context(quantizer.register_forward_pre_hook(partial(recorder.record, activation_name(name))))
+        predict = sampling.predictor(model)
+        trajectories = [
+            sampling.trajectory(predict, denoiser, seed=seed, stream=STREAM, indices=part) for part in batches
+        ]
+        for call, t in enumerate(sampling.calls(denoiser)):
+            recorder.stats = {}
+            for part, steps in zip(batches, trajectories, strict=True):
+                recorder.max_values = max(1, MAX_VALUES * len(part) // images)
+                next(steps)
+            rows += [
+                {"activation": name, "bits": stats.spec.bits, "call": call, "t": t, **stats.columns()}
+                for name, stats in recorder.stats.items()
+            ]
+            each_call(call + 1)
+    return rows
+
+
+class _Recorder:
+    """Statistics of every activation of the present network call."""
+
+    def __init__(self, model: QuantizedUNet, seed: int) -> None:
+        self.stats: dict[str, ActivationStats] = {}
+        self.max_values = MAX_VALUES
+        self.generator = torch.Generator().manual_seed(seed)
+        self.context = model.context
+        self.choices: dict[nn.Module, tuple[StepSwitch, int]] = {
+            choice: (switch, i) for switch in model.switches() for i, choice in enumerate(switch.choices)
+        }
+
+    def record(self, name: str, quantizer: AffineQuantizer, inputs: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of a quantizer; of several bit-widths only the one that this step uses counts."""
+        switch, choice = self.choices.get(quantizer, (None, 0))
+        if switch is not None and int(switch.at[self.context.index[0]]) != choice:
+            return
+        stats = self.stats.setdefault(name, ActivationStats(quantizer.spec))
+        stats.add(inputs[0], quantizer.source(inputs[0]), self.max_values, self.generator)
+
+
+def activation_name(quantizer: str) -> str:
+    """`block.conv1.input_quantizer.choices.0` -> `block.conv1.input`; choices of one activation share its name."""
+    name = quantizer.replace(".processor.quantizers.", ".").replace("_quantizer", "")
+    return name.partition(".choices.")[0].replace(".parts.", ".")
+
+
+def range_changes(rows: list[Row]) -> list[Row]:
+    """One row per activation: how much it changes along the trajectory, and how well its quantizer follows.
+
+    Returns:
+        rows, the most changing first, with `width_change`, the largest width q99 - q01 over the smallest; `correlation` of
+        the standard deviation with the call's number (Pearson's; 0 where it does not change); `interval_change`, the largest
+        scale over the smallest; `clipped`, the mean share, and `most_clipped` with `at_t`, where it is largest;
+        `same_as`, an earlier activation with the same values on the same grids (all embedding projections read one
+        tensor), or an empty text.
+    """
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row["activation"], []).append(row)
+    first: dict[tuple[Any, ...], str] = {}
+    changes: list[Row] = []
+    for name, group in by_name.items():
+        # all but the quantiles, which are drawn
+        exact = ("bits", "min", "max", "mean", "std", "grid_min", "grid_max")
+        same = first.setdefault(tuple(row[key] for row in group for key in exact), name)
+        changes.append({"activation": name, **_change(group), "same_as": same if same != name else ""})
+    return sorted(changes, key=lambda row: row["width_change"], reverse=True)
+
+
+def _change(group: list[Row]) -> Row:
+    keys = ("q01", "q99", "interval", "std", "clipped", "call")
+    low, high, scale, std, clipped, call = torch.tensor([[row[k] for row in group] for k in keys], dtype=torch.float64)
+    width = high - low
+    correlation = torch.corrcoef(torch.stack([call, std]))[0, 1] if len(group) > 1 else torch.tensor(0.0)
+    worst = int(clipped.argmax())
+    return {
+        "bits": group[0]["bits"],
+        "width_change": float(width.max() / width.min().clamp(min=SMALLEST_SCALE)),
+        "correlation": float(correlation.nan_to_num()),
+        "interval_change": float(scale.max() / scale.min()),
+        "clipped": float(clipped.mean()),
+        "most_clipped": float(clipped[worst]),
+        "at_t": group[worst]["t"],
+    }

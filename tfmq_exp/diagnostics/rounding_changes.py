@@ -1,0 +1,63 @@
+"""Effect of learning on the rounding of weights: how many left the nearest integer, how far, and at what cost."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.quant.functional import dequantize, quantize
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+Row = dict[str, Any]
+
+
+@torch.no_grad()
+def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
+    """Compare every integer weight, in execution order, with the nearest integers on the same grid.
+
+    Returns:
+        rows with `changed`, the share of weights with another integer than the nearest; `up`, the share that went up;
+        `largest_steps`, the largest distance in steps of the grid (AdaRound chooses between two neighbours: at most 1);
+        `relative_mse` of the weight, over its mean square, `nearest_relative_mse` likewise, and their quotient `mse_ratio`
+        (1 where both are 0).
+    """
+    return [
+        {"layer": layer, "role": structure.sites[layer].role.value, **_compared(model, float_unet, layer)}
+        for block in structure.blocks
+        for layer in block.sites
+        if layer in model.integers
+    ]
+
+
+def _compared(model: QuantizedUNet, float_unet: nn.Module, layer: str) -> Row:
+    """One layer, whose weight may be split along the input channels into operands with grids of their own."""
+    weight = float_unet.get_submodule(layer).get_parameter("weight").detach()
+    operands = model.integers[layer]
+    changed = up = largest = 0
+    error = nearest_error = 0.0
+    for operand, part in zip(operands, weight.split([q.codes.shape[1] for q in operands], dim=1), strict=True):
+        qparams = type(operand.qparams)(*(value.to(part.device) for value in operand.qparams))
+        nearest = quantize(part, qparams, operand.spec)
+        chosen = operand.codes.to(nearest) + operand.spec.qmin
+        steps = chosen - nearest
+        changed += int((steps != 0).sum())
+        up += int((steps > 0).sum())
+        largest = max(largest, int(steps.abs().max()))
+        error += _squared_error(dequantize(chosen, qparams), part)
+        nearest_error += _squared_error(dequantize(nearest, qparams), part)
+    power = float(weight.double().square().sum()) or 1.0  # a weight of zeros has no error either
+    return {
+        "bits": operands[0].spec.bits,
+        "weights": weight.numel(),
+        "changed": changed / weight.numel(),
+        "up": up / weight.numel(),
+        "largest_steps": largest,
+        "relative_mse": error / power,
+        "nearest_relative_mse": nearest_error / power,
+        "mse_ratio": error / nearest_error if nearest_error else 1.0,
+    }
+
+
+def _squared_error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact.double()).square().sum())
