@@ -29,8 +29,7 @@ from tfmq_exp.cli.measure import (
 from tfmq_exp.cli.remaining import still_to_do
 from tfmq_exp.cli.training_estimate import measure_training
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.pipeline.deployed import DeployedStages, reservation
-from tfmq_exp.pipeline.stages import Stages
+from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.qat.module import TrainingProtocol
 from tfmq_exp.qat.train import last_checkpoint
@@ -46,26 +45,23 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 SEARCHED = 2**18  # weights on which the range estimator is timed
 
 
-def estimate(
-    stages: Stages, goals: Collection[str], now: Clock | None = None, deployed: DeployedStages | None = None
-) -> Estimate | None:
+def estimate(experiment: Experiment, goals: Collection[str], now: Clock | None = None) -> Estimate | None:
     """What the stages that lead to the goals will take; None where all of them are finished.
 
     Args:
-        stages: the run.
+        experiment: the stages.
         goals: `trajectory`, `weights`, ... up to the one that the run is to reach.
         now: what seconds are counted with (default: those of the clock on the wall).
-        deployed: the same run with the model executed by an engine, where one is asked for.
     """
-    counts = still_to_do(stages, goals, deployed)
+    counts = still_to_do(experiment, goals)
     work = counts.phases, counts.correction, counts.images, counts.diagnostics, counts.passes, counts.exporting
     if not (counts.collecting or any(work)):
         return None
     with torch.random.fork_rng():  # what is measured shall not change what is drawn later
-        survey = Survey(stages, now)
+        survey = Survey(experiment, now)
         counts = survey.completed(counts)
         costs = survey.costs(counts)
-    accelerated = stages.denoiser.device.type != "cpu"
+    accelerated = experiment.run.denoiser.device.type != "cpu"
     expected = reckon(costs, counts, accelerated=accelerated)
     engine = counts.exporting or counts.engine_diagnostics or f"{counts.engine} images" in counts.images
     return replace(expected, note=reservation(counts.engine, accelerated=accelerated)) if engine else expected
@@ -74,29 +70,32 @@ def estimate(
 class Survey:
     """Measures one network. Its quantized copy has a scale of 1 wherever calibration would put another."""
 
-    def __init__(self, stages: Stages, now: Clock | None = None) -> None:
-        self.stages, self.now = stages, now or wall_clock(stages.denoiser.device)
+    def __init__(self, experiment: Experiment, now: Clock | None = None) -> None:
+        self.experiment, self.run = experiment, (run := experiment.run)
+        self.now = now or wall_clock(run.denoiser.device)
         self.process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        denoiser, sampling = stages.denoiser, stages.sampling
+        denoiser, sampling = run.denoiser, run.sampling
         self.unet, self.device = denoiser.unet, denoiser.device
         self.halves = 2 if sampling.guided else 1
-        self.conditions = sampling.conditions(denoiser, stages.seed, "estimate", range(1))
-        self.model: QuantizedUNet = build_quantized_unet(self.unet, stages.plan, MinMax())
-        self.parts = {block.name: self.unet.get_submodule(block.name) for block in stages.structure.blocks}
+        self.conditions = sampling.conditions(denoiser, run.seed, "estimate", range(1))
+        self.model: QuantizedUNet = build_quantized_unet(self.unet, run.resolved, MinMax())
+        self.parts = {block.name: self.unet.get_submodule(block.name) for block in run.structure.blocks}
         self.call = self.predicting(self.unet, self.parts)
         plain = sampling.precision == "float32"
-        self.forward = self.call.shared(self.halves) if plain else self.passing(self.unet, stages.batch, self.parts)
+        self.forward = (
+            self.call.shared(self.halves) if plain else self.passing(self.unet, run.compute.batch, self.parts)
+        )
 
     def predicting(self, network: nn.Module, modules: Mapping[str, nn.Module]) -> Pass:
         """The prediction for one image as the sampler asks for it."""
-        ask, t = self.stages.sampling.predictor(network), self.stages.calls[len(self.stages.calls) // 2]
+        ask, t = self.run.sampling.predictor(network), self.run.calls[len(self.run.calls) // 2]
 
         def call(images: int) -> Tensor:
             given = {name: value.expand(images, *value.shape[1:]) for name, value in self.conditions.given.items()}
             at = torch.full((images,), t, device=self.device)
             return ask(self.noise(images), at, Conditions(given, self.conditions.null))
 
-        return measure_pass(call, self.stages.batch, self.now, modules)
+        return measure_pass(call, self.run.compute.batch, self.now, modules)
 
     def passing(self, network: nn.Module, most: int, modules: Mapping[str, nn.Module]) -> Pass:
         """One row of a calibration set."""
@@ -105,7 +104,7 @@ class Survey:
 
     def noise(self, rows: int) -> Tensor:
         """Stands for whatever is denoised."""
-        return torch.randn(rows, *self.stages.denoiser.sample_shape, device=self.device)
+        return torch.randn(rows, *self.run.denoiser.sample_shape, device=self.device)
 
     def data(self, rows: int) -> CalibrationSet:
         """Stands for the calibration set: rows from all sampling steps."""
@@ -159,7 +158,7 @@ class Survey:
 
     def decoding(self) -> tuple[Pass, int]:
         """One image from the denoiser's space, with the memory of a batch, and the bytes of a finished one."""
-        decoder, batch = self.stages.denoiser.first_stage, self.stages.batch
+        decoder, batch = self.run.denoiser.first_stage, self.run.compute.batch
         found = measure_pass(lambda rows: decoder.decode(self.noise(rows)), batch, self.now, {})
         with torch.no_grad():
             image = decoder.decode(self.noise(1)).numel()
@@ -168,8 +167,8 @@ class Survey:
 
     def grids(self) -> float:
         """Seconds of placing the grid of every weight, from some channels of the largest."""
-        lines = {name: line for name, line in self.stages.plan.sites.items() if line.weight}
-        sizes = {name: self.stages.structure.sites[name].weights for name in lines}
+        lines = {name: line for name, line in self.run.resolved.sites.items() if line.weight}
+        sizes = {name: self.run.structure.sites[name].weights for name in lines}
         if not sizes:
             return 0.0
         largest = max(sizes, key=lambda name: sizes[name])
@@ -177,38 +176,38 @@ class Survey:
         assert spec is not None
         part = weight[: max(1, SEARCHED // weight[0].numel())] if spec.axis is not None else weight
         began = self.now()
-        self.stages.method.weight_range(part, spec)
+        self.run.method.weight_range(part, spec)
         return (self.now() - began) / part.numel() * sum(sizes.values())
 
     def phases(self, names: Collection[str]) -> list[Any]:
         """The method's phases by name."""
-        return [getattr(self.stages.method, name) for name in names]
+        return [getattr(self.run.method, name) for name in names]
 
     def observed(self, names: Collection[str]) -> dict[str, int]:
         """Samples that each phase observes ranges on."""
         sources = [quantizer.source for quantizer in self.model.activation_quantizers().values()]
         if not any(source.needs_data for source in sources):
             return {}
-        given = self.stages.calibration.images, len(self.stages.calls)
+        given = self.run.calibration.images, len(self.run.calls)
         found = {name: observation(phase) for name, phase in zip(names, self.phases(names), strict=True)}
         return {name: self.halves * seen.effort(*given).samples for name, seen in found.items() if seen}
 
     def courses(self, names: Collection[str]) -> dict[str, Course]:
         """What each phase learns, with the cost of every unit; units that an earlier run has finished are left out."""
         found: dict[str, Course] = {}
-        entries = {"weights": self.stages.weights, "activations": self.stages.activations}
+        entries = {"weights": self.experiment.weights.entry, "activations": self.experiment.activations.entry}
         for name, phase in zip(names, self.phases(names), strict=True):
             if (protocol := getattr(phase, "protocol", None)) is not None:
                 found[name] = self.training(protocol, entries[name])
             recipe: ReconstructionConfig | None = getattr(phase, "recipe", None)
             if recipe is None:
                 continue
-            sites = self.model.weight_layers() if name == "weights" else self.stages.plan.sites
-            units = phase.partition(self.stages.structure, frozenset(sites))
+            sites = self.model.weight_layers() if name == "weights" else self.run.resolved.sites
+            units = phase.partition(self.run.structure, frozenset(sites))
             units = [unit for unit in units if is_learnable(self.model, unit, recipe)]
             folder = entries[name].path / "units"
             units = [unit for unit in units if not (folder / f"{unit.name}.safetensors").is_file()]
-            samples = phase.effort(self.stages.calibration.images, len(self.stages.calls)).samples * self.halves
+            samples = phase.effort(self.run.calibration.images, len(self.run.calls)).samples * self.halves
             widths = len(self.model.activation_bits()) or 1
             found[name] = self.course(units, recipe, samples, rounds=1 if recipe.rounding else widths)
         return found
@@ -235,7 +234,7 @@ class Survey:
         driven = [unit for unit in units if unit.driver == "denoiser"]
         views = self.views(driven, self.data(1))
         taken = sum(view.returned.nbytes + view.fed.nbytes for view in views.values() if view.fed)
-        rows = max(1, min(rows, self.stages.means.cache_bytes // max(1, taken)))
+        rows = max(1, min(rows, self.run.compute.cache_bytes // max(1, taken)))
         data = self.data(rows)
         views = self.views(driven, data) if rows > 1 else views
         for unit in units:
@@ -244,7 +243,7 @@ class Survey:
                 with torch.no_grad():
                     outputs = unit.module(self.unet)(t.to(self.device))
                 views[unit.name] = UnitActivations(TensorTree.of((t, (t,), {})), TensorTree.of(outputs))
-        weights = {u.name: sum(self.stages.structure.sites[site].weights for site in u.sites) for u in units}
+        weights = {u.name: sum(self.run.structure.sites[site].weights for site in u.sites) for u in units}
         costs = {
             u.name: measure_unit(u, self.unet, views[u.name], self.forward.spans.get(u.name), weights[u.name], self.now)
             for u in units
@@ -261,7 +260,7 @@ class Survey:
         importance = self.importance(driven, recipe, data)
         done = tuple(like_their_kind(list(costs.values())))
         least = min(done, key=lambda cost: cost.span.seconds).name
-        trainer = self.stages.means.trainer
+        trainer = self.run.compute.trainer
         setup = measure_setup(self.model, by_name[least], views[least], recipe, trainer, self.now)
         return Course(done, recipe, samples, len(timesteps), rounds, quantizing, importance, setup)
 
@@ -274,6 +273,15 @@ class Survey:
         began = self.now()
         found = recipe.objective.importance(self.unet, units, data, len(data), SpillAllocator(2**40))
         return (self.now() - began) / len(data) if found else 0.0
+
+
+def reservation(name: str, *, accelerated: bool) -> str:
+    """What an estimate says of an engine: nothing can be measured of it before its model is there."""
+    where = " on the GPU, wherever the engine runs" if accelerated else ""
+    return (
+        f"{name}: its sampling is counted at the speed of the simulated network{where}; its export as a pass of one batch, "
+        "though building and compiling a graph takes longer"
+    )
 
 
 def first(leaves: TensorTree | None, rows: int) -> TensorTree:

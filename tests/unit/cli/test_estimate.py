@@ -13,10 +13,9 @@ from tests.e2e.jobs import composed
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.estimate import Costs, Counts, Course, format_bytes, format_duration, reckon, show
 from tfmq_exp.cli.measure import LiveTensors, Pass, Span, UnitCost, dearest_first, like_their_kind, measure_pass
+from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.survey import estimate
-from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.pipeline.stages import Stages
+from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.reconstruction.inputs import FloatInputs, QuantizedInputs
 from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
@@ -200,9 +199,9 @@ def test_bytes_in_words() -> None:
     assert (format_bytes(3_400_000), format_bytes(2_500_000_000)) == ("3 MB", "2.5 GB")
 
 
-def stages_of(folder: Path, *overrides: str) -> Stages:
+def experiment_of(folder: Path, *overrides: str) -> Experiment:
     cfg = composed(folder, "runtime=smoke", *overrides)
-    return app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger())
+    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)))
 
 
 @pytest.mark.parametrize("method", ["tfmq", "qdiff", "qdrop", "ptqd", "nearest"])
@@ -210,7 +209,7 @@ def test_the_estimate_knows_what_a_run_has_still_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr("tfmq_exp.cli.survey.PATIENCE", 0.2)
-    stages = stages_of(tmp_path, f"method={method}", "runtime.batch=4")
+    stages = experiment_of(tmp_path, f"method={method}", "runtime.batch=4")
     quantizing = {"trajectory", "weights", "activations"}
     names = {*quantizing, "float images", "images", "diagnostics"} | ({"correction"} if method == "ptqd" else set())
     drawn = torch.random.get_rng_state()
@@ -220,11 +219,11 @@ def test_the_estimate_knows_what_a_run_has_still_to_do(
     assert {stage.name for stage in found.stages} == names
     assert all(stage.seconds > 0 for stage in found.stages if (method, stage.name) != ("qdrop", "activations"))
     show(found, Console(quiet=True))
-    for entry in (stages.trajectory, stages.weights, stages.activations):
-        entry.path.mkdir(parents=True)
-        entry.finish()
+    for stage in (stages.trajectory, stages.weights, stages.activations):
+        stage.entry.path.mkdir(parents=True)
+        stage.entry.finish()
     assert estimate(stages, app.GOALS[:3]) is None
-    shard = stages.images_entry(quantized=False).path / "images-000000.safetensors"
+    shard = stages.float_images.entry.path / "images-000000.safetensors"
     shard.parent.mkdir(parents=True)
     shard.touch()
     rest = estimate(stages, app.GOALS)
@@ -235,7 +234,7 @@ def test_the_estimate_knows_what_a_run_has_still_to_do(
 
 
 def test_weights_alone_need_no_activations(tmp_path: Path) -> None:
-    stages = stages_of(tmp_path, "method=nearest")
+    stages = experiment_of(tmp_path, "method=nearest")
     found = estimate(stages, app.GOALS[:2])
     assert found is not None
     assert [stage.name for stage in found.stages] == ["trajectory", "weights"]
@@ -248,10 +247,10 @@ def test_weights_alone_need_no_activations(tmp_path: Path) -> None:
 def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both in CPU seconds, which other work on the machine hardly changes."""
     few = ("model.protocol.iterations=30", "model.protocol.images=16", "model.protocol.calibration_images=8")
-    stages = stages_of(tmp_path, *few, "model.protocol.recon_batch=8", "model.protocol.steps=8")
-    monkeypatch.setattr("tfmq_exp.pipeline.float_stages.time.perf_counter", time.process_time)
+    stages = experiment_of(tmp_path, *few, "model.protocol.recon_batch=8", "model.protocol.steps=8")
+    monkeypatch.setattr("tfmq_exp.pipeline.pipeline.time.perf_counter", time.process_time)
     found = estimate(stages, app.GOALS[:5], time.process_time)
     assert found is not None
-    _ = list(stages.sampled(quantized=False)), list(stages.sampled(quantized=True))
-    took = sum(stages.hits[stage.name]["seconds"] for stage in found.stages)
+    _ = stages.float_images.result(), stages.simulated.images.result()
+    took = sum(stages.pipeline.stage_log[stage.name]["seconds"] for stage in found.stages)
     assert 0.5 < found.seconds / took < 2

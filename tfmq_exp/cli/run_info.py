@@ -1,0 +1,45 @@
+"""Name, folder and command line of a run, as Hydra started it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run as Hydra started it.
+
+    Args:
+        name: of the run folder.
+        folder: where the run writes.
+        overrides: of the command line, `key=value` each.
+        choices: chosen file by config group, Hydra's own groups left out.
+        sweep: whether it is a job of a sweep.
+        job_number: in the sweep; None outside sweeps.
+    """
+
+    name: str
+    folder: Path
+    overrides: tuple[str, ...]
+    choices: Mapping[str, str]
+    sweep: bool
+    job_number: int | None
+
+
+def current_run() -> RunInfo:
+    """The run that Hydra has started in this process."""
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    chosen = {str(group): file for group, file in hydra.runtime.choices.items() if not str(group).startswith("hydra/")}
+    return RunInfo(
+        name=folder.name,
+        folder=folder,
+        overrides=tuple(hydra.overrides.task),
+        choices={group: str(file) for group, file in sorted(chosen.items()) if file is not None},
+        sweep=hydra.mode == RunMode.MULTIRUN,
+        job_number=None if OmegaConf.is_missing(hydra.job, "num") else hydra.job.num,
+    )

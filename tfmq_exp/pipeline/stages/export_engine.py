@@ -1,0 +1,99 @@
+"""The finished network as files of an inference engine, and sampling with that engine."""
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
+from tfmq_exp.pipeline.networks import QuantizedNetwork
+from tfmq_exp.pipeline.pipeline import Pipeline, Stage
+from tfmq_exp.pipeline.run import Run
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.sampling.sampler import Predict
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+FLOAT = "float"  # execution of layers that the engine has no integer kernel for
+
+
+class ExportEngine(Stage):
+    """The exported network; depends on the simulated one and on the engine."""
+
+    stored_as = "deployed"
+
+    def __init__(self, run: Run, pipeline: Pipeline, engine: Engine, simulated: QuantizedNetwork) -> None:
+        super().__init__(run, pipeline)
+        self.engine, self.simulated, self.name = engine, simulated, engine.name
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return {**self.simulated.inputs, "engine": self.engine.identity}
+
+    @property
+    def rows(self) -> int:
+        """Rows that go through the network together."""
+        return min(self.run.compute.batch, self.run.images.count) * (2 if self.run.sampling.guided else 1)
+
+    def example(self) -> dict[str, Tensor]:
+        """Arguments of a forward pass."""
+        one = self.run.denoiser.example()
+        example = {name: value.cpu().expand(self.rows, *value.shape[1:]).contiguous() for name, value in one.items()}
+        return {**example, "timestep": torch.full((self.rows,), self.run.calls[0])}
+
+    @cached_property
+    def cpu_model(self) -> QuantizedUNet:
+        """The simulated network on the CPU."""
+        model = self.simulated.model
+        return model if self.run.denoiser.device.type == "cpu" else copy.deepcopy(model).cpu()
+
+    def compute(self, folder: Path) -> None:
+        if self.pipeline.group.is_main:
+            self.engine.export(self.cpu_model, self.example(), folder)
+            recipe = Recipe.of(self.run.sampling, self.run.denoiser)
+            write_manifest(folder, {**read_manifest(folder), "sampling": recipe and recipe.to_json()})
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Role and execution of every layer; `float` ones with the reason."""
+        sites, rows = self.run.structure.sites, read_manifest(self.result())["sites"]
+        return [{"site": row["site"], "role": sites[row["site"]].role.value, **row} for row in rows]
+
+    def attention_products(self) -> list[dict[str, Any]]:
+        """Rows of the same table for the products of every attention, which no engine executes in integers."""
+        plain = {"role": "attention products", "executed": FLOAT, "weight_bits": "", "products": 2, "form": ""}
+        rows: list[dict[str, Any]] = []
+        for name in attentions(self.run.denoiser.unet):
+            operands = self.run.resolved.operands.get(name, {})
+            grids = f"; {', '.join(operands)} on their grids in floating point" if operands else ""
+            rows.append({"site": name, **plain, "why": f"no engine has them{grids}"})
+        return rows
+
+    @property
+    def executed_bytes(self) -> int:
+        """Size of the engine's own files, or of the artefact where it has none."""
+        files = self.result().glob("model.*")
+        return sum(path.stat().st_size for path in files) or self.simulated.activations.artefact.stat().st_size
+
+
+class DeployedNetwork:
+    """The quantized network as the engine executes it, corrected like the simulated one."""
+
+    def __init__(self, export: ExportEngine) -> None:
+        self.export, self.prefix = export, f"{export.engine.name} "
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"network": self.export.key}
+
+    @cached_property
+    def executable(self) -> nn.Module:
+        """The network that the engine opens."""
+        return self.export.engine.open(self.export.cpu_model, self.export.result(), batch=self.export.rows)
+
+    def sampler(self) -> tuple[Predict, Sampling]:
+        return self.export.simulated.corrected(self.export.run.sampling.predictor(self.executable))
