@@ -33,13 +33,15 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import prepare
 from tfmq_exp.cli.estimate import Counts, Estimate, format_bytes, format_duration, reckon, show
+from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.survey import Survey, still_to_do
 from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers import compvis, first_stage, original
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
-from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.pipeline.stages import Stages
+from tfmq_exp.pipeline.experiment import Experiment
+from tfmq_exp.pipeline.learning import learning
+from tfmq_exp.pipeline.run import Run
+from tfmq_exp.reconstruction.loop import ReconstructionContext
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.surgery import serialization
 
@@ -102,8 +104,8 @@ def random_denoiser(name: str, architecture: str) -> Denoiser:
     return Denoiser(name, unet, shape, original.schedule(config), "random", encoder, decoder)
 
 
-def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
-    """All objects of a run."""
+def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Experiment:
+    """All stages of a run."""
     words = [f"model={args.model}", f"method={args.method}", f"quant={args.quant}", f"paths.outputs={folder}"]
     words += ["method.weight_range.candidates=" + str(args.candidates)] if args.candidates else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -117,7 +119,7 @@ def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
         }
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}
-    return app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger())
+    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)))
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def part_of(full: Counts, counts: Counts, small: Stages) -> Counts:
+def part_of(full: Counts, counts: Counts, small: Run) -> Counts:
     """The counts of the fraction, with units whose costs were measured for the full recipe."""
     given = small.calibration.images, len(small.calls)
     phases: dict[str, Any] = {name: getattr(small.method, name) for name in counts.phases}
@@ -161,15 +163,22 @@ def part_of(full: Counts, counts: Counts, small: Stages) -> Counts:
     return replace(counts, courses=courses, observed={name: seen[name] for name in full.observed}, images=images)
 
 
-def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
+def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
     """The fraction of the recipe, from trajectories to images of the artefact.
 
     Raises:
         ValueError: the loaded model returns other numbers than the one in memory.
     """
-    data: CalibrationSet = watch.of("trajectory", stages.calibration_set)
-    model = watch.of("weights", stages.weighted_model)
-    watch.of("activations", lambda: stages.learn("activations", stages.method.activations, model, 1, folder))
+    config, pipeline = experiment.run, experiment.pipeline
+    data: CalibrationSet = watch.of("trajectory", experiment.trajectory.samples)
+    model = watch.of("weights", experiment.weights.model)
+
+    def learn() -> None:
+        with learning(pipeline, "activations", folder) as callbacks:
+            network = model, config.denoiser.unet, config.structure
+            config.method.activations(ReconstructionContext(*network, data, config.compute, 1, *callbacks))
+
+    watch.of("activations", learn)
     model.tabulate_scales()
     path = folder / "quantized.safetensors"
     watch.of("saving", lambda: serialization.save(model, path))
@@ -180,7 +189,7 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
             return network(**inputs).sample
 
     wanted = output(model)
-    network_bytes, denoiser = stages.float_bytes, stages.denoiser
+    network_bytes, denoiser = config.float_bytes, config.denoiser
     del model
     denoiser.unet.to("meta")  # no longer needed, and large
     loaded = watch.of("loading", lambda: serialization.load(path))
@@ -190,10 +199,10 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
     Console().print(
         f"bit-equal after loading; {format_bytes(size)}, {size / network_bytes:.3f} of fp32", highlight=False
     )
-    sampling, alone = stages.sampling, replace(denoiser, unet=loaded)
+    sampling, alone = config.sampling, replace(denoiser, unet=loaded)
     predict = sampling.predictor(loaded)
-    shard = range(stages.images.count)
-    watch.of("images", lambda: sample_shard(predict, alone, sampling, stages.images, shard))
+    shard = range(config.images.count)
+    watch.of("images", lambda: sample_shard(predict, alone, sampling, config.images, shard))
 
 
 def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) -> dict[str, Any]:
@@ -269,17 +278,17 @@ def main() -> int:
         "recon_batch": args.batch,
     }
     with tempfile.TemporaryDirectory() as folder:
-        full = stages_of(args, folder)
+        full = experiment_of(args, folder)
         words = [f"model.protocol.{name}={value}" for name, value in protocol.items()]
-        small = stages_of(args, folder, *words, f"runtime.batch={args.samples}")
+        small = experiment_of(args, folder, *words, f"runtime.batch={args.samples}")
         wanted, fraction = still_to_do(full, app.GOALS), still_to_do(small, PART)
-        parameters = sum(p.numel() for p in full.denoiser.unet.parameters())
+        parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         began = time.process_time()
         survey = Survey(full, time.process_time)
         counts = survey.completed(wanted)
         costs = survey.costs(counts)
-        whole, part = reckon(costs, counts), reckon(costs, part_of(counts, fraction, small))
+        whole, part = reckon(costs, counts), reckon(costs, part_of(counts, fraction, small.run))
         console.print(
             f"the estimate itself took {time.process_time() - began:.1f} s, {format_bytes(peak())}", highlight=False
         )

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from tfmq_exp.pipeline.deployed import engine_choices
-from tfmq_exp.pipeline.progress import ProgressBars
 
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
@@ -28,6 +26,7 @@ from tfmq_exp.cli.score_records import engine_choices
 from tfmq_exp.cli.survey import estimate
 from tfmq_exp.cli.sweep_report import read_job
 from tfmq_exp.deploy.onednn_engine import available
+from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.reporting.html.executed import PRODUCTS, executed
 from tfmq_exp.reporting.html.runs import collect
 
