@@ -49,7 +49,7 @@ class Steps:
             cfg = compose("config", words)
         prepare(cfg.runtime.threads)
         device = pick_device(cfg.trainer.accelerator)
-        weights = app.make_experiment(cfg, device, ProgressBars(Console(quiet=True))).weights
+        weights = app.make_experiment(cfg, device, ProgressBars(Console(quiet=True)).stage).weights
         assert isinstance(weights, TrainWeights)
         watcher = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")
         task = weights.task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), watcher)

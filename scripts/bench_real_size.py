@@ -27,6 +27,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
+from tfmq_exp.cli.survey import Survey, still_to_do
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
@@ -34,7 +35,6 @@ from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import prepare
 from tfmq_exp.cli.estimate import Counts, Estimate, format_bytes, format_duration, reckon, show
 from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.survey import Survey, still_to_do
 from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers import compvis, first_stage, original
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
@@ -119,7 +119,7 @@ def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Exp
         }
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}
-    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)))
+    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)).stage)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
-from tfmq_exp.cli.dry_run import state
+from tfmq_exp.cli.dry_run import expected_cost, state
 from tfmq_exp.cli.outputs import save_deployed
 from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.remaining import still_to_do
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.score_records import engine_choices
-from tfmq_exp.cli.survey import estimate
 from tfmq_exp.cli.sweep_report import read_job
 from tfmq_exp.deploy.onednn_engine import available
 from tfmq_exp.pipeline.experiment import Experiment
@@ -86,7 +84,7 @@ def run(folder: Path, store: Path, *more: str) -> Path:
 def planned(folder: Path, store: Path, *more: str) -> Experiment:
     """The stages of a job that is only asked what it would do."""
     cfg = composed(folder, *words(store, *more))
-    return app.make_experiment(cfg, app.pick_device("cpu"), ProgressBars(app.Console(quiet=True)))
+    return app.make_experiment(cfg, app.pick_device("cpu"), ProgressBars(app.Console(quiet=True)).stage)
 
 
 def test_a_row_of_its_own_with_keys_of_its_own(tmp_path: Path, made: Made, openvino: Path) -> None:
@@ -234,7 +232,7 @@ def test_a_plan_has_the_stages_of_an_engine(
     assert not [stage for stage in found[: -len(own)] if stage.name.startswith("onednn")]
     assert {state(stage) for stage in found} == {"found"}
     assert all(stage.key == hits(onednn)[stage.name]["key"] for stage in found[-len(own) :])
-    assert estimate(experiment, app.on_the_way(goal)) is None
+    assert experiment.missing(app.on_the_way(goal)) == {}
 
 
 def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
@@ -243,11 +241,10 @@ def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, open
     own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
     assert [stage.name for stage in plan if state(stage) == "to be made"] == own
     assert {state(stage) for stage in plan[: -len(own)]} == {"found"}
-    left = still_to_do(experiment, app.on_the_way("scores"))
-    assert (left.phases, left.images, left.diagnostics) == ((), {"openvino images": 24}, 0)
-    assert (left.exporting, left.engine_diagnostics) == (True, 4)
+    wanted = {"openvino": None, "openvino images": 24, "openvino scores": None, "openvino diagnostics": 4}
+    assert experiment.missing(app.on_the_way("scores")) == wanted
     experiment = planned(tmp_path, made.store, "engine=openvino", "seed=7")
-    whole = estimate(experiment, app.on_the_way("scores"))
+    whole = expected_cost(experiment, app.on_the_way("scores"))
     assert whole is not None
     seconds = {stage.name: stage.seconds for stage in whole.stages}
     assert seconds["openvino images"] == seconds["images"] > 0

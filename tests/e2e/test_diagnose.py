@@ -74,7 +74,7 @@ def test_what_it_says_of_rounding_to_nearest(first: Path) -> None:
 def experiment(first: Path, tmp_path: Path, *overrides: str) -> Experiment:
     """Of the same run, or nearly, with what the store has of it."""
     cfg = composed(tmp_path, *SMALL, *overrides, f"paths.store={first.parent / 'store'}")
-    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)))
+    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)).stage)
 
 
 def test_other_jobs_find_all_that_a_diagnosis_writes(first: Path) -> None:
@@ -98,11 +98,11 @@ def test_the_rest_of_a_killed_diagnosis_is_done(first: Path, tmp_path: Path) -> 
         changed = {**content, "relative_error": 0.125} if kept.stem == "conv_out" else content
         write_checked(kept, partial(write_json, data=changed))
     found = experiment(first, tmp_path)
-    assert [stage.name for stage in found.diagnoses if not stage.entry.done] == ["sensitivity"]
-    assert found.diagnoses.sensitivity.passes() == 3 * 6  # one unit, the whole network and the float one
-    after = {row["unit"]: row for row in found.diagnoses.sensitivity.rows()}
+    assert [stage.name for stage in found.diagnoses.values() if not stage.entry.done] == ["sensitivity"]
+    assert found.diagnoses["sensitivity"].passes() == 3 * 6  # one unit, the whole network and the float one
+    after = {row["unit"]: row for row in found.diagnoses["sensitivity"].rows()}
     assert computed(found) == {"sensitivity"}
-    assert found.diagnoses.sensitivity.entry.done
+    assert found.diagnoses["sensitivity"].entry.done
     assert after.pop("conv_out")["relative_error"] == 0.125 != before.pop("conv_out")["relative_error"]
     assert after == before
 
@@ -110,7 +110,7 @@ def test_the_rest_of_a_killed_diagnosis_is_done(first: Path, tmp_path: Path) -> 
 def test_all_but_one_unit(first: Path, tmp_path: Path) -> None:
     """Another entry of the store; leaving the worst unit float removes much of the error, and never all of it."""
     found = experiment(first, tmp_path, "diagnosis.sensitivity=others")
-    rows = found.diagnoses.sensitivity.rows()
+    rows = found.diagnoses["sensitivity"].rows()
     assert computed(found) == {"sensitivity"}
     assert 0.05 < max(row["share"] for row in rows) < 1
 

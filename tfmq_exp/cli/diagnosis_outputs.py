@@ -45,8 +45,8 @@ class Finding:
 
 def findings(experiment: Experiment) -> Iterator[Finding]:
     """All diagnoses, computed one after the other; those without rows (no integer weights, no quantized activations) left out."""
-    diagnoses = experiment.diagnoses
-    if rounding := diagnoses.rounding.rows():
+    diagnoses = {name: stage.rows for name, stage in experiment.diagnoses.items()}
+    if rounding := diagnoses["rounding"]():
         yield Finding(
             {"weight_rounding": rounding},
             {"weight_rounding": partial(figures.rounding_bars, rounding)},
@@ -54,7 +54,7 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
             worst(rounding, "changed"),
             ("layer", "changed", "largest_steps", "mse_ratio"),
         )
-    features = diagnoses.features.rows()
+    features = diagnoses["features"]()
     layers = features_by_layer(features)
     yield Finding(
         {"temporal_features": features, "temporal_features_by_layer": layers},
@@ -63,7 +63,7 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
         worst(layers, "relative_mse"),
         ("layer", "relative_mse", "cosine_distance", "at_t"),
     )
-    steps = diagnoses.accumulation.rows()
+    steps = diagnoses["accumulation"]()
     yield Finding(
         {"error_accumulation": steps},
         {"error_accumulation": partial(figures.accumulation_lines, steps)},
@@ -71,7 +71,7 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
         worst(steps, "eps_error"),
         ("step", "t", *ERRORS),
     )
-    if ranges := diagnoses.ranges.rows():
+    if ranges := diagnoses["ranges"]():
         changes = range_changes(ranges)
         distinct = [row for row in changes if not row["same_as"]]
         order = [row["activation"] for row in distinct]
@@ -83,7 +83,7 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
             worst(distinct, "most_clipped"),
             ("activation", "most_clipped", "at_t", "width_change", "interval_change"),
         )
-    units, others = diagnoses.sensitivity.rows(), experiment.run.diagnosis.sensitivity == "others"
+    units, others = diagnoses["sensitivity"](), experiment.run.diagnosis.sensitivity == "others"
     most, other = ("share", "relative_error") if others else ("relative_error", "share")
     yield Finding(
         {"unit_sensitivity": units},

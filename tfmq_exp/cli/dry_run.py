@@ -6,10 +6,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.environment import busy
-from tfmq_exp.cli.estimate import show as show_estimate
-from tfmq_exp.cli.survey import estimate
-from tfmq_exp.cli.terminal import say
+from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
 from tfmq_exp.core.formatting import format_duration
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Stage
@@ -36,10 +33,13 @@ def preview(experiment: Experiment, goals: Collection[str], console: Console) ->
         seconds = stage.entry.seconds
         view.add_row(stage.name, stage.key, state(stage), "" if seconds is None else format_duration(seconds))
     console.print(view)
-    expected = estimate(experiment, goals)
-    if expected is None:
+    if (expected := expected_cost(experiment, goals)) is None:
         return 0.0
-    show_estimate(expected, console)
-    if note := busy():
-        say(console, note)
+    print_estimate(expected, console)
     return expected.seconds
+
+
+def expected_cost(experiment: Experiment, goals: Collection[str]) -> Estimate | None:
+    """Estimate of the stages that are missing; None if none of them takes long."""
+    engine = experiment.export.engine.name if experiment.export else ""
+    return estimate(experiment.run, experiment.missing(goals), engine)

@@ -4,7 +4,7 @@ import functools
 import logging
 import multiprocessing
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -18,10 +18,9 @@ from rich.console import Console
 
 from tfmq_exp.cli import outputs
 from tfmq_exp.cli.diagnosis_outputs import save_diagnoses
-from tfmq_exp.cli.dry_run import preview
-from tfmq_exp.cli.environment import busy, describe_environment, pick_device, prepare
-from tfmq_exp.cli.estimate import show as show_estimate
-from tfmq_exp.cli.estimate import summary
+from tfmq_exp.cli.dry_run import expected_cost, preview
+from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
+from tfmq_exp.cli.estimate import print_estimate
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.log_outputs import run_metadata
 from tfmq_exp.cli.outcome import attempt
@@ -29,7 +28,6 @@ from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.run_info import RunInfo, current_run
 from tfmq_exp.cli.score_records import score_records
 from tfmq_exp.cli.status import State
-from tfmq_exp.cli.survey import estimate
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
@@ -63,7 +61,7 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     """Compute the goal and write the results; in a dry run, show what that would take."""
     prepare(cfg.runtime.threads)
     device, info = pick_device(cfg.trainer.accelerator), current_run()
-    progress = ProgressBars(console, worker_name(info))
+    progress = ProgressBars(console, worker_name(info)).stage
     if cfg.dry_run:
         experiment = make_experiment(cfg, device, progress)
         seconds = preview(experiment, on_the_way(cfg.goal), console)
@@ -103,7 +101,7 @@ def share(cfg: DictConfig, group: ProcessGroup, scratch: Path) -> None:
     quiet = Console(quiet=True)
     prepare(cfg.runtime.threads)
     device = pick_device(cfg.trainer.accelerator, group.rank)
-    experiment = make_experiment(cfg, device, ProgressBars(quiet), group=group)
+    experiment = make_experiment(cfg, device, ProgressBars(quiet).stage, group=group)
     info = replace(current_run(), folder=scratch)
     execute(experiment, cfg, info, describe_environment(device), quiet, time.perf_counter())
 
@@ -209,7 +207,10 @@ def execute(
     if experiment.pipeline.group.is_main:
         outputs.warn_of_captions(run)
         if cfg.runtime.estimate:
-            show_expected(experiment, goals, console)
+            expected = expected_cost(experiment, goals)
+            if expected is not None:
+                print_estimate(expected, console, experiment.pipeline.group.world_size)
+                log.info("estimate: %s", expected)
     experiment.make_network(cfg.goal)
     outputs.save_network(experiment, goals, folder, console)
     if cfg.goal == DIAGNOSE:
@@ -221,15 +222,3 @@ def execute(
         outputs.save_errors(experiment, folder, cfg.name)
         records = score_records(experiment, cfg, info, covered, environment, began)
         outputs.save_records(records, experiment, folder, console)
-
-
-def show_expected(experiment: Experiment, goals: Collection[str], console: Console) -> None:
-    """Show time and memory that the missing stages will take."""
-    expected = estimate(experiment, goals)
-    if expected is not None:
-        show_estimate(expected, console)
-        log.info("estimate: %s", summary(expected))
-        if note := busy():
-            say(console, note)
-        if (processes := experiment.pipeline.group.world_size) > 1:
-            say(console, f"  by one process; {processes} share it")

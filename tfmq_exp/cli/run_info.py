@@ -1,4 +1,4 @@
-"""Name, folder and command line of a run, as Hydra started it."""
+"""Name, folder and command line of a run, as Hydra started it. Nothing else in the program reads Hydra's global state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class RunInfo:
         choices: chosen file by config group, Hydra's own groups left out.
         sweep: whether it is a job of a sweep.
         job_number: in the sweep; None outside sweeps.
+        config_folders: folders that the configuration is read from.
+        chdir: whether Hydra makes the run folder the working directory.
     """
 
     name: str
@@ -28,6 +30,8 @@ class RunInfo:
     choices: Mapping[str, str]
     sweep: bool
     job_number: int | None
+    config_folders: tuple[Path, ...] = ()
+    chdir: bool = False
 
 
 def current_run() -> RunInfo:
@@ -42,4 +46,16 @@ def current_run() -> RunInfo:
         choices={group: str(file) for group, file in sorted(chosen.items()) if file is not None},
         sweep=hydra.mode == RunMode.MULTIRUN,
         job_number=None if OmegaConf.is_missing(hydra.job, "num") else hydra.job.num,
+        config_folders=tuple(Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"),
+        chdir=bool(hydra.job.chdir),
     )
+
+
+def hydra_state() -> DictConfig:
+    """Hydra's global state, for another process of the run."""
+    return HydraConfig.get()
+
+
+def restore_hydra_state(hydra: DictConfig) -> None:
+    """Set Hydra's global state in another process."""
+    HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))

@@ -1,23 +1,24 @@
 """All stages of a run, each connected with those whose results it reads."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from tfmq_exp.deploy.engine import Engine
-from tfmq_exp.pipeline.networks import FloatNetwork, QuantizedNetwork, SampledNetwork
+from tfmq_exp.pipeline.networks import QuantizedNetwork, SampledNetwork
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.calibrate_activations import CalibrateActivations
 from tfmq_exp.pipeline.stages.collect_trajectory import CollectTrajectory
 from tfmq_exp.pipeline.stages.diagnose import (
     ActivationRanges,
+    Diagnosis,
     ErrorAccumulation,
     TemporalFeatures,
     UnitSensitivity,
     WeightRounding,
 )
 from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
-from tfmq_exp.pipeline.stages.export_engine import DeployedNetwork, ExportEngine
+from tfmq_exp.pipeline.stages.export_engine import ExportEngine
 from tfmq_exp.pipeline.stages.fit_correction import FitCorrection
 from tfmq_exp.pipeline.stages.measure_errors import MeasureErrors
 from tfmq_exp.pipeline.stages.reconstruct_weights import ReconstructWeights
@@ -32,16 +33,6 @@ class Evaluation(NamedTuple):
     images: SampleImages
     scores: ScoreImages
     errors: MeasureErrors
-
-
-class Diagnoses(NamedTuple):
-    """Diagnoses of the quantized network, the cheap ones first."""
-
-    rounding: WeightRounding
-    features: TemporalFeatures
-    accumulation: ErrorAccumulation
-    ranges: ActivationRanges
-    sensitivity: UnitSensitivity
 
 
 class Experiment:
@@ -59,7 +50,7 @@ class Experiment:
         self.examples: EncodeExamples | None = None
         weights = run.method.weights
         if weights.trains is True:
-            self.examples = EncodeExamples(run, pipeline, weights)
+            self.examples = EncodeExamples(run, pipeline, weights.protocol.mirrored)
             self.weights = TrainWeights(run, pipeline, weights, self.examples)
         else:
             self.weights = ReconstructWeights(run, pipeline, weights, self.trajectory)
@@ -67,28 +58,25 @@ class Experiment:
         self.correction: FitCorrection | None = None
         if (correction := run.method.correction).measures is True:
             self.correction = FitCorrection(run, pipeline, correction, self.activations)
-        self.quantized = QuantizedNetwork(run, self.activations, self.correction)
+        self.quantized = QuantizedNetwork(run.sampling, self.activations, self.correction)
         self.reference = ComputeReference(run, pipeline)
-        self.float_images = SampleImages(run, pipeline, FloatNetwork(run))
+        float_sampler = run.sampling.predictor(run.denoiser.unet), run.sampling
+        self.float_images = SampleImages(run, pipeline, SampledNetwork("float ", None, lambda: float_sampler))
         self.float_scores = ScoreImages(run, pipeline, self.float_images, self.reference)
-        self.simulated = self._evaluation(self.quantized)
-        self.export, self.deployed = None, None
-        if engine is not None:
-            self.export = ExportEngine(run, pipeline, engine, self.quantized)
-            self.deployed = self._evaluation(DeployedNetwork(self.export))
+        self.simulated = self._evaluation(SampledNetwork("", self.quantized.stage, self.quantized.sampler))
+        self.export = ExportEngine(run, pipeline, engine, self.quantized) if engine else None
+        self.deployed: Evaluation | None = None
+        if self.export:
+            self.deployed = self._evaluation(SampledNetwork(f"{self.export.name} ", self.export, self.export.sampler))
         given = run, pipeline, self.quantized
-        self.diagnoses = Diagnoses(
-            WeightRounding(*given),
-            TemporalFeatures(*given),
-            ErrorAccumulation(*given),
-            ActivationRanges(*given),
-            UnitSensitivity(*given, self.trajectory),
-        )
+        cheap_first = (WeightRounding, TemporalFeatures, ErrorAccumulation, ActivationRanges)
+        diagnoses = [*(kind(*given) for kind in cheap_first), UnitSensitivity(*given, self.trajectory)]
+        self.diagnoses: dict[str, Diagnosis] = {stage.name: stage for stage in diagnoses}
 
     def _evaluation(self, network: SampledNetwork) -> Evaluation:
-        images = SampleImages(self.run, self.pipeline, network)
-        scores = ScoreImages(self.run, self.pipeline, images, self.reference)
-        return Evaluation(images, scores, MeasureErrors(self.run, self.pipeline, network, self.quantized))
+        given = self.run, self.pipeline
+        images, errors = SampleImages(*given, network), MeasureErrors(*given, network, self.quantized)
+        return Evaluation(images, ScoreImages(*given, images, self.reference), errors)
 
     def data(self, goal: str) -> list[Stage]:
         """Stages with the data that weights (`goal` is weights) or the whole network are made from."""
@@ -100,21 +88,25 @@ class Experiment:
     def stages(self, goals: Collection[str]) -> list[Stage]:
         """Stages that lead to the last of the goals, in order; `goals` are those on the way, as `on_the_way` has them."""
         *_, goal = goals
-        stages: dict[str, list[Stage]] = {
+        stages: dict[str, Sequence[Stage | None]] = {
             "trajectory": [self.trajectory] if goal in ("trajectory", "diagnose") else [],
             "weights": [*self.data(goal), self.weights],
             "activations": [self.activations],
-            "correction": [self.correction] if self.correction else [],
+            "correction": [self.correction],
             "images": [self.float_images, self.simulated.images],
             "scores": [self.reference, self.float_scores, self.simulated.scores, self.simulated.errors],
-            "diagnose": [*self.diagnoses],
+            "diagnose": [*self.diagnoses.values()],
         }
+        found = [stage for name in stages if name in goals for stage in stages[name] if stage]
         if self.export and self.deployed:
-            engine = {"images": [self.deployed.images], "scores": [self.deployed.scores, self.deployed.errors]}
-            last = [stage for name in ("images", "scores") if name in goals for stage in engine[name]]
-            stages["engine"] = [self.export, *last]
-        found = [stage for name, some in stages.items() if name in goals or name == "engine" for stage in some]
+            sampled = [self.deployed.images] if "images" in goals else []
+            scored = [self.deployed.scores, self.deployed.errors] if "scores" in goals else []
+            found += [self.export, *sampled, *scored]
         return list(dict.fromkeys(found))
+
+    def missing(self, goals: Collection[str]) -> dict[str, int | None]:
+        """Stages that the store does not have, with their amount of work as `Stage.count` has it."""
+        return {stage.name: stage.count() for stage in self.stages(goals) if not stage.entry.done}
 
     def make_network(self, goal: str) -> None:
         """Compute what a goal needs of the network, and have the data behind it in the store, even if that was deleted."""

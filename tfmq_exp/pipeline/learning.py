@@ -61,7 +61,7 @@ def learning(
         folder: of the stage.
         title: of the bar, if it is not the phase.
     """
-    with pipeline.progress.stage(title or phase, 1) as advance:
+    with pipeline.progress(title or phase, 1) as advance:
         callback = LoggingCallback(advance, pipeline.logger, phase)
         units = FileUnitCheckpointer(folder / "units", callback.curves, pipeline.store.write)
         with naming_rates(f"method.{phase}"):

@@ -1,12 +1,13 @@
-"""The networks that images are sampled with: the float one, and the quantized one with its correction."""
+"""Networks that images are sampled with, and the quantized one with its correction."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from tfmq_exp.methods.noise_correction import NoiseStatistics
 from tfmq_exp.pipeline.pipeline import Stage
-from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.calibrate_activations import CalibrateActivations
 from tfmq_exp.pipeline.stages.fit_correction import FitCorrection
 from tfmq_exp.sampling.guidance import Sampling
@@ -16,53 +17,38 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 log = logging.getLogger(__name__)
 
 
-class SampledNetwork(Protocol):
-    """A network as images are sampled with it. `prefix` begins the names of the stages that sample with it."""
+@dataclass(frozen=True)
+class SampledNetwork:
+    """A network as images are sampled with it.
+
+    Args:
+        prefix: begins the names of the stages that sample with it.
+        stage: that makes it; None for the float network.
+        sampler: gives the prediction of the noise and the sampling that goes with it.
+    """
 
     prefix: str
+    stage: Stage | None
+    sampler: Callable[[], tuple[Predict, Sampling]]
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Identity of the network, as a part of keys. Computes no stage."""
-        ...
-
-    def sampler(self) -> tuple[Predict, Sampling]:
-        """Prediction of the noise, and the sampling that goes with it."""
-        ...
+        """Identity of the network beyond that of the float model, as a part of keys."""
+        return {"network": self.stage.key} if self.stage else {}
 
 
-class FloatNetwork:
-    """The network before quantization."""
-
-    prefix = "float "
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        return {}  # those of the model say all
-
-    def sampler(self) -> tuple[Predict, Sampling]:
-        return self.run.sampling.predictor(self.run.denoiser.unet), self.run.sampling
-
-
+@dataclass(eq=False)
 class QuantizedNetwork:
     """The finished quantized network, with the correction of its noise if the method has one."""
 
-    prefix = ""
-
-    def __init__(self, run: Run, activations: CalibrateActivations, correction: FitCorrection | None) -> None:
-        self.run, self.activations, self.correction = run, activations, correction
+    sampling: Sampling
+    activations: CalibrateActivations
+    correction: FitCorrection | None
 
     @property
-    def last_stage(self) -> Stage:
-        """The stage after which images can be sampled."""
+    def stage(self) -> Stage:
+        """The last stage that makes it."""
         return self.correction or self.activations
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        return {"network": self.last_stage.key}
 
     @cached_property
     def statistics(self) -> NoiseStatistics | None:
@@ -80,10 +66,11 @@ class QuantizedNetwork:
         return model
 
     def sampler(self) -> tuple[Predict, Sampling]:
-        return self.corrected(self.run.sampling.predictor(self.model))
+        """Prediction and sampling, both corrected."""
+        return self.corrected(self.sampling.predictor(self.model))
 
     def corrected(self, predict: Predict) -> tuple[Predict, Sampling]:
-        """A prediction and the sampling, both corrected by the noise statistics."""
+        """A prediction of this network, and the sampling, both corrected by the noise statistics."""
         if self.correction is None or self.statistics is None:
-            return predict, self.run.sampling
-        return self.correction.correction(predict, self.run.sampling, self.statistics)
+            return predict, self.sampling
+        return self.correction.correction(predict, self.sampling, self.statistics)

@@ -1,14 +1,16 @@
 """Stages, and the pipeline that computes those that the store does not have."""
 
+import json
 import logging
 import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from tfmq_exp.core.distributed import ProcessGroup
 from tfmq_exp.loggers.base import Logger
@@ -17,31 +19,27 @@ from tfmq_exp.pipeline.store import Entry, Store
 
 log = logging.getLogger(__name__)
 
-Advance = Callable[[float, str], None]
+Advance = Callable[[float, str], None]  # takes the amount that is done, and a note
+Progress = Callable[[str, float], AbstractContextManager[Advance]]  # a display that counts to a total, under a name
 
 
-class Progress(Protocol):
-    """Display of how far a stage is."""
-
-    def stage(self, name: str, total: float) -> AbstractContextManager[Advance]:
-        """A bar that counts to `total`; the result takes the amount that is done and a note."""
-        ...
-
-
+@dataclass(eq=False)
 class Stage(ABC):
     """One step of an experiment. The store keeps its result under a key of its inputs.
 
-    `name` is that of the run's records and of the progress bar, `stored_as` the folder in the store. A stage reads the results
-    of others by their own methods, which compute what is not there.
+    A stage reads the results of others by their own methods, which compute what is not there. `stored_as` is its folder of the
+    store.
     """
 
-    name: str
-    stored_as: str
-
-    def __init__(self, run: Run, pipeline: "Pipeline") -> None:
-        self.run, self.pipeline = run, pipeline
+    run: Run
+    pipeline: "Pipeline"
+    stored_as: ClassVar[str]
 
     @property
+    def name(self) -> str:
+        """Name in the run's records and on the progress bar."""
+        return self.stored_as
+
     @abstractmethod
     def inputs(self) -> Mapping[str, Any]:
         """Everything that the result depends on. Computes no stage."""
@@ -50,10 +48,17 @@ class Stage(ABC):
     def compute(self, folder: Path) -> None:
         """Fill the folder, together with the other processes; what an interrupted attempt has left there is used."""
 
+    def count(self) -> int | None:
+        """Amount of work for the cost estimate: images that are left, trajectories, passes of one image.
+
+        For weights and activations, what an interrupted attempt has finished.
+        """
+        return None
+
     @cached_property
     def entry(self) -> Entry:
         """Place of the result in the store."""
-        return self.pipeline.store.entry(self.stored_as, self.inputs)
+        return self.pipeline.store.entry(self.stored_as, self.inputs())
 
     @property
     def key(self) -> str:
@@ -64,9 +69,13 @@ class Stage(ABC):
         """Folder of the result, which is computed if it is not there."""
         return self.pipeline.get(self)
 
+    def read_json(self, name: str) -> Any:
+        """Content of a JSON file of the result."""
+        return json.loads((self.result() / name).read_text(encoding="utf-8"))
+
 
 class Pipeline:
-    """Computes stages through the store and records for each whether it was computed and how long it took.
+    """Computes stages through the store and records how that went.
 
     Args:
         store: of the results, for this process or for several.

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -167,30 +167,17 @@ class Run:
         schedule = dict(self.denoiser.schedule)
         return {"model": self.denoiser.name, **self.network_inputs, "schedule": schedule, "sampling": self.sampling}
 
+    @cached_property
+    def layer_inputs(self) -> dict[str, Any]:
+        """Quantizers of all layers, whatever the sampler's timesteps."""
+        return {"layers": replace(self.resolved, timesteps=())}
+
     @property
     def weight_inputs(self) -> dict[str, Any]:
         """Which weights are quantized, and how."""
-        layers = {name: layer for name, layer in self.resolved.sites.items() if layer.weight}
-        inputs: dict[str, Any] = {
-            **self.network_inputs,
-            "specs": {name: layer.weight for name, layer in layers.items()},
-            "splits": {name: layer.split for name, layer in layers.items() if layer.split},
-            "range": self.method.weight_range,
-            "weights": self.method.weights,
-        }
-        return inputs if self.resolved.trained is None else {**inputs, "form": self.resolved.trained}
-
-    @property
-    def activation_inputs(self) -> dict[str, Any]:
-        """Which activations are quantized, and how."""
-        layers = self.resolved.sites.items()
-        return {
-            "inputs": {name: layer.input for name, layer in layers},
-            "outputs": {name: layer.output for name, layer in layers},
-            "splits": {name: layer.split for name, layer in layers},
-            "operands": self.resolved.operands,
-            "tied": self.resolved.tied,
-        }
+        layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.sites.items() if layer.weight}
+        method = {"range": self.method.weight_range, "weights": self.method.weights, "form": self.resolved.trained}
+        return {**self.network_inputs, "specs": layers, **method}
 
 
 def measured_structure(denoiser: Denoiser, t: int) -> UNetStructure:

@@ -19,9 +19,8 @@ FILE = "calibration.safetensors"
 class CollectTrajectory(Stage):
     """Every state of the float model's trajectories, in one pass."""
 
-    name = stored_as = "trajectory"
+    stored_as = "trajectory"
 
-    @property
     def inputs(self) -> Mapping[str, Any]:
         return {**self.run.model_inputs, "calibration": self.run.calibration, "seed": self.run.seed}
 
@@ -31,13 +30,13 @@ class CollectTrajectory(Stage):
         files = {indices: parts / f"{indices.start:06d}.safetensors" for indices in batches}
         parts.mkdir(exist_ok=True)
         share = group.shard(batches)
-        with self.pipeline.progress.stage(self.name, len(share) * calls) as advance:
+        with self.pipeline.progress(self.name, len(share) * calls) as advance:
             for i, indices in enumerate(share):
                 if intact(files[indices]):
                     continue
 
-                def each_step(step: int, i: int = i) -> None:
-                    advance(i * calls + step + 1, f"step {step + 1}")
+                def each_step(step: int, done: int = i * calls + 1) -> None:
+                    advance(done + step, f"step {step + 1}")
 
                 with within("calibration trajectories of the float network"):
                     part = follow(run.denoiser, run.sampling, indices, seed=run.seed, each_step=each_step)

@@ -3,6 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,46 +16,46 @@ from tfmq_exp.diagnostics.sensitivity import PredictionProbe, spread_over_steps,
 from tfmq_exp.diagnostics.temporal_error import feature_errors
 from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.pipeline.networks import QuantizedNetwork
-from tfmq_exp.pipeline.pipeline import Advance, Pipeline, Stage
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.pipeline import Advance, Stage
 from tfmq_exp.pipeline.stages.collect_trajectory import CollectTrajectory
 from tfmq_exp.reconstruction.units import TemporalAware
 
 Row = dict[str, Any]
-WATCHED_PASS = 4  # cost of a pass in which all activations are recorded, over one of the quantized network
+PASSES = 4  # of a step: float and quantized network on both trajectories; or one with all activations recorded
 
 
+@dataclass(eq=False)
 class Diagnosis(Stage):
-    """A diagnosis whose rows are stored as JSON."""
+    """A table about the quantized network, stored as JSON."""
 
-    def __init__(self, run: Run, pipeline: Pipeline, network: QuantizedNetwork) -> None:
-        super().__init__(run, pipeline)
-        self.network, self.stored_as = network, f"diagnosis_{self.name}"
+    network: QuantizedNetwork
+
+    @property
+    def name(self) -> str:
+        return self.stored_as.removeprefix("diagnosis_")
+
+    def inputs(self) -> Mapping[str, Any]:
+        return {"network": self.network.stage.key}
 
     @abstractmethod
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
         """The rows; `advance` counts to 1."""
 
-    def passes(self) -> int:
-        """Passes of one image through the quantized network that are still to be made."""
-        return 0
-
     def compute(self, folder: Path) -> None:
-        with self.pipeline.progress.stage(self.name, 1) as advance:
+        with self.pipeline.progress(self.name, 1) as advance:
             rows = self.measure(folder, advance)
         self.pipeline.store.write_json(folder / "rows.json", rows)
 
     def rows(self) -> list[Row]:
         """The table."""
-        return json.loads((self.result() / "rows.json").read_text(encoding="utf-8"))
+        return self.read_json("rows.json")
 
 
 class WeightRounding(Diagnosis):
     """Integer weights against the nearest ones."""
 
-    name = "rounding"
+    stored_as = "diagnosis_rounding"
 
-    @property
     def inputs(self) -> Mapping[str, Any]:
         return {"network": self.network.activations.key}
 
@@ -65,11 +66,7 @@ class WeightRounding(Diagnosis):
 class TemporalFeatures(Diagnosis):
     """Errors of temporal features, layer by layer and step by step."""
 
-    name = "features"
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        return self.network.inputs
+    stored_as = "diagnosis_features"
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
         return feature_errors(self.network.model, self.run.denoiser.unet, self.run.structure)
@@ -78,70 +75,53 @@ class TemporalFeatures(Diagnosis):
 class ErrorAccumulation(Diagnosis):
     """Errors of single steps, and what accumulates from them."""
 
-    name = "accumulation"
+    stored_as = "diagnosis_accumulation"
 
-    @property
     def inputs(self) -> Mapping[str, Any]:
+        followed = {"trajectories": self.run.diagnosis.trajectories, "seed": self.run.seed}
+        return {**self.run.model_inputs, **super().inputs(), **followed}
+
+    def options(self) -> dict[str, int]:
+        """Trajectories that are followed."""
         run = self.run
-        return {**run.model_inputs, **self.network.inputs, "trajectories": self.followed, "seed": run.seed}
+        return {"images": run.diagnosis.trajectories, "seed": run.seed, "batch": run.compute.batch}
 
-    @property
-    def followed(self) -> int:
-        """Number of trajectories."""
-        return self.run.diagnosis.trajectories
-
-    def passes(self) -> int:
-        return 4 * self.followed * len(self.run.calls)  # float and quantized network on both trajectories
+    def count(self) -> int:
+        return PASSES * self.run.diagnosis.trajectories * len(self.run.calls)
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
-        run, batch = self.run, self.run.compute.batch
-        passes = len(run.calls) * -(-self.followed // batch)
-        return error_accumulation(
-            *(*self.network.sampler(), run.denoiser, run.sampling),
-            images=self.followed,
-            seed=run.seed,
-            batch=batch,
-            each_step=lambda done: advance(done / passes, ""),
-        )
+        run, options = self.run, self.options()
+        passes = len(run.calls) * -(-options["images"] // options["batch"])
+        given = *self.network.sampler(), run.denoiser, run.sampling
+        return error_accumulation(*given, **options, each_step=lambda done: advance(done / passes, ""))
 
 
 class ActivationRanges(ErrorAccumulation):
     """Activations of the float model at every network call, and the quantizers' ranges; on the same trajectories."""
 
-    name = "ranges"
-
-    def passes(self) -> int:
-        return WATCHED_PASS * self.followed * len(self.run.calls)
+    stored_as = "diagnosis_ranges"
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
         run, calls = self.run, len(self.run.calls)
-        return activation_ranges(
-            *(self.network.model, run.denoiser, run.structure, run.sampling),
-            images=self.followed,
-            seed=run.seed,
-            batch=run.compute.batch,
-            each_call=lambda done: advance(done / calls, f"call {done}"),
-        )
+        given = self.network.model, run.denoiser, run.structure, run.sampling
+        return activation_ranges(*given, **self.options(), each_call=lambda done: advance(done / calls, f"call {done}"))
 
 
+@dataclass(eq=False)
 class UnitSensitivity(Diagnosis):
     """Error of the prediction that each unit makes. A measured unit is a file, from which an interrupted run goes on.
 
     `share` is of the whole quantized network's error: what the unit alone makes, or what leaving it float removes.
     """
 
-    name = "sensitivity"
+    trajectory: CollectTrajectory
+    stored_as = "diagnosis_sensitivity"
 
-    def __init__(self, run: Run, pipeline: Pipeline, network: QuantizedNetwork, trajectory: CollectTrajectory) -> None:
-        super().__init__(run, pipeline, network)
-        self.trajectory = trajectory
-
-    @property
     def inputs(self) -> Mapping[str, Any]:
         plan, data = self.run.diagnosis, {"trajectory": self.trajectory.key, "seed": self.run.seed}
-        return {**self.network.inputs, **data, "samples": plan.samples, "sensitivity": plan.sensitivity}
+        return {**super().inputs(), **data, "samples": plan.samples, "sensitivity": plan.sensitivity}
 
-    def passes(self) -> int:
+    def count(self) -> int:
         units = len(TemporalAware()(self.run.structure, frozenset(self.run.resolved.sites)))
         left = units + 2 - len(list((self.entry.path / "units").glob("*.json")))  # and both whole networks
         return left * -(-self.run.diagnosis.samples // (2 if self.run.sampling.guided else 1))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
 from tfmq_exp.pipeline.networks import QuantizedNetwork
-from tfmq_exp.pipeline.pipeline import Pipeline, Stage
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict
@@ -22,18 +22,20 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 FLOAT = "float"  # execution of layers that the engine has no integer kernel for
 
 
+@dataclass(eq=False)
 class ExportEngine(Stage):
-    """The exported network; depends on the simulated one and on the engine."""
+    """The exported network; depends on the quantized one and on the engine."""
 
+    engine: Engine
+    quantized: QuantizedNetwork
     stored_as = "deployed"
 
-    def __init__(self, run: Run, pipeline: Pipeline, engine: Engine, simulated: QuantizedNetwork) -> None:
-        super().__init__(run, pipeline)
-        self.engine, self.simulated, self.name = engine, simulated, engine.name
-
     @property
+    def name(self) -> str:
+        return self.engine.name
+
     def inputs(self) -> Mapping[str, Any]:
-        return {**self.simulated.inputs, "engine": self.engine.identity}
+        return {"network": self.quantized.stage.key, "engine": self.engine.identity}
 
     @property
     def rows(self) -> int:
@@ -48,8 +50,8 @@ class ExportEngine(Stage):
 
     @cached_property
     def cpu_model(self) -> QuantizedUNet:
-        """The simulated network on the CPU."""
-        model = self.simulated.model
+        """The quantized network on the CPU."""
+        model = self.quantized.model
         return model if self.run.denoiser.device.type == "cpu" else copy.deepcopy(model).cpu()
 
     def compute(self, folder: Path) -> None:
@@ -57,6 +59,15 @@ class ExportEngine(Stage):
             self.engine.export(self.cpu_model, self.example(), folder)
             recipe = Recipe.of(self.run.sampling, self.run.denoiser)
             write_manifest(folder, {**read_manifest(folder), "sampling": recipe and recipe.to_json()})
+
+    @cached_property
+    def executable(self) -> nn.Module:
+        """The network that the engine opens."""
+        return self.engine.open(self.cpu_model, self.result(), batch=self.rows)
+
+    def sampler(self) -> tuple[Predict, Sampling]:
+        """Prediction by the engine and the sampling, both corrected like those of the quantized network."""
+        return self.quantized.corrected(self.run.sampling.predictor(self.executable))
 
     def layers(self) -> list[dict[str, Any]]:
         """Role and execution of every layer; `float` ones with the reason."""
@@ -77,23 +88,4 @@ class ExportEngine(Stage):
     def executed_bytes(self) -> int:
         """Size of the engine's own files, or of the artefact where it has none."""
         files = self.result().glob("model.*")
-        return sum(path.stat().st_size for path in files) or self.simulated.activations.artefact.stat().st_size
-
-
-class DeployedNetwork:
-    """The quantized network as the engine executes it, corrected like the simulated one."""
-
-    def __init__(self, export: ExportEngine) -> None:
-        self.export, self.prefix = export, f"{export.engine.name} "
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        return {"network": self.export.key}
-
-    @cached_property
-    def executable(self) -> nn.Module:
-        """The network that the engine opens."""
-        return self.export.engine.open(self.export.cpu_model, self.export.result(), batch=self.export.rows)
-
-    def sampler(self) -> tuple[Predict, Sampling]:
-        return self.export.simulated.corrected(self.export.run.sampling.predictor(self.executable))
+        return sum(path.stat().st_size for path in files) or self.quantized.activations.artefact.stat().st_size

@@ -1,6 +1,7 @@
 """Images of one network, in shards."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,28 @@ from torch import Tensor
 from tfmq_exp.files import intact, write_checked
 from tfmq_exp.finite import within
 from tfmq_exp.pipeline.networks import SampledNetwork
-from tfmq_exp.pipeline.pipeline import Pipeline, Stage
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.sampling.images import sample_shard
 
 
+@dataclass(eq=False)
 class SampleImages(Stage):
     """Images, a file for each batch. They depend on the network, the sampler, count and seed, and (in the last bit) the batch."""
 
+    network: SampledNetwork
     stored_as = "images"
 
-    def __init__(self, run: Run, pipeline: Pipeline, network: SampledNetwork) -> None:
-        super().__init__(run, pipeline)
-        self.network, self.name = network, f"{network.prefix}images"
-
     @property
+    def name(self) -> str:
+        return f"{self.network.prefix}images"
+
     def inputs(self) -> Mapping[str, Any]:
         return {**self.run.model_inputs, **self.network.inputs, "images": self.run.images}
 
     def compute(self, folder: Path) -> None:
         run, calls = self.run, len(self.run.calls)
         predict, sampling = self.network.sampler()
-        with self.pipeline.progress.stage(self.name, run.images.count) as advance:
+        with self.pipeline.progress(self.name, run.images.count) as advance:
             for shard in self.pipeline.group.shard(run.images.shards()):
 
                 def each_step(step: int, shard: range = shard) -> None:
@@ -44,6 +45,9 @@ class SampleImages(Stage):
                     write_checked(target, lambda path, images=images: save_file({"images": images}, path))
                 advance(shard.stop, "")
 
+    def count(self) -> int:
+        return sum(len(shard) for shard in self.run.images.shards() if not shard_file(self.entry.path, shard).is_file())
+
     def shards(self) -> dict[range, Path]:
         """Files by the indices of their images."""
         folder = self.result()
@@ -53,12 +57,6 @@ class SampleImages(Stage):
         """The images, shard by shard, uint8."""
         for file in self.shards().values():
             yield load_file(file)["images"]
-
-    def missing(self) -> int:
-        """Number of images that no shard in the store holds."""
-        if self.entry.done:
-            return 0
-        return sum(len(s) for s in self.run.images.shards() if not shard_file(self.entry.path, s).is_file())
 
 
 def shard_file(folder: Path, shard: range) -> Path:

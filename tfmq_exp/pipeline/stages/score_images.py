@@ -1,7 +1,7 @@
 """Statistics of the reference images, and scores of generated images against them."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,40 +12,39 @@ from safetensors.torch import load_file, save_file
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.files import write_atomically, write_json
-from tfmq_exp.pipeline.pipeline import Pipeline, Stage
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.sample_images import SampleImages
 from tfmq_exp.sampling.images import STREAM
+
+STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
 
 class ComputeReference(Stage):
     """Statistics of the reference; they depend on it, the extractor, and how many features are kept."""
 
-    name = stored_as = "reference"
+    stored_as = "reference"
 
-    @property
     def inputs(self) -> Mapping[str, Any]:
         evaluator = self.run.evaluator
         features = {"extractor": evaluator.extract.identity, "features_kept": evaluator.kept}
         return {"reference": evaluator.reference.identity, **features}
 
     def compute(self, folder: Path) -> None:
-        evaluator = self.run.evaluator
-        given = evaluator.reference, evaluator.extract, evaluator.kept
-        with self.pipeline.progress.stage(self.name, 1) as advance:
+        given = self.run.evaluator.reference, self.run.evaluator.extract, self.run.evaluator.kept
+        with self.pipeline.progress(self.name, 1) as advance:
             statistics = reference_statistics(*given, lambda done, of: advance(done / of, f"{done} of {of}"))
-        self.pipeline.store.write(folder / "statistics.safetensors", statistics.save)
+        self.pipeline.store.write(folder / STATISTICS, statistics.save)
 
     @cached_property
     def statistics(self) -> ReferenceStatistics:
         """Moments, and features of single images where a metric needs them."""
-        return ReferenceStatistics.load(self.result() / "statistics.safetensors")
+        return ReferenceStatistics.load(self.result() / STATISTICS)
 
     def check_size(self) -> None:
-        """Compare the reference's images with the generated ones.
+        """Compare the size of the reference's images with that of the generated ones.
 
         Raises:
-            ValueError: images of another size.
+            ValueError: another size.
         """
         denoiser, reference = self.run.denoiser, self.statistics
         blank = torch.zeros(1, *denoiser.sample_shape, device=denoiser.device)
@@ -61,16 +60,18 @@ class ComputeReference(Stage):
         return {**self.run.evaluator.identity, **reference}
 
 
+@dataclass(eq=False)
 class ScoreImages(Stage):
     """Scores of one network's images."""
 
+    images: SampleImages
+    reference: ComputeReference
     stored_as = "scores"
 
-    def __init__(self, run: Run, pipeline: Pipeline, images: SampleImages, reference: ComputeReference) -> None:
-        super().__init__(run, pipeline)
-        self.images, self.reference, self.name = images, reference, f"{images.network.prefix}scores"
-
     @property
+    def name(self) -> str:
+        return f"{self.images.network.prefix}scores"
+
     def inputs(self) -> Mapping[str, Any]:
         evaluator = self.run.evaluator.identity
         return {"images": self.images.key, "evaluator": evaluator, "reference": self.reference.key}
@@ -90,8 +91,8 @@ class ScoreImages(Stage):
                 scores.merge(load_file(part))
             for part in folder.glob("part-*"):  # those of an attempt with more processes as well
                 part.unlink()
-            write_json(folder / "scores.json", scores.compute())
+            write_json(folder / SCORES, scores.compute())
 
     def scores(self) -> dict[str, float]:
         """Score by metric."""
-        return json.loads((self.result() / "scores.json").read_text(encoding="utf-8"))
+        return self.read_json(SCORES)

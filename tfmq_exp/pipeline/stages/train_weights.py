@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tfmq_exp.methods.qat_method import QuantizationAwareTrain
 from tfmq_exp.pipeline.learning import learning
-from tfmq_exp.pipeline.pipeline import Pipeline, Stage
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingTask
@@ -26,30 +25,22 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 FILE = "trained.safetensors"
 
 
+@dataclass(eq=False)
 class TrainWeights(Stage):
     """The trained network. It knows no timesteps of a sampler: another sampler needs no other training."""
 
-    name = stored_as = "weights"
-
-    def __init__(self, run: Run, pipeline: Pipeline, method: QuantizationAwareTrain, examples: EncodeExamples) -> None:
-        super().__init__(run, pipeline)
-        self.method, self.examples = method, examples
+    method: QuantizationAwareTrain
+    examples: EncodeExamples
+    stored_as = "weights"
 
     @cached_property
     def labels(self) -> Sequence[Any]:
         """Class or caption of every training image; none for an unconditional network."""
         return self.method.labels.of(self.run.training_images)
 
-    @property
     def inputs(self) -> Mapping[str, Any]:
-        return {
-            **self.run.weight_inputs,
-            **label_inputs(self.labels),
-            "examples": self.examples.key,
-            "schedule": dict(self.run.denoiser.schedule),
-            "seed": self.run.seed,
-            **self.run.activation_inputs,
-        }
+        data = {"examples": self.examples.key, "schedule": dict(self.run.denoiser.schedule), "seed": self.run.seed}
+        return {**self.run.weight_inputs, **self.run.layer_inputs, **data, **label_inputs(self.labels)}
 
     def compute(self, folder: Path) -> None:
         self.sampled_model()  # what cannot be sampled is refused before the training
@@ -61,6 +52,9 @@ class TrainWeights(Stage):
         if self.pipeline.group.is_main:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
+    def count(self) -> int:
+        return max((int(path.stem) for path in self.entry.path.glob("checkpoints/*.ckpt")), default=0)
+
     def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingTask:
         """The training: a quantized copy of the network that knows all timesteps of the noise schedule, and its data.
 
@@ -70,18 +64,9 @@ class TrainWeights(Stage):
             callback: shows progress.
         """
         run, alphas = self.run, alphas_cumprod(self.run.denoiser.schedule)
-        return TrainingTask(
-            run.quantized_unet(replace(run.resolved, timesteps=tuple(range(len(alphas))))),
-            self.examples.examples(),
-            self.labels,
-            run.denoiser.encoder,
-            alphas.float().to(run.denoiser.device),
-            run.compute,
-            run.seed,
-            folder,
-            units,
-            callback,
-        )
+        model = run.quantized_unet(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
+        data = self.examples.examples(), self.labels, run.denoiser.encoder, alphas.float().to(run.denoiser.device)
+        return TrainingTask(model, *data, run.compute, run.seed, folder, units, callback)
 
     def sampled_model(self) -> QuantizedUNet:
         """The untrained network at the sampler's timesteps.
