@@ -27,20 +27,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
-from tfmq_exp.cli.survey import Survey, still_to_do
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import prepare
-from tfmq_exp.cli.estimate import Counts, Estimate, format_bytes, format_duration, reckon, show
+from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
 from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.terminal import standard_streams
+from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers import compvis, first_stage, original
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.learning import learning
-from tfmq_exp.pipeline.run import Run
 from tfmq_exp.reconstruction.loop import ReconstructionContext
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.surgery import serialization
@@ -150,19 +149,6 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def part_of(full: Counts, counts: Counts, small: Run) -> Counts:
-    """The counts of the fraction, with units whose costs were measured for the full recipe."""
-    given = small.calibration.images, len(small.calls)
-    phases: dict[str, Any] = {name: getattr(small.method, name) for name in counts.phases}
-    seen = {name: counts.halves * phase.effort(*given).samples for name, phase in phases.items()}
-    courses = {
-        name: replace(course, recipe=phases[name].recipe, samples=seen[name], timesteps=counts.timesteps)
-        for name, course in full.courses.items()
-    }
-    images = {name: count for name, count in counts.images.items() if name == "images"}
-    return replace(counts, courses=courses, observed={name: seen[name] for name in full.observed}, images=images)
-
-
 def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
     """The fraction of the recipe, from trajectories to images of the artefact.
 
@@ -207,7 +193,7 @@ def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
 
 def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) -> dict[str, Any]:
     """Fraction and full recipe, stage by stage."""
-    fractions = {stage.name: stage for stage in part.stages}
+    fractions = {stage.name: stage for stage in part.stages if stage.name in watch.stages}
     view = Table(title="CPU seconds of one thread", title_justify="left")
     for column in ("stage", "fraction: estimated", "measured", "ratio", "full recipe: estimated", "implied"):
         view.add_column(column, justify="left" if column == "stage" else "right")
@@ -231,14 +217,15 @@ def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) 
             format_duration(stage.seconds / ratios[stage.name]),
         )
     console.print(view)
-    show(whole, console)
+    print_estimate(whole, console)
     console.print(
         f"implied by the fraction: {format_duration(implied)}; estimate / implied: {whole.seconds / implied:.2f}",
         highlight=False,
     )
     at_peak = max(measured.peak for measured in watch.stages.values())
     console.print(
-        f"fraction: {format_bytes(part.host)} of memory estimated, {format_bytes(at_peak)} measured", highlight=False
+        f"fraction: {format_bytes(peak_of(part))} of memory estimated, {format_bytes(at_peak)} measured",
+        highlight=False,
     )
     return {
         "stages": {name: vars(measured) for name, measured in watch.stages.items()},
@@ -246,9 +233,14 @@ def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) 
         "full": {stage.name: stage.seconds for stage in whole.stages},
         "full_total": whole.seconds,
         "implied_total": implied,
-        "memory": {"full": whole.host, "estimated": part.host, "measured": at_peak},
-        "disk": whole.disk,
+        "memory": {"full": peak_of(whole), "estimated": peak_of(part), "measured": at_peak},
+        "disk": sum(stage.disk for stage in whole.stages),
     }
+
+
+def peak_of(estimate: Estimate) -> int:
+    """Estimated bytes at the peak."""
+    return round(max(map(estimate.memory, estimate.stages)))
 
 
 def main() -> int:
@@ -281,19 +273,15 @@ def main() -> int:
         full = experiment_of(args, folder)
         words = [f"model.protocol.{name}={value}" for name, value in protocol.items()]
         small = experiment_of(args, folder, *words, f"runtime.batch={args.samples}")
-        wanted, fraction = still_to_do(full, app.GOALS), still_to_do(small, PART)
         parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         began = time.process_time()
-        survey = Survey(full, time.process_time)
-        counts = survey.completed(wanted)
-        costs = survey.costs(counts)
-        whole, part = reckon(costs, counts), reckon(costs, part_of(counts, fraction, small.run))
-        console.print(
-            f"the estimate itself took {time.process_time() - began:.1f} s, {format_bytes(peak())}", highlight=False
-        )
-        console.print(f"forward pass {costs.forward.seconds:.2f} s", highlight=False)
-        del survey
+        whole = estimate(full.run, full.missing(app.GOALS[:-1]))
+        spent = time.process_time() - began
+        console.print(f"the estimate itself took {spent:.1f} s, {format_bytes(peak())}", highlight=False)
+        part = estimate(small.run, small.missing(PART))
+        assert whole is not None
+        assert part is not None
         watch = Stopwatch()
         run(small, Path(folder), watch)
     found = report(whole, part, watch, console)

@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.dry_run import expected_cost, state
-from tfmq_exp.cli.outputs import save_deployed
+from tfmq_exp.cli.outputs import RunOutputs
 from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.score_records import engine_choices
@@ -260,7 +260,7 @@ def test_what_was_changed_in_an_engine_is_in_its_row(tmp_path: Path, made: Made,
 
 def test_an_engines_trajectory_is_a_table_of_its_own(tmp_path: Path, made: Made, onednn: Path) -> None:
     experiment = planned(tmp_path, made.store, "engine=onednn")
-    save_deployed(experiment, app.GOALS, tmp_path, app.Console(quiet=True))
+    RunOutputs(experiment, tmp_path, app.Console(quiet=True), app.GOALS).save_deployed()
     own = list(csv.DictReader((tmp_path / "trajectory_error_deployed.csv").open()))
     simulated = list(csv.DictReader((onednn / "trajectory_error.csv").open()))
     assert [line["t"] for line in own] == [line["t"] for line in simulated]

@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from tfmq_exp.cli import outputs
 from tfmq_exp.cli.diagnosis_outputs import save_diagnoses
 from tfmq_exp.cli.dry_run import expected_cost, preview
 from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
@@ -24,6 +23,7 @@ from tfmq_exp.cli.estimate import print_estimate
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.log_outputs import run_metadata
 from tfmq_exp.cli.outcome import attempt
+from tfmq_exp.cli.outputs import RunOutputs, report_coverage, warn_of_captions
 from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.run_info import RunInfo, current_run
 from tfmq_exp.cli.score_records import score_records
@@ -35,7 +35,7 @@ from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.loggers.base import Logger, NullLogger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Progress
-from tfmq_exp.pipeline.run import CalibrationPlan, DiagnosisPlan, DiagnosticPlan, Run
+from tfmq_exp.pipeline.run import CalibrationPlan, DiagnosisPlan, Run
 from tfmq_exp.pipeline.store import Store
 from tfmq_exp.reconstruction.loop import ComputeConfig, quiet_trainer
 from tfmq_exp.sampling.conditioning import Captions
@@ -69,10 +69,8 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
         return "planned", ""
     environment = describe_environment(device)
     write_json(folder / "environment.json", environment)
-    settings = OmegaConf.to_yaml(cfg, resolve=True)
-    write_atomically(
-        folder / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8", errors="backslashreplace")
-    )
+    settings = OmegaConf.to_yaml(cfg, resolve=True).encode(errors="backslashreplace")
+    write_atomically(folder / "config.yaml", lambda path: path.write_bytes(settings))
     logger: Logger = instantiate(cfg.logger).open(run_metadata(cfg, info, environment))
     failed = True
     try:
@@ -131,7 +129,7 @@ def make_run(cfg: DictConfig, device: torch.device, group: ProcessGroup = ALONE)
         method=method,
         images=ImagePlan(protocol.images, cfg.seed, runtime.batch, protocol.uint8),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
-        diagnostics=DiagnosticPlan(protocol.diagnostic_images),
+        diagnostics=protocol.diagnostic_images,
         diagnosis=DiagnosisPlan(**make(cfg.diagnosis)),
         compute=ComputeConfig(
             runtime.batch,
@@ -166,9 +164,8 @@ def make_experiment(
         logger: dashboard; none by default.
         group: processes of the run.
     """
-    engine = (
-        instantiate(cfg.engine) if cfg.goal in (EXPORT, "images", "scores") else None
-    )  # says at once if it is not installed
+    # the engine first, which says at once if it is not installed
+    engine = instantiate(cfg.engine) if cfg.goal in (EXPORT, "images", "scores") else None
     run = make_run(cfg, device, group)
     return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or NullLogger()), engine)
 
@@ -203,22 +200,22 @@ def execute(
     write_json(folder / "quantized.json", covered)
     if cfg.goal == "scores":
         experiment.reference.check_size()
-    outputs.report_coverage(covered, console)
+    report_coverage(covered, console)
     if experiment.pipeline.group.is_main:
-        outputs.warn_of_captions(run)
+        warn_of_captions(run)
         if cfg.runtime.estimate:
             expected = expected_cost(experiment, goals)
             if expected is not None:
                 print_estimate(expected, console, experiment.pipeline.group.world_size)
                 log.info("estimate: %s", expected)
     experiment.make_network(cfg.goal)
-    outputs.save_network(experiment, goals, folder, console)
+    outputs = RunOutputs(experiment, folder, console, goals)
+    outputs.save_network()
     if cfg.goal == DIAGNOSE:
         save_diagnoses(experiment, folder / "diagnosis", console, f"{cfg.name}, seed {cfg.seed}")
     if "images" in goals:
-        outputs.save_samples(experiment, experiment.simulated.images, folder / "samples.png")
-    outputs.save_deployed(experiment, goals, folder, console)
+        outputs.save_samples(experiment.simulated.images, "samples")
+    outputs.save_deployed()
     if cfg.goal == "scores":
-        outputs.save_errors(experiment, folder, cfg.name)
-        records = score_records(experiment, cfg, info, covered, environment, began)
-        outputs.save_records(records, experiment, folder, console)
+        outputs.save_errors(cfg.name)
+        outputs.save_records(score_records(experiment, cfg, info, covered, environment, began))

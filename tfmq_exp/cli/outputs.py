@@ -3,6 +3,7 @@
 import csv
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tfmq_exp.cli.log_outputs import log_losses, points, score_summary
 from tfmq_exp.cli.score_table import show
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.files import write_atomically, write_record
-from tfmq_exp.loggers.base import Rows
+from tfmq_exp.loggers.base import Logger, Rows
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.export_engine import FLOAT
@@ -63,47 +64,103 @@ def warn_of_captions(run: Run) -> None:
     """Warn of captions that the text encoder cuts, and of fewer captions than images."""
     captions = run.captions
     if captions.get("cut"):
-        log.warning(
-            "%d of %d captions are longer than the text model takes, and are cut to %d tokens",
-            *(captions[key] for key in ("cut", "different", "tokens")),
-        )
+        counts = (captions[key] for key in ("cut", "different", "tokens"))
+        log.warning("%d of %d captions are longer than the text model takes, and are cut to %d tokens", *counts)
     if captions and captions["different"] < run.images.count:
         log.warning("%d images have %d different captions", run.images.count, captions["different"])
 
 
-def save_network(experiment: Experiment, goals: Collection[str], folder: Path, console: Console) -> None:
-    """Write noise statistics, unit reports and loss curves, as far as the goals go; print the artefact's size."""
-    logger = experiment.pipeline.logger
-    statistics = experiment.quantized.statistics if "correction" in goals else None
-    if statistics is not None:
-        rows = statistics.rows()
-        write_csv(folder / "noise.csv", rows)
-        logger.table("noise", rows)
-        logger.curve("noise", "step", points(rows, "step"))
-    if "weights" in goals:
-        entries = experiment.weights.entry, experiment.activations.entry
-        units, losses = (unit_reports(entries, name) for name in ("units.json", "losses.json"))
-        if units:
-            write_csv(folder / "units.csv", units)
-            logger.table("units", units)
-        if losses:
-            write_csv(folder / "losses.csv", losses)
-            log_losses(logger, losses, experiment.pipeline.shown_losses)
-    if "activations" in goals:
-        artefact = experiment.activations.artefact
-        size = artefact.stat().st_size
-        ratio = size / experiment.run.float_bytes
-        say(console, f"artefact: {size / 1e3:.0f} kB, {ratio:.3f} of fp32: {artefact}")
-        log.info("artefact %s: %d bytes, %.4f of fp32", artefact, size, ratio)
+@dataclass(frozen=True)
+class RunOutputs:
+    """Writes results of an experiment into a folder, prints their sizes and logs them.
 
+    Args:
+        experiment: whose stages are read; they are computed where that was not done.
+        folder: of the run.
+        console: for the lines.
+        goals: up to which the run goes; what belongs to later ones is not written.
+    """
 
-def save_samples(experiment: Experiment, images: SampleImages, path: Path, executed_by: str = "") -> None:
-    """Draw float images and those of another network from the same seeds side by side."""
-    pair = _first(experiment.float_images.images()), _first(images.images())
-    method = experiment.run.method.name
-    title = f"{method}, executed by {executed_by}" if executed_by else f"quantized: {method}"
-    figures.side_by_side(*pair, path, ("float", title))
-    experiment.pipeline.logger.image(path.stem, path)
+    experiment: Experiment
+    folder: Path
+    console: Console
+    goals: Collection[str]
+
+    @property
+    def logger(self) -> Logger:
+        """The dashboard."""
+        return self.experiment.pipeline.logger
+
+    def table(self, name: str, rows: Rows) -> None:
+        """Write and log a table; nothing without rows."""
+        if rows:
+            write_csv(self.folder / f"{name}.csv", rows)
+            self.logger.table(name, rows)
+
+    def size(self, what: str, size: int, where: Path) -> None:
+        """Print the size of a network's files after what they are."""
+        ratio = size / self.experiment.run.float_bytes
+        say(self.console, f"{what}{size / 1e3:.0f} kB, {ratio:.3f} of fp32: {where}")
+        log.info("%s%d bytes, %.4f of fp32, %s", what, size, ratio, where)
+
+    def save_network(self) -> None:
+        """Noise statistics, unit reports, loss curves, and the size of the artefact."""
+        experiment = self.experiment
+        statistics = experiment.quantized.statistics if "correction" in self.goals else None
+        if statistics is not None:
+            self.table("noise", rows := statistics.rows())
+            self.logger.curve("noise", "step", points(rows, "step"))
+        if "weights" in self.goals:
+            entries = experiment.weights.entry, experiment.activations.entry
+            self.table("units", unit_reports(entries, "units.json"))
+            if losses := unit_reports(entries, "losses.json"):
+                write_csv(self.folder / "losses.csv", losses)
+                log_losses(self.logger, losses, experiment.pipeline.shown_losses)
+        if "activations" in self.goals:
+            artefact = experiment.activations.artefact
+            self.size("artefact: ", artefact.stat().st_size, artefact)
+
+    def save_samples(self, images: SampleImages, name: str, executed_by: str = "") -> None:
+        """Float images and those of another network from the same seeds, side by side."""
+        pair = _first(self.experiment.float_images.images()), _first(images.images())
+        method = self.experiment.run.method.name
+        title = f"{method}, executed by {executed_by}" if executed_by else f"quantized: {method}"
+        figures.side_by_side(*pair, self.folder / f"{name}.png", ("float", title))
+        self.logger.image(name, self.folder / f"{name}.png")
+
+    def save_deployed(self) -> None:
+        """Layers that an engine executes, its images and its errors; nothing without an engine."""
+        export, deployed = self.experiment.export, self.experiment.deployed
+        if export is None or deployed is None:
+            return
+        rows = export.layers()
+        write_csv(self.folder / "sites.csv", [*rows, *export.attention_products()])
+        left = [f"{row['site']} ({row['why']})" for row in rows if row["executed"] == FLOAT]
+        share = f"{len(rows) - len(left)} of {len(rows)} layers in {formats(row['executed'] for row in rows)}"
+        self.size(f"{export.name}: {share}, ", export.executed_bytes, export.result())
+        if left:
+            say(self.console, f"  not ({len(left)}): {first_few(left, 3)}")
+        if "images" in self.goals:
+            self.save_samples(deployed.images, "samples_deployed", export.name)
+        if "scores" in self.goals:
+            write_csv(self.folder / "trajectory_error_deployed.csv", deployed.errors.errors()["trajectory"])
+
+    def save_errors(self, title: str) -> None:
+        """The two error curves of the quantized network, as CSV and as plots."""
+        plots = {"temporal": figures.temporal_error, "trajectory": figures.trajectory_error}
+        axes = {"temporal": ("timestep", "t"), "trajectory": ("step", "step")}
+        for curve, rows in self.experiment.simulated.errors.errors().items():
+            name, (axis, column) = f"{curve}_error", axes[curve]
+            self.table(name, rows)
+            plots[curve](rows, self.folder / f"{name}.png", f"{curve} error, {title}")
+            self.logger.curve(name, axis, points(rows, column))
+            self.logger.image(name, self.folder / f"{name}.png")
+
+    def save_records(self, records: Sequence[ScoreRecord]) -> None:
+        """The score records, printed as a table."""
+        write_record(self.folder / "results.json", {"rows": [record.to_json() for record in records]})
+        self.logger.summary(score_summary(records))
+        show(records, self.console)
 
 
 def _first(shards: Iterable[Tensor]) -> np.ndarray:
@@ -113,44 +170,3 @@ def _first(shards: Iterable[Tensor]) -> np.ndarray:
         if sum(map(len, images)) >= SHOWN_IMAGES:
             break
     return np.concatenate(images)[:SHOWN_IMAGES]
-
-
-def save_deployed(experiment: Experiment, goals: Collection[str], folder: Path, console: Console) -> None:
-    """Write which layers an engine executes, its images and its errors, as far as the goals go; nothing without an engine."""
-    export, deployed = experiment.export, experiment.deployed
-    if export is None or deployed is None:
-        return
-    rows, name, size = export.layers(), export.engine.name, export.executed_bytes
-    write_csv(folder / "sites.csv", [*rows, *export.attention_products()])
-    left = [f"{row['site']} ({row['why']})" for row in rows if row["executed"] == FLOAT]
-    share = f"{len(rows) - len(left)} of {len(rows)} layers in {formats(row['executed'] for row in rows)}"
-    ratio, exported = size / experiment.run.float_bytes, export.result()
-    say(console, f"{name}: {share}, {size / 1e3:.0f} kB, {ratio:.3f} of fp32: {exported}")
-    if left:
-        say(console, f"  not ({len(left)}): {first_few(left, 3)}")
-    log.info("%s: %s, %s", name, share, exported)
-    if "images" in goals:
-        save_samples(experiment, deployed.images, folder / "samples_deployed.png", name)
-    if "scores" in goals:
-        write_csv(folder / "trajectory_error_deployed.csv", deployed.errors.errors()["trajectory"])
-
-
-def save_errors(experiment: Experiment, folder: Path, title: str) -> None:
-    """Write the two error curves of the quantized network as CSV and as plots."""
-    logger = experiment.pipeline.logger
-    plots = {"temporal": figures.temporal_error, "trajectory": figures.trajectory_error}
-    axes = {"temporal": ("timestep", "t"), "trajectory": ("step", "step")}
-    for name, rows in experiment.simulated.errors.errors().items():
-        write_csv(folder / f"{name}_error.csv", rows)
-        plots[name](rows, folder / f"{name}_error.png", f"{name} error, {title}")
-        axis, column = axes[name]
-        logger.table(f"{name}_error", rows)
-        logger.curve(f"{name}_error", axis, points(rows, column))
-        logger.image(f"{name}_error", folder / f"{name}_error.png")
-
-
-def save_records(records: Sequence[ScoreRecord], experiment: Experiment, folder: Path, console: Console) -> None:
-    """Write the score records and print them as a table."""
-    write_record(folder / "results.json", {"rows": [record.to_json() for record in records]})
-    experiment.pipeline.logger.summary(score_summary(records))
-    show(records, console)

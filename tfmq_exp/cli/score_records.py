@@ -100,8 +100,7 @@ def deployed_record(
         "executed_in": sorted(set(executed) - {FLOAT}),
         "engine": dict(engine.identity),
     }
-    log, names = export.pipeline.stage_log, {engine.name: engine.name, **{f"{engine.name} {n}": n for n in EVALUATED}}
-    own_keys = {stage: log[name]["key"] for name, stage in names.items() if name in log}
+    own_keys = {stage: export.pipeline.stage_log[f"{engine.name} {stage}"]["key"] for stage in EVALUATED}
     return replace(
         simulated,
         scores=scores,
@@ -110,7 +109,7 @@ def deployed_record(
         weights_bytes=size,
         quantized={**simulated.quantized, **kernels},
         cost={**simulated.cost, "size_ratio": size / export.run.float_bytes},
-        keys={name: key for name, key in simulated.keys.items() if name not in EVALUATED} | own_keys,
+        keys={**simulated.keys, **own_keys},
     )
 
 
@@ -154,16 +153,10 @@ def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
 
 def mean_errors(errors: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
     """The two error curves as the numbers of a row."""
-    temporal, trajectory = errors["temporal"], errors["trajectory"]
-    return {
-        **{f"temporal_{name}": _mean(temporal, name) for name in ("cosine", "mse", "relative_mse")},
-        "step": _mean(trajectory, "eps_error"),
-        "trajectory": trajectory[-1]["x_error"],
-    }
-
-
-def _mean(rows: list[dict[str, Any]], column: str) -> float:
-    return float(np.mean([row[column] for row in rows]))
+    columns = [("temporal", f"temporal_{name}", name) for name in ("cosine", "mse", "relative_mse")]
+    columns.append(("trajectory", "step", "eps_error"))
+    means = {title: float(np.mean([row[name] for row in errors[curve]])) for curve, title, name in columns}
+    return {**means, "trajectory": errors["trajectory"][-1]["x_error"]}
 
 
 def method_choices(overrides: Sequence[str]) -> dict[str, str]:

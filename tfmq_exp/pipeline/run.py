@@ -42,16 +42,6 @@ class CalibrationPlan:
 
 
 @dataclass(frozen=True)
-class DiagnosticPlan:
-    """Number of trajectories on which the quantized network is compared with the float one."""
-
-    images: int
-
-    def __post_init__(self) -> None:
-        check_fields(self, images=COUNT)
-
-
-@dataclass(frozen=True)
 class DiagnosisPlan:
     """Size of a diagnosis.
 
@@ -81,7 +71,7 @@ class Run:
         method: the quantization method.
         images: number, seed and batch size of the images that are scored.
         calibration: size of the calibration set.
-        diagnostics: size of the comparison with the float network.
+        diagnostics: number of trajectories on which the quantized network is compared with the float one.
         diagnosis: size of a diagnosis.
         compute: batch size, cache, trainer and processes.
         seed: of all random numbers but those of the images.
@@ -94,7 +84,7 @@ class Run:
     method: Method
     images: ImagePlan
     calibration: CalibrationPlan
-    diagnostics: DiagnosticPlan
+    diagnostics: int
     diagnosis: DiagnosisPlan
     compute: ComputeConfig
     seed: int

@@ -30,7 +30,7 @@ class MeasureErrors(Stage):
         return {**run.model_inputs, **self.network.inputs, "diagnostics": run.diagnostics, "seed": run.seed}
 
     def compute(self, folder: Path) -> None:
-        run, images = self.run, self.run.diagnostics.images
+        run, images = self.run, self.run.diagnostics
         given = *self.network.sampler(), run.denoiser, run.sampling
         with self.pipeline.progress(self.name, len(run.calls)) as advance:
             along = trajectory_error(*given, images=images, seed=run.seed, each_step=lambda step: advance(step + 1, ""))
@@ -38,7 +38,7 @@ class MeasureErrors(Stage):
         self.pipeline.store.write_json(folder / FILE, {"temporal": temporal, "trajectory": along})
 
     def count(self) -> int:
-        return self.run.diagnostics.images
+        return self.run.diagnostics
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
         """`temporal`: a row for each timestep; `trajectory`: a row for each step."""
