@@ -18,7 +18,6 @@ from tfmq_exp.pipeline.store import canonical, key_of
 from tfmq_exp.reporting.records import ScoreRecord
 
 PROTOCOL = "model.protocol."
-EVALUATED = ("images", "scores", "diagnostics")  # stages of which a deployed network has its own
 
 
 def score_records(
@@ -51,13 +50,9 @@ def score_records(
     quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
     if experiment.examples:  # rows of the same settings that were trained on other images are no repetitions
         quantized["trained_on"] = experiment.examples.key[:8]
-    cost = cost_of(experiment, began)
+    original = {"quant": "fp32", "method": "float", "scores": float_scores, "weights_bytes": run.float_bytes}
     records = [
-        ScoreRecord(
-            **{"quant": "fp32", "method": "float", "scores": float_scores, "weights_bytes": run.float_bytes},
-            cost={"size_ratio": 1.0},
-            **shared,
-        ),
+        ScoreRecord(**original, cost={"size_ratio": 1.0}, **shared),
         ScoreRecord(
             quant=cfg.quant.name,
             method=cfg.method.name,
@@ -67,7 +62,7 @@ def score_records(
             settings=settings(cfg, info.overrides),
             errors=mean_errors(experiment.simulated.errors.errors()),
             quantized=quantized,
-            cost=cost,
+            cost=cost_of(experiment, began),
             keys={name: record["key"] for name, record in experiment.pipeline.stage_log.items()},
             **shared,
         ),
@@ -88,28 +83,22 @@ def deployed_record(
         deployed: stages that evaluate it.
         overrides: of the command line.
     """
-    scores, errors, size, engine = (
-        deployed.scores.scores(),
-        deployed.errors.errors(),
-        export.executed_bytes,
-        export.engine,
-    )
-    executed = [row["executed"] for row in export.layers()]
+    executed, size, engine = [row["executed"] for row in export.layers()], export.executed_bytes, export.engine
     kernels = {
         "layers_executed": sum(kernel != FLOAT for kernel in executed) / len(executed),
         "executed_in": sorted(set(executed) - {FLOAT}),
         "engine": dict(engine.identity),
     }
-    own_keys = {stage: export.pipeline.stage_log[f"{engine.name} {stage}"]["key"] for stage in EVALUATED}
+    stages = {"images": deployed.images, "scores": deployed.scores, "diagnostics": deployed.errors}
     return replace(
         simulated,
-        scores=scores,
-        errors=mean_errors(errors),
+        scores=deployed.scores.scores(),
+        errors=mean_errors(deployed.errors.errors()),
         choices={**simulated.choices, **engine_choices(engine.name, overrides)},
         weights_bytes=size,
         quantized={**simulated.quantized, **kernels},
         cost={**simulated.cost, "size_ratio": size / export.run.float_bytes},
-        keys={**simulated.keys, **own_keys},
+        keys={**simulated.keys, **{name: stage.key for name, stage in stages.items()}},
     )
 
 
