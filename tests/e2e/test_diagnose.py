@@ -99,7 +99,7 @@ def test_the_rest_of_a_killed_diagnosis_is_done(first: Path, tmp_path: Path) -> 
         write_checked(kept, partial(write_json, data=changed))
     found = experiment(first, tmp_path)
     assert [stage.name for stage in found.diagnoses.values() if not stage.entry.done] == ["sensitivity"]
-    assert found.diagnoses["sensitivity"].passes() == 3 * 6  # one unit, the whole network and the float one
+    assert found.diagnoses["sensitivity"].count() == 3 * 6  # one unit, the whole network and the float one
     after = {row["unit"]: row for row in found.diagnoses["sensitivity"].rows()}
     assert computed(found) == {"sensitivity"}
     assert found.diagnoses["sensitivity"].entry.done
