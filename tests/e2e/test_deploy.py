@@ -226,25 +226,25 @@ def test_a_plan_has_the_stages_of_an_engine(
     tmp_path: Path, made: Made, onednn: Path, goal: str, own: list[str]
 ) -> None:
     experiment = planned(tmp_path, made.store, "engine=onednn", f"goal={goal}")
-    found = experiment.stages(app.on_the_way(goal))
+    found = experiment.stages(app.goals_up_to(goal))
     names = [f"onednn{stage}" for stage in own]
     assert [stage.name for stage in found[-len(own) :]] == names
     assert not [stage for stage in found[: -len(own)] if stage.name.startswith("onednn")]
     assert {state(stage) for stage in found} == {"found"}
     assert all(stage.key == hits(onednn)[stage.name]["key"] for stage in found[-len(own) :])
-    assert experiment.missing(app.on_the_way(goal)) == {}
+    assert experiment.missing(app.goals_up_to(goal)) == {}
 
 
 def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
     experiment = planned(tmp_path, made.store, "engine=openvino", "engine.rest=bf16")
-    plan = experiment.stages(app.on_the_way("scores"))
+    plan = experiment.stages(app.goals_up_to("scores"))
     own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
     assert [stage.name for stage in plan if state(stage) == "to be made"] == own
     assert {state(stage) for stage in plan[: -len(own)]} == {"found"}
     wanted = {"openvino": None, "openvino images": 24, "openvino scores": None, "openvino diagnostics": 4}
-    assert experiment.missing(app.on_the_way("scores")) == wanted
+    assert experiment.missing(app.goals_up_to("scores")) == wanted
     experiment = planned(tmp_path, made.store, "engine=openvino", "seed=7")
-    whole = expected_cost(experiment, app.on_the_way("scores"))
+    whole = expected_cost(experiment, app.goals_up_to("scores"))
     assert whole is not None
     seconds = {stage.name: stage.seconds for stage in whole.stages}
     assert seconds["openvino images"] == seconds["images"] > 0

@@ -64,7 +64,7 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     progress = ProgressBars(console, worker_name(info)).stage
     if cfg.dry_run:
         experiment = make_experiment(cfg, device, progress)
-        seconds = preview(experiment, on_the_way(cfg.goal), console)
+        seconds = preview(experiment, goals_up_to(cfg.goal), console)
         write_json(folder / "estimate.json", {"seconds": seconds})
         return "planned", ""
     environment = describe_environment(device)
@@ -147,9 +147,9 @@ def make_run(cfg: DictConfig, device: torch.device, group: ProcessGroup = ALONE)
 
 def make_sampling(cfg: DictConfig) -> Sampling:
     """Sampler, guidance and conditions; captions of a file that is named replace the model's own conditions."""
-    own = make(cfg.model.sampling)
+    settings = make(cfg.model.sampling)
     captions = {} if cfg.captions is None else {"conditioning": Captions.read(str(cfg.captions))}
-    return Sampling(make(cfg.sampler), **(own | captions))
+    return Sampling(make(cfg.sampler), **(settings | captions))
 
 
 def make_experiment(
@@ -170,7 +170,7 @@ def make_experiment(
     return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or NullLogger()), engine)
 
 
-def on_the_way(goal: str) -> tuple[str, ...]:
+def goals_up_to(goal: str) -> tuple[str, ...]:
     """Goals that a run reaches, its own last."""
     if goal in (DIAGNOSE, EXPORT):
         return (*GOALS[: GOALS.index("correction") + 1], goal)
@@ -195,7 +195,7 @@ def execute(
         console: for the tables.
         began: `time.perf_counter()` at the start.
     """
-    run, folder, goals = experiment.run, info.folder, on_the_way(cfg.goal)
+    run, folder, goals = experiment.run, info.folder, goals_up_to(cfg.goal)
     covered = dict(coverage(run.resolved, run.structure))
     write_json(folder / "quantized.json", covered)
     if cfg.goal == "scores":

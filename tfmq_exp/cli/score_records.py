@@ -144,8 +144,8 @@ def mean_errors(errors: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
     """The two error curves as the numbers of a row."""
     columns = [("temporal", f"temporal_{name}", name) for name in ("cosine", "mse", "relative_mse")]
     columns.append(("trajectory", "step", "eps_error"))
-    means = {title: float(np.mean([row[name] for row in errors[curve]])) for curve, title, name in columns}
-    return {**means, "trajectory": errors["trajectory"][-1]["x_error"]}
+    averages = {title: float(np.mean([row[name] for row in errors[curve]])) for curve, title, name in columns}
+    return {**averages, "trajectory": errors["trajectory"][-1]["x_error"]}
 
 
 def method_choices(overrides: Sequence[str]) -> dict[str, str]:

@@ -86,7 +86,7 @@ class Experiment:
         return [*found, self.examples] if self.examples else found
 
     def stages(self, goals: Collection[str]) -> list[Stage]:
-        """Stages that lead to the last of the goals, in order; `goals` are those on the way, as `on_the_way` has them."""
+        """Stages that lead to the last of the goals, in order; `goals` are `goals_up_to` it."""
         *_, goal = goals
         stages: dict[str, Sequence[Stage | None]] = {
             "trajectory": [self.trajectory] if goal in ("trajectory", "diagnose") else [],

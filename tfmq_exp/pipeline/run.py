@@ -166,7 +166,7 @@ class Run:
     def weight_inputs(self) -> dict[str, Any]:
         """Which weights are quantized, and how."""
         layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.sites.items() if layer.weight}
-        method = {"range": self.method.weight_range, "weights": self.method.weights, "form": self.resolved.trained}
+        method = {"range": self.method.weight_range, "weights": self.method.weights, "qat": self.resolved.trained}
         return {**self.network_inputs, "specs": layers, **method}
 
 

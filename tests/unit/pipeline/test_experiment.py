@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.main import make_experiment, on_the_way
+from tfmq_exp.cli.main import goals_up_to, make_experiment
 from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
@@ -19,7 +19,9 @@ from tfmq_exp.pipeline.store import Store
 
 
 def experiment_of(folder: Path, *overrides: str) -> Experiment:
-    return make_experiment(composed(folder, "runtime=smoke", *overrides), torch.device("cpu"), lambda *_: nullcontext())
+    return make_experiment(
+        composed(folder, "runtime=smoke", *overrides), torch.device("cpu"), lambda *_: nullcontext(lambda *_: None)
+    )
 
 
 NETWORK = ("trajectory", "weights", "activations")
@@ -43,7 +45,7 @@ NETWORK = ("trajectory", "weights", "activations")
 def test_a_goal_has_its_stages_whose_keys_need_no_computing(
     tmp_path: Path, method: str, goal: str, names: tuple[str, ...]
 ) -> None:
-    experiment, goals = experiment_of(tmp_path, f"method={method}", f"goal={goal}"), on_the_way(goal)
+    experiment, goals = experiment_of(tmp_path, f"method={method}", f"goal={goal}"), goals_up_to(goal)
     stages = experiment.stages(goals)
     assert tuple(stage.name for stage in stages) == names
     assert len({stage.entry.path for stage in stages}) == len(stages)
@@ -75,7 +77,7 @@ class Slow(Stage):
 def test_seconds_of_a_stage_are_its_own_and_what_was_found_took_nothing(tmp_path: Path) -> None:
     def stages() -> tuple[Pipeline, Slow, Slow]:
         run: Any = None
-        pipeline = Pipeline(Store(tmp_path), lambda *_: nullcontext(), NullLogger())
+        pipeline = Pipeline(Store(tmp_path), lambda *_: nullcontext(lambda *_: None), NullLogger())
         first = Slow(run, pipeline, 1)
         return pipeline, first, Slow(run, pipeline, 2, first)
 
