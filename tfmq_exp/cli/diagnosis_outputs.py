@@ -16,7 +16,7 @@ from tfmq_exp.diagnostics.features import features_by_layer
 from tfmq_exp.diagnostics.ranges import range_changes
 from tfmq_exp.diagnostics.sensitivity import THIRDS
 from tfmq_exp.pipeline.experiment import Experiment
-from tfmq_exp.reporting import diagnosis_figures as figures
+from tfmq_exp.report import diagnosis_figures as figures
 
 Row = dict[str, Any]
 Draw = Callable[[Path, str], None]

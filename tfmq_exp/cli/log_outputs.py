@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.cli.run_info import RunInfo
 from tfmq_exp.loggers.base import Logger, Points, Rows, RunMetadata
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.records import ScoreRecord
 
 
 def run_metadata(cfg: DictConfig, info: RunInfo, environment: Mapping[str, Any]) -> RunMetadata:

@@ -31,7 +31,7 @@ from tfmq_exp.cli.status import State
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
-from tfmq_exp.files import write_atomically, write_json
+from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.loggers.base import Logger, NullLogger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Progress

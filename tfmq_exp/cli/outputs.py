@@ -14,16 +14,16 @@ from torch import Tensor
 from tfmq_exp.cli.log_outputs import log_losses, points, score_summary
 from tfmq_exp.cli.score_table import show
 from tfmq_exp.cli.terminal import say
-from tfmq_exp.files import write_atomically, write_record
+from tfmq_exp.core.files import write_atomically, write_record
 from tfmq_exp.loggers.base import Logger, Rows
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.export_engine import FLOAT
 from tfmq_exp.pipeline.stages.sample_images import SampleImages
 from tfmq_exp.pipeline.unit_checkpoints import unit_reports
-from tfmq_exp.reporting import figures
-from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import formats
+from tfmq_exp.report import figures
+from tfmq_exp.report.records import ScoreRecord
+from tfmq_exp.report.tables import formats
 
 SHOWN_IMAGES = 64  # of each network in a picture
 log = logging.getLogger(__name__)

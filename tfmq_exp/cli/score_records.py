@@ -15,7 +15,7 @@ from tfmq_exp.pipeline.experiment import Evaluation, Experiment
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.export_engine import FLOAT, ExportEngine
 from tfmq_exp.pipeline.store import canonical, key_of
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.records import ScoreRecord
 
 PROTOCOL = "model.protocol."
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tfmq_exp.finite import naming_rates
+from tfmq_exp.core.finite import naming_rates
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.pipeline import Advance, Pipeline
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve

@@ -7,14 +7,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tfmq_exp.calibration.collect import STREAM as CALIBRATION
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_sites
-from tfmq_exp.denoisers.text_encoder import TextEncoder
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.loop import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling

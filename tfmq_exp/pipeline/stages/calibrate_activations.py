@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tfmq_exp.core.files import write_checked
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.files import write_checked
 from tfmq_exp.pipeline.learning import learning
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.collect_trajectory import CollectTrajectory

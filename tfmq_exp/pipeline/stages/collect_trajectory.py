@@ -9,8 +9,8 @@ import torch
 
 from tfmq_exp.calibration.collect import follow, ordered
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.files import intact, write_checked
-from tfmq_exp.finite import within
+from tfmq_exp.core.files import intact, write_checked
+from tfmq_exp.core.finite import within
 from tfmq_exp.pipeline.pipeline import Stage
 
 FILE = "calibration.safetensors"

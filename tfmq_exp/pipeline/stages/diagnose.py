@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.diagnostics.accumulation import error_accumulation
 from tfmq_exp.diagnostics.partial_quantization import quantized_parts
 from tfmq_exp.diagnostics.ranges import activation_ranges
 from tfmq_exp.diagnostics.rounding import rounding_changes
 from tfmq_exp.diagnostics.sensitivity import PredictionProbe, spread_over_steps, unit_error
 from tfmq_exp.diagnostics.temporal_error import feature_errors
-from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.pipeline.networks import QuantizedNetwork
 from tfmq_exp.pipeline.pipeline import Advance, Stage
 from tfmq_exp.pipeline.stages.collect_trajectory import CollectTrajectory

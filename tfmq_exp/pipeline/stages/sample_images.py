@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tfmq_exp.files import intact, write_checked
-from tfmq_exp.finite import within
+from tfmq_exp.core.files import intact, write_checked
+from tfmq_exp.core.finite import within
 from tfmq_exp.pipeline.networks import SampledNetwork
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.sampling.images import sample_shard

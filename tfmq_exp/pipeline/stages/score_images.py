@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
-from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.sample_images import SampleImages
 from tfmq_exp.sampling.images import STREAM
