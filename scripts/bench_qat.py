@@ -25,10 +25,12 @@ from rich.table import Table
 
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import pick_device, prepare
+from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback
+from tfmq_exp.pipeline.learning import LoggingCallback
+from tfmq_exp.pipeline.stages.train_weights import TrainWeights
+from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer
 from tfmq_exp.qat.module import QuantizationAwareTraining
 from tfmq_exp.qat.train import prepared
 from tfmq_exp.quant.quantizers.base import Mode
@@ -47,11 +49,11 @@ class Steps:
             cfg = compose("config", words)
         prepare(cfg.runtime.threads)
         device = pick_device(cfg.trainer.accelerator)
-        stages = app.build_stages(cfg, device, ProgressBars(Console(quiet=True)), NullLogger())
+        weights = app.make_experiment(cfg, device, ProgressBars(Console(quiet=True)).stage).weights
+        assert isinstance(weights, TrainWeights)
         watcher = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")
-        task = stages.training_task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), watcher)
-        training: Any = stages.method.weights
-        self.lesson, batches = prepared(task, training.protocol)
+        task = weights.task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), watcher)
+        self.lesson, batches = prepared(task, weights.method.protocol)
         self.batch = type(batches.batch(0))(*(field.to(device) for field in batches.batch(0)))
         self.optimizer: Any = self.lesson.configure_optimizers()["optimizer"]
         self.lesson.train()

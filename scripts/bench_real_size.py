@@ -32,14 +32,15 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import prepare
-from tfmq_exp.cli.estimate import Counts, Estimate, format_bytes, format_duration, reckon, show
-from tfmq_exp.cli.survey import Survey, still_to_do
+from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
+from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.terminal import standard_streams
+from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
-from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.pipeline.stages import Stages
+from tfmq_exp.pipeline.experiment import Experiment
+from tfmq_exp.pipeline.learning import learning
+from tfmq_exp.reconstruction.loop import ReconstructionContext
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.surgery import serialization
 
@@ -102,8 +103,8 @@ def random_denoiser(name: str, architecture: str) -> Denoiser:
     return Denoiser(name, unet, shape, compvis_checkpoint.training_schedule(config), "random", encoder, decoder)
 
 
-def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
-    """All objects of a run."""
+def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Experiment:
+    """All stages of a run."""
     words = [f"model={args.model}", f"method={args.method}", f"quant={args.quant}", f"paths.outputs={folder}"]
     words += ["method.weight_range.candidates=" + str(args.candidates)] if args.candidates else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -117,7 +118,7 @@ def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
         }
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}
-    return app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger())
+    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)).stage)
 
 
 @dataclass(frozen=True)
@@ -148,28 +149,22 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def part_of(full: Counts, counts: Counts, small: Stages) -> Counts:
-    """The counts of the fraction, with units whose costs were measured for the full recipe."""
-    given = small.calibration.images, len(small.calls)
-    phases: dict[str, Any] = {name: getattr(small.method, name) for name in counts.phases}
-    seen = {name: counts.halves * phase.effort(*given).samples for name, phase in phases.items()}
-    courses = {
-        name: replace(course, recipe=phases[name].recipe, samples=seen[name], timesteps=counts.timesteps)
-        for name, course in full.courses.items()
-    }
-    images = {name: count for name, count in counts.images.items() if name == "images"}
-    return replace(counts, courses=courses, observed={name: seen[name] for name in full.observed}, images=images)
-
-
-def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
+def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
     """The fraction of the recipe, from trajectories to images of the artefact.
 
     Raises:
         ValueError: the loaded model returns other numbers than the one in memory.
     """
-    data: CalibrationSet = watch.of("trajectory", stages.calibration_set)
-    model = watch.of("weights", stages.weighted_model)
-    watch.of("activations", lambda: stages.learn("activations", stages.method.activations, model, 1, folder))
+    config, pipeline = experiment.run, experiment.pipeline
+    data: CalibrationSet = watch.of("trajectory", experiment.trajectory.samples)
+    model = watch.of("weights", experiment.weights.model)
+
+    def learn() -> None:
+        with learning(pipeline, "activations", folder) as callbacks:
+            network = model, config.denoiser.unet, config.structure
+            config.method.activations(ReconstructionContext(*network, data, config.compute, 1, *callbacks))
+
+    watch.of("activations", learn)
     model.tabulate_scales()
     path = folder / "quantized.safetensors"
     watch.of("saving", lambda: serialization.save(model, path))
@@ -180,7 +175,7 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
             return network(**inputs).sample
 
     wanted = output(model)
-    network_bytes, denoiser = stages.float_bytes, stages.denoiser
+    network_bytes, denoiser = config.float_bytes, config.denoiser
     del model
     denoiser.unet.to("meta")  # no longer needed, and large
     loaded = watch.of("loading", lambda: serialization.load(path))
@@ -190,15 +185,15 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
     Console().print(
         f"bit-equal after loading; {format_bytes(size)}, {size / network_bytes:.3f} of fp32", highlight=False
     )
-    sampling, alone = stages.sampling, replace(denoiser, unet=loaded)
+    sampling, alone = config.sampling, replace(denoiser, unet=loaded)
     predict = sampling.predictor(loaded)
-    shard = range(stages.images.count)
-    watch.of("images", lambda: sample_shard(predict, alone, sampling, stages.images, shard))
+    shard = range(config.images.count)
+    watch.of("images", lambda: sample_shard(predict, alone, sampling, config.images, shard))
 
 
 def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) -> dict[str, Any]:
     """Fraction and full recipe, stage by stage."""
-    fractions = {stage.name: stage for stage in part.stages}
+    fractions = {stage.name: stage for stage in part.stages if stage.name in watch.stages}
     view = Table(title="CPU seconds of one thread", title_justify="left")
     for column in ("stage", "fraction: estimated", "measured", "ratio", "full recipe: estimated", "implied"):
         view.add_column(column, justify="left" if column == "stage" else "right")
@@ -222,14 +217,15 @@ def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) 
             format_duration(stage.seconds / ratios[stage.name]),
         )
     console.print(view)
-    show(whole, console)
+    print_estimate(whole, console)
     console.print(
         f"implied by the fraction: {format_duration(implied)}; estimate / implied: {whole.seconds / implied:.2f}",
         highlight=False,
     )
     at_peak = max(measured.peak for measured in watch.stages.values())
     console.print(
-        f"fraction: {format_bytes(part.host)} of memory estimated, {format_bytes(at_peak)} measured", highlight=False
+        f"fraction: {format_bytes(peak_of(part))} of memory estimated, {format_bytes(at_peak)} measured",
+        highlight=False,
     )
     return {
         "stages": {name: vars(measured) for name, measured in watch.stages.items()},
@@ -237,9 +233,14 @@ def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) 
         "full": {stage.name: stage.seconds for stage in whole.stages},
         "full_total": whole.seconds,
         "implied_total": implied,
-        "memory": {"full": whole.host, "estimated": part.host, "measured": at_peak},
-        "disk": whole.disk,
+        "memory": {"full": peak_of(whole), "estimated": peak_of(part), "measured": at_peak},
+        "disk": sum(stage.disk for stage in whole.stages),
     }
+
+
+def peak_of(estimate: Estimate) -> int:
+    """Estimated bytes at the peak."""
+    return round(max(map(estimate.memory, estimate.stages)))
 
 
 def main() -> int:
@@ -269,22 +270,18 @@ def main() -> int:
         "recon_batch": args.batch,
     }
     with tempfile.TemporaryDirectory() as folder:
-        full = stages_of(args, folder)
+        full = experiment_of(args, folder)
         words = [f"model.protocol.{name}={value}" for name, value in protocol.items()]
-        small = stages_of(args, folder, *words, f"runtime.batch={args.samples}")
-        wanted, fraction = still_to_do(full, app.GOALS), still_to_do(small, PART)
-        parameters = sum(p.numel() for p in full.denoiser.unet.parameters())
+        small = experiment_of(args, folder, *words, f"runtime.batch={args.samples}")
+        parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         began = time.process_time()
-        survey = Survey(full, time.process_time)
-        counts = survey.completed(wanted)
-        costs = survey.costs(counts)
-        whole, part = reckon(costs, counts), reckon(costs, part_of(counts, fraction, small))
-        console.print(
-            f"the estimate itself took {time.process_time() - began:.1f} s, {format_bytes(peak())}", highlight=False
-        )
-        console.print(f"forward pass {costs.forward.seconds:.2f} s", highlight=False)
-        del survey
+        whole = estimate(full.run, full.missing(app.GOALS[:-1]))
+        spent = time.process_time() - began
+        console.print(f"the estimate itself took {spent:.1f} s, {format_bytes(peak())}", highlight=False)
+        part = estimate(small.run, small.missing(PART))
+        assert whole is not None
+        assert part is not None
         watch = Stopwatch()
         run(small, Path(folder), watch)
     found = report(whole, part, watch, console)

@@ -18,16 +18,17 @@ ORDER = (
     ("reconstruction",),
     ("qat",),
     ("methods", "diagnostics", "deploy"),
-    ("pipeline", "cli"),
+    ("pipeline",),
+    ("cli",),
 )
 # Siblings of one level never import each other, but for what is listed here.
-ALSO = {"surgery": {"quant", "denoisers"}, "evaluation": {"surgery"}, "pipeline": {"cli"}, "cli": {"pipeline"}}
+ALSO = {"surgery": {"quant", "denoisers"}, "evaluation": {"surgery"}}
 THIRD_PARTY = {
-    "hydra": {"cli", "pipeline"},
-    "omegaconf": {"cli", "pipeline"},
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
     "wandb": {"loggers"},
     "tensorboard": {"loggers"},
-    "rich": {"cli", "pipeline"},
+    "rich": {"cli"},
     "filelock": {"cli", "pipeline", "report"},
     "pytorch_lightning": {"reconstruction", "qat"},
     "torchmetrics": {"evaluation"},

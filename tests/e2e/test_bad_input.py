@@ -145,7 +145,7 @@ def test_an_entry_that_another_process_is_writing_is_waited_for(
     other.start()
     while not (entry.path / "held").exists():
         time.sleep(0.01)
-    computed = store.pull(entry, lambda folder: pytest.fail("it was computed twice"))
+    computed = store.get_or_compute(entry, lambda folder: pytest.fail("it was computed twice"))
     other.join()
     assert not computed
     assert (entry.path / "result").read_text() == "from the other process"
@@ -162,19 +162,19 @@ def test_a_dead_process_does_not_keep_its_lock(tmp_path: Path) -> None:
     other.kill()
     other.join()
     began = time.monotonic()
-    assert store.pull(entry, lambda folder: (folder / "result").write_text("mine") and None)
+    assert store.get_or_compute(entry, lambda folder: (folder / "result").write_text("mine") and None)
     assert time.monotonic() - began < 10
 
 
 def test_a_manifest_that_is_no_json_is_damage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     entry = store.entry("stage", {})
-    store.pull(
+    store.get_or_compute(
         entry, lambda folder: save_file({"x": load_file(WEIGHTS / "classifier.safetensors")["head.bias"]}, folder / "x")
     )
-    entry.manifest.write_text("{")
+    entry.manifest_path.write_text("{")
     with pytest.raises(DamagedEntry, match=r"manifest\.json"):
-        store.pull(entry, lambda folder: None)
+        store.get_or_compute(entry, lambda folder: None)
 
 
 def test_a_traceback_on_request(tmp_path: Path) -> None:

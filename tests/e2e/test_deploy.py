@@ -14,20 +14,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from tfmq_exp.deploy.onednn_engine import available
 
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
-from tfmq_exp.cli.dry_run import lines
-from tfmq_exp.cli.remaining import still_to_do
-from tfmq_exp.cli.survey import estimate
+from tfmq_exp.cli.dry_run import expected_cost, state
+from tfmq_exp.cli.outputs import RunOutputs
+from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.cli.run_info import current_run
+from tfmq_exp.cli.score_records import engine_choices
 from tfmq_exp.cli.sweep_report import read_job
-from tfmq_exp.deploy.onednn import available
-from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.deployed import DeployedStages, engine_choices, save_deployed_errors
-from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.pipeline.stages import Stages
-from tfmq_exp.report.html.deployment import PRODUCTS, deployments
-from tfmq_exp.report.html.run_reader import read_runs
+from tfmq_exp.pipeline.experiment import Experiment
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
@@ -82,13 +79,10 @@ def run(folder: Path, store: Path, *more: str) -> Path:
     return job(folder, *words(store, *more))
 
 
-def planned(folder: Path, store: Path, *more: str) -> tuple[Stages, DeployedStages]:
+def planned(folder: Path, store: Path, *more: str) -> Experiment:
     """The stages of a job that is only asked what it would do."""
     cfg = composed(folder, *words(store, *more))
-    stages = app.build_stages(cfg, app.pick_device("cpu"), ProgressBars(app.Console(quiet=True)), NullLogger())
-    deployed = app.executed_too(stages, cfg)
-    assert deployed is not None
-    return stages, deployed
+    return app.make_experiment(cfg, app.pick_device("cpu"), ProgressBars(app.Console(quiet=True)).stage)
 
 
 def test_a_row_of_its_own_with_keys_of_its_own(tmp_path: Path, made: Made, openvino: Path) -> None:
@@ -229,26 +223,26 @@ def test_engines_share_all_but_their_own_stages(made: Made, openvino: Path, oned
 def test_a_plan_has_the_stages_of_an_engine(
     tmp_path: Path, made: Made, onednn: Path, goal: str, own: list[str]
 ) -> None:
-    stages, deployed = planned(tmp_path, made.store, "engine=onednn", f"goal={goal}")
-    plain = lines(stages, app.on_the_way(goal))
-    found = lines(stages, app.on_the_way(goal), deployed)
-    assert [line.stage for line in found[len(plain) :]] == [f"onednn{stage}" for stage in own]
-    assert {line.state for line in found} == {"found"}
-    assert all(line.entry and line.entry.key == hits(onednn)[line.stage]["key"] for line in found[len(plain) :])
-    assert estimate(stages, app.on_the_way(goal), deployed=deployed) is None
+    experiment = planned(tmp_path, made.store, "engine=onednn", f"goal={goal}")
+    found = experiment.stages(app.goals_up_to(goal))
+    names = [f"onednn{stage}" for stage in own]
+    assert [stage.name for stage in found[-len(own) :]] == names
+    assert not [stage for stage in found[: -len(own)] if stage.name.startswith("onednn")]
+    assert {state(stage) for stage in found} == {"found"}
+    assert all(stage.key == hits(onednn)[stage.name]["key"] for stage in found[-len(own) :])
+    assert experiment.missing(app.goals_up_to(goal)) == {}
 
 
 def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
-    stages, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.float_precision=bf16")
-    plan = lines(stages, app.on_the_way("scores"), deployed)
+    experiment = planned(tmp_path, made.store, "engine=openvino", "engine.rest=bf16")
+    plan = experiment.stages(app.goals_up_to("scores"))
     own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
-    assert [line.stage for line in plan if line.state == "to be made"] == own
-    assert {line.state for line in plan[: -len(own)]} == {"found"}
-    left = still_to_do(stages, app.on_the_way("scores"), deployed)
-    assert (left.phases, left.images, left.diagnostics) == ((), {"openvino images": 24}, 0)
-    assert (left.exporting, left.engine_diagnostics) == (True, 4)
-    stages, deployed = planned(tmp_path, made.store, "engine=openvino", "seed=7")
-    whole = estimate(stages, app.on_the_way("scores"), deployed=deployed)
+    assert [stage.name for stage in plan if state(stage) == "to be made"] == own
+    assert {state(stage) for stage in plan[: -len(own)]} == {"found"}
+    wanted = {"openvino": None, "openvino images": 24, "openvino scores": None, "openvino diagnostics": 4}
+    assert experiment.missing(app.goals_up_to("scores")) == wanted
+    experiment = planned(tmp_path, made.store, "engine=openvino", "seed=7")
+    whole = expected_cost(experiment, app.goals_up_to("scores"))
     assert whole is not None
     seconds = {stage.name: stage.seconds for stage in whole.stages}
     assert seconds["openvino images"] == seconds["images"] > 0
@@ -257,13 +251,14 @@ def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, open
 
 
 def test_what_was_changed_in_an_engine_is_in_its_row(tmp_path: Path, made: Made, openvino: Path) -> None:
-    _, deployed = planned(tmp_path, made.store, "engine=openvino", "engine.threads=1", "engine.split_int8_weights=true")
-    assert engine_choices(deployed.engine.name) == {"engine": "openvino", "engine.split_int8_weights": "true"}
+    planned(tmp_path, made.store, "engine=openvino", "engine.threads=1", "engine.halves=true")
+    choices = engine_choices("openvino", current_run().overrides)
+    assert choices == {"engine": "openvino", "engine.halves": "true"}
 
 
 def test_an_engines_trajectory_is_a_table_of_its_own(tmp_path: Path, made: Made, onednn: Path) -> None:
-    _, deployed = planned(tmp_path, made.store, "engine=onednn")
-    save_deployed_errors(deployed, tmp_path)
+    experiment = planned(tmp_path, made.store, "engine=onednn")
+    RunOutputs(experiment, tmp_path, app.Console(quiet=True), app.GOALS).save_deployed()
     own = list(csv.DictReader((tmp_path / "trajectory_error_deployed.csv").open()))
     simulated = list(csv.DictReader((onednn / "trajectory_error.csv").open()))
     assert [line["t"] for line in own] == [line["t"] for line in simulated]

@@ -14,10 +14,8 @@ from rich.console import Console
 from tests.e2e.jobs import composed, job
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.job_cache import is_written
-from tfmq_exp.core.files import write_checked, write_json
-from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.diagnose import Diagnosis
-from tfmq_exp.pipeline.progress import ProgressBars
+from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.pipeline.experiment import Experiment
 
 TABLES = {
     "weight_rounding": ("layer", "changed", "largest_steps", "mse_ratio"),
@@ -72,10 +70,10 @@ def test_what_it_says_of_rounding_to_nearest(first: Path) -> None:
     assert all(float(row["relative_error"]) > 0 for row in units)
 
 
-def diagnosis(first: Path, tmp_path: Path, *overrides: str) -> Diagnosis:
+def experiment(first: Path, tmp_path: Path, *overrides: str) -> Experiment:
     """Of the same run, or nearly, with what the store has of it."""
     cfg = composed(tmp_path, *SMALL, *overrides, f"paths.store={first.parent / 'store'}")
-    return Diagnosis(app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger()))
+    return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)).stage)
 
 
 def test_other_jobs_find_all_that_a_diagnosis_writes(first: Path) -> None:
@@ -84,8 +82,8 @@ def test_other_jobs_find_all_that_a_diagnosis_writes(first: Path) -> None:
     assert all(map(is_written, left))
 
 
-def computed(found: Diagnosis) -> set[str]:
-    return {name for name, hit in found.stages.hits.items() if hit["computed"]}
+def computed(found: Experiment) -> set[str]:
+    return {name for name, record in found.pipeline.stage_log.items() if record["computed"]}
 
 
 def test_the_rest_of_a_killed_diagnosis_is_done(first: Path, tmp_path: Path) -> None:
@@ -98,19 +96,20 @@ def test_the_rest_of_a_killed_diagnosis_is_done(first: Path, tmp_path: Path) -> 
         content = json.loads(kept.read_text())
         changed = {**content, "relative_error": 0.125} if kept.stem == "conv_out" else content
         write_checked(kept, partial(write_json, data=changed))
-    found = diagnosis(first, tmp_path)
-    assert found.passes() == {"sensitivity": 3 * 6}  # one unit, the whole network and the float one
-    after = {row["unit"]: row for row in found.sensitivity()}
+    found = experiment(first, tmp_path)
+    assert [stage.name for stage in found.diagnoses.values() if not stage.entry.done] == ["sensitivity"]
+    assert found.diagnoses["sensitivity"].count() == 3 * 6  # one unit, the whole network and the float one
+    after = {row["unit"]: row for row in found.diagnoses["sensitivity"].rows()}
     assert computed(found) == {"sensitivity"}
-    assert found.passes() == {}
+    assert found.diagnoses["sensitivity"].entry.done
     assert after.pop("conv_out")["relative_error"] == 0.125 != before.pop("conv_out")["relative_error"]
     assert after == before
 
 
 def test_all_but_one_unit(first: Path, tmp_path: Path) -> None:
     """Another entry of the store; leaving the worst unit float removes much of the error, and never all of it."""
-    found = diagnosis(first, tmp_path, "diagnosis.sensitivity=others")
-    rows = found.sensitivity()
+    found = experiment(first, tmp_path, "diagnosis.sensitivity=others")
+    rows = found.diagnoses["sensitivity"].rows()
     assert computed(found) == {"sensitivity"}
     assert 0.05 < max(row["share"] for row in rows) < 1
 

@@ -32,7 +32,7 @@ from tests.helpers.run_folders import Reader
 from tfmq_exp.cli.job import perform
 from tfmq_exp.cli.job_identity import job_identity
 from tfmq_exp.denoisers.unet import roles
-from tfmq_exp.pipeline.store import describe
+from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -219,7 +219,7 @@ def test_changed_code_is_another_job_and_another_stage(lab: Path, tmp_path: Path
     try:
         for line in ("", "# another thought\n", ""):
             file.write_text(code + line)
-            seen.append((job_identity(job, ()), describe(instantiate(job.method.scales.rest))))
+            seen.append((job_identity(job, ()), canonical(instantiate(job.method.scales.rest))))
     finally:
         file.write_text(code)
     assert seen[0] == seen[2]

@@ -64,7 +64,7 @@ def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> Quantized
     """As the method leaves a network, but for what learning would have changed: trained numbers are moved at random."""
     plan = method.surgery.resolve(parts, tuple(attentions(unet)), method.scales, TIMESTEPS)
     model = build_quantized_unet(unet, plan, method.weight_range)
-    if method.weights.data == "images":
+    if method.weights.trains:
         observe(model)
         with torch.no_grad():
             model(**inputs(3, 400, 900))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.conftest import TIMESTEPS, example_inputs, quantizable
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
-from tfmq_exp.pipeline.store import describe
+from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, penalty, ready, trainable
 from tfmq_exp.quant.qat.base import IntRangeKind, QATQuantizeFn
 from tfmq_exp.quant.qat.duq import Duq
@@ -378,11 +378,11 @@ def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None
 
 def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:
     texts = {
-        name: json.dumps(describe(network(tiny_unet, form, TDQ).plan.sites["conv_in"].input))
+        name: json.dumps(canonical(network(tiny_unet, form, TDQ).plan.sites["conv_in"].input))
         for name, form in FORMS.items()
     }
     assert len(set(texts.values())) == len(FORMS)
-    plain = describe(quantizable(tiny_unet).plan.sites["conv_in"].input)
+    plain = canonical(quantizable(tiny_unet).plan.sites["conv_in"].input)
     assert plain["specs"] == [{"class": "QuantSpec", "bits": 8, "scheme": "affine", "axis": None}]
     assert plain.keys() == {"class", "specs", "scale"}
     assert plain["scale"].keys() == {"class", "momentum", "estimator"}

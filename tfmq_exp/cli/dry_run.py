@@ -1,144 +1,45 @@
-"""A dry run: which stages of a job are in the store, and what the others will take."""
+"""Dry run: which stages of a job are in the store, and what the others will take."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.environment import busy
-from tfmq_exp.cli.estimate import Estimate
-from tfmq_exp.cli.estimate import show as show_estimate
-from tfmq_exp.cli.survey import estimate
-from tfmq_exp.cli.terminal import say
+from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
 from tfmq_exp.core.formatting import format_duration
-from tfmq_exp.pipeline.deployed import DeployedStages
-from tfmq_exp.pipeline.diagnose import Diagnosis
-from tfmq_exp.pipeline.stages import Stages
-from tfmq_exp.pipeline.store import Entry, Store
+from tfmq_exp.pipeline.experiment import Experiment
+from tfmq_exp.pipeline.pipeline import Stage
 
-Found = Literal["found", "begun", "to be made", "not needed"]
+Found = Literal["found", "begun", "to be made"]
 
 
-class NotThere(LookupError):  # noqa: N818
-    """An entry that a dry run would have to make."""
+def state(stage: Stage) -> Found:
+    """What the store has of a stage."""
+    if stage.entry.done:
+        return "found"
+    return "begun" if (stage.entry.path / "inputs.json").is_file() else "to be made"
 
 
-@dataclass(frozen=True)
-class Shelf(Store):
-    """A store that is only looked at; it remembers what was asked for, by stage."""
-
-    seen: dict[str, Entry] = field(default_factory=dict)
-
-    def pull(self, entry: Entry, compute: Callable[[Path], None], seconds: object = None) -> bool:
-        """Found, or an error.
-
-        Raises:
-            NotThere: the entry is not finished.
-        """
-        self.seen[entry.stage] = entry
-        if not entry.done:
-            raise NotThere(entry.stage)
-        return False
-
-
-@dataclass(frozen=True)
-class Line:
-    """One stage; the key is None where it depends on one that is not there yet."""
-
-    stage: str
-    entry: Entry | None
-    needed: bool = True
-
-    @property
-    def state(self) -> Found:
-        """What the store knows of it."""
-        if self.entry is not None and self.entry.done:
-            return "found"
-        if not self.needed:
-            return "not needed"
-        return "begun" if self.entry is not None and (self.entry.path / "inputs.json").is_file() else "to be made"
-
-
-def lines(stages: Stages, goals: Collection[str], deployed: DeployedStages | None = None) -> list[Line]:
-    """Every stage up to the goal, those of an engine after the simulation's; nothing is made.
-
-    Args:
-        stages: the run.
-        goals: `trajectory`, `weights`, ... up to the one that the run is to reach.
-        deployed: the same run with the model executed by an engine, where one is asked for.
-    """
-    goal = tuple(goals)[-1]
-    data = {name: entry for name, entry, _ in stages.data(goal)}
-    found = [Line("trajectory", stages.trajectory, "trajectory" in data or goal in ("trajectory", "diagnose"))]
-    if "weights" in goals:
-        found += [Line(name, entry) for name, entry in data.items() if name != "trajectory"]
-        found.append(Line("weights", stages.weights))
-    if "activations" in goals:
-        found.append(Line("activations", stages.activations))
-    if "correction" in goals and stages.correction is not None:
-        found.append(Line("correction", stages.correction))
-    if "images" in goals:
-        found.append(Line("float images", stages.images_entry(quantized=False)))
-        found.append(Line("images", stages.images_entry(quantized=True)))
-    if "scores" in goals:
-        found += [
-            Line("reference", looked_up(stages, "reference", lambda: stages.reference(stages.judge))),
-            Line("float scores", looked_up(stages, "scores", lambda: stages.scores(quantized=False))),
-            Line("scores", looked_up(stages, "scores", lambda: stages.scores(quantized=True))),
-            Line("diagnostics", looked_up(stages, "diagnostics", stages.errors)),
-        ]
-    if "diagnose" in goals:
-        of = Diagnosis(stages)
-        asked = (of.rounding, of.features, of.accumulation, of.ranges, of.sensitivity)
-        found += [Line(name, looked_up(stages, name, ask)) for ask in asked if (name := f"diagnosis_{ask.__name__}")]
-    return found if deployed is None else [*found, *engine_lines(deployed, goals)]
-
-
-def engine_lines(deployed: DeployedStages, goals: Collection[str]) -> list[Line]:
-    """The stages that an engine adds, as they are called in a run's `artifacts.json`."""
-    name = deployed.engine.name
-    found = [Line(name, deployed.finished)]
-    if "images" in goals:
-        found.append(Line(f"{name} images", deployed.images_entry(quantized=True)))
-    if "scores" in goals:
-        found += [
-            Line(f"{name} scores", looked_up(deployed, "scores", lambda: deployed.scores(quantized=True))),
-            Line(f"{name} diagnostics", looked_up(deployed, "diagnostics", deployed.errors)),
-        ]
-    return found
-
-
-def looked_up(stages: Stages, stage: str, ask: Callable[[], object]) -> Entry | None:
-    """The entry that a stage asks the store for, which is the only one who knows; None where it does not come to that."""
-    store, pulled, shelf = stages.store, stages.pulled, Shelf(stages.store.root)
-    stages.store, stages.pulled = shelf, set()  # what is known already is asked for again
-    try:
-        ask()
-    except NotThere:
-        pass
-    finally:
-        stages.store, stages.pulled = store, pulled
-    return shelf.seen.get(stage)
-
-
-def preview(
-    stages: Stages, goals: Collection[str], console: Console, deployed: DeployedStages | None = None
-) -> Estimate | None:
-    """The stages as a table, and the estimate of those that are missing, which is returned; None if none is."""
+def preview(experiment: Experiment, goals: Collection[str], console: Console) -> float:
+    """Print the stages up to the last of the goals and the estimate of those that are missing; returns its seconds."""
     view = Table(title=f"up to {tuple(goals)[-1]}: nothing is computed", title_justify="left")
     for name in ("stage", "key", "state", "took"):
         view.add_column(name, justify="right" if name == "took" else "left", overflow="fold")
-    for line in lines(stages, goals, deployed):
-        took = line.entry.took if line.state == "found" and line.entry is not None else None
-        key = "" if line.entry is None else line.entry.key
-        view.add_row(line.stage, key, line.state, "" if took is None else format_duration(took))
+    stages = experiment.stages(goals)
+    if (trajectory := experiment.trajectory) not in stages:
+        view.add_row(trajectory.name, trajectory.key, "found" if trajectory.entry.done else "not needed", "")
+    for stage in stages:
+        seconds = stage.entry.seconds
+        view.add_row(stage.name, stage.key, state(stage), "" if seconds is None else format_duration(seconds))
     console.print(view)
-    expected = estimate(stages, goals, deployed=deployed)
-    if expected is not None:
-        show_estimate(expected, console)
-        if note := busy():
-            say(console, note)
-    return expected
+    if (expected := expected_cost(experiment, goals)) is None:
+        return 0.0
+    print_estimate(expected, console)
+    return expected.seconds
+
+
+def expected_cost(experiment: Experiment, goals: Collection[str]) -> Estimate | None:
+    """Estimate of the stages that are missing; None if none of them takes long."""
+    engine = experiment.export.engine.name if experiment.export else ""
+    return estimate(experiment.run, experiment.missing(goals), engine)

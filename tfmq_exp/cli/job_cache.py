@@ -71,7 +71,7 @@ def keep(store: Store, record: Entry, folder: Path) -> None:
             raise OSError(f"its files have {format_bytes(size)}, more than {format_bytes(LARGEST)}")
         if record.done and not undamaged(record):
             shutil.rmtree(record.path)
-        store.pull(record, fill)
+        store.get_or_compute(record, fill)
     except OSError as error:
         log.warning("the job is done, but the store cannot note that it is: %s", error)
 
@@ -104,7 +104,7 @@ def still_there(store: Store, stage: Mapping[str, Any]) -> bool:
     path = Path(stage["path"])
     entry = Entry(path.parent.name, path.name, store.root / path.parent.name / path.name, {})
     try:
-        return entry.whole
+        return entry.complete
     except DamagedEntry:
         return False
 

@@ -120,14 +120,10 @@ class NoiseStatistics:
 class NoCorrection:
     """The prediction as the quantized network makes it."""
 
-    measures: ClassVar[bool] = False
+    measures: ClassVar[Literal[False]] = False  # statistics of the noise
 
     def check(self, sampler: Sampler) -> None:
         """Every sampler will do."""
-
-    def __call__(self, predict: Predict, sampling: Sampling, statistics: None) -> tuple[Predict, Sampling]:
-        """What is sampled with."""
-        return predict, sampling
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ class NoiseCorrection:
     bias: Literal["residual", "total"]
     sigma: Literal["pooled", "per_sample"]
     keep_drift: bool
-    measures: ClassVar[bool] = True
+    measures: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
         check_fields(self, images=COUNT, keep_drift=SWITCH)

@@ -1,7 +1,7 @@
 """Weights and activation ranges trained together, the whole network at once, on images."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tfmq_exp.methods.activations import CalibrationBudget
 from tfmq_exp.qat.conditioning import Labels
@@ -21,7 +21,7 @@ class QuantizationAwareTrain:
     protocol: TrainingProtocol
     labels: Labels
     learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
-    data: ClassVar[str] = "images"
+    trains: ClassVar[Literal[True]] = True
 
     def effort(self, images: int, calls: int) -> CalibrationBudget:
         """Training images, counted as often as they are seen, and iterations."""

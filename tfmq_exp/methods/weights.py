@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.seeds import derive_seed
@@ -21,7 +21,7 @@ class RoundToNearest:
     """Every weight to the nearest point of its grid; no data needed."""
 
     learns: ClassVar[frozenset[str]] = frozenset()
-    data: ClassVar[str] = "trajectories"  # what there is to learn from: these of the float model, or images
+    trains: ClassVar[Literal[False]] = False  # on images, as quantization-aware training does
 
     def effort(self, images: int, calls: int) -> CalibrationBudget:
         """None."""
@@ -48,7 +48,7 @@ class Reconstruct:
     timesteps: TimestepPolicy
     recipe: ReconstructionConfig
     learns: ClassVar[frozenset[str]] = frozenset({"weights"})
-    data: ClassVar[str] = "trajectories"
+    trains: ClassVar[Literal[False]] = False
 
     def effort(self, images: int, calls: int) -> CalibrationBudget:
         """Of one unit."""

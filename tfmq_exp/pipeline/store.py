@@ -1,9 +1,9 @@
-"""A content-addressed store: a stage's result lies under a hash of everything that it depends on.
+"""Content-addressed store: the result of a stage lies under a hash of everything that it depends on.
 
     <root>/<stage>/<key>/manifest.json     written last; without it the entry is unfinished and will be resumed
                          inputs.json       what the key was made from
                          ...               the stage's files
-                         ....sha256        hashes of parts, while the entry is unfinished: those that differ are made again
+                         ....sha256        hashes of single files of an unfinished entry: those that differ are made again
 
 Same inputs, same key, no recomputation. A process killed at any moment leaves an unfinished entry, never a wrong one. The
 manifest has the hash of every file and its own; finished entries are read without a lock, so a store may be read-only.
@@ -34,7 +34,7 @@ from tfmq_exp.core.files import (
 )
 
 SCHEMA = 3  # part of every key: raise it when the meaning of stored files changes
-NOTED = {"stage", "key", "seconds", "files"}  # what a manifest says beside its own hash
+MANIFEST_KEYS = {"stage", "key", "seconds", "files"}  # besides the manifest's own hash
 log = logging.getLogger(__name__)
 
 
@@ -42,25 +42,28 @@ class DamagedEntry(ValueError):  # noqa: N818
     """A finished entry whose files are not what was written."""
 
 
-def describe(value: Any) -> Any:
-    """Plain data that identifies a record of choices: dataclasses with their class name, mappings sorted by JSON later.
+def canonical(value: Any) -> Any:
+    """Plain data that identifies a value: dataclasses with their class name, mappings and sequences element by element.
 
-    A class that is not the program's is identified by its module and its code, too: nobody raises `SCHEMA` for it.
+    A class from outside the program is identified by its module and the hash of its code as well, since `SCHEMA` does not
+    follow its changes.
+
+    Raises:
+        TypeError: a value that is neither plain data nor a dataclass.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class": type(value).__name__, **origin_of(type(value)), **fields}
+        fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **_origin(type(value)), **fields}
     if isinstance(value, Mapping):
-        return {str(k): describe(v) for k, v in value.items()}
+        return {str(k): canonical(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [describe(v) for v in value]
+        return [canonical(v) for v in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(f"a {type(value).__name__} cannot be part of a key: make it a frozen dataclass")
 
 
-def origin_of(kind: type) -> dict[str, str]:
-    """Where a class is from, with a hash of the code there; nothing for the program's own."""
+def _origin(kind: type) -> dict[str, str]:
     package = kind.__module__.split(".")[0]
     if package == __name__.split(".")[0]:
         return {}
@@ -69,7 +72,7 @@ def origin_of(kind: type) -> dict[str, str]:
 
 
 def code_of(package: str) -> str | None:
-    """Hash of the Python files of a module or package; None for what is installed, or has none."""
+    """Hash of the Python files of a module or package; None for an installed one, or one without files."""
     spec = None if package == "__main__" else importlib.util.find_spec(package)
     if spec is None:
         return None
@@ -84,7 +87,7 @@ def code_of(package: str) -> str | None:
 
 
 def key_of(stage: str, inputs: Mapping[str, Any]) -> str:
-    """The first 16 hex digits of a hash that does not depend on the order of keys."""
+    """The first 16 hex digits of a hash that does not depend on the order of the inputs."""
     text = json.dumps({"stage": stage, "schema": SCHEMA, "inputs": inputs}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -99,85 +102,84 @@ class Entry:
     inputs: Mapping[str, Any]
 
     @property
-    def manifest(self) -> Path:
-        """The file whose presence says that the entry is finished."""
+    def manifest_path(self) -> Path:
+        """The file whose presence means that the entry is finished."""
         return self.path / "manifest.json"
 
     @property
     def done(self) -> bool:
         """Whether the entry is finished."""
-        return self.manifest.is_file()
+        return self.manifest_path.is_file()
 
     @property
-    def took(self) -> float | None:
-        """Seconds that it took to make, if they were noted."""
-        return self.noted.get("seconds") if self.done else None
+    def seconds(self) -> float | None:
+        """Seconds of computing it, if it is finished and they are known."""
+        return self.manifest["seconds"] if self.done else None
 
     @property
-    def noted(self) -> dict[str, Any]:
-        """What the manifest says.
+    def manifest(self) -> dict[str, Any]:
+        """Content of the manifest.
 
         Raises:
             DamagedEntry: it is no manifest, not what was written, or another entry's.
         """
         try:
-            noted = read_record(self.manifest)
+            manifest = read_record(self.manifest_path)
         except ValueError as error:
-            raise self.damaged(self.manifest.name) from error
-        if set(noted) != NOTED or noted["key"] != self.key:
-            raise self.damaged(self.manifest.name)
-        return noted
+            raise self._damaged(self.manifest_path.name) from error
+        if set(manifest) != MANIFEST_KEYS or manifest["key"] != self.key:
+            raise self._damaged(self.manifest_path.name)
+        return manifest
 
     @property
-    def whole(self) -> bool:
-        """Whether it is finished, and all files are there that the manifest names; their content is not looked at."""
-        return self.done and all((self.path / name).is_file() for name in self.noted["files"])
+    def complete(self) -> bool:
+        """Whether it is finished and all files of the manifest are there; their content is not read."""
+        return self.done and all((self.path / name).is_file() for name in self.manifest["files"])
 
     def verify(self, *names: str) -> None:
-        """Compare files with their hashes: those that are named, or all.
+        """Compare files with their hashes: the named ones, or all.
 
         Raises:
-            DamagedEntry: some file is missing or changed; says which, and how to have it made again.
+            DamagedEntry: a file is missing or changed; names it and says how to have it made again.
         """
-        wanted = self.noted["files"]
-        for name in names or wanted:
+        hashes = self.manifest["files"]
+        for name in names or hashes:
             path = self.path / name
-            if not path.is_file() or sha256_of(path) != wanted.get(name):
-                raise self.damaged(name)
+            if not path.is_file() or sha256_of(path) != hashes.get(name):
+                raise self._damaged(name)
 
-    def damaged(self, name: str) -> DamagedEntry:
-        """The error that names a file."""
+    def _damaged(self, name: str) -> DamagedEntry:
         return DamagedEntry(
             f"the stored {self.stage} is damaged: {self.path / name}; delete the folder {self.path} to have it made again"
         )
 
     def finish(self, seconds: float | None = None) -> None:
-        """Mark the entry as finished, and note how long it took.
+        """Write the manifest.
 
         Raises:
-            DamagedEntry: a part has changed since it was written.
+            DamagedEntry: a file with a hash of its own has changed since it was written.
         """
         for path in self.path.rglob("*.partial"):  # of a process that was killed while it wrote
             path.unlink()
-        files = [p for p in sorted(self.path.rglob("*")) if p.is_file() and p != self.manifest]
-        parts = [path for path in files if path.suffix == HASH]
-        kept = [path for path in files if path.suffix != HASH]
-        for path in kept:
-            if hash_path(path) in parts and not unchanged(path):
+        files = [p for p in sorted(self.path.rglob("*")) if p.is_file() and p != self.manifest_path]
+        checked = {path for path in files if path.suffix == HASH}
+        results = [path for path in files if path.suffix != HASH]
+        for path in results:
+            if hash_path(path) in checked and not unchanged(path):
                 raise DamagedEntry(f"{path} has changed since it was written: the next run makes it again")
-        hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in kept}
-        write_record(self.manifest, {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes})
-        self.remove_part_hashes()
+        hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in results}
+        write_record(self.manifest_path, {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes})
+        self.remove_file_hashes()
 
-    def remove_part_hashes(self) -> None:
-        """Remove the hashes of parts, for which the manifest stands once it is there; where the store is read-only they stay."""
+    def remove_file_hashes(self) -> None:
+        """Remove the hashes beside single files, which the manifest has; in a read-only store they stay."""
         for path in self.path.rglob(f"*{HASH}"):
             with suppress(OSError):
                 path.unlink()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out; wait for one that is at work. A dead process's lock is gone with it."""
+        """Hold the entry's lock; wait while another process holds it. A dead process's lock is gone with it."""
         lock = FileLock(self.path.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0.1)
@@ -192,34 +194,36 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The store under a root folder, for one process or for several that make a run together."""
+    """The store under a root folder, for one process or for a group that makes a run together."""
 
     root: Path
-    processes: ProcessGroup = ALONE
+    group: ProcessGroup = ALONE
 
     def entry(self, stage: str, inputs: Mapping[str, Any]) -> Entry:
-        """Where the result of a stage with these inputs is, or will be."""
-        plain = describe(inputs)
+        """Place of the result of a stage with these inputs."""
+        plain = canonical(inputs)
         key = key_of(stage, plain)
         return Entry(stage, key, self.root / stage / key, plain)
 
     def write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write a file that all processes have the content of: one is enough. Its hash lies beside it."""
-        if self.processes.is_main:
+        """Write a file with its hash beside it, from the main process alone."""
+        if self.group.is_main:
             write_checked(path, write)
 
     def write_json(self, path: Path, data: Any) -> None:
-        """The same for JSON."""
-        if self.processes.is_main:
+        """Write JSON from the main process alone."""
+        if self.group.is_main:
             write_json(path, data)
 
-    def pull(
+    def get_or_compute(
         self, entry: Entry, compute: Callable[[Path], None], seconds: Callable[[], float | None] = lambda: None
     ) -> bool:
-        """Make sure that the entry is finished, and read it through; returns whether it had to be computed.
+        """Make sure that the entry is finished and unchanged; returns whether it had to be computed.
 
-        `compute` fills the folder, together with other processes if there are any; it finds there what an interrupted
-        attempt has left. `seconds` is asked afterwards how long that took.
+        Args:
+            entry: place of the result.
+            compute: fills the folder, in all processes of the group; finds there what an interrupted attempt has left.
+            seconds: gives the time of the computation, asked afterwards.
 
         Raises:
             DamagedEntry: it is finished, and some file is not what was written.
@@ -227,21 +231,21 @@ class Store:
         if self._found(entry):
             return False
         entry.path.mkdir(parents=True, exist_ok=True)
-        with entry.locked() if self.processes.is_main else nullcontext():
+        with entry.locked() if self.group.is_main else nullcontext():
             if self._found(entry):  # another job has made it meanwhile
                 return False
             self.write_json(entry.path / "inputs.json", entry.inputs)
             compute(entry.path)
-            self.processes.barrier()
-            if self.processes.is_main:
+            self.group.barrier()
+            if self.group.is_main:
                 entry.finish(seconds())
-            self.processes.barrier()
+            self.group.barrier()
             return True
 
     def _found(self, entry: Entry) -> bool:
-        if not self.processes.broadcast(entry.done):
+        if not self.group.broadcast(entry.done):
             return False
-        if self.processes.is_main:
+        if self.group.is_main:
             entry.verify()
-            entry.remove_part_hashes()  # of a process that was killed between the manifest and this
+            entry.remove_file_hashes()  # of a process that was killed between the manifest and this
         return True

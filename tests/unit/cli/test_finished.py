@@ -12,7 +12,7 @@ from tfmq_exp.pipeline.store import Entry, Store
 
 def stage(store: Store) -> Entry:
     entry = store.entry("weights", {"a": 1})
-    store.pull(entry, lambda folder: store.write_json(folder / "x.json", 1))
+    store.get_or_compute(entry, lambda folder: store.write_json(folder / "x.json", 1))
     return entry
 
 
@@ -50,7 +50,7 @@ def test_other_names_are_not_unpacked(tmp_path: Path, name: str) -> None:
         (target / "artifacts.json").write_text("{}")
         (target / "origin.json").write_text(json.dumps({"folder": "old"}))
 
-    store.pull(record, fill)
+    store.get_or_compute(record, fill)
     folder.mkdir(parents=True)
     assert take(store, record, folder) == Path("old")
     assert [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()] == ["artifacts.json"]
@@ -65,7 +65,7 @@ def test_a_job_is_found_again_once_its_stage_is_there_again(tmp_path: Path, what
     assert take(store, record, folder) == folder
     gone = weights.path if what == "folder" else weights.path / what
     if what == "turned":
-        weights.manifest.write_text(weights.manifest.read_text().replace("weights", "weighty"))
+        weights.manifest_path.write_text(weights.manifest_path.read_text().replace("weights", "weighty"))
     else:
         gone.rename(tmp_path / "away")
     assert take(store, record, folder) is None

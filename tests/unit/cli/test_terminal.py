@@ -14,11 +14,9 @@ import yaml
 from rich.table import Table
 
 from tests.e2e.jobs import CONF
+from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.score_table import show, show_sweep
 from tfmq_exp.cli.terminal import Terminal, VisibleFormatter, say, say_error, visible
-from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.report import tables
-from tfmq_exp.report.records import ScoreRecord
 
 pytestmark = pytest.mark.bad_input
 

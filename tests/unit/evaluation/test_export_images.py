@@ -30,7 +30,7 @@ def finished_run(root: Path, images: Tensor, name: str = "images") -> Path:
             save_file({"images": shard.contiguous()}, folder / f"images-{start:06d}.safetensors")
             start += len(shard)
 
-    store.pull(entry, compute)
+    store.get_or_compute(entry, compute)
     record = run / "artifacts.json"
     hits = json.loads(record.read_text()) if record.is_file() else {}
     hits[name] = {"key": entry.key, "path": str(entry.path.relative_to(root))}

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.data.digits import DigitsImages, load_images
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
-from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
-from tfmq_exp.pipeline.training_stages import TrainingStages
+from tfmq_exp.pipeline.stages.train_weights import label_inputs
 from tfmq_exp.qat.batches import NoisyBatches
 from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses, NoLabels
 from tfmq_exp.qat.dataset import TrainingSet, identity, write
@@ -206,20 +204,9 @@ def test_rows_are_told_their_class_or_none() -> None:
         ConditionDropout(no_null, [1, 2])(rows, told, torch.device("cpu"))
 
 
-class Labelled:
-    """What the key of a training is made of."""
-
-    plan, seed = SimpleNamespace(trained=None), 0
-    denoiser, examples = SimpleNamespace(schedule={}), SimpleNamespace(key="examples")
-
-    def __init__(self, labels: Sequence[Any]) -> None:
-        self.training_labels = labels
-
-
 def test_other_labels_of_the_same_images_are_another_training() -> None:
-    read: Any = TrainingStages.training_inputs
     given: list[Sequence[Any]] = [(), [0, 1, 1], [0, 1, 0], ["a cat", "a dog", "a dog"], ["a cat", "a dog", "a cat"]]
-    keys = [json.dumps(read.fget(Labelled(labels))) for labels in given]
+    keys = [json.dumps(label_inputs(labels)) for labels in given]
     assert len(set(keys)) == len(given)
-    assert read.fget(Labelled([0, 1, 1])) == read.fget(Labelled((0, 1, 1)))
-    assert "labels" not in keys[0], "where the network is told nothing, the key is that of the images"
+    assert label_inputs([0, 1, 1]) == label_inputs((0, 1, 1))
+    assert label_inputs(()) == {}, "where the network is unconditional, the key is that of the images"

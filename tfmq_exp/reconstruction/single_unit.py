@@ -1,4 +1,4 @@
-"""A part of a network that is learned alone, to see whether learning itself works."""
+"""A partition of one unit, for `debug=overfit`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from tfmq_exp.reconstruction.units import Unit
 
 
 @dataclass(frozen=True)
-class OneUnit:
-    """One unit of a partition; the layers of all others stay float. For `goal=weights`: such a network is not finished.
+class SingleUnit:
+    """One unit of a partition; all other layers stay float. For `goal=weights`: such a network is not finished.
 
     Args:
-        partition: into what the network is cut.
-        unit: which one, by name; None: the one with the most layers, the first of them.
+        partition: cuts the network into units.
+        unit: name of the one; None: the one with the most layers, the first of them.
     """
 
     partition: Callable[[UNetStructure, frozenset[str]], list[Unit]]

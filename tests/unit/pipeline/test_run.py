@@ -1,16 +1,13 @@
 """Which layers depend on time alone is confirmed at the sampler's last timestep and a neighbour that the network knows."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from diffusers import DDIMScheduler, UNet2DModel
 
 from tests.unit.sampling.folders import make_generic
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading.pretrained import load_denoiser
-from tfmq_exp.pipeline.float_stages import FloatStages
+from tfmq_exp.pipeline.run import measured_structure
 
 
 @pytest.fixture
@@ -32,14 +29,9 @@ def denoiser(tmp_path: Path) -> Denoiser:
     return load_denoiser("x", tmp_path, None, False)
 
 
-def measure(denoiser: Denoiser, last: int) -> Any:
-    stages: Any = SimpleNamespace(denoiser=denoiser, calls=(last,))
-    return FloatStages.structure.func(stages)
-
-
 @pytest.mark.parametrize("last", [0, 7, 19])
 def test_any_timestep_may_be_the_last(denoiser: Denoiser, last: int) -> None:
-    assert measure(denoiser, last).temporal_sites
+    assert measured_structure(denoiser, last).temporal_sites
 
 
 def test_a_layer_of_zeros_is_named(denoiser: Denoiser) -> None:
@@ -47,4 +39,4 @@ def test_a_layer_of_zeros_is_named(denoiser: Denoiser) -> None:
     with pytest.raises(
         ValueError, match=r"by measurement 1 layers .* first mid_block\.resnets\.1\.time_emb_proj: are its"
     ):
-        measure(denoiser, 7)
+        measured_structure(denoiser, 7)

@@ -8,15 +8,9 @@ import pytest
 import torch
 
 from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.pipeline.learning import LoggingCallback
 from tfmq_exp.pipeline.store import DamagedEntry, Store
-from tfmq_exp.pipeline.unit_checkpoints import (
-    FileUnitCheckpointer,
-    LoggingCallback,
-    LossCurve,
-    load_learned,
-    noted,
-    save_learned,
-)
+from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve, load_result, save_result, unit_reports
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
@@ -47,18 +41,18 @@ def same(one: UnitResult, other: UnitResult) -> bool:
 
 
 def test_everything_learned_and_its_note_survive_the_file(tmp_path: Path) -> None:
-    save_learned(tmp_path / "file", learned(), {"a": [1, None]})
-    back, note = load_learned(tmp_path / "file")
+    save_result(tmp_path / "file", learned(), {"a": [1, None]})
+    back, note = load_result(tmp_path / "file")
     assert same(back, learned())
     assert not same(back, learned(1))
     assert note == {"a": [1, None]}
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    save_learned(tmp_path / "file", learned(), {})
+    save_result(tmp_path / "file", learned(), {})
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"file is damaged.*delete it"):
-        load_learned(tmp_path / "file")
+        load_result(tmp_path / "file")
 
 
 def test_work_that_goes_over_the_same_units_again_keeps_them_apart(tmp_path: Path) -> None:
@@ -72,7 +66,7 @@ def test_work_that_goes_over_the_same_units_again_keeps_them_apart(tmp_path: Pat
         FileUnitCheckpointer(tmp_path / "units", {}).part("again").get("a"),
     )
     assert all(found is not None and same(found, learned(seed)) for seed, found in enumerate(kept))
-    files.write_notes(tmp_path)
+    files.write_reports(tmp_path)
     reports = json.loads((tmp_path / "units.json").read_text())
     assert [row["error_after"] for row in reports] == [0.25, 0.125]
     assert reports[0] == dataclasses.asdict(REPORT)
@@ -103,18 +97,18 @@ def test_a_curve_is_kept_with_its_unit_and_found_again(tmp_path: Path) -> None:
         files = FileUnitCheckpointer(entry.path / "units", watcher.curves)
         watcher.iteration("a", 10, 10, 0.5 + part)
         (files.part("again") if part else files).put("a", learned(), REPORT)
-    files.write_notes(entry.path)
+    files.write_reports(entry.path)
     entry.finish()
-    rows = noted([entry, Store(tmp_path).entry("activations", {})], "losses.json")
+    rows = unit_reports([entry, Store(tmp_path).entry("activations", {})], "losses.json")
     names = [(row["phase"], row["unit"], row["loss"]) for row in rows]
     assert names == [("weights", "a", 0.5), ("weights 2", "a", 1.5)]
     assert list(rows[0]) == ["phase", "unit", "iteration", "loss"]
     assert [f"{phase}/{unit}" for phase, unit, _ in names] == mirror.names
-    assert noted([entry], "units.json")[0] == {"phase": "weights", **dataclasses.asdict(REPORT)}
+    assert unit_reports([entry], "units.json")[0] == {"phase": "weights", **dataclasses.asdict(REPORT)}
     notes = entry.path / "units.json"
     notes.write_text(notes.read_text().replace("0.25", "0.26"))
     with pytest.raises(DamagedEntry, match=r"units\.json"):
-        noted([entry], "units.json")
+        unit_reports([entry], "units.json")
 
 
 class Curves(NullLogger):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.captions import make_sampling, report_captions
+from tfmq_exp.cli.main import make_sampling
+from tfmq_exp.cli.outputs import warn_of_captions
 from tfmq_exp.sampling.conditioning import Captions, Unconditional
 
 pytestmark = pytest.mark.bad_input
@@ -44,11 +45,7 @@ def test_captions_come_from_the_file_that_is_named(tmp_path: Path) -> None:
 def test_what_is_said(
     captions: dict[str, int], images: int, lines: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for first, expected in ((True, lines), (False, [])):
-        caplog.clear()
-        stages: Any = SimpleNamespace(
-            captions=captions, images=SimpleNamespace(count=images), processes=SimpleNamespace(first=first)
-        )
-        with caplog.at_level(logging.WARNING):
-            report_captions(stages)
-        assert [record.getMessage() for record in caplog.records] == expected
+    run: Any = SimpleNamespace(captions=captions, images=SimpleNamespace(count=images))
+    with caplog.at_level(logging.WARNING):
+        warn_of_captions(run)
+    assert [record.getMessage() for record in caplog.records] == lines

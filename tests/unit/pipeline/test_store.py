@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tfmq_exp.core.files import hash_path, intact, read_record, write_atomically, write_checked, write_record
-from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store, code_of, describe, key_of
+from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store, canonical, code_of, key_of
 from tfmq_exp.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.bad_input
@@ -38,19 +37,19 @@ def test_any_change_makes_another_key(inputs: dict[str, object]) -> None:
 
 
 def test_records_are_described_with_their_class() -> None:
-    assert describe({"m": QuantSpec(4)}) == {"m": {"class": "QuantSpec", "bits": 4, "scheme": "affine", "axis": None}}
+    assert canonical({"m": QuantSpec(4)}) == {"m": {"class": "QuantSpec", "bits": 4, "scheme": "affine", "axis": None}}
 
 
 def test_a_class_that_is_not_the_programs_is_described_with_its_code() -> None:
-    described = describe(Choice(4))
+    described = canonical(Choice(4))
     code = described.pop("code")
     assert described == {"class": "Choice", "module": __name__, "bits": 4, "name": "x"}
     assert code == code_of(__name__.split(".")[0])
-    assert describe(Choice(5))["code"] == code
+    assert canonical(Choice(5))["code"] == code
     assert code_of("torch") is None
-    assert describe(Choice(4)) != describe(OtherChoice(4))
+    assert canonical(Choice(4)) != canonical(OtherChoice(4))
     with pytest.raises(TypeError, match="function"):
-        describe({"f": lambda: None, "g": 1}["f"])
+        canonical({"f": lambda: None, "g": 1}["f"])
 
 
 def test_a_finished_entry_is_not_computed_again(tmp_path: Path) -> None:
@@ -61,9 +60,9 @@ def test_a_finished_entry_is_not_computed_again(tmp_path: Path) -> None:
         calls.append(folder)
         (folder / "result").write_text("r")
 
-    assert store.pull(store.entry("s", {"a": 1}), compute)
-    assert not store.pull(store.entry("s", {"a": 1}), compute)
-    assert store.pull(store.entry("s", {"a": 2}), compute)
+    assert store.get_or_compute(store.entry("s", {"a": 1}), compute)
+    assert not store.get_or_compute(store.entry("s", {"a": 1}), compute)
+    assert store.get_or_compute(store.entry("s", {"a": 2}), compute)
     assert len(calls) == 2
 
 
@@ -76,9 +75,9 @@ def test_a_failed_computation_leaves_the_entry_unfinished(tmp_path: Path) -> Non
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        store.pull(entry, fail)
+        store.get_or_compute(entry, fail)
     assert not entry.done
-    assert store.pull(entry, lambda folder: None)
+    assert store.get_or_compute(entry, lambda folder: None)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -113,8 +112,8 @@ def turned(content: bytes, bit: int) -> bytes:
 def test_no_bit_of_a_finished_entry_turns_unseen(tmp_path: Path) -> None:
     store = Store(tmp_path)
     entry = store.entry("s", {"a": 1.5})
-    store.pull(entry, lambda folder: store.write_json(folder / "result.json", {"x": [1, 2.5]}), lambda: 12.5)
-    assert entry.took == 12.5
+    store.get_or_compute(entry, lambda folder: store.write_json(folder / "result.json", {"x": [1, 2.5]}), lambda: 12.5)
+    assert entry.seconds == 12.5
     files = sorted(entry.path.iterdir())
     assert [path.name for path in files] == ["inputs.json", "manifest.json", "result.json"]
     for path in files:
@@ -127,9 +126,9 @@ def test_no_bit_of_a_finished_entry_turns_unseen(tmp_path: Path) -> None:
     entry.verify()
     files[0].unlink()
     assert entry.done
-    assert not entry.whole
+    assert not entry.complete
     with pytest.raises(DamagedEntry, match="inputs"):
-        store.pull(entry, lambda folder: None)
+        store.get_or_compute(entry, lambda folder: None)
 
 
 def test_a_record_says_when_it_is_not_what_was_written(tmp_path: Path) -> None:
@@ -179,35 +178,35 @@ def test_a_part_that_turns_after_it_was_written_is_not_sealed(tmp_path: Path) ->
             (folder / "part").write_bytes(damage)
 
     with pytest.raises(DamagedEntry, match="part has changed"):
-        store.pull(entry, lambda folder: compute(folder, b"Content"))
+        store.get_or_compute(entry, lambda folder: compute(folder, b"Content"))
     assert not entry.done
     (entry.path / "other.123.partial").write_bytes(b"half")
-    assert store.pull(entry, compute)
+    assert store.get_or_compute(entry, compute)
     assert (entry.path / "part").read_bytes() == b"content"
     assert {path.name for path in entry.path.iterdir()} == {"inputs.json", "manifest.json", "part"}
 
 
 def test_a_read_only_store_serves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
-    store.pull(store.entry("s", {}), lambda folder: None)
+    store.get_or_compute(store.entry("s", {}), lambda folder: None)
 
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tfmq_exp.pipeline.store.FileLock", refused)
     monkeypatch.setattr(Path, "mkdir", refused)
-    assert not store.pull(store.entry("s", {}), lambda folder: pytest.fail("it was made again"))
+    assert not store.get_or_compute(store.entry("s", {}), lambda folder: pytest.fail("it was made again"))
     with pytest.raises(OSError, match="Read-only"):
-        store.pull(store.entry("s", {"other": 1}), lambda folder: None)
+        store.get_or_compute(store.entry("s", {"other": 1}), lambda folder: None)
 
 
 def test_an_entry_in_anothers_place_is_damage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     one, other = store.entry("s", {"a": 1}), store.entry("s", {"a": 2})
-    store.pull(one, lambda folder: None)
+    store.get_or_compute(one, lambda folder: None)
     one.path.rename(other.path)
     with pytest.raises(DamagedEntry, match="manifest"):
-        store.pull(other, lambda folder: None)
+        store.get_or_compute(other, lambda folder: None)
 
 
 def test_a_process_that_is_killed_after_the_manifest_leaves_no_trace(
@@ -220,8 +219,8 @@ def test_a_process_that_is_killed_after_the_manifest_leaves_no_trace(
         write_checked(folder / "part", lambda path: path.write_text("a part"))
 
     with monkeypatch.context() as killed:
-        killed.setattr(Entry, "remove_part_hashes", lambda _: None)
-        store.pull(entry, compute)
+        killed.setattr(Entry, "remove_file_hashes", lambda _: None)
+        store.get_or_compute(entry, compute)
     assert (entry.path / "part.sha256").is_file()
-    assert not store.pull(entry, compute)
+    assert not store.get_or_compute(entry, compute)
     assert {path.name for path in entry.path.iterdir()} == {"inputs.json", "manifest.json", "part"}

@@ -5,20 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.main import build_stages
+from tfmq_exp.cli.main import make_run
+from tfmq_exp.cli.score_records import protocol, settings
 from tfmq_exp.denoisers.digits import WEIGHTS
-from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.pipeline.score_records import protocol, settings
 
 
 def test_settings_tell_trainings_apart_and_seeds_not(tmp_path: Path) -> None:
     def of(*overrides: str) -> dict[str, str]:
-        return settings(composed(tmp_path, "method=lsq_tdq", "quant=w4a4", *overrides))
+        return settings(composed(tmp_path, "method=lsq_tdq", "quant=w4a4", *overrides), overrides)
 
     plain = of()
     assert plain["named"] == ""
@@ -35,8 +32,7 @@ def test_a_protocol_tells_networks_apart(tmp_path: Path) -> None:
     """By the hash of their weights and by their noise schedule: both go by one name."""
 
     def of(*overrides: str) -> Any:
-        cfg = composed(tmp_path, "runtime=smoke", *overrides)
-        return build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger())
+        return make_run(composed(tmp_path, "runtime=smoke", *overrides), torch.device("cpu"))
 
     tensors = load_file(WEIGHTS / "denoiser.safetensors")
     save_file(tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1}, tmp_path / "other.safetensors")

@@ -1,0 +1,136 @@
+"""Diagnoses of a run as tables and figures in its folder; the worst rows of each are printed."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tfmq_exp.cli.outputs import write_csv
+from tfmq_exp.cli.terminal import say
+from tfmq_exp.diagnostics.activation_ranges import range_changes
+from tfmq_exp.diagnostics.sensitivity import THIRDS
+from tfmq_exp.diagnostics.temporal_error import features_by_layer
+from tfmq_exp.diagnostics.trajectory_error import ERRORS
+from tfmq_exp.pipeline.experiment import Experiment
+from tfmq_exp.report.figures import diagnosis as figures
+from tfmq_exp.report.figures.canvas import short_name
+from tfmq_exp.report.figures.errors import accumulation_lines
+
+Row = dict[str, Any]
+Draw = Callable[[Path, str], None]
+WORST_ROWS = 5  # of each printed table
+WIDEST_LINE = 400  # characters
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One diagnosis as it is shown.
+
+    Args:
+        tables: by the name of the CSV.
+        figures: by the name of the PNG.
+        title: of the printed rows.
+        worst: these rows.
+        columns: printed columns.
+    """
+
+    tables: Mapping[str, list[Row]]
+    figures: Mapping[str, Draw]
+    title: str
+    worst: list[Row]
+    columns: tuple[str, ...]
+
+
+def findings(experiment: Experiment) -> Iterator[Finding]:
+    """All diagnoses, computed one after the other; those without rows (no integer weights, no quantized activations) left out."""
+    diagnoses = {name: stage.rows for name, stage in experiment.diagnoses.items()}
+    if rounding := diagnoses["rounding"]():
+        yield Finding(
+            {"weight_rounding": rounding},
+            {"weight_rounding": partial(figures.rounding_bars, rounding)},
+            "weights: layers with most integers away from the nearest",
+            worst(rounding, "changed"),
+            ("layer", "changed", "largest_steps", "mse_ratio"),
+        )
+    features = diagnoses["features"]()
+    layers = features_by_layer(features)
+    yield Finding(
+        {"temporal_features": features, "temporal_features_by_layer": layers},
+        {"temporal_features": partial(figures.feature_map, features)},
+        "temporal features: layers that moved most",
+        worst(layers, "relative_mse"),
+        ("layer", "relative_mse", "cosine_distance", "at_t"),
+    )
+    steps = diagnoses["accumulation"]()
+    yield Finding(
+        {"error_accumulation": steps},
+        {"error_accumulation": partial(accumulation_lines, steps)},
+        "trajectory: steps with the largest error of their own",
+        worst(steps, "eps_error"),
+        ("step", "t", *ERRORS),
+    )
+    if ranges := diagnoses["ranges"]():
+        changes = range_changes(ranges)
+        distinct = [row for row in changes if not row["same_as"]]
+        order = [row["activation"] for row in distinct]
+        maps = {"activation_changes": figures.range_map, "activation_ranges": figures.range_lines}
+        yield Finding(
+            {"activation_ranges": ranges, "activation_changes": changes},
+            {name: partial(draw, ranges, order) for name, draw in maps.items()},
+            "activations: those that the quantizer clips most",
+            worst(distinct, "most_clipped"),
+            ("activation", "most_clipped", "at_t", "width_change", "interval_change"),
+        )
+    units, others = diagnoses["sensitivity"](), experiment.run.diagnosis.sensitivity == "others"
+    most, other = ("share", "relative_error") if others else ("relative_error", "share")
+    yield Finding(
+        {"unit_sensitivity": units},
+        {"unit_sensitivity": partial(figures.sensitivity_bars, units, THIRDS)},
+        "units: where the prediction's error comes from",
+        worst(units, most),
+        ("unit", most, other, *THIRDS),
+    )
+
+
+def worst(rows: list[Row], column: str) -> list[Row]:
+    """The rows with the largest values above 0."""
+    return sorted((row for row in rows if row[column] > 0), key=lambda row: row[column], reverse=True)[:WORST_ROWS]
+
+
+def save_diagnoses(experiment: Experiment, folder: Path, console: Console, name: str) -> None:
+    """Compute every diagnosis, write it into the folder, log it, and print its worst rows."""
+    folder.mkdir(exist_ok=True)
+    logger = experiment.pipeline.logger
+    for finding in findings(experiment):
+        for table, rows in finding.tables.items():
+            write_csv(folder / f"{table}.csv", rows)
+            logger.log_table(f"diagnosis/{table}", rows)
+        for figure, draw in finding.figures.items():
+            draw(folder / f"{figure}.png", f"{figure.replace('_', ' ')}, {name}")
+            logger.log_image(f"diagnosis/{figure}", folder / f"{figure}.png")
+        print_finding(finding, console)
+
+
+def print_finding(finding: Finding, console: Console) -> None:
+    """Print the worst rows of a diagnosis."""
+    if not finding.worst:
+        say(console, f"{finding.title}: none")
+        return
+    view = Table(title=finding.title, title_justify="left", box=None, pad_edge=False)
+    for i, column in enumerate(finding.columns):
+        view.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=not i)
+    for row in finding.worst:
+        view.add_row(*(_text(row[column]) for column in finding.columns))
+    wide = max(console.width, console.measure(view, options=console.options.update_width(WIDEST_LINE)).maximum)
+    # a terminal folds long lines; names that were folded here could not be searched for
+    console.print(view, width=wide, crop=False, no_wrap=True)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return short_name(value) if isinstance(value, str) else str(value)

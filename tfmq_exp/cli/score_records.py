@@ -1,0 +1,170 @@
+"""Records of a run's scores, of which tables are made: a row each for the float, the simulated and the deployed network."""
+
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from tfmq_exp.cli.job_identity import INSIDE
+from tfmq_exp.cli.run_info import RunInfo
+from tfmq_exp.pipeline.experiment import Evaluation, Experiment
+from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.stages.export_engine import FLOAT, ExportEngine
+from tfmq_exp.pipeline.store import canonical, key_of
+from tfmq_exp.report.records import ScoreRecord
+
+PROTOCOL = "model.protocol."
+
+
+def score_records(
+    experiment: Experiment,
+    cfg: DictConfig,
+    info: RunInfo,
+    covered: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    began: float,
+) -> list[ScoreRecord]:
+    """Rows of the float network, the simulation, and the engine if there is one.
+
+    Args:
+        experiment: whose images are scored.
+        cfg: resolved configuration.
+        info: command line.
+        covered: shares of the network that are quantized, `surgery.coverage`.
+        environment: machine and versions.
+        began: `time.perf_counter()` at the start of the run.
+    """
+    run = experiment.run
+    float_scores, scores = experiment.float_scores.scores(), experiment.simulated.scores.scores()
+    shared: dict[str, Any] = {
+        "model": cfg.model.name,
+        "seed": cfg.seed,
+        "protocol": protocol(run),
+        "evaluator": experiment.reference.evaluator_record(),
+        "environment": dict(environment),
+    }
+    quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
+    if experiment.examples:  # rows of the same settings that were trained on other images are no repetitions
+        quantized["trained_on"] = experiment.examples.key[:8]
+    original = {"quant": "fp32", "method": "float", "scores": float_scores, "weights_bytes": run.float_bytes}
+    records = [
+        ScoreRecord(**original, cost={"size_ratio": 1.0}, **shared),
+        ScoreRecord(
+            quant=cfg.quant.name,
+            method=cfg.method.name,
+            scores=scores,
+            weights_bytes=experiment.activations.artefact.stat().st_size,
+            choices=method_choices(info.overrides),
+            settings=settings(cfg, info.overrides),
+            errors=mean_errors(experiment.simulated.errors.errors()),
+            quantized=quantized,
+            cost=cost_of(experiment, began),
+            keys={name: record["key"] for name, record in experiment.pipeline.stage_log.items()},
+            **shared,
+        ),
+    ]
+    if experiment.export and experiment.deployed:
+        records.append(deployed_record(records[1], experiment.export, experiment.deployed, info.overrides))
+    return records
+
+
+def deployed_record(
+    simulated: ScoreRecord, export: ExportEngine, deployed: Evaluation, overrides: Sequence[str]
+) -> ScoreRecord:
+    """Row of the network that an engine executes.
+
+    Args:
+        simulated: row of its simulation.
+        export: stage of the engine's files.
+        deployed: stages that evaluate it.
+        overrides: of the command line.
+    """
+    executed, size, engine = [row["executed"] for row in export.layers()], export.executed_bytes, export.engine
+    kernels = {
+        "layers_executed": sum(kernel != FLOAT for kernel in executed) / len(executed),
+        "executed_in": sorted(set(executed) - {FLOAT}),
+        "engine": dict(engine.identity),
+    }
+    stages = {"images": deployed.images, "scores": deployed.scores, "diagnostics": deployed.errors}
+    return replace(
+        simulated,
+        scores=deployed.scores.scores(),
+        errors=mean_errors(deployed.errors.errors()),
+        choices={**simulated.choices, **engine_choices(engine.name, overrides)},
+        weights_bytes=size,
+        quantized={**simulated.quantized, **kernels},
+        cost={**simulated.cost, "size_ratio": size / export.run.float_bytes},
+        keys={**simulated.keys, **{name: stage.key for name, stage in stages.items()}},
+    )
+
+
+def protocol(run: Run) -> dict[str, Any]:
+    """What rows must share to be comparable: network, sampler, images, rounding to bytes, calibration."""
+    return {
+        "network": canonical({**run.network_inputs, "schedule": dict(run.denoiser.schedule)}),
+        "sampler": canonical(run.sampling.sampler),
+        "conditioning": canonical(run.sampling.conditioning),
+        **({"captions": dict(run.captions)} if run.captions else {}),
+        "guidance": run.sampling.guidance,
+        "precision": run.sampling.precision,
+        "network_calls": len(run.calls),
+        "images": run.images.count,
+        "uint8_rule": f"{run.images.uint8}((x + 1) * 127.5)",
+        "calibration_images": run.calibration.images,
+    }
+
+
+def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
+    """Samples, iterations, seconds, bytes. `quantization_seconds` are of making the stages, by this run or another one."""
+    run = experiment.run
+    given, halves = (run.calibration.images, len(run.calls)), 2 if run.sampling.guided else 1
+    weights, activations = run.method.weights.effort(*given), run.method.activations.effort(*given)
+    network = (experiment.weights, experiment.activations, experiment.correction)
+    stages = [*experiment.data("activations"), *(stage for stage in network if stage)]
+    seconds = [stage.entry.seconds for stage in stages]
+    return {
+        "weight_samples": weights.samples * halves,
+        "weight_iterations": weights.iterations,
+        "activation_samples": activations.samples * halves,
+        "activation_iterations": activations.iterations,
+        **({"training_images": len(run.training_images)} if experiment.examples else {}),
+        "size_ratio": experiment.activations.artefact.stat().st_size / run.float_bytes,
+        "quantization_seconds": None if None in seconds else round(sum(filter(None, seconds)), 1),
+        "seconds": round(time.perf_counter() - began, 1),
+        "stages": experiment.pipeline.stage_log,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def mean_errors(errors: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The two error curves as the numbers of a row."""
+    columns = [("temporal", f"temporal_{name}", name) for name in ("cosine", "mse", "relative_mse")]
+    columns.append(("trajectory", "step", "eps_error"))
+    averages = {title: float(np.mean([row[name] for row in errors[curve]])) for curve, title, name in columns}
+    return {**averages, "trajectory": errors["trajectory"][-1]["x_error"]}
+
+
+def method_choices(overrides: Sequence[str]) -> dict[str, str]:
+    """Changes of the command line inside the method, the preset of a release included."""
+    given = dict(text.split("=", 1) for text in overrides if "=" in text)
+    inside = {key: value for key, value in given.items() if key.startswith(INSIDE)}
+    experiment = given.get("experiment", "")
+    return inside | ({"experiment": experiment} if "as_released/" in experiment else {})
+
+
+def engine_choices(name: str, overrides: Sequence[str]) -> dict[str, str]:
+    """The engine and changes of the command line in it, but for its threads, which change no number."""
+    given = dict(text.split("=", 1) for text in overrides if text.startswith("engine."))
+    return {"engine": name} | {key: value for key, value in given.items() if key != "engine.threads"}
+
+
+def settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, str]:
+    """Identity of the method's settings, whatever the seed; see `ScoreRecord`."""
+    plain: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"seed": 0}), resolve=True)
+    digest = key_of("settings", {"method": plain["method"], "quant": plain["quant"]})
+    named = [text for text in overrides if text.startswith(("experiment=", PROTOCOL))]
+    return {"hash": digest[:8], "named": ", ".join(sorted(text.removeprefix(PROTOCOL) for text in named))}

@@ -1,0 +1,71 @@
+"""What surrounds a phase of a method while it learns: progress bar, loss curves, unit checkpoints and reports."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tfmq_exp.core.finite import naming_rates
+from tfmq_exp.loggers.base import Logger
+from tfmq_exp.pipeline.pipeline import Advance, Pipeline
+from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve
+from tfmq_exp.reconstruction.callbacks import UnitReport
+
+
+class LoggingCallback:
+    """Shows a phase on a progress bar and its loss curves, one for each unit and pass over the units, in a logger.
+
+    `shown` names the curves that the logger has got; `curves` are those of the present pass, by unit.
+    """
+
+    def __init__(self, advance: Advance, logger: Logger, phase: str) -> None:
+        self.advance, self.logger, self.phase = advance, logger, phase
+        self.finished_units, self.total, self.passes = 0, 0, 0
+        self.curves: dict[str, LossCurve] = {}
+        self.shown: set[str] = set()
+
+    def start(self, units: int) -> None:
+        """Begin a pass over so many units."""
+        self.finished_units, self.total = 0, units
+        self.passes += 1
+        self.curves.clear()
+
+    def progress(self, what: str, number: int, of: int) -> None:
+        """Show work that has no units and no loss."""
+        self.advance(number / of, what)
+
+    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
+        """Show the loss of an iteration of a unit."""
+        self.advance((self.finished_units + number / of) / self.total, f"{unit}  loss {loss:.2e}")
+        again = f" {self.passes}" if self.passes > 1 else ""
+        curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))
+        if curve.add(number, of, loss):
+            self.shown.add(f"{curve.phase}/{unit}")
+            self.logger.log_loss(f"{curve.phase}/{unit}", number, loss)
+
+    def finished(self, unit: str, report: UnitReport | None) -> None:
+        """Show the errors of a unit; no report: it was learned by an earlier attempt."""
+        self.finished_units += 1
+        note = "kept from before" if report is None else f"{report.error_before:.2e} → {report.error_after:.2e}"
+        self.advance(self.finished_units / self.total, f"{unit}  {note}")
+
+
+@contextmanager
+def learning(
+    pipeline: Pipeline, phase: str, folder: Path, title: str = ""
+) -> Iterator[tuple[FileUnitCheckpointer, LoggingCallback]]:
+    """Unit checkpoints and progress callback of a phase; `units.json` and `losses.json` are written afterwards.
+
+    Args:
+        pipeline: with progress display and logger.
+        phase: `weights` or `activations`, the part of the method that errors name.
+        folder: of the stage.
+        title: of the bar, if it is not the phase.
+    """
+    with pipeline.progress(title or phase, 1) as advance:
+        callback = LoggingCallback(advance, pipeline.logger, phase)
+        units = FileUnitCheckpointer(folder / "units", callback.curves, pipeline.store.write)
+        with naming_rates(f"method.{phase}"):
+            yield units, callback
+    pipeline.shown_losses |= callback.shown
+    if pipeline.group.is_main:
+        units.write_reports(folder)

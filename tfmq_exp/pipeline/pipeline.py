@@ -1,0 +1,149 @@
+"""Stages, and the pipeline that computes those that the store does not have."""
+
+import json
+import logging
+import resource
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tfmq_exp.core.distributed import ProcessGroup
+from tfmq_exp.loggers.base import Logger
+from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.store import Entry, Store
+
+log = logging.getLogger(__name__)
+
+Advance = Callable[[float, str], None]  # takes the amount that is done, and a note
+Progress = Callable[[str, float], AbstractContextManager[Advance]]  # a display that counts to a total, under a name
+
+
+@dataclass(eq=False)
+class Stage(ABC):
+    """One step of an experiment. The store keeps its result under a key of its inputs.
+
+    A stage reads the results of others by their own methods, which compute what is not there. `stored_as` is its folder of the
+    store.
+    """
+
+    run: Run
+    pipeline: "Pipeline"
+    stored_as: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """Name in the run's records and on the progress bar."""
+        return self.stored_as
+
+    @abstractmethod
+    def inputs(self) -> Mapping[str, Any]:
+        """Everything that the result depends on. Computes no stage."""
+
+    @abstractmethod
+    def compute(self, folder: Path) -> None:
+        """Fill the folder, together with the other processes; what an interrupted attempt has left there is used."""
+
+    def count(self) -> int | None:
+        """Amount of work for the cost estimate: images that are left, trajectories, passes of one image.
+
+        For weights and activations, what an interrupted attempt has finished.
+        """
+        return None
+
+    @cached_property
+    def entry(self) -> Entry:
+        """Place of the result in the store."""
+        return self.pipeline.store.entry(self.stored_as, self.inputs())
+
+    @property
+    def key(self) -> str:
+        """Hash of the inputs."""
+        return self.entry.key
+
+    def result(self) -> Path:
+        """Folder of the result, which is computed if it is not there."""
+        return self.pipeline.get(self)
+
+    def read_json(self, name: str) -> Any:
+        """Content of a JSON file of the result."""
+        return json.loads((self.result() / name).read_text(encoding="utf-8"))
+
+
+class Pipeline:
+    """Computes stages through the store and records how that went.
+
+    Args:
+        store: of the results, for this process or for several.
+        progress: display.
+        logger: dashboard.
+
+    Attributes:
+        stage_log: name of a stage -> its record, as in `artifacts.json`.
+        shown_losses: loss curves that the logger has got while they grew.
+    """
+
+    def __init__(self, store: Store, progress: Progress, logger: Logger) -> None:
+        self.store, self.progress, self.logger = store, progress, logger
+        self.stage_log: dict[str, dict[str, Any]] = {}
+        self.shown_losses: set[str] = set()
+        self._finished: set[Path] = set()
+        self._inner_seconds = 0.0  # spent in the stages that the present one has asked for
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The processes of this run."""
+        return self.store.group
+
+    def get(self, stage: Stage) -> Path:
+        """Folder of a stage's result. It is computed if it is not there, else verified the first time.
+
+        Raises:
+            DamagedEntry: a file is not what was written.
+        """
+        entry = stage.entry
+        if entry.path in self._finished:
+            return entry.path
+        outer, self._inner_seconds = self._inner_seconds, 0.0
+        began = time.perf_counter()
+
+        def own_seconds() -> float:
+            return round(time.perf_counter() - began - self._inner_seconds, 2)
+
+        computed = self.store.get_or_compute(entry, stage.compute, own_seconds)
+        self._record(stage, own_seconds(), computed=computed)
+        self._inner_seconds = outer + time.perf_counter() - began
+        self._finished.add(entry.path)
+        return entry.path
+
+    def require(self, stage: Stage) -> None:
+        """Compute a stage unless all its files are there, which are not read: that takes long where they are large."""
+        if not self.group.broadcast(stage.entry.complete):
+            self.get(stage)
+        elif stage.entry.path not in self._finished:
+            self._record(stage, 0.0, computed=False)
+
+    def _record(self, stage: Stage, seconds: float, *, computed: bool) -> None:
+        """Note a stage the first time. `seconds` are its own; `took` those when it was made, by this run or another."""
+        if stage.name in self.stage_log:
+            return
+        self.stage_log[stage.name] = {
+            "key": stage.key,
+            "computed": computed,
+            "seconds": seconds,
+            "took": stage.entry.seconds,
+            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "path": str(stage.entry.path),
+        }
+        self.logger.log_summary(stage_summary(stage.name, self.stage_log[stage.name]))
+        log.info("%s %s (%s)", stage.name, "computed" if computed else "found in the store", stage.key)
+
+
+def stage_summary(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's record as numbers of the dashboard."""
+    stage = name.replace(" ", "_")
+    return {f"stages/{stage}/{key}": record[key] for key in ("computed", "seconds", "took", "peak_mib")}

@@ -1,0 +1,192 @@
+"""One experiment: what is quantized, how, and what is measured. Configuration and what follows from it; nothing is stored."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from tfmq_exp.calibration.collect import STREAM as CALIBRATION
+from tfmq_exp.core.validate import COUNT, check_fields
+from tfmq_exp.data.image_dataset import ImageDataset
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
+from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.temporal import measured_temporal_sites
+from tfmq_exp.denoisers.unet import attentions, read_structure
+from tfmq_exp.evaluation.evaluator import Evaluator
+from tfmq_exp.methods.method import Method
+from tfmq_exp.reconstruction.loop import ComputeConfig
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.images import STREAM as IMAGES
+from tfmq_exp.sampling.images import ImagePlan
+from tfmq_exp.surgery.config import ResolvedConfig
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """Number of float-model trajectories that calibration sees, and how many of them run together."""
+
+    images: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, images=COUNT, batch=COUNT)
+
+    def batches(self) -> list[range]:
+        """Trajectories that run together."""
+        return [range(start, min(start + self.batch, self.images)) for start in range(0, self.images, self.batch)]
+
+
+@dataclass(frozen=True)
+class DiagnosisPlan:
+    """Size of a diagnosis.
+
+    Args:
+        samples: calibration samples, spread over the sampling steps, on which every unit's sensitivity is measured.
+        trajectories: those whose activations and errors are followed.
+        sensitivity: quantize each unit `alone`, or all the `others` and leave it float.
+    """
+
+    samples: int
+    trajectories: int
+    sensitivity: Literal["alone", "others"]
+
+    def __post_init__(self) -> None:
+        check_fields(self, samples=COUNT, trajectories=COUNT)
+        if self.sensitivity not in ("alone", "others"):
+            raise ValueError(f"diagnosis.sensitivity must be alone or others, got {self.sensitivity!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Configuration of one experiment.
+
+    Args:
+        denoiser: the float network with its noise schedule, condition encoder and first stage.
+        sampling: sampler, guidance and conditions.
+        method: the quantization method.
+        images: number, seed and batch size of the images that are scored.
+        calibration: size of the calibration set.
+        diagnostics: number of trajectories on which the quantized network is compared with the float one.
+        diagnosis: size of a diagnosis.
+        compute: batch size, cache, trainer and processes.
+        seed: of all random numbers but those of the images.
+        make_evaluator: loads feature extractor and reference; called when scores are needed.
+        make_training_images: opens the images of quantization-aware training; called when they are needed.
+    """
+
+    denoiser: Denoiser
+    sampling: Sampling
+    method: Method
+    images: ImagePlan
+    calibration: CalibrationPlan
+    diagnostics: int
+    diagnosis: DiagnosisPlan
+    compute: ComputeConfig
+    seed: int
+    make_evaluator: Callable[[], Evaluator]
+    make_training_images: Callable[[], ImageDataset]
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Feature extractor, reference and metrics."""
+        return self.make_evaluator()
+
+    @cached_property
+    def training_images(self) -> ImageDataset:
+        """Images of quantization-aware training."""
+        return self.make_training_images()
+
+    @cached_property
+    def structure(self) -> UNetStructure:
+        """Blocks and layers of the network; those that depend on t alone are confirmed by measurement."""
+        return measured_structure(self.denoiser, self.calls[-1])
+
+    @cached_property
+    def calls(self) -> tuple[int, ...]:
+        """Timesteps of the network calls for one image."""
+        calls, sampler = self.sampling.calls(self.denoiser), self.sampling.sampler
+        distinct = len(set(calls))
+        log.info("%s: %d network calls at %d timesteps, %d .. %d", sampler, len(calls), distinct, calls[0], calls[-1])
+        return calls
+
+    @cached_property
+    def resolved(self) -> ResolvedConfig:
+        """Quantizers of every layer."""
+        names, timesteps = tuple(attentions(self.denoiser.unet)), self.sampling.finite_set(self.denoiser)
+        return self.method.surgery.resolve(self.structure, names, self.method.scales, timesteps)
+
+    def quantized_unet(self, resolved: ResolvedConfig | None = None) -> QuantizedUNet:
+        """A quantized copy of the network, nothing calibrated yet."""
+        return build_quantized_unet(self.denoiser.unet, resolved or self.resolved, self.method.weight_range)
+
+    @property
+    def float_bytes(self) -> int:
+        """Size of the float network in float32."""
+        return 4 * sum(p.numel() for p in self.denoiser.unet.parameters())
+
+    @property
+    def follows_trajectories(self) -> bool:
+        """Whether the method learns or observes anything on trajectories of the float model."""
+        observed = self.method.activations.effort(self.calibration.images, len(self.calls)).samples
+        return not self.method.weights.trains or bool(observed)
+
+    @cached_property
+    def captions(self) -> Mapping[str, int]:
+        """`TextEncoder.count_cut` over all captions of the run and of its calibration; empty without a text encoder."""
+        encoder, choose = self.denoiser.encoder, self.sampling.conditioning.choose
+        if not isinstance(encoder, TextEncoder):
+            return {}
+        images = choose(self.images.seed, IMAGES, range(self.images.count))
+        return encoder.count_cut([*images, *choose(self.seed, CALIBRATION, range(self.calibration.images))])
+
+    # parts of the stages' keys
+
+    @property
+    def network_inputs(self) -> dict[str, Any]:
+        """Identity of the float network."""
+        return {"weights_sha256": self.denoiser.weights_sha256, "settings": dict(self.denoiser.settings)}
+
+    @cached_property
+    def model_inputs(self) -> dict[str, Any]:
+        """Identity of the float model and its sampling."""
+        schedule = dict(self.denoiser.schedule)
+        return {"model": self.denoiser.name, **self.network_inputs, "schedule": schedule, "sampling": self.sampling}
+
+    @cached_property
+    def layer_inputs(self) -> dict[str, Any]:
+        """Quantizers of all layers, whatever the sampler's timesteps."""
+        return {"layers": replace(self.resolved, timesteps=())}
+
+    @property
+    def weight_inputs(self) -> dict[str, Any]:
+        """Which weights are quantized, and how."""
+        layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.sites.items() if layer.weight}
+        method = {"range": self.method.weight_range, "weights": self.method.weights, "qat": self.resolved.trained}
+        return {**self.network_inputs, "specs": layers, **method}
+
+
+def measured_structure(denoiser: Denoiser, t: int) -> UNetStructure:
+    """The network's structure, its temporal layers compared with those that react to a change of the timestep.
+
+    Args:
+        denoiser: whose network is read.
+        t: a timestep that the network knows.
+
+    Raises:
+        ValueError: a layer depends on t otherwise than its role says.
+    """
+    example = denoiser.example()
+    structure = read_structure(denoiser.unet, example)
+    other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
+    measured = measured_temporal_sites(denoiser.unet, example, t, other)
+    if wrong := sorted(measured.symmetric_difference(structure.temporal_sites)):
+        raise ValueError(
+            f"by measurement {len(wrong)} layers of the network depend on t otherwise than their roles say, first {wrong[0]}: "
+            "are its weights, or those before it, zeros?"
+        )
+    return structure
