@@ -8,11 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.environment import busy
-from tfmq_exp.cli.estimate import Estimate
-from tfmq_exp.cli.estimate import show as show_estimate
-from tfmq_exp.cli.survey import estimate
-from tfmq_exp.cli.terminal import say
+from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
 from tfmq_exp.core.formatting import format_duration
 from tfmq_exp.pipeline.deployed import DeployedStages
 from tfmq_exp.pipeline.diagnose import Diagnosis
@@ -136,9 +132,47 @@ def preview(
         key = "" if line.entry is None else line.entry.key
         view.add_row(line.stage, key, line.state, "" if took is None else format_duration(took))
     console.print(view)
-    expected = estimate(stages, goals, deployed=deployed)
+    expected = estimate(stages, missing_stages(stages, goals, deployed), deployed.engine.name if deployed else "")
     if expected is not None:
-        show_estimate(expected, console)
-        if note := busy():
-            say(console, note)
+        print_estimate(expected, console)
     return expected
+
+
+def missing_stages(
+    stages: Stages, goals: Collection[str], deployed: DeployedStages | None = None
+) -> dict[str, int | None]:
+    """Stages that are to be made, with the amount of each as `estimate` takes it."""
+    learns, goal = "weights" in goals, tuple(goals)[-1]
+    engine = "" if deployed is None else deployed.engine.name
+    missing: dict[str, int | None] = {}
+    if learns and not stages.weights.done:
+        missing["weights"] = finished_parts(stages.weights)
+    if "activations" in goals and not stages.activations.done:
+        missing["activations"] = finished_parts(stages.activations)
+    if (missing or goal == "trajectory") and (stages.follows_trajectories or not learns) and not stages.trajectory.done:
+        missing = {"trajectory": None, **missing}
+    if "correction" in goals and stages.correction is not None and not stages.correction.done:
+        missing["correction"] = None
+    if deployed is not None and not deployed.finished.done:
+        missing[engine] = None
+    if "images" in goals:
+        entries = {"float images": stages.images_entry(quantized=False), "images": stages.images_entry(quantized=True)}
+        entries |= {f"{engine} images": deployed.images_entry(quantized=True)} if deployed else {}
+        left = {name: images_left(stages, entry) for name, entry in entries.items()}
+        missing |= {name: count for name, count in left.items() if count}
+        if "scores" in goals:
+            compared = {name.replace("images", "diagnostics"): name for name in entries if name != "float images"}
+            missing |= {name: stages.diagnostics.images for name, images in compared.items() if images in missing}
+    return missing | (Diagnosis(stages).passes() if "diagnose" in goals else {})
+
+
+def images_left(stages: Stages, entry: Entry) -> int:
+    """Images that no shard holds yet."""
+    made = [entry.path / f"images-{shard.start:06d}.safetensors" for shard in stages.images.shards()]
+    return sum(len(shard) for shard, path in zip(stages.images.shards(), made, strict=True) if not path.is_file())
+
+
+def finished_parts(entry: Entry) -> int:
+    """Units, or iterations of a training, that an interrupted attempt has left in an entry."""
+    iterations = [int(path.stem) for path in entry.path.glob("checkpoints/*.ckpt")]
+    return max(iterations, default=len(list(entry.path.glob("units/*.safetensors"))))

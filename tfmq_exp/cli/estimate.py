@@ -1,319 +1,252 @@
-"""Time, memory and disk that a run will take: what was measured of one pass, one iteration and one image, times how many."""
+"""Cost of a run before it starts: a few passes and iterations are measured and multiplied by their number.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+Seconds are right within about a third; bytes are the measured peak of a batch, the networks, and what calibration caches.
+"""
 
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
-from tfmq_exp.cli.measure import Pass, UnitCost
+from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.cli.environment import busy
+from tfmq_exp.cli.measure import BUDGET, Cost, measure, measure_units, now
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.formatting import format_bytes, format_duration
-from tfmq_exp.reconstruction.activation_cache import RandomBatches
-from tfmq_exp.reconstruction.capture import groups_within
-from tfmq_exp.reconstruction.loop import ERROR_SAMPLES
-from tfmq_exp.reconstruction.module import ReconstructionConfig
+from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.reconstruction.capture import bytes_at
+from tfmq_exp.reconstruction.loop import is_learnable
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 
-INTEGER_SHARE = 0.25  # of float32: integers are kept as bytes beside the real numbers that they stand for
-
-
-@dataclass(frozen=True)
-class Course:
-    """A phase that learns: which units, from how many samples, and how often all of it is repeated.
-
-    Args:
-        units: with what their learning costs.
-        recipe: iterations, batch, and which networks' inputs are captured.
-        samples: calibration samples that it sees.
-        timesteps: rows of a unit that is driven by timesteps.
-        rounds: once for each activation width.
-        quantizing: whether activations are quantized meanwhile.
-        importance: seconds per sample of finding the objective's weights.
-        setup: seconds of every unit beside its iterations.
-    """
-
-    units: tuple[UnitCost, ...]
-    recipe: ReconstructionConfig
-    samples: int
-    timesteps: int
-    rounds: int = 1
-    quantizing: bool = False
-    importance: float = 0.0
-    setup: float = 0.0
-
-    def rows(self, unit: UnitCost) -> int:
-        """Rows that a unit learns from."""
-        return self.samples if unit.driver == "denoiser" else self.timesteps
-
-    def batch(self, unit: UnitCost) -> int:
-        """Rows of one iteration."""
-        return min(self.recipe.batch, self.rows(unit))
-
-    @property
-    def driven(self) -> list[UnitCost]:
-        """Units whose inputs and outputs are captured while the denoiser runs."""
-        return [unit for unit in self.units if unit.driver == "denoiser"]
-
-    def groups(self, cache: int) -> list[list[UnitCost]]:
-        """Units that one pass of the float network serves."""
-        units = {unit.name: unit for unit in self.driven}
-        with_inputs = "float" in self.recipe.inputs.origins
-        sizes = {name: self.samples * (u.returned + with_inputs * u.fed) for name, u in units.items()}
-        return [[units[name] for name in group] for group in groups_within(sizes, cache // 2)]
-
-    def capturing(self, cache: int, slower: float) -> float:
-        """Seconds of all passes that find the units' inputs and outputs; finished units are replayed from the cache."""
-        groups = self.groups(cache)
-        seconds = sum(self.samples * (max(u.span.end for u in group) + self.importance) for group in groups)
-        kept: list[UnitCost] = []
-        for unit in self.driven if "quantized" in self.recipe.inputs.origins else ():
-            seconds += slower * self.samples * (unit.span.start - sum(u.span.seconds for u in kept))
-            kept.append(unit)
-            while kept and sum(u.returned for u in kept) * self.samples > cache // 4:
-                kept.pop(0)
-        return seconds
-
-    def judging(self, slower: float) -> float:
-        """Seconds of running the units by themselves before and after they learn."""
-        seconds = 0.0
-        for unit in self.units:
-            rows = self.rows(unit)
-            judged = -(-rows // max(1, rows // ERROR_SAMPLES))
-            again = "quantized" in self.recipe.inputs.origins and unit.driver == "denoiser"
-            seconds += slower * unit.span.seconds * (judged + (rows if again else judged))
-        return seconds
-
-    def learning(self) -> float:
-        """Seconds of all iterations."""
-        return self.recipe.iterations * sum(unit.iteration(self.batch(unit)) for unit in self.units)
-
-    def seconds(self, cache: int, slower: float) -> float:
-        """All of it; `slower` is a quantized forward pass over a float one."""
-        factor = slower if self.quantizing else 1.0
-        found = self.capturing(cache, factor) + self.judging(factor) + self.learning() + len(self.units) * self.setup
-        return self.rounds * found
-
-    def cached(self, cache: int) -> tuple[int, int]:
-        """Bytes of inputs and outputs that are kept at once at most: in memory, and beyond the budget on disk."""
-        wanted = [max((sum(self.stored(u) for u in group) for group in self.groups(cache)), default=0)]
-        budgets = [cache // 2]
-        if "quantized" in self.recipe.inputs.origins:
-            wanted += [
-                self.samples * max((getattr(u, what) for u in self.driven), default=0) for what in ("fed", "returned")
-            ]
-            wanted.append(min(cache // 4, self.samples * sum(u.returned for u in self.driven)))
-            budgets += [cache // 4] * 3
-        pairs = list(zip(wanted, budgets, strict=True))
-        return sum(min(pair) for pair in pairs), sum(max(0, size - budget) for size, budget in pairs)
-
-    def stored(self, unit: UnitCost) -> int:
-        """Bytes of what the float network is fed (if that is wanted) and returns at a unit."""
-        return self.samples * (unit.returned + ("float" in self.recipe.inputs.origins) * unit.fed)
-
-    def working(self) -> int:
-        """Bytes of the dearest unit's iteration and of the batches that are drawn together for it."""
-
-        def needed(unit: UnitCost) -> int:
-            batch, row = self.batch(unit), unit.fed * len(self.recipe.inputs.origins) + unit.returned
-            together = min(RandomBatches.together, self.recipe.iterations) if batch < self.rows(unit) else 0
-            return unit.learning_memory(batch) + together * batch * row
-
-        return max((needed(unit) for unit in self.units), default=0)
+CODE_BYTES = 0.25  # of an integer weight, over those of the float32 weight that is kept with it
+TRAINING_COPIES = 5  # of what is trained: average, Adam's two moments, gradients, and these as one vector
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What was measured, in seconds and bytes.
-
-    Args:
-        forward: a row through the float network.
-        observing: seconds of a row while activation ranges are observed.
-        call, quantized_call: the prediction for one image, guidance included.
-        decoding: one image from the denoiser's space; its memory is that of one batch.
-        grids: seconds of placing all weight grids once.
-        network: bytes of the float network.
-        sample, image: bytes of one calibration sample and of one finished image.
-        process: bytes that the process has taken already, the float network included if it is not on a device of its own.
-    """
-
-    forward: Pass
-    observing: float
-    call: Pass
-    quantized_call: Pass
-    decoding: Pass
-    grids: float
-    network: int
-    sample: int
-    image: int
-    process: int
-
-    @property
-    def slower(self) -> float:
-        """A quantized forward pass over a float one."""
-        return self.quantized_call.seconds / self.call.seconds
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How much of everything a run still has to do; what is finished or not asked for is 0, None or absent.
-
-    Args:
-        calls: network calls for one image.
-        timesteps: distinct ones among them.
-        halves: rows of a network call for one image: 2 under guidance.
-        batch: images that go through the network together.
-        cache: bytes of memory for cached inputs and outputs.
-        trajectories: images of the calibration set, `collecting` if it is still to be made.
-        grids: how often all weight grids are placed.
-        observed: calibration samples that ranges are observed on, by phase.
-        together: samples that are observed in one pass.
-        courses: learning, by phase.
-        phases: those that run.
-        correction: trajectories that noise statistics are taken from, times activation widths.
-        images: by stage.
-        diagnostics: trajectories that are compared; `passes` of one image through the quantized network, by diagnosis.
-        engine: what executes the finished model too, empty for nothing; `exporting` if its files are still to be made,
-            `engine_diagnostics` trajectories of it that are compared.
-    """
-
-    calls: int
-    timesteps: int
-    halves: int
-    batch: int
-    cache: int
-    trajectories: int
-    collecting: bool = False
-    grids: int = 0
-    phases: tuple[str, ...] = ()
-    observed: Mapping[str, int] = field(default_factory=dict)
-    together: int = 1
-    courses: Mapping[str, Course] = field(default_factory=dict)
-    correction: int = 0
-    widths: int = 1
-    images: Mapping[str, int] = field(default_factory=dict)
-    diagnostics: int = 0
-    passes: Mapping[str, int] = field(default_factory=dict)
-    engine: str = ""
-    exporting: bool = False
-    engine_diagnostics: int = 0
-
-    @property
-    def samples(self) -> int:
-        """Of the whole calibration set."""
-        return self.trajectories * self.calls * self.halves
-
-
-@dataclass(frozen=True)
-class StageEstimate:
-    """What one stage takes. Bytes: on the device that computes (networks, one pass), in the host's memory, on disk."""
+class StageEstimate(NamedTuple):
+    """Cost of one stage. Bytes: on the device that computes (networks, one batch), in the host's memory, on disk."""
 
     name: str
     seconds: float
-    device: int
-    host: int = 0
-    disk: int = 0
+    device: float
+    host: float = 0
+    disk: float = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes, stage by stage, on top of what the process has already taken; `note` says what was not measured."""
+    """Cost of a run, stage by stage, on top of the bytes `process` that are allocated already."""
 
-    stages: tuple[StageEstimate, ...]
+    stages: Sequence[StageEstimate]
     process: int
     accelerated: bool = False
     note: str = ""
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Sum over the stages."""
         return sum(stage.seconds for stage in self.stages)
 
-    @property
-    def host(self) -> int:
-        """Bytes of memory at the peak."""
-        beside = (stage.host if self.accelerated else stage.host + stage.device for stage in self.stages)
-        return self.process + max(beside, default=0)
+    def memory(self, stage: StageEstimate) -> float:
+        """Peak bytes of a stage: of the accelerator, or of the host where there is none."""
+        return stage.device if self.accelerated else self.process + stage.device + stage.host
 
-    @property
-    def device(self) -> int:
-        """Bytes of the accelerator's memory at the peak; 0 without one."""
-        return max((stage.device for stage in self.stages), default=0) if self.accelerated else 0
-
-    @property
-    def disk(self) -> int:
-        """Bytes on disk, of results and of what does not fit the cache."""
-        return sum(stage.disk for stage in self.stages)
+    def __str__(self) -> str:
+        peak, disk = max(map(self.memory, self.stages)), sum(stage.disk for stage in self.stages)
+        host = self.process + max(stage.host for stage in self.stages) if self.accelerated else peak
+        on_device = f"{format_bytes(peak)} on the GPU, " if self.accelerated else ""
+        rest = f"{format_bytes(host)} of memory, {format_bytes(disk)} on disk"
+        return f"{format_duration(self.seconds)}, {on_device}{rest}"
 
 
-def phase(name: str, costs: Costs, counts: Counts) -> StageEstimate:
-    """Weights or activations."""
-    course, observed = counts.courses.get(name), counts.observed.get(name, 0)
-    grids = counts.grids * costs.grids if name == "weights" else 0.0
-    seconds = grids + observed * costs.observing + (course.seconds(counts.cache, costs.slower) if course else 0.0)
-    cached, spilled = course.cached(counts.cache) if course else (0, 0)
-    samples = counts.samples + max(observed, course.samples if course else 0)  # what a phase sees is a copy
-    rows = max(counts.batch, counts.together if observed else 0)
-    passing = rows * max(costs.forward.memory, costs.quantized_call.memory // counts.halves)
-    return StageEstimate(
-        name,
-        seconds,
-        device=round(costs.network * (1 + INTEGER_SHARE)) + max(passing, course.working() if course else 0),
-        host=samples * costs.sample + cached,
-        disk=round(costs.network * INTEGER_SHARE) + spilled,
-    )
-
-
-def reckon(costs: Costs, counts: Counts, *, accelerated: bool = False) -> Estimate:
-    """Seconds and bytes of all that is still to be done."""
-    found: list[StageEstimate] = []
-    batch, calls = counts.batch, counts.calls
-    quantized = round(costs.network * (1 + INTEGER_SHARE))
-    together = quantized + batch * costs.quantized_call.memory
-    if counts.collecting:
-        size = counts.samples * costs.sample  # in parts, joined, and put in order
-        seconds = counts.trajectories * calls * costs.call.seconds
-        found.append(StageEstimate("trajectory", seconds, batch * costs.call.memory, 3 * size, size))
-    found += [phase(name, costs, counts) for name in counts.phases]
-    if counts.correction:
-        seconds = counts.correction * (
-            calls * costs.call.seconds + counts.timesteps * counts.widths * costs.quantized_call.seconds
-        )
-        found.append(StageEstimate("correction", seconds, together))
-    if counts.exporting:
-        found.append(StageEstimate(counts.engine, batch * costs.quantized_call.seconds, together, disk=costs.network))
-    for name, count in counts.images.items():
-        call, network = (costs.call, 0) if name == "float images" else (costs.quantized_call, quantized)
-        seconds = count * (calls * call.seconds + costs.decoding.seconds)
-        device = network + max(batch * call.memory, costs.decoding.memory, costs.network if network else 0)
-        found.append(StageEstimate(name, seconds, device, disk=count * costs.image))
-    compared = {"diagnostics": counts.diagnostics, f"{counts.engine} diagnostics": counts.engine_diagnostics}
-    for name, count in compared.items():
-        if count:  # all in one batch; the quantized network on both trajectories
-            seconds = count * calls * (2 * costs.quantized_call.seconds + costs.call.seconds)
-            found.append(StageEstimate(name, seconds, quantized + count * costs.quantized_call.memory))
-    found += [StageEstimate(name, n * costs.quantized_call.seconds, together) for name, n in counts.passes.items()]
-    if accelerated:
-        found = [StageEstimate(s.name, s.seconds, s.device + costs.network, s.host, s.disk) for s in found]
-    return Estimate(tuple(found), costs.process, accelerated)
-
-
-def show(estimate: Estimate, console: Console) -> None:
-    """A short table. Scoring, loading and saving are not in it."""
-    say(console, f"estimate: {summary(estimate)}")
-    view = Table()
+def print_estimate(estimate: Estimate, console: Console, processes: int = 1) -> None:
+    """Print totals and a table of the stages. Scoring, loading and saving are not included."""
+    say(console, f"estimate: {estimate}")
+    table = Table()
     for name in ("stage", "time", "share", "GPU memory" if estimate.accelerated else "memory"):
-        view.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
+        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
     for stage in estimate.stages:
-        memory = stage.device if estimate.accelerated else estimate.process + stage.device + stage.host
         share = f"{stage.seconds / max(estimate.seconds, 1e-9):.0%}"
-        view.add_row(stage.name, format_duration(stage.seconds), share, format_bytes(memory))
-    console.print(view)
-    if estimate.note:
-        say(console, estimate.note)
+        table.add_row(stage.name, format_duration(stage.seconds), share, format_bytes(estimate.memory(stage)))
+    console.print(table)
+    for line in (estimate.note, busy(), f"  by one process; {processes} share it" if processes > 1 else ""):
+        if line:
+            say(console, line)
 
 
-def summary(estimate: Estimate) -> str:
-    """The totals in one line."""
-    on_device = f"{format_bytes(estimate.device)} on the GPU, " if estimate.accelerated else ""
-    memory = f"{on_device}{format_bytes(estimate.host)} of memory"
-    return f"{format_duration(estimate.seconds)}, {memory}, {format_bytes(estimate.disk)} on disk"
+def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> Estimate | None:
+    """Estimate the stages that are not in the store; None if none of them takes long.
+
+    Args:
+        run: the experiment; its denoiser, sampling, method, structure, plan, calls, images, calibration, means and seed count.
+        missing: name of each stage to be made -> images that are left, trajectories (diagnostics), network passes of one image
+            (diagnoses), units or iterations of training that an interrupted attempt has finished (weights, activations).
+        engine: name of the engine that executes the finished model too; the names of its stages begin with it.
+    """
+    missing = {name: n for name, n in missing.items() if not name.endswith(("scores", "reference", "examples"))}
+    if not missing:
+        return None
+    accelerated = run.denoiser.device.type != "cpu"
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with torch.random.fork_rng():  # what is measured must not change what is drawn later
+        costs = Costs(run)
+        stages = [costs.stage(name, count, engine) for name, count in missing.items()]
+    stages = [stage._replace(device=stage.device + costs.network * accelerated) for stage in stages]
+    note = ""
+    if engine and any(name.startswith(engine) for name in missing):
+        note = f"{engine}: its sampling is counted at the speed of the simulated network{' on the GPU' * accelerated}; "
+        note += "its export as a pass of one batch, though building and compiling a graph takes longer"
+    return Estimate(stages, process, accelerated, note)
+
+
+class Costs:
+    """Measured costs of a run's network. Its quantized copy has scales of 1 wherever calibration would put others."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.method, self.plan, self.compute = run, run.method, run.plan, run.means
+        self.denoiser, self.unet, self.batch = run.denoiser, run.denoiser.unet, run.means.batch
+        self.network = sum(p.nbytes for p in self.unet.parameters())  # bytes
+        self.quantized = self.network * (1 + CODE_BYTES)
+        self.sample, self.rows_per_image = self.noise(1).nbytes, 2 if run.sampling.guided else 1
+        self.conditions = run.sampling.conditions(run.denoiser, run.seed, "estimate", range(1))
+        self.model = build_quantized_unet(self.unet, self.plan, MinMax())
+        self.set_activations(Mode.QUANTIZE)
+        with torch.no_grad():
+            self.call, self.quantized_call = self.prediction(self.unet), self.prediction(self.model)
+            self.decoding = measure(lambda rows: self.denoiser.first_stage.decode(self.noise(rows)), self.batch)
+            self.image = self.denoiser.first_stage.decode(self.noise(1)).numel()
+
+    def noise(self, rows: int) -> Tensor:
+        return torch.randn(rows, *self.denoiser.sample_shape, device=self.denoiser.device)
+
+    def data(self, rows: int) -> CalibrationSet:
+        """Stand-in for the calibration set: rows from all sampling steps."""
+        timesteps, zeros = torch.tensor(self.plan.timesteps), torch.zeros(rows, dtype=torch.long)
+        step = torch.arange(rows) * len(timesteps) // rows
+        conditions = {name: value.cpu() for name, value in self.conditions.given.items()}
+        return CalibrationSet(self.noise(rows).cpu(), timesteps[step], step, zeros, conditions, zeros)
+
+    def forward(self, rows: int) -> Tensor:
+        return self.model(**self.data(rows).inputs(self.denoiser.device)).sample
+
+    def set_activations(self, mode: Mode) -> None:
+        """Set all activation quantizers, also those without data, which the model's own method refuses."""
+        for quantizer in self.model.activation_quantizers().values():
+            quantizer.mode = mode
+            for value in quantizer.source.state_dict().values():
+                value.nan_to_num_(1.0)
+
+    def prediction(self, network: nn.Module) -> Cost:
+        """Cost of the noise prediction for a batch of images, guidance included."""
+        predict, t = self.run.sampling.predictor(network), self.run.calls[len(self.run.calls) // 2]
+
+        def work(images: int) -> Tensor:
+            given = {name: value.expand(images, *value.shape[1:]) for name, value in self.conditions.given.items()}
+            at = torch.full((images,), t, device=self.denoiser.device)
+            return predict(self.noise(images), at, Conditions(given, self.conditions.null))
+
+        return measure(work, self.batch)
+
+    def stage(self, name: str, count: int | None, engine: str) -> StageEstimate:
+        """Cost of one stage, `count` as `estimate` takes it."""
+        run, calls = self.run, len(self.run.calls)
+        one, memory = self.quantized_call.seconds / self.batch, self.quantized + self.quantized_call.bytes
+        trajectory = calls * self.call.seconds / self.batch  # of the float network, for one image
+        if name == "trajectory":
+            size = run.calibration.images * calls * self.rows_per_image * self.sample
+            return StageEstimate(name, run.calibration.images * trajectory, self.call.bytes, 3 * size, size)
+        if name in ("weights", "activations"):
+            return self.phase(name, count or 0)
+        if name == "correction":
+            passes = len(set(run.calls)) * (len(self.model.activation_bits()) or 1)
+            return StageEstimate(name, self.method.correction.images * (trajectory + passes * one), memory)
+        if name.endswith("images"):
+            count, is_float = run.images.count if count is None else count, name == "float images"
+            seconds = count * ((trajectory if is_float else calls * one) + self.decoding.seconds / self.batch)
+            peak = max(self.call.bytes if is_float else memory, self.decoding.bytes)
+            return StageEstimate(name, seconds, peak, disk=count * self.image)
+        if name.endswith("diagnostics"):  # the quantized network on its own trajectory and on the float one
+            one = 2 * calls * one + trajectory
+        count, disk = (self.batch, self.network) if name == engine else (count or 1, 0)
+        return StageEstimate(name, count * one, memory, disk=disk)
+
+    def phase(self, name: str, finished: int) -> StageEstimate:
+        """Cost of weights or activations: weight ranges, observed activation ranges, and what learns."""
+        phase, budget = getattr(self.method, name), (self.run.calibration.images, len(self.run.calls))
+        recipe, protocol = getattr(phase, "recipe", None), getattr(phase, "protocol", None)
+        observe = phase if hasattr(phase, "ranges") else getattr(phase, "observe", None)
+        searches = 0 if name == "activations" or protocol else 2 if "activations" in phase.learns else 1
+        seconds, peak, cached, samples = searches * self.weight_ranges(), self.call.bytes, 0.0, 0
+        if protocol:
+            seconds, peak = self.training(protocol, finished)
+        if observe and any(quantizer.source.needs_data for quantizer in self.model.activation_quantizers().values()):
+            self.set_activations(Mode.OBSERVE)
+            samples = self.rows_per_image * observe.effort(*budget).samples
+            with torch.no_grad():
+                seconds += samples * measure(self.forward, observe.batch).seconds / observe.batch
+        if recipe:
+            self.set_activations(Mode.QUANTIZE if recipe.scales else Mode.OFF)
+            samples = self.rows_per_image * phase.effort(*budget).samples
+            learning, peak, cached = self.learning(name, phase, samples, finished)
+            seconds += learning
+        kept, disk = min(cached, self.compute.cache_bytes), self.network * CODE_BYTES
+        return StageEstimate(
+            name, seconds, self.quantized + peak, 2 * samples * self.sample + kept, disk + cached - kept
+        )
+
+    def weight_ranges(self) -> float:
+        """Seconds of the range search for all weights, from some channels of the largest."""
+        specs = {name: layer.weight for name, layer in self.plan.sites.items() if layer.weight}
+        sizes = {name: self.run.structure.sites[name].weights for name in specs}
+        if not sizes:
+            return 0.0
+        spec = specs[largest := max(sizes, key=sizes.__getitem__)]
+        weight = self.unet.get_submodule(largest).get_parameter("weight")
+        part = weight if spec.axis is None else weight[: max(1, 2**18 // weight[0].numel())]
+        began = now()
+        self.method.weight_range(part, spec)
+        return (now() - began) / part.numel() * sum(sizes.values())
+
+    def training(self, protocol: Any, finished: int) -> tuple[float, float]:
+        """Seconds and peak bytes of training the whole network, from the gradients of a few rows."""
+        for quantizer in self.model.weight_quantizers():
+            quantizer.mode = Mode.QUANTIZE
+        weights = [p.requires_grad_(True) for p in self.model.parameters() if p.is_floating_point()]
+
+        def step(rows: int) -> Any:
+            with torch.enable_grad():
+                return torch.autograd.grad(self.forward(rows).square().mean(), weights, allow_unused=True)
+
+        cost = measure(step, -(-protocol.batch // protocol.parts))
+        steps = protocol.parts * (protocol.iterations - finished)
+        return steps * cost.seconds, cost.bytes + TRAINING_COPIES * sum(p.nbytes for p in weights)
+
+    def learning(self, name: str, phase: Any, samples: int, finished: int) -> tuple[float, float, float]:
+        """Seconds, peak bytes and cached bytes of units that learn: one of each kind is measured, by the learning loop itself."""
+        recipe, structure = phase.recipe, self.run.structure
+        learnable = frozenset(self.model.weight_layers() if name == "weights" else self.plan.sites)
+        units = [unit for unit in phase.partition(structure, learnable) if is_learnable(self.model, unit, recipe)][
+            finished:
+        ]
+        macs = {unit.name: sum(structure.sites[layer].macs for layer in unit.sites) for unit in units}
+        largest = {unit.kind: unit for unit in sorted(units, key=lambda unit: macs[unit.name])}
+        rows = min(recipe.batch, samples)
+        data = self.data(max(2, min(rows, int(BUDGET * self.batch / self.call.seconds))))
+        context = (self.model, self.unet, structure, data, self.compute, self.run.seed)
+        costs = measure_units(context, list(largest.values()), recipe, rows)
+        like = {unit.name: largest[unit.kind].name for unit in units}
+        iteration = sum(costs[like[name]].seconds * macs[name] / macs[like[name]] for name in like)
+        modules = {unit.name: unit.module(self.unet) for unit in units if unit.driver == "denoiser"}
+        cached = samples * sum(bytes_at(self.unet, modules, data, fed=False).values())
+        # of all samples through the networks: again for each unit, as far as the cache cannot keep what units return
+        passes = 3 + len(units) * max(0.0, 1 - self.compute.cache_bytes / max(cached, 1))
+        row = self.quantized_call.seconds / self.batch / self.rows_per_image
+        rounds = 1 if recipe.rounding else len(self.model.activation_bits()) or 1
+        seconds = rounds * (recipe.iterations * iteration + passes * samples * row)
+        return seconds, max((cost.bytes for cost in costs.values()), default=0), cached

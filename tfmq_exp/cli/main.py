@@ -16,16 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from tfmq_exp.cli.captions import make_sampling, report_captions
-from tfmq_exp.cli.dry_run import preview
-from tfmq_exp.cli.environment import busy, describe_environment, pick_device, prepare
-from tfmq_exp.cli.estimate import show as show_estimate
-from tfmq_exp.cli.estimate import summary
+from tfmq_exp.cli.dry_run import missing_stages, preview
+from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
+from tfmq_exp.cli.estimate import estimate, print_estimate
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.log_outputs import points, run_card, score_summary, show_losses, write_csv
 from tfmq_exp.cli.outcome import attempt
 from tfmq_exp.cli.score_table import show
 from tfmq_exp.cli.status import State
-from tfmq_exp.cli.survey import estimate
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
@@ -249,14 +247,11 @@ def save_learning(stages: Stages, folder: Path) -> None:
 
 def look_ahead(stages: Stages, goal: str, console: Console, deployed: DeployedStages | None) -> None:
     """Before the work starts: how long will it take, and how much memory."""
-    expected = estimate(stages, on_the_way(goal), deployed=deployed)
+    missing = missing_stages(stages, on_the_way(goal), deployed)
+    expected = estimate(stages, missing, deployed.engine.name if deployed else "")
     if expected is not None:
-        show_estimate(expected, console)
-        log.info("estimate: %s", summary(expected))
-        if note := busy():
-            say(console, note)
-        if stages.processes.world_size > 1:
-            say(console, f"  by one process; {stages.processes.world_size} share it")
+        print_estimate(expected, console, stages.processes.world_size)
+        log.info("estimate: %s", expected)
 
 
 def report_coverage(covered: Mapping[str, Any], console: Console) -> None:

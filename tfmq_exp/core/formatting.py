@@ -10,6 +10,6 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     """Gigabytes, or megabytes below one."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
