@@ -13,7 +13,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.e2e.jobs import CONF, composed
-from tfmq_exp.cli.outcome import root_cause
+from tfmq_exp.cli.job import root_cause
 from tfmq_exp.cli.validation import check
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.sampling.guidance import Sampling

@@ -30,7 +30,7 @@ from tests.e2e.test_models import GOLDENS, checkpoint
 from tests.e2e.test_scripts import call
 from tests.unit.reporting.html_runs import Reader
 from tfmq_exp.cli.job import perform
-from tfmq_exp.cli.job_identity import job_identity
+from tfmq_exp.cli.job_cache import job_identity
 from tfmq_exp.data.folder import ImageFolder
 from tfmq_exp.data.preparation import Unchanged
 from tfmq_exp.denoisers.unet import roles

@@ -50,7 +50,6 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Sum over the stages."""
         return sum(stage.seconds for stage in self.stages)
 
     def memory(self, stage: StageEstimate) -> float:
@@ -154,7 +153,6 @@ class Costs:
         return measure(work, self.batch)
 
     def stage(self, name: str, count: int | None, engine: str) -> StageEstimate:
-        """Cost of one stage, `count` as `estimate` takes it."""
         run, calls = self.run, len(self.run.calls)
         one, memory = self.quantized_call.seconds / self.batch, self.quantized + self.quantized_call.bytes
         trajectory = calls * self.call.seconds / self.batch  # of the float network, for one image

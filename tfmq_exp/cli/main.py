@@ -19,9 +19,10 @@ from tfmq_exp.cli.captions import make_sampling, report_captions
 from tfmq_exp.cli.dry_run import missing_stages, preview
 from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
 from tfmq_exp.cli.estimate import estimate, print_estimate
+from tfmq_exp.cli.job import attempt
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.log_outputs import points, run_card, score_summary, show_losses, write_csv
-from tfmq_exp.cli.outcome import attempt
+from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.score_table import show
 from tfmq_exp.cli.status import State
 from tfmq_exp.cli.terminal import say
@@ -120,7 +121,7 @@ def build_stages(
         denoiser=denoiser,
         sampling=sampling,
         method=method,
-        real_images=lambda: make(real_images(cfg)),
+        real_images=lambda: make(real_images(cfg, current_run().folder)),
         evaluator=functools.partial(make, cfg.eval),
         calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
         batch=runtime.batch,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from tfmq_exp.cli.outcome import stop
+from tfmq_exp.cli.job import stop
 
 
 def interruptible(farewell: Callable[[], None]) -> Callable[[], None]:

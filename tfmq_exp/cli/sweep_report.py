@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.outcome import discard_plan
+from tfmq_exp.cli.job import discard_plan
 from tfmq_exp.cli.score_table import show_sweep
 from tfmq_exp.cli.signals import interruptible
 from tfmq_exp.cli.status import GOOD, State, read_status

@@ -9,7 +9,7 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tfmq_exp.cli.job_identity import INSIDE
+from tfmq_exp.cli.job_cache import INSIDE
 from tfmq_exp.pipeline.stages import Stages
 from tfmq_exp.pipeline.store import describe, key_of
 from tfmq_exp.reporting.records import ScoreRecord

@@ -22,7 +22,7 @@ from rich.console import Console
 from tests.e2e.jobs import composed
 from tests.unit.cli.test_terminal import record
 from tfmq_exp.cli import status as status_module
-from tfmq_exp.cli.outcome import attempt, what_stopped
+from tfmq_exp.cli.job import attempt, what_stopped
 from tfmq_exp.cli.status import State, begun, read_status
 from tfmq_exp.cli.sweep_report import SweepReport, how_many, read_jobs, summary
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.job_identity import dashboards
+from tfmq_exp.cli.job_cache import dashboards
 from tfmq_exp.cli.log_outputs import points, run_card, show_losses, stage_summary, sweep_name
 from tfmq_exp.loggers.base import Logger, NoLogger, NullLogger, RunMetadata
 from tfmq_exp.loggers.collection import LoggerCollection, LoggersConfig
