@@ -17,9 +17,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
-from tfmq_exp.cli.dry_run import lines
-from tfmq_exp.cli.remaining import still_to_do
-from tfmq_exp.cli.survey import estimate
+from tfmq_exp.cli.dry_run import lines, missing_stages
+from tfmq_exp.cli.estimate import estimate
 from tfmq_exp.cli.sweep_report import read_job
 from tfmq_exp.deploy.onednn_engine import available
 from tfmq_exp.loggers.base import NullLogger
@@ -235,7 +234,7 @@ def test_a_plan_has_the_stages_of_an_engine(
     assert [line.stage for line in found[len(plain) :]] == [f"onednn{stage}" for stage in own]
     assert {line.state for line in found} == {"found"}
     assert all(line.entry and line.entry.key == hits(onednn)[line.stage]["key"] for line in found[len(plain) :])
-    assert estimate(stages, app.on_the_way(goal), deployed=deployed) is None
+    assert missing_stages(stages, app.on_the_way(goal), deployed) == {}
 
 
 def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
@@ -244,11 +243,10 @@ def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, open
     own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
     assert [line.stage for line in plan if line.state == "to be made"] == own
     assert {line.state for line in plan[: -len(own)]} == {"found"}
-    left = still_to_do(stages, app.on_the_way("scores"), deployed)
-    assert (left.phases, left.images, left.diagnostics) == ((), {"openvino images": 24}, 0)
-    assert (left.exporting, left.engine_diagnostics) == (True, 4)
+    left = missing_stages(stages, app.on_the_way("scores"), deployed)
+    assert left == {"openvino": None, "openvino images": 24, "openvino diagnostics": 4}
     stages, deployed = planned(tmp_path, made.store, "engine=openvino", "seed=7")
-    whole = estimate(stages, app.on_the_way("scores"), deployed=deployed)
+    whole = estimate(stages, missing_stages(stages, app.on_the_way("scores"), deployed), "openvino")
     assert whole is not None
     seconds = {stage.name: stage.seconds for stage in whole.stages}
     assert seconds["openvino images"] == seconds["images"] > 0

@@ -1,203 +1,20 @@
-"""The estimate: counts times costs, checked by hand; what is measured, against slow obvious counts; and against a real run."""
+"""The estimate: properties of what is measured, counts times costs, and the stages of every kind of method."""
 
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 from tests.e2e.jobs import composed
 from tfmq_exp.cli import main as app
-from tfmq_exp.cli.estimate import Costs, Counts, Course, format_bytes, format_duration, reckon, show
-from tfmq_exp.cli.measure import LiveTensors, Pass, Span, UnitCost, dearest_first, like_their_kind, measure_pass
-from tfmq_exp.cli.survey import estimate
+from tfmq_exp.cli.dry_run import missing_stages
+from tfmq_exp.cli.estimate import Costs, Estimate, StageEstimate, estimate, print_estimate
+from tfmq_exp.cli.measure import Cost, PeakMemory, measure
+from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.stages import Stages
-from tfmq_exp.reconstruction.inputs import FloatInputs, QuantizedInputs
-from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
-from tfmq_exp.reconstruction.objectives import Annealing, Lp
-
-GIB = 2**30
-RECIPE = ReconstructionConfig(100, 8, Lp(), QuantizedInputs(), LearnRounding(1e-2, 0.01, Annealing(0.2, 20, 2)))
-# three units that take 1, 2 and 3 seconds of a pass of 7, the first after half a second
-UNITS = tuple(
-    UnitCost(name, kind, "denoiser", 100, Span(start, end), fed=10, returned=20, row=0.1, fixed=0.5, row_memory=7)
-    for name, kind, start, end in (("a", "residual", 0.5, 1.5), ("b", "residual", 1.5, 3.5), ("c", "layer", 4.0, 7.0))
-)
-COSTS = Costs(
-    forward=Pass(7.0, 100, {}),
-    observing=8.0,
-    call=Pass(7.0, 100, {}),
-    quantized_call=Pass(14.0, 150, {}),
-    decoding=Pass(3.0, 50, {}),
-    grids=11.0,
-    network=4000,
-    sample=64,
-    image=12,
-    process=1000,
-)
-COUNTS = Counts(
-    calls=5,
-    timesteps=5,
-    halves=1,
-    batch=4,
-    cache=GIB,
-    trajectories=16,
-    collecting=True,
-    grids=1,
-    phases=("weights", "activations"),
-    observed={"activations": 80},
-    courses={"weights": Course(UNITS, RECIPE, samples=80, timesteps=5)},
-    images={"float images": 10, "images": 10},
-    diagnostics=2,
-)
-
-
-def seconds(counts: Counts, costs: Costs = COSTS) -> dict[str, float]:
-    return {stage.name: stage.seconds for stage in reckon(costs, counts).stages}
-
-
-def test_every_stage_is_its_counts_times_its_costs() -> None:
-    found = seconds(COUNTS)
-    capturing = 80 * 7 + 80 * (
-        0.5 + (1.5 - 1) + (4 - 3)
-    )  # one float pass; then what lies before a unit and is not replayed
-    judging = (1 + 2 + 3) * (80 + 80)
-    learning = 100 * 3 * (0.5 + 8 * 0.1)
-    assert found == pytest.approx(
-        {
-            "trajectory": 16 * 5 * 7,
-            "weights": 11 + capturing + judging + learning,
-            "activations": 80 * 8,
-            "float images": 10 * (5 * 7 + 3),
-            "images": 10 * (5 * 14 + 3),
-            "diagnostics": 2 * 5 * (7 + 2 * 14),
-        }
-    )
-    assert reckon(COSTS, COUNTS).seconds == pytest.approx(sum(found.values()))
-
-
-def test_twice_the_iterations_are_twice_the_learning_and_nothing_else() -> None:
-    course = COUNTS.courses["weights"]
-    longer = replace(course, recipe=replace(RECIPE, iterations=200))
-    assert longer.learning() == 2 * course.learning()
-    assert longer.capturing(GIB, 1.0) == course.capturing(GIB, 1.0)
-    assert longer.judging(1.0) == course.judging(1.0)
-    one, other = seconds(COUNTS), seconds(replace(COUNTS, courses={"weights": longer}))
-    assert other["weights"] - one["weights"] == pytest.approx(course.learning())
-    assert {k: v for k, v in one.items() if k != "weights"} == {k: v for k, v in other.items() if k != "weights"}
-
-
-def test_guidance_doubles_the_data() -> None:
-    guided = replace(COUNTS, halves=2)
-    assert guided.samples == 2 * COUNTS.samples
-    sizes = [reckon(COSTS, counts).stages[0].disk for counts in (COUNTS, guided)]
-    assert sizes == [16 * 5 * 64, 2 * 16 * 5 * 64]
-
-
-def test_what_is_finished_costs_nothing() -> None:
-    rest = replace(
-        COUNTS, collecting=False, grids=0, phases=(), observed={}, courses={}, images={"images": 4}, diagnostics=0
-    )
-    assert seconds(rest) == {"images": 4 * (5 * 14 + 3)}
-    assert reckon(COSTS, replace(rest, images={})).seconds == 0
-    assert reckon(COSTS, replace(rest, images={})).host == COSTS.process
-
-
-def test_the_cache_bounds_memory_and_the_rest_goes_to_disk() -> None:
-    course = COUNTS.courses["weights"]
-    wanted = 80 * (20 * 3 + 10 + 20 + 20 * 3)  # returned by all, fed and returned by one, replayed
-    assert course.cached(GIB) == (wanted, 0)
-    for cache in (400, 4000):
-        memory, disk = course.cached(cache)
-        assert memory <= cache // 2 + 3 * (cache // 4)
-        assert disk > 0
-    big = Course((replace(UNITS[0], returned=10**9),), RECIPE, samples=80, timesteps=5)
-    assert big.cached(GIB)[0] <= 5 * GIB // 4
-
-
-def test_a_small_cache_makes_more_passes() -> None:
-    course = COUNTS.courses["weights"]
-    replayed, not_replayed = course.capturing(GIB, 1.0), course.capturing(4 * 80 * 20 - 4, 1.0)
-    # a float pass to the end of every unit, a quantized one to its beginning
-    assert not_replayed == pytest.approx(80 * (1.5 + 3.5 + 7.0) + 80 * (0.5 + 1.5 + 4.0))
-    assert replayed < not_replayed
-
-
-def test_float_inputs_need_no_second_pass() -> None:
-    course = replace(COUNTS.courses["weights"], recipe=replace(RECIPE, inputs=FloatInputs()))
-    assert course.capturing(GIB, 3.0) == 80 * 7
-    assert course.judging(1.0) == (1 + 2 + 3) * (80 + 80)  # fewer than are judged: all of them
-
-
-def test_quantized_activations_slow_down_what_runs_them() -> None:
-    course = replace(COUNTS.courses["weights"], quantizing=True)
-    plain = replace(course, quantizing=False)
-    assert course.seconds(GIB, 2.0) - plain.seconds(GIB, 2.0) == pytest.approx(80 * 2 + 6 * 160)
-    assert replace(course, setup=2.0).seconds(GIB, 2.0) - course.seconds(GIB, 2.0) == pytest.approx(3 * 2)
-    assert replace(course, rounds=3).seconds(GIB, 2.0) == 3 * course.seconds(GIB, 2.0)
-
-
-def test_units_that_were_not_measured_cost_what_their_kind_costs() -> None:
-    a, b, c = UNITS
-    unknown = replace(b, row=None, fixed=0.0, row_memory=0, weights=300)
-    done = like_their_kind([a, unknown, c])[1]
-    assert done.row == pytest.approx(0.2)  # twice the pass of a
-    assert done.fixed == pytest.approx(1.5)  # three times its weights
-    assert done.row_memory == 7
-    assert [cost.name for cost in dearest_first([a, b, c])] == ["c", "b", "a"]
-    assert [cost.name for cost in dearest_first([a, replace(c, kind="residual"), b])] == ["c", "b", "a"]
-    assert [cost.name for cost in dearest_first([b, a, replace(a, name="d", kind="layer")])] == ["b", "d", "a"]
-
-
-def test_live_tensors_are_counted_at_their_peak() -> None:
-    x = torch.randn(1000)
-    with LiveTensors() as live:
-        y = x * 2  # 4 kB
-        z = y + 1  # 8 kB
-        z.view(10, 100).add_(1)  # no memory of its own, and y's is given back next
-        del y
-        z = z.repeat(3)  # 4 + 12 kB
-        x.mul_(2)  # not made here
-    assert live.peak == 16_000
-    assert live.alive == z.nbytes == 12_000
-
-
-def test_a_pass_is_timed_with_its_parts() -> None:
-    moment = 0.0
-
-    class Slow(nn.Module):
-        def forward(self, rows: int) -> None:
-            nonlocal moment
-            moment += 0.01 + 0.02 * rows
-
-    def call(rows: int) -> None:
-        nonlocal moment
-        moment += 0.04 * rows
-        network(rows)
-        moment += 0.04 * rows
-
-    network = nn.Sequential(Slow())
-    found = measure_pass(call, 4, lambda: moment, {"0": network[0]})
-    assert found.seconds == pytest.approx(0.1 + 0.01 / 4)  # with all four rows, which take less than PASS
-    assert found.spans["0"] == Span(pytest.approx(0.04), pytest.approx(0.06 + 0.01 / 4))
-    moment = 0.0
-    assert measure_pass(call, 100, lambda: moment, {}).seconds == pytest.approx(0.1 + 0.01 / 4)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.24, "0.2 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"), (200_000, "2 d 8 h")]
-)
-def test_times_in_words(value: float, text: str) -> None:
-    assert format_duration(value) == text
-
-
-def test_bytes_in_words() -> None:
-    assert (format_bytes(3_400_000), format_bytes(2_500_000_000)) == ("3 MB", "2.5 GB")
 
 
 def stages_of(folder: Path, *overrides: str) -> Stages:
@@ -205,53 +22,176 @@ def stages_of(folder: Path, *overrides: str) -> Stages:
     return app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger())
 
 
-@pytest.mark.parametrize("method", ["tfmq", "qdiff", "qdrop", "ptqd", "nearest"])
-def test_the_estimate_knows_what_a_run_has_still_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> Costs:
+    """Of the digits model, with costs that are easy to count with."""
+    found = Costs(stages_of(tmp_path_factory.mktemp("costs"), "method=ptqd", "runtime.batch=4"))
+    found.call, found.quantized_call, found.decoding = Cost(4.0, 100), Cost(8.0, 150), Cost(0.4, 50)
+    return found
+
+
+def test_peak_memory_is_that_of_tensors_alive_together() -> None:
+    x = torch.randn(1000)
+    with PeakMemory() as memory:
+        y = x * 2  # 4 kB
+        z = y + 1  # 8 kB
+        z.view(10, 100).add_(1)  # no memory of its own
+        del y
+        z = z.repeat(3)  # 4 + 12 kB
+        x.mul_(2)  # not made here
+    assert memory.bytes == 16_000
+    assert sum(memory.alive.values()) == z.nbytes == 12_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "available", "tried"), [(8, None, {1, 8}), (8, 2, {1, 2}), (1, None, {1}), (8, 1, {1})]
+)
+def test_cost_of_rows_is_measured_or_extrapolated(
+    monkeypatch: pytest.MonkeyPatch, rows: int, available: int | None, tried: set[int]
 ) -> None:
-    monkeypatch.setattr("tfmq_exp.cli.survey.PATIENCE", 0.2)
+    moment, asked = 0.0, list[int]()
+
+    def work(count: int) -> None:
+        nonlocal moment
+        asked.append(count)
+        moment += 0.01 + 0.02 * count
+
+    monkeypatch.setattr("tfmq_exp.cli.measure.now", lambda: moment)
+    found = measure(work, rows, available)
+    assert set(asked) == tried
+    assert found.seconds == pytest.approx(rows * 0.03 if tried == {1} else 0.01 + rows * 0.02)
+
+
+def test_slow_work_is_measured_on_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment, asked = 0.0, list[int]()
+
+    def work(count: int) -> None:
+        nonlocal moment
+        asked.append(count)
+        moment += 10.0 * count
+
+    monkeypatch.setattr("tfmq_exp.cli.measure.now", lambda: moment)
+    assert measure(work, 64).seconds == pytest.approx(640)
+    assert asked == [1, 1, 2, 2]
+
+
+def test_stages_are_counts_times_costs(costs: Costs) -> None:
+    calls = len(costs.run.calls)
+    seconds = {
+        name: costs.stage(name, count, "openvino").seconds
+        for name, count in {
+            "trajectory": None,
+            "correction": None,
+            "float images": 10,
+            "images": 10,
+            "openvino images": 5,
+            "openvino": None,
+            "diagnostics": 2,
+            "diagnosis_ranges": 7,
+        }.items()
+    }
+    assert seconds == pytest.approx(
+        {
+            "trajectory": 4 * calls * 1.0,
+            "correction": 4 * (calls * 1.0 + calls * 2.0),
+            "float images": 10 * (calls * 1.0 + 0.1),
+            "images": 10 * (calls * 2.0 + 0.1),
+            "openvino images": 5 * (calls * 2.0 + 0.1),
+            "openvino": 8.0,
+            "diagnostics": 2 * calls * (2 * 2.0 + 1.0),
+            "diagnosis_ranges": 7 * 2.0,
+        }
+    )
+    assert costs.stage("images", 10, "").disk == 10 * 256
+    assert costs.stage("images", None, "").seconds == pytest.approx(24 * (calls * 2.0 + 0.1))
+
+
+def test_learning_grows_with_iterations_and_shrinks_with_finished_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tfmq_exp.cli.estimate.measure_units", lambda _, units, *__: {u.name: Cost(2.0, 9) for u in units}
+    )
+
+    def seconds(iterations: int, finished: int) -> float:
+        costs = Costs(stages_of(tmp_path, f"model.protocol.iterations={iterations}"))
+        phase = costs.method.weights
+        costs.quantized_call = Cost(0.0, 0)
+        return costs.learning("weights", phase, 16, finished)[0]
+
+    one = seconds(1, 0)
+    assert seconds(5, 0) == pytest.approx(5 * one)
+    assert one > seconds(1, 3) > seconds(1, 10) > 0
+
+
+def test_a_small_cache_costs_time_and_spills_to_disk(tmp_path: Path) -> None:
+    large, small = (Costs(stages_of(tmp_path, f"runtime.cache_gib={size}")).phase("weights", 0) for size in (4, 1e-6))
+    assert small.disk > large.disk
+    assert small.host < large.host
+
+
+@pytest.mark.parametrize("method", ["tfmq", "qdiff", "qdrop", "ptqd", "nearest", "lsq_tdq"])
+def test_missing_stages_are_estimated(tmp_path: Path, method: str) -> None:
     stages = stages_of(tmp_path, f"method={method}", "runtime.batch=4")
-    quantizing = {"trajectory", "weights", "activations"}
-    names = {*quantizing, "float images", "images", "diagnostics"} | ({"correction"} if method == "ptqd" else set())
+    names = {"weights", "activations", "float images", "images", "diagnostics"}
+    names |= set() if method == "lsq_tdq" else {"trajectory"}
+    names |= {"correction"} if method == "ptqd" else set()
     drawn = torch.random.get_rng_state()
-    found = estimate(stages, app.GOALS)
+    found = estimate(stages, {**missing_stages(stages, app.GOALS), "float scores": None, "reference": None})
     assert torch.equal(torch.random.get_rng_state(), drawn)
     assert found is not None
     assert {stage.name for stage in found.stages} == names
-    assert all(stage.seconds > 0 for stage in found.stages if (method, stage.name) != ("qdrop", "activations"))
-    show(found, Console(quiet=True))
+    kept = {("qdrop", "activations"), ("lsq_tdq", "activations")}  # learned with the weights
+    assert all(stage.seconds > 0 for stage in found.stages if (method, stage.name) not in kept)
+    assert all(found.memory(stage) > found.process for stage in found.stages)
+    assert all(not parameter.requires_grad for parameter in stages.denoiser.unet.parameters())
+
+
+def test_finished_stages_and_images_are_not_estimated(tmp_path: Path) -> None:
+    stages = stages_of(tmp_path, "method=nearest", "runtime.batch=4")
+    assert [*missing_stages(stages, app.GOALS[:2])] == ["trajectory", "weights"]
     for entry in (stages.trajectory, stages.weights, stages.activations):
         entry.path.mkdir(parents=True)
         entry.finish()
-    assert estimate(stages, app.GOALS[:3]) is None
+    assert estimate(stages, missing_stages(stages, app.GOALS[:3])) is None
     shard = stages.images_entry(quantized=False).path / "images-000000.safetensors"
     shard.parent.mkdir(parents=True)
     shard.touch()
-    rest = estimate(stages, app.GOALS)
-    assert rest is not None
-    assert {stage.name for stage in rest.stages} == names - quantizing
-    shards = {stage.name: stage.disk for stage in rest.stages}
-    assert (shards["float images"], shards["images"]) == (20 * 256, 24 * 256)  # a shard of 4 is there
+    assert missing_stages(stages, app.GOALS) == {"float images": 20, "images": 24, "diagnostics": 4}
 
 
-def test_weights_alone_need_no_activations(tmp_path: Path) -> None:
-    stages = stages_of(tmp_path, "method=nearest")
-    found = estimate(stages, app.GOALS[:2])
-    assert found is not None
-    assert [stage.name for stage in found.stages] == ["trajectory", "weights"]
-    found = estimate(stages, app.GOALS[:1])
-    assert found is not None
-    assert [stage.name for stage in found.stages] == ["trajectory"]
+def printed(estimate: Estimate, processes: int = 1) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    print_estimate(estimate, console, processes)
+    return console.export_text()
 
 
-@pytest.mark.slow
-def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both in CPU seconds, which other work on the machine hardly changes."""
-    few = ("model.protocol.iterations=30", "model.protocol.images=16", "model.protocol.calibration_images=8")
-    stages = stages_of(tmp_path, *few, "model.protocol.recon_batch=8", "model.protocol.steps=8")
-    monkeypatch.setattr("tfmq_exp.pipeline.float_stages.time.perf_counter", time.process_time)
-    found = estimate(stages, app.GOALS[:5], time.process_time)
-    assert found is not None
-    _ = list(stages.sampled(quantized=False)), list(stages.sampled(quantized=True))
-    took = sum(stages.hits[stage.name]["seconds"] for stage in found.stages)
-    assert 0.5 < found.seconds / took < 2
+def test_what_is_printed() -> None:
+    stages = [StageEstimate("weights", 90.0, 2e9, host=1e9, disk=3e6), StageEstimate("images", 30.0, 1e9)]
+    text = printed(Estimate(stages, 500_000_000, note="openvino: counted as simulated"), 2)
+    assert "estimate: 2 min 0 s, 3.5 GB of memory, 3 MB on disk" in text
+    assert "75%" in text
+    assert "openvino: counted as simulated" in text
+    assert "by one process; 2 share it" in text
+    on_gpu = printed(Estimate(stages, 500_000_000, accelerated=True))
+    assert "2.0 GB on the GPU, 1.5 GB of memory" in on_gpu
+    assert "GPU memory" in on_gpu
+
+
+def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = Estimate([StageEstimate("images", 1.0, 1.0)], 0)
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    assert "measured on a busy machine (load 99.0" in printed(estimate)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert "busy" not in printed(estimate)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.24, "0.2 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"), (200_000, "2 d 8 h")]
+)
+def test_durations(value: float, text: str) -> None:
+    assert format_duration(value) == text
+
+
+def test_sizes() -> None:
+    assert (format_bytes(3_400_000), format_bytes(2_500_000_000)) == ("3 MB", "2.5 GB")
