@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tfmq_exp.cli.job_cache import clear, find, keep, take
 from tfmq_exp.cli.run_info import current_run
-from tfmq_exp.cli.score_table import show
+from tfmq_exp.cli.score_table import print_scores
 from tfmq_exp.cli.status import State, Status, begun, occupied
 from tfmq_exp.cli.terminal import Terminal, open_streams, say, say_error
 from tfmq_exp.cli.validation import check
@@ -60,7 +60,7 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
     text = settings.encode(errors="backslashreplace")
     write_atomically(folder / "config.yaml", lambda path: path.write_bytes(text))
     if (results := folder / "results.json").is_file():
-        show([ScoreRecord(**row) for row in read_record(results)["rows"]], console)
+        print_scores([ScoreRecord(**row) for row in read_record(results)["rows"]], console)
     say(console, f"finished before in {origin}; repeat=true does it again")
     say(console, f"run folder: {folder}")
     return "found", str(origin)

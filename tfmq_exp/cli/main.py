@@ -23,7 +23,7 @@ from tfmq_exp.cli.job import attempt
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.log_outputs import points, run_card, score_summary, show_losses, write_csv
 from tfmq_exp.cli.run_info import current_run
-from tfmq_exp.cli.score_table import show
+from tfmq_exp.cli.score_table import print_scores
 from tfmq_exp.cli.status import State
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS, real_images
@@ -311,4 +311,4 @@ def save_records(records: Sequence[ScoreRecord], stages: Stages, folder: Path, c
     """The rows of the table: float, simulated, and executed by an engine."""
     write_record(folder / "results.json", {"rows": [record.to_json() for record in records]})
     stages.mirror.summary(score_summary(records))
-    show(records, console)
+    print_scores(records, console)
