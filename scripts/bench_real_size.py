@@ -4,9 +4,8 @@
 
 Builds the networks of conf/model/*.yaml with random weights (no checkpoint is needed), quantizes them with a fraction of the
 recipe's samples, steps and iterations, saves the artefact, loads it alone, and checks that the loaded model returns the same
-bits. Reports seconds and peak memory of every stage, what the estimate said for this fraction, the estimate for the full
-recipe, and the ratio of that to what the measured fraction implies. Seconds are CPU seconds of one thread, which other
-work on the machine hardly changes. The weight ranges' search is cut down (--candidates), in both numbers.
+bits. Reports seconds and peak memory of every stage, the estimate for this fraction, and that for the full recipe. The search
+of weight ranges is cut down (--candidates), in both.
 """
 
 import argparse
@@ -32,9 +31,9 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import prepare
-from tfmq_exp.cli.estimate import Counts, Estimate, format_bytes, format_duration, reckon, show
-from tfmq_exp.cli.survey import Survey, still_to_do
+from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
 from tfmq_exp.cli.terminal import standard_streams
+from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers import compvis, first_stage, original
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.loggers.base import NullLogger
@@ -45,7 +44,7 @@ from tfmq_exp.surgery import serialization
 
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = ("ldm_bedroom", "ldm_imagenet", "sd_v1_4")
-PART = ("trajectory", "weights", "activations", "images")
+STAGES = ("trajectory", "weights", "activations", "images")
 
 
 class RandomContext:
@@ -122,7 +121,7 @@ def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a stage took: CPU seconds, and the most memory that the process has had so far."""
+    """Seconds of a stage, and the peak bytes of the process so far."""
 
     seconds: float
     peak: int
@@ -136,9 +135,9 @@ class Stopwatch:
 
     def of(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a stage."""
-        began = time.process_time()
+        began = time.perf_counter()
         result = work()
-        self.stages[name] = Measured(time.process_time() - began, peak())
+        self.stages[name] = Measured(time.perf_counter() - began, peak())
         Console().print(f"{name}: {self.stages[name].seconds:.1f} s, {format_bytes(peak())}", highlight=False)
         return result
 
@@ -146,19 +145,6 @@ class Stopwatch:
 def peak() -> int:
     """Bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def part_of(full: Counts, counts: Counts, small: Stages) -> Counts:
-    """The counts of the fraction, with units whose costs were measured for the full recipe."""
-    given = small.calibration.images, len(small.calls)
-    phases: dict[str, Any] = {name: getattr(small.method, name) for name in counts.phases}
-    seen = {name: counts.halves * phase.effort(*given).samples for name, phase in phases.items()}
-    courses = {
-        name: replace(course, recipe=phases[name].recipe, samples=seen[name], timesteps=counts.timesteps)
-        for name, course in full.courses.items()
-    }
-    images = {name: count for name, count in counts.images.items() if name == "images"}
-    return replace(counts, courses=courses, observed={name: seen[name] for name in full.observed}, images=images)
 
 
 def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
@@ -197,48 +183,25 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
 
 
 def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) -> dict[str, Any]:
-    """Fraction and full recipe, stage by stage."""
-    fractions = {stage.name: stage for stage in part.stages}
-    view = Table(title="CPU seconds of one thread", title_justify="left")
-    for column in ("stage", "fraction: estimated", "measured", "ratio", "full recipe: estimated", "implied"):
+    """Print the estimates of fraction and full recipe with what the fraction took, stage by stage."""
+    expected, full = ({stage.name: stage.seconds for stage in found.stages} for found in (part, whole))
+    view = Table(title="seconds of one thread", title_justify="left")
+    for column in ("stage", "fraction: estimated", "measured", "ratio", "full recipe: estimated"):
         view.add_column(column, justify="left" if column == "stage" else "right")
-    implied = 0.0
-    ratios: dict[str, float] = {}
-    for stage in whole.stages:
-        like = (
-            stage.name if stage.name in fractions else "images"
-        )  # float images and diagnostics go with the quantized ones
-        ratios[stage.name] = fractions[like].seconds / watch.stages[like].seconds
-        implied += stage.seconds / ratios[stage.name]
-        view.add_row(
-            stage.name,
-            *(
-                (f"{fractions[like].seconds:.1f}", f"{watch.stages[like].seconds:.1f}")
-                if like == stage.name
-                else ("", "")
-            ),
-            f"{ratios[stage.name]:.2f}",
-            format_duration(stage.seconds),
-            format_duration(stage.seconds / ratios[stage.name]),
-        )
+    for name in STAGES:
+        took = watch.stages[name].seconds
+        numbers = f"{expected[name]:.1f}", f"{took:.1f}", f"{expected[name] / took:.2f}"
+        view.add_row(name, *numbers, format_duration(full[name]))
     console.print(view)
-    show(whole, console)
-    console.print(
-        f"implied by the fraction: {format_duration(implied)}; estimate / implied: {whole.seconds / implied:.2f}",
-        highlight=False,
-    )
-    at_peak = max(measured.peak for measured in watch.stages.values())
-    console.print(
-        f"fraction: {format_bytes(part.host)} of memory estimated, {format_bytes(at_peak)} measured", highlight=False
-    )
+    print_estimate(whole, console)
+    estimated, measured = max(map(part.memory, part.stages)), max(stage.peak for stage in watch.stages.values())
+    memory = f"{format_bytes(estimated)} of memory estimated, {format_bytes(measured)} measured"
+    console.print(f"fraction: {memory}", highlight=False)
     return {
-        "stages": {name: vars(measured) for name, measured in watch.stages.items()},
-        "estimated": {stage.name: stage.seconds for stage in part.stages},
-        "full": {stage.name: stage.seconds for stage in whole.stages},
-        "full_total": whole.seconds,
-        "implied_total": implied,
-        "memory": {"full": whole.host, "estimated": part.host, "measured": at_peak},
-        "disk": whole.disk,
+        "stages": {name: vars(stage) for name, stage in watch.stages.items()},
+        "estimated": expected,
+        "full": full,
+        "memory": {"full": max(map(whole.memory, whole.stages)), "estimated": estimated, "measured": measured},
     }
 
 
@@ -272,19 +235,15 @@ def main() -> int:
         full = stages_of(args, folder)
         words = [f"model.protocol.{name}={value}" for name, value in protocol.items()]
         small = stages_of(args, folder, *words, f"runtime.batch={args.samples}")
-        wanted, fraction = still_to_do(full, app.GOALS), still_to_do(small, PART)
         parameters = sum(p.numel() for p in full.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
-        began = time.process_time()
-        survey = Survey(full, time.process_time)
-        counts = survey.completed(wanted)
-        costs = survey.costs(counts)
-        whole, part = reckon(costs, counts), reckon(costs, part_of(counts, fraction, small))
+        began = time.perf_counter()
+        whole, part = estimate(full, dict.fromkeys(STAGES)), estimate(small, dict.fromkeys(STAGES))
+        assert whole is not None
+        assert part is not None
         console.print(
-            f"the estimate itself took {time.process_time() - began:.1f} s, {format_bytes(peak())}", highlight=False
+            f"both estimates took {time.perf_counter() - began:.1f} s, {format_bytes(peak())}", highlight=False
         )
-        console.print(f"forward pass {costs.forward.seconds:.2f} s", highlight=False)
-        del survey
         watch = Stopwatch()
         run(small, Path(folder), watch)
     found = report(whole, part, watch, console)

@@ -46,22 +46,32 @@ class Cost(NamedTuple):
     bytes: float
 
 
-def measure(work: Callable[[int], object], rows: int, available: int | None = None) -> Cost:
-    """Cost of `work(rows)`; where that is slow, or fewer rows are available, extrapolated from fewer, at least 2."""
+def measure(work: Callable[[int], object], rows: int, available: int | None = None, least: int = 1) -> Cost:
+    """Cost of `work(rows)`; where that is slow it is extrapolated from as many rows as the budget allows.
+
+    Args:
+        work: computes so many rows.
+        rows: whose cost is asked for.
+        available: most rows that can be computed.
+        least: rows that are computed however slow, 2 where a part of the cost does not depend on their number.
+    """
 
     def once(count: int) -> Cost:
+        began = now()
         with PeakMemory() as memory:  # which also warms up
             work(count)
-        seconds: list[float] = []
-        while len(seconds) < 3 and sum(seconds) < BUDGET:
-            began = now()
-            work(count)
-            seconds.append(now() - began)
-        return Cost(min(seconds), memory.bytes)
+        if (seconds := now() - began) < BUDGET:
+            seconds = min(timed(count) for _ in range(2))
+        return Cost(seconds, memory.bytes)
+
+    def timed(count: int) -> float:
+        began = now()
+        work(count)
+        return now() - began
 
     one = once(1)
-    few = min(rows, available or rows, max(2, int(BUDGET / max(one.seconds, 1e-9))))
-    if few == 1:
+    few = min(rows, available or rows, max(least, int(BUDGET / max(one.seconds, 1e-9))))
+    if few <= 1:
         return Cost(rows * one.seconds, rows * one.bytes)
     pairs = zip(one, once(few), strict=True)
     return Cost(*(b + max(0.0, b - a) * (rows - few) / (few - 1) for a, b in pairs))
@@ -90,7 +100,9 @@ class FirstIterations:
         optimizer, batch = module.configure_optimizers(), next(iter(batches))[0]
         module.count = module.recipe.iterations // 2  # where the rounding penalty is on
         available = len(batch[0])
-        self.costs.append(measure(lambda n: module.iterate(optimizer, [x[:n] for x in batch]), self.rows, available))
+        self.costs.append(
+            measure(lambda n: module.iterate(optimizer, [x[:n] for x in batch]), self.rows, available, least=2)
+        )
 
 
 def measure_units(
