@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -109,18 +109,14 @@ def stages_of(args: argparse.Namespace, folder: str, *overrides: str) -> Stages:
         cfg: DictConfig = compose("config", [*words, *overrides, *args.overrides])
     with open_dict(cfg):
         architecture = json.dumps(OmegaConf.to_container(cfg.model.denoiser.config, resolve=True))
-        cfg.model.denoiser = {
-            "_target_": f"{__name__}.random_denoiser",
-            "name": args.model,
-            "architecture": architecture,
-        }
+        denoiser = {"_target_": f"{__name__}.random_denoiser", "name": args.model, "architecture": architecture}
+        cfg.model.denoiser = denoiser
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}
     return app.build_stages(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)), NullLogger())
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Seconds of a stage, and the peak bytes of the process so far."""
 
     seconds: float
@@ -198,7 +194,7 @@ def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) 
     memory = f"{format_bytes(estimated)} of memory estimated, {format_bytes(measured)} measured"
     console.print(f"fraction: {memory}", highlight=False)
     return {
-        "stages": {name: vars(stage) for name, stage in watch.stages.items()},
+        "stages": {name: stage._asdict() for name, stage in watch.stages.items()},
         "estimated": expected,
         "full": full,
         "memory": {"full": max(map(whole.memory, whole.stages)), "estimated": estimated, "measured": measured},
@@ -241,9 +237,8 @@ def main() -> int:
         whole, part = estimate(full, dict.fromkeys(STAGES)), estimate(small, dict.fromkeys(STAGES))
         assert whole is not None
         assert part is not None
-        console.print(
-            f"both estimates took {time.perf_counter() - began:.1f} s, {format_bytes(peak())}", highlight=False
-        )
+        took = f"{time.perf_counter() - began:.1f} s, {format_bytes(peak())}"
+        console.print(f"both estimates took {took}", highlight=False)
         watch = Stopwatch()
         run(small, Path(folder), watch)
     found = report(whole, part, watch, console)

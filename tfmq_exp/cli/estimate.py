@@ -88,8 +88,8 @@ def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> E
             (diagnoses), units or iterations of training that an interrupted attempt has finished (weights, activations).
         engine: name of the engine that executes the finished model too; the names of its stages begin with it.
     """
-    missing = {name: n for name, n in missing.items() if not name.endswith(("scores", "reference", "examples"))}
-    if not missing:
+    quick = ("scores", "reference", "examples", "rounding", "features")
+    if not (missing := {name: count for name, count in missing.items() if not name.endswith(quick)}):
         return None
     accelerated = run.denoiser.device.type != "cpu"
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,7 +4,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +104,13 @@ class FirstIterations:
         )
 
 
+class NoCallbacks:
+    """A unit checkpointer and progress display whose methods do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
 def measure_units(
     context: Sequence[Any], units: Sequence[Unit], recipe: ReconstructionConfig, rows: int
 ) -> dict[str, Cost]:
@@ -119,6 +125,6 @@ def measure_units(
     *fields, compute, seed = context
     trainer = FirstIterations(rows)
     compute = replace(compute, trainer=trainer, processes=ALONE)
-    silent: Any = SimpleNamespace(**dict.fromkeys(("get", "put", "start", "finished"), lambda *_: None))
-    reconstruct(ReconstructionContext(*fields, compute, seed, silent, silent), units, recipe)
+    nobody: Any = NoCallbacks()
+    reconstruct(ReconstructionContext(*fields, compute, seed, nobody, nobody), units, recipe)
     return {unit.name: cost for unit, cost in zip(units, trainer.costs, strict=True)}
