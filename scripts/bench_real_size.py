@@ -144,11 +144,7 @@ def peak() -> int:
 
 
 def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
-    """The fraction of the recipe, from trajectories to images of the artefact.
-
-    Raises:
-        ValueError: the loaded model returns other numbers than the one in memory.
-    """
+    """The fraction of the recipe, from trajectories to images of the artefact, which must be the model in memory."""
     data: CalibrationSet = watch.of("trajectory", stages.calibration_set)
     model = watch.of("weights", stages.weighted_model)
     watch.of("activations", lambda: stages.learn("activations", stages.method.activations, model, 1, folder))
@@ -161,12 +157,12 @@ def run(stages: Stages, folder: Path, watch: Stopwatch) -> None:
         with torch.no_grad():
             return network(**inputs).sample
 
-    wanted = output(model)
+    expected = output(model)
     network_bytes, denoiser = stages.float_bytes, stages.denoiser
     del model
     denoiser.unet.to("meta")  # no longer needed, and large
     loaded = watch.of("loading", lambda: serialization.load(path))
-    if not torch.equal(output(loaded), wanted) or not wanted.isfinite().all():
+    if not torch.equal(output(loaded), expected) or not expected.isfinite().all():
         raise ValueError("the loaded model returns other numbers than the one in memory")
     size = path.stat().st_size
     Console().print(

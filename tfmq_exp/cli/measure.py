@@ -122,9 +122,9 @@ def measure_units(
         recipe: of the learning.
         rows: of an iteration; the data may have fewer.
     """
-    *fields, compute, seed = context
-    trainer = FirstIterations(rows)
+    model, float_unet, structure, data, compute, seed = context
+    trainer, callbacks = FirstIterations(rows), NoCallbacks()
     compute = replace(compute, trainer=trainer, processes=ALONE)
-    nobody: Any = NoCallbacks()
-    reconstruct(ReconstructionContext(*fields, compute, seed, nobody, nobody), units, recipe)
+    given: Any = (model, float_unet, structure, data, compute, seed, callbacks, callbacks)
+    reconstruct(ReconstructionContext(*given), units, recipe)
     return {unit.name: cost for unit, cost in zip(units, trainer.costs, strict=True)}

@@ -128,8 +128,9 @@ def test_every_number_of_a_protocol_is_looked_at() -> None:
     assert {key for key, kinds in found.items() if float in kinds} == {*RATES.split(), "eta", "qat_average"}
 
 
-def test_mistakes_are_told_before_torch_is_loaded() -> None:
-    code = "import sys, tfmq_exp.cli.job, tfmq_exp.cli.sweep_report; sys.exit('torch' in sys.modules)"
+def test_mistakes_and_finished_jobs_need_no_heavy_imports() -> None:
+    heavy = "{'torch', 'diffusers', 'pytorch_lightning', 'matplotlib', 'numpy'}"
+    code = f"import sys, run, tfmq_exp.cli.job, tfmq_exp.cli.sweep_report; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, check=False).returncode == 0
 
 
