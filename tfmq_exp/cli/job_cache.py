@@ -42,15 +42,13 @@ INSIDE = ("method/", "method.", "quant.")
 log = logging.getLogger(__name__)
 
 
-# identity of a job ---------------------------------------------------------------------------------------------------
-
-
 def job_identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Everything that decides the files of a job, as plain data.
 
     Of a logger only the kind counts, so that a finished job is shown where another logger is asked for.
     """
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    packages = {text.split(".")[0] for key, text in texts(settings) if key == "_target_"} - {PACKAGE.name}
     return {
         "settings": {key: value for key, value in settings.items() if key not in (*LOCATIONS, "runtime")},
         "runtime": {key: value for key, value in settings["runtime"].items() if key not in EXECUTION},
@@ -58,7 +56,7 @@ def job_identity(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         "shown": sorted(dashboards(settings["logger"])),
         "program": program_version(PACKAGE),
         "files": files_read(settings),
-        "outside": outside_code(settings),
+        "outside": {name: code for name in sorted(packages) if (code := code_of(name))},  # not of installed packages
     }
 
 
@@ -78,12 +76,6 @@ def program_version(package: Path) -> str:
         digest.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def outside_code(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Hash of the code of other packages that the settings name as targets; those that are installed do not count."""
-    names = {text.split(".")[0] for key, text in texts(settings) if key == "_target_"} - {PACKAGE.name}
-    return {name: code for name in sorted(names) if (code := code_of(name)) is not None}
 
 
 def files_read(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -118,9 +110,6 @@ def texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield from texts(value, str(name))
     for value in node if isinstance(node, list) else ():
         yield from texts(value, key)
-
-
-# results of a job ----------------------------------------------------------------------------------------------------
 
 
 def find(cfg: DictConfig, overrides: Sequence[str]) -> tuple[Store, Entry]:
