@@ -24,9 +24,9 @@ from tfmq_exp.cli.score_table import print_scores
 from tfmq_exp.cli.status import State, Status, begun, occupied
 from tfmq_exp.cli.terminal import Terminal, open_streams, say, say_error
 from tfmq_exp.cli.validation import check
-from tfmq_exp.files import read_record, write_atomically
-from tfmq_exp.kinds import WrongValueError
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.core.files import read_record, write_atomically
+from tfmq_exp.core.validate import WrongValueError
+from tfmq_exp.report.records import ScoreRecord
 
 Work = Callable[[DictConfig, Path, Console], tuple[State, str]]
 PLANNED = {".hydra", ".running.lock", "run.log", "status.json", "estimate.json"}  # files of a dry run's folder

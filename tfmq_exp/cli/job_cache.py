@@ -20,9 +20,9 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from omegaconf import DictConfig, OmegaConf
 
+from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.core.formatting import format_bytes
 from tfmq_exp.data.tree import files_below
-from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store, code_of
 
 PACKAGE = Path(__file__).parents[1]

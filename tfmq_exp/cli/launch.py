@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from tfmq_exp.cli.job import one_line, root_cause
 from tfmq_exp.cli.run_info import hydra_state, restore_hydra_state
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, joined
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 
 Share = Callable[[DictConfig, ProcessGroup, Path], None]
 EXIT_TIMEOUT = 10.0  # seconds that a process has to end, or to say why it ended

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tfmq_exp.cli.folders import check_folders, check_images_apart
 from tfmq_exp.cli.run_info import RunInfo
-from tfmq_exp.kinds import (
+from tfmq_exp.core.validate import (
     AMOUNT,
     ANY_COUNT,
     COUNT,
