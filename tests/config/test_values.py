@@ -13,7 +13,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.e2e.jobs import CONF, composed
-from tfmq_exp.cli.outcome import root_cause
+from tfmq_exp.cli.job import root_cause
+from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.validation import check
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.sampling.guidance import Sampling
@@ -96,7 +97,7 @@ def test_every_number_and_switch_of_a_method_and_a_sampler(fields: dict[tuple[st
 
 def begin(cfg: DictConfig) -> None:
     """What a job does before it reads a network."""
-    check(cfg)
+    check(cfg, current_run())
     Sampling(instantiate(cfg.sampler, _convert_="all"), **instantiate(cfg.model.sampling, _convert_="all"))
     instantiate(cfg.method, _convert_="all")
 
@@ -122,6 +123,18 @@ def begin(cfg: DictConfig) -> None:
         (("method=qdrop", "method.weights.recipe.inputs.keep=1.5"), "method.weights.recipe.inputs.keep must be"),
         (("method=tdq", "model.protocol.encoding_width=3"), "encoding.width must be an even whole number"),
         (("method=intervals", "method.scales.temporal.count=2000"), "count must be at most train_timesteps, 1000"),
+        (
+            ("method=lsq", "method.weights.protocol.clip=-1"),
+            "method.weights.protocol.clip must be a number above 0, or null",
+        ),
+        (
+            ("method=lsq", "method.weights.protocol.first_rate=0"),
+            "method.weights.protocol.first_rate must be a number above 0",
+        ),
+        (
+            ("method=lsq", "method.weights.protocol.untold=2"),
+            "method.weights.protocol.untold must be a number from 0 to 1",
+        ),
         (("model.sampling.guidance=-1",), "model.sampling.guidance must be a number, at least 0, got -1"),
         (("model.sampling.guidance=nan",), "model.sampling.guidance must be a number, at least 0, got nan"),
         (("model.sampling.precision=float8",), "precision must be one of float32, float16, bfloat16, got 'float8'"),

@@ -22,7 +22,7 @@ from tfmq_exp.cli.job import perform
 from tfmq_exp.cli.status import Status, read_status
 from tfmq_exp.report.records import read_records
 
-WAITING = CONF.parent / "tests" / "smoke" / "waiting.py"
+WAITING = CONF.parent / "tests" / "e2e" / "waiting.py"
 
 
 @pytest.fixture

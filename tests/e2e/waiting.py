@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from tfmq_exp.cli.outcome import attempt
+from tfmq_exp.cli.job import attempt
 from tfmq_exp.cli.status import State
 
 

@@ -1,4 +1,4 @@
-"""The machine: device, threads, versions, what git says. The only place that looks at it."""
+"""The machine: device, threads, versions, state of the source tree."""
 
 import importlib.metadata
 import logging
@@ -31,15 +31,13 @@ def pick_device(accelerator: str, rank: int = 0) -> torch.device:
         raise ValueError("trainer=gpu was asked for, but torch sees no CUDA device; use trainer=cpu or trainer=auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {rank} has no GPU: torch sees {torch.cuda.device_count()}; set runtime.processes to that"
-        )
+    if rank >= (count := torch.cuda.device_count()):
+        raise ValueError(f"process {rank} has no GPU: torch sees {count}; set runtime.processes to that")
     return torch.device("cuda", rank)
 
 
 def prepare(threads: int | None) -> None:
-    """Settings of the process: threads, exact float32 products, and libraries that talk too much."""
+    """Set up the process: threads, exact float32 products, quiet libraries."""
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -50,7 +48,7 @@ def prepare(threads: int | None) -> None:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What a result needs to say about where it was made."""
+    """Where a result was made, for its record."""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -63,7 +61,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def busy() -> str:
-    """A remark on what is measured now: empty unless more wants to run than the machine has cores for."""
+    """Remark on measured times, empty unless more processes want to run than the machine has cores."""
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load <= cores + 0.5:
         return ""
@@ -72,15 +70,13 @@ def busy() -> str:
 
 def git_state() -> str:
     """The commit of the source tree, marked when files differ from it; `unknown` outside a repository."""
-    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        options: dict[str, Any] = {"env": {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, "cwd": Path(__file__).parents[2]}
+        return subprocess.run(["git", *words], check=True, capture_output=True, text=True, **options).stdout.strip()
+
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return f"{commit}+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _git(root: Path, *words: str) -> str:
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    done = subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True, env=environment)
-    return done.stdout.strip()

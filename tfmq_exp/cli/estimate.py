@@ -83,17 +83,13 @@ def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> E
     """Estimate the stages that are not in the store; None if none of them takes long.
 
     Args:
-        run: the experiment; its denoiser, sampling, method, structure, resolved configuration, calls, images, calibration, compute and seed count.
+        run: the experiment; its denoiser, sampling, method, structure, plan, calls, images, calibration, means and seed count.
         missing: name of each stage to be made -> images that are left, trajectories (diagnostics), network passes of one image
             (diagnoses), units or iterations of training that an interrupted attempt has finished (weights, activations).
         engine: name of the engine that executes the finished model too; the names of its stages begin with it.
     """
-    missing = {
-        name: n
-        for name, n in missing.items()
-        if not name.endswith(("scores", "reference", "examples", "rounding", "features"))
-    }
-    if not missing:
+    quick = ("scores", "reference", "examples", "rounding", "features")
+    if not (missing := {name: count for name, count in missing.items() if not name.endswith(quick)}):
         return None
     accelerated = run.denoiser.device.type != "cpu"
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

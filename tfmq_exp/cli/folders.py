@@ -1,4 +1,4 @@
-"""Folders of a job that would hold one another: a store inside a run folder, results among the images that are read, ..."""
+"""Folders of a job that cannot be made, or hold one another: a store inside a run folder, results among images that are read."""
 
 import os
 from pathlib import Path
@@ -13,53 +13,42 @@ RUN = "the run folder (hydra.run.dir, hydra.sweep.dir)"
 
 
 class FolderCheck(Callback):
-    """Hydra callback: before Hydra makes the first folder, whether it can be made, and lies where somebody has said.
+    """Hydra callback: checks and makes the first folder before Hydra does.
 
     Raises:
-        SystemExit: with status 1, once the error is said.
+        SystemExit: with status 1, after the error is printed.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Of one job."""
+        """Before one job."""
         stop_without_folders(config, config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Of a sweep."""
+        """Before a sweep."""
         stop_without_folders(config, config.hydra.sweep.dir)
 
 
 def stop_without_folders(config: DictConfig, first: str) -> None:
-    """Say what is wrong with the folders that a command writes to, and end it."""
+    """End the command where a folder that it writes to has no name, is something else, or cannot be made."""
     try:
-        check_places(config.paths.outputs, config.paths.store)
-        make_folder(Path(first))
+        for key in ("paths.outputs", "paths.store"):
+            place = OmegaConf.select(config, key)
+            if not isinstance(place, str) or not place.strip():  # which would be the root, or the working directory
+                raise ValueError(f"{key} must be a folder, got {place!r}")
+            if os.path.lexists(place) and not os.path.isdir(place):
+                raise ValueError(f"{key}={place} is no folder, nor a link to one")
+        try:
+            Path(first).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            keys = "paths.outputs, hydra.run.dir, hydra.sweep.dir"
+            raise ValueError(f"{keys}: no folder {first}: {error.strerror}") from error
     except ValueError as error:
         say_error(Terminal(stderr=True), str(error))
         raise SystemExit(1) from None
 
 
-def check_places(outputs: Any, store: Any) -> None:
-    """Raise ValueError where a folder has no name, which would be the root or the working directory, or is something else."""
-    for key, value in {"paths.outputs": outputs, "paths.store": store}.items():
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{key} must be a folder, got {value!r}")
-    for key, place in {"paths.outputs": Path(outputs), "paths.store": Path(store)}.items():
-        if os.path.lexists(place) and not os.path.isdir(place):
-            raise ValueError(f"{key}={place} is no folder, nor a link to one")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder with all above it; ValueError says what is in its way."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"paths.outputs, hydra.run.dir, hydra.sweep.dir: no folder {folder}: {error.strerror}"
-        ) from error
-
-
 def check_folders(cfg: DictConfig, run: Path, *, moves: bool) -> None:
-    """Look at where a job reads and writes.
+    """Check the folders that a job writes to.
 
     Args:
         cfg: the job.
@@ -83,27 +72,19 @@ def check_folders(cfg: DictConfig, run: Path, *, moves: bool) -> None:
 
 
 def check_images_apart(cfg: DictConfig, run: Path) -> None:
-    """Look at the folder that real images are read from, at any depth; only scores and training read any.
-
-    Args:
-        cfg: the job.
-        run: its run folder.
-
-    Raises:
-        ValueError: it holds folders that are written to, by its key.
-    """
-    value = OmegaConf.select(cfg, "data.path", default=None, throw_on_missing=False)
-    if isinstance(value, str) and Path(value).is_dir():
+    """Raise ValueError where the folder of real images, which is read at any depth, holds a folder that is written to."""
+    images = OmegaConf.select(cfg, "data.path", default=None, throw_on_missing=False)
+    if isinstance(images, str) and Path(images).is_dir():
         for name, folder in written_folders(cfg, run).items():
-            if inside(folder, Path(value)):
+            if inside(folder, Path(images)):
                 raise ValueError(
-                    f"data.path={value} holds {name} ({folder}), whose pictures would be read as images: "
+                    f"data.path={images} holds {name} ({folder}), whose pictures would be read as images: "
                     "choose a folder of images alone"
                 )
 
 
 def written_folders(cfg: DictConfig, run: Path) -> dict[str, Path]:
-    """Where a job writes, by key."""
+    """Folders that a job writes to, by key."""
     return {"paths.outputs": Path(cfg.paths.outputs), "paths.store": Path(cfg.paths.store), RUN: run}
 
 

@@ -1,4 +1,4 @@
-"""A run of several processes on one machine: the one that was started is the first, and starts the others."""
+"""Multi-process launcher: the main process of a run starts the others on this machine."""
 
 import logging
 import multiprocessing
@@ -11,24 +11,24 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from tfmq_exp.cli.outcome import one_line, root_cause
+from tfmq_exp.cli.job import one_line, root_cause
+from tfmq_exp.cli.run_info import hydra_state, restore_hydra_state
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, joined
 from tfmq_exp.core.files import write_atomically
 
 Share = Callable[[DictConfig, ProcessGroup, Path], None]
-FAREWELL = 10.0  # seconds that a process has to end, or to say why it ended
+EXIT_TIMEOUT = 10.0  # seconds that a process has to end, or to say why it ended
 
 
 @contextmanager
 def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
-    """The first of `runtime.processes`; the others run `share` meanwhile, which pulls the same stages in the same order.
+    """The main process of `runtime.processes`; the others run `share` meanwhile: the same stages in the same order.
 
     Args:
         cfg: the job.
-        share: a function of a module, given the job, the process, and a folder for what only the first one's is kept of.
+        share: a function of a module, called with the job, the process, and a folder for files that are not kept.
 
     Raises:
         ValueError: fewer than one process.
@@ -43,21 +43,17 @@ def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="tfmq-processes-") as name:
         folder = Path(name)
-        settings = cfg, HydraConfig.get()
-        others = [
-            context.Process(target=join, args=(share, *settings, rank, count, folder), daemon=True)
-            for rank in range(1, count)
-        ]
+        given = [(share, cfg, hydra_state(), rank, count, folder) for rank in range(1, count)]
+        others = [context.Process(target=join, args=args, daemon=True) for args in given]
         for process in others:
             process.start()
         try:
             with joined(0, count, folder / "meeting"):
                 yield ProcessGroup(0, count)
             for process in others:
-                process.join(FAREWELL)
+                process.join(EXIT_TIMEOUT)
         except Exception as error:
-            reason = why_one_failed(others, folder)
-            if reason is None:
+            if (reason := why_one_failed(others, folder)) is None:
                 raise
             raise RuntimeError(reason) from error
         finally:
@@ -67,39 +63,36 @@ def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
 
 
 def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int, folder: Path) -> None:
-    """What another process does from its start to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one ends it
-    threading.Thread(target=end_with_the_first, daemon=True).start()
-    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.ERROR)  # the first one warns of the same
-    HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))
+    """Run another process from its start to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends it
+    threading.Thread(target=end_with_main_process, daemon=True).start()
+    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.ERROR)  # the main process warns of the same
+    restore_hydra_state(hydra)
     try:
         with joined(rank, count, folder / "meeting") as processes:
             scratch = folder / f"scratch-{rank}"
             scratch.mkdir()
             share(cfg, processes, scratch)
     except Exception as error:
-        reason = one_line(root_cause(error))
-        write_atomically(
-            folder / f"failed-{rank}", lambda path: path.write_text(reason, encoding="utf-8", errors="backslashreplace")
-        )
+        reason = one_line(root_cause(error)).encode(errors="backslashreplace")
+        write_atomically(folder / f"failed-{rank}", lambda path: path.write_bytes(reason))
         raise SystemExit(1) from error
 
 
-def end_with_the_first() -> None:
-    """End this process as soon as the first one is gone: killed, it cannot end the others, which would wait for it."""
-    first = multiprocessing.parent_process()
-    if first is not None:
-        first.join()
+def end_with_main_process() -> None:
+    """End this process as soon as the main one is gone: killed, it cannot end the others, which would wait for it."""
+    if (main := multiprocessing.parent_process()) is not None:
+        main.join()
         os._exit(1)
 
 
 def why_one_failed(others: Sequence[BaseProcess], folder: Path) -> str | None:
-    """Which process failed first and why, None if none did; one that lost its connection to another is no reason."""
+    """Which process failed first and why; None if none did. Losing the connection to another is no reason."""
     for rank, process in enumerate(others, start=1):
-        process.join(FAREWELL / len(others))
-        told = folder / f"failed-{rank}"
+        process.join(EXIT_TIMEOUT / len(others))
+        report = folder / f"failed-{rank}"
         if process.exitcode is not None and process.exitcode < 0:
             return f"process {rank} of {len(others) + 1} was ended by {signal.Signals(-process.exitcode).name}"
-        if told.is_file():
-            return f"process {rank} of {len(others) + 1}: {told.read_text(encoding='utf-8')}"
+        if report.is_file():
+            return f"process {rank} of {len(others) + 1}: {report.read_text(encoding='utf-8')}"
     return None

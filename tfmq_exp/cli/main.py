@@ -20,9 +20,9 @@ from tfmq_exp.cli.diagnosis_outputs import save_diagnoses
 from tfmq_exp.cli.dry_run import expected_cost, preview
 from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
 from tfmq_exp.cli.estimate import print_estimate
+from tfmq_exp.cli.job import attempt
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.log_outputs import run_metadata
-from tfmq_exp.cli.outcome import attempt
 from tfmq_exp.cli.outputs import RunOutputs, report_coverage, warn_of_captions
 from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.run_info import RunInfo, current_run
@@ -141,7 +141,7 @@ def make_run(cfg: DictConfig, device: torch.device, group: ProcessGroup = ALONE)
         ),
         seed=cfg.seed,
         make_evaluator=functools.partial(make, cfg.eval),
-        make_training_images=lambda: make(real_images(cfg)),
+        make_training_images=lambda: make(real_images(cfg, current_run().folder)),
     )
 
 

@@ -4,7 +4,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -46,22 +45,32 @@ class Cost(NamedTuple):
     bytes: float
 
 
-def measure(work: Callable[[int], object], rows: int, available: int | None = None) -> Cost:
-    """Cost of `work(rows)`; where that is slow, or fewer rows are available, extrapolated from fewer, at least 2."""
+def measure(work: Callable[[int], object], rows: int, available: int | None = None, least: int = 1) -> Cost:
+    """Cost of `work(rows)`; where that is slow it is extrapolated from as many rows as the budget allows.
+
+    Args:
+        work: computes so many rows.
+        rows: whose cost is asked for.
+        available: most rows that can be computed.
+        least: rows that are computed however slow, 2 where a part of the cost does not depend on their number.
+    """
 
     def once(count: int) -> Cost:
+        began = now()
         with PeakMemory() as memory:  # which also warms up
             work(count)
-        seconds: list[float] = []
-        while len(seconds) < 3 and sum(seconds) < BUDGET:
-            began = now()
-            work(count)
-            seconds.append(now() - began)
-        return Cost(min(seconds), memory.bytes)
+        if (seconds := now() - began) < BUDGET:
+            seconds = min(timed(count) for _ in range(2))
+        return Cost(seconds, memory.bytes)
+
+    def timed(count: int) -> float:
+        began = now()
+        work(count)
+        return now() - began
 
     one = once(1)
-    few = min(rows, available or rows, max(2, int(BUDGET / max(one.seconds, 1e-9))))
-    if few == 1:
+    few = min(rows, available or rows, max(least, int(BUDGET / max(one.seconds, 1e-9))))
+    if few <= 1:
         return Cost(rows * one.seconds, rows * one.bytes)
     pairs = zip(one, once(few), strict=True)
     return Cost(*(b + max(0.0, b - a) * (rows - few) / (few - 1) for a, b in pairs))
@@ -90,7 +99,16 @@ class FirstIterations:
         optimizer, batch = module.configure_optimizers(), next(iter(batches))[0]
         module.count = module.recipe.iterations // 2  # where the rounding penalty is on
         available = len(batch[0])
-        self.costs.append(measure(lambda n: module.iterate(optimizer, [x[:n] for x in batch]), self.rows, available))
+        self.costs.append(
+            measure(lambda n: module.iterate(optimizer, [x[:n] for x in batch]), self.rows, available, least=2)
+        )
+
+
+class NoCallbacks:
+    """A unit checkpointer and progress display whose methods do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 def measure_units(
@@ -104,9 +122,9 @@ def measure_units(
         recipe: of the learning.
         rows: of an iteration; the data may have fewer.
     """
-    *fields, compute, seed = context
-    trainer = FirstIterations(rows)
+    model, float_unet, structure, data, compute, seed = context
+    trainer, callbacks = FirstIterations(rows), NoCallbacks()
     compute = replace(compute, trainer=trainer, processes=ALONE)
-    silent: Any = SimpleNamespace(**dict.fromkeys(("get", "put", "start", "finished"), lambda *_: None))
-    reconstruct(ReconstructionContext(*fields, compute, seed, silent, silent), units, recipe)
+    given: Any = (model, float_unet, structure, data, compute, seed, callbacks, callbacks)
+    reconstruct(ReconstructionContext(*given), units, recipe)
     return {unit.name: cost for unit, cost in zip(units, trainer.costs, strict=True)}

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from tfmq_exp.cli.log_outputs import log_losses, points, score_summary
-from tfmq_exp.cli.score_table import show
+from tfmq_exp.cli.score_table import print_scores
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.files import write_atomically, write_record
 from tfmq_exp.loggers.base import Logger, Rows
@@ -160,7 +160,7 @@ class RunOutputs:
         """The score records, printed as a table."""
         write_record(self.folder / "results.json", {"rows": [record.to_json() for record in records]})
         self.logger.log_summary(score_summary(records))
-        show(records, self.console)
+        print_scores(records, self.console)
 
 
 def _first(shards: Iterable[Tensor]) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""What a person typed after `run.py`, where Hydra cannot read it or knows no such key: what to type instead."""
+"""Overrides of the command line that Hydra cannot read, or whose keys, groups or choices do not exist: what to type instead."""
 
 import difflib
 import os
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-NEAR = 0.75  # likeness of two keys' last words, 1 for the same
+SIMILAR = 0.75  # of two last words, 1 for the same
 SUGGESTIONS = 5
 
 
@@ -27,11 +27,7 @@ def read_arguments(words: Sequence[str]) -> Namespace:
 
 
 def unreadable(arguments: Namespace) -> list[str]:
-    """A line for each override that Hydra cannot read, or whose `~` nobody would expand: how it can be written.
-
-    Args:
-        arguments: of `read_arguments`.
-    """
+    """A line for each override that Hydra cannot read, or whose `~` nothing would expand: how it can be written."""
     return [line for text in arguments.overrides if (line := misread(text, sweeping=arguments.multirun))]
 
 
@@ -40,120 +36,117 @@ def misread(text: str, *, sweeping: bool) -> str:
 
     Args:
         text: as the shell has passed it.
-        sweeping: commas part values of a sweep.
+        sweeping: whether commas separate values of a sweep.
     """
+    key, equals, value = text.partition("=")
     try:
-        override = parsed(text)
+        parsed_value = parsed(text).value()
     except HydraException as error:
-        key, equals, value = text.partition("=")
+        reason = str(error).splitlines()[0]
         if not equals:
             return f"{text} is no override: those are KEY=VALUE or GROUP=CHOICE"
         if value[:1] in ("[", "{") or value.endswith(")"):
-            return f"{text}: {str(error).splitlines()[0]}; inside it, text with signs such as = or a space needs quotes"
+            return f"{text}: {reason}; inside it, text with signs such as = or a space needs quotes"
         parts = value.split(",") if sweeping else [value]
         right = f"{key}={','.join(quoted(os.path.expanduser(part)) for part in parts)}"
         try:
             parsed(right)
         except HydraException:
-            return f"{text}: {str(error).splitlines()[0]}"
+            return f"{text}: {reason}"
         return f"{text} has signs that need quotes inside those of the shell: {shlex.quote(right)}"
-    value = override.value()
-    if isinstance(value, str) and os.path.expanduser(value) != value:
-        right = f"{text.partition('=')[0]}={quoted(os.path.expanduser(value))}"
-        return f"{text}: ~ is not expanded here; write {shlex.quote(right)}"
+    if isinstance(parsed_value, str) and (expanded := os.path.expanduser(parsed_value)) != parsed_value:
+        return f"{text}: ~ is not expanded here; write {shlex.quote(f'{key}={quoted(expanded)}')}"
     return ""
 
 
 def parsed(text: str) -> Override:
-    """One override as Hydra reads it.
-
-    Raises:
-        HydraException: it cannot.
-    """
+    """One override as Hydra reads it; HydraException where it cannot."""
     return OverridesParser.create().parse_override(text)
 
 
 def quoted(value: str) -> str:
-    """Text as Hydra reads it whatever is in it."""
+    """Text in quotes, as Hydra reads it whatever is in it."""
     mark = "'" if '"' in value and "'" not in value else '"'
     inside = re.sub(rf"(\\*)({mark}|\Z)", lambda found: 2 * found[1] + (f"\\{mark}" if found[2] else ""), value)
     return f"{mark}{inside}{mark}"
 
 
 def unknown_keys(arguments: Namespace, conf: Path) -> list[str]:
-    """A line for each override of a key that is not there, with keys that are and end alike.
+    """A line for each override whose key, group or choice does not exist, with similar ones that do.
 
     Args:
         arguments: of `read_arguments`.
         conf: the folder of the configuration.
     """
+    folders = [conf, *([Path(arguments.config_dir).absolute()] if arguments.config_dir else [])]
     overrides = [override for text in arguments.overrides if (override := parsed(text)).package is None]
-    groups = sorted(f"{path.relative_to(place)}" for place in places(conf, arguments) for path in place.glob("**/*/"))
+    groups = {f"{path.relative_to(folder)}" for folder in folders for path in folder.glob("**/*/")}
     chosen = [o for o in overrides if o.key_or_group in groups]
+    if lines := [line for o in chosen for line in unknown_choices(o, folders)]:
+        return lines
     given = [o.key_or_group for o in overrides if o not in chosen and not o.is_add() and not o.is_hydra_override()]
     try:
-        cfg = composed(conf, arguments, [first_choice(o) for o in chosen])
-    except (HydraException, OmegaConfBaseException):  # what Hydra has said of groups stands by itself
+        keys = set(keys_of(composed(folders, [f"{o.key_or_group}={choices(o)[0]}" for o in chosen if choices(o)])))
+    except (HydraException, OmegaConfBaseException):  # Hydra has said why
         return []
-    keys = sorted(keys_of(cfg))
-    lines = []
     for key in (key for key in given if key not in keys):
-        if choices := [choice for place in places(conf, arguments) for choice in having(key, place)]:
-            lines.append(f"there is no key {key} in what is chosen; there is one in {', '.join(choices)}")
-        elif near := alike(key, groups if "/" in key else keys):
+        if elsewhere := [choice for folder in folders for choice in having(key, folder)]:
+            lines.append(f"there is no key {key} in what is chosen; there is one in {', '.join(elsewhere)}")
+        elif near := similar(key, groups if "/" in key else keys):
             lines.append(f"there is no key {key}: did you mean {' or '.join(near)}?")
     return lines
+
+
+def choices(override: Override) -> list[str]:
+    """Files that an override of a group names; several in a sweep."""
+    if override.is_sweep_override():
+        return [text for text in override.sweep_string_iterator() if isinstance(text, str)]
+    return [value] if isinstance(value := override.value(), str) else []
+
+
+def unknown_choices(override: Override, folders: Sequence[Path]) -> Iterator[str]:
+    """A line for each choice that no file of the group has the name of."""
+    group = override.key_or_group
+    places = [folder / group for folder in folders]
+    for choice in choices(override):
+        files = [(path, at) for at in places for path in at.glob("*/*.yaml" if "/" in choice else "*.yaml")]
+        known = {path.relative_to(at).with_suffix("").as_posix() for path, at in files}
+        if choice.removesuffix(".yaml") not in {*known, "null"} and (near := similar(choice, known)):
+            yield f"there is no {group}={choice}: did you mean {' or '.join(f'{group}={name}' for name in near)}?"
 
 
 def having(key: str, conf: Path) -> list[str]:
     """Choices of the group that a key begins with whose files have the key."""
     group, _, name = key.partition(".")
-    return [
-        f"{group}={path.stem}"
-        for path in sorted((conf / group).glob("*.yaml"))
-        if name in set(keys_of(OmegaConf.load(path)))
-    ]
+    files = sorted((conf / group).glob("*.yaml"))
+    return [f"{group}={path.stem}" for path in files if name in set(keys_of(OmegaConf.load(path)))]
 
 
-def places(conf: Path, arguments: Namespace) -> list[Path]:
-    """The folders that groups are in."""
-    return [conf, *([Path(arguments.config_dir).absolute()] if arguments.config_dir else [])]
-
-
-def first_choice(override: Override) -> str:
-    """A choice of a group, the first of several."""
-    if not override.is_sweep_override():
-        return str(override.input_line)
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
-
-
-def composed(conf: Path, arguments: Namespace, choices: Sequence[str]) -> DictConfig:
+def composed(folders: Sequence[Path], words: Sequence[str]) -> DictConfig:
     """The configuration with other choices of groups alone."""
-    others = ",".join(quoted(f"file://{place}") for place in places(conf, arguments)[1:])
-    with initialize_config_dir(str(conf), version_base="1.3"):
-        return compose("config", [f"hydra.searchpath=[{others}]", *choices])
+    others = ",".join(quoted(f"file://{folder}") for folder in folders[1:])
+    with initialize_config_dir(str(folders[0]), version_base="1.3"):
+        return compose("config", [f"hydra.searchpath=[{others}]", *words])
 
 
 def keys_of(node: Any, above: str = "") -> Iterator[str]:
     """Every key below a node, with those of its inner nodes."""
-    if not isinstance(node, DictConfig):
-        return
-    for name in node:
-        key = f"{above}{name}"
-        yield key
+    for name in node if isinstance(node, DictConfig) else ():
+        yield (key := f"{above}{name}")
         if not OmegaConf.is_interpolation(node, str(name)) and not OmegaConf.is_missing(node, str(name)):
             yield from keys_of(node[name], f"{key}.")
 
 
-def alike(key: str, known: Iterable[str]) -> list[str]:
-    """Those of the known keys whose last word is that of the key or nearly, the most alike first."""
+def similar(name: str, known: Collection[str]) -> list[str]:
+    """Those of the known names whose last word is that of the name, else those with a similar one; the most similar first."""
 
-    def likeness(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
+    def last_words(names: Iterable[str]) -> dict[str, str]:
+        return {one: re.split("[./]", one)[-1] for one in names}
 
-    def last_word(name: str) -> str:
-        return re.split("[./]", name)[-1]
-
-    near = {other: likeness(last_word(key), last_word(other)) for other in known}
-    best = 1.0 if 1.0 in near.values() else NEAR
-    return sorted((k for k, v in near.items() if v >= best), key=lambda k: (-near[k], -likeness(key, k)))[:SUGGESTIONS]
+    word, words = last_words([name])[name], last_words(known)
+    near = difflib.get_close_matches(word, set(words.values()), SUGGESTIONS, SIMILAR)
+    if word in near:
+        near = [word]
+    found = [one for one, last in words.items() if last in near]
+    order = {one: (near.index(words[one]), -difflib.SequenceMatcher(None, name, one).ratio(), one) for one in found}
+    return sorted(found, key=order.__getitem__)[:SUGGESTIONS]

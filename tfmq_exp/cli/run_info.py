@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -51,7 +52,7 @@ def current_run() -> RunInfo:
     )
 
 
-def hydra_state() -> DictConfig:
+def hydra_state() -> Any:
     """Hydra's global state, for another process of the run."""
     return HydraConfig.get()
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from tfmq_exp.cli.job_identity import INSIDE
+from tfmq_exp.cli.job_cache import INSIDE
 from tfmq_exp.cli.run_info import RunInfo
 from tfmq_exp.pipeline.experiment import Evaluation, Experiment
 from tfmq_exp.pipeline.run import Run

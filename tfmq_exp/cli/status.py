@@ -1,6 +1,6 @@
-"""What became of a job: `status.json` in its run folder, written when it begins and when it ends.
+"""Job status file: `status.json` in the run folder, written when a job begins and when it ends.
 
-A job that is killed cannot write that it ended. It loses its lock, though, and so everyone can tell.
+A job that is killed cannot write that it ended. It loses its lock, though, by which others can tell.
 """
 
 import dataclasses
@@ -19,22 +19,21 @@ from tfmq_exp.core.files import as_json, hashed, read_record, write_atomically
 
 State = Literal["running", "done", "found", "planned", "failed", "interrupted", "died"]
 GOOD: tuple[State, ...] = ("done", "found", "planned")
-ROOM = 4096  # bytes of a status, filled up with blanks: a full disk has that room still when the job ends
-PATIENCE = 10.0  # seconds that a job which is started again waits for the end of its predecessor
+RESERVED = 4096  # bytes of a status, filled up with blanks: on a full disk they are left for the status at the end
+LOCK_TIMEOUT = 10.0  # seconds that a job which is started again waits for the end of its predecessor
 
 
 @dataclass(frozen=True)
 class Status:
-    """One job's.
+    """Status of one job.
 
     Args:
-        state: found: an earlier job had done the same; planned: it was asked only what it would do; died: it neither
-            ended nor runs.
-        name: what people call it.
-        number: its place in a sweep.
+        state: found: an identical job was done before; planned: dry run; died: it neither ended nor runs.
+        name: of the run folder.
+        number: place in a sweep.
         pid: of the process that ran it, on `host`.
         began: local time, ISO 8601; so is `ended`.
-        reason: why it failed, in a line; of a found job, the folder of the one that did the work.
+        reason: why it failed, in a line; of a found job, the folder of the job that did the work.
     """
 
     state: State
@@ -58,14 +57,14 @@ class Status:
         return dataclasses.replace(self, state=state, ended=now(), reason=reason)
 
     def write(self, folder: Path) -> None:
-        """Into a run folder; on a full disk into the room of the status that is there already.
+        """Write into a run folder; on a full disk into the bytes of the status that is there already.
 
         Raises:
-            OSError: there is no room, and no earlier status; or the folder is read-only.
+            OSError: the disk is full and there is no earlier status, or the folder is read-only.
         """
         path = folder / "status.json"
-        brief = dataclasses.replace(self, reason=self.reason[: ROOM // 8])  # up to four bytes for a character
-        whole, short = (as_json(hashed(dataclasses.asdict(status))).encode().ljust(ROOM) for status in (self, brief))
+        brief = dataclasses.replace(self, reason=self.reason[: RESERVED // 8])  # a character has up to four bytes
+        whole, short = (as_json(hashed(dataclasses.asdict(s))).encode().ljust(RESERVED) for s in (self, brief))
         try:
             write_atomically(path, lambda partial: partial.write_bytes(whole))
         except OSError:
@@ -82,20 +81,20 @@ def now() -> str:
 
 
 def begun(name: str, number: int | None) -> Status:
-    """Of a job that this process begins."""
+    """Status of a job that this process begins."""
     return Status("running", name, number, os.getpid(), socket.gethostname(), now())
 
 
 @contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Have the run folder for oneself.
+    """Keep other processes out of a run folder.
 
     Raises:
         ValueError: another process works in it.
     """
     lock = FileLock(folder / ".running.lock")
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise ValueError(f"another process works in {folder}; choose another folder with hydra.run.dir=...") from None
     try:
@@ -105,24 +104,19 @@ def occupied(folder: Path) -> Iterator[None]:
 
 
 def read_status(folder: Path) -> Status:
-    """What became of the job of a run folder.
+    """Status of the job of a run folder.
 
     Raises:
         OSError, ValueError, TypeError: there is no status, or it is no status.
     """
-    status = noted(folder)
+    path = folder / "status.json"
+    status = Status(**read_record(path))
     if status.state != "running":
         return status
-    lock = FileLock(folder / ".running.lock")
     try:
-        with lock.acquire(timeout=0):
-            status = noted(folder)  # it may have ended since
+        with FileLock(folder / ".running.lock").acquire(timeout=0):
+            status = Status(**read_record(path))  # it may have ended since
     except Timeout:
         return status
     reason = f"process {status.pid} on {status.host} is gone: killed, or out of memory"
     return dataclasses.replace(status, state="died", reason=reason) if status.state == "running" else status
-
-
-def noted(folder: Path) -> Status:
-    """What the file says."""
-    return Status(**read_record(folder / "status.json"))

@@ -1,4 +1,4 @@
-"""The end of a sweep: what became of every job, whoever ran it, read from the run folders."""
+"""Report of a sweep: the state of every job, read from the run folders, whichever process ran it."""
 
 import atexit
 import dataclasses
@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.outcome import discard_plan
-from tfmq_exp.cli.score_table import show_sweep
+from tfmq_exp.cli.job import discard_plan
+from tfmq_exp.cli.score_table import print_sweep_scores
 from tfmq_exp.cli.signals import interruptible
 from tfmq_exp.cli.status import GOOD, State, read_status
 from tfmq_exp.cli.terminal import Terminal, say
@@ -38,9 +38,9 @@ class Job:
 
     Args:
         seconds: from its beginning to its end; None if it has no end.
-        asked: stages that it needed; the other jobs may have needed the same.
-        computed: those that it made.
-        expected: seconds that a dry run has estimated for the missing ones.
+        asked: number of stages that it needed; other jobs may have needed the same.
+        computed: number of those that it computed.
+        expected: seconds that a dry run has estimated for the missing stages.
     """
 
     folder: Path
@@ -54,13 +54,16 @@ class Job:
 
 
 def read_job(folder: Path) -> Job:
-    """A run folder; a job that died before it could write anything has an empty one."""
-    artifacts, estimate = folder / "artifacts.json", folder / "estimate.json"
+    """Job of a run folder; one that died before it could write anything has an empty folder."""
+
+    def content(name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
+
     try:
-        status = read_status(folder)
-        stages: dict[str, Any] = json.loads(artifacts.read_text(encoding="utf-8")) if artifacts.is_file() else {}
+        status, stages = read_status(folder), content("artifacts.json", {})
         computed = sum(stage["computed"] for stage in stages.values())
-        expected = json.loads(estimate.read_text(encoding="utf-8"))["seconds"] if estimate.is_file() else 0.0
+        expected = content("estimate.json", {"seconds": 0.0})["seconds"]
     except FileNotFoundError:
         return Job(folder, None, "died", "it ended before it began")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -74,8 +77,8 @@ def read_jobs(root: Path) -> list[Job]:
     return sorted(jobs, key=lambda job: (job.number is None, job.number, job.folder))
 
 
-def how_many(config: DictConfig) -> int | None:
-    """Jobs that the sweep is to have; None where its sweeper is not Hydra's own, or cannot say so yet."""
+def job_count(config: DictConfig) -> int | None:
+    """Number of jobs of the sweep; None where its sweeper is not Hydra's own, or cannot say so yet."""
     sweeper = config.hydra.sweeper
     if not str(sweeper.get("_target_", "")).endswith(".BasicSweeper"):
         return None
@@ -89,7 +92,7 @@ def how_many(config: DictConfig) -> int | None:
 
 
 def scored(jobs: Sequence[Job]) -> list[ScoreRecord]:
-    """The results of those that have some, each once; damaged files are left to the tables that are asked for."""
+    """Results of all jobs that have some, each once; damaged files are left out."""
     readable: list[Path] = []
     for path in (job.folder / "results.json" for job in jobs if job.state in ("done", "found")):
         with suppress(ValueError, OSError):
@@ -98,25 +101,29 @@ def scored(jobs: Sequence[Job]) -> list[ScoreRecord]:
 
 
 def summary(jobs: Sequence[Job], seconds: float) -> str:
-    """One line."""
+    """Numbers of jobs and stages, or the estimate of a dry run, in one line."""
     counts = Counter(job.state for job in jobs)
-    states = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
-    computed, asked = sum(job.computed for job in jobs), sum(job.asked for job in jobs)
-    told = [f"{computed} of {asked} stages computed"] if counts["planned"] < len(jobs) else []
+    parts = [f"{len(jobs)} jobs: {', '.join(f'{counts[state]} {state}' for state in ORDER if counts[state])}"]
+    if counts["planned"] < len(jobs):
+        parts.append(f"{sum(job.computed for job in jobs)} of {sum(job.asked for job in jobs)} stages computed")
     if counts["planned"]:
         expected = format_duration(sum(job.expected for job in jobs))
-        told.append(f"estimate: {expected}, each job by itself (stages that several share are made once)")
-    return "; ".join([f"{len(jobs)} jobs: {states}", *told, str(timedelta(seconds=round(seconds)))])
+        parts.append(f"estimate: {expected}, each job by itself (stages that several share are made once)")
+    return "; ".join([*parts, clock(seconds)])
 
 
-def show(jobs: Sequence[Job], seconds: float, console: Console) -> None:
-    """A row for every job, the reasons of those that are not well, and the sums."""
+def clock(seconds: float | None) -> str:
+    """Hours, minutes and seconds."""
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def print_jobs(jobs: Sequence[Job], seconds: float, console: Console) -> None:
+    """Print a row for every job, why jobs did not end well, and the sums."""
     view = Table(title="sweep", title_justify="left")
     for name in ("job", "state", "computed / stages", "time"):
         view.add_column(name, justify="left" if name in ("job", "state") else "right", overflow="fold")
     for job in jobs:
-        took = "" if job.seconds is None else str(timedelta(seconds=round(job.seconds)))
-        view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", took)
+        view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", clock(job.seconds))
     console.print(view)
     for job in jobs:
         if job.state not in GOOD:
@@ -125,9 +132,9 @@ def show(jobs: Sequence[Job], seconds: float, console: Console) -> None:
 
 
 class SweepReport(Callback):
-    """Hydra calls it when a sweep begins and when it ends; `sweep.json` in the sweep's folder holds the same.
+    """Hydra callback at the beginning and the end of a sweep; `sweep.json` in the sweep's folder has the same as the terminal.
 
-    A launcher whose worker was killed ends the sweep without that second call, hence the look when the process ends.
+    A launcher whose worker was killed ends the sweep without the second call, hence the report at the end of the process.
     """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,20 +142,20 @@ class SweepReport(Callback):
         return {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """From here on there is something to report."""
+        """Start the clock."""
         self.folder, self.began = Path(config.hydra.sweep.dir).absolute(), time.monotonic()
-        self.asked = how_many(config)
-        self.uninterruptible = interruptible(self.cut_short)
+        self.asked = job_count(config)
+        self.restore_signals = interruptible(self.cut_short)
         atexit.register(self.cut_short)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """All jobs have ended. Dry runs leave no folders.
+        """Report. Dry runs leave no folders.
 
         Raises:
-            SystemExit: with status 1, where some did not end well.
+            SystemExit: with status 1, where some job did not end well.
         """
         atexit.unregister(self.cut_short)
-        self.uninterruptible()
+        self.restore_signals()
         jobs = self.report(Terminal())
         for job in jobs:
             if job.state == "planned":
@@ -157,24 +164,21 @@ class SweepReport(Callback):
             raise SystemExit(1)
 
     def cut_short(self) -> None:
-        """The launcher gave up."""
+        """Report a sweep whose launcher gave up."""
         atexit.unregister(self.cut_short)
         console = Terminal()
-        jobs = self.report(console)
-        if jobs:
+        if jobs := self.report(console):
             if self.asked is not None and self.asked > len(jobs):
                 say(console, f"{self.asked - len(jobs)} of {self.asked} jobs never started")
-            text = (
-                "the sweep was cut short; run the same command again: what is finished is found, what was begun goes on"
-            )
-            say(console, text)
+            remedy = "run the same command again: what is finished is found, what was begun goes on"
+            say(console, f"the sweep was cut short; {remedy}")
 
     def report(self, console: Console) -> list[Job]:
-        """Show and write what became of the jobs."""
+        """Print and write the state of the jobs, and their scores."""
         jobs, seconds = read_jobs(self.folder), time.monotonic() - self.began
         if jobs:
-            show(jobs, seconds, console)
+            print_jobs(jobs, seconds, console)
             rows = [{**dataclasses.asdict(job), "folder": str(job.folder)} for job in jobs]
             write_json(self.folder / "sweep.json", {"seconds": round(seconds, 1), "jobs": rows})
-            show_sweep(scored(jobs), self.folder, console)
+            print_sweep_scores(scored(jobs), self.folder, console)
         return jobs

@@ -1,4 +1,4 @@
-"""What the program says, wherever that goes: a terminal of any width and encoding, a file, a pipe whose reader has left."""
+"""Output of the program to a terminal of any width and encoding, a file, or a pipe whose reader has left."""
 
 import io
 import logging
@@ -14,23 +14,20 @@ from rich.console import Console
 from rich.text import Text
 
 # C0 and C1 codes but tabulator and line feed, separators of lines, signs that turn the direction of writing, surrogates.
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+DEFAULT_WIDTH = 80
 
 
 def visible(text: str) -> str:
-    r"""The same text with control characters written as their codes, `\x1b` for escape: a terminal obeys none of them."""
-    return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-DEFAULT_WIDTH = 80
+    r"""The text with control characters written as their codes, `\x1b` for escape, which a terminal does not obey."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class Terminal(Console):
     """A console that shows names as they are: nothing in them is markup, an emoji or a control sequence.
 
-    It is interactive, and has moving bars, on a real terminal alone, whatever the environment says of colours. When the
-    reader of its output leaves, as `head` does, the work goes on without a word; where the output cannot be written, as on a
-    full disk, it goes on once the other stream has said so.
+    Bars move on a real terminal alone, whatever the environment says of colours. When the reader of the output leaves, as
+    `head` does, the work goes on silently; where the output cannot be written, as on a full disk, stderr says so once.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -39,48 +36,47 @@ class Terminal(Console):
         self.width = self.width or DEFAULT_WIDTH  # COLUMNS=0 comes from terminals that do not know theirs
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As ever, but for a stream that cannot be written."""
+        """Print, unless the stream cannot be written."""
         try:
             super().print(*objects, **options)
         except OSError as error:
-            self.quiet = True
-            discard(self.file)
+            self.on_broken_pipe()
             say_unwritten(error, "; the work goes on, and the run folder has its results")
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text of whoever: its control characters are shown."""
+        """Text with visible control characters."""
         return super().render_str(visible(text), **options)
 
     def on_broken_pipe(self) -> None:
-        """Nobody reads any more."""
+        """Print nothing any more."""
         self.quiet = True
         discard(self.file)
 
 
 def say(console: Console, text: str) -> None:
-    """One line, however long, as it is."""
+    """Print one line, however long, as it is."""
     console.print(Text(visible(text)), soft_wrap=True)
 
 
 def say_error(console: Console, text: str) -> None:
-    """One line that begins with `error:`, however long."""
+    """Print one line that begins with `error:`, however long."""
     console.print(Text.assemble(("error:", "bold red"), f" {visible(text)}"), soft_wrap=True)
 
 
 class VisibleFormatter(logging.Formatter):
-    """Lines of a log in which control characters are shown."""
+    """Lines of a log with visible control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record."""
+        """One record as text."""
         return visible(super().format(record))
 
 
 def open_streams() -> None:
-    """Have standard streams that are open and take any text; what their encoding lacks is replaced by a question mark.
+    """Have standard streams that are open and take any text, with question marks for what their encoding lacks.
 
     A closed stream leaves its number to the next file that is opened, into which libraries would then print.
     """
-    logging.raiseExceptions = False  # a log that nobody reads any more needs no traceback
+    logging.raiseExceptions = False  # a log that cannot be written needs no traceback for every line
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -97,8 +93,8 @@ def standard_streams() -> Iterator[None]:
     """Around a whole program: it may print any text, and its reader may leave.
 
     Raises:
-        SystemExit: with the status of a program that SIGPIPE ended, when it was printing what is all that it makes; with
-            status 1 where that cannot be written.
+        SystemExit: with the status of a program that SIGPIPE ended, when its reader left; with status 1 where stdout cannot be
+            written.
     """
     open_streams()
     try:
@@ -107,11 +103,14 @@ def standard_streams() -> Iterator[None]:
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        if writable(sys.stdout):  # it was about another file
-            raise
-        discard(sys.stdout)
-        say_unwritten(error)
-        raise SystemExit(1) from None
+        try:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        except OSError:
+            discard(sys.stdout)
+            say_unwritten(error)
+            raise SystemExit(1) from None
+        raise  # it was about another file
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -120,25 +119,15 @@ def standard_streams() -> Iterator[None]:
                 discard(stream)
 
 
-def writable(stream: Any) -> bool:
-    """Whether a stream takes one line more."""
-    try:
-        stream.write("\n")
-        stream.flush()
-    except OSError:
-        return False
-    return True
-
-
 def say_unwritten(error: OSError, further: str = "") -> None:
-    """One line, if anything can be written at all."""
+    """Write one line to stderr, if that can be written."""
     with suppress(OSError, ValueError):
         sys.stderr.write(f"error: what is printed cannot be written: {error.strerror}{further}\n")
         sys.stderr.flush()
 
 
 def discard(stream: Any) -> None:
-    """Send what a stream still holds, and all that follows, nowhere."""
+    """Send what a stream still holds, and all that follows, to /dev/null."""
     with suppress(OSError, ValueError):  # it may be no file of the system's
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,16 +1,17 @@
 """Several processes that make one run together: each does its share, all end with the bits that one alone would have."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from jaxtyping import Float
-from torch import Tensor
+if TYPE_CHECKING:  # torch is imported where it is needed: a store is opened, and a finished job found, without it
+    from jaxtyping import Float
+    from torch import Tensor
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(days=7)  # a process may wait for as long as another works alone
@@ -50,14 +51,18 @@ class ProcessGroup:
         """What the first process says, whatever the others would."""
         if self.world_size == 1:
             return value
+        import torch.distributed
+
         said: list[Any] = [value]
-        dist.broadcast_object_list(said, src=0)
+        torch.distributed.broadcast_object_list(said, src=0)
         return said[0]
 
     def barrier(self) -> None:
         """Until all are here."""
         if self.world_size > 1:
-            dist.all_gather_object([None] * self.world_size, None)
+            import torch.distributed
+
+            torch.distributed.all_gather_object([None] * self.world_size, None)
 
     def ordered_all_reduce(self, own: Sequence[Float[Tensor, "n"]], parts: int) -> Float[Tensor, "n"]:
         """The sum of `parts` vectors, added up in their order whoever has them: the same bits for any number of processes.
@@ -71,12 +76,14 @@ class ProcessGroup:
         """
         if self.world_size == 1:
             return add_up(own[:parts])
+        import torch.distributed
+
         each = -(-parts // self.world_size)
         mine = torch.zeros(each, len(own[0]), dtype=own[0].dtype, device=own[0].device)
         for row, vector in zip(mine, own, strict=False):
             row.copy_(vector)
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(gathered, mine)
+        torch.distributed.all_gather(gathered, mine)
         return add_up([gathered[part % self.world_size][part // self.world_size] for part in range(parts)])
 
     def check_same(self, what: str, values: Float[Tensor, "n"]) -> None:
@@ -88,7 +95,9 @@ class ProcessGroup:
         mine = (float(values.double().sum()), float(values.double().square().sum()))
         seen: list[Any] = [mine] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(seen, mine)
+            import torch.distributed
+
+            torch.distributed.all_gather_object(seen, mine)
         if any(other != seen[0] for other in seen):
             raise RuntimeError(f"{what} differs between processes: {seen}; use machines of one kind, or one process")
 
@@ -113,11 +122,13 @@ def joined(rank: int, count: int, meeting: Path) -> Iterator[ProcessGroup]:
         count: of all.
         meeting: a file that does not exist yet, where they find each other.
     """
+    import torch.distributed
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
+    torch.distributed.init_process_group(
         backend, init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=GROUP_TIMEOUT
     )
     try:
         yield ProcessGroup(rank, count)
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()

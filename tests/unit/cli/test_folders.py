@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from tests.e2e.jobs import composed
 from tfmq_exp.cli.folders import FolderCheck, check_folders, check_images_apart
+from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.validation import check as check_job
 from tfmq_exp.cli.validation import real_images
 
@@ -125,11 +126,11 @@ def test_folders_that_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_images_that_are_not_read_may_be_anywhere(tmp_path: Path) -> None:
     data = ("model=digits", "data=image_folder", f"data.path={tmp_path}", "data.size=16")
     for goal in ("trajectory", "images"):
-        check_job(composed(tmp_path / "out", *data, f"goal={goal}"))
+        check_job(composed(tmp_path / "out", *data, f"goal={goal}"), current_run())
     scores = composed(tmp_path / "out", *data)
     with pytest.raises(ValueError, match=r"data\.path=.* holds paths\.outputs"):
-        check_job(scores)
+        check_job(scores, current_run())
     with pytest.raises(
         ValueError, match=r"data\.path=.* holds paths\.outputs"
     ):  # as a training that begins asks for them
-        real_images(scores)
+        real_images(scores, current_run().folder)

@@ -99,6 +99,18 @@ def test_what_hydra_reads_is_left_to_it() -> None:
         (["logger.mode=online"], ["there is no key logger.mode in what is chosen; there is one in logger=wandb"]),
         (["zzzzzz=1"], []),
         (["method=nope", "sead=1"], []),
+        (["method=tfqm", "seed=1"], ["there is no method=tfqm: did you mean method=tfmq"]),
+        (["quant=w5a5"], ["did you mean quant=w"]),
+        (["-m", "method=tfmq,brecg"], ["there is no method=brecg: did you mean method=brecq?"]),
+        (
+            ["experiment=tfmq/table2_curch"],
+            ["did you mean experiment=tfmq/table2_church or experiment=tdq/table2_church"],
+        ),
+        (
+            ["debug=null", "method/weights=joinly"],
+            ["there is no method/weights=joinly: did you mean method/weights=jointly?"],
+        ),
+        (["quantt=w4a8"], ["there is no key quantt: did you mean quant"]),
     ],
 )
 def test_a_key_that_is_not_there_is_answered_with_those_that_are(words: list[str], said: list[str]) -> None:

@@ -22,9 +22,9 @@ from rich.console import Console
 from tests.e2e.jobs import composed
 from tests.unit.cli.test_terminal import record
 from tfmq_exp.cli import status as status_module
-from tfmq_exp.cli.outcome import attempt, what_stopped
+from tfmq_exp.cli.job import attempt, what_stopped
 from tfmq_exp.cli.status import State, begun, read_status
-from tfmq_exp.cli.sweep_report import SweepReport, how_many, read_jobs, summary
+from tfmq_exp.cli.sweep_report import SweepReport, job_count, read_jobs, summary
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_job_on_a_full_disk_has_failed(
     found = read_status(tmp_path / "run")
     assert found.state == "failed"
     assert found.reason[:100] == reason.strip()[:100]
-    assert (tmp_path / "run/status.json").stat().st_size == status_module.ROOM
+    assert (tmp_path / "run/status.json").stat().st_size == status_module.RESERVED
 
 
 def test_an_error_says_where_its_traceback_is(
@@ -154,7 +154,7 @@ def test_a_killed_job_has_died_and_its_folder_is_free(
     while not (tmp_path / "run/status.json").exists():
         time.sleep(0.01)
     assert read_status(tmp_path / "run").state == "running"
-    monkeypatch.setattr(status_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(status_module, "LOCK_TIMEOUT", 0.2)
     with pytest.raises(SystemExit):
         attempt(cfg, lambda *_: pytest.fail("two processes in one folder"))
     assert child.pid is not None
@@ -189,7 +189,7 @@ def report(tmp_path: Path) -> Iterator[SweepReport]:
     made.on_multirun_start(_sweep(tmp_path))
     yield made
     atexit.unregister(made.cut_short)
-    made.uninterruptible()
+    made.restore_signals()
 
 
 def test_the_report_counts_jobs_and_stages(
@@ -205,7 +205,7 @@ def test_the_report_counts_jobs_and_stages(
     assert [job.folder.name for job in jobs] == ["2-b", "3-c", "10-a", "11-d"]
     assert summary(jobs, 3700.4) == "4 jobs: 1 done, 1 found, 1 failed, 1 died; 2 of 5 stages computed; 1:01:40"
     _job(tmp_path / "12-e", "running", 12)
-    report.uninterruptible()
+    report.restore_signals()
     report.on_multirun_start(_sweep(tmp_path))
     with pytest.raises(SystemExit) as stop:
         report.on_multirun_end(DictConfig({}))
@@ -264,8 +264,8 @@ def test_a_launcher_that_gives_up_is_followed_by_what_to_do(
     ],
 )
 def test_jobs_of_a_sweep_are_counted_beforehand(tmp_path: Path, overrides: tuple[str, ...], count: int | None) -> None:
-    assert how_many(_sweep(tmp_path, *overrides)) == count
-    assert how_many(_sweep(tmp_path, *overrides, sweeper="another.Sweeper")) is None
+    assert job_count(_sweep(tmp_path, *overrides)) == count
+    assert job_count(_sweep(tmp_path, *overrides, sweeper="another.Sweeper")) is None
 
 
 def test_dry_runs_add_up_their_estimates_and_leave_no_folders(
@@ -291,6 +291,6 @@ def test_ctrl_c_is_silent_and_other_errors_are_not(report: SweepReport, capsys: 
     assert not capsys.readouterr().err
     sys.excepthook(ValueError, ValueError("told"), None)
     assert "told" in capsys.readouterr().err
-    report.uninterruptible()
+    report.restore_signals()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

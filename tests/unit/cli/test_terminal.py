@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tests.e2e.jobs import CONF
 from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.score_table import show, show_sweep
+from tfmq_exp.cli.score_table import print_scores, print_sweep_scores
 from tfmq_exp.cli.terminal import Terminal, VisibleFormatter, say, say_error, visible
 
 pytestmark = pytest.mark.bad_input
@@ -93,8 +93,8 @@ def test_tables_of_scores_are_whole_everywhere(tmp_path: Path, encoding: str, wi
     long = {"method/scales": "finite_set_all", "method/weights/recipe/objective": "fisher_diagonal"}
     records = [record("float", 3.5), record("tfmq", 4.125), record("tfmq", 5.0, **long), record("日本語", 5.5)]
     console, out = printed(width, encoding)
-    show(records, console)
-    show_sweep(records, tmp_path, console)
+    print_scores(records, console)
+    print_sweep_scores(records, tmp_path, console)
     said = out.getvalue().decode(encoding, "replace")
     for value in ("3.500", "4.125", "5.000", "5.500", "6.25", "0.2593", "0.00191", "4451"):
         assert value in said, f"{value} is cut at {width} columns in {encoding}"
@@ -108,12 +108,12 @@ def test_the_file_of_a_sweep_has_every_column_and_the_means_of_the_seeds(tmp_pat
     records = [record("float", 1.0), record("tfmq", 2.0)]
     other = ScoreRecord(**{**records[1].to_json(), "seed": 1, "scores": {"fid": 4.0}})
     console, out = printed(200)
-    show_sweep([*records, other], tmp_path, console)
+    print_sweep_scores([*records, other], tmp_path, console)
     header, rows = tables.table([*records, other])
     assert tables.render(header, rows, "markdown") in (tmp_path / "scores.md").read_text(encoding="utf-8")
     assert "3.000 ± 1.414" in out.getvalue().decode()
     assert "scores.md" in out.getvalue().decode()
-    show_sweep([], tmp_path / "nowhere", console)
+    print_sweep_scores([], tmp_path / "nowhere", console)
 
 
 def test_what_is_no_terminal_has_lines_in_place_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +227,6 @@ def test_a_width_that_is_none_is_the_usual_one(monkeypatch: pytest.MonkeyPatch, 
     stream = io.StringIO()
     console = Terminal(file=stream)
     say(console, "a line")
-    show_sweep([record("float", 1.0), record("brecq", 2.0)], tmp_path, console)
+    print_sweep_scores([record("float", 1.0), record("brecq", 2.0)], tmp_path, console)
     assert "a line\n" in stream.getvalue()
     assert "brecq" in stream.getvalue()
