@@ -30,7 +30,7 @@ from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback
 from tfmq_exp.qat.module import QuantizationAwareTraining
-from tfmq_exp.qat.train import prepared
+from tfmq_exp.qat.train import prepare_training
 from tfmq_exp.quant.quantizers.base import Mode
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -51,8 +51,8 @@ class Steps:
         watcher = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")
         task = stages.training_task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), watcher)
         training: Any = stages.method.weights
-        self.lesson, batches = prepared(task, training.protocol)
-        self.batch = type(batches.batch(0))(*(field.to(device) for field in batches.batch(0)))
+        self.lesson, batches = prepare_training(task, training.protocol)
+        self.batch = batches.batch(0).on(device)
         self.optimizer: Any = self.lesson.configure_optimizers()["optimizer"]
         self.lesson.train()
         self.lesson.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
@@ -60,7 +60,7 @@ class Steps:
     def __call__(self) -> float:
         """Seconds of one."""
         began = now(self.lesson)
-        self.lesson.step(self.optimizer, self.batch)
+        self.lesson.iterate(self.optimizer, self.batch)
         return now(self.lesson) - began
 
 

@@ -17,7 +17,9 @@ from tfmq_exp.denoisers import original
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import DDIM, PLMS, Predict, Sampler, trajectory
+from tfmq_exp.sampling.sampler import Predict, Sampler, trajectory
+from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers.plms import PLMS
 from tfmq_exp.sampling.schedule import Spacing
 
 PRECISIONS = {"traj": (torch.float32, 2e-6), "traj_f64": (torch.float64, 1e-12)}  # relative

@@ -17,7 +17,7 @@ from tfmq_exp.cli.outcome import root_cause
 from tfmq_exp.cli.validation import check
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
 
 pytestmark = pytest.mark.bad_input

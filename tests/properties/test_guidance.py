@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.calibration.collect import STREAM, collect
+from tests.helpers.calibration import collect
+from tfmq_exp.calibration.collect import STREAM
 from tfmq_exp.calibration.timesteps import EveryKth, NormallyDistributed
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.conditioning import Captions, Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.sampler import DDIM, PLMS
+from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers.plms import PLMS
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SHAPE = (4, 8, 8)

@@ -14,8 +14,8 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.helpers.calibration import collect
 from tfmq_exp.calibration import collect as collecting
-from tfmq_exp.calibration.collect import collect
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
@@ -24,7 +24,10 @@ from tfmq_exp.sampling import images
 from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Predict, Sampler, finite_set, trajectory
+from tfmq_exp.sampling.sampler import Predict, Sampler, finite_set, trajectory
+from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers.dpm_solver import DPMSolver
+from tfmq_exp.sampling.samplers.plms import PLMS
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}

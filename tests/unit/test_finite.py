@@ -21,7 +21,8 @@ from tfmq_exp.evaluation.features.inception import load_inception
 from tfmq_exp.files import write_json
 from tfmq_exp.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.methods.activations import CalibrateRanges
-from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
+from tfmq_exp.methods.noise_correction import NoiseCorrection
+from tfmq_exp.methods.noise_statistics import NoiseMoments
 from tfmq_exp.quant.observers import (
     EntropyObserver,
     HistogramPercentileObserver,
@@ -39,7 +40,7 @@ from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, Reconstru
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.samplers.ddim import DDIM
 
 pytestmark = pytest.mark.bad_input
 

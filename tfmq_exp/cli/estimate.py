@@ -115,7 +115,7 @@ class Course:
 
         def needed(unit: UnitCost) -> int:
             batch, row = self.batch(unit), unit.fed * len(self.recipe.inputs.origins) + unit.returned
-            together = min(RandomBatches.together, self.recipe.iterations) if batch < self.rows(unit) else 0
+            together = min(RandomBatches.chunk, self.recipe.iterations) if batch < self.rows(unit) else 0
             return unit.learning_memory(batch) + together * batch * row
 
         return max((needed(unit) for unit in self.units), default=0)

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.cli.outcome import one_line, root_cause
-from tfmq_exp.core.distributed import ALONE, ProcessGroup, joined
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, init_process_group
 from tfmq_exp.files import write_atomically
 
 Share = Callable[[DictConfig, ProcessGroup, Path], None]
@@ -51,7 +51,7 @@ def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
         for process in others:
             process.start()
         try:
-            with joined(0, count, folder / "meeting"):
+            with init_process_group(0, count, folder / "meeting"):
                 yield ProcessGroup(0, count)
             for process in others:
                 process.join(FAREWELL)
@@ -73,7 +73,7 @@ def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.ERROR)  # the first one warns of the same
     HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))
     try:
-        with joined(rank, count, folder / "meeting") as processes:
+        with init_process_group(rank, count, folder / "meeting") as processes:
             scratch = folder / f"scratch-{rank}"
             scratch.mkdir()
             share(cfg, processes, scratch)

@@ -38,7 +38,7 @@ from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.score_records import score_records
 from tfmq_exp.pipeline.stages import DiagnosisPlan, DiagnosticPlan, Stages
 from tfmq_exp.pipeline.store import Store
-from tfmq_exp.reconstruction.loop import ComputeConfig, quiet_trainer
+from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
 from tfmq_exp.reporting import figures
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan

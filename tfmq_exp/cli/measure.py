@@ -16,7 +16,7 @@ from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
 from tfmq_exp.reconstruction.capture import UnitActivations, hooks
-from tfmq_exp.reconstruction.loop import quantizers_of, trainable_parameters
+from tfmq_exp.reconstruction.learning import quantizers_of, trainable_parameters
 from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
 from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -173,13 +173,13 @@ def measure_unit(
     unit: Unit, network: nn.Module, view: UnitActivations, span: Span | None, weights: int, now: Clock
 ) -> UnitCost:
     """A unit without its learning."""
-    assert view.fed is not None
-    rows = len(view.fed)
+    assert view.inputs is not None
+    rows = len(view.inputs)
     if span is None:
-        module, (t, _, _) = unit.module(network), view.fed.whole
+        module, (t, _, _) = unit.module(network), view.inputs.whole
         t = t.to(next(network.parameters()).device)
         span = Span(0.0, measure_pass(lambda n: module(t[:n]), rows, now, {}).seconds)
-    sizes = view.fed.nbytes // rows, view.returned.nbytes // rows
+    sizes = view.inputs.nbytes // rows, view.outputs.nbytes // rows
     return UnitCost(unit.name, unit.kind.value, unit.driver, weights, span, *sizes)
 
 
@@ -187,9 +187,9 @@ class Lesson:
     """The learning of one unit, iteration by iteration, as a trainer would run it."""
 
     def __init__(self, model: QuantizedUNet, unit: Unit, view: UnitActivations, recipe: ReconstructionConfig) -> None:
-        assert view.fed is not None
-        fed = {origin: view.fed.whole for origin in recipe.inputs.origins}
-        self.samples = TensorTree.of({"fed": fed, "wanted": view.returned.whole, "importance": None})
+        assert view.inputs is not None
+        fed = {origin: view.inputs.whole for origin in recipe.inputs.origins}
+        self.samples = TensorTree.of({"inputs": fed, "targets": view.outputs.whole, "importance": None})
         self.device = next(model.parameters()).device
         self.roundings: list[AdaRound] = []
         if recipe.rounding:
@@ -204,7 +204,7 @@ class Lesson:
     def iterate(self) -> None:
         """One iteration on all rows."""
         order = torch.randperm(len(self.samples))
-        self.module.count = self.module.recipe.iterations - 1  # where the penalty is on, as it is most of the time
+        self.module.iteration = self.module.config.iterations - 1  # where the penalty is on, as it is most of the time
         self.module.iterate(self.optimizer, [x[order].to(self.device) for x in self.samples.tensors])
 
     def iterate_weights(self) -> None:
@@ -225,7 +225,7 @@ def lesson_on(
     inside = list(model.activation_quantizers_in(unit.name, unit.sites).values())
     sources = [quantizer.source for quantizer in quantizers_of(model, unit, recipe).values()]
     quantizers = model.weight_quantizers(unit.sites) if recipe.rounding else []
-    with modes(quantizers, Mode.QUANTIZE), trainable_parameters(sources, 0), recipe.inputs.inside(inside):
+    with modes(quantizers, Mode.QUANTIZE), trainable_parameters(sources, 0), recipe.inputs.learning_context(inside):
         try:
             yield Lesson(model, unit, view, recipe)
         finally:
@@ -255,7 +255,7 @@ def measure_learning(
     now: Clock,
 ) -> UnitCost:
     """The same unit with what its learning costs: on all rows of the view, of which a real batch may have more."""
-    rows = len(view.returned)
+    rows = len(view.outputs)
     fixed, fixed_memory = 0.0, 0
     with LiveTensors() as live, lesson_on(model, unit, view, recipe) as lesson:
         apart = bool(lesson.roundings) and rows < batch

@@ -38,7 +38,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import UnitActivations, capture_float
-from tfmq_exp.reconstruction.loop import is_learnable
+from tfmq_exp.reconstruction.learning import is_learnable
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
@@ -191,7 +191,7 @@ class Survey:
             return {}
         given = self.stages.calibration.images, len(self.stages.calls)
         found = {name: observation(phase) for name, phase in zip(names, self.phases(names), strict=True)}
-        return {name: self.halves * seen.effort(*given).samples for name, seen in found.items() if seen}
+        return {name: self.halves * seen.budget(*given).samples for name, seen in found.items() if seen}
 
     def courses(self, names: Collection[str]) -> dict[str, Course]:
         """What each phase learns, with the cost of every unit; units that an earlier run has finished are left out."""
@@ -208,7 +208,7 @@ class Survey:
             units = [unit for unit in units if is_learnable(self.model, unit, recipe)]
             folder = entries[name].path / "units"
             units = [unit for unit in units if not (folder / f"{unit.name}.safetensors").is_file()]
-            samples = phase.effort(self.stages.calibration.images, len(self.stages.calls)).samples * self.halves
+            samples = phase.budget(self.stages.calibration.images, len(self.stages.calls)).samples * self.halves
             widths = len(self.model.activation_bits()) or 1
             found[name] = self.course(units, recipe, samples, rounds=1 if recipe.rounding else widths)
         return found
@@ -234,7 +234,7 @@ class Survey:
         timesteps = torch.tensor(self.model.context.timesteps)
         driven = [unit for unit in units if unit.driver == "denoiser"]
         views = self.views(driven, self.data(1))
-        taken = sum(view.returned.nbytes + view.fed.nbytes for view in views.values() if view.fed)
+        taken = sum(view.outputs.nbytes + view.inputs.nbytes for view in views.values() if view.inputs)
         rows = max(1, min(rows, self.stages.means.cache_bytes // max(1, taken)))
         data = self.data(rows)
         views = self.views(driven, data) if rows > 1 else views
@@ -255,8 +255,8 @@ class Survey:
             if self.now() - began > patience:
                 break
             view, batch = views[cost.name], min(recipe.batch, len(timesteps)) if cost.driver == "timesteps" else most
-            few = rows_for(4 * cost.span.seconds, ITERATION, len(view.returned))
-            part = UnitActivations(first(view.fed, few), first(view.returned, few))
+            few = rows_for(4 * cost.span.seconds, ITERATION, len(view.outputs))
+            part = UnitActivations(first(view.inputs, few), first(view.outputs, few))
             costs[cost.name] = measure_learning(cost, self.model, by_name[cost.name], part, recipe, batch, self.now)
         importance = self.importance(driven, recipe, data)
         done = tuple(like_their_kind(list(costs.values())))
@@ -267,7 +267,9 @@ class Survey:
 
     def views(self, units: list[Unit], data: CalibrationSet) -> dict[str, UnitActivations]:
         """What units are fed and return."""
-        return capture_float(self.unet, units, data, len(data), SpillAllocator(2**40), fed=True) if units else {}
+        return (
+            capture_float(self.unet, units, data, len(data), SpillAllocator(2**40), with_inputs=True) if units else {}
+        )
 
     def importance(self, units: list[Unit], recipe: ReconstructionConfig, data: CalibrationSet) -> float:
         """Seconds per sample of finding the weights of the objective, where it has any."""

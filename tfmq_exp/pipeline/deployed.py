@@ -17,7 +17,7 @@ from tfmq_exp.cli.terminal import say
 from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
 from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.methods.noise_correction import NoiseStatistics
+from tfmq_exp.methods.noise_statistics import NoiseStatistics
 from tfmq_exp.pipeline.score_records import mean_errors
 from tfmq_exp.pipeline.stages import Stages
 from tfmq_exp.pipeline.store import Entry

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.calibration.collect import follow, ordered
+from tfmq_exp.calibration.collect import collect_trajectories, join_by_step
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli.log_outputs import stage_summary
 from tfmq_exp.core.distributed import ProcessGroup
@@ -25,7 +25,7 @@ from tfmq_exp.loggers.base import Logger
 from tfmq_exp.methods.method import Method
 from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.store import Entry, Store
-from tfmq_exp.reconstruction.loop import ComputeConfig
+from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.surgery.config import ResolvedConfig
 
@@ -182,7 +182,7 @@ class FloatStages:
                     if intact(files[indices]):
                         continue
                     with within("calibration trajectories of the float network"):
-                        part = follow(
+                        part = collect_trajectories(
                             self.denoiser,
                             self.sampling,
                             indices,
@@ -192,7 +192,7 @@ class FloatStages:
                     write_checked(files[indices], part.save)
             self.processes.barrier()
             if self.processes.is_main:
-                whole = ordered([CalibrationSet.load(file) for file in files.values()])
+                whole = join_by_step([CalibrationSet.load(file) for file in files.values()])
                 write_checked(folder / "calibration.safetensors", whole.save)
                 shutil.rmtree(parts)
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.files import write_checked
 from tfmq_exp.finite import naming_rates
-from tfmq_exp.methods.noise_correction import NoiseStatistics
+from tfmq_exp.methods.noise_statistics import NoiseStatistics
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.pipeline.training_stages import TrainingStages
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback, load_learned, noted, save_learned
 from tfmq_exp.reconstruction.callbacks import UnitResult
-from tfmq_exp.reconstruction.loop import ReconstructionContext
+from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict
@@ -128,7 +128,7 @@ class NetworkStages(TrainingStages):
         def compute(folder: Path) -> None:
             model = self.weighted_model()
             keeper = self.learn(
-                "activations", self.method.activations, model, derive_seed(self.seed, "activations"), folder
+                "activations", self.method.activations, model, derive_seed(self.seed, Stream.ACTIVATIONS), folder
             )
             self.method.temporal(model, self.denoiser.unet, self.structure)
             model.tabulate_scales()

@@ -37,7 +37,7 @@ def effort(stages: Stages) -> dict[str, int]:
     """Calibration samples that weights and activations saw, and iterations of learning per unit."""
     method, given = stages.method, (stages.calibration.images, len(stages.calls))
     halves = 2 if stages.sampling.guided else 1
-    weights, activations = method.weights.effort(*given), method.activations.effort(*given)
+    weights, activations = method.weights.budget(*given), method.activations.budget(*given)
     return {
         "weight_samples": weights.samples * halves,
         "weight_iterations": weights.iterations,

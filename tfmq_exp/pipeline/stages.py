@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tfmq_exp.calibration.collect import STREAM as CALIBRATION
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.text_encoder import TextEncoder
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.diagnostics.trajectory_error import trajectory_error
@@ -23,7 +23,7 @@ from tfmq_exp.finite import within
 from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.pipeline.network_stages import NetworkStages
 from tfmq_exp.pipeline.store import Entry
-from tfmq_exp.sampling.images import STREAM, ImagePlan, sample_shard
+from tfmq_exp.sampling.images import ImagePlan, sample_shard
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Stages(NetworkStages):
         if not isinstance(encoder, TextEncoder):
             return {}
         chosen = [
-            *self.sampling.conditioning.choose(self.images.seed, STREAM, range(self.images.count)),
-            *self.sampling.conditioning.choose(self.seed, CALIBRATION, range(self.calibration.images)),
+            *self.sampling.conditioning.choose(self.images.seed, Stream.IMAGES, range(self.images.count)),
+            *self.sampling.conditioning.choose(self.seed, Stream.CALIBRATION, range(self.calibration.images)),
         ]
         return encoder.count_cut(chosen)
 
@@ -157,7 +157,7 @@ class Stages(NetworkStages):
         inputs = {"images": images.key, "evaluator": evaluator.identity, "reference": entry.key}
 
         def captions(indices: range) -> Sequence[Any]:
-            return self.sampling.conditioning.choose(self.images.seed, STREAM, indices)
+            return self.sampling.conditioning.choose(self.images.seed, Stream.IMAGES, indices)
 
         def compute(folder: Path) -> None:
             scores, processes = Scores(evaluator, reference), self.processes

@@ -18,10 +18,9 @@ from tfmq_exp.finite import naming_rates
 from tfmq_exp.pipeline.float_stages import FloatStages
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback
-from tfmq_exp.qat import dataset as examples
-from tfmq_exp.qat.dataset import TrainingSet
+from tfmq_exp.qat.dataset import TrainingSet, training_set_identity, write_training_set
 from tfmq_exp.qat.model import finish
-from tfmq_exp.qat.train import TrainingTask
+from tfmq_exp.qat.train import TrainingContext
 from tfmq_exp.quant.scales.timestep_groups import Intervals
 from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer
 from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
@@ -43,7 +42,8 @@ class TrainingStages(FloatStages):
     def examples(self) -> Entry:
         """x_0 of the training: depends on the images, and on the first stage where there is one."""
         training: Any = self.method.weights
-        identity = examples.identity(self.training_images, self.denoiser, mirrored=training.protocol.mirrored)
+        flip = training.protocol.horizontal_flip
+        identity = training_set_identity(self.training_images, self.denoiser, horizontal_flip=flip)
         return self.store.entry("examples", identity)
 
     def example_set(self) -> TrainingSet:
@@ -53,13 +53,13 @@ class TrainingStages(FloatStages):
         def compute(folder: Path) -> None:
             if self.processes.is_main:
                 with self.bars.stage("examples", 1) as advance:
-                    examples.write(
+                    write_training_set(
                         self.training_images,
                         self.denoiser,
                         folder,
                         self.batch,
-                        mirrored=training.protocol.mirrored,
-                        told=lambda done, of: advance(done / of, f"{done} of {of}"),
+                        horizontal_flip=training.protocol.horizontal_flip,
+                        progress=lambda done, total: advance(done / total, f"{done} of {total}"),
                     )
 
         return TrainingSet.load(self.pull("examples", self.examples, compute))
@@ -114,7 +114,7 @@ class TrainingStages(FloatStages):
         finish(model)
         return model
 
-    def training_task(self, folder: Path, keeper: UnitCheckpointer, watcher: ProgressCallback) -> TrainingTask:
+    def training_task(self, folder: Path, keeper: UnitCheckpointer, watcher: ProgressCallback) -> TrainingContext:
         """What is trained: a quantized copy of the network that knows all timesteps of its training.
 
         Args:
@@ -124,7 +124,7 @@ class TrainingStages(FloatStages):
         """
         alphas = alphas_cumprod(self.denoiser.schedule)
         everywhere = replace(self.plan, timesteps=tuple(range(len(alphas))))
-        return TrainingTask(
+        return TrainingContext(
             build_quantized_unet(self.denoiser.unet, everywhere, self.method.weight_range),
             self.example_set(),
             self.training_labels,
@@ -160,7 +160,7 @@ class TrainingStages(FloatStages):
     @property
     def follows_trajectories(self) -> bool:
         """Whether the method learns or observes anything along trajectories of the float model."""
-        observed = self.method.activations.effort(self.calibration.images, len(self.calls)).samples
+        observed = self.method.activations.budget(self.calibration.images, len(self.calls)).samples
         return self.method.weights.data == "trajectories" or bool(observed)
 
     def no_trajectories(self) -> CalibrationSet:

@@ -92,7 +92,7 @@ class FileUnitCheckpointer:
         self.folder, self.curves, self.write = folder, curves, write
         folder.mkdir(exist_ok=True)
 
-    def part(self, name: str) -> "FileUnitCheckpointer":
+    def scoped(self, name: str) -> "FileUnitCheckpointer":
         """A folder of its own for work that goes over the same units again."""
         return FileUnitCheckpointer(self.folder / name, self.curves, self.write)
 
@@ -147,26 +147,26 @@ class LoggingCallback:
         self.curves: dict[str, LossCurve] = {}
         self.shown: set[str] = set()
 
-    def start(self, units: int) -> None:
+    def on_start(self, units: int) -> None:
         """The bar counts units; it is given as a share of one. A second start goes over them again."""
         self.finished_units, self.total = 0, units
         self.rounds += 1
         self.curves.clear()
 
-    def progress(self, what: str, number: int, of: int) -> None:
+    def on_progress(self, name: str, done: int, total: int) -> None:
         """During work that has no units and no loss."""
-        self.advance(number / of, what)
+        self.advance(done / total, name)
 
-    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
         """Within a unit."""
-        self.advance((self.finished_units + number / of) / self.total, f"{unit}  loss {loss:.2e}")
+        self.advance((self.finished_units + iteration / iterations) / self.total, f"{unit}  loss {loss:.2e}")
         again = f" {self.rounds}" if self.rounds > 1 else ""
         curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))
-        if curve.add(number, of, loss):
+        if curve.add(iteration, iterations, loss):
             self.shown.add(f"{curve.phase}/{unit}")
-            self.mirror.loss(f"{curve.phase}/{unit}", number, loss)
+            self.mirror.loss(f"{curve.phase}/{unit}", iteration, loss)
 
-    def finished(self, unit: str, report: UnitReport | None) -> None:
+    def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         """After a unit."""
         self.finished_units += 1
         note = "kept from before" if report is None else f"{report.error_before:.2e} → {report.error_after:.2e}"

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from tests.conftest import TIMESTEPS, calibrated, quantizable
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.methods.noise_correction import NoCorrection, NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
+from tfmq_exp.methods.noise_correction import NoCorrection, NoiseCorrection, choose_bits
+from tfmq_exp.methods.noise_statistics import NoiseMoments, NoiseStatistics
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import DDIM, PLMS, Predict, VarianceCalibrated, trajectory
+from tfmq_exp.sampling.sampler import Predict, trajectory
+from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
+from tfmq_exp.sampling.samplers.plms import PLMS
 from tfmq_exp.sampling.scheduler import Scheduler
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}

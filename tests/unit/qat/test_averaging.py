@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tfmq_exp.qat.ema import moving_average, put_back
+from tfmq_exp.qat.ema import copy_average, moving_average
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_the_past_weighs_little_at_first_and_then_what_was_asked_for(decay: floa
         (mean,) = average.module.parameters()
         found.append(float(mean[0]))
     assert found == pytest.approx(wanted)
-    put_back(average, [parameter])
+    copy_average(average, [parameter])
     assert parameter.tolist() == pytest.approx([wanted[-1]] * 2)
 
 

@@ -19,7 +19,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.pipeline.training_stages import TrainingStages
 from tfmq_exp.qat.batches import NoisyBatches
 from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses, NoLabels
-from tfmq_exp.qat.dataset import TrainingSet, identity, write
+from tfmq_exp.qat.dataset import TrainingSet, training_set_identity, write_training_set
 from tfmq_exp.qat.loss import noisy
 
 
@@ -58,7 +58,7 @@ def denoiser(shape: tuple[int, int, int], **parts: Any) -> Denoiser:
 
 
 def test_digits_stay_pixels(tmp_path: Path) -> None:
-    write(DigitsImages(), denoiser((1, 16, 16)), tmp_path, 100, mirrored=False)
+    write_training_set(DigitsImages(), denoiser((1, 16, 16)), tmp_path, 100, mirrored=False)
     found, wanted = TrainingSet.load(tmp_path), load_images()[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batches.sha256", "examples.npy"]
     assert torch.equal(torch.from_numpy(np.array(found.values)), wanted)
@@ -69,9 +69,9 @@ def test_digits_stay_pixels(tmp_path: Path) -> None:
 def test_latents_of_images_and_of_their_mirror_images_across_an_interruption(tmp_path: Path) -> None:
     model = denoiser((1, 2, 2), first_stage=Halves())
     with pytest.raises(OSError, match="the disk is gone"):
-        write(Few(stop=4), model, tmp_path, 2, mirrored=True)
+        write_training_set(Few(stop=4), model, tmp_path, 2, mirrored=True)
     told: list[tuple[int, int]] = []
-    write(Few(), model, tmp_path, 2, mirrored=True, told=lambda *done: told.append(done))
+    write_training_set(Few(), model, tmp_path, 2, mirrored=True, told=lambda *done: told.append(done))
     assert told == [(5, 5)]
     images = Few().images.float() / 127.5 - 1
     both = torch.cat([images, images.flip(3)])
@@ -92,9 +92,9 @@ def test_what_an_interruption_leaves_is_used_only_where_it_is_right(
     """A kill at any moment, and a bit that turned later: the file is that of an uninterrupted attempt, to the byte."""
     model, whole, broken = denoiser((1, 2, 2), first_stage=Halves()), tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    write(Few(), model, whole, 2, mirrored=mirrored)
+    write_training_set(Few(), model, whole, 2, mirrored=mirrored)
     with pytest.raises(OSError, match="the disk is gone"):
-        write(Few(stop=4), model, broken, 2, mirrored=mirrored)
+        write_training_set(Few(stop=4), model, broken, 2, mirrored=mirrored)
     path = broken / ("batches.sha256" if "hash" in damage else "examples.npy")
     content = bytearray(path.read_bytes())
     bytes_now = {
@@ -110,7 +110,7 @@ def test_what_an_interruption_leaves_is_used_only_where_it_is_right(
     path.unlink()
     if damage in bytes_now:
         path.write_bytes(bytes_now[damage])
-    write(Few(), model, broken, 2, mirrored=mirrored)
+    write_training_set(Few(), model, broken, 2, mirrored=mirrored)
     assert (broken / "examples.npy").read_bytes() == (whole / "examples.npy").read_bytes()
 
 
@@ -123,22 +123,22 @@ def test_no_room_for_the_examples_is_said_before_the_first_image_is_read(
     monkeypatch.setattr("os.posix_fallocate", full)
     monkeypatch.setattr(Few, "batches", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(OSError, match=r"No space left on device, for \d+ bytes: '.*examples\.npy'"):
-        write(Few(), denoiser((1, 2, 2), first_stage=Halves()), tmp_path, 2, mirrored=False)
+        write_training_set(Few(), denoiser((1, 2, 2), first_stage=Halves()), tmp_path, 2, mirrored=False)
     assert not (tmp_path / "examples.npy").exists()
 
 
 def test_examples_are_known_by_their_images_and_their_first_stage() -> None:
     pixels, latents = denoiser((1, 4, 4)), denoiser((1, 2, 2), first_stage=Halves())
     other = replace(latents, weights_sha256="another")
-    found = [identity(Few(), model, mirrored=False) for model in (pixels, replace(pixels, weights_sha256="another"))]
+    found = [training_set_identity(Few(), model, mirrored=False) for model in (pixels, replace(pixels, weights_sha256="another"))]
     assert found[0] == found[1]
-    assert identity(Few(), latents, mirrored=False) != identity(Few(), other, mirrored=False)
-    assert identity(Few(), latents, mirrored=True) != identity(Few(), latents, mirrored=False)
+    assert training_set_identity(Few(), latents, mirrored=False) != training_set_identity(Few(), other, mirrored=False)
+    assert training_set_identity(Few(), latents, mirrored=True) != training_set_identity(Few(), latents, mirrored=False)
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tiny is trained on images \(1, 8, 8\), these are \(1, 4, 4\)"):
-        write(Few(), denoiser((1, 8, 8)), tmp_path, 2, mirrored=False)
+        write_training_set(Few(), denoiser((1, 8, 8)), tmp_path, 2, mirrored=False)
 
 
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own() -> None:

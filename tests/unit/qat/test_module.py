@@ -11,15 +11,15 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from tests.conftest import quantizable
-from tfmq_exp.core.distributed import ALONE, ProcessGroup, add_up
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, ordered_sum
 from tfmq_exp.denoisers.denoiser import NoConditions
-from tfmq_exp.qat.batches import NoisyBatches, ResumedBatches
+from tfmq_exp.qat.batches import BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import TrainingSet
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.reconstruction.loop import quiet_trainer
+from tfmq_exp.reconstruction.context import quiet_trainer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
@@ -71,7 +71,7 @@ def trained(unet: nn.Module, protocol: TrainingProtocol, mode: Mode) -> Quantiza
     model, learned = learner(unet, mode)
     lesson = QuantizationAwareTraining(model, learned, lambda: 0.0, TELLING, ALPHAS, protocol, seed=7)
     trainer = quiet_trainer(torch.device("cpu"))(max_steps=protocol.iterations, precision=protocol.precision)
-    trainer.fit(lesson.train(), ResumedBatches(batches(protocol), 0, protocol.iterations))
+    trainer.fit(lesson.train(), BatchRange(batches(protocol), 0, protocol.iterations))
     return lesson
 
 
@@ -206,7 +206,7 @@ def test_parts_of_a_batch_add_up_to_it_whoever_computes_them(tiny_unet: nn.Modul
     for rank in range(2):
         gradients(tiny_unet, 3, Overheard(rank, 2))
     (first, third), (second,) = Overheard.heard
-    assert torch.equal(add_up([first, second, third]), in_parts)
+    assert torch.equal(ordered_sum([first, second, third]), in_parts)
 
 
 def test_half_precision_and_a_bounded_gradient(tiny_unet: nn.Module) -> None:
@@ -245,7 +245,7 @@ def norm_of(
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     means = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if scaler else {"precision": protocol.precision}
     trainer = quiet_trainer(torch.device("cpu"))(max_steps=protocol.iterations, **means)
-    trainer.fit(lesson.train(), ResumedBatches(batches(protocol), 0, protocol.iterations))
+    trainer.fit(lesson.train(), BatchRange(batches(protocol), 0, protocol.iterations))
     return lesson, norms
 
 

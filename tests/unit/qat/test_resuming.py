@@ -18,11 +18,11 @@ from tfmq_exp.denoisers.denoiser import NoConditions
 from tfmq_exp.qat.dataset import TrainingSet
 from tfmq_exp.qat.model import trainable
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
-from tfmq_exp.qat.train import AtomicCheckpointIO, TrainingTask, last_checkpoint, train
+from tfmq_exp.qat.train import AtomicCheckpointIO, TrainingContext, last_checkpoint, train
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
-from tfmq_exp.reconstruction.loop import ComputeConfig, quiet_trainer
+from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.scales import GeneratedScale, ScalePlan
 
@@ -74,7 +74,7 @@ def trained(unet: nn.Module, folder: Path, told: Told) -> QuantizedUNet:
     model = build_quantized_unet(unet, plan, MinMax())
     values = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8)
     means = ComputeConfig(64, 2**20, quiet_trainer(torch.device("cpu")), checkpoint_every=timedelta(0))
-    train(TrainingTask(model, TrainingSet(values), (), NoConditions(), ALPHAS, means, 3, folder, told, told), PROTOCOL)
+    train(TrainingContext(model, TrainingSet(values), (), NoConditions(), ALPHAS, means, 3, folder, told, told), PROTOCOL)
     return model
 
 
