@@ -39,7 +39,7 @@ from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import capture_inputs, hooks
+from tfmq_exp.reconstruction.capture import Capture, hooks
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
@@ -119,7 +119,7 @@ def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: Calibrati
     """Two passes from the start of the network to the unit, in the batches that it learns with."""
     if unit.driver == "denoiser":
         for network, inner in ((unet, unet), (model, model.get_submodule("unet"))):
-            capture_inputs(network, unit.module(inner), data, batch, SpillAllocator(2**32))
+            Capture(data, batch, SpillAllocator(2**32)).inputs(network, unit.module(inner))
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def main() -> None:
         model.calibrate_weights()
     context = ReconstructionContext(model, unet, parts, data, means, 0, quiet, quiet)
     for unit, view, _ in capture_float_units(context, units, learning):
-        inputs = view.inputs or capture_inputs(model, unit.module(model.unet), data, means.batch, SpillAllocator(2**32))
+        inputs = view.inputs or Capture(data, means.batch, SpillAllocator(2**32)).inputs(model, unit.module(model.unet))
         with watch.of("plain", "capture and learning"):
             plain_capture(model, unet, unit, data, recipe["batch_size"])
             plain(model, unit, learnable, inputs, view.outputs, learning)

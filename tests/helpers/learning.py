@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from tests.conftest import quantizable
 from tests.helpers.calibration import calibration
-from tests.helpers.reconstruction import (
-    ROUNDING,
-    Interruption,
-    MemoryCheckpointer,
-    RecordedProgress,
-    config,
-    context,
-)
+from tests.helpers.reconstruction import ROUNDING, Interruption, MemoryCheckpointer, RecordedProgress, config, context
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import CalibrateRanges, LearnRanges
 from tfmq_exp.methods.weights import ReconstructJointly

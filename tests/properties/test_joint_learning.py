@@ -9,14 +9,7 @@ from torch import nn
 from tests.conftest import calibrated, quantizable
 from tests.helpers.calibration import calibration
 from tests.helpers.learning import SHARDS, end_of_network, frozen, jointly, run, same_state, trainable
-from tests.helpers.reconstruction import (
-    ROUNDING,
-    MemoryCheckpointer,
-    RecordedProgress,
-    config,
-    context,
-    structure,
-)
+from tests.helpers.reconstruction import ROUNDING, MemoryCheckpointer, RecordedProgress, config, context, structure
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import KeepRanges
 from tfmq_exp.methods.weights import Reconstruct

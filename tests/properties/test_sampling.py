@@ -15,19 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.helpers.calibration import collect
-from tfmq_exp.calibration import collect as collecting
 from tfmq_exp.calibration.timesteps import EveryKth
-from tfmq_exp.core.seeds import image_generators, initial_noise
+from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.trajectory_error import trajectory_error
-from tfmq_exp.sampling import images
-from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.sampler import Predict, Sampler, finite_set, trajectory
+from tfmq_exp.sampling.samplers import ddim
 from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.dpm_solver import DPMSolver
-from tfmq_exp.sampling.samplers.plms import PLMS
+from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -195,7 +192,7 @@ def test_trajectories_are_those_of_the_original_programs(
 ) -> None:
     goldens = load_file(GOLDENS / "samplers.safetensors")
     wanted, noise = goldens[f"{case['id']}.{suffix}"], iter(goldens.get(f"{case['id']}.noise", ()))
-    monkeypatch.setattr(sampler_module, "row_noise", lambda like, _: next(noise).to(like))
+    monkeypatch.setattr(ddim, "row_noise", lambda like, _: next(noise).to(like))
     sampler, schedule = original(case)
     assert list(sampler.calls(schedule)) == case["model_call_timesteps"]
     x = goldens["x_T"].to(dtype)
@@ -249,7 +246,7 @@ def test_collected_inputs_are_the_trajectory(denoiser: Denoiser) -> None:
     assert data.step.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     assert data.image.tolist() == [0, 1, 2, 3, 4] * 4
     for indices in (range(2), range(2, 4), range(4, 5)):
-        generators = image_generators(3, collecting.STREAM, indices)
+        generators = image_generators(3, Stream.CALIBRATION, indices)
         x = initial_noise(generators, SHAPE, CPU)
         for step in trajectory(predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators, NONE):
             rows = (data.step == step.index) & torch.isin(data.image, torch.tensor(indices))
@@ -259,7 +256,7 @@ def test_collected_inputs_are_the_trajectory(denoiser: Denoiser) -> None:
 
 def test_evaluation_does_not_see_calibration_noise(denoiser: Denoiser) -> None:
     calibration = collect(denoiser, Sampling(DDIM(1)), images=8, seed=0, batch=8).x
-    evaluation = initial_noise(image_generators(0, images.STREAM, range(8)), SHAPE, CPU)
+    evaluation = initial_noise(image_generators(0, Stream.IMAGES, range(8)), SHAPE, CPU)
     distances = torch.cdist(calibration.flatten(1), evaluation.flatten(1))
     assert distances.min() > 10  # independent noise in 192 dimensions is about 19.6 apart
 

@@ -230,7 +230,7 @@ def test_a_diverged_loss_names_the_rates_to_lower() -> None:
     rounding = LearnRounding(0.01, 0.01, Annealing(0.2, 20.0, 2.0))
     recipe = ReconstructionConfig(5, 2, Lp(), FloatInputs(), rounding, LearnScales(4e-4))
     with pytest.raises(DivergedError) as error, naming_rates("method.weights"), within("not added"):
-        raise DivergedError("the unit mid_block", 10, 300, math.nan, recipe.rates)
+        raise DivergedError("the unit mid_block", 10, 300, math.nan, recipe.learning_rates)
     assert str(error.value) == (
         "the unit mid_block diverged: its loss is nan at iteration 10 of 300; lower "
         "method.weights.recipe.rounding.learning_rate (now 0.01) or "

@@ -37,7 +37,7 @@ from tfmq_exp.qat.train import last_checkpoint
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import UnitActivations, capture_float
+from tfmq_exp.reconstruction.capture import Capture, UnitActivations
 from tfmq_exp.reconstruction.learning import is_learnable
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Unit
@@ -267,14 +267,13 @@ class Survey:
 
     def views(self, units: list[Unit], data: CalibrationSet) -> dict[str, UnitActivations]:
         """What units are fed and return."""
-        return (
-            capture_float(self.unet, units, data, len(data), SpillAllocator(2**40), with_inputs=True) if units else {}
-        )
+        capture = Capture(data, len(data), SpillAllocator(2**40))
+        return capture.activations(self.unet, units, with_inputs=True) if units else {}
 
     def importance(self, units: list[Unit], recipe: ReconstructionConfig, data: CalibrationSet) -> float:
         """Seconds per sample of finding the weights of the objective, where it has any."""
         began = self.now()
-        found = recipe.objective.importance(self.unet, units, data, len(data), SpillAllocator(2**40))
+        found = recipe.objective.importance(self.unet, units, Capture(data, len(data), SpillAllocator(2**40)))
         return (self.now() - began) / len(data) if found else 0.0
 
 

@@ -1,6 +1,6 @@
 """Processes that make one run together; results are those of a single process, to the bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(days=7)  # the others wait for as long as the main process works alone
@@ -94,6 +94,38 @@ def ordered_sum(vectors: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
     for vector in vectors[1:]:
         total = total + vector
     return total
+
+
+def set_gradients(
+    parameters: Sequence[nn.Parameter], count: int, processes: ProcessGroup, compute: Callable[[int], Sequence[Tensor]]
+) -> Tensor:
+    """Set `.grad` of the parameters to the sum over all microbatches, in their order for any number of processes.
+
+    Args:
+        parameters: all that are learned.
+        count: number of microbatches, none of them empty.
+        processes: ranks that share the microbatches.
+        compute: index of a microbatch -> gradient of every parameter and, last, its share of the loss.
+
+    Returns:
+        The loss of the batch, without gradient.
+    """
+    vectors: list[Tensor] = []
+    for index in processes.shard(range(count)):
+        vectors.append(concatenated(compute(index)))
+        if processes.world_size == 1:
+            vectors = [ordered_sum(vectors)]  # the sum in the same order, without keeping its terms
+    sizes = [parameter.numel() for parameter in parameters]
+    no_share = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
+    total = processes.ordered_all_reduce(vectors or [no_share], count if processes.world_size > 1 else 1)
+    for parameter, gradient in zip(parameters, total.split([*sizes, 1]), strict=False):
+        parameter.grad = gradient.view_as(parameter)
+    return total[-1]
+
+
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements as one vector."""
+    return torch.cat([x.flatten() for x in tensors])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,16 +12,9 @@ from torch import Tensor
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.finite import require_finite
 from tfmq_exp.kinds import COUNT, SWITCH, check_fields, one_of
-from tfmq_exp.methods.noise_statistics import (
-    STATISTICS,
-    Bias,
-    Intercept,
-    NoiseMoments,
-    NoiseStatistics,
-    Sigma,
-    estimate,
-)
+from tfmq_exp.methods.noise_statistics import STATISTICS, SUMS, NoiseMoments, NoiseStatistics
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict, Sampler
 from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
@@ -58,9 +51,9 @@ class NoiseCorrection:
     """
 
     images: int
-    intercept: Intercept
-    bias: Bias
-    sigma: Sigma
+    intercept: Literal["channel", "shared"]
+    bias: Literal["residual", "total"]
+    sigma: Literal["pooled", "per_sample"]
     keep_drift: bool
     measures: ClassVar[bool] = True
 
@@ -77,8 +70,42 @@ class NoiseCorrection:
             )
 
     def estimate(self, moments: NoiseMoments, timesteps: tuple[int, ...]) -> NoiseStatistics:
-        """See `noise_statistics.estimate`."""
-        return estimate(moments, timesteps, intercept=self.intercept, bias=self.bias, sigma=self.sigma)
+        """Statistics of every step, from sums over its images.
+
+        1. k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance.
+        2. bias: mean of d - k e per channel.
+        3. sigma: standard deviation of d - k e.
+
+        Raises:
+            NotFiniteError: the noise of a step is NaN or infinite; names its timestep.
+        """
+        for step, t in enumerate(timesteps):
+            require_finite(moments.dd[step], f"the quantization noise at timestep {t}, squared,")
+        tiny = torch.finfo(torch.float64).tiny
+        per_channel = moments.pixels * moments.e.shape[1]
+        # 1.
+        mean = {name: getattr(moments, name).sum(1) / per_channel for name in SUMS}
+        if self.intercept == "shared":
+            mean = {name: value.mean(1, keepdim=True) for name, value in mean.items()}
+        var_e, var_d = ((mean[x + x] - mean[x] ** 2).mean(1) for x in ("e", "d"))
+        covariance = (mean["ed"] - mean["e"] * mean["d"]).mean(1)
+        k = (covariance / var_e.clamp(min=tiny)).clamp(min=0)
+        r2 = covariance**2 / (var_e * var_d).clamp(min=tiny)
+        # 2.
+        residual_mean = (moments.d.sum(1) - k[:, None] * moments.e.sum(1)) / per_channel
+        bias = residual_mean if self.bias == "residual" else moments.d.sum(1) / per_channel
+        # 3.
+        slope = k[:, None, None]
+        squares = moments.dd - 2 * slope * moments.ed + slope**2 * moments.ee
+        if self.sigma == "pooled":
+            sigma = (squares.sum(1) / per_channel - residual_mean**2).clamp(min=0).mean(1).sqrt()
+        else:
+            n = moments.pixels * moments.e.shape[2]
+            sums = (moments.d - slope * moments.e).sum(2)
+            sigma = ((squares.sum(2) - sums**2 / n).clamp(min=0) / (n - 1)).sqrt().mean(1)
+        for name, value in zip(STATISTICS, (k, r2, bias, sigma), strict=True):
+            require_finite(value, f"{name} of the quantization noise")
+        return NoiseStatistics(timesteps, k.float(), r2.float(), bias.float(), sigma.float())
 
     def measure(
         self,

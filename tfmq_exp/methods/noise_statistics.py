@@ -2,22 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.finite import require_finite
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.sampling.sampler import Predict
 
 SUMS = ("e", "d", "ee", "dd", "ed")
 STATISTICS = ("k", "r2", "bias", "sigma")
-Intercept = Literal["channel", "shared"]
-Bias = Literal["residual", "total"]
-Sigma = Literal["pooled", "per_sample"]
 
 
 @dataclass(frozen=True)
@@ -101,51 +97,3 @@ class NoiseStatistics:
         columns = (self.timesteps, self.k.tolist(), self.r2.tolist(), self.sigma.tolist(), bias, bits)
         names = ("step", "t", "k", "r2", "sigma", "bias_rms", "bits")
         return [dict(zip(names, (i, *row), strict=True)) for i, row in enumerate(zip(*columns, strict=True))]
-
-
-def estimate(
-    moments: NoiseMoments, timesteps: tuple[int, ...], *, intercept: Intercept, bias: Bias, sigma: Sigma
-) -> NoiseStatistics:
-    """Statistics of every step; for the options see `NoiseCorrection`.
-
-    1. k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance.
-    2. bias: mean of d - k e per channel.
-    3. sigma: standard deviation of d - k e.
-
-    Args:
-        moments: sums over the images of each step.
-        timesteps: of the steps.
-        intercept: `channel` or `shared`.
-        bias: `residual` or `total`.
-        sigma: `pooled` or `per_sample`.
-
-    Raises:
-        NotFiniteError: the noise of a step is NaN or infinite; names its timestep.
-    """
-    for step, t in enumerate(timesteps):
-        require_finite(moments.dd[step], f"the quantization noise at timestep {t}, squared,")
-    tiny = torch.finfo(torch.float64).tiny
-    per_channel = moments.pixels * moments.e.shape[1]
-    # 1.
-    mean = {name: getattr(moments, name).sum(1) / per_channel for name in SUMS}
-    if intercept == "shared":
-        mean = {name: value.mean(1, keepdim=True) for name, value in mean.items()}
-    var_e, var_d = ((mean[x + x] - mean[x] ** 2).mean(1) for x in ("e", "d"))
-    covariance = (mean["ed"] - mean["e"] * mean["d"]).mean(1)
-    k = (covariance / var_e.clamp(min=tiny)).clamp(min=0)
-    r2 = covariance**2 / (var_e * var_d).clamp(min=tiny)
-    # 2.
-    residual_mean = (moments.d.sum(1) - k[:, None] * moments.e.sum(1)) / per_channel
-    offset = residual_mean if bias == "residual" else moments.d.sum(1) / per_channel
-    # 3.
-    slope = k[:, None, None]
-    squares = moments.dd - 2 * slope * moments.ed + slope**2 * moments.ee
-    if sigma == "pooled":
-        deviation = (squares.sum(1) / per_channel - residual_mean**2).clamp(min=0).mean(1).sqrt()
-    else:
-        n = moments.pixels * moments.e.shape[2]
-        sums = (moments.d - slope * moments.e).sum(2)
-        deviation = ((squares.sum(2) - sums**2 / n).clamp(min=0) / (n - 1)).sqrt().mean(1)
-    for name, value in zip(STATISTICS, (k, r2, offset, deviation), strict=True):
-        require_finite(value, f"{name} of the quantization noise")
-    return NoiseStatistics(timesteps, k.float(), r2.float(), offset.float(), deviation.float())

@@ -9,45 +9,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.core.distributed import ALONE, ProcessGroup
+import tfmq_exp.kinds as kinds
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.kinds import (
-    AMOUNT,
-    ANY_COUNT,
-    COUNT,
-    DECAY,
-    POSITIVE,
-    POSITIVE_SHARE,
-    RATE,
-    SHARE,
-    SWITCH,
-    Kind,
-    check_fields,
-    one_of,
-    optional,
-)
 from tfmq_exp.qat.batches import Batch
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.ema import moving_average
 from tfmq_exp.qat.loss import LOSSES, Norm, loss, noisy
 from tfmq_exp.qat.model import TrainableParameters, clamp_parameters
-from tfmq_exp.reconstruction.microbatches import set_gradients
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 # What the fields of a protocol may be.
-FIELDS: dict[str, Kind] = {
-    **dict.fromkeys(("iterations", "batch", "calibration_batches", "parts"), COUNT),
-    **dict.fromkeys(("range_lr_scale", "weight_decay"), AMOUNT),
-    "loss": one_of(*LOSSES),
-    "learning_rate": RATE,
-    "warmup": ANY_COUNT,
-    "warmup_start_factor": POSITIVE_SHARE,
-    "ema_decay": DECAY,
-    "gradient_clip_val": optional(POSITIVE),
-    "condition_dropout": SHARE,
-    "horizontal_flip": SWITCH,
-    "precision": one_of("32-true", "bf16-mixed", "16-mixed"),
+FIELDS: dict[str, kinds.Kind] = {
+    **dict.fromkeys(("iterations", "batch", "calibration_batches", "parts"), kinds.COUNT),
+    **dict.fromkeys(("range_lr_scale", "weight_decay"), kinds.AMOUNT),
+    "loss": kinds.one_of(*LOSSES),
+    "learning_rate": kinds.RATE,
+    "warmup": kinds.ANY_COUNT,
+    "warmup_start_factor": kinds.POSITIVE_SHARE,
+    "ema_decay": kinds.DECAY,
+    "gradient_clip_val": kinds.optional(kinds.POSITIVE),
+    "condition_dropout": kinds.SHARE,
+    "horizontal_flip": kinds.SWITCH,
+    "precision": kinds.one_of("32-true", "bf16-mixed", "16-mixed"),
 }
 
 
@@ -91,7 +76,7 @@ class TrainingProtocol:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        check_fields(self, **FIELDS)
+        kinds.check_fields(self, **FIELDS)
         if self.parts > self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
 

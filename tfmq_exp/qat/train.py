@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
 from tfmq_exp.files import hash_path, intact, write_checked
@@ -34,7 +35,6 @@ from tfmq_exp.reconstruction.callbacks import (
 )
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.reconstruction.loop import ERROR_SAMPLES
-from tfmq_exp.reconstruction.microbatches import concatenated
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 UNIT = "network"  # name of the only unit, in reports
@@ -230,10 +230,7 @@ def fit(
     if compute.processes.is_main:
         callbacks.append(PeriodicCheckpoint(context.folder, compute.checkpoint_every))
     trainer = compute.trainer(
-        max_steps=protocol.iterations,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        precision=protocol.precision,
+        max_steps=protocol.iterations, callbacks=callbacks, plugins=[AtomicCheckpointIO()], precision=protocol.precision
     )
     done = int(checkpoint.stem) if checkpoint else 0
     remaining = BatchRange(batches, done, protocol.iterations)

@@ -36,38 +36,6 @@ def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None
             handle.remove()
 
 
-@torch.no_grad()
-def forward_batches(model: nn.Module, data: CalibrationSet, batch: int) -> Iterator[tuple[int, Tensor]]:
-    """Run the network over the set in order; yield the first index and the timesteps of each batch after its pass."""
-    device = next(model.parameters()).device
-    for rows in batches(len(data), batch):
-        part = data[slice(rows.start, rows.stop)]
-        with suppress(StopForward):
-            model(**part.inputs(device))
-        yield rows.start, part.t
-
-
-def capture_inputs(
-    model: nn.Module, module: nn.Module, data: CalibrationSet, batch: int, storage: SpillAllocator
-) -> TensorTree:
-    """Inputs of `module` while `model` runs over the set; each forward pass stops there."""
-    seen: list[Any] = []
-
-    def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise StopForward
-
-    stored: TensorTree | None = None
-    with hooks([module.register_forward_pre_hook(pre_hook, with_kwargs=True)]):
-        for start, t in forward_batches(model, data, batch):
-            inputs = (t, *seen.pop())
-            stored = stored or TensorTree.like(inputs, len(data), storage)
-            stored.write(start, inputs)
-    if stored is None:
-        raise ValueError("there is no calibration data")
-    return stored
-
-
 @contextmanager
 def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
     """Record the latest call of every module by name; a forward pass stops once all are there. Clear it between passes."""
@@ -93,48 +61,105 @@ class UnitActivations:
     outputs: TensorTree
 
 
-def capture_float(
-    unet: nn.Module,
-    units: Sequence[Unit],
-    data: CalibrationSet,
-    batch: int,
-    storage: SpillAllocator,
-    *,
-    with_inputs: bool,
-) -> dict[str, UnitActivations]:
-    """Capture several units in one pass of the float network over the set.
+@dataclass(frozen=True)
+class Capture:
+    """Capture over a calibration set, `batch` samples at a time, into tensors of `storage`."""
 
-    Args:
-        unet: the float network.
-        units: units of it that the denoiser drives.
-        data: calibration samples.
-        batch: samples of a forward pass.
-        storage: allocator of what is captured.
-        with_inputs: whether inputs are captured, too.
-    """
-    inputs: dict[str, TensorTree] = {}
-    outputs: dict[str, TensorTree] = {}
+    data: CalibrationSet
+    batch: int
+    storage: SpillAllocator
 
-    def write(stored: dict[str, TensorTree], kind: str, name: str, start: int, value: Any) -> None:
+    def parts(self, network: nn.Module) -> Iterator[tuple[int, CalibrationSet, dict[str, Any]]]:
+        """First index, samples and network inputs of each batch."""
+        device = next(network.parameters()).device
+        for rows in batches(len(self.data), self.batch):
+            part = self.data[slice(rows.start, rows.stop)]
+            yield rows.start, part, part.inputs(device)
+
+    @torch.no_grad()
+    def forward(self, network: nn.Module) -> Iterator[tuple[int, Tensor]]:
+        """Run the network batch by batch; yield the first index and the timesteps of each after its pass."""
+        for start, part, inputs in self.parts(network):
+            with suppress(StopForward):
+                network(**inputs)
+            yield start, part.t
+
+    def write(self, stored: dict[str, TensorTree], name: str, start: int, value: Any) -> None:
+        """Store a batch under a name, with room for all samples."""
         if name not in stored:
-            stored[name] = TensorTree.like(value, len(data), storage)
-        with within(f"the {kind} of {name} in the float network"):
-            stored[name].write(start, value)
+            stored[name] = TensorTree.like(value, len(self.data), self.storage)
+        stored[name].write(start, value)
 
-    with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
-        for start, t in forward_batches(unet, data, batch):
-            for name, (args, kwargs, _) in calls.items() if with_inputs else ():
-                write(inputs, "inputs", name, start, (t, args, kwargs))
-            for name, (_, _, output) in calls.items():
-                write(outputs, "outputs", name, start, output)
-            calls.clear()
-    return {unit.name: UnitActivations(inputs.get(unit.name), outputs[unit.name]) for unit in units}
+    def inputs(self, network: nn.Module, module: nn.Module) -> TensorTree:
+        """Inputs of a module while the network runs over the set; each forward pass stops there."""
+        seen: list[Any] = []
+        stored: dict[str, TensorTree] = {}
+
+        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args, kwargs))
+            raise StopForward
+
+        with hooks([module.register_forward_pre_hook(pre_hook, with_kwargs=True)]):
+            for start, t in self.forward(network):
+                self.write(stored, "inputs", start, (t, *seen.pop()))
+        if not stored:
+            raise ValueError("there is no calibration data")
+        return stored["inputs"]
+
+    def activations(self, unet: nn.Module, units: Sequence[Unit], *, with_inputs: bool) -> dict[str, UnitActivations]:
+        """Outputs, and inputs where asked for, of several units in one pass over the set."""
+        inputs: dict[str, TensorTree] = {}
+        outputs: dict[str, TensorTree] = {}
+        with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
+            for start, t in self.forward(unet):
+                for name, (args, kwargs, output) in calls.items():
+                    with within(f"the inputs of {name} in the float network"):
+                        if with_inputs:
+                            self.write(inputs, name, start, (t, args, kwargs))
+                    with within(f"the outputs of {name} in the float network"):
+                        self.write(outputs, name, start, output)
+                calls.clear()
+        return {unit.name: UnitActivations(inputs.get(unit.name), outputs[unit.name]) for unit in units}
+
+    def squared_gradients(
+        self, unet: nn.Module, units: Sequence[Unit], generator: torch.Generator
+    ) -> dict[str, TensorTree]:
+        """(J^T v)^2 at the outputs of units that the denoiser drives, scaled to a mean of 1 for every unit.
+
+        J is the Jacobian from there to the predicted noise, v standard normal from the generator.
+        """
+        modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
+        outputs: dict[str, list[Tensor]] = {}
+        stored: dict[str, TensorTree] = {}
+
+        def hook(name: str, output: Any) -> None:
+            outputs[name] = pytree.tree_leaves(output)
+            for leaf in outputs[name]:
+                if not leaf.requires_grad:  # it depends on the timestep alone
+                    leaf.requires_grad_()
+
+        handles = [m.register_forward_hook(lambda _m, _a, out, name=n: hook(name, out)) for n, m in modules.items()]
+        with hooks(handles), torch.enable_grad():
+            for start, _, inputs in self.parts(unet) if modules else ():
+                inputs[
+                    "sample"
+                ].requires_grad_()  # weights are frozen; autograd needs one leaf that requires a gradient
+                predicted = noise_of(unet(**inputs).sample, inputs["sample"])
+                v = torch.randn(predicted.shape, generator=generator).to(predicted)
+                gradients = iter(torch.autograd.grad(predicted, [x for name in modules for x in outputs[name]], v))
+                for name in modules:
+                    with within(f"the gradients at the outputs of {name}"):
+                        self.write(stored, name, start, [next(gradients).square() for _ in outputs[name]])
+                outputs.clear()
+        for squared in (x for tree in stored.values() for x in tree.tensors):
+            squared.div_(squared.mean().clamp(min=torch.finfo(squared.dtype).tiny))
+        return stored
 
 
 def sample_bytes(unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool) -> dict[str, int]:
     """Bytes of each unit's outputs for one sample, with those of its inputs where asked for."""
     with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
-        list(forward_batches(unet, data[slice(0, 1)], 1))
+        list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(unet))
     leaves = {name: pytree.tree_leaves(call if with_inputs else call[-1]) for name, call in calls.items()}
     return {name: sum(x.nbytes for x in tensors if isinstance(x, Tensor)) for name, tensors in leaves.items()}
 
@@ -150,55 +175,3 @@ def groups_within(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
         groups[-1].append(name)
         used += size
     return groups
-
-
-def capture_squared_gradients(
-    unet: nn.Module,
-    units: Sequence[Unit],
-    data: CalibrationSet,
-    batch: int,
-    storage: SpillAllocator,
-    generator: torch.Generator,
-) -> dict[str, TensorTree]:
-    """(J^T v)^2 at the units' outputs, J from there to the predicted noise, v standard normal; mean 1 for every unit.
-
-    Args:
-        unet: the float network.
-        units: only those that the denoiser drives have gradients.
-        data: calibration samples.
-        batch: samples of a forward pass.
-        storage: allocator of the result.
-        generator: of v.
-    """
-    modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
-    device = next(unet.parameters()).device
-    outputs: dict[str, list[Tensor]] = {}
-    stored: dict[str, TensorTree] = {}
-
-    def hook(name: str, output: Any) -> None:
-        outputs[name] = pytree.tree_leaves(output)
-        for leaf in outputs[name]:
-            if not leaf.requires_grad:  # it depends on the timestep alone
-                leaf.requires_grad_()
-
-    handles = [m.register_forward_hook(lambda _m, _a, out, name=n: hook(name, out)) for n, m in modules.items()]
-    with hooks(handles), torch.enable_grad():
-        for rows in batches(len(data), batch) if modules else ():
-            inputs = data[slice(rows.start, rows.stop)].inputs(device)
-            inputs[
-                "sample"
-            ].requires_grad_()  # weights are frozen, and autograd needs one leaf that requires a gradient
-            predicted = noise_of(unet(**inputs).sample, inputs["sample"])
-            v = torch.randn(predicted.shape, generator=generator).to(predicted)
-            gradients = iter(torch.autograd.grad(predicted, [x for name in modules for x in outputs[name]], v))
-            for name in modules:
-                squared = [next(gradients).square() for _ in outputs[name]]
-                if name not in stored:
-                    stored[name] = TensorTree.like(squared, len(data), storage)
-                with within(f"the gradients at the outputs of {name}"):
-                    stored[name].write(rows.start, squared)
-            outputs.clear()
-    for tree in stored.values():
-        for squared in tree.tensors:
-            squared.div_(squared.mean().clamp(min=torch.finfo(squared.dtype).tiny))
-    return stored

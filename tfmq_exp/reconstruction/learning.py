@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.finite import DivergedError
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
@@ -15,7 +16,6 @@ from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
 from tfmq_exp.reconstruction.callbacks import LossCallback, UnitResult
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.inputs import Origin
-from tfmq_exp.reconstruction.microbatches import concatenated
 from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
 from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

@@ -10,7 +10,7 @@ from tfmq_exp.finite import relative, within
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.callbacks import UnitReport, peak_memory_mib
-from tfmq_exp.reconstruction.capture import UnitActivations, capture_float, capture_inputs, groups_within, sample_bytes
+from tfmq_exp.reconstruction.capture import Capture, UnitActivations, groups_within, sample_bytes
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.inputs import Origin
 from tfmq_exp.reconstruction.learning import UnitData, freeze_unit, is_learnable, learn_unit, unit_result
@@ -86,10 +86,10 @@ def capture_float_units(
     One pass over the data captures as many units as fit into half of the cache.
     """
     unet, data, compute = context.float_unet, context.data, context.compute
-    with_inputs, storage = "float" in config.inputs.origins, compute.storage(2)
+    with_inputs, capture = "float" in config.inputs.origins, Capture(data, compute.batch, compute.storage(2))
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     sizes = sample_bytes(unet, list(driven.values()), data, with_inputs=with_inputs)
-    groups = groups_within({name: sizes[name] * len(data) for name in driven}, storage.budget)
+    groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.budget)
     activations: dict[str, UnitActivations] = {}
     importance: dict[str, TensorTree] = {}
     for unit in units:
@@ -97,10 +97,10 @@ def capture_float_units(
             yield unit, timestep_activations(context, unit), None
             continue
         if unit.name not in activations:
-            storage.clear()
+            capture.storage.clear()
             group = [driven[name] for names in groups if unit.name in names for name in names]
-            activations = capture_float(unet, group, data, compute.batch, storage, with_inputs=with_inputs)
-            importance = dict(config.objective.importance(unet, group, data, compute.batch, storage))
+            activations = capture.activations(unet, group, with_inputs=with_inputs)
+            importance = dict(config.objective.importance(unet, group, capture))
         yield unit, activations.pop(unit.name), importance.pop(unit.name, None)
 
 
@@ -118,7 +118,7 @@ def quantized_inputs(
     """Inputs of a unit in the network whose earlier units are quantized."""
     model, batch = context.model, context.compute.batch
     with replay.active(batch), within(f"the inputs of {unit.name} in the quantized network"):
-        return capture_inputs(model, unit.module(model.unet), context.data, batch, storage)
+        return Capture(context.data, batch, storage).inputs(model, unit.module(model.unet))
 
 
 def unit_error(context: ReconstructionContext, unit: Unit, data: UnitData, replay: OutputReplay | None = None) -> float:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.core.distributed import ALONE, ProcessGroup
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.kinds import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.scales.base import Source
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.inputs import UnitInputs
-from tfmq_exp.reconstruction.microbatches import set_gradients
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
 from tfmq_exp.reconstruction.replay import call_unit
 

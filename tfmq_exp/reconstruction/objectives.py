@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.kinds import DECAY, POWER, SEED, Kind, check_fields, number
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import capture_squared_gradients
+from tfmq_exp.reconstruction.activation_cache import TensorTree
+from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.units import Unit
 
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
@@ -36,18 +35,8 @@ def channel_dim(x: Tensor) -> int:
 class Objective:
     """Error of one output of a unit, with an optional weight for each element."""
 
-    def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
-    ) -> Mapping[str, TensorTree]:
-        """Unit name -> weights of the elements of its outputs, for the units that have any.
-
-        Args:
-            unet: the float network.
-            units: units to weigh.
-            data: calibration samples.
-            batch: samples of a forward pass.
-            storage: allocator of the result.
-        """
+    def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
+        """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
         return {}
 
     def loss(
@@ -89,10 +78,8 @@ class Fisher(Objective):
     def __post_init__(self) -> None:
         check_fields(self, seed=SEED)
 
-    def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
-    ) -> Mapping[str, TensorTree]:
-        return capture_squared_gradients(unet, units, data, batch, storage, torch.Generator().manual_seed(self.seed))
+    def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
+        return capture.squared_gradients(unet, units, torch.Generator().manual_seed(self.seed))
 
     def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
         squared = (prediction - target).square()

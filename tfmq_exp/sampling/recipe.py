@@ -17,8 +17,7 @@ from tfmq_exp.kinds import whole
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Sampler, trajectory
 from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.dpm_solver import DPMSolver
-from tfmq_exp.sampling.samplers.plms import PLMS
+from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
 from tfmq_exp.sampling.scheduler import Scheduler
 
 LARGEST = 2**16  # channels, or pixels of a side

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.reconstruction import (
-    CPU,
-)
+from tests.helpers.reconstruction import CPU
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
 
 

@@ -10,13 +10,10 @@ from torch.utils import _pytree as pytree
 
 from tests.conftest import calibrated, quantizable
 from tests.helpers.calibration import calibration
-from tests.helpers.reconstruction import (
-    CPU,
-    structure,
-)
+from tests.helpers.reconstruction import CPU, structure
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator
-from tfmq_exp.reconstruction.capture import capture_float, capture_inputs, groups_within, sample_bytes
+from tfmq_exp.reconstruction.capture import Capture, groups_within, sample_bytes
 from tfmq_exp.reconstruction.replay import call_unit, run_unit
 from tfmq_exp.reconstruction.units import Blockwise
 
@@ -62,7 +59,7 @@ def test_captured_inputs_are_those_of_a_whole_forward(unet: nn.Module) -> None:
     modules = {unit.name: unit.module(model.unet) for unit in units}
     inputs, outputs = recorded(model, modules, data, 5)
     for name, module in modules.items():
-        captured = capture_inputs(model, module, data, 5, SpillAllocator(2**30))
+        captured = Capture(data, 5, SpillAllocator(2**30)).inputs(model, module)
         assert equal(captured.tensors, [data.t, *joined(inputs[name])])
         # and the unit can be called again with them; their strides differ, and with them the order of summation
         again = call_unit(module, model.context, captured.structure([tensor[:5] for tensor in captured.tensors]))
@@ -76,7 +73,7 @@ def test_what_the_float_network_does_is_what_a_whole_forward_does(unet: nn.Modul
     data, parts = calibration(unet, each=3), structure(unet)
     units = Blockwise()(parts, frozenset(parts.sites))
     modules = {unit.name: unit.module(unet) for unit in units}
-    views = capture_float(unet, units, data, 5, SpillAllocator(2**30), with_inputs=with_inputs)
+    views = Capture(data, 5, SpillAllocator(2**30)).activations(unet, units, with_inputs=with_inputs)
     inputs, outputs = recorded(unet, modules, data, 5)
     sizes = sample_bytes(unet, units, data, with_inputs=with_inputs)
     assert set(views) == set(modules)
@@ -92,8 +89,8 @@ def test_capture_stops_where_everything_was_seen(unet: nn.Module) -> None:
     units = [unit for unit in Blockwise()(parts, frozenset(parts.sites)) if unit.name.startswith("down_blocks")]
     beyond: list[int] = []
     handle = unet.mid_block.register_forward_hook(lambda *_: beyond.append(1))
-    capture_inputs(unet, units[-1].module(unet), data, 2, SpillAllocator(2**30))
-    capture_float(unet, units, data, 2, SpillAllocator(2**30), with_inputs=True)
+    Capture(data, 2, SpillAllocator(2**30)).inputs(unet, units[-1].module(unet))
+    Capture(data, 2, SpillAllocator(2**30)).activations(unet, units, with_inputs=True)
     handle.remove()
     assert units
     assert not beyond
@@ -101,7 +98,7 @@ def test_capture_stops_where_everything_was_seen(unet: nn.Module) -> None:
 
 def test_no_data_is_refused(tiny_unet: nn.Module) -> None:
     with pytest.raises(ValueError, match="no calibration data"):
-        capture_inputs(tiny_unet, tiny_unet.conv_in, calibration(tiny_unet)[slice(0, 0)], 2, SpillAllocator(2**30))
+        Capture(calibration(tiny_unet)[slice(0, 0)], 2, SpillAllocator(2**30)).inputs(tiny_unet, tiny_unet.conv_in)
 
 
 def test_groups_are_consecutive_and_within_the_budget() -> None:

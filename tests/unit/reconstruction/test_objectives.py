@@ -12,6 +12,7 @@ from tests.helpers.calibration import calibration
 from tests.helpers.reconstruction import structure
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator
+from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.objectives import Annealing, Fisher, Lp
 from tfmq_exp.reconstruction.units import TemporalAware
 
@@ -55,7 +56,7 @@ def drawn(unet: nn.Module, data: CalibrationSet, batch: int, seed: int) -> Tenso
 
 def importance(unet: nn.Module, data: CalibrationSet, seed: int = 0) -> dict[str, list[Tensor]]:
     units = TemporalAware()(structure(unet), frozenset(structure(unet).sites))
-    found = Fisher(seed).importance(unet, units, data, 5, SpillAllocator(2**30))
+    found = Fisher(seed).importance(unet, units, Capture(data, 5, SpillAllocator(2**30)))
     assert set(found) == {unit.name for unit in units if unit.driver == "denoiser"}
     return {name: leaves.tensors for name, leaves in found.items()}
 
@@ -111,4 +112,4 @@ def test_draws_of_importance_depend_on_the_seed(tiny_unet: nn.Module) -> None:
 
 def test_temporal_units_have_no_importance(tiny_unet: nn.Module) -> None:
     temporal = TemporalAware()(structure(tiny_unet), frozenset(structure(tiny_unet).sites))[:1]
-    assert Fisher().importance(tiny_unet, temporal, calibration(tiny_unet), 8, SpillAllocator(2**30)) == {}
+    assert Fisher().importance(tiny_unet, temporal, Capture(calibration(tiny_unet), 8, SpillAllocator(2**30))) == {}

@@ -8,7 +8,7 @@ from tests.conftest import calibrated, quantizable
 from tests.helpers.calibration import calibration
 from tests.helpers.reconstruction import structure
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import capture_inputs
+from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.replay import OutputReplay, run_unit
 from tfmq_exp.reconstruction.units import Blockwise
 
@@ -20,9 +20,9 @@ def test_replayed_units_feed_later_ones_the_same_numbers(unet: nn.Module) -> Non
     different = []
     for unit in units:
         module = unit.module(model.unet)
-        run_as_usual = capture_inputs(model, module, data, 5, SpillAllocator(2**30))
+        run_as_usual = Capture(data, 5, SpillAllocator(2**30)).inputs(model, module)
         with replay.active(5):
-            replayed = capture_inputs(model, module, data, 5, SpillAllocator(2**30))
+            replayed = Capture(data, 5, SpillAllocator(2**30)).inputs(model, module)
         different += [] if all(map(torch.equal, replayed.tensors, run_as_usual.tensors)) else [unit.name]
         replay.add(module, run_unit(module, model.context, replayed, 5, SpillAllocator(2**30)))
     assert len(replay.outputs) == len(units)

@@ -29,8 +29,7 @@ from tfmq_exp.denoisers.scheduler_config import training_noise
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.dpm_solver import DPMSolver
-from tfmq_exp.sampling.samplers.plms import PLMS
+from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
 from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
 

@@ -19,7 +19,7 @@ from tfmq_exp.methods.noise_statistics import NoiseMoments, NoiseStatistics
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict, trajectory
 from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
-from tfmq_exp.sampling.samplers.plms import PLMS
+from tfmq_exp.sampling.samplers.multistep import PLMS
 from tfmq_exp.sampling.scheduler import Scheduler
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
