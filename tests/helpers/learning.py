@@ -82,6 +82,6 @@ def same_state(one: QuantizedUNet, other: QuantizedUNet) -> bool:
     return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
-def jointly(iterations: int, keep: float = 0.5) -> ReconstructJointly:
-    both = config(iterations, rate=2e-3, rounding=ROUNDING, objective=Lp(), inputs=MixedInputs(keep))
+def jointly(iterations: int, quant_prob: float = 0.5) -> ReconstructJointly:
+    both = config(iterations, rate=2e-3, rounding=ROUNDING, objective=Lp(), inputs=MixedInputs(quant_prob))
     return ReconstructJointly(TemporalAware(), EveryKth(1), both, SHARDS)

@@ -25,20 +25,22 @@ def captured() -> dict[Any, Any]:
     return {"quantized": fed(), "float": fed()}
 
 
-@pytest.mark.parametrize(("keep", "origin"), [(1.0, "quantized"), (0.0, "float")])
-def test_inputs_that_are_never_mixed(keep: float, origin: str) -> None:
+@pytest.mark.parametrize(("quant_prob", "origin"), [(1.0, "quantized"), (0.0, "float")])
+def test_inputs_that_are_never_mixed(quant_prob: float, origin: str) -> None:
     data = captured()
-    ours, theirs = (pytree.tree_flatten(structure) for structure in (MixedInputs(keep).combine(data), data[origin]))
+    ours, theirs = (
+        pytree.tree_flatten(structure) for structure in (MixedInputs(quant_prob).combine(data), data[origin])
+    )
     assert ours[1] == theirs[1]
     for a, b in zip(ours[0], theirs[0], strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a is b
 
 
-@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
-def test_inputs_are_mixed_element_by_element(keep: float) -> None:
+@pytest.mark.parametrize("quant_prob", [0.2, 0.5, 0.9])
+def test_inputs_are_mixed_element_by_element(quant_prob: float) -> None:
     data = captured()
     torch.manual_seed(0)
-    t, (x, nothing), further = MixedInputs(keep).combine(data)
+    t, (x, nothing), further = MixedInputs(quant_prob).combine(data)
     assert torch.equal(t, data["float"][0])
     assert nothing is None
     assert further["flag"] is True
@@ -47,25 +49,25 @@ def test_inputs_are_mixed_element_by_element(keep: float) -> None:
     for mixed, quantized, original in leaves:
         kept = mixed == quantized
         assert torch.equal(mixed, torch.where(kept, quantized, original))
-        assert float(kept.float().mean()) == pytest.approx(keep, abs=0.02)
+        assert float(kept.float().mean()) == pytest.approx(quant_prob, abs=0.02)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
-def test_activations_inside_the_unit_are_mixed_while_it_learns(keep: float) -> None:
+@pytest.mark.parametrize("quant_prob", [0.0, 0.5, 1.0])
+def test_activations_inside_the_unit_are_mixed_while_it_learns(quant_prob: float) -> None:
     torch.manual_seed(0)
     x, quantizer = torch.randn(100, 100), AffineQuantizer(Static(QuantSpec(2)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE
     quantized = quantizer(x)
-    with MixedInputs(keep).learning_context([quantizer]):
+    with MixedInputs(quant_prob).learning_context([quantizer]):
         mixed = quantizer(x)
     kept = mixed == quantized
     assert torch.equal(mixed, torch.where(kept, quantized, x))
-    assert float(kept.float().mean()) == pytest.approx(keep, abs=0.02)
+    assert float(kept.float().mean()) == pytest.approx(quant_prob, abs=0.02)
     assert torch.equal(quantizer(x), quantized)
 
 
-@pytest.mark.parametrize("keep", [-0.1, 1.1])
-def test_impossible_probabilities_are_named(keep: float) -> None:
-    with pytest.raises(ValueError, match=f"got {keep}"):
-        MixedInputs(keep)
+@pytest.mark.parametrize("quant_prob", [-0.1, 1.1])
+def test_impossible_probabilities_are_named(quant_prob: float) -> None:
+    with pytest.raises(ValueError, match=f"got {quant_prob}"):
+        MixedInputs(quant_prob)
