@@ -154,8 +154,14 @@ def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     error_before = prediction_error(module, batches, compute.batch)
     history = LossHistory(context.progress, protocol.iterations)
     checkpoint = processes.broadcast(last_checkpoint(context.folder) if processes.is_main else None)
+    remaining = BatchRange(batches, int(checkpoint.stem) if checkpoint else 0, protocol.iterations)
+    callbacks: list[pl.Callback] = [history]
+    if processes.is_main:
+        callbacks.append(PeriodicCheckpoint(context.folder, compute.checkpoint_every))
+    settings = {"max_steps": protocol.iterations, "precision": protocol.precision, "plugins": [AtomicCheckpointIO()]}
+    trainer = compute.trainer(callbacks=callbacks, **settings)
     with torch.enable_grad(), torch.random.fork_rng():
-        fit(context, module, batches, history, checkpoint)
+        trainer.fit(module.train(), remaining, ckpt_path=checkpoint, weights_only=True)
     module.to(context.alphas_cumprod.device)  # Lightning has moved it to the CPU
     copy_average(module.ema, module.trained)
     for parameter in module.trained:
@@ -207,31 +213,3 @@ def prediction_error(module: QuantizationAwareTraining, batches: NoisyBatches, s
         require_finite(predicted, "the noise that the quantized network predicts for training images")
         total += float(loss(predicted, part.noise, "l2")) * len(part.noise)
     return total / ERROR_SAMPLES
-
-
-def fit(
-    context: TrainingContext,
-    module: QuantizationAwareTraining,
-    batches: NoisyBatches,
-    history: LossHistory,
-    checkpoint: Path | None,
-) -> None:
-    """Run Lightning's loop over the remaining iterations.
-
-    Args:
-        context: resources and folder.
-        module: what is trained.
-        batches: of the whole training.
-        history: callback for the losses.
-        checkpoint: to resume from.
-    """
-    protocol, compute = module.protocol, context.compute
-    callbacks: list[pl.Callback] = [history]
-    if compute.processes.is_main:
-        callbacks.append(PeriodicCheckpoint(context.folder, compute.checkpoint_every))
-    trainer = compute.trainer(
-        max_steps=protocol.iterations, callbacks=callbacks, plugins=[AtomicCheckpointIO()], precision=protocol.precision
-    )
-    done = int(checkpoint.stem) if checkpoint else 0
-    remaining = BatchRange(batches, done, protocol.iterations)
-    trainer.fit(module.train(), remaining, ckpt_path=checkpoint, weights_only=True)

@@ -92,7 +92,7 @@ class Recipe:
             recipe = cls(sampling, schedule, (channels, height, width))
             recipe.sampler.calls(recipe.schedule)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"it says in no known way how to sample: {type(error).__name__} {error}") from error
+            raise ValueError(f"it is no sampling recipe: {type(error).__name__} {error}") from error
         return recipe
 
     @torch.no_grad()

@@ -43,11 +43,11 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
     return (1 - betas).cumprod(0)
 
 
-def require_noise_prediction(schedule: Mapping[str, Any], who: str) -> None:
-    """Raise ValueError, beginning with `who`, for a schedule whose `prediction_type` is not epsilon (the default)."""
+def require_noise_prediction(schedule: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, beginning with `name`, for a schedule whose `prediction_type` is not epsilon (the default)."""
     if (kind := schedule.get("prediction_type", "epsilon")) != "epsilon":
         raise ValueError(
-            f"{who} takes networks that predict the noise; the folder's scheduler says prediction_type={kind}"
+            f"{name} takes networks that predict the noise; the folder's scheduler says prediction_type={kind}"
         )
 
 

@@ -48,7 +48,7 @@ DECISIVE = (
     *("prediction_type", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "final_sigmas_type"),
     *("beta_schedule", "algorithm_type", "solver_type", "thresholding"),
 )
-OTHERS = "; sampler=ddim, plms or dpm_solver take other ways"
+OTHERS = "; sampler=ddim, plms or dpm_solver sample without it"
 log = logging.getLogger(__name__)
 
 
