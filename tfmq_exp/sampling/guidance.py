@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.core.seeds import image_generators, initial_noise
+from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
 from tfmq_exp.denoisers.inspection import check_timesteps
 from tfmq_exp.finite import NotFiniteError, require_finite
@@ -65,7 +65,7 @@ class Sampling:
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError for a network that this cannot sample: see `conditions`, and `check_timesteps`."""
-        self.conditions(denoiser, 0, "images", [0])
+        self.conditions(denoiser, 0, Stream.IMAGES, [0])
         check_timesteps(denoiser.unet, self.finite_set(denoiser))
 
     def predictor(self, unet: nn.Module) -> Predict:
