@@ -152,7 +152,7 @@ def part_of(full: Counts, counts: Counts, small: Stages) -> Counts:
     """The counts of the fraction, with units whose costs were measured for the full recipe."""
     given = small.calibration.images, len(small.calls)
     phases: dict[str, Any] = {name: getattr(small.method, name) for name in counts.phases}
-    seen = {name: counts.halves * phase.effort(*given).samples for name, phase in phases.items()}
+    seen = {name: counts.halves * phase.budget(*given).samples for name, phase in phases.items()}
     courses = {
         name: replace(course, recipe=phases[name].recipe, samples=seen[name], timesteps=counts.timesteps)
         for name, course in full.courses.items()

@@ -119,7 +119,10 @@ def begin(cfg: DictConfig) -> None:
         (("method.weights.recipe.rounding.annealing.end=30",), "must fall from start to end, got 20.0 to 30"),
         (("method.weights.recipe.rounding.learning_rate=0",), "method.weights.recipe.rounding.learning_rate must be"),
         (("method.weights.recipe.parts=64",), "a batch of 32 can have 1 to 32 parts, got 64"),
-        (("method=qdrop", "method.weights.recipe.inputs.quant_prob=1.5"), "method.weights.recipe.inputs.quant_prob must be"),
+        (
+            ("method=qdrop", "method.weights.recipe.inputs.quant_prob=1.5"),
+            "method.weights.recipe.inputs.quant_prob must be",
+        ),
         (("method=tdq", "model.protocol.encoding_width=3"), "encoding.width must be an even whole number"),
         (("method=intervals", "method.scales.temporal.count=2000"), "count must be at most train_timesteps, 1000"),
         (("model.sampling.guidance=-1",), "model.sampling.guidance must be a number, at least 0, got -1"),

@@ -47,7 +47,7 @@ def test_what_is_said(
     for first, expected in ((True, lines), (False, [])):
         caplog.clear()
         stages: Any = SimpleNamespace(
-            captions=captions, images=SimpleNamespace(count=images), processes=SimpleNamespace(first=first)
+            captions=captions, images=SimpleNamespace(count=images), processes=SimpleNamespace(is_main=first)
         )
         with caplog.at_level(logging.WARNING):
             report_captions(stages)

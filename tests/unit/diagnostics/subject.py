@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.helpers.calibration import collect
 from torch import nn
 
 from tests.conftest import calibrated, example_inputs, quantizable
+from tests.helpers.calibration import collect
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.structure import UNetStructure
