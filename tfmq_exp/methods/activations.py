@@ -9,7 +9,7 @@ import torch
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.batches import batches
-from tfmq_exp.kinds import COUNT, check_fields
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.core.batches import batches
+from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.seeds import Stream
+from tfmq_exp.core.validate import COUNT, SWITCH, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.finite import require_finite
-from tfmq_exp.kinds import COUNT, SWITCH, check_fields, one_of
 from tfmq_exp.methods.noise_statistics import STATISTICS, SUMS, NoiseMoments, NoiseStatistics
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict, Sampler

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-import tfmq_exp.kinds as kinds
+import tfmq_exp.core.validate as kinds
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.denoisers.denoiser import noise_of

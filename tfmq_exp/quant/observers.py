@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import (
+from tfmq_exp.core.validate import (
     BYTES,
     COUNT,
     POSITIVE,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.batches import batches
-from tfmq_exp.finite import require_finite
+from tfmq_exp.core.finite import require_finite
 
 
 class SpillAllocator:

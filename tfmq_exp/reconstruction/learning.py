@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from tfmq_exp.core.distributed import concatenated
+from tfmq_exp.core.finite import DivergedError
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.finite import DivergedError
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.scales.base import Source
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.kinds import DECAY, POWER, SEED, Kind, check_fields, number
+from tfmq_exp.core.validate import DECAY, POWER, SEED, Kind, check_fields, number
 from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.units import Unit

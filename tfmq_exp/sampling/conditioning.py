@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tfmq_exp.core.seeds import Stream, derive_seed
-from tfmq_exp.kinds import COUNT, check_fields
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.sampling.caption_files import read_captions
 
 Order = Literal["in_turn", "random"]

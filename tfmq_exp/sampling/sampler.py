@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.finite import require_finite
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.finite import require_finite
 
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, t of every row, conditions) -> noise
 Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, eps, x, generators) -> next x

@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from tfmq_exp.core.validate import SWITCH, check_fields
 from tfmq_exp.denoisers.structure import LayerInfo, Role, UNetStructure
-from tfmq_exp.kinds import SWITCH, check_fields
 from tfmq_exp.quant.qat.base import QATQuantizeFn
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.surgery.qat_config import QATConfig

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tfmq_exp.core.finite import NotFiniteError, require_finite, within
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.unet import attentions
-from tfmq_exp.finite import NotFiniteError, require_finite, within
 from tfmq_exp.quant.layers import QUANT_LAYERS, QuantizedWeight, QuantLayer
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat.base import QATQuantizeFn

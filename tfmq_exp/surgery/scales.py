@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.core.validate import COUNT, DECAY, SEED, WrongValueError, check_fields, sequence_of
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Role
-from tfmq_exp.kinds import COUNT, DECAY, SEED, WrongValueError, check_fields, sequence_of
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat.base import IntRangeKind, QATQuantizeFn
 from tfmq_exp.quant.qat.serialization import form_from_json, form_to_json

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import pytest
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from torch import Tensor
 
 from tests.unit.sampling.folders import (
@@ -23,7 +24,6 @@ from tests.unit.sampling.folders import (
     save_unconditional,
 )
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading import load_denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.scheduler import read_scheduler

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
+from tfmq_exp.denoisers.loading.scheduler_config import training_noise
 
 from tests.unit.sampling.folders import (
     STEPS,
@@ -14,8 +16,6 @@ from tests.unit.sampling.folders import (
     save_unconditional,
 )
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading import load_denoiser
-from tfmq_exp.denoisers.scheduler_config import training_noise
 from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
 from tfmq_exp.sampling.schedule import alphas_cumprod

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import AMOUNT, check_fields
+from tfmq_exp.core.validate import AMOUNT, check_fields
 from tfmq_exp.quant.spec import QuantSpec
 
 IntRangeKind = Literal["full", "narrow", "official"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import SWITCH, check_fields
+from tfmq_exp.core.validate import SWITCH, check_fields
 from tfmq_exp.quant.qat.base import IntRange, QATQuantizeFn
 from tfmq_exp.quant.qat.ste import STERange, ste_quantize
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import SWITCH, check_fields
+from tfmq_exp.core.validate import SWITCH, check_fields
 from tfmq_exp.quant.functional import round_ste
 from tfmq_exp.quant.qat.base import ExtraParam, IntRange, IntRangeKind, QATQuantizeFn
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_exp.kinds import ANY_COUNT, COUNT, SHARE, SWITCH, check_fields, optional
+from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, check_fields, optional
 from tfmq_exp.sampling.sampler import Moves
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, require_noise_prediction, visited
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
-from tfmq_exp.kinds import ANY_COUNT, COUNT, Kind, check_fields, whole
+from tfmq_exp.core.validate import ANY_COUNT, COUNT, Kind, check_fields, whole
 from tfmq_exp.sampling.sampler import Moves
 from tfmq_exp.sampling.schedule import alphas_cumprod, visited
 
