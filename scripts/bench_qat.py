@@ -32,7 +32,7 @@ from tfmq_exp.pipeline.learning import LoggingCallback
 from tfmq_exp.pipeline.stages.train_weights import TrainWeights
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer
 from tfmq_exp.qat.module import QuantizationAwareTraining
-from tfmq_exp.qat.train import prepared
+from tfmq_exp.qat.train import prepare_training
 from tfmq_exp.quant.quantizers.base import Mode
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -51,31 +51,31 @@ class Steps:
         device = pick_device(cfg.trainer.accelerator)
         weights = app.make_experiment(cfg, device, ProgressBars(Console(quiet=True)).stage).weights
         assert isinstance(weights, TrainWeights)
-        watcher = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")
-        task = weights.task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), watcher)
-        self.lesson, batches = prepared(task, weights.method.protocol)
-        self.batch = type(batches.batch(0))(*(field.to(device) for field in batches.batch(0)))
-        self.optimizer: Any = self.lesson.configure_optimizers()["optimizer"]
-        self.lesson.train()
-        self.lesson.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+        callback = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")
+        task = weights.task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), callback)
+        self.module, batches = prepare_training(task, weights.method.protocol)
+        self.batch = batches.batch(0).on(device)
+        self.optimizer: Any = self.module.configure_optimizers()["optimizer"]
+        self.module.train()
+        self.module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
 
     def __call__(self) -> float:
         """Seconds of one."""
-        began = now(self.lesson)
-        self.lesson.step(self.optimizer, self.batch)
-        return now(self.lesson) - began
+        began = now(self.module)
+        self.module.iterate(self.optimizer, self.batch)
+        return now(self.module) - began
 
 
-def now(lesson: QuantizationAwareTraining) -> float:
+def now(module: QuantizationAwareTraining) -> float:
     """Seconds, once everything that was begun is done."""
-    if lesson.device.type == "cuda":
+    if module.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def switched_off(steps: Steps) -> Steps:
     """The float network's own training."""
-    model = steps.lesson.model
+    model = steps.module.model
     for quantizer in (*model.weight_quantizers(), *model.activation_quantizers().values()):
         quantizer.mode = Mode.OFF
     model.bank = None

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,14 +39,9 @@ from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import capture_inputs, hooks
-from tfmq_exp.reconstruction.loop import (
-    ComputeConfig,
-    ReconstructionContext,
-    capture_float_units,
-    quiet_trainer,
-    reconstruct,
-)
+from tfmq_exp.reconstruction.capture import Capture, hooks
+from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
+from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import TemporalAware, Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
@@ -123,7 +119,7 @@ def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: Calibrati
     """Two passes from the start of the network to the unit, in the batches that it learns with."""
     if unit.driver == "denoiser":
         for network, inner in ((unet, unet), (model, model.get_submodule("unet"))):
-            capture_inputs(network, unit.module(inner), data, batch, SpillAllocator(2**32))
+            Capture(data, batch, SpillAllocator(2**32)).inputs(network, unit.module(inner))
 
 
 @torch.no_grad()
@@ -196,11 +192,12 @@ def main() -> None:
         plain_weight_grids(model)
     with watch.of("ours", "weight grids"):
         model.calibrate_weights()
-    for unit, view, _ in capture_float_units(units, unet, data, torch.tensor(timesteps), learning, means):
-        inputs = view.fed or capture_inputs(model, unit.module(model.unet), data, means.batch, SpillAllocator(2**32))
+    context = ReconstructionContext(model, unet, parts, data, means, 0, quiet, quiet)
+    for unit, view, _ in capture_float_units(context, units, learning):
+        inputs = view.inputs or Capture(data, means.batch, SpillAllocator(2**32)).inputs(model, unit.module(model.unet))
         with watch.of("plain", "capture and learning"):
             plain_capture(model, unet, unit, data, recipe["batch_size"])
-            plain(model, unit, learnable, inputs, view.returned, learning)
+            plain(model, unit, learnable, inputs, view.outputs, learning)
         for site in unit.sites:
             model.freeze(site)
     with watch.of("plain", "activation ranges"):
@@ -208,7 +205,7 @@ def main() -> None:
 
     model = build_quantized_unet(unet, resolved, LpObserver())
     with watch.of("ours", "capture and learning"):
-        reconstruct(ReconstructionContext(model, unet, parts, data, means, 0, quiet, quiet), units, learning)
+        reconstruct(replace(context, model=model), units, learning)
     with watch.of("ours", "activation ranges"):
         CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, data, 0)
     Console().print(watch.table(f"CPU seconds, {len(units)} units of {learning.iterations} iterations"))

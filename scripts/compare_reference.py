@@ -38,8 +38,9 @@ from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
+from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.inputs import QuantizedInputs
-from tfmq_exp.reconstruction.loop import ComputeConfig, ReconstructionContext, quiet_trainer, reconstruct
+from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import TemporalAware
@@ -88,20 +89,20 @@ class Forgetful:
     def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
         """Nothing is kept."""
 
-    def part(self, name: str) -> "Forgetful":
+    def scoped(self, name: str) -> "Forgetful":
         """The same."""
         return self
 
-    def start(self, units: int) -> None:
+    def on_start(self, units: int) -> None:
         """Nothing."""
 
-    def progress(self, what: str, number: int, of: int) -> None:
+    def on_progress(self, name: str, done: int, total: int) -> None:
         """Nothing."""
 
-    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
         """Nothing."""
 
-    def finished(self, unit: str, report: UnitReport | None) -> None:
+    def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         """A line, if lines are wanted."""
         if report is not None:
             logging.info(

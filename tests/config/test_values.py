@@ -18,7 +18,7 @@ from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.validation import check
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
 
 pytestmark = pytest.mark.bad_input
@@ -120,7 +120,10 @@ def begin(cfg: DictConfig) -> None:
         (("method.weights.recipe.rounding.annealing.end=30",), "must fall from start to end, got 20.0 to 30"),
         (("method.weights.recipe.rounding.learning_rate=0",), "method.weights.recipe.rounding.learning_rate must be"),
         (("method.weights.recipe.parts=64",), "a batch of 32 can have 1 to 32 parts, got 64"),
-        (("method=qdrop", "method.weights.recipe.inputs.keep=1.5"), "method.weights.recipe.inputs.keep must be"),
+        (
+            ("method=qdrop", "method.weights.recipe.inputs.quant_prob=1.5"),
+            "method.weights.recipe.inputs.quant_prob must be",
+        ),
         (("method=tdq", "model.protocol.encoding_width=3"), "encoding.width must be an even whole number"),
         (("method=intervals", "method.scales.temporal.count=2000"), "count must be at most train_timesteps, 1000"),
         (
@@ -173,7 +176,7 @@ def test_what_means_something_is_accepted(tmp_path: Path) -> None:
         ("model.protocol.images=1", "goal=images"),
         ("sampler.eta=1", "model.sampling.guidance=0"),
         ("method.weight_range.p=1", "method.scales.temporal.momentum=0"),
-        ("method=qdrop", "method.weights.recipe.inputs.keep=0"),
+        ("method=qdrop", "method.weights.recipe.inputs.quant_prob=0"),
         ("model.protocol.learning_rate=1",),
         ("method.surgery.roles.stem.weight=null",),
     ):

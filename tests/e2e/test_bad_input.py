@@ -63,8 +63,8 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
             "timesteps.samples must be a whole number, at least 1",
         ),
         (
-            ("method/weights=jointly", "method.weights.recipe.inputs.keep=2"),
-            "inputs.keep must be a number from 0 to 1, got 2",
+            ("method/weights=jointly", "method.weights.recipe.inputs.quant_prob=2"),
+            "inputs.quant_prob must be a number from 0 to 1, got 2",
         ),
         (("method/weights=reconstruct", "method.weights.recipe.rounding=null"), "this one neither"),
         (("method/temporal=cache", "method.temporal.select=sometimes"), "sometimes"),

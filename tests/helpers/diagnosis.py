@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from tests.conftest import calibrated, example_inputs, quantizable
-from tfmq_exp.calibration.collect import collect
+from tests.helpers.calibration import collect
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.conditioning import Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

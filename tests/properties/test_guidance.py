@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.calibration.collect import STREAM, collect
+from tests.helpers.calibration import collect
 from tfmq_exp.calibration.timesteps import EveryKth, NormallyDistributed
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.conditioning import Captions, Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.sampler import DDIM, PLMS
+from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers.multistep import PLMS
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SHAPE = (4, 8, 8)
@@ -105,13 +107,15 @@ def test_calibration_sees_both_halves_of_guidance(
     assert len(data.conditions["encoder_hidden_states"]) == 8 + 3 * (halves - 1)  # not one for every sample
     table, seen = Table().rows, data.inputs(CPU)["encoder_hidden_states"]
     for indices in (range(3), range(3, 6), range(6, 8)):
-        walk = sampling.trajectory(sampling.predictor(denoiser.unet), denoiser, seed=3, stream=STREAM, indices=indices)
+        walk = sampling.trajectory(
+            sampling.predictor(denoiser.unet), denoiser, seed=3, stream=Stream.CALIBRATION, indices=indices
+        )
         for step in walk:
             for row, image in enumerate(indices):
                 here = (data.step == step.index) & (data.image == image)
                 assert set(data.t[here].tolist()) == {step.t}
                 assert all(torch.equal(x, step.x[row]) for x in data.x[here])
-                label = sampling.conditioning.choose(3, STREAM, [image])[0]
+                label = sampling.conditioning.choose(3, Stream.CALIBRATION, [image])[0]
                 wanted = [table[label], table[NULL]][:halves]
                 assert torch.equal(seen[here], torch.stack(wanted))
 

@@ -1,37 +1,27 @@
 """Trajectories: an image does not depend on its batch, and samplers are those of the original programs."""
 
 import copy
-import json
 import math
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tfmq_exp.calibration import collect as collecting
-from tfmq_exp.calibration.collect import collect
-from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.trajectory_error import trajectory_error
-from tfmq_exp.sampling import images
-from tfmq_exp.sampling import sampler as sampler_module
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Predict, Sampler, finite_set, trajectory
-from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod
+from tfmq_exp.sampling.sampler import Predict, Sampler, finite_set, trajectory
+from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SHAPE = (3, 8, 8)
 CPU = torch.device("cpu")
 NONE = Conditions()
-FOUR = Sampling(DDIM(4))
 
 
 @pytest.fixture
@@ -156,121 +146,6 @@ def test_dpm_solver_is_that_of_diffusers() -> None:
     assert step.index == 9
 
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "compvis"
-CASES = json.loads((GOLDENS / "samplers.json").read_text())
-
-
-def original(case: dict[str, Any]) -> tuple[Sampler, dict[str, Any]]:
-    """The sampler and the schedule of a case."""
-    ldm = case["kind"] != "ddim_generalized"
-    schedule = {
-        "num_train_timesteps": 1000,
-        "beta_start": case["linear_start"] or 1e-4,
-        "beta_end": case["linear_end"] or 0.02,
-        "beta_schedule": "scaled_linear" if ldm else "linear",
-    }
-    spacing: Spacing = "uniform" if case["discretize"] == "uniform" else "quadratic"
-    if case["kind"] == "ldm_plms":
-        return PLMS(case["steps"]), schedule
-    return DDIM(case["steps"], case["eta"], spacing, offset=int(ldm), ends_clean=not ldm), schedule
-
-
-def analytic(case: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
-    """The prediction that a case was made with."""
-    when = t.to(x).reshape(-1, 1, 1, 1)
-    if case["eps"] == "lin":
-        return 0.1 * x + 0.01 * when / 1000
-    return 0.6 * x.tanh() + 0.3 * (when / 100).sin() * x.cos()
-
-
-@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["id"])
-@pytest.mark.parametrize(
-    ("suffix", "dtype", "tolerance"), [("traj", torch.float32, 2e-6), ("traj_f64", torch.float64, 1e-12)]
-)
-def test_trajectories_are_those_of_the_original_programs(
-    case: dict[str, Any], suffix: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    goldens = load_file(GOLDENS / "samplers.safetensors")
-    wanted, noise = goldens[f"{case['id']}.{suffix}"], iter(goldens.get(f"{case['id']}.noise", ()))
-    monkeypatch.setattr(sampler_module, "row_noise", lambda like, _: next(noise).to(like))
-    sampler, schedule = original(case)
-    assert list(sampler.calls(schedule)) == case["model_call_timesteps"]
-    x = goldens["x_T"].to(dtype)
-    path = [
-        x,
-        *(step.x_next for step in trajectory(lambda x, t, _: analytic(case, x, t), sampler, schedule, x, [], NONE)),
-    ]
-    if isinstance(sampler, PLMS):
-        del path[1]  # where the look-ahead stood
-    assert (torch.stack(path) - wanted).abs().max() <= tolerance * wanted.abs().max()
-    assert next(noise, None) is None
-
-
-@pytest.mark.parametrize(("name", "calls"), CASES["timestep_lists_call_order"].items())
-def test_timesteps_of_the_published_commands(name: str, calls: list[int]) -> None:
-    number = int(re.findall(r"(?:-c|steps|timesteps|quad) (\d+)", name)[0])
-    cifar = name.startswith("ddim_cifar10")
-    spacing: Spacing = "quadratic" if "quad" in name else "uniform"
-    assert list(DDIM(number, spacing=spacing, offset=int(not cifar)).calls(SCHEDULE)) == calls
-
-
-@pytest.mark.parametrize(
-    ("name", "start", "end", "kind"),
-    [
-        ("lsun_beds_celeba_ffhq_cin256", 0.0015, 0.0195, "scaled_linear"),
-        ("lsun_churches", 0.0015, 0.0155, "scaled_linear"),
-        ("sd_v1", 0.00085, 0.012, "scaled_linear"),
-        ("ddim_cifar10", 1e-4, 0.02, "linear"),
-    ],
-)
-def test_noise_schedules_are_those_of_the_original_programs(name: str, start: float, end: float, kind: str) -> None:
-    stored = load_file(GOLDENS / "schedules.safetensors")[f"{name}.alphas_cumprod"]
-    schedule = {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end, "beta_schedule": kind}
-    rounding = 5e-7 if kind == "linear" else 2e-7  # DDIM's own program multiplies a thousand factors in float32
-    torch.testing.assert_close(alphas_cumprod(schedule).float(), stored, rtol=rounding, atol=0)
-
-
-def test_collection_calls_the_denoiser_once_per_step(denoiser: Denoiser) -> None:
-    calls: list[int] = []
-    handle = denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
-    seen: list[int] = []
-    data = collect(denoiser, FOUR, images=5, seed=3, batch=2, each_step=seen.append)
-    handle.remove()
-    assert len(calls) == 3 * 4
-    assert seen == [0, 1, 2, 3] * 3
-    assert len(data) == 4 * 5
-
-
-def test_collected_inputs_are_the_trajectory(denoiser: Denoiser) -> None:
-    data = collect(denoiser, FOUR, images=5, seed=3, batch=2)
-    assert data.step.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
-    assert data.image.tolist() == [0, 1, 2, 3, 4] * 4
-    for indices in (range(2), range(2, 4), range(4, 5)):
-        generators = image_generators(3, collecting.STREAM, indices)
-        x = initial_noise(generators, SHAPE, CPU)
-        for step in trajectory(predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators, NONE):
-            rows = (data.step == step.index) & torch.isin(data.image, torch.tensor(indices))
-            assert torch.equal(data.x[rows], step.x)
-            assert set(data.t[rows].tolist()) == {step.t}
-
-
-def test_evaluation_does_not_see_calibration_noise(denoiser: Denoiser) -> None:
-    calibration = collect(denoiser, Sampling(DDIM(1)), images=8, seed=0, batch=8).x
-    evaluation = initial_noise(image_generators(0, images.STREAM, range(8)), SHAPE, CPU)
-    distances = torch.cdist(calibration.flatten(1), evaluation.flatten(1))
-    assert distances.min() > 10  # independent noise in 192 dimensions is about 19.6 apart
-
-
-def test_shards_are_the_whole_run(denoiser: Denoiser) -> None:
-    plan = ImagePlan(count=7, seed=5, batch=3)
-    assert [list(shard) for shard in plan.shards()] == [[0, 1, 2], [3, 4, 5], [6]]
-    predict = predictor(denoiser.unet)
-    shards = [sample_shard(predict, denoiser, FOUR, plan, indices) for indices in plan.shards()]
-    assert [(shard.dtype, tuple(shard.shape)) for shard in shards] == [(torch.uint8, (n, *SHAPE)) for n in (3, 3, 1)]
-    alone = sample_shard(predict, denoiser, FOUR, plan, range(4, 5))
-    assert int((shards[1][1].int() - alone[0].int()).abs().max()) <= 1
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_error_along_the_trajectory(denoiser: Denoiser, eta: float) -> None:
     sampling = Sampling(DDIM(4, eta))
@@ -288,34 +163,3 @@ def test_error_along_the_trajectory(denoiser: Denoiser, eta: float) -> None:
     assert all(row["x_error"] > 0 for row in wrong)
     other = trajectory_error(exact, Sampling(DDIM(4, 1 - eta)), denoiser, sampling, images=3, seed=2)
     assert all(row["eps_error"] == 0 < row["x_error"] for row in other)  # errors of one step are on the float path
-
-
-@pytest.mark.parametrize(("count", "batch"), [(0, 1), (1, 0), (-1, 4)])
-def test_empty_image_plans_are_refused(count: int, batch: int) -> None:
-    with pytest.raises(ValueError, match=r"ImagePlan\.(count|batch) must be a whole number, at least 1 .*, got -?\d+$"):
-        ImagePlan(count, 0, batch)
-
-
-def test_to_uint8_boundaries() -> None:
-    half = 0.5 / 127.5
-    x = torch.tensor([-7.0, -1.0, -1 + 0.9 * half, -1 + 1.1 * half, 1 - 1.1 * half, 1 - 0.9 * half, 1.0, 7.0])
-    assert to_uint8(x, "round").tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
-    assert to_uint8(x, "truncate").tolist() == [0, 0, 0, 0, 254, 254, 255, 255]
-    assert to_uint8(x, "round").dtype is torch.uint8
-    every = torch.arange(256)
-    assert torch.equal(to_uint8(every / 127.5 - 1, "round").long(), every)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 9])
-def test_every_kth_step_with_its_rows(denoiser: Denoiser, k: int) -> None:
-    data = collect(denoiser, FOUR, images=2, seed=3, batch=2)
-    kept = EveryKth(k)(data)
-    rows = [row for row in range(8) if (row // 2) % k == 0]
-    assert torch.equal(kept.x, data.x[rows])
-    assert torch.equal(kept.t, data.t[rows])
-    assert torch.equal(kept.image, data.image[rows])
-
-
-def test_every_zeroth_step_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 0"):
-        EveryKth(0)

@@ -1,4 +1,4 @@
-"""Calibration data: what a denoiser is fed along its sampling trajectories."""
+"""Calibration data: inputs of a denoiser along its sampling trajectories."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-CONDITION = "condition."
+CONDITION = "condition."  # prefix of conditions in a file
+COLUMNS = ("x", "t", "step", "image", "condition")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class CalibrationSet:
     Args:
         conditions: distinct rows of the UNet's further keyword arguments (`encoder_hidden_states`, say): a caption's
             context is large, and the same at every step.
-        condition: which of these rows a sample has; every sample its own, if that is not said.
+        condition: row of each sample in these; by default every sample has its own.
     """
 
     x: Float[Tensor, "samples channels height width"]
@@ -39,52 +40,39 @@ class CalibrationSet:
         return len(self.x)
 
     def __getitem__(self, index: slice | Tensor) -> "CalibrationSet":
-        x, t, step, image, condition = (p[index] for p in (self.x, self.t, self.step, self.image, self.condition))
-        return CalibrationSet(x, t, step, image, self.conditions, condition)
+        return replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of the UNet."""
         conditions = {name: value[self.condition].to(device) for name, value in self.conditions.items()}
         return {"sample": self.x.to(device), "timestep": self.t.to(device), **conditions}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, as it is stored."""
-        named = {"x": self.x, "t": self.t, "step": self.step, "image": self.image, "condition": self.condition}
-        return named | {CONDITION + name: value for name, value in self.conditions.items()}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "CalibrationSet":
-        """The inverse of `tensors`."""
-        conditions = {k.removeprefix(CONDITION): v for k, v in tensors.items() if k.startswith(CONDITION)}
-        x, t, step, image, condition = (tensors[name] for name in ("x", "t", "step", "image", "condition"))
-        return cls(x, t, step, image, conditions, condition)
-
     def save(self, path: Path) -> None:
         """Write as safetensors."""
-        save_file({name: value.contiguous() for name, value in self.tensors().items()}, path)
+        tensors = {name: getattr(self, name) for name in COLUMNS}
+        tensors |= {CONDITION + name: value for name, value in self.conditions.items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> "CalibrationSet":
         """Read what `save` wrote."""
-        return cls.of(load_file(path))
+        tensors = load_file(path)
+        columns = {name: tensors.pop(name) for name in COLUMNS}
+        return cls(**columns, conditions={key.removeprefix(CONDITION): value for key, value in tensors.items()})
 
     @classmethod
     def join(cls, parts: "Sequence[CalibrationSet]") -> "CalibrationSet":
-        """Several sets as one; parts that share their table of conditions go on sharing it."""
-        tables: dict[int, tuple[int, Mapping[str, Tensor]]] = {}
+        """Several sets as one; parts with the same table of conditions go on sharing it."""
+        first_rows: dict[int, int] = {}
+        tables: list[Mapping[str, Tensor]] = []
         moved: list[CalibrationSet] = []
         rows = 0
         for part in parts:
-            key = id(part.conditions)
-            if key not in tables:
-                tables[key] = (rows, part.conditions)
+            if id(part.conditions) not in first_rows:
+                first_rows[id(part.conditions)] = rows
+                tables.append(part.conditions)
                 rows += len(next(iter(part.conditions.values()), ()))
-            moved.append(replace(part, condition=part.condition + tables[key][0]))
-        columns = {
-            name: torch.cat([part.tensors()[name] for part in moved])
-            for name in ("x", "t", "step", "image", "condition")
-        }
-        shared = {
-            CONDITION + name: torch.cat([table[name] for _, table in tables.values()]) for name in parts[0].conditions
-        }
-        return cls.of(columns | shared)
+            moved.append(replace(part, condition=part.condition + first_rows[id(part.conditions)]))
+        conditions = {name: torch.cat([table[name] for table in tables]) for name in parts[0].conditions}
+        columns = {name: torch.cat([getattr(part, name) for part in moved]) for name in COLUMNS}
+        return cls(**columns, conditions=conditions)

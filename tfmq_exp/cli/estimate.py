@@ -21,7 +21,7 @@ from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.reconstruction.capture import bytes_at
+from tfmq_exp.reconstruction.capture import sample_bytes
 from tfmq_exp.reconstruction.loop import is_learnable
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 
@@ -240,8 +240,8 @@ class Costs:
         costs = measure_units(context, list(largest.values()), recipe, rows)
         like = {unit.name: largest[unit.kind].name for unit in units}
         iteration = sum(costs[like[name]].seconds * macs[name] / macs[like[name]] for name in like)
-        modules = {unit.name: unit.module(self.unet) for unit in units if unit.driver == "denoiser"}
-        cached = samples * sum(bytes_at(self.unet, modules, data, fed=False).values())
+        driven = [unit for unit in units if unit.driver == "denoiser"]
+        cached = samples * sum(sample_bytes(self.unet, driven, data, with_inputs=False).values())
         # of all samples through the networks: again for each unit, as far as the cache cannot keep what units return
         passes = 3 + len(units) * max(0.0, 1 - self.compute.cache_bytes / max(cached, 1))
         row = self.quantized_call.seconds / self.batch / self.rows_per_image

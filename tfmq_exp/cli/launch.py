@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from tfmq_exp.cli.job import one_line, root_cause
 from tfmq_exp.cli.run_info import hydra_state, restore_hydra_state
-from tfmq_exp.core.distributed import ALONE, ProcessGroup, joined
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, init_process_group
 from tfmq_exp.core.files import write_atomically
 
 Share = Callable[[DictConfig, ProcessGroup, Path], None]
@@ -48,7 +48,7 @@ def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
         for process in others:
             process.start()
         try:
-            with joined(0, count, folder / "meeting"):
+            with init_process_group(0, count, folder / "meeting"):
                 yield ProcessGroup(0, count)
             for process in others:
                 process.join(EXIT_TIMEOUT)
@@ -69,7 +69,7 @@ def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.ERROR)  # the main process warns of the same
     restore_hydra_state(hydra)
     try:
-        with joined(rank, count, folder / "meeting") as processes:
+        with init_process_group(rank, count, folder / "meeting") as processes:
             scratch = folder / f"scratch-{rank}"
             scratch.mkdir()
             share(cfg, processes, scratch)

@@ -37,7 +37,7 @@ from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Progress
 from tfmq_exp.pipeline.run import CalibrationPlan, DiagnosisPlan, Run
 from tfmq_exp.pipeline.store import Store
-from tfmq_exp.reconstruction.loop import ComputeConfig, quiet_trainer
+from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
 from tfmq_exp.sampling.conditioning import Captions
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan

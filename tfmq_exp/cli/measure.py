@@ -97,7 +97,7 @@ class FirstIterations:
     def fit(self, module: Any, batches: Any) -> None:
         """Measure iterations on rows of the first batch."""
         optimizer, batch = module.configure_optimizers(), next(iter(batches))[0]
-        module.count = module.recipe.iterations // 2  # where the rounding penalty is on
+        module.iteration = module.config.iterations // 2  # where the rounding penalty is on
         available = len(batch[0])
         self.costs.append(
             measure(lambda n: module.iterate(optimizer, [x[:n] for x in batch]), self.rows, available, least=2)

@@ -122,7 +122,7 @@ def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
     """Samples, iterations, seconds, bytes. `quantization_seconds` are of making the stages, by this run or another one."""
     run = experiment.run
     given, halves = (run.calibration.images, len(run.calls)), 2 if run.sampling.guided else 1
-    weights, activations = run.method.weights.effort(*given), run.method.activations.effort(*given)
+    weights, activations = run.method.weights.budget(*given), run.method.activations.budget(*given)
     network = (experiment.weights, experiment.activations, experiment.correction)
     stages = [*experiment.data("activations"), *(stage for stage in network if stage)]
     seconds = [stage.entry.seconds for stage in stages]

@@ -1,8 +1,8 @@
-"""Several processes that make one run together: each does its share, all end with the bits that one alone would have."""
+"""Processes that make one run together; results are those of a single process, to the bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # torch is imported where it is needed: a store is opened, and a finished job found, without it
     from jaxtyping import Float
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
-GROUP_TIMEOUT = timedelta(days=7)  # a process may wait for as long as another works alone
+GROUP_TIMEOUT = timedelta(days=7)  # the others wait for as long as the main process works alone
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those of the run; alone by default.
+    """This process among those of the run; a single process by default.
 
-    All run the same stages in the same order. What divides (trajectories, images, features, gradients) is shared out; the
-    rest each does for itself, and only the first writes.
-
-    Args:
-        rank: of this process, from 0.
-        world_size: number of processes.
+    All run the same stages in the same order. Trajectories, images, features and microbatches are sharded; everything else is
+    computed by each process, and only the main process writes.
     """
 
     rank: int = 0
@@ -40,95 +36,122 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes and speaks."""
+        """Whether this is rank 0, which writes files and reports progress."""
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's share of items that all know."""
+        """This rank's share of items that all ranks know."""
         return items[self.rank :: self.world_size]
 
     def broadcast(self, value: T) -> T:
-        """What the first process says, whatever the others would."""
-        if self.world_size == 1:
-            return value
-        import torch.distributed
+        """The value of rank 0."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            import torch.distributed as dist
 
-        said: list[Any] = [value]
-        torch.distributed.broadcast_object_list(said, src=0)
-        return said[0]
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def barrier(self) -> None:
-        """Until all are here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
-            import torch.distributed
+            import torch.distributed as dist
 
-            torch.distributed.all_gather_object([None] * self.world_size, None)
+            dist.all_gather_object([None] * self.world_size, None)
 
-    def ordered_all_reduce(self, own: Sequence[Float[Tensor, "n"]], parts: int) -> Float[Tensor, "n"]:
-        """The sum of `parts` vectors, added up in their order whoever has them: the same bits for any number of processes.
+    def ordered_all_reduce(self, own: Sequence[Float[Tensor, "n"]], count: int) -> Float[Tensor, "n"]:
+        """Sum of `count` vectors in index order, regardless of which rank holds them: bit-identical for any world size.
 
-        A mean over processes, which DistributedDataParallel takes, would depend on their number in the last bits, and
-        learned scales, whose gradients jump, make more of that.
+        The mean over ranks that DistributedDataParallel takes depends on their number in the last bits, and the gradients of
+        learned scales, which jump, amplify that.
 
         Args:
-            own: this process's share of the vectors; at least one, also where it has no share (it is not counted then).
-            parts: how many vectors there are in all.
+            own: vectors of this rank, as `shard` distributes them; one that is not counted where it has no share.
+            count: number of vectors on all ranks.
         """
         if self.world_size == 1:
-            return add_up(own[:parts])
-        import torch.distributed
+            return ordered_sum(own[:count])
+        import torch
+        import torch.distributed as dist
 
-        each = -(-parts // self.world_size)
-        mine = torch.zeros(each, len(own[0]), dtype=own[0].dtype, device=own[0].device)
+        mine = own[0].new_zeros(-(-count // self.world_size), len(own[0]))
         for row, vector in zip(mine, own, strict=False):
             row.copy_(vector)
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, mine)
-        return add_up([gathered[part % self.world_size][part // self.world_size] for part in range(parts)])
+        dist.all_gather(gathered, mine)
+        return ordered_sum([gathered[i % self.world_size][i // self.world_size] for i in range(count)])
 
     def check_same(self, what: str, values: Float[Tensor, "n"]) -> None:
-        """Processes on machines that compute differently would drift apart unnoticed.
-
-        Raises:
-            RuntimeError: the values of some process differ from those of the first.
-        """
+        """Raise RuntimeError where the values of some rank differ from those of another, as on machines of several kinds."""
         mine = (float(values.double().sum()), float(values.double().square().sum()))
-        seen: list[Any] = [mine] * self.world_size
+        gathered: list[Any] = [mine] * self.world_size
         if self.world_size > 1:
-            import torch.distributed
+            import torch.distributed as dist
 
-            torch.distributed.all_gather_object(seen, mine)
-        if any(other != seen[0] for other in seen):
-            raise RuntimeError(f"{what} differs between processes: {seen}; use machines of one kind, or one process")
+            dist.all_gather_object(gathered, mine)
+        if any(other != gathered[0] for other in gathered):
+            raise RuntimeError(
+                f"{what} differs between processes: {gathered}; use machines of one kind, or one process"
+            )
 
 
 ALONE = ProcessGroup()
 
 
-def add_up(vectors: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
-    """One after the other."""
+def ordered_sum(vectors: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
+    """Sum from the first vector to the last."""
     total = vectors[0]
     for vector in vectors[1:]:
         total = total + vector
     return total
 
 
-@contextmanager
-def joined(rank: int, count: int, meeting: Path) -> Iterator[ProcessGroup]:
-    """Be one of several processes on this machine.
+def set_gradients(
+    parameters: Sequence[nn.Parameter], count: int, processes: ProcessGroup, compute: Callable[[int], Sequence[Tensor]]
+) -> Tensor:
+    """Set `.grad` of the parameters to the sum over all microbatches, in their order for any number of processes.
 
     Args:
-        rank: of this process, from 0.
-        count: of all.
-        meeting: a file that does not exist yet, where they find each other.
+        parameters: all that are learned.
+        count: number of microbatches, none of them empty.
+        processes: ranks that share the microbatches.
+        compute: index of a microbatch -> gradient of every parameter and, last, its share of the loss.
+
+    Returns:
+        The loss of the batch, without gradient.
     """
-    import torch.distributed
+    import torch
+
+    vectors: list[Tensor] = []
+    for index in processes.shard(range(count)):
+        vectors.append(concatenated(compute(index)))
+        if processes.world_size == 1:
+            vectors = [ordered_sum(vectors)]  # the sum in the same order, without keeping its terms
+    sizes = [parameter.numel() for parameter in parameters]
+    no_share = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
+    total = processes.ordered_all_reduce(vectors or [no_share], count if processes.world_size > 1 else 1)
+    for parameter, gradient in zip(parameters, total.split([*sizes, 1]), strict=False):
+        parameter.grad = gradient.view_as(parameter)
+    return total[-1]
+
+
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements as one vector."""
+    import torch
+
+    return torch.cat([x.flatten() for x in tensors])
+
+
+@contextmanager
+def init_process_group(rank: int, world_size: int, init_file: Path) -> Iterator[ProcessGroup]:
+    """Join the processes of this machine through a file that does not exist before, as `torch.distributed` does."""
+    import torch
+    import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(
-        backend, init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=GROUP_TIMEOUT
-    )
+    method = f"file://{init_file}"
+    dist.init_process_group(backend, init_method=method, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     try:
-        yield ProcessGroup(rank, count)
+        yield ProcessGroup(rank, world_size)
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()

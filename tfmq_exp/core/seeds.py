@@ -1,11 +1,32 @@
-"""One random stream per image, so that image i does not depend on batch size, order or process."""
+"""Seeds of random streams: every image has its own, so that it does not depend on batch size, order or process."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Stream(StrEnum):
+    """Names of random streams, as `derive_seed` takes them: changing one changes numbers.
+
+    Names of units, layers and quantizers are streams too, and count likewise.
+    """
+
+    IMAGES = "images"
+    CALIBRATION = "calibration"
+    CORRECTION = "correction"
+    CONDITION = "condition"
+    ACTIVATIONS = "activations"
+    # of quantization-aware training: batches, those of range calibration and of the error; rows and order of a batch
+    TRAINING = "training"
+    RANGE_CALIBRATION = "observed"
+    ERROR = "judged"
+    BATCH = "batch"
+    ORDER = "order"
+    NETWORK = "network"
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -1,1 +1,1 @@
-"""What a post-training quantization method is: a record of choices, and the order of work that all methods share."""
+"""Quantization methods: records of choices, and the phases that they consist of."""

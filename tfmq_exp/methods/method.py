@@ -1,4 +1,4 @@
-"""A method is a record of choices on independent axes; a new combination is a new YAML file."""
+"""A method: a record of choices on independent axes; a new combination is a new YAML file."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,18 @@ from tfmq_exp.surgery.scales import ScalePlan
 
 @dataclass(frozen=True)
 class Method:
-    """A post-training quantization method.
+    """A quantization method.
 
     Args:
         name: as the papers call it.
-        surgery: what becomes integer, in how many bits.
-        scales: where activation scales come from.
-        weight_range: how the grid of a weight is placed.
-        timesteps: which points of the trajectory are learned from; weights and activations refer to it.
+        surgery: layers and operands that become integer, with their bits.
+        scales: how activation scales are computed.
+        weight_range: observer that finds the range of a weight.
+        timesteps: points of the trajectory that are learned from; weights and activations refer to it.
         weights: how weights are rounded.
         activations: how activation ranges are found.
-        temporal: how temporal features come about.
-        correction: what is done about the noise that remains.
+        temporal: how temporal features are computed.
+        correction: how the remaining quantization noise is corrected.
     """
 
     name: str

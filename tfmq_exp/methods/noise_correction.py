@@ -1,119 +1,27 @@
-"""What is done about the quantization noise that remains in the prediction (PTQD, arXiv 2305.10657)."""
+"""Correction of the quantization noise that remains in the prediction (PTQD, arXiv 2305.10657)."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
-from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.core.seeds import Stream
+from tfmq_exp.core.validate import COUNT, SWITCH, check_fields, one_of
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.methods.noise_statistics import STATISTICS, SUMS, NoiseMoments, NoiseStatistics
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import DDIM, Predict, Sampler, VarianceCalibrated
+from tfmq_exp.sampling.sampler import Predict, Sampler
+from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
 from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
-STREAM = "correction"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class NoiseMoments:
-    """Sums over the pixels of one channel, per step and image, of e (float prediction) and d (quantized minus float)."""
-
-    pixels: int
-    e: Float[Tensor, "steps images channels"]
-    d: Float[Tensor, "steps images channels"]
-    ee: Float[Tensor, "steps images channels"]
-    dd: Float[Tensor, "steps images channels"]
-    ed: Float[Tensor, "steps images channels"]
-
-    @classmethod
-    def of(
-        cls, e: Float[Tensor, "steps images channels *pixels"], d: Float[Tensor, "steps images channels *pixels"]
-    ) -> "NoiseMoments":
-        """The sums, in double precision."""
-        e, d = e.double().flatten(3), d.double().flatten(3)
-        return cls(e.shape[3], e.sum(3), d.sum(3), (e * e).sum(3), (d * d).sum(3), (e * d).sum(3))
-
-    @classmethod
-    def join(cls, rows: "Sequence[Sequence[NoiseMoments]]") -> "NoiseMoments":
-        """Batches of images, each given step by step."""
-        sums = (
-            torch.cat([torch.cat([getattr(step, name) for step in batch]) for batch in rows], dim=1)
-            for name in ("e", "d", "ee", "dd", "ed")
-        )
-        return cls(rows[0][0].pixels, *sums)
-
-    def signal_to_noise(self) -> Float[Tensor, "steps"]:
-        """E |e|^2 / E |d|^2."""
-        return self.ee.sum((1, 2)) / self.dd.sum((1, 2))
-
-
-@dataclass(frozen=True)
-class NoiseStatistics:
-    """Quantization noise of every sampling step: d = k e + bias + N(0, sigma^2), uncorrelated with e.
-
-    `bits` is the activation bit-width of every step where there was a choice, else empty.
-    """
-
-    timesteps: tuple[int, ...]
-    k: Float[Tensor, "steps"]
-    r2: Float[Tensor, "steps"]
-    bias: Float[Tensor, "steps channels"]
-    sigma: Float[Tensor, "steps"]
-    bits: tuple[int, ...] = ()
-
-    def corrected(self, predict: Predict) -> Predict:
-        """(prediction - bias) / (1 + k), at each row's own step."""
-        context = TimestepContext(self.timesteps)
-
-        def corrected_predict(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-            step = context.step_indices(t).cpu()
-            shape = (len(x), *(1,) * (x.dim() - 1))
-            k = self.k[step].to(x).reshape(shape)
-            bias = self.bias[step].to(x).reshape(len(x), -1, *(1,) * (x.dim() - 2))
-            return (predict(x, t, conditions) - bias) / (1 + k)
-
-        return corrected_predict
-
-    @property
-    def residual(self) -> Float[Tensor, "steps"]:
-        """Standard deviation of the noise that the corrected prediction still has."""
-        return self.sigma / (1 + self.k)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, as it is stored."""
-        named = {"k": self.k, "r2": self.r2, "bias": self.bias, "sigma": self.sigma}
-        return named | {"timesteps": torch.tensor(self.timesteps), "bits": torch.tensor(self.bits, dtype=torch.long)}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "NoiseStatistics":
-        """The inverse of `tensors`."""
-        lists = [tuple(tensors[name].tolist()) for name in ("timesteps", "bits")]
-        return cls(lists[0], tensors["k"], tensors["r2"], tensors["bias"], tensors["sigma"], lists[1])
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per step, for a table."""
-        columns = zip(self.timesteps, self.k.tolist(), self.r2.tolist(), self.sigma.tolist(), self.bias, strict=True)
-        bits = self.bits or (None,) * len(self.timesteps)
-        return [
-            {
-                "step": i,
-                "t": t,
-                "k": k,
-                "r2": r2,
-                "sigma": sigma,
-                "bias_rms": float(bias.square().mean().sqrt()),
-                "bits": b,
-            }
-            for i, ((t, k, r2, sigma, bias), b) in enumerate(zip(columns, bits, strict=True))
-        ]
 
 
 @dataclass(frozen=True)
@@ -122,13 +30,12 @@ class NoCorrection:
 
     measures: ClassVar[Literal[False]] = False  # statistics of the noise
 
-    def check(self, sampler: Sampler) -> None:
-        """Every sampler will do."""
+    def check(self, sampler: Sampler) -> None: ...
 
 
 @dataclass(frozen=True)
 class NoiseCorrection:
-    """Remove what of the noise can be predicted, and let the sampler add less noise by what cannot.
+    """Remove the predictable part of the noise, and let the sampler add less noise by the part that is not predictable.
 
     Args:
         images: float trajectories that the statistics are taken from.
@@ -148,50 +55,52 @@ class NoiseCorrection:
     measures: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
-        check_fields(self, images=COUNT, keep_drift=SWITCH)
-        if self.intercept not in ("channel", "shared"):
-            raise ValueError(f"intercept must be channel or shared, got {self.intercept!r}")
-        if self.bias not in ("residual", "total"):
-            raise ValueError(f"bias must be residual or total, got {self.bias!r}")
-        if self.sigma not in ("pooled", "per_sample"):
-            raise ValueError(f"sigma must be pooled or per_sample, got {self.sigma!r}")
+        check_fields(self, images=COUNT, keep_drift=SWITCH, intercept=one_of("channel", "shared"))
+        check_fields(self, bias=one_of("residual", "total"), sigma=one_of("pooled", "per_sample"))
 
     def check(self, sampler: Sampler) -> None:
-        """ValueError for a sampler whose noise cannot be made less."""
+        """Raise ValueError for a sampler whose noise cannot be made less."""
         if sampler.eta and not isinstance(sampler, DDIM):
+            name = getattr(sampler, "kind", type(sampler).__name__)
             raise ValueError(
-                f"the noise of a {getattr(sampler, 'kind', type(sampler).__name__)} cannot be calibrated, only that of DDIM: "
-                "choose sampler=ddim, or sampler.eta=0"
+                f"the noise of a {name} cannot be calibrated, only that of DDIM: choose sampler=ddim, or sampler.eta=0"
             )
 
     def estimate(self, moments: NoiseMoments, timesteps: tuple[int, ...]) -> NoiseStatistics:
-        """k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance.
+        """Statistics of every step, from sums over its images.
+
+        1. k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance.
+        2. bias: mean of d - k e per channel.
+        3. sigma: standard deviation of d - k e.
 
         Raises:
             NotFiniteError: the noise of a step is NaN or infinite; names its timestep.
         """
         for step, t in enumerate(timesteps):
             require_finite(moments.dd[step], f"the quantization noise at timestep {t}, squared,")
+        tiny = torch.finfo(torch.float64).tiny
         per_channel = moments.pixels * moments.e.shape[1]
-        mean = {name: getattr(moments, name).sum(1) / per_channel for name in ("e", "d", "ee", "dd", "ed")}
+        # 1.
+        mean = {name: getattr(moments, name).sum(1) / per_channel for name in SUMS}
         if self.intercept == "shared":
             mean = {name: value.mean(1, keepdim=True) for name, value in mean.items()}
         var_e, var_d = ((mean[x + x] - mean[x] ** 2).mean(1) for x in ("e", "d"))
         covariance = (mean["ed"] - mean["e"] * mean["d"]).mean(1)
-        tiny = torch.finfo(torch.float64).tiny
         k = (covariance / var_e.clamp(min=tiny)).clamp(min=0)
         r2 = covariance**2 / (var_e * var_d).clamp(min=tiny)
-        slope = k[:, None]
-        residual_mean = (moments.d.sum(1) - slope * moments.e.sum(1)) / per_channel
+        # 2.
+        residual_mean = (moments.d.sum(1) - k[:, None] * moments.e.sum(1)) / per_channel
         bias = residual_mean if self.bias == "residual" else moments.d.sum(1) / per_channel
-        squares = moments.dd - 2 * k[:, None, None] * moments.ed + k[:, None, None] ** 2 * moments.ee
+        # 3.
+        slope = k[:, None, None]
+        squares = moments.dd - 2 * slope * moments.ed + slope**2 * moments.ee
         if self.sigma == "pooled":
             sigma = (squares.sum(1) / per_channel - residual_mean**2).clamp(min=0).mean(1).sqrt()
         else:
             n = moments.pixels * moments.e.shape[2]
-            sums = (moments.d - k[:, None, None] * moments.e).sum(2)
+            sums = (moments.d - slope * moments.e).sum(2)
             sigma = ((squares.sum(2) - sums**2 / n).clamp(min=0) / (n - 1)).sqrt().mean(1)
-        for name, value in (("k", k), ("r2", r2), ("bias", bias), ("sigma", sigma)):
+        for name, value in zip(STATISTICS, (k, r2, bias, sigma), strict=True):
             require_finite(value, f"{name} of the quantization noise")
         return NoiseStatistics(timesteps, k.float(), r2.float(), bias.float(), sigma.float())
 
@@ -205,43 +114,51 @@ class NoiseCorrection:
         batch: int,
         each_step: Callable[[int], None] = lambda _: None,
     ) -> NoiseStatistics:
-        """Statistics on the float trajectory, after guidance; where a step can choose between bit-widths, the choice too."""
-        steps, widths = model.context.num_steps, model.activation_bits() or (0,)
+        """Statistics along the float trajectories, after guidance; with the bit-width of each step where there is a choice.
+
+        Args:
+            model: the quantized network.
+            denoiser: the float model.
+            sampling: sampler, conditions and guidance.
+            seed: of the run.
+            batch: images that go through the networks together.
+            each_step: called with the number of finished steps of all batches.
+        """
+        context, widths = model.context, model.activation_bits() or (0,)
         calls = len(sampling.calls(denoiser))
         predict, exact = sampling.predictor(model), sampling.predictor(denoiser.unet)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
-        for start in range(0, self.images, batch):
-            indices = range(start, min(start + batch, self.images))
+        for number, indices in enumerate(batches(self.images, batch)):
             seen: set[int] = set()
             for bits in widths:
                 rows[bits].append([])
-            conditions = sampling.conditions(denoiser, seed, STREAM, indices)
-            for step in sampling.trajectory(exact, denoiser, seed=seed, stream=STREAM, indices=indices):
+            conditions = sampling.conditions(denoiser, seed, Stream.CORRECTION, indices)
+            for step in sampling.trajectory(exact, denoiser, seed=seed, stream=Stream.CORRECTION, indices=indices):
                 if step.t in seen:  # statistics are those of a timestep, however often it is visited
                     continue
                 seen.add(step.t)
                 t = torch.full((len(step.x),), step.t, device=step.x.device)
                 for bits in widths:
                     if bits:
-                        model.use_bits([bits] * steps)
+                        model.use_bits([bits] * context.num_steps)
                     with torch.no_grad():
                         noise = predict(step.x, t, conditions) - step.eps
                     rows[bits][-1].append(NoiseMoments.of(step.eps[None], noise[None]))
-                each_step(start // batch * calls + step.index + 1)
-        moments = {bits: NoiseMoments.join(batches) for bits, batches in rows.items()}
-        statistics = {bits: self.estimate(m, model.context.timesteps) for bits, m in moments.items()}
+                each_step(number * calls + step.index + 1)
+        moments = {bits: NoiseMoments.join(per_batch) for bits, per_batch in rows.items()}
+        statistics = {bits: self.estimate(sums, context.timesteps) for bits, sums in moments.items()}
         if widths == (0,):
             return statistics[0]
-        alphas = alphas_cumprod(denoiser.schedule)[list(model.context.timesteps)]
-        chosen = choose_bits({bits: m.signal_to_noise() for bits, m in moments.items()}, alphas)
+        alphas = alphas_cumprod(denoiser.schedule)[list(context.timesteps)]
+        chosen = choose_bits({bits: sums.signal_to_noise() for bits, sums in moments.items()}, alphas)
         picked = {
             name: torch.stack([getattr(statistics[bits], name)[step] for step, bits in enumerate(chosen)])
-            for name in ("k", "r2", "bias", "sigma")
+            for name in STATISTICS
         }
-        return NoiseStatistics(model.context.timesteps, bits=chosen, **picked)
+        return NoiseStatistics(context.timesteps, bits=chosen, **picked)
 
     def __call__(self, predict: Predict, sampling: Sampling, statistics: NoiseStatistics) -> tuple[Predict, Sampling]:
-        """What is sampled with."""
+        """The corrected prediction, and the sampling with a calibrated variance where the sampler adds noise."""
         sampler = sampling.sampler
         if not sampler.eta:
             log.info("eta is 0: the sampler's noise stays as it is; only bias and correlation are corrected")

@@ -1,4 +1,4 @@
-"""Weights and activation ranges trained together, the whole network at once, on images."""
+"""The phase that trains weights and activation ranges together, the whole network at once, on images."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from tfmq_exp.methods.activations import CalibrationBudget
 from tfmq_exp.qat.conditioning import Labels
 from tfmq_exp.qat.module import TrainingProtocol
-from tfmq_exp.qat.train import TrainingTask, train
+from tfmq_exp.qat.train import TrainingContext, train
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class QuantizationAwareTrain:
 
     Args:
         protocol: iterations, batch, learning rates, loss.
-        labels: what the training images are, for networks that are told.
+        labels: classes or captions of the training images, for conditional networks.
     """
 
     protocol: TrainingProtocol
@@ -23,10 +23,9 @@ class QuantizationAwareTrain:
     learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
     trains: ClassVar[Literal[True]] = True
 
-    def effort(self, images: int, calls: int) -> CalibrationBudget:
+    def budget(self, images: int, calls: int) -> CalibrationBudget:
         """Training images, counted as often as they are seen, and iterations."""
         return CalibrationBudget(self.protocol.batch * self.protocol.iterations, self.protocol.iterations)
 
-    def __call__(self, task: TrainingTask) -> None:
-        """Train; the quantizers learn until the model is finished."""
-        train(task, self.protocol)
+    def __call__(self, context: TrainingContext) -> None:
+        train(context, self.protocol)

@@ -1,13 +1,13 @@
-"""How temporal features are kept near the float network's after quantization, beyond learning them."""
+"""Temporal features of the quantized network: computed by its layers, or cached for every sampling step."""
 
 import logging
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tfmq_exp.core.validate import Kind, check_fields, whole
+from tfmq_exp.core.validate import Kind, check_fields, one_of, whole
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 class ComputeFeatures:
     """The quantized Temporal Information Block computes them at every step (TFMQ-DM and everything before it)."""
 
-    def __call__(self, model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> None:
-        """Nothing to do."""
+    def __call__(self, model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,32 +42,27 @@ class CacheFeatures:
     select: Literal["disturbance", "always"]
 
     def __post_init__(self) -> None:
-        check_fields(self, bits=BITS)
-        if self.select not in ("disturbance", "always"):
-            raise ValueError(f"select must be disturbance or always, got {self.select!r}")
+        check_fields(self, bits=BITS, select=one_of("disturbance", "always"))
 
     @torch.no_grad()
     def __call__(self, model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> None:
-        """Replace embedding projections by tables."""
         t = torch.tensor(model.context.timesteps, device=next(float_unet.parameters()).device)
         block = TemporalInformationBlock(float_unet, structure)
         with model.context.at(t):
             computed = TemporalInformationBlock(model.unet, structure)(t)
-        chosen = []
-        for site, wanted, own in zip(block.names, block(t), computed, strict=True):
-            stored = cached(wanted, self.bits)
-            disturbance = [
-                ((f - wanted).square().mean(1) / wanted.square().mean(1)).mean() for f in (stored.dequantize(), own)
-            ]
-            if self.select == "always" or disturbance[0] < disturbance[1]:
-                model.cache_feature(site, stored)
-                chosen.append(site)
-        log.info(
-            "%d of %d temporal features are stored, %d computed",
-            len(chosen),
-            len(block.names),
-            len(block.names) - len(chosen),
-        )
-        if len(chosen) == len(block.names):
-            for site in structure.by_role(Role.TIME_EMBED):
-                model.drop(site.name)
+        count = 0
+        for layer, exact, feature in zip(block.names, block(t), computed, strict=True):
+            stored = cached(exact, self.bits)
+            if self.select == "always" or disturbance(stored.dequantize(), exact) < disturbance(feature, exact):
+                model.cache_feature(layer, stored)
+                count += 1
+        total = len(block.names)
+        log.info("%d of %d temporal features are stored, %d computed", count, total, total - count)
+        if count == total:
+            for layer in structure.by_role(Role.TIME_EMBED):
+                model.drop(layer.name)
+
+
+def disturbance(feature: Tensor, exact: Tensor) -> Tensor:
+    """Mean over the timesteps of a feature's squared error relative to the exact one."""
+    return ((feature - exact).square().mean(1) / exact.square().mean(1)).mean()

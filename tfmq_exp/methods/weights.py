@@ -1,42 +1,37 @@
-"""How weights become integers."""
+"""Phases that turn weights into integers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tfmq_exp.calibration.timesteps import TimestepPolicy
-from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.methods.activations import CalibrateRanges, CalibrationBudget
 from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.reconstruction.loop import ReconstructionContext, reconstruct
+from tfmq_exp.reconstruction.context import ReconstructionContext
+from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
-from tfmq_exp.reconstruction.units import Unit
-
-Partition = Callable[[UNetStructure, frozenset[str]], list[Unit]]
+from tfmq_exp.reconstruction.units import Partition
 
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """Every weight to the nearest point of its grid; no data needed."""
+    """Round every weight to the nearest integer; needs no data."""
 
     learns: ClassVar[frozenset[str]] = frozenset()
     trains: ClassVar[Literal[False]] = False  # on images, as quantization-aware training does
 
-    def effort(self, images: int, calls: int) -> CalibrationBudget:
-        """None."""
+    def budget(self, images: int, calls: int) -> CalibrationBudget:
         return CalibrationBudget(0, 0)
 
-    def __call__(self, task: ReconstructionContext) -> None:
-        """Freeze every weight."""
-        task.model.calibrate_weights()
-        for site in task.model.weight_layers():
-            task.model.freeze(site)
+    def __call__(self, context: ReconstructionContext) -> None:
+        context.model.calibrate_weights()
+        for site in context.model.weight_layers():
+            context.model.freeze(site)
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """AdaRound, one unit at a time (BRECQ, arXiv 2102.05426); the partition says what a unit is.
+    """AdaRound, one unit at a time (BRECQ, arXiv 2102.05426). Weights that no unit learns are rounded to nearest first.
 
     Args:
         partition: `Blockwise` (BRECQ), `TemporalAware` (TFMQ-DM's TIAR) or `TemporalFrozen`.
@@ -50,20 +45,19 @@ class Reconstruct:
     learns: ClassVar[frozenset[str]] = frozenset({"weights"})
     trains: ClassVar[Literal[False]] = False
 
-    def effort(self, images: int, calls: int) -> CalibrationBudget:
-        """Of one unit."""
+    def budget(self, images: int, calls: int) -> CalibrationBudget:
         return CalibrationBudget(self.timesteps.count(images, calls), self.recipe.iterations)
 
-    def __call__(self, task: ReconstructionContext) -> None:
-        """Learn and freeze every weight; those that no unit learns are rounded to nearest, before the others learn."""
-        sites = task.model.weight_layers()
-        units = self.partition(task.structure, frozenset(sites))
+    def __call__(self, context: ReconstructionContext) -> None:
+        model = context.model
+        sites = model.weight_layers()
+        units = self.partition(context.structure, frozenset(sites))
         learned = {site for unit in units for site in unit.sites}
-        left = [site for site in sites if site not in learned]
-        task.model.calibrate_weights(left)
-        for site in left:
-            task.model.freeze(site)
-        reconstruct(task.on(self.timesteps(task.data)), units, self.recipe)
+        rest = [site for site in sites if site not in learned]
+        model.calibrate_weights(rest)
+        for site in rest:
+            model.freeze(site)
+        reconstruct(context.on(self.timesteps(context.data)), units, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -72,20 +66,19 @@ class ReconstructJointly(Reconstruct):
 
     Args:
         observe: how activation ranges start, under weights rounded to nearest.
+
+    Raises:
+        ValueError: activations with several bit-widths, of which weights could fit only one.
     """
 
     observe: CalibrateRanges
     learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
 
-    def __call__(self, task: ReconstructionContext) -> None:
-        """Place the activations' grids, then learn both.
-
-        Raises:
-            ValueError: activations with several bit-widths, of which weights could fit only one.
-        """
-        if widths := task.model.activation_bits():
+    def __call__(self, context: ReconstructionContext) -> None:
+        model = context.model
+        if widths := model.activation_bits():
             raise ValueError(f"weights and scales can be learned together for one activation width, not for {widths}")
-        task.model.calibrate_weights()
-        with modes(task.model.weight_quantizers(), Mode.QUANTIZE):
-            self.observe.ranges(task.model, task.data, derive_seed(task.seed, "activations"))
-        super().__call__(task)
+        model.calibrate_weights()
+        with modes(model.weight_quantizers(), Mode.QUANTIZE):
+            self.observe.ranges(model, context.data, derive_seed(context.seed, Stream.ACTIVATIONS))
+        super().__call__(context)

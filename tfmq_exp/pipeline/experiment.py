@@ -50,7 +50,7 @@ class Experiment:
         self.examples: EncodeExamples | None = None
         weights = run.method.weights
         if weights.trains is True:
-            self.examples = EncodeExamples(run, pipeline, weights.protocol.mirrored)
+            self.examples = EncodeExamples(run, pipeline, weights.protocol.horizontal_flip)
             self.weights = TrainWeights(run, pipeline, weights, self.examples)
         else:
             self.weights = ReconstructWeights(run, pipeline, weights, self.trajectory)

@@ -23,26 +23,26 @@ class LoggingCallback:
         self.curves: dict[str, LossCurve] = {}
         self.shown: set[str] = set()
 
-    def start(self, units: int) -> None:
+    def on_start(self, units: int) -> None:
         """Begin a pass over so many units."""
         self.finished_units, self.total = 0, units
         self.passes += 1
         self.curves.clear()
 
-    def progress(self, what: str, number: int, of: int) -> None:
+    def on_progress(self, name: str, done: int, total: int) -> None:
         """Show work that has no units and no loss."""
-        self.advance(number / of, what)
+        self.advance(done / total, name)
 
-    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
         """Show the loss of an iteration of a unit."""
-        self.advance((self.finished_units + number / of) / self.total, f"{unit}  loss {loss:.2e}")
+        self.advance((self.finished_units + iteration / iterations) / self.total, f"{unit}  loss {loss:.2e}")
         again = f" {self.passes}" if self.passes > 1 else ""
         curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))
-        if curve.add(number, of, loss):
+        if curve.add(iteration, iterations, loss):
             self.shown.add(f"{curve.phase}/{unit}")
-            self.logger.log_loss(f"{curve.phase}/{unit}", number, loss)
+            self.logger.log_loss(f"{curve.phase}/{unit}", iteration, loss)
 
-    def finished(self, unit: str, report: UnitReport | None) -> None:
+    def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         """Show the errors of a unit; no report: it was learned by an earlier attempt."""
         self.finished_units += 1
         note = "kept from before" if report is None else f"{report.error_before:.2e} → {report.error_after:.2e}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from tfmq_exp.calibration.collect import STREAM as CALIBRATION
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
@@ -16,9 +16,8 @@ from tfmq_exp.denoisers.temporal import measured_temporal_sites
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.methods.method import Method
-from tfmq_exp.reconstruction.loop import ComputeConfig
+from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.images import STREAM as IMAGES
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.surgery.config import ResolvedConfig
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
@@ -132,7 +131,7 @@ class Run:
     @property
     def follows_trajectories(self) -> bool:
         """Whether the method learns or observes anything on trajectories of the float model."""
-        observed = self.method.activations.effort(self.calibration.images, len(self.calls)).samples
+        observed = self.method.activations.budget(self.calibration.images, len(self.calls)).samples
         return not self.method.weights.trains or bool(observed)
 
     @cached_property
@@ -141,8 +140,8 @@ class Run:
         encoder, choose = self.denoiser.encoder, self.sampling.conditioning.choose
         if not isinstance(encoder, TextEncoder):
             return {}
-        images = choose(self.images.seed, IMAGES, range(self.images.count))
-        return encoder.count_cut([*images, *choose(self.seed, CALIBRATION, range(self.calibration.images))])
+        images = choose(self.images.seed, Stream.IMAGES, range(self.images.count))
+        return encoder.count_cut([*images, *choose(self.seed, Stream.CALIBRATION, range(self.calibration.images))])
 
     # parts of the stages' keys
 

@@ -90,7 +90,7 @@ class FileUnitCheckpointer:
         self.folder, self.curves, self.write = folder, curves, write
         folder.mkdir(exist_ok=True)
 
-    def part(self, name: str) -> "FileUnitCheckpointer":
+    def scoped(self, name: str) -> "FileUnitCheckpointer":
         """Checkpoints of another pass over the same units, in a subfolder."""
         return FileUnitCheckpointer(self.folder / name, self.curves, self.write)
 

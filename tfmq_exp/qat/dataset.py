@@ -1,8 +1,7 @@
-"""The images that a network is trained on, as it sees them: bytes of pixels, or latents of the first stage."""
+"""Training images as the network sees them: uint8 pixels, or latents of the first stage, in one file."""
 
 import errno
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -21,149 +20,140 @@ from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 
 FILE = "examples.npy"
-BATCHES = f"batches{HASH}"  # of an unfinished file: a line for each batch that is in it, with its hash
+BATCHES = f"batches{HASH}"  # a line for each batch in the file, with its hash
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """x_0 of every training image, left on the disk: what is read comes from there.
+    """x_0 of every training image, read from disk as needed.
 
     Args:
-        values: uint8 pixels, or float32 latents that are scaled as the denoiser wants them; rows first.
+        values: uint8 pixels, or float32 latents as the denoiser takes them; rows first.
     """
 
     values: np.ndarray
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingSet":
-        """What `write` has made."""
+        """The set that `write_training_set` made."""
         return cls(np.load(folder / FILE, mmap_mode="r"))
 
     def __len__(self) -> int:
-        """How many."""
         return len(self.values)
 
     def rows(self, indices: Int[Tensor, "batch"]) -> Float[Tensor, "batch channels height width"]:
-        """Some of them; pixels in [-1, 1]."""
+        """Images `indices`; pixels in [-1, 1]."""
         taken = torch.from_numpy(self.values[indices.numpy()])
         return taken.float() / 127.5 - 1 if taken.dtype is torch.uint8 else taken
 
 
-def identity(source: ImageDataset, denoiser: Denoiser, *, mirrored: bool) -> Mapping[str, Any]:
-    """What identifies the examples: the images, and the first stage where there is one."""
+def training_set_identity(source: ImageDataset, denoiser: Denoiser, *, horizontal_flip: bool) -> Mapping[str, Any]:
+    """What identifies a training set: the images, and the first stage where there is one."""
     encoder = {"weights_sha256": denoiser.weights_sha256, "settings": dict(denoiser.settings)}
     return {
         "images": dict(source.identity),
-        "mirrored": mirrored,
+        "horizontal_flip": horizontal_flip,
         "encoder": encoder if hasattr(denoiser.first_stage, "encode") else None,
     }
 
 
 def check_size(source: ImageDataset, denoiser: Denoiser) -> None:
-    """ValueError for images that the denoiser's own would not look like."""
+    """Raise ValueError for images of another shape than the denoiser's."""
     with torch.no_grad():
         blank = torch.zeros(1, *denoiser.sample_shape, device=denoiser.device)
-        wanted = tuple(denoiser.first_stage.decode(blank).shape[1:])
-    if source.shape != wanted:
+        shape = tuple(denoiser.first_stage.decode(blank).shape[1:])
+    if source.shape != shape:
         raise ValueError(
-            f"{denoiser.name} is trained on images {wanted}, these are {source.shape}: channels, height, width; "
+            f"{denoiser.name} is trained on images {shape}, these are {source.shape}: channels, height, width; "
             "data.size and data.grey of a folder of images say what becomes of them"
         )
 
 
-def write(
+def write_training_set(
     source: ImageDataset,
     denoiser: Denoiser,
     folder: Path,
     batch: int,
     *,
-    mirrored: bool,
-    told: Callable[[int, int], None] = lambda _done, _of: None,
+    horizontal_flip: bool,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
-    """Put all examples into a file of the folder, but for those that an interrupted attempt has left there undamaged.
+    """Write all images to a file of the folder, except for batches that an interrupted attempt has left there undamaged.
 
     Latents of KL autoencoders are the mean of the encoder's distribution, whose spread is far below that of the latents.
 
     Args:
         source: the images.
-        denoiser: whose first stage encodes them, if it can; else they stay pixels.
-        folder: where the file goes, and beside it the hashes of the batches that are in it.
+        denoiser: its first stage encodes them, if it can; else they stay pixels.
+        folder: place of the file, and of the hashes of its batches.
         batch: images that are encoded together.
-        mirrored: add the mirror image of every image, as a second half.
-        told: how many images are done, of how many.
+        horizontal_flip: add the mirror image of every image, as a second half.
+        progress: called with the number of images done, and of all.
 
     Raises:
-        OSError: no room on the disk; said before the first image is read.
+        OSError: no room on the disk, before the first image is read.
         ValueError: images of another size, or fewer than were promised.
     """
     check_size(source, denoiser)
     encode: Any = getattr(denoiser.first_stage, "encode", None)
-    path, count, halves = folder / FILE, len(source), 2 if mirrored else 1
-    kind = np.dtype(np.uint8 if encode is None else np.float32)
-    header, size = layout((count * halves, *denoiser.sample_shape), kind)
-    row = (size - len(header)) // (count * halves)
-    make_room(path, header, size)
-    kept, done = hashes(folder / BATCHES), 0
-    with path.open("r+b") as file, (folder / BATCHES).open("a", encoding="ascii") as noted:
+    path, count, halves = folder / FILE, len(source), 2 if horizontal_flip else 1
+    array = reserve(path, (count * halves, *denoiser.sample_shape), np.dtype(np.float32 if encode else np.uint8))
+    written, done = read_hashes(folder / BATCHES), 0
+    with path.open("r+b") as file, (folder / BATCHES).open("a", encoding="ascii") as hashes:
         for images in source.batches(batch):
             start, done = done, done + len(images)
-            places = [len(header) + (half * count + start) * row for half in range(halves)]
-            name, length = f"{start}-{done}", len(images) * row
-            if name in kept and kept[name] == hash_at(file, places, length):
-                continue
-            if name in kept:
+            rows = [slice(half * count + start, half * count + done) for half in range(halves)]
+            name = f"{start}-{done}"
+            if name in written:
+                if written[name] == hash_of_rows(array, rows):
+                    continue
                 log.warning("examples %s of %s are damaged: they are made again", name, path)
-            for place, part in zip(places, (images, images.flip(-1)), strict=False):
-                pixels = part if encode is None else encode(part.to(denoiser.device).float() / 127.5 - 1).cpu()
-                require_finite(pixels, f"the latents of training images {start} to {done - 1}")
-                file.seek(place)
-                file.write(np.ascontiguousarray(pixels.numpy(), kind).tobytes())
+            for part, pixels in zip(rows, (images, images.flip(-1)), strict=False):
+                values = encode(pixels.to(denoiser.device).float() / 127.5 - 1).cpu() if encode else pixels
+                require_finite(values, f"the latents of training images {start} to {done - 1}")
+                file.seek(array.offset + part.start * array.strides[0])
+                file.write(np.ascontiguousarray(values.numpy(), array.dtype).tobytes())
             file.flush()
-            noted.write(f"{name} {hash_at(file, places, length)}\n")
-            noted.flush()
-            told(done, count)
+            hashes.write(f"{name} {hash_of_rows(array, rows)}\n")
+            hashes.flush()
+            progress(done, count)
         if done != count:
             raise ValueError(f"the set of images promised {count} images and gave {done}")
         os.fsync(file.fileno())
 
 
-def layout(shape: tuple[int, ...], kind: np.dtype[Any]) -> tuple[bytes, int]:
-    """The first bytes of an `.npy` file with such an array, and how many bytes the whole file has."""
-    header = io.BytesIO()
-    described = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)
-    return header.getvalue(), len(header.getvalue()) + int(np.prod(shape)) * kind.itemsize
-
-
-def make_room(path: Path, header: bytes, size: int) -> None:
-    """Have a file with this header and of this size, whose room on the disk is its own; one that has both stays."""
-    if path.is_file() and path.stat().st_size == size:
-        with path.open("rb") as file:
-            if file.read(len(header)) == header:
-                return
-    with path.open("wb") as file:
-        file.write(header)
-        file.flush()
+def reserve(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap:
+    """An `.npy` file of this shape with its room on the disk, of which an existing one is kept; OSError without room."""
+    try:
+        array = np.lib.format.open_memmap(path, "r")
+        if (array.shape, array.dtype) == (shape, dtype):
+            return array
+    except (OSError, ValueError):  # not there, or damaged
+        pass
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)  # a file with holes would meet the full disk later
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+        except AttributeError:  # not on this system
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not on this file system
                 path.unlink()
                 raise OSError(error.errno, f"{error.strerror}, for {size} bytes", str(path)) from error
-            file.truncate(size)  # the system or the file system knows no such thing
+    return array
 
 
-def hashes(path: Path) -> dict[str, str]:
+def read_hashes(path: Path) -> dict[str, str]:
     """Batch -> hash, from lines of which the last may be torn."""
     lines = path.read_bytes().decode("ascii", "replace").splitlines() if path.is_file() else []
     return {words[0]: words[1] for line in lines if len(words := line.split()) == 2}
 
 
-def hash_at(file: Any, places: list[int], length: int) -> str:
-    """SHA-256 of stretches of an open file, all of the same length."""
+def hash_of_rows(array: np.ndarray, rows: list[slice]) -> str:
+    """SHA-256 of several stretches of rows."""
     digest = hashlib.sha256()
-    for place in places:
-        file.seek(place)
-        digest.update(file.read(length))
+    for part in rows:
+        digest.update(array[part].data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a denoiser is trained for: to tell the noise in a noisy image, at any of its timesteps (arXiv 2006.11239, eq. 14)."""
+"""The loss of diffusion training: the error of the predicted noise (DDPM, arXiv 2006.11239, eq. 14)."""
 
 from typing import Literal
 
@@ -17,12 +17,10 @@ def noisy(
     alphas_cumprod: Float[Tensor, "timesteps"],
 ) -> Float[Tensor, "batch *rest"]:
     """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise, row by row (eq. 4)."""
-    kept = alphas_cumprod[t].reshape(-1, *(1,) * (clean.dim() - 1))
-    return (kept.sqrt().to(clean.dtype) * clean).addcmul((1 - kept).sqrt().to(clean.dtype), noise)
+    alpha = alphas_cumprod[t].reshape(-1, *(1,) * (clean.dim() - 1))
+    return (alpha.sqrt().to(clean.dtype) * clean).addcmul((1 - alpha).sqrt().to(clean.dtype), noise)
 
 
 def loss(predicted: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *rest"], norm: Norm) -> Float[Tensor, ""]:
-    """The mean of the squared (l2) or absolute (l1) differences, in float32 whatever the network computed in."""
-    if norm not in LOSSES:
-        raise ValueError(f"the loss must be {' or '.join(LOSSES)}, got {norm!r}")
+    """Mean squared (l2) or absolute (l1) difference, in float32 whatever the precision of the network."""
     return LOSSES[norm](predicted.float(), noise.float())

@@ -1,7 +1,6 @@
-"""Train a quantized network from its float weights to the average that is kept, across interruptions."""
+"""Training of a quantized network, from its float weights to the moving average that is the result, with resume."""
 
 import math
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,97 +14,101 @@ from jaxtyping import Float
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.files import hash_path, intact, write_checked
 from tfmq_exp.core.finite import DivergedError, require_finite
-from tfmq_exp.denoisers.denoiser import ConditionEncoder, noise_of
-from tfmq_exp.qat.batches import Batch, NoisyBatches, ResumedBatches
+from tfmq_exp.core.seeds import Stream
+from tfmq_exp.denoisers.denoiser import ConditionEncoder
+from tfmq_exp.qat.batches import Batch, BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import TrainingSet
-from tfmq_exp.qat.ema import put_back
-from tfmq_exp.qat.loss import loss, noisy
+from tfmq_exp.qat.ema import copy_average
+from tfmq_exp.qat.loss import loss
 from tfmq_exp.qat.model import observe, penalty, ready, trainable
-from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
-from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer, UnitReport
-from tfmq_exp.reconstruction.callbacks import UnitResult as Kept
-from tfmq_exp.reconstruction.gradients import flat
-from tfmq_exp.reconstruction.loop import ERROR_SAMPLES, ComputeConfig
+from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, predict_noise
+from tfmq_exp.reconstruction.callbacks import (
+    ProgressCallback,
+    UnitCheckpointer,
+    UnitReport,
+    UnitResult,
+    peak_memory_mib,
+)
+from tfmq_exp.reconstruction.context import ComputeConfig
+from tfmq_exp.reconstruction.loop import ERROR_SAMPLES
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
-UNIT = "network"  # what learns, to those who are told
-REPORTS = 1000  # of its loss
+UNIT = "network"  # name of the only unit, in reports
+LOSS_POINTS = 1000  # of the loss curve
 
 
 @dataclass(frozen=True)
-class TrainingTask:
-    """What is trained, on what, and with what.
+class TrainingContext:
+    """Everything that training takes.
 
     Args:
-        model: with a context that knows all timesteps of the training, and nothing placed yet.
-        examples: x_0 of the training images.
-        labels: of every image, for the encoder; none where the network is told nothing.
+        model: its timestep context knows all timesteps of the training, and no quantizer is calibrated yet.
+        images: x_0 of the training images.
+        labels: of every image, for the encoder; none for unconditional networks.
         encoder: of labels.
         alphas_cumprod: alpha-bar of every timestep of the training.
-        means: memory and machine.
+        compute: resources.
         seed: of all random numbers.
-        folder: where checkpoints go.
-        keeper: of what was measured.
-        watcher: who is told.
+        folder: of Lightning's checkpoints.
+        checkpointer: saves the report.
+        progress: follows the work.
     """
 
     model: QuantizedUNet
-    examples: TrainingSet
+    images: TrainingSet
     labels: Sequence[Any]
     encoder: ConditionEncoder
     alphas_cumprod: Float[Tensor, "timesteps"]
-    means: ComputeConfig
+    compute: ComputeConfig
     seed: int
     folder: Path
-    keeper: UnitCheckpointer
-    watcher: ProgressCallback
+    checkpointer: UnitCheckpointer
+    progress: ProgressCallback
 
 
-class Progress(pl.Callback):
-    """Tells the watcher the mean loss since the last time, and counts the seconds of all attempts."""
+class LossHistory(pl.Callback):
+    """Reports the mean loss since the last report, and counts the seconds of all attempts."""
 
-    def __init__(self, watcher: ProgressCallback, iterations: int) -> None:
-        self.watcher, self.iterations, self.every = watcher, iterations, max(1, iterations // REPORTS)
-        self.told: list[tuple[int, float]] = []
-        self.seconds, self.began = 0.0, time.perf_counter()
-        self.sum: Any = 0.0  # of losses that have not been told; a tensor where the network is
+    def __init__(self, progress: ProgressCallback, iterations: int) -> None:
+        self.progress, self.iterations, self.every = progress, iterations, max(1, iterations // LOSS_POINTS)
+        self.points: list[tuple[int, float]] = []
+        self.earlier_seconds, self.start = 0.0, time.perf_counter()
+        self.sum: Any = 0.0  # of losses that are not reported yet; a tensor on the network's device
 
     def state_dict(self) -> dict[str, Any]:
-        """Kept with every checkpoint."""
-        return {"told": self.told, "sum": float(self.sum), "seconds": self.spent()}
+        return {"points": self.points, "sum": float(self.sum), "seconds": self.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What an interrupted attempt has told is told again, so that the curve is whole."""
-        self.told = [(number, error) for number, error in state_dict["told"]]
-        self.seconds, self.sum = state_dict["seconds"], state_dict["sum"]
-        for number, error in self.told:
-            self.watcher.iteration(UNIT, number, self.iterations, error)
+        self.points = [(iteration, error) for iteration, error in state_dict["points"]]
+        self.earlier_seconds, self.sum = state_dict["seconds"], state_dict["sum"]
+        for iteration, error in self.points:  # so that the curve is whole
+            self.progress.on_iteration_end(UNIT, iteration, self.iterations, error)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        """After an iteration."""
         assert isinstance(module, QuantizationAwareTraining)
         self.sum = self.sum + module.error
-        if module.count % self.every == 0:
-            loss = float(self.sum) / self.every
-            if not math.isfinite(loss):
+        if module.iteration % self.every == 0:
+            mean = float(self.sum) / self.every
+            if not math.isfinite(mean):
                 rates = {"protocol.learning_rate": module.protocol.learning_rate}
-                raise DivergedError("the training", module.count, self.iterations, loss, rates)
-            self.told.append((module.count, loss))
-            self.watcher.iteration(UNIT, module.count, self.iterations, self.told[-1][1])
+                raise DivergedError("the training", module.iteration, self.iterations, mean, rates)
+            self.points.append((module.iteration, mean))
+            self.progress.on_iteration_end(UNIT, module.iteration, self.iterations, mean)
             self.sum = 0.0
 
-    def spent(self) -> float:
-        """Seconds so far."""
-        return self.seconds + time.perf_counter() - self.began
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self.earlier_seconds + time.perf_counter() - self.start
 
 
-class Checkpoints(pl.Callback):
-    """Keeps the state of a training by the context, which Lightning's own does not where the optimiser is stepped by hand.
+class PeriodicCheckpoint(pl.Callback):
+    """Saves the training at intervals of time; Lightning's own does not where the optimiser is stepped by hand.
 
-    What other callbacks have to say of an iteration they must say first.
+    Last of the callbacks, so that the others have counted the iteration.
     """
 
     def __init__(self, folder: Path, every: timedelta) -> None:
@@ -113,10 +116,9 @@ class Checkpoints(pl.Callback):
         self.last = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """The new one is whole before the old one goes."""
         if time.monotonic() - self.last < self.every:
             return
-        older = list(self.folder.glob("*.ckpt"))
+        older = list(self.folder.glob("*.ckpt"))  # deleted once the new one is whole
         self.folder.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(self.folder / f"{trainer.global_step:09d}.ckpt")
         for path in older:
@@ -126,115 +128,88 @@ class Checkpoints(pl.Callback):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all; Lightning's go through memory and the system's temporary folder."""
+    """Writes checkpoints atomically into their folder; Lightning's go through memory and the system's temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Straight beside the older one."""
         write_checked(Path(path), lambda partial: torch.save(checkpoint, partial))
 
 
-def prepared(task: TrainingTask, protocol: TrainingProtocol) -> tuple[QuantizationAwareTraining, NoisyBatches]:
-    """What is trained, with its quantizers where they start, and what it learns from."""
-    model = task.model
-    batches = NoisyBatches(task.examples, protocol.batch, len(task.alphas_cumprod), protocol.untold, task.seed)
-    telling = ConditionDropout(task.encoder, task.labels)
-    observe(model)
-    with torch.no_grad(), model.naming_activations():
-        for batch in replace(batches, stream="observed").since(0, protocol.observed):
-            predict(model, batch, telling, task.alphas_cumprod)
-    ready(model)
-    lesson = QuantizationAwareTraining(
-        model,
-        trainable(model),
-        lambda: penalty(model),
-        telling,
-        task.alphas_cumprod,
-        protocol,
-        task.seed,
-        task.means.processes,
-    )
-    lesson.to(task.alphas_cumprod.device)
-    return lesson, batches
-
-
-def train(task: TrainingTask, protocol: TrainingProtocol) -> None:
-    """Place the quantizers, train, and leave the average of what was learned in the model."""
-    model, processes = task.model, task.means.processes
-    task.watcher.start(1)
-    lesson, batches = prepared(task, protocol)
-    before = judge(lesson, batches, task.means.batch)
-    progress = Progress(task.watcher, protocol.iterations)
-    checkpoint = processes.broadcast(
-        last_checkpoint(task.folder) if processes.is_main else None
-    )  # which reads it through
-    with torch.enable_grad(), torch.random.fork_rng():
-        fit(lesson, batches, checkpoint, progress, task)
-    lesson.to(task.alphas_cumprod.device)  # Lightning has left it on the CPU
-    put_back(lesson.average, lesson.parameters_learned)
-    for parameter in lesson.parameters_learned:
-        parameter.requires_grad_(False)
-    processes.check_same("what was trained", flat([p.detach() for p in lesson.parameters_learned]))
-    require_finite(flat([p.detach() for p in lesson.parameters_learned]), "what was trained")
-    after = judge(lesson, batches, task.means.batch)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    layers, weights = len(model.plan.sites), sum(parameter.numel() for parameter in lesson.learned.weights)
-    report = UnitReport(UNIT, "training", layers, weights, before, after, progress.spent(), peak)
-    task.keeper.put(UNIT, Kept({}, {}), report)
-    task.watcher.finished(UNIT, report)
-
-
-def predict(
-    model: QuantizedUNet, batch: Batch, telling: ConditionDropout, alphas_cumprod: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The noise that a network sees in a batch, and the noise that is there, where the network is."""
-    device = alphas_cumprod.device
-    batch = Batch(*(field.to(device) for field in batch))
-    x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
-    return noise_of(model(x, batch.t, **telling(batch.rows, batch.told, device)).sample, x), batch.noise
-
-
-@torch.no_grad()
-def judge(lesson: QuantizationAwareTraining, batches: NoisyBatches, together: int) -> float:
-    """The squared error of the predicted noise, whose variance is 1, for examples, noise and timesteps that are always the same.
-
-    Args:
-        lesson: whose model, in evaluation mode afterwards.
-        batches: of its training.
-        together: rows that go through the network at once.
-    """
-    lesson.model.eval()
-    batch = replace(batches, size=ERROR_SAMPLES, stream="judged", untold=0.0).batch(0)
-    parts = [Batch(*rows) for rows in zip(*(field.split(together) for field in batch), strict=True)]
-    pairs = [predict(lesson.model, part, lesson.telling, lesson.alphas_cumprod) for part in parts]
-    for predicted, _ in pairs:
-        require_finite(predicted, "the noise that the quantized network predicts for training images")
-    return sum(float(loss(*pair, "l2")) * len(pair[1]) for pair in pairs) / ERROR_SAMPLES
-
-
 def last_checkpoint(folder: Path) -> Path | None:
-    """That of the latest iteration that is whole, if there is one; others are named and left out."""
+    """The latest undamaged checkpoint, if there is one."""
     return next(filter(intact, sorted(folder.glob("*.ckpt"), reverse=True)), None)
 
 
-def fit(
-    lesson: QuantizationAwareTraining,
-    batches: NoisyBatches,
-    checkpoint: Path | None,
-    progress: Progress,
-    task: TrainingTask,
-) -> None:
-    """Lightning's loop over the iterations that are left."""
-    protocol, processes = lesson.protocol, task.means.processes
-    callbacks: list[pl.Callback] = [progress]
+def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
+    """Train the model and leave the moving average of its parameters in it.
+
+    1. Calibrate the quantizers on a few batches.
+    2. Measure the error of the predicted noise.
+    3. Train, from the last checkpoint if there is one.
+    4. Replace the trained parameters by their moving average.
+    5. Measure the error again, save and report it.
+    """
+    model, compute, processes = context.model, context.compute, context.compute.processes
+    context.progress.on_start(1)
+    module, batches = prepare_training(context, protocol)
+    error_before = prediction_error(module, batches, compute.batch)
+    history = LossHistory(context.progress, protocol.iterations)
+    checkpoint = processes.broadcast(last_checkpoint(context.folder) if processes.is_main else None)
+    remaining = BatchRange(batches, int(checkpoint.stem) if checkpoint else 0, protocol.iterations)
+    callbacks: list[pl.Callback] = [history]
     if processes.is_main:
-        callbacks.append(Checkpoints(task.folder, task.means.checkpoint_every))
-    trainer = task.means.trainer(
-        max_steps=protocol.iterations,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        precision=protocol.precision,
+        callbacks.append(PeriodicCheckpoint(context.folder, compute.checkpoint_every))
+    settings = {"max_steps": protocol.iterations, "precision": protocol.precision, "plugins": [AtomicCheckpointIO()]}
+    trainer = compute.trainer(callbacks=callbacks, **settings)
+    with torch.enable_grad(), torch.random.fork_rng():
+        trainer.fit(module.train(), remaining, ckpt_path=checkpoint, weights_only=True)
+    module.to(context.alphas_cumprod.device)  # Lightning has moved it to the CPU
+    copy_average(module.ema, module.trained)
+    for parameter in module.trained:
+        parameter.requires_grad_(False)
+    result = concatenated([p.detach() for p in module.trained])
+    processes.check_same("what was trained", result)
+    require_finite(result, "what was trained")
+    errors = (error_before, prediction_error(module, batches, compute.batch))
+    layers, weights = len(model.plan.sites), sum(parameter.numel() for parameter in module.groups.weights)
+    report = UnitReport(UNIT, "training", layers, weights, *errors, history.seconds(), peak_memory_mib())
+    context.checkpointer.put(UNIT, UnitResult({}, {}), report)
+    context.progress.on_unit_end(UNIT, report)
+
+
+def prepare_training(
+    context: TrainingContext, protocol: TrainingProtocol
+) -> tuple[QuantizationAwareTraining, NoisyBatches]:
+    """Calibrate the quantizers; return the module and the batches of its training."""
+    model, alphas, seed = context.model, context.alphas_cumprod, context.seed
+    conditions = ConditionDropout(context.encoder, context.labels)
+    batches = NoisyBatches(context.images, protocol.batch, len(alphas), protocol.condition_dropout, seed)
+    observe(model)
+    with torch.no_grad(), model.naming_activations():
+        for batch in BatchRange(replace(batches, stream=Stream.RANGE_CALIBRATION), 0, protocol.calibration_batches):
+            predict_noise(model, batch.on(alphas.device), conditions, alphas)
+    ready(model)
+    parameters, processes = trainable(model), context.compute.processes
+    module = QuantizationAwareTraining(
+        model, parameters, lambda: penalty(model), conditions, alphas, protocol, seed, processes
     )
-    done = int(checkpoint.stem) if checkpoint else 0
-    trainer.fit(
-        lesson.train(), ResumedBatches(batches, done, protocol.iterations), ckpt_path=checkpoint, weights_only=True
-    )
+    return module.to(alphas.device), batches
+
+
+@torch.no_grad()
+def prediction_error(module: QuantizationAwareTraining, batches: NoisyBatches, size: int) -> float:
+    """Mean squared error of the predicted noise, whose variance is 1, on a fixed batch.
+
+    Args:
+        module: its model is in evaluation mode afterwards.
+        batches: of its training.
+        size: rows of a forward pass.
+    """
+    module.model.eval()
+    batch = replace(batches, size=ERROR_SAMPLES, stream=Stream.ERROR, condition_dropout=0.0).batch(0)
+    total = 0.0
+    for rows in zip(*(field.split(size) for field in batch), strict=True):
+        part = Batch(*rows).on(module.alphas_cumprod.device)
+        predicted = predict_noise(module.model, part, module.conditions, module.alphas_cumprod)
+        require_finite(predicted, "the noise that the quantized network predicts for training images")
+        total += float(loss(predicted, part.noise, "l2")) * len(part.noise)
+    return total / ERROR_SAMPLES

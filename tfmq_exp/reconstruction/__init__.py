@@ -1,1 +1,1 @@
-"""Learning the rounding of weights, one unit at a time (BRECQ, arXiv 2102.05426)."""
+"""Reconstruction (BRECQ): units of the network learn, one after the other, to return what the float network returns."""

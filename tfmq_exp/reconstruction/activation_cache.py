@@ -1,4 +1,4 @@
-"""A unit's inputs and outputs over the calibration set, in memory up to a budget and on disk beyond."""
+"""Inputs and outputs of units over the calibration set, in memory up to a budget and on disk beyond."""
 
 import itertools
 import tempfile
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
 
 
@@ -19,7 +20,7 @@ class SpillAllocator:
 
     Args:
         budget: bytes of memory for all tensors that are alive together.
-        folder: where the files go when the budget is spent (the system's temporary folder by default).
+        folder: parent of the temporary folder (the system's by default).
     """
 
     def __init__(self, budget: int, folder: Path | None = None) -> None:
@@ -38,11 +39,18 @@ class SpillAllocator:
         return torch.from_file(name, shared=True, size=size, dtype=dtype).reshape(shape)
 
     def clear(self) -> None:
-        """Forget what was allocated; the files go away."""
+        """Release everything allocated; the files are deleted."""
         self.used = 0
         if self._spill is not None:
             self._spill.cleanup()
             self._spill = None
+
+
+@dataclass(frozen=True)
+class TensorIndex:
+    """Placeholder of tensor number `index` in a template."""
+
+    index: int
 
 
 def has_samples(leaf: Any) -> bool:
@@ -52,35 +60,31 @@ def has_samples(leaf: Any) -> bool:
 
 @dataclass
 class TensorTree:
-    """A nested structure over all samples: its tensors with the sample first, everything else as constants.
-
-    `template` holds a tensor's position where the structure has a tensor, and the constant itself elsewhere.
-    """
+    """A nested structure over all samples: tensors with samples first, and a template with everything else as constants."""
 
     tensors: list[Tensor]
     template: Any
 
     @classmethod
     def like(cls, example: Any, samples: int, storage: SpillAllocator) -> "TensorTree":
-        """Room for `samples` samples of a structure of which `example` is one batch."""
+        """Allocate `samples` samples of a structure of which `example` is one batch."""
 
-        def room(leaf: Any) -> Any:
+        def allocate(leaf: Any) -> Any:
             if not has_samples(leaf):
                 return leaf
-            # in the example's memory layout: layers sum in the order of memory, and bits shall not depend on being stored
+            # the example's memory layout: floating-point sums depend on memory order, and must not depend on the cache
             order = [0, *sorted(range(1, leaf.dim()), key=leaf.stride, reverse=True)]
             stored = storage.allocate((samples, *(leaf.shape[dim] for dim in order[1:])), leaf.dtype)
             return stored.permute([order.index(dim) for dim in range(leaf.dim())])
 
-        return cls.of(pytree.tree_map(room, example))
+        return cls.of(pytree.tree_map(allocate, example))
 
     @classmethod
     def of(cls, structure: Any) -> "TensorTree":
-        """A structure that already holds all samples."""
+        """Wrap a structure that already has all samples."""
         tensors = [leaf for leaf in pytree.tree_leaves(structure) if has_samples(leaf)]
-        places = iter(range(len(tensors)))
-        template = pytree.tree_map(lambda leaf: Place(next(places)) if has_samples(leaf) else leaf, structure)
-        return cls(tensors, template)
+        indices = map(TensorIndex, itertools.count())
+        return cls(tensors, pytree.tree_map(lambda leaf: next(indices) if has_samples(leaf) else leaf, structure))
 
     def write(self, start: int, batch: Any) -> None:
         """Store one batch at position `start`.
@@ -109,51 +113,45 @@ class TensorTree:
         """Bytes of all tensors."""
         return sum(x.nbytes for x in self.tensors)
 
-    def batches(self, batch: int, device: torch.device) -> Iterator[Any]:
-        """The structure for consecutive samples, `batch` at a time."""
-        for start in range(0, len(self), batch):
-            yield self.structure([x[start : start + batch].to(device) for x in self.tensors])
+    def batches(self, size: int, device: torch.device) -> Iterator[Any]:
+        """The structure for consecutive samples, `size` at a time."""
+        for rows in batches(len(self), size):
+            yield self.structure([x[rows.start : rows.stop].to(device) for x in self.tensors])
 
     def structure(self, tensors: Sequence[Tensor]) -> Any:
-        """Tensors of some samples, in the structure that they came in."""
-        return pytree.tree_map(lambda leaf: tensors[leaf.index] if isinstance(leaf, Place) else leaf, self.template)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Stands for the tensor number `index` in a template."""
-
-    index: int
+        """The structure around other tensors."""
+        return pytree.tree_map(
+            lambda leaf: tensors[leaf.index] if isinstance(leaf, TensorIndex) else leaf, self.template
+        )
 
 
 @dataclass
 class RandomBatches:
-    """`iterations` batches of rows drawn without replacement within each pass over the set, `together` at a time."""
+    """`iterations` batches of rows drawn without replacement within each pass over the set, in chunks of `chunk` batches."""
 
     tensors: list[Tensor]
     batch: int
     iterations: int
     seed: int
-    together: int = 10
+    chunk: int = 10
 
     def __len__(self) -> int:
-        return -(-self.iterations // self.together)
+        return -(-self.iterations // self.chunk)
 
     def __iter__(self) -> Iterator[list[list[Tensor]]]:
-        batches = self.batches()
-        while chunk := list(itertools.islice(batches, self.together)):
+        drawn = self.batches()
+        while chunk := list(itertools.islice(drawn, self.chunk)):
             yield chunk
 
     def batches(self) -> Iterator[list[Tensor]]:
-        """One after the other."""
+        """Batches one by one; all rows each time where there are no more than a batch has."""
         generator = torch.Generator().manual_seed(self.seed)
         samples = len(self.tensors[0])
-        if samples <= self.batch:
-            for _ in range(self.iterations):
-                yield self.tensors
-            return
         order = torch.empty(0, dtype=torch.long)
         for _ in range(self.iterations):
+            if samples <= self.batch:
+                yield self.tensors
+                continue
             if len(order) < self.batch:
                 order = torch.randperm(samples, generator=generator)
             rows, order = order[: self.batch], order[self.batch :]

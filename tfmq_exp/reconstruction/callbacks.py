@@ -1,6 +1,7 @@
-"""What is known and kept of a unit that learns, and who is told."""
+"""Results and reports of units, and the protocols of what saves them and follows the work."""
 
 import math
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from tfmq_exp.reconstruction.module import BlockReconstruction
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What learning one unit did. Errors are of its outputs, relative to their variance, on part of the calibration set."""
+    """Effect of learning one unit. Errors are of its outputs, relative to their variance, on part of the calibration set."""
 
     unit: str
     kind: str
@@ -28,58 +29,56 @@ class UnitReport:
 
 
 class UnitResult(NamedTuple):
-    """What a unit has learned: integers of its weights by site, and the state of its activation quantizers by name."""
+    """What a unit has learned: integer weights by layer, and the state of its activation quantizers by name."""
 
     integers: Mapping[str, tuple[QuantizedWeight, ...]]
     activations: Mapping[str, Tensor]
 
 
 class UnitCheckpointer(Protocol):
-    """Keeps finished units, so that an interrupted run goes on after the last of them."""
+    """Saves finished units, so that an interrupted run resumes after the last of them."""
 
-    def get(self, unit: str) -> UnitResult | None:
-        """What a finished unit has learned, or None."""
-        ...
+    def get(self, unit: str) -> UnitResult | None: ...
 
-    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
-        """Keep a unit that has just been learned."""
-        ...
+    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None: ...
 
-    def part(self, name: str) -> "UnitCheckpointer":
-        """A keeper of its own for work that goes over the same units again."""
+    def scoped(self, name: str) -> "UnitCheckpointer":
+        """A checkpointer of its own for another pass over the same units."""
         ...
 
 
 class ProgressCallback(Protocol):
-    """Is told how the work goes."""
+    """Follows the work of a phase."""
 
-    def start(self, units: int) -> None:
-        """Before the first unit."""
+    def on_start(self, units: int) -> None: ...
+
+    def on_progress(self, name: str, done: int, total: int) -> None:
+        """Called during work without units and losses."""
         ...
 
-    def progress(self, what: str, number: int, of: int) -> None:
-        """During work that has no units and no loss."""
-        ...
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None: ...
 
-    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
-        """After some iterations of a unit."""
-        ...
-
-    def finished(self, unit: str, report: UnitReport | None) -> None:
-        """After a unit; without a report if it was finished before."""
+    def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
+        """Called after a unit; without a report if an earlier run had finished it."""
         ...
 
 
 class LossCallback(pl.Callback):
-    """Tells the watcher about the loss, and ends the learning of a unit whose loss is not finite any more."""
+    """Passes the loss of a unit on, and raises `DivergedError` once it is not finite."""
 
-    def __init__(self, watcher: ProgressCallback, unit: str, iterations: int) -> None:
-        self.watcher, self.unit, self.iterations = watcher, unit, iterations
+    def __init__(self, progress: ProgressCallback, unit: str) -> None:
+        self.progress, self.unit = progress, unit
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        """After some iterations."""
         assert isinstance(module, BlockReconstruction)
-        loss = float(module.error)
+        loss, config = float(module.error), module.config
         if not math.isfinite(loss):
-            raise DivergedError(f"the unit {self.unit}", module.count, self.iterations, loss, module.recipe.rates)
-        self.watcher.iteration(self.unit, module.count, self.iterations, loss)
+            raise DivergedError(
+                f"the unit {self.unit}", module.iteration, config.iterations, loss, config.learning_rates
+            )
+        self.progress.on_iteration_end(self.unit, module.iteration, config.iterations, loss)
+
+
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,6 +1,6 @@
-"""Inputs and outputs of units while the denoiser runs over the calibration set.
+"""Capture of units' inputs and outputs while the denoiser runs over the calibration set.
 
-What a unit is fed is stored as (timesteps, args, kwargs): per-step scales need to know where each row stands.
+Inputs are stored as (timesteps, args, kwargs): per-step scales need the timestep of each row.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.units import Unit
 
+Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output of a module
+
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a hook once everything wanted has been seen; the rest of the network need not run."""
+    """Raised by a hook once everything is captured: the rest of the network need not run."""
 
 
 @contextmanager
@@ -34,203 +36,132 @@ def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None
             handle.remove()
 
 
-@torch.no_grad()
-def run(model: nn.Module, data: CalibrationSet, batch: int) -> Iterator[tuple[int, Tensor]]:
-    """Forward passes over the whole set, in order; yields the position and the timesteps of each batch when it is done."""
-    device = next(model.parameters()).device
-    for start in range(0, len(data), batch):
-        part = data[slice(start, start + batch)]
-        with suppress(StopForward):
-            model(**part.inputs(device))
-        yield start, part.t
+@contextmanager
+def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
+    """Record the latest call of every module by name; a forward pass stops once all are there. Clear it between passes."""
+    calls: dict[str, Call] = {}
 
+    def record(name: str, *call: Any) -> None:
+        calls[name] = call
+        if len(calls) == len(modules):
+            raise StopForward
 
-def capture_inputs(
-    model: nn.Module, unit: nn.Module, data: CalibrationSet, batch: int, storage: SpillAllocator
-) -> TensorTree:
-    """What `unit` is fed while `model` runs. The forward stops there."""
-    seen: list[Any] = []
+    def hook(name: str) -> Any:
+        return lambda _, args, kwargs, output: record(name, args, kwargs, output)
 
-    def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise StopForward
-
-    stored: TensorTree | None = None
-    with hooks([unit.register_forward_pre_hook(pre_hook, with_kwargs=True)]):
-        for start, t in run(model, data, batch):
-            fed = (t, *seen.pop())
-            stored = stored or TensorTree.like(fed, len(data), storage)
-            stored.write(start, fed)
-    if stored is None:
-        raise ValueError("there is no calibration data")
-    return stored
+    with hooks([m.register_forward_hook(hook(name), with_kwargs=True) for name, m in modules.items()]):
+        yield calls
 
 
 @dataclass(frozen=True)
 class UnitActivations:
-    """What the float network does at one unit: what it is fed (if that was wanted) and what it returns."""
+    """Outputs of a unit in the float network over the calibration set, and its inputs where they are used."""
 
-    fed: TensorTree | None
-    returned: TensorTree
+    inputs: TensorTree | None
+    outputs: TensorTree
 
 
-def capture_float(
-    unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator, *, fed: bool
-) -> dict[str, UnitActivations]:
-    """Several units at once, in one pass of the float network that stops after the last of them."""
-    modules = {unit.name: unit.module(unet) for unit in units}
-    inputs: dict[str, Any] = {}
-    outputs: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Capture:
+    """Capture over a calibration set, `batch` samples at a time, into tensors of `storage`."""
 
-    def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[name] = (args, kwargs)
+    data: CalibrationSet
+    batch: int
+    storage: SpillAllocator
 
-    def after(name: str, output: Any) -> None:
-        outputs[name] = output
-        if len(outputs) == len(modules):
+    def parts(self, network: nn.Module) -> Iterator[tuple[int, CalibrationSet, dict[str, Any]]]:
+        """First index, samples and network inputs of each batch."""
+        device = next(network.parameters()).device
+        for rows in batches(len(self.data), self.batch):
+            part = self.data[slice(rows.start, rows.stop)]
+            yield rows.start, part, part.inputs(device)
+
+    @torch.no_grad()
+    def forward(self, network: nn.Module) -> Iterator[tuple[int, Tensor]]:
+        """Run the network batch by batch; yield the first index and the timesteps of each after its pass."""
+        for start, part, inputs in self.parts(network):
+            with suppress(StopForward):
+                network(**inputs)
+            yield start, part.t
+
+    def write(self, stored: dict[str, TensorTree], name: str, start: int, value: Any) -> None:
+        """Store a batch under a name, with room for all samples."""
+        if name not in stored:
+            stored[name] = TensorTree.like(value, len(self.data), self.storage)
+        stored[name].write(start, value)
+
+    def inputs(self, network: nn.Module, module: nn.Module) -> TensorTree:
+        """Inputs of a module while the network runs over the set; each forward pass stops there."""
+        seen: list[Any] = []
+        stored: dict[str, TensorTree] = {}
+
+        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args, kwargs))
             raise StopForward
 
-    handles = [m.register_forward_hook(lambda _m, _a, out, name=n: after(name, out)) for n, m in modules.items()]
-    if fed:
-        handles += [
-            m.register_forward_pre_hook(lambda _m, args, kwargs, name=n: before(name, args, kwargs), with_kwargs=True)
-            for n, m in modules.items()
-        ]
-    stored: dict[str, dict[str, TensorTree]] = {"fed": {}, "returned": {}}
+        with hooks([module.register_forward_pre_hook(pre_hook, with_kwargs=True)]):
+            for start, t in self.forward(network):
+                self.write(stored, "inputs", start, (t, *seen.pop()))
+        if not stored:
+            raise ValueError("there is no calibration data")
+        return stored["inputs"]
 
-    def keep(kind: str, name: str, start: int, value: Any) -> None:
-        if name not in stored[kind]:
-            stored[kind][name] = TensorTree.like(value, len(data), storage)
-        with within(f"what {name} {'is fed' if kind == 'fed' else 'returns'} in the float network"):
-            stored[kind][name].write(start, value)
+    def activations(self, unet: nn.Module, units: Sequence[Unit], *, with_inputs: bool) -> dict[str, UnitActivations]:
+        """Outputs, and inputs where asked for, of several units in one pass over the set."""
+        inputs: dict[str, TensorTree] = {}
+        outputs: dict[str, TensorTree] = {}
+        with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
+            for start, t in self.forward(unet):
+                for name, (args, kwargs, output) in calls.items():
+                    with within(f"the inputs of {name} in the float network"):
+                        if with_inputs:
+                            self.write(inputs, name, start, (t, args, kwargs))
+                    with within(f"the outputs of {name} in the float network"):
+                        self.write(outputs, name, start, output)
+                calls.clear()
+        return {unit.name: UnitActivations(inputs.get(unit.name), outputs[unit.name]) for unit in units}
 
-    with hooks(handles):
-        for start, t in run(unet, data, batch):
-            for name, (args, kwargs) in inputs.items():
-                keep("fed", name, start, (t, args, kwargs))
-            for name, output in outputs.items():
-                keep("returned", name, start, output)
-            inputs.clear()
-            outputs.clear()
-    return {name: UnitActivations(stored["fed"].get(name), stored["returned"][name]) for name in modules}
+    def squared_gradients(
+        self, unet: nn.Module, units: Sequence[Unit], generator: torch.Generator
+    ) -> dict[str, TensorTree]:
+        """(J^T v)^2 at the outputs of units that the denoiser drives, scaled to a mean of 1 for every unit.
 
+        J is the Jacobian from there to the predicted noise, v standard normal from the generator.
+        """
+        modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
+        outputs: dict[str, list[Tensor]] = {}
+        stored: dict[str, TensorTree] = {}
 
-def capture_squared_gradients(
-    unet: nn.Module,
-    units: Sequence[Unit],
-    data: CalibrationSet,
-    batch: int,
-    storage: SpillAllocator,
-    generator: torch.Generator,
-) -> dict[str, TensorTree]:
-    """(J^T v)^2 at the units' outputs, J from there to the predicted noise, v standard normal; mean 1 for every unit."""
-    modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
-    if not modules:
-        return {}
-    device = next(unet.parameters()).device
-    outputs: dict[str, Any] = {}
-    stored: dict[str, TensorTree] = {}
+        def hook(name: str, output: Any) -> None:
+            outputs[name] = pytree.tree_leaves(output)
+            for leaf in outputs[name]:
+                if not leaf.requires_grad:  # it depends on the timestep alone
+                    leaf.requires_grad_()
 
-    def hook(name: str, output: Any) -> None:
-        for leaf in pytree.tree_leaves(output):
-            if not leaf.requires_grad:  # it depends on the timestep alone
-                leaf.requires_grad_()
-        outputs[name] = output
-
-    handles = [m.register_forward_hook(lambda _m, _a, out, name=n: hook(name, out)) for n, m in modules.items()]
-    with hooks(handles), torch.enable_grad():
-        for start in range(0, len(data), batch):
-            inputs = data[slice(start, start + batch)].inputs(device)
-            inputs["sample"].requires_grad_()  # the weights do not, and something must
-            predicted = noise_of(unet(**inputs).sample, inputs["sample"])
-            v = torch.randn(predicted.shape, generator=generator).to(predicted)
-            leaves = {name: pytree.tree_leaves(outputs[name]) for name in modules}
-            gradients = iter(torch.autograd.grad(predicted, [x for xs in leaves.values() for x in xs], v))
-            for name, xs in leaves.items():
-                squared = [next(gradients).square() for _ in xs]
-                if name not in stored:
-                    stored[name] = TensorTree.like(squared, len(data), storage)
-                with within(f"the gradients at the outputs of {name}"):
-                    stored[name].write(start, squared)
-            outputs.clear()
-    for leaves in stored.values():
-        for squared in leaves.tensors:
+        handles = [m.register_forward_hook(lambda _m, _a, out, name=n: hook(name, out)) for n, m in modules.items()]
+        with hooks(handles), torch.enable_grad():
+            for start, _, inputs in self.parts(unet) if modules else ():
+                inputs[
+                    "sample"
+                ].requires_grad_()  # weights are frozen; autograd needs one leaf that requires a gradient
+                predicted = noise_of(unet(**inputs).sample, inputs["sample"])
+                v = torch.randn(predicted.shape, generator=generator).to(predicted)
+                gradients = iter(torch.autograd.grad(predicted, [x for name in modules for x in outputs[name]], v))
+                for name in modules:
+                    with within(f"the gradients at the outputs of {name}"):
+                        self.write(stored, name, start, [next(gradients).square() for _ in outputs[name]])
+                outputs.clear()
+        for squared in (x for tree in stored.values() for x in tree.tensors):
             squared.div_(squared.mean().clamp(min=torch.finfo(squared.dtype).tiny))
-    return stored
+        return stored
 
 
-def call(unit: nn.Module, context: TimestepContext, fed: Any) -> Any:
-    """Run a unit on (timesteps of the rows, args, kwargs)."""
-    t, args, kwargs = fed
-    with context.at(t):
-        return unit(*args, **kwargs)
-
-
-@torch.no_grad()
-def run_unit(
-    unit: nn.Module, context: TimestepContext, fed: TensorTree, batch: int, storage: SpillAllocator
-) -> TensorTree:
-    """What a unit returns for all that it is fed."""
-    device, samples = next(unit.parameters()).device, len(fed)
-    stored: TensorTree | None = None
-    for start, part in zip(range(0, samples, batch), fed.batches(batch, device), strict=True):
-        outputs = call(unit, context, part)
-        stored = stored or TensorTree.like(outputs, samples, storage)
-        stored.write(start, outputs)
-    assert stored is not None
-    return stored
-
-
-class OutputReplay:
-    """What finished units return over the calibration set, so that later passes need not run them again.
-
-    Without it, capturing the inputs of every unit would run the network's beginning once per unit. Outputs are kept in
-    memory up to a budget; the oldest go first, and their units are then run as usual.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.outputs: dict[nn.Module, TensorTree] = {}
-
-    def add(self, unit: nn.Module, outputs: TensorTree) -> None:
-        """Keep what a finished unit returned, for all samples in order."""
-        self.outputs[unit] = outputs
-        while self.outputs and sum(leaves.nbytes for leaves in self.outputs.values()) > self.budget:
-            del self.outputs[next(iter(self.outputs))]
-
-    @contextmanager
-    def instead(self, batch: int) -> Iterator[None]:
-        """Have the units return what is kept, batch by batch, during one pass over the set."""
-        for unit, leaves in self.outputs.items():
-            batches = leaves.batches(batch, next(unit.parameters()).device)
-            unit.forward = lambda *_args, _batches=batches, **_kwargs: next(_batches)
-        try:
-            yield
-        finally:
-            for unit in self.outputs:
-                del unit.forward
-
-
-def bytes_at(model: nn.Module, units: Mapping[str, nn.Module], data: CalibrationSet, *, fed: bool) -> dict[str, int]:
-    """Bytes of what each unit returns for one sample, and of what it is fed if that is wanted."""
-    sizes: dict[str, int] = {}
-
-    def hook(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        sizes[name] = nbytes((args, kwargs, output) if fed else output)
-
-    handles = [
-        module.register_forward_hook(lambda _m, a, k, out, name=name: hook(name, a, k, out), with_kwargs=True)
-        for name, module in units.items()
-    ]
-    with hooks(handles):
-        list(run(model, data[slice(0, 1)], 1))
-    return sizes
-
-
-def nbytes(structure: Any) -> int:
-    """Bytes of all tensors in a nested structure."""
-    leaves = pytree.tree_leaves(structure)
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+def sample_bytes(unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool) -> dict[str, int]:
+    """Bytes of each unit's outputs for one sample, with those of its inputs where asked for."""
+    with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
+        list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(unet))
+    leaves = {name: pytree.tree_leaves(call if with_inputs else call[-1]) for name, call in calls.items()}
+    return {name: sum(x.nbytes for x in tensors if isinstance(x, Tensor)) for name, tensors in leaves.items()}
 
 
 def groups_within(sizes: Mapping[str, int], budget: int) -> list[list[str]]:

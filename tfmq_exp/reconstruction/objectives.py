@@ -1,17 +1,15 @@
-"""What reconstruction minimises: the error of a unit's outputs, and a penalty that makes the rounding decide."""
+"""Objectives of reconstruction: the error of a unit's outputs, and the annealing of the penalty on undecided rounding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.validate import DECAY, POWER, SEED, Kind, check_fields, number
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import capture_squared_gradients
+from tfmq_exp.reconstruction.activation_cache import TensorTree
+from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.units import Unit
 
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
@@ -27,21 +25,19 @@ def lp_loss(
 
 
 def channel_dim(x: Tensor) -> int:
-    """Where the channels are: dimension 1 of feature maps and features, the last one of tokens.
+    """Dimension of the channels: 1 for feature maps and features, the last one for tokens.
 
     The releases sum over dimension 1 of tokens too, which ties the balance of the two terms to the resolution.
     """
     return 2 if x.dim() == 3 else 1
 
 
-class Objective(Protocol):
-    """The error of one output of a unit."""
+class Objective:
+    """Error of one output of a unit, with an optional weight for each element."""
 
-    def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
-    ) -> Mapping[str, TensorTree]:
-        """Weights of the elements of the units' outputs, for those units that have any."""
-        ...
+    def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
+        """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
+        return {}
 
     def loss(
         self,
@@ -49,12 +45,12 @@ class Objective(Protocol):
         target: Float[Tensor, "batch *rest"],
         importance: Float[Tensor, "batch *rest"] | None,
     ) -> Float[Tensor, ""]:
-        """What is minimised."""
-        ...
+        """Error summed over channels, averaged over everything else."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Lp:
+class Lp(Objective):
     """|error|^p: p = 2 for weights, 2.4 for activation scales in all the releases."""
 
     p: float = 2.0
@@ -62,19 +58,12 @@ class Lp:
     def __post_init__(self) -> None:
         check_fields(self, p=POWER)
 
-    def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
-    ) -> Mapping[str, TensorTree]:
-        """All elements count the same."""
-        return {}
-
     def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
-        """Summed over channels, averaged over the rest."""
         return lp_loss(prediction, target, self.p, channel_dim(target))
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Objective):
     """Squared error weighted by the diagonal of the Fisher information at the unit's output (BRECQ, arXiv 2102.05426, eq. 10).
 
     A denoiser's likelihood is Gaussian around the predicted noise, so labels drawn from the model are that noise plus
@@ -89,14 +78,10 @@ class Fisher:
     def __post_init__(self) -> None:
         check_fields(self, seed=SEED)
 
-    def importance(
-        self, unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, batch: int, storage: SpillAllocator
-    ) -> Mapping[str, TensorTree]:
-        """Squared gradients at every unit's output."""
-        return capture_squared_gradients(unet, units, data, batch, storage, torch.Generator().manual_seed(self.seed))
+    def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
+        return capture.squared_gradients(unet, units, torch.Generator().manual_seed(self.seed))
 
     def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
-        """Summed over channels, averaged over the rest."""
         squared = (prediction - target).square()
         weighted = squared if importance is None else squared * importance
         return weighted.mean() * target.shape[channel_dim(target)]
@@ -104,9 +89,9 @@ class Fisher:
 
 @dataclass(frozen=True)
 class Annealing:
-    """The exponent beta of AdaRound's penalty: high (soft) for a start, then linearly down (arXiv 2004.10568, 3.2).
+    """Exponent beta of AdaRound's penalty: high (soft) at first, then linearly down (arXiv 2004.10568, 3.2).
 
-    The penalty is off until `warmup` of the iterations have passed, so that the outputs are fitted first.
+    The penalty is off during the first `warmup` of the iterations (a share of them), so that the outputs are fitted first.
     """
 
     warmup: float
@@ -126,5 +111,5 @@ class Annealing:
         return self.end + (self.start - self.end) * max(0.0, 1 - (count - begin) / (iterations - begin))
 
     def active(self, count: int, iterations: int) -> bool:
-        """Whether the penalty counts at iteration `count`, counted from 1."""
+        """Whether the penalty is on at iteration `count`, counted from 1."""
         return count >= self.warmup * iterations

@@ -1,7 +1,8 @@
-"""How a network is cut into the units that are reconstructed one after the other."""
+"""Units of reconstruction, and partitions of a network into them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Literal
 
 from torch import nn
@@ -15,9 +16,9 @@ class Unit:
     """A part of the network that is reconstructed as a whole.
 
     Args:
-        sites: layers whose rounding it learns. A unit may run layers that it does not learn.
-        driver: what its inputs are: captured while the denoiser runs, or the sampler's timesteps themselves.
-        module: the unit in a given network (the float one for targets, the quantized one for learning).
+        sites: names of the layers whose rounding it learns. A unit may run layers that it does not learn.
+        driver: source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone.
+        module: network -> the unit's module in it (in the float one for targets, in the quantized one for learning).
     """
 
     name: str
@@ -27,9 +28,8 @@ class Unit:
     module: Callable[[nn.Module], nn.Module]
 
 
-def unit_of(name: str, kind: Kind, sites: tuple[str, ...]) -> Unit:
-    """A unit that is a submodule of the network."""
-    return Unit(name, kind, sites, "denoiser", lambda unet: unet.get_submodule(name))
+# (structure, names of learnable layers) -> units whose layers are disjoint, each with something to learn
+Partition = Callable[[UNetStructure, frozenset[str]], list[Unit]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Blockwise:
     """Every block with all its layers, in execution order (BRECQ): an embedding projection is learned inside its block."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        """Units that have something to learn; their sites are disjoint and cover `learnable`."""
-        units = [
-            unit_of(b.name, b.kind, tuple(site for site in b.sites if site in learnable)) for b in structure.blocks
-        ]
-        return [unit for unit in units if unit.sites]
+        units: list[Unit] = []
+        for block in structure.blocks:
+            if sites := tuple(site for site in block.sites if site in learnable):
+                units.append(Unit(block.name, block.kind, sites, "denoiser", methodcaller("get_submodule", block.name)))
+        return units
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class TemporalFrozen:
     """Blocks without their temporal layers, which no unit learns: "Freeze" of TFMQ-DM's table 1."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        """Units that have something to learn; their sites are disjoint and cover what is not temporal of `learnable`."""
-        return Blockwise()(structure, not_temporal(structure, learnable))
+        rest = frozenset(site for site in learnable if structure.sites[site].role not in TEMPORAL_ROLES)
+        return Blockwise()(structure, rest)
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,9 @@ class TemporalAware:
     """
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        """Units that have something to learn; their sites are disjoint and cover `learnable`."""
+        def module(unet: nn.Module) -> nn.Module:
+            return TemporalInformationBlock(unet, structure)
+
         temporal = tuple(site for site in structure.temporal_sites if site in learnable)
-        first = Unit(
-            "temporal_information_block",
-            Kind.TEMPORAL,
-            temporal,
-            "timesteps",
-            lambda unet: TemporalInformationBlock(unet, structure),
-        )
-        return [*([first] if temporal else []), *Blockwise()(structure, not_temporal(structure, learnable))]
-
-
-def not_temporal(structure: UNetStructure, sites: frozenset[str]) -> frozenset[str]:
-    """Without the time embedding and its projections."""
-    return frozenset(site for site in sites if structure.sites[site].role not in TEMPORAL_ROLES)
+        first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", module)
+        return [*([first] if temporal else []), *TemporalFrozen()(structure, learnable)]

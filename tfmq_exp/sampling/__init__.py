@@ -1,1 +1,1 @@
-"""Trajectories: from noise to images, one seed per image."""
+"""Sampling: from noise to images, one random stream per image."""

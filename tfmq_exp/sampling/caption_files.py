@@ -1,4 +1,4 @@
-"""Captions from files: one a line, or COCO's annotations."""
+"""Captions from files: one per line, or COCO's annotations."""
 
 import json
 import unicodedata
@@ -16,11 +16,11 @@ TABLES = (".jsonl", ".csv", ".tsv")  # whose lines hold more than a caption
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What one of COCO's caption files says.
+    """Content of one of COCO's caption files.
 
     Args:
-        captions: of each image by its id, in the order of ids: of several, the one with the smallest id that is not blank.
-        names: of the images' files by the images' ids, where the file has them.
+        captions: by image id, in its order: of several, the one with the smallest id that is not blank.
+        names: of image files, by image id, where the file has them.
     """
 
     captions: Mapping[int, str]
@@ -28,7 +28,7 @@ class CocoFile:
 
 
 def read_coco(path: Path) -> CocoFile:
-    """A file like captions_val2014.json.
+    """Read a file like captions_val2014.json.
 
     Raises:
         FileNotFoundError: no such file.
@@ -38,9 +38,8 @@ def read_coco(path: Path) -> CocoFile:
     try:
         content = json.loads(text)
         if not isinstance(content, dict):
-            raise TypeError(
-                f"expected names with values, got a {type(content).__name__}; captions alone go into a text file"
-            )
+            kind = type(content).__name__
+            raise TypeError(f"expected names with values, got a {kind}; captions alone go into a text file")
         rows = sorted(
             (typed(a, "image_id", int), typed(a, "id", int), typed(a, "caption", str).strip())
             for a in typed(content, "annotations", list)
@@ -59,17 +58,16 @@ def read_coco(path: Path) -> CocoFile:
 
 
 def caption_of_every_image(path: Path) -> list[str]:
-    """Those of one of COCO's files in the order of image ids; ValueError for a listed image without any, see `read_coco`."""
+    """Captions of a COCO file in the order of image ids; ValueError for a listed image without any, see `read_coco`."""
     content = read_coco(path)
-    if lacking := sorted(content.names.keys() - content.captions.keys()):
-        raise ValueError(
-            f"{path}: {len(lacking)} of {len(content.names)} images have no caption, first image {lacking[0]}"
-        )
+    names = content.names
+    if lacking := sorted(names.keys() - content.captions.keys()):
+        raise ValueError(f"{path}: {len(lacking)} of {len(names)} images have no caption, first image {lacking[0]}")
     return list(content.captions.values())
 
 
 def typed(record: Any, key: str, kind: type) -> Any:
-    """A value of a record, which must be of a type; truth values are no numbers here."""
+    """A value of a record; TypeError unless it is of this very type (a bool is no int)."""
     value = record[key]
     if type(value) is not kind:
         raise TypeError(f"{key} must be of type {kind.__name__}, got {value!r:.60}")
@@ -77,13 +75,11 @@ def typed(record: Any, key: str, kind: type) -> Any:
 
 
 def read_captions(path: Path) -> tuple[str, ...]:
-    """Captions of a text file, one a line, or of a COCO annotation file (`.json`), one an image, in the order of image ids.
-
-    Caption i is that of line i. So no line may be blank: left out, it would shift all captions after it.
+    """Captions of a text file, one per line, or of a COCO annotation file (`.json`), one per image, in the order of image ids.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: none in it, a blank line, another encoding, or another format.
+        ValueError: no captions, another encoding or format, or a blank line: left out, it would shift the captions after it.
     """
     if not path.exists():
         raise FileNotFoundError(f"no captions at {path}: give a text file with one a line, or COCO's captions_*.json")
@@ -96,13 +92,12 @@ def read_captions(path: Path) -> tuple[str, ...]:
     if all(map(is_blank, found)):
         raise ValueError(f"{path} holds no captions")
     if blank := [number for number, caption in enumerate(found, 1) if is_blank(caption)]:
-        lines = (
-            f"line {blank[0]} is blank" if len(blank) == 1 else f"{len(blank)} lines are blank, first line {blank[0]}"
-        )
+        several = f"{len(blank)} lines are blank, first line {blank[0]}"
+        lines = f"line {blank[0]} is blank" if len(blank) == 1 else several
         raise ValueError(f"{path}: {lines}: line i is the caption of image i; give it one, or delete the line")
     return found
 
 
 def is_blank(caption: str) -> bool:
-    """Whether nothing of it is to be seen: spaces, controls (such as the end of files of DOS) and invisible marks alone."""
+    """Whether it has no visible character: spaces, controls (as DOS ends files with) and invisible marks alone."""
     return all(unicodedata.category(sign) in INVISIBLE for sign in caption)

@@ -1,4 +1,4 @@
-"""What the images of a run are conditioned on: which class or caption image i has."""
+"""Conditions of the images of a run: the class or caption of image i."""
 
 import hashlib
 import json
@@ -9,14 +9,15 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.core.seeds import Stream, derive_seed
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.sampling.caption_files import read_captions
 
 Order = Literal["in_turn", "random"]
 
 
 class Conditioning(Protocol):
-    """A plan of conditions."""
+    """A choice of conditions."""
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> Sequence[Any]:
         """The labels or captions of images `indices` of a stream; they depend on nothing else."""
@@ -25,10 +26,9 @@ class Conditioning(Protocol):
 
 @dataclass(frozen=True)
 class Unconditional:
-    """Images are conditioned on nothing."""
+    """No conditions."""
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> Sequence[Any]:
-        """Nothing."""
         return ()
 
 
@@ -37,12 +37,12 @@ def _picks(order: Order, count: int, seed: int, stream: str, indices: Iterable[i
         raise ValueError(f"order must be in_turn or random, got {order!r}")
     if order == "in_turn":
         return [i % count for i in indices]
-    return [derive_seed(seed, stream, "condition", i) % count for i in indices]
+    return [derive_seed(seed, stream, Stream.CONDITION, i) % count for i in indices]
 
 
 @cache
 def spreading_stride(count: int) -> int:
-    """The step whose multiples, modulo `count`, visit everything once and leave no large gap at any time.
+    """The stride whose multiples, modulo `count`, visit everything once and leave no large gap at any time.
 
     Gaps are small where the continued fraction of count / step has small terms, as that of the golden section.
     """
@@ -71,18 +71,16 @@ class Classes:
     order: Order = "in_turn"
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"there must be at least one class, got {self.count}")
+        check_fields(self, count=COUNT)
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> list[int]:
-        """Labels."""
         stride = spreading_stride(self.count)
         return [pick * stride % self.count for pick in _picks(self.order, self.count, seed, stream, indices)]
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions of a file. `sha256` is that of all of them, so that a changed file is another protocol."""
+    """Captions of a file. `sha256` is that of all captions: results of a changed file are not mistaken for those of the old one."""
 
     path: str
     sha256: str
@@ -90,19 +88,18 @@ class Captions:
 
     @classmethod
     def read(cls, path: str, order: Order = "in_turn") -> "Captions":
-        """The plan of a file; see `read_captions`."""
+        """Conditions from a file, see `read_captions`."""
         return cls(path, hash_of(read_captions(Path(path))), order)
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """All of them; ValueError if the file has changed since the plan was made."""
+        """All captions; ValueError if the file has changed since `read`."""
         found = read_captions(Path(self.path))
         if hash_of(found) != self.sha256:
             raise ValueError(f"{self.path} has changed since the run began: start it again")
         return found
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> list[str]:
-        """Captions."""
         return [self.texts[i] for i in _picks(self.order, len(self.texts), seed, stream, indices)]
 
 

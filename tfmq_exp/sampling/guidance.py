@@ -1,13 +1,14 @@
-"""How images are sampled, whichever network is asked: what two networks must share to be compared."""
+"""Sampling settings: sampler, conditions, guidance and precision, which networks must share to be compared."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite
-from tfmq_exp.core.seeds import image_generators, initial_noise
+from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_timesteps
@@ -19,11 +20,11 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampler, conditions, and how the network is asked for the noise.
+    """Sampler, conditions, and how the noise is predicted.
 
     Args:
-        sampler: which timesteps, and how one leads to the next.
-        conditioning: what image i is conditioned on.
+        sampler: timesteps and moves.
+        conditioning: condition of image i.
         guidance: scale of classifier-free guidance (arXiv 2207.12598) as LDM and Stable Diffusion count it: 1 is none.
         precision: of the network's products, by torch's autocast; the sampler itself works in float32.
     """
@@ -38,11 +39,11 @@ class Sampling:
 
     @property
     def guided(self) -> bool:
-        """Whether every step asks the network twice, with and without condition."""
+        """Whether every step predicts twice, with and without condition."""
         return self.guidance != 1.0
 
     def calls(self, denoiser: Denoiser) -> tuple[int, ...]:
-        """The timestep of every step's call of the network."""
+        """The timestep of every call of the network."""
         return self.sampler.calls(denoiser.schedule)
 
     def finite_set(self, denoiser: Denoiser) -> tuple[int, ...]:
@@ -50,7 +51,7 @@ class Sampling:
         return finite_set(self.sampler, denoiser.schedule)
 
     def conditions(self, denoiser: Denoiser, seed: int, stream: str, indices: Sequence[int]) -> Conditions:
-        """Of images `indices` of a stream, where the network is.
+        """Conditions of images `indices` of a stream, on the network's device.
 
         Raises:
             ValueError: guidance of a network that knows no unconditional mode, or a condition that is not finite.
@@ -63,20 +64,15 @@ class Sampling:
         return found
 
     def check(self, denoiser: Denoiser) -> None:
-        """See that a network can be asked as this says, before any image is sampled.
-
-        Raises:
-            ValueError: it is not conditioned on what image 0 has, has no unconditional mode, or is not defined at one of the
-                sampler's timesteps.
-        """
-        self.conditions(denoiser, 0, "images", [0])
+        """Raise ValueError for a network that this cannot sample: see `conditions`, and `check_timesteps`."""
+        self.conditions(denoiser, 0, Stream.IMAGES, [0])
         check_timesteps(denoiser.unet, self.finite_set(denoiser))
 
-    def predictor(self, unet: torch.nn.Module) -> Predict:
-        """A UNet as a function (x, t, conditions) -> noise, after guidance: e_null + s (e_given - e_null)."""
+    def predictor(self, unet: nn.Module) -> Predict:
+        """A UNet as a function (x, t, conditions) -> noise, after guidance (eq. 6): e_null + s (e_given - e_null)."""
         dtype, scale = PRECISIONS[self.precision], self.guidance
 
-        def ask(x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        def predict(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
             given = conditions.given
             if self.guided:  # both halves in one pass, the unconditional first
                 null = {name: value.expand(len(x), *value.shape[1:]) for name, value in conditions.null.items()}
@@ -89,15 +85,19 @@ class Sampling:
                 return without + scale * (with_condition - without)
             return eps
 
-        return ask
+        return predict
 
     def trajectory(
         self, predict: Predict, denoiser: Denoiser, *, seed: int, stream: str, indices: Sequence[int]
     ) -> Iterator[Step]:
-        """Denoise images `indices` of a stream, step by step.
+        """Denoise images `indices` of a stream, step by step, see `tfmq_exp.sampling.sampler.trajectory`.
 
-        Raises:
-            NotFiniteError: see `tfmq_exp.sampling.sampler.trajectory`; in half precision with what may help.
+        Args:
+            predict: the network's prediction after guidance.
+            denoiser: shape of a sample, schedule, and encoder of conditions.
+            seed: of the run.
+            stream: name of the random stream.
+            indices: of the images.
         """
         generators = image_generators(seed, stream, indices)
         x = initial_noise(generators, denoiser.sample_shape, denoiser.device)
@@ -107,7 +107,7 @@ class Sampling:
 
 
 def explained(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps of a trajectory in float16, whose largest number is 65504: an overflow comes with what helps."""
+    """The steps of a trajectory in float16, whose largest number is 65504, with advice in the error of an overflow."""
     try:
         yield from steps
     except NotFiniteError as error:

@@ -1,4 +1,4 @@
-"""Images from a denoiser, in shards of fixed seed ranges."""
+"""Images from a denoiser, in shards of consecutive indices."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,20 +8,21 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
-from tfmq_exp.core.validate import COUNT, SEED, check_fields
+from tfmq_exp.core.seeds import Stream
+from tfmq_exp.core.validate import COUNT, SEED, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict
 
-STREAM = "images"
-Rule = Literal["round", "truncate"]
+ToUint8 = Literal["round", "truncate"]
 
 
-def to_uint8(x: Float[Tensor, "*shape"], rule: Rule) -> UInt8[Tensor, "*shape"]:
-    """[-1, 1] to 0 .. 255: the only place where images change their range.
+def to_uint8(x: Float[Tensor, "*shape"], rule: ToUint8) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0 .. 255, the only place where images change their range.
 
-    (x + 1) * 127.5 is rounded by DDIM's own program and by diffusers, and truncated by LDM's scripts; FID can tell.
+    (x + 1) * 127.5 is rounded by DDIM's own program and by diffusers, and truncated by LDM's scripts; FID depends on it.
 
     Raises:
         NotFiniteError: a NaN, which would become a byte like any other, or an infinity, which would be clamped.
@@ -33,21 +34,19 @@ def to_uint8(x: Float[Tensor, "*shape"], rule: Rule) -> UInt8[Tensor, "*shape"]:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """How many images, from which seed, how many go through the network together, and how they become bytes."""
+    """Images to sample: their number, seed, the batch that goes through the network together, and the rule of `to_uint8`."""
 
     count: int
     seed: int
     batch: int
-    uint8: Rule = "round"
+    uint8: ToUint8 = "round"
 
     def __post_init__(self) -> None:
-        check_fields(self, count=COUNT, seed=SEED, batch=COUNT)
-        if self.uint8 not in ("round", "truncate"):
-            raise ValueError(f"uint8 must be round or truncate, got {self.uint8!r}")
+        check_fields(self, count=COUNT, seed=SEED, batch=COUNT, uint8=one_of("round", "truncate"))
 
     def shards(self) -> list[range]:
-        """Ranges of image indices, one batch each. The last may be short."""
-        return [range(start, min(start + self.batch, self.count)) for start in range(0, self.count, self.batch)]
+        """Ranges of image indices, one batch each."""
+        return batches(self.count, self.batch)
 
 
 @torch.no_grad()
@@ -59,11 +58,18 @@ def sample_shard(
     indices: range,
     each_step: Callable[[int], None] = lambda _: None,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Images `indices` of a plan."""
-    last = None
-    for step in sampling.trajectory(predict, denoiser, seed=plan.seed, stream=STREAM, indices=indices):
+    """Images `indices` of a plan.
+
+    Args:
+        predict: the network's prediction after guidance, see `Sampling.predictor`.
+        denoiser: first stage, conditions and schedule.
+        sampling: sampler and conditions.
+        plan: seed and rule of `to_uint8`.
+        indices: of the images.
+        each_step: called with the index of each finished step.
+    """
+    x = torch.empty(0)  # every sampler takes a step
+    for step in sampling.trajectory(predict, denoiser, seed=plan.seed, stream=Stream.IMAGES, indices=indices):
         each_step(step.index)
-        last = step.x_next
-    if last is None:
-        raise ValueError("the sampler takes no step")
-    return to_uint8(denoiser.first_stage.decode(last), plan.uint8).cpu().contiguous()
+        x = step.x_next
+    return to_uint8(denoiser.first_stage.decode(x), plan.uint8).cpu().contiguous()

@@ -1,4 +1,4 @@
-"""The noise that a network was trained on, and which of its timesteps a sampler visits."""
+"""Noise schedules of training, and the timesteps that a sampler visits."""
 
 import math
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
 
     Args:
         schedule: `num_train_timesteps`, `beta_start`, `beta_end` and `beta_schedule`: `linear`; `scaled_linear`, which is
-            linear in the square root of beta (what LDM calls linear); or `squaredcos_cap_v2`, the cosine of improved
-            diffusion (arXiv 2102.09672, eq. 17), which has no start and end. `trained_betas` stand in for all four.
+            linear in the square root of beta (LDM's "linear"); or `squaredcos_cap_v2`, the cosine of improved diffusion
+            (arXiv 2102.09672, eq. 17), which has no start and end. `trained_betas` replace all four.
 
     Raises:
         ValueError: another kind of schedule.
@@ -43,16 +43,11 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
     return (1 - betas).cumprod(0)
 
 
-def require_noise_prediction(schedule: Mapping[str, Any], who: str) -> None:
-    """ValueError where a network was trained to predict something else than the noise.
-
-    Args:
-        schedule: see `alphas_cumprod`; `prediction_type` is epsilon where it has none.
-        who: cannot do with it, as the message begins.
-    """
+def require_noise_prediction(schedule: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, beginning with `name`, for a schedule whose `prediction_type` is not epsilon (the default)."""
     if (kind := schedule.get("prediction_type", "epsilon")) != "epsilon":
         raise ValueError(
-            f"{who} takes networks that predict the noise; the folder's scheduler says prediction_type={kind}"
+            f"{name} takes networks that predict the noise; the folder's scheduler says prediction_type={kind}"
         )
 
 

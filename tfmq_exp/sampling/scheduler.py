@@ -1,4 +1,4 @@
-"""The sampler that a folder of diffusers' layout describes: its own scheduler, with every setting that it has."""
+"""The scheduler of a diffusers folder as a sampler, with every setting that it has."""
 
 import inspect
 import logging
@@ -29,9 +29,9 @@ from tfmq_exp.denoisers.loading.scheduler_config import (
 )
 from tfmq_exp.sampling.sampler import Moves, Sampler
 
-# What these pipelines of diffusers turn their scheduler into, whatever it is.
+# Schedulers that these pipelines of diffusers use in place of the folder's.
 CONVERTED = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
-# What StableDiffusionPipeline sets, as long as the scheduler has such a setting, where a folder says otherwise.
+# Settings that StableDiffusionPipeline overrides, if the scheduler has them.
 STABLE_DIFFUSION = {"steps_offset": 1, "clip_sample": False}
 CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
@@ -48,7 +48,7 @@ DECISIVE = (
     *("prediction_type", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "final_sigmas_type"),
     *("beta_schedule", "algorithm_type", "solver_type", "thresholding"),
 )
-OTHERS = "; sampler=ddim, plms or dpm_solver take other ways"
+OTHERS = "; sampler=ddim, plms or dpm_solver sample without it"
 log = logging.getLogger(__name__)
 
 
@@ -57,10 +57,10 @@ class Scheduler:
     """A scheduler of diffusers as a sampler.
 
     Args:
-        kind: its class, one of `KINDS`.
-        settings: all that its configuration says.
-        steps: what its `set_timesteps` is given.
-        eta: how much noise DDIM's steps add; 0 for every other kind.
+        kind: name of its class, one of `KINDS`.
+        settings: its whole configuration.
+        steps: argument of its `set_timesteps`.
+        eta: how much noise DDIM's steps add, 0 to 1; 0 for every other kind.
 
     Raises:
         ValueError: a kind or a setting that is not supported, by its key.
@@ -90,7 +90,7 @@ class Scheduler:
             raise ValueError(f"{self.steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps")
         if self.eta and "eta" not in self._arguments:
             raise ValueError(f"a {self.kind} has no eta: it must be 0, got {self.eta}")
-        self._try()
+        self._dry_run()
 
     @cached_property
     def _arguments(self) -> Mapping[str, Any]:
@@ -111,17 +111,17 @@ class Scheduler:
         return tuple(int(t) for t in found)
 
     def scheduler(self) -> Any:
-        """A new scheduler of diffusers, its timesteps set."""
+        """A new scheduler of diffusers with its timesteps set."""
         made: Any = getattr(diffusers, self.kind)(**self.settings)
         made.set_timesteps(self.steps)
         return made
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
-        """The scheduler's timesteps; a second-order scheduler has some of them twice."""
+        """The scheduler's timesteps; those of second order have some of them twice."""
         return self._timesteps
 
     def start(self, schedule: Mapping[str, Any]) -> Moves:
-        """Moves that remember what the scheduler does: earlier predictions, and at which step it is."""
+        """Moves of a new scheduler, which remembers earlier predictions and its step."""
         made = self.scheduler()
 
         def scaled(call: int, x: Tensor) -> Tensor:
@@ -137,12 +137,8 @@ class Scheduler:
 
         return Moves(move, scaled, float(made.init_noise_sigma))
 
-    def _try(self) -> None:
-        """Go once through all steps with one number as the image: what fails, fails before anything slow.
-
-        Raises:
-            ValueError: the scheduler refuses its settings, or divides by zero under them.
-        """
+    def _dry_run(self) -> None:
+        """Take all steps with one number as the image; ValueError where the scheduler fails or divides by zero."""
         generators = [torch.Generator().manual_seed(0)]
         try:
             moves, x = self.start({}), torch.ones(1, 1, 1, 1)
@@ -150,7 +146,7 @@ class Scheduler:
                 x = moves.move(call, moves.input(call, x), x, generators)
                 if not bool(torch.isfinite(x).all()):
                     raise ValueError(f"it gives {float(x)} at timestep {self._timesteps[call]}")
-        except Exception as error:  # wrong settings fail in whatever way they lead to
+        except Exception as error:  # diffusers does not check settings: they fail anywhere
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__
             said = {key: value for key, value in self.settings.items() if key in DECISIVE}
             raise ValueError(
@@ -164,10 +160,10 @@ def read_scheduler(
     """The scheduler of a folder, as diffusers' pipeline of that folder uses it.
 
     Args:
-        path: the folder; None where the model has none, which is an error.
-        steps: of a trajectory.
+        path: the folder, or None for a model that has none (an error).
+        steps: see `Scheduler`.
         eta: see `Scheduler`.
-        settings: changes of what the folder says, by diffusers' names.
+        settings: changes of the folder's settings, by diffusers' names.
 
     Raises:
         FileNotFoundError: no scheduler in the folder.
@@ -201,42 +197,35 @@ def read_scheduler(
             log.warning("%s: a %s has no %s; passed over, as diffusers does", file, kind, ", ".join(passed))
         known = {key: value for key, value in given.items() if key in defaults}
         if pipeline == "StableDiffusionPipeline":
-            known |= forced({key: value for key, value in (defaults | known).items() if key not in (settings or {})})
+            known |= overridden(
+                {key: value for key, value in (defaults | known).items() if key not in (settings or {})}
+            )
         check_count((defaults | known)["num_train_timesteps"])
         config = getattr(diffusers, kind)(**known).config
         full = {key: value for key, value in config.items() if not key.startswith("_")}
-        # JSON has no word for the infinite bounds that some classes have by default: what is left out stays so
-        full = {
-            key: value for key, value in full.items() if value not in (math.inf, -math.inf) or value != defaults[key]
-        }
-        return Scheduler(kind, full, steps, eta)
+        # JSON has no infinity, which some bounds are by default: these stay out
+        infinite = {key for key, value in full.items() if value in (math.inf, -math.inf) and value == defaults[key]}
+        return Scheduler(kind, {key: value for key, value in full.items() if key not in infinite}, steps, eta)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def replaced_settings(sampler: Sampler, path: Path) -> str:
-    """What a folder's scheduler says that another sampler does otherwise, or not at all; empty where nothing is.
-
-    Args:
-        sampler: what is sampled with.
-        path: of the model.
-    """
+    """A message with the settings of the folder's scheduler that another sampler ignores; empty where there are none."""
     file = scheduler_file(path) if path.is_dir() else None
     if file is None or isinstance(sampler, Scheduler):
         return ""
     config = read_json(file)
-    left = [
-        f"{key}={value}"
-        for key, value in config.items()
-        if not key.startswith("_") and key not in (*NOISE, *USUAL) and value not in (None, False)
-    ]
+    known = {*NOISE, *USUAL}
+    settings = {k: v for k, v in config.items() if not (k.startswith("_") or k in known or v in (None, False))}
+    left = [f"{key}={value}" for key, value in settings.items()]
     name = type(sampler).__name__
     return f"{name} samples in place of the folder's {config.get('_class_name')}: its {', '.join(left)} do not count"
 
 
-def forced(said: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that StableDiffusionPipeline changes, of those that a folder's scheduler has; each change is logged."""
-    changed = {key: value for key, value in STABLE_DIFFUSION.items() if key in said and said[key] != value}
+def overridden(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a scheduler that StableDiffusionPipeline overrides; each change is logged."""
+    changed = {key: value for key, value in STABLE_DIFFUSION.items() if key in settings and settings[key] != value}
     for key, value in changed.items():
         log.warning("%s=%s, as diffusers' StableDiffusionPipeline sets it whatever the folder says", key, value)
     return changed

@@ -48,7 +48,7 @@ def test_selector_takes_every_kth_step_with_all_its_images(steps: int, k: int, e
 @pytest.mark.parametrize(("mean", "std"), [(0.4, 0.05), (0.5, 0.1), (0.3, 0.07)])
 def test_drawn_levels_have_the_requested_mean_and_spread(mean: float, std: float) -> None:
     samples, steps = 4096, 1000  # so narrow that nothing is clamped
-    levels = NormallyDistributed(samples, mean, std).levels(steps).double() / steps
+    levels = NormallyDistributed(samples, mean, std).positions(steps).double() / steps
     error = 4 * std / math.sqrt(samples)
     assert float(levels.mean()) == pytest.approx(mean - 0.5 / steps, abs=error)
     assert float(levels.std()) == pytest.approx(std, rel=4 / math.sqrt(2 * samples))
@@ -58,7 +58,7 @@ def test_drawn_levels_have_the_requested_mean_and_spread(mean: float, std: float
 @pytest.mark.parametrize("steps", [4, 20, 250])
 def test_wide_draws_are_clamped_to_both_ends(steps: int) -> None:
     samples, mean, std = 4096, 0.4, 0.4
-    levels = NormallyDistributed(samples, mean, std).levels(steps)
+    levels = NormallyDistributed(samples, mean, std).positions(steps)
 
     def below(level: int) -> float:
         """Chance of a draw below a level, before clamping."""
@@ -75,7 +75,7 @@ def test_wide_draws_are_clamped_to_both_ends(steps: int) -> None:
 @pytest.mark.parametrize("steps", [4, 20, 100])
 def test_every_sample_has_the_label_of_its_own_noise_level(steps: int) -> None:
     policy = NormallyDistributed(200, 0.4, 0.4, seed=3)
-    kept, levels = policy(trajectories(steps)), policy.levels(steps).tolist()
+    kept, levels = policy(trajectories(steps)), policy.positions(steps).tolist()
     assert len(kept) == 200
     for (step, _), level, t, labelled in zip(origins(kept), levels, kept.t.tolist(), kept.step.tolist(), strict=True):
         assert step == labelled == steps - 1 - level
@@ -90,7 +90,7 @@ def test_released_labels_count_from_the_wrong_end(steps: int) -> None:
     kept = policy(trajectories(steps))
     for (step, image), drawn, t, labelled, own in zip(
         origins(kept),
-        policy.levels(steps).tolist(),
+        policy.positions(steps).tolist(),
         kept.t.tolist(),
         kept.step.tolist(),
         kept.image.tolist(),
@@ -123,10 +123,10 @@ def test_order_of_the_set_does_not_matter(released: bool) -> None:
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
-    one = NormallyDistributed(50, 0.4, 0.4, seed=1).levels(100)
+    one = NormallyDistributed(50, 0.4, 0.4, seed=1).positions(100)
     torch.manual_seed(5)
-    assert torch.equal(NormallyDistributed(50, 0.4, 0.4, seed=1).levels(100), one)
-    assert not torch.equal(NormallyDistributed(50, 0.4, 0.4, seed=2).levels(100), one)
+    assert torch.equal(NormallyDistributed(50, 0.4, 0.4, seed=1).positions(100), one)
+    assert not torch.equal(NormallyDistributed(50, 0.4, 0.4, seed=2).positions(100), one)
 
 
 @pytest.mark.parametrize(("samples", "std"), [(0, 0.4), (-1, 0.4), (5, -0.1)])

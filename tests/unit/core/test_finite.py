@@ -21,7 +21,8 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.evaluation.features.inception import load_inception
 from tfmq_exp.methods.activations import CalibrateRanges
-from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
+from tfmq_exp.methods.noise_correction import NoiseCorrection
+from tfmq_exp.methods.noise_statistics import NoiseMoments
 from tfmq_exp.quant.observers import (
     EntropyObserver,
     HistogramPercentileObserver,
@@ -39,7 +40,7 @@ from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, Reconstru
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.sampler import DDIM
+from tfmq_exp.sampling.samplers.ddim import DDIM
 
 pytestmark = pytest.mark.bad_input
 
@@ -229,7 +230,7 @@ def test_a_diverged_loss_names_the_rates_to_lower() -> None:
     rounding = LearnRounding(0.01, 0.01, Annealing(0.2, 20.0, 2.0))
     recipe = ReconstructionConfig(5, 2, Lp(), FloatInputs(), rounding, LearnScales(4e-4))
     with pytest.raises(DivergedError) as error, naming_rates("method.weights"), within("not added"):
-        raise DivergedError("the unit mid_block", 10, 300, math.nan, recipe.rates)
+        raise DivergedError("the unit mid_block", 10, 300, math.nan, recipe.learning_rates)
     assert str(error.value) == (
         "the unit mid_block diverged: its loss is nan at iteration 10 of 300; lower "
         "method.weights.recipe.rounding.learning_rate (now 0.01) or "

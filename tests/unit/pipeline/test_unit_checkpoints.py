@@ -58,12 +58,12 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_work_that_goes_over_the_same_units_again_keeps_them_apart(tmp_path: Path) -> None:
     files = FileUnitCheckpointer(tmp_path / "units", {})
     files.put("a", learned(), REPORT)
-    files.part("again").put("a", learned(1), dataclasses.replace(REPORT, error_after=0.125))
+    files.scoped("again").put("a", learned(1), dataclasses.replace(REPORT, error_after=0.125))
     assert FileUnitCheckpointer(tmp_path / "units", {}).get("b") is None
-    assert files.part("other").get("a") is None
+    assert files.scoped("other").get("a") is None
     kept = (
         FileUnitCheckpointer(tmp_path / "units", {}).get("a"),
-        FileUnitCheckpointer(tmp_path / "units", {}).part("again").get("a"),
+        FileUnitCheckpointer(tmp_path / "units", {}).scoped("again").get("a"),
     )
     assert all(found is not None and same(found, learned(seed)) for seed, found in enumerate(kept))
     files.write_reports(tmp_path)
@@ -93,10 +93,10 @@ def test_a_curve_is_kept_with_its_unit_and_found_again(tmp_path: Path) -> None:
     for part in (False, True):
         watcher = LoggingCallback(lambda done, note: None, mirror, "weights")
         for _ in range(1 + part):
-            watcher.start(1)
+            watcher.on_start(1)
         files = FileUnitCheckpointer(entry.path / "units", watcher.curves)
-        watcher.iteration("a", 10, 10, 0.5 + part)
-        (files.part("again") if part else files).put("a", learned(), REPORT)
+        watcher.on_iteration_end("a", 10, 10, 0.5 + part)
+        (files.scoped("again") if part else files).put("a", learned(), REPORT)
     files.write_reports(entry.path)
     entry.finish()
     rows = unit_reports([entry, Store(tmp_path).entry("activations", {})], "losses.json")
@@ -125,10 +125,10 @@ def test_curves_of_a_unit_are_apart_by_phase_and_round() -> None:
     curves, shown = Curves(), list[tuple[float, str]]()
     for phase in ("weights", "activations"):
         watcher = LoggingCallback(lambda done, note: shown.append((done, note)), curves, phase)
-        watcher.progress("ranges", 1, 4)
+        watcher.on_progress("ranges", 1, 4)
         for _ in range(2):
-            watcher.start(2)
-            watcher.iteration("a", 5, 10, 1.0)
+            watcher.on_start(2)
+            watcher.on_iteration_end("a", 5, 10, 1.0)
     assert len(set(curves.names)) == len(curves.names) == 4
     assert shown[0] == (0.25, "ranges")
     assert shown[1][0] == 0.25

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,31 +11,26 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from tests.conftest import quantizable
-from tfmq_exp.core.distributed import ALONE, ProcessGroup, add_up
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, ordered_sum
 from tfmq_exp.denoisers.denoiser import NoConditions
-from tfmq_exp.qat.batches import NoisyBatches, ResumedBatches
+from tfmq_exp.qat.batches import BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import TrainingSet
+from tfmq_exp.qat.model import TrainableParameters
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.reconstruction.loop import quiet_trainer
+from tfmq_exp.reconstruction.context import quiet_trainer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
 ALPHAS = torch.linspace(0.99, 0.02, 12)
 PROTOCOL = TrainingProtocol(
-    iterations=5, batch=4, loss="l2", learning_rate=1e-3, range_rate=0.1, weight_decay=5.0, warmup=3, average=0.3,
-    observed=1, first_rate=0.1,
+    iterations=5, batch=4, loss="l2", learning_rate=1e-3, range_lr_scale=0.1, weight_decay=5.0, warmup=3, ema_decay=0.3,
+    calibration_batches=1, warmup_start_factor=0.1,
 )  # fmt: skip
-TELLING = ConditionDropout(NoConditions(), ())
-
-
-class Learned(NamedTuple):
-    weights: list[nn.Parameter]
-    ranges: list[nn.Parameter]
-    generators: list[nn.Parameter]
+CONDITIONS = ConditionDropout(NoConditions(), ())
 
 
 def examples(rows: int = 10) -> TrainingSet:
@@ -44,10 +39,10 @@ def examples(rows: int = 10) -> TrainingSet:
 
 
 def batches(protocol: TrainingProtocol = PROTOCOL) -> NoisyBatches:
-    return NoisyBatches(examples(), protocol.batch, len(ALPHAS), protocol.untold, seed=7)
+    return NoisyBatches(examples(), protocol.batch, len(ALPHAS), protocol.condition_dropout, seed=7)
 
 
-def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet, Learned]:
+def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet, TrainableParameters]:
     """A network all of which learns, in groups that only settings tell apart; rounding is left out where `mode` is OFF."""
     plan = replace(quantizable(unet, scales="none").plan, timesteps=tuple(range(len(ALPHAS))))
     model = build_quantized_unet(unet, plan, MinMax())
@@ -64,20 +59,20 @@ def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet,
         parameter.requires_grad_(True)
     norms = [p for p in others if p.dim() == 1]
     kernels = [p for p in others if p.dim() > 1]
-    return model, Learned(kernels[2:], [*norms, *scales], kernels[:2])
+    return model, TrainableParameters(kernels[2:], [*norms, *scales], kernels[:2])
 
 
-def trained(unet: nn.Module, protocol: TrainingProtocol, mode: Mode) -> QuantizationAwareTraining:
+def train(unet: nn.Module, protocol: TrainingProtocol, mode: Mode) -> QuantizationAwareTraining:
     model, learned = learner(unet, mode)
-    lesson = QuantizationAwareTraining(model, learned, lambda: 0.0, TELLING, ALPHAS, protocol, seed=7)
+    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
     trainer = quiet_trainer(torch.device("cpu"))(max_steps=protocol.iterations, precision=protocol.precision)
-    trainer.fit(lesson.train(), ResumedBatches(batches(protocol), 0, protocol.iterations))
-    return lesson
+    trainer.fit(module.train(), BatchRange(batches(protocol), 0, protocol.iterations))
+    return module
 
 
 @pytest.fixture(scope="module")
-def lesson(tiny_unet: nn.Module) -> QuantizationAwareTraining:
-    return trained(tiny_unet, PROTOCOL, Mode.OFF)
+def module(tiny_unet: nn.Module) -> QuantizationAwareTraining:
+    return train(tiny_unet, PROTOCOL, Mode.OFF)
 
 
 @dataclass
@@ -122,25 +117,25 @@ def written(tiny_unet: nn.Module) -> Written:
 
 @pytest.mark.parametrize(("group", "name"), [(0, "weights"), (1, "ranges"), (2, "generators")])
 def test_every_group_learns_as_in_the_loop_that_is_written_down(
-    lesson: QuantizationAwareTraining, written: Written, group: int, name: str
+    module: QuantizationAwareTraining, written: Written, group: int, name: str
 ) -> None:
-    for ours, theirs in zip(getattr(lesson.learned, name), written.groups[group], strict=True):
+    for ours, theirs in zip(getattr(module.groups, name), written.groups[group], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_average_counts_the_start_and_every_later_state(
-    lesson: QuantizationAwareTraining, written: Written
+    module: QuantizationAwareTraining, written: Written
 ) -> None:
-    kept = list(lesson.average.module.parameters())
+    kept = list(module.ema.module.parameters())
     for ours, theirs in zip(kept, [a for group in written.averages for a in group], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert any(not torch.equal(mean, last) for mean, last in zip(kept, lesson.parameters_learned, strict=True))
+    assert any(not torch.equal(mean, last) for mean, last in zip(kept, module.trained, strict=True))
 
 
-def test_groups_have_their_own_settings(lesson: QuantizationAwareTraining) -> None:
-    optimizer = lesson.configure_optimizers()["optimizer"]
+def test_groups_have_their_own_settings(module: QuantizationAwareTraining) -> None:
+    optimizer = module.configure_optimizers()["optimizer"]
     found = [(g["initial_lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
-    sizes = [len(group) for group in (lesson.learned.weights, lesson.learned.ranges, lesson.learned.generators)]
+    sizes = [len(group) for group in (module.groups.weights, module.groups.ranges, module.groups.generators)]
     assert found == [(1e-3, 5.0, sizes[0]), (1e-4, 0.0, sizes[1]), (1e-3, 5.0, sizes[2])]
 
 
@@ -148,8 +143,8 @@ def test_groups_have_their_own_settings(lesson: QuantizationAwareTraining) -> No
 def test_the_rate_rises_and_then_stays(tiny_unet: nn.Module, warmup: int, rates: list[float]) -> None:
     model, learned = learner(tiny_unet)
     protocol = replace(PROTOCOL, warmup=warmup)
-    lesson = QuantizationAwareTraining(model, learned, lambda: 0.0, TELLING, ALPHAS, protocol, seed=7)
-    made = lesson.configure_optimizers()
+    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
+    made = module.configure_optimizers()
     optimizer, schedule, found = made["optimizer"], made["lr_scheduler"]["scheduler"], []
     for _ in rates:
         found.append([group["lr"] for group in optimizer.param_groups])
@@ -158,13 +153,13 @@ def test_the_rate_rises_and_then_stays(tiny_unet: nn.Module, warmup: int, rates:
     assert found == [pytest.approx([1e-3 * rate, 1e-4 * rate, 1e-3 * rate]) for rate in rates]
 
 
-class Overheard(ProcessGroup):
-    """One of several processes that is alone in truth: it notes what it would add."""
+class FakeGroup(ProcessGroup):
+    """One of several ranks, of which there are no others: it records the vectors that it would add."""
 
-    heard: list[list[Tensor]] = []
+    vectors: list[list[Tensor]] = []
 
-    def ordered_all_reduce(self, own: Sequence[Tensor], parts: int) -> Tensor:
-        self.heard.append([x.clone() for x in own])
+    def ordered_all_reduce(self, own: Sequence[Tensor], count: int) -> Tensor:
+        self.vectors.append([x.clone() for x in own])
         return own[0]
 
 
@@ -182,49 +177,49 @@ class Optimizer:
 def gradients(unet: nn.Module, parts: int, processes: ProcessGroup) -> Tensor:
     model, learned = learner(unet)
     protocol = replace(PROTOCOL, parts=parts)
-    lesson = QuantizationAwareTraining(
+    module = QuantizationAwareTraining(
         model.train(),
         learned,
         lambda: sum(p.square().sum() for p in learned.ranges),
-        TELLING,
+        CONDITIONS,
         ALPHAS,
         protocol,
         7,
         processes,
     )
-    lesson.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
-    lesson.set_gradients(Optimizer(lesson.parameters_learned), batches().batch(3))
-    found: list[Any] = [p.grad for p in lesson.parameters_learned]
-    return torch.cat([*(g.flatten() for g in found), lesson.error.reshape(1)])
+    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    module.set_gradients(Optimizer(module.trained), batches().batch(3))
+    found: list[Any] = [p.grad for p in module.trained]
+    return torch.cat([*(g.flatten() for g in found), module.error.reshape(1)])
 
 
 def test_parts_of_a_batch_add_up_to_it_whoever_computes_them(tiny_unet: nn.Module) -> None:
     whole, in_parts = (gradients(tiny_unet, parts, ALONE) for parts in (1, 3))
     torch.testing.assert_close(in_parts, whole, rtol=1e-3, atol=1e-5)
     assert not torch.equal(in_parts, whole)  # the order of additions differs, so the comparison below can fail
-    Overheard.heard.clear()
+    FakeGroup.vectors.clear()
     for rank in range(2):
-        gradients(tiny_unet, 3, Overheard(rank, 2))
-    (first, third), (second,) = Overheard.heard
-    assert torch.equal(add_up([first, second, third]), in_parts)
+        gradients(tiny_unet, 3, FakeGroup(rank, 2))
+    (first, third), (second,) = FakeGroup.vectors
+    assert torch.equal(ordered_sum([first, second, third]), in_parts)
 
 
 def test_half_precision_and_a_bounded_gradient(tiny_unet: nn.Module) -> None:
-    protocol = replace(PROTOCOL, iterations=1, precision="bf16-mixed", clip=1e-3)
-    lesson = trained(tiny_unet, protocol, Mode.QUANTIZE)
-    found: list[Any] = [p.grad for p in lesson.parameters_learned]
+    protocol = replace(PROTOCOL, iterations=1, precision="bf16-mixed", gradient_clip_val=1e-3)
+    module = train(tiny_unet, protocol, Mode.QUANTIZE)
+    found: list[Any] = [p.grad for p in module.trained]
     assert torch.cat([g.flatten() for g in found]).norm() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_float16_takes_its_scale_off_before_the_gradient_is_bounded(tiny_unet: nn.Module) -> None:
     """With the scaler that Lightning takes on a GPU: norms are those of float32, and a step that overflows is left out."""
     protocol = replace(PROTOCOL, iterations=3, precision="16-mixed", parts=3)
-    free, bounded = [norm_of(tiny_unet, replace(protocol, clip=clip), 1024.0)[1] for clip in (None, 1e-2)]
+    free, bounded = [norm_of(tiny_unet, replace(protocol, gradient_clip_val=clip), 1024.0)[1] for clip in (None, 1e-2)]
     _, exact = norm_of(tiny_unet, replace(protocol, precision="32-true"), None)
     assert free == pytest.approx(exact, rel=0.05)
     assert bounded == pytest.approx([1e-2] * 3, rel=1e-3)
-    lesson, _ = norm_of(tiny_unet, protocol, 2.0**40)
-    assert all(bool(p.isfinite().all()) for p in lesson.parameters_learned)
+    module, _ = norm_of(tiny_unet, protocol, 2.0**40)
+    assert all(bool(p.isfinite().all()) for p in module.trained)
 
 
 def norm_of(
@@ -232,21 +227,21 @@ def norm_of(
 ) -> tuple[QuantizationAwareTraining, list[float]]:
     """A training, and the gradient's norm at every step of its optimiser; with a scaler where there is a scale."""
     model, learned = learner(unet)
-    lesson = QuantizationAwareTraining(model, learned, lambda: 0.0, TELLING, ALPHAS, protocol, seed=7)
+    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
     norms: list[float] = []
-    bound = lesson.on_before_optimizer_step
+    bound = module.on_before_optimizer_step
 
     def noted(optimizer: torch.optim.Optimizer) -> None:
         bound(optimizer)
-        found: list[Any] = [p.grad for p in lesson.parameters_learned]
+        found: list[Any] = [p.grad for p in module.trained]
         norms.append(float(torch.cat([g.flatten() for g in found]).norm()))
 
-    lesson.on_before_optimizer_step = noted  # type: ignore[method-assign]
+    module.on_before_optimizer_step = noted  # type: ignore[method-assign]
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     means = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if scaler else {"precision": protocol.precision}
     trainer = quiet_trainer(torch.device("cpu"))(max_steps=protocol.iterations, **means)
-    trainer.fit(lesson.train(), ResumedBatches(batches(protocol), 0, protocol.iterations))
-    return lesson, norms
+    trainer.fit(module.train(), BatchRange(batches(protocol), 0, protocol.iterations))
+    return module, norms
 
 
 @pytest.mark.parametrize(
@@ -256,13 +251,13 @@ def norm_of(
         ({"parts": 5}, "a batch of 4 can have 1 to 4 parts, got 5"),
         ({"precision": "8"}, "precision must be one of 32-true"),
         ({"iterations": 0}, "iterations must be a whole number, at least 1 .*, got 0"),
-        ({"untold": 2.0}, "untold must be a number from 0 to 1, got 2.0"),
-        ({"clip": -1.0}, "clip must be a number above 0, or null, got -1.0"),
-        ({"clip": 0.0}, "clip must be a number above 0"),
+        ({"condition_dropout": 2.0}, "condition_dropout must be a number from 0 to 1, got 2.0"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val must be a number above 0, or null, got -1.0"),
+        ({"gradient_clip_val": 0.0}, "gradient_clip_val must be a number above 0"),
         ({"weight_decay": -0.1}, "weight_decay must be a number, at least 0, got -0.1"),
         ({"learning_rate": 0.0}, "learning_rate must be a number above 0, .*, got 0.0"),
-        ({"first_rate": 1.5}, "first_rate must be a number above 0, at most 1, got 1.5"),
-        ({"average": 1.0}, "average must be a number, at least 0 and below 1, got 1.0"),
+        ({"warmup_start_factor": 1.5}, "warmup_start_factor must be a number above 0, at most 1, got 1.5"),
+        ({"ema_decay": 1.0}, "ema_decay must be a number, at least 0 and below 1, got 1.0"),
     ],
 )
 def test_a_protocol_names_what_is_wrong(wrong: dict[str, Any], said: str) -> None:

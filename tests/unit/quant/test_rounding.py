@@ -8,7 +8,7 @@ from tfmq_exp.quant.observers import LpObserver, MinMax
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.rounding import AdaRound, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
-from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.spec import QParams, QuantSpec
 
 SPECS = [QuantSpec(bits, scheme, axis=0) for bits in (2, 4, 8) for scheme in ("affine", "symmetric")]
 
@@ -100,3 +100,16 @@ def test_saturated_decisions_have_no_gradient():
         rounding.v.fill_(9)
     rounding.weight().sum().backward()
     assert bool((rounding.v.grad == 0).all())
+
+
+def test_adaround_starts_at_the_fractional_part_and_takes_ties_up() -> None:
+    q, spec = QParams(torch.tensor([[0.25]]), torch.tensor([[8.0]])), QuantSpec(4, axis=0)
+    codes = torch.tensor([[-3.0, -2.5, -1.75, -0.5, 0.0, 0.25, 0.5, 0.75, 1.5, 2.5, 3.5]])
+    weight = 0.25 * codes
+    rounding = AdaRound(weight, q, spec)
+    torch.testing.assert_close(rectified_sigmoid(rounding.v), codes - codes.floor(), atol=1e-6, rtol=0)
+    rounding.harden()
+    up = rounding(weight / q.scale)
+    ties = (codes - codes.floor()) == 0.5
+    assert torch.equal(up[~ties], codes[~ties].round())
+    assert torch.equal(up[ties], codes[ties].floor() + 1)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_exp.core.files import write_checked
-from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.pipeline.learning import learning
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.collect_trajectory import CollectTrajectory
 from tfmq_exp.pipeline.stages.reconstruct_weights import ReconstructWeights
 from tfmq_exp.pipeline.stages.train_weights import TrainWeights
-from tfmq_exp.reconstruction.loop import ReconstructionContext
+from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -36,7 +36,7 @@ class CalibrateActivations(Stage):
 
     def compute(self, folder: Path) -> None:
         run, model, data = self.run, self.weights.model(), self.trajectory.samples_if_needed()
-        network, seed = (model, run.denoiser.unet, run.structure), derive_seed(run.seed, "activations")
+        network, seed = (model, run.denoiser.unet, run.structure), derive_seed(run.seed, Stream.ACTIVATIONS)
         with learning(self.pipeline, self.name, folder) as callbacks:
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks))
         run.method.temporal(*network)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tfmq_exp.calibration.collect import follow, ordered
+from tfmq_exp.calibration.collect import collect_trajectories, join_by_step
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.files import intact, write_checked
 from tfmq_exp.core.finite import within
@@ -39,11 +39,11 @@ class CollectTrajectory(Stage):
                     advance(done + step, f"step {step + 1}")
 
                 with within("calibration trajectories of the float network"):
-                    part = follow(run.denoiser, run.sampling, indices, seed=run.seed, each_step=each_step)
+                    part = collect_trajectories(run.denoiser, run.sampling, indices, seed=run.seed, each_step=each_step)
                 write_checked(files[indices], part.save)
         group.barrier()
         if group.is_main:
-            whole = ordered([CalibrationSet.load(file) for file in files.values()])
+            whole = join_by_step([CalibrationSet.load(file) for file in files.values()])
             write_checked(folder / FILE, whole.save)
             shutil.rmtree(parts)
 

@@ -6,26 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_exp.pipeline.pipeline import Stage
-from tfmq_exp.qat import dataset
-from tfmq_exp.qat.dataset import TrainingSet
+from tfmq_exp.qat.dataset import TrainingSet, training_set_identity, write_training_set
 
 
 @dataclass(eq=False)
 class EncodeExamples(Stage):
-    """x_0 of quantization-aware training; `mirrored` adds the mirror image of each."""
+    """x_0 of quantization-aware training; `horizontal_flip` adds the mirror image of each."""
 
-    mirrored: bool
+    horizontal_flip: bool
     stored_as = "examples"
 
     def inputs(self) -> Mapping[str, Any]:
-        return dataset.identity(self.run.training_images, self.run.denoiser, mirrored=self.mirrored)
+        return training_set_identity(self.run.training_images, self.run.denoiser, horizontal_flip=self.horizontal_flip)
 
     def compute(self, folder: Path) -> None:
         if not self.pipeline.group.is_main:
             return
         given = self.run.training_images, self.run.denoiser, folder, self.run.compute.batch
         with self.pipeline.progress(self.name, 1) as advance:
-            dataset.write(*given, mirrored=self.mirrored, told=lambda done, of: advance(done / of, f"{done} of {of}"))
+            write_training_set(
+                *given,
+                horizontal_flip=self.horizontal_flip,
+                progress=lambda done, total: advance(done / total, f"{done} of {total}"),
+            )
 
     def examples(self) -> TrainingSet:
         """The training set, left on the disk."""

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tfmq_exp.core.files import write_atomically, write_json
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.sample_images import SampleImages
-from tfmq_exp.sampling.images import STREAM
 
 STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
@@ -80,7 +80,7 @@ class ScoreImages(Stage):
         run, group = self.run, self.pipeline.group
         scores = Scores(run.evaluator, self.reference.statistics)
         for shard, file in group.shard([*self.images.shards().items()]):
-            captions = run.sampling.conditioning.choose(run.images.seed, STREAM, shard)
+            captions = run.sampling.conditioning.choose(run.images.seed, Stream.IMAGES, shard)
             scores.update(load_file(file)["images"], shard.start, captions)
         parts = [folder / f"part-{rank}.safetensors" for rank in range(1, group.world_size)]
         if not group.is_main:

@@ -16,7 +16,7 @@ from tfmq_exp.pipeline.learning import learning
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
 from tfmq_exp.qat.model import finish
-from tfmq_exp.qat.train import TrainingTask
+from tfmq_exp.qat.train import TrainingContext
 from tfmq_exp.quant.scales.timestep_groups import Intervals
 from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer
 from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
@@ -55,7 +55,7 @@ class TrainWeights(Stage):
     def count(self) -> int:
         return max((int(path.stem) for path in self.entry.path.glob("checkpoints/*.ckpt")), default=0)
 
-    def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingTask:
+    def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingContext:
         """The training: a quantized copy of the network that knows all timesteps of the noise schedule, and its data.
 
         Args:
@@ -66,7 +66,7 @@ class TrainWeights(Stage):
         run, alphas = self.run, alphas_cumprod(self.run.denoiser.schedule)
         model = run.quantized_unet(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
         data = self.examples.examples(), self.labels, run.denoiser.encoder, alphas.float().to(run.denoiser.device)
-        return TrainingTask(model, *data, run.compute, run.seed, folder, units, callback)
+        return TrainingContext(model, *data, run.compute, run.seed, folder, units, callback)
 
     def sampled_model(self) -> QuantizedUNet:
         """The untrained network at the sampler's timesteps.

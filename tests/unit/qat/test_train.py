@@ -18,11 +18,11 @@ from tfmq_exp.denoisers.denoiser import NoConditions
 from tfmq_exp.qat.dataset import TrainingSet
 from tfmq_exp.qat.model import trainable
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
-from tfmq_exp.qat.train import AtomicCheckpointIO, TrainingTask, last_checkpoint, train
+from tfmq_exp.qat.train import AtomicCheckpointIO, TrainingContext, last_checkpoint, train
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
-from tfmq_exp.reconstruction.loop import ComputeConfig, quiet_trainer
+from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.scales import GeneratedScale, ScalePlan
 
@@ -31,31 +31,31 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 ALPHAS = torch.linspace(0.99, 0.02, 12)
 GENERATED = GeneratedScale(Frequency(16), (8,), 0.2, "default")  # whose dropout draws random numbers
 PROTOCOL = TrainingProtocol(
-    iterations=5, batch=3, loss="l1", learning_rate=1e-3, range_rate=0.1, weight_decay=0.01, warmup=3, average=0.9,
-    observed=2,
+    iterations=5, batch=3, loss="l1", learning_rate=1e-3, range_lr_scale=0.1, weight_decay=0.01, warmup=3, ema_decay=0.9,
+    calibration_batches=2,
 )  # fmt: skip
 
 
 @dataclass
-class Told:
-    """Keeps reports and curves; kills its process when it hears of an iteration."""
+class Recorder:
+    """Keeps reports and curves; kills its process at an iteration."""
 
-    deadly: int | None = None
+    kill_at: int | None = None
     curve: dict[int, float] = field(default_factory=dict)
     reports: list[UnitReport] = field(default_factory=list)
 
-    def start(self, units: int) -> None:
+    def on_start(self, units: int) -> None:
         pass
 
-    def progress(self, what: str, number: int, of: int) -> None:
+    def on_progress(self, name: str, done: int, total: int) -> None:
         pass
 
-    def iteration(self, unit: str, number: int, of: int, loss: float) -> None:
-        self.curve[number] = loss
-        if number == self.deadly:
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
+        self.curve[iteration] = loss
+        if iteration == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def finished(self, unit: str, report: UnitReport | None) -> None:
+    def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         pass
 
     def get(self, unit: str) -> UnitResult | None:
@@ -64,65 +64,71 @@ class Told:
     def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
         self.reports.append(report)
 
-    def part(self, name: str) -> "Told":
+    def scoped(self, name: str) -> "Recorder":
         return self
 
 
-def trained(unet: nn.Module, folder: Path, told: Told) -> QuantizedUNet:
+def trained(unet: nn.Module, folder: Path, recorder: Recorder) -> QuantizedUNet:
     torch.manual_seed(int.from_bytes(os.urandom(4), "big"))  # nothing may depend on what was drawn before
     plan = replace(quantizable(unet, scales=ScalePlan(GENERATED, GENERATED)).plan, timesteps=tuple(range(len(ALPHAS))))
     model = build_quantized_unet(unet, plan, MinMax())
     values = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8)
     means = ComputeConfig(64, 2**20, quiet_trainer(torch.device("cpu")), checkpoint_every=timedelta(0))
-    train(TrainingTask(model, TrainingSet(values), (), NoConditions(), ALPHAS, means, 3, folder, told, told), PROTOCOL)
+    train(
+        TrainingContext(model, TrainingSet(values), (), NoConditions(), ALPHAS, means, 3, folder, recorder, recorder),
+        PROTOCOL,
+    )
     return model
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_unet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizedUNet, Told]:
-    told = Told()
-    return trained(tiny_unet, tmp_path_factory.mktemp("once"), told), told
+def uninterrupted(tiny_unet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizedUNet, Recorder]:
+    recorder = Recorder()
+    return trained(tiny_unet, tmp_path_factory.mktemp("once"), recorder), recorder
 
 
 def test_training_moves_everything_and_is_noted(
-    uninterrupted: tuple[QuantizedUNet, Told], tiny_unet: nn.Module
+    uninterrupted: tuple[QuantizedUNet, Recorder], tiny_unet: nn.Module
 ) -> None:
-    model, told = uninterrupted
+    model, recorder = uninterrupted
     moved = [n for n, p in tiny_unet.named_parameters() if not torch.equal(p, model.unet.get_parameter(n))]
     assert len(moved) > 0.9 * len(list(tiny_unet.parameters()))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
-    assert sorted(told.curve) == [1, 2, 3, 4, 5]
-    (report,) = told.reports
+    assert sorted(recorder.curve) == [1, 2, 3, 4, 5]
+    (report,) = recorder.reports
     assert report.error_after != report.error_before
     assert report.unit == "network"
 
 
-@pytest.mark.parametrize("deadly", [2, 4])
+@pytest.mark.parametrize("kill_at", [2, 4])
 def test_a_killed_training_ends_with_the_same_bits(
-    uninterrupted: tuple[QuantizedUNet, Told], tiny_unet: nn.Module, tmp_path: Path, deadly: int
+    uninterrupted: tuple[QuantizedUNet, Recorder], tiny_unet: nn.Module, tmp_path: Path, kill_at: int
 ) -> None:
-    child = multiprocessing.get_context("fork").Process(target=trained, args=(tiny_unet, tmp_path, Told(deadly)))
+    child = multiprocessing.get_context("fork").Process(target=trained, args=(tiny_unet, tmp_path, Recorder(kill_at)))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    assert [int(path.stem) for path in tmp_path.glob("*.ckpt")] == [deadly - 1]
-    told = Told()
-    model, (wanted, heard) = trained(tiny_unet, tmp_path, told), uninterrupted
-    state, other = model.state_dict(), wanted.state_dict()
+    assert [int(path.stem) for path in tmp_path.glob("*.ckpt")] == [kill_at - 1]
+    recorder = Recorder()
+    model, (expected, other_recorder) = trained(tiny_unet, tmp_path, recorder), uninterrupted
+    state, other = model.state_dict(), expected.state_dict()
     assert state.keys() == other.keys()
     assert [name for name in state if not torch.equal(state[name], other[name])] == []
-    assert told.curve == heard.curve
-    assert (told.reports[0].error_before, told.reports[0].error_after) == (
-        heard.reports[0].error_before,
-        heard.reports[0].error_after,
+    assert recorder.curve == other_recorder.curve
+    assert (recorder.reports[0].error_before, recorder.reports[0].error_after) == (
+        other_recorder.reports[0].error_before,
+        other_recorder.reports[0].error_after,
     )
 
 
 def test_a_damaged_checkpoint_is_named_and_left_out(
-    uninterrupted: tuple[QuantizedUNet, Told], tiny_unet: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    uninterrupted: tuple[QuantizedUNet, Recorder],
+    tiny_unet: nn.Module,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    child = multiprocessing.get_context("fork").Process(target=trained, args=(tiny_unet, tmp_path, Told(4)))
+    child = multiprocessing.get_context("fork").Process(target=trained, args=(tiny_unet, tmp_path, Recorder(4)))
     child.start()
     child.join()
     (good,) = tmp_path.glob("*.ckpt")
@@ -133,7 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
     (tmp_path / "000000006.ckpt").write_bytes(b"")
     assert last_checkpoint(tmp_path) == good
     assert [record.args[0].name for record in caplog.records] == [f"00000000{n}.ckpt" for n in (6, 5, 4)]  # type: ignore
-    model, _ = trained(tiny_unet, tmp_path, Told()), uninterrupted
+    model, _ = trained(tiny_unet, tmp_path, Recorder()), uninterrupted
     state, other = model.state_dict(), uninterrupted[0].state_dict()
     assert [name for name in state if not torch.equal(state[name], other[name])] == []
 
@@ -153,24 +159,24 @@ def test_what_is_kept_is_the_average_of_what_was_trained_and_nothing_is_left_els
     monkeypatch.chdir(tmp_path / "here")
     means: list[torch.Tensor] = []
     modes: set[bool] = set()
-    step, loss = QuantizationAwareTraining.step, QuantizationAwareTraining.loss
+    iterate, loss = QuantizationAwareTraining.iterate, QuantizationAwareTraining.loss
 
-    def noted(lesson: QuantizationAwareTraining, *args: Any) -> None:
-        means[:] = means or [p.detach().clone() for p in lesson.parameters_learned]
-        step(lesson, *args)
-        past = min(0.9, (1 + lesson.count) / (10 + lesson.count))
-        pairs = zip(means, lesson.parameters_learned, strict=True)
+    def noted(module: QuantizationAwareTraining, *args: Any) -> None:
+        means[:] = means or [p.detach().clone() for p in module.trained]
+        iterate(module, *args)
+        past = min(0.9, (1 + module.iteration) / (10 + module.iteration))
+        pairs = zip(means, module.trained, strict=True)
         means[:] = [past * mean + (1 - past) * p.detach() for mean, p in pairs]
-        lasts[:] = [p.detach().clone() for p in lesson.parameters_learned]
+        lasts[:] = [p.detach().clone() for p in module.trained]
 
-    def heard(lesson: QuantizationAwareTraining, *args: Any) -> torch.Tensor:
-        modes.add(lesson.model.training)
-        return loss(lesson, *args)
+    def watched_loss(module: QuantizationAwareTraining, *args: Any) -> torch.Tensor:
+        modes.add(module.model.training)
+        return loss(module, *args)
 
     lasts: list[torch.Tensor] = []
-    monkeypatch.setattr(QuantizationAwareTraining, "step", noted)
-    monkeypatch.setattr(QuantizationAwareTraining, "loss", heard)
-    model = trained(tiny_unet, tmp_path / "checkpoints", Told())
+    monkeypatch.setattr(QuantizationAwareTraining, "iterate", noted)
+    monkeypatch.setattr(QuantizationAwareTraining, "loss", watched_loss)
+    model = trained(tiny_unet, tmp_path / "checkpoints", Recorder())
     kept = {id(p): p for group in trainable(model) for p in group}.values()
     assert len(kept) == len(means)
     for ours, mean in zip(kept, means, strict=True):

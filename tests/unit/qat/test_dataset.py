@@ -17,7 +17,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.pipeline.stages.train_weights import label_inputs
 from tfmq_exp.qat.batches import NoisyBatches
 from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses, NoLabels
-from tfmq_exp.qat.dataset import TrainingSet, identity, write
+from tfmq_exp.qat.dataset import TrainingSet, training_set_identity, write_training_set
 from tfmq_exp.qat.loss import noisy
 
 
@@ -56,7 +56,7 @@ def denoiser(shape: tuple[int, int, int], **parts: Any) -> Denoiser:
 
 
 def test_digits_stay_pixels(tmp_path: Path) -> None:
-    write(DigitsImages(), denoiser((1, 16, 16)), tmp_path, 100, mirrored=False)
+    write_training_set(DigitsImages(), denoiser((1, 16, 16)), tmp_path, 100, horizontal_flip=False)
     found, wanted = TrainingSet.load(tmp_path), load_images()[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batches.sha256", "examples.npy"]
     assert torch.equal(torch.from_numpy(np.array(found.values)), wanted)
@@ -67,10 +67,10 @@ def test_digits_stay_pixels(tmp_path: Path) -> None:
 def test_latents_of_images_and_of_their_mirror_images_across_an_interruption(tmp_path: Path) -> None:
     model = denoiser((1, 2, 2), first_stage=Halves())
     with pytest.raises(OSError, match="the disk is gone"):
-        write(Few(stop=4), model, tmp_path, 2, mirrored=True)
-    told: list[tuple[int, int]] = []
-    write(Few(), model, tmp_path, 2, mirrored=True, told=lambda *done: told.append(done))
-    assert told == [(5, 5)]
+        write_training_set(Few(stop=4), model, tmp_path, 2, horizontal_flip=True)
+    reported: list[tuple[int, int]] = []
+    write_training_set(Few(), model, tmp_path, 2, horizontal_flip=True, progress=lambda *done: reported.append(done))
+    assert reported == [(5, 5)]
     images = Few().images.float() / 127.5 - 1
     both = torch.cat([images, images.flip(3)])
     assert torch.equal(TrainingSet.load(tmp_path).rows(torch.arange(10)), Halves().encode(both))
@@ -83,16 +83,16 @@ def test_latents_of_images_and_of_their_mirror_images_across_an_interruption(tmp
         *("turned row", "turned header", "short", "empty", "gone"),
     ],
 )
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("horizontal_flip", [False, True])
 def test_what_an_interruption_leaves_is_used_only_where_it_is_right(
-    tmp_path: Path, damage: str, mirrored: bool
+    tmp_path: Path, damage: str, horizontal_flip: bool
 ) -> None:
     """A kill at any moment, and a bit that turned later: the file is that of an uninterrupted attempt, to the byte."""
     model, whole, broken = denoiser((1, 2, 2), first_stage=Halves()), tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    write(Few(), model, whole, 2, mirrored=mirrored)
+    write_training_set(Few(), model, whole, 2, horizontal_flip=horizontal_flip)
     with pytest.raises(OSError, match="the disk is gone"):
-        write(Few(stop=4), model, broken, 2, mirrored=mirrored)
+        write_training_set(Few(stop=4), model, broken, 2, horizontal_flip=horizontal_flip)
     path = broken / ("batches.sha256" if "hash" in damage else "examples.npy")
     content = bytearray(path.read_bytes())
     bytes_now = {
@@ -108,7 +108,7 @@ def test_what_an_interruption_leaves_is_used_only_where_it_is_right(
     path.unlink()
     if damage in bytes_now:
         path.write_bytes(bytes_now[damage])
-    write(Few(), model, broken, 2, mirrored=mirrored)
+    write_training_set(Few(), model, broken, 2, horizontal_flip=horizontal_flip)
     assert (broken / "examples.npy").read_bytes() == (whole / "examples.npy").read_bytes()
 
 
@@ -121,22 +121,29 @@ def test_no_room_for_the_examples_is_said_before_the_first_image_is_read(
     monkeypatch.setattr("os.posix_fallocate", full)
     monkeypatch.setattr(Few, "batches", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(OSError, match=r"No space left on device, for \d+ bytes: '.*examples\.npy'"):
-        write(Few(), denoiser((1, 2, 2), first_stage=Halves()), tmp_path, 2, mirrored=False)
+        write_training_set(Few(), denoiser((1, 2, 2), first_stage=Halves()), tmp_path, 2, horizontal_flip=False)
     assert not (tmp_path / "examples.npy").exists()
 
 
 def test_examples_are_known_by_their_images_and_their_first_stage() -> None:
     pixels, latents = denoiser((1, 4, 4)), denoiser((1, 2, 2), first_stage=Halves())
     other = replace(latents, weights_sha256="another")
-    found = [identity(Few(), model, mirrored=False) for model in (pixels, replace(pixels, weights_sha256="another"))]
+    found = [
+        training_set_identity(Few(), model, horizontal_flip=False)
+        for model in (pixels, replace(pixels, weights_sha256="another"))
+    ]
     assert found[0] == found[1]
-    assert identity(Few(), latents, mirrored=False) != identity(Few(), other, mirrored=False)
-    assert identity(Few(), latents, mirrored=True) != identity(Few(), latents, mirrored=False)
+    assert training_set_identity(Few(), latents, horizontal_flip=False) != training_set_identity(
+        Few(), other, horizontal_flip=False
+    )
+    assert training_set_identity(Few(), latents, horizontal_flip=True) != training_set_identity(
+        Few(), latents, horizontal_flip=False
+    )
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tiny is trained on images \(1, 8, 8\), these are \(1, 4, 4\)"):
-        write(Few(), denoiser((1, 8, 8)), tmp_path, 2, mirrored=False)
+        write_training_set(Few(), denoiser((1, 8, 8)), tmp_path, 2, horizontal_flip=False)
 
 
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own() -> None:
@@ -149,7 +156,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own() -> None:
     assert 0 <= t.min() < 10
     assert 990 < t.max() < 1000
     assert abs(t.mean() - 499.5) < 4 * 288.7 / 1200**0.5
-    assert abs(torch.cat([batch.told for batch in drawn]).double().mean() - 0.75) < 4 * 0.433 / 1200**0.5
+    assert abs(torch.cat([batch.conditioned for batch in drawn]).double().mean() - 0.75) < 4 * 0.433 / 1200**0.5
     assert torch.equal(batches.batch(7).noise, drawn[7].noise)
     assert not torch.equal(drawn[7].noise, replace(batches, seed=2).batch(7).noise)
 
@@ -192,16 +199,16 @@ def test_classes_are_folders_and_captions_those_of_coco(tmp_path: Path) -> None:
 
 def test_rows_are_told_their_class_or_none() -> None:
     vectors = torch.eye(4)  # three classes, and none
-    telling = ConditionDropout(ClassEmbedder(vectors), [2, 0])
-    rows, told = torch.tensor([0, 1, 2]), torch.tensor([True, False, True])  # row 2 is the mirror image of row 0
-    found = telling(rows, told, torch.device("cpu"))["encoder_hidden_states"]
+    conditions = ConditionDropout(ClassEmbedder(vectors), [2, 0])
+    rows, conditioned = torch.tensor([0, 1, 2]), torch.tensor([True, False, True])  # row 2 is the mirror image of row 0
+    found = conditions(rows, conditioned, torch.device("cpu"))["encoder_hidden_states"]
     assert torch.equal(found[:, 0], vectors[[2, 3, 2]])
-    assert ConditionDropout(NoConditions(), ())(rows, told, torch.device("cpu")) == {}
+    assert ConditionDropout(NoConditions(), ())(rows, conditioned, torch.device("cpu")) == {}
     with pytest.raises(ValueError, match="conditioned on nothing, neither class nor caption: got 1"):
-        ConditionDropout(NoConditions(), [1, 2])(rows, told, torch.device("cpu"))
+        ConditionDropout(NoConditions(), [1, 2])(rows, conditioned, torch.device("cpu"))
     no_null: Any = lambda labels: Conditions({"encoder_hidden_states": vectors[labels, None]})  # noqa: E731
     with pytest.raises(ValueError, match="must be 0"):
-        ConditionDropout(no_null, [1, 2])(rows, told, torch.device("cpu"))
+        ConditionDropout(no_null, [1, 2])(rows, conditioned, torch.device("cpu"))
 
 
 def test_other_labels_of_the_same_images_are_another_training() -> None:

@@ -1,0 +1,87 @@
+"""Phases that learn scales, alone or with the rounding, on small networks."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import quantizable
+from tests.helpers.calibration import calibration
+from tests.helpers.reconstruction import ROUNDING, Interruption, MemoryCheckpointer, RecordedProgress, config, context
+from tfmq_exp.calibration.timesteps import EveryKth
+from tfmq_exp.methods.activations import CalibrateRanges, LearnRanges
+from tfmq_exp.methods.weights import ReconstructJointly
+from tfmq_exp.quant.timestep_encoding import Frequency
+from tfmq_exp.reconstruction.inputs import MixedInputs
+from tfmq_exp.reconstruction.objectives import Lp
+from tfmq_exp.reconstruction.units import TemporalAware
+from tfmq_exp.surgery.config import Bits, LayerBits
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.scales import GeneratedScale, IntervalScale, ScalePlan
+
+INTERVALS = IntervalScale(2, 1000)
+
+
+GENERATED = GeneratedScale(Frequency(32), (16, 16), 0.1, "zero")
+
+
+SOURCES: dict[str, Any] = {
+    "static": "none",
+    "per step": "all",
+    "intervals": ScalePlan(INTERVALS, INTERVALS),
+    "generated": ScalePlan(GENERATED, GENERATED),
+}
+
+
+SHARDS = CalibrateRanges(12, EveryKth(1))
+
+
+def frozen(unet: nn.Module, **further: Any) -> QuantizedUNet:
+    """Integer weights, activations still off."""
+    model = quantizable(unet, **further)
+    model.calibrate_weights()
+    for site in model.weight_layers():
+        model.freeze(site)
+    return model
+
+
+def end_of_network(weight: int, activation: Bits) -> dict[str, Any]:
+    """A plan of four units: temporal layers, two blocks, the last layer."""
+    plan = LayerBits(weight, activation)
+    sites = dict.fromkeys(("time_embedding.*", "up_blocks.1.*", "conv_out"), plan)
+    return {"weight": None, "activation": None, "sites": sites}
+
+
+def run(
+    phase: Any,
+    model: QuantizedUNet,
+    unet: nn.Module,
+    shelf: MemoryCheckpointer | None = None,
+    log: RecordedProgress | None = None,
+) -> MemoryCheckpointer:
+    """A method's phase until the end, or until the log interrupts."""
+    shelf = shelf or MemoryCheckpointer()
+    with contextlib.suppress(Interruption):
+        phase(context(model, unet, calibration(unet), shelf, log))
+    return shelf
+
+
+def learn(iterations: int, **further: Any) -> LearnRanges:
+    return LearnRanges(SHARDS, TemporalAware(), EveryKth(1), config(iterations, **further))
+
+
+def trainable(model: QuantizedUNet) -> dict[str, list[Tensor]]:
+    quantizers = model.activation_quantizers().items()
+    return {name: [p.detach().clone() for p in quantizer.source.trainable()] for name, quantizer in quantizers}
+
+
+def same_state(one: QuantizedUNet, other: QuantizedUNet) -> bool:
+    """Bit-equal weights, scales and zero points."""
+    states = [model.unet.state_dict() for model in (one, other)]
+    return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def jointly(iterations: int, quant_prob: float = 0.5) -> ReconstructJointly:
+    both = config(iterations, rate=2e-3, rounding=ROUNDING, objective=Lp(), inputs=MixedInputs(quant_prob))
+    return ReconstructJointly(TemporalAware(), EveryKth(1), both, SHARDS)

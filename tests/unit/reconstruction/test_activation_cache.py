@@ -1,0 +1,99 @@
+"""Storage of activations, and random batches of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.reconstruction import CPU
+from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
+
+
+def test_storage_spills_beyond_its_budget(tmp_path: Path) -> None:
+    storage = SpillAllocator(1000, tmp_path)
+    first = storage.allocate((10, 25), torch.float32)
+    assert not list(tmp_path.rglob("*"))
+    second = storage.allocate((3, 7), torch.float64)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.stat().st_size for path in files] == [3 * 7 * 8]
+    first.fill_(1)
+    second.copy_(torch.arange(21).reshape(3, 7))
+    assert (second.shape, second.dtype) == ((3, 7), torch.float64)
+    assert files[0].read_bytes() == torch.arange(21, dtype=torch.float64).numpy().tobytes()
+    storage.clear()
+    assert not list(tmp_path.rglob("*"))
+    storage.allocate((250,), torch.float32)
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("budget", [0, 2**20])
+def test_leaves_hold_a_structure_over_all_samples(budget: int) -> None:
+    def batch(start: int, stop: int) -> Any:
+        rows = torch.arange(start, stop)
+        return ((rows.float()[:, None], None), {"flag": True, "nested": [rows, "name"]})
+
+    leaves = TensorTree.like(batch(0, 3), 8, SpillAllocator(budget))
+    for start in (0, 3, 6):
+        leaves.write(start, batch(start, min(start + 3, 8)))
+    rows = torch.tensor([6, 1])
+    (x, nothing), further = leaves.structure([tensor[rows] for tensor in leaves.tensors])
+    assert x.tolist() == [[6.0], [1.0]]
+    assert nothing is None
+    assert further["flag"] is True
+    assert further["nested"][0].tolist() == [6, 1]
+    assert further["nested"][1] == "name"
+    assert len(leaves) == 8
+    assert leaves.nbytes == 8 * (4 + 8)
+    assert leaves.whole[1]["nested"][0].tolist() == list(range(8))
+    assert leaves.every(3).whole[0][0].tolist() == [[0.0], [3.0], [6.0]]
+    batches = [structure[1]["nested"] for structure in leaves.batches(3, CPU)]
+    assert [(rows.tolist(), name) for rows, name in batches] == [
+        ([0, 1, 2], "name"),
+        ([3, 4, 5], "name"),
+        ([6, 7], "name"),
+    ]
+
+
+def test_single_numbers_are_constants() -> None:
+    example = {"x": torch.zeros(2, 2), "s": torch.tensor(5.0)}
+    leaves = TensorTree.like(example, 4, SpillAllocator(2**20))
+    leaves.write(2, example)
+    assert leaves.structure([x[2:] for x in leaves.tensors])["s"] == 5
+    assert len(leaves) == 4
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(12, 4), (10, 4), (9, 2)])
+def test_random_batches_visit_all_rows_once_per_pass(samples: int, batch: int) -> None:
+    rows = torch.arange(samples)
+    whole = samples // batch
+    batches = list(RandomBatches([rows, -rows], batch, 5 * whole, seed=3).batches())
+    assert len(batches) == 5 * whole
+    assert all(torch.equal(first, -second) and len(first) == batch for first, second in batches)
+    passes = [torch.cat([first for first, _ in batches[i : i + whole]]).tolist() for i in range(0, 5 * whole, whole)]
+    assert all(len(set(seen)) == whole * batch for seen in passes)
+    assert len({tuple(seen) for seen in passes}) == 5
+
+
+def test_random_batches_depend_on_the_seed_alone() -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        return [rows.tolist() for (rows,) in RandomBatches([torch.arange(20)], 5, 8, seed).batches()]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_few_rows_come_all_at_once() -> None:
+    batches = list(RandomBatches([torch.arange(4)], 8, 3, seed=0).batches())
+    assert [rows.tolist() for (rows,) in batches] == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize(("iterations", "chunk"), [(1, 10), (10, 10), (23, 10), (7, 3)])
+def test_batches_come_in_chunks_and_none_is_lost(iterations: int, chunk: int) -> None:
+    source = RandomBatches([torch.arange(20)], 5, iterations, 0, chunk)
+    chunks = list(source)
+    assert len(chunks) == len(source)
+    assert [len(chunk) for chunk in chunks[:-1]] == [chunk] * (len(chunks) - 1)
+    flat = [batch for chunk in chunks for batch in chunk]
+    assert [b.tolist() for (b,) in flat] == [b.tolist() for (b,) in source.batches()]
+    assert len(flat) == iterations

@@ -1,0 +1,92 @@
+"""One unit's loss, penalty and gradients, and the configuration of its learning."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers.reconstruction import config
+from tfmq_exp.quant.layers import QuantLinear
+from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.rounding import AdaRound
+from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.reconstruction.inputs import QuantizedInputs
+from tfmq_exp.reconstruction.module import BlockReconstruction, LearnRounding, ReconstructionConfig
+from tfmq_exp.reconstruction.objectives import Annealing, Lp
+
+
+@pytest.mark.parametrize(("iterations", "batch"), [(0, 8), (10, 0)])
+def test_empty_recipes_are_refused(iterations: int, batch: int) -> None:
+    with pytest.raises(
+        ValueError, match=r"ReconstructionConfig\.(iterations|batch) must be a whole number, at least 1 .*, got -?\d+$"
+    ):
+        ReconstructionConfig(
+            iterations, batch, Lp(), QuantizedInputs(), LearnRounding(1e-3, 0.01, Annealing(0.2, 20.0, 2.0))
+        )
+
+
+def test_recipe_that_learns_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="this one neither"):
+        ReconstructionConfig(10, 8, Lp(), QuantizedInputs())
+
+
+def one_layer(penalty: float, iterations: int = 50) -> tuple[BlockReconstruction, list[Tensor], AdaRound]:
+    """A linear layer whose rounding is learned, with a batch of (t, x, wanted)."""
+    generator = torch.Generator().manual_seed(0)
+    layer = QuantLinear.from_float(nn.Linear(6, 4, bias=False).requires_grad_(False))
+    layer.weight.copy_(torch.randn(4, 6, generator=generator))
+    layer.weight_quantizer = quantizer = WeightQuantizer(layer.weight, QuantSpec(3, axis=0), MinMax())
+    quantizer.observe(layer.weight)
+    quantizer.mode = Mode.QUANTIZE
+    rounding = quantizer.learn_rounding(layer.weight)
+    with torch.no_grad():
+        rounding.v.add_(0.5)
+
+    def arrange(batch: list[Tensor]) -> dict[str, Any]:
+        t, x, wanted = batch
+        return {"inputs": {"float": (t, (x,), {})}, "targets": wanted, "importance": None}
+
+    learned = config(
+        iterations, rate=None, rounding=LearnRounding(1e-3, penalty, Annealing(0.2, 20.0, 2.0)), objective=Lp()
+    )
+    task = BlockReconstruction(layer, TimestepContext((1,)), [rounding], [], arrange, learned)
+    batch = [
+        torch.ones(5, dtype=torch.long),
+        torch.randn(5, 6, generator=generator),
+        torch.randn(5, 4, generator=generator),
+    ]
+    return task, batch, rounding
+
+
+def test_penalty_is_off_in_warm_up_and_its_exponent_falls_from_20_to_2() -> None:
+    task, batch, rounding = one_layer(0.01)
+    plain = one_layer(0.0)[0].loss(batch).item()
+    h = (torch.sigmoid(rounding.v.detach().double()) * 1.2 - 0.1).clamp(0, 1)
+    for count in range(1, 51):
+        task.iteration = count
+        beta = 20 - 18 * (count - 10) / 40
+        assert task.loss(batch).item() == pytest.approx(plain, rel=1e-6)
+        penalty = float((1 - (2 * h - 1).abs() ** beta).sum()) if count >= 10 else 0.0
+        assert float(task.penalty()) == pytest.approx(0.01 * penalty, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_gradients_are_those_of_the_error_and_the_penalty_however_many_parts(parts: int) -> None:
+    task, batch, rounding = one_layer(0.01)
+    task.config, task.iteration = replace(task.config, parts=parts), 30
+    error = task.loss(batch)
+    (wanted,) = torch.autograd.grad(error + task.penalty(), [rounding.v])
+    task.set_gradients(batch)
+    assert rounding.v.grad is not None
+    torch.testing.assert_close(rounding.v.grad, wanted, rtol=1e-5, atol=1e-7)
+    assert float(task.error) == pytest.approx(float(error), rel=1e-6)
+
+
+def test_more_parts_than_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="8 can have 1 to 8 parts, got 9"):
+        replace(config(10), parts=9)

@@ -1,0 +1,125 @@
+"""DDIM (arXiv 2010.02502), and DDIM with the variance that PTQD calibrates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, check_fields, optional
+from tfmq_exp.sampling.sampler import Moves
+from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, require_noise_prediction, visited
+
+Alphas = Sequence[tuple[Tensor, Tensor]]  # alpha-bar of every call, and of the one after it
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """DDIM; DDPM with all timesteps and eta = 1.
+
+    Args:
+        steps: network calls that are asked for (see `visited`); None for all training timesteps.
+        eta: 0 deterministic, 1 the variance of DDPM.
+        spacing: see `visited`.
+        offset: see `visited`; LDM adds 1, DDIM's own program 0.
+        ends_clean: alpha-bar after the last step is 1 (DDIM's own program), not that of timestep 0 (LDM).
+    """
+
+    steps: int | None
+    eta: float = 0.0
+    spacing: Spacing = "uniform"
+    offset: int = 1
+    ends_clean: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=optional(COUNT), eta=SHARE, offset=ANY_COUNT, ends_clean=SWITCH)
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        count = int(schedule["num_train_timesteps"])
+        return visited(count if self.steps is None else self.steps, count, self.spacing, self.offset)
+
+    def alphas(self, schedule: Mapping[str, Any]) -> Alphas:
+        """In double precision."""
+        require_noise_prediction(schedule, "DDIM")
+        table, calls = alphas_cumprod(schedule), self.calls(schedule)
+        last = torch.ones_like(table[0]) if self.ends_clean else table[0]
+        return list(zip(table[list(calls)], [*table[list(calls[1:])], last], strict=True))
+
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
+        return ddim_moves(self.alphas(schedule), self.eta)
+
+
+@dataclass(frozen=True)
+class VarianceCalibrated:
+    """DDIM that adds less noise where the prediction brings noise of its own (PTQD, arXiv 2305.10657, section 3.3).
+
+    sigma'^2 = max(0, sigma^2 - B^2 s^2), with s the standard deviation of the prediction's noise and
+    B = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a) its factor on the way to the next x.
+
+    Args:
+        sampler: the plain one.
+        residual: s by timestep.
+        keep_drift: take the deterministic part with the original sigma; the release takes sigma' there too.
+    """
+
+    sampler: DDIM
+    residual: Mapping[int, float]
+    keep_drift: bool = True
+
+    @property
+    def eta(self) -> float:
+        return self.sampler.eta
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        return self.sampler.calls(schedule)
+
+    def remaining(self, schedule: Mapping[str, Any]) -> list[float]:
+        """Sigma' / sigma of every call."""
+        shares: list[float] = []
+        for t, (alpha, next_alpha) in zip(self.calls(schedule), self.sampler.alphas(schedule), strict=True):
+            variance = float(ddim_sigma(alpha, next_alpha, self.eta) ** 2)
+            b = float((1 - next_alpha - variance).clamp(min=0).sqrt() - (next_alpha * (1 - alpha) / alpha).sqrt())
+            shares.append(max(0.0, 1 - (b * self.residual[t]) ** 2 / variance) ** 0.5 if variance > 0 else 0.0)
+        return shares
+
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
+        shares = self.remaining(schedule)
+        return ddim_moves(self.sampler.alphas(schedule), self.eta, shares, keep_drift=self.keep_drift)
+
+
+def ddim_sigma(alpha: Tensor, next_alpha: Tensor, eta: float) -> Tensor:
+    """Standard deviation of the noise that a step adds (eq. 16)."""
+    return eta * ((1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)).sqrt()
+
+
+def row_noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise, each row from its own generator."""
+    rows = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generators]
+    return torch.stack(rows).to(like.device)
+
+
+def ddim_moves(alphas: Alphas, eta: float, shares: Sequence[float] | None = None, *, keep_drift: bool = True) -> Moves:
+    """Moves of DDIM (eq. 12), with only a share of each step's sigma as noise.
+
+    Args:
+        alphas: see `Alphas`.
+        eta: see `DDIM`.
+        shares: of every call's sigma; all of it by default.
+        keep_drift: take the deterministic part with the whole sigma.
+    """
+
+    def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        alpha, next_alpha = (a.to(x) for a in alphas[call])
+        # 1. standard deviation of the noise (eq. 16)
+        whole = ddim_sigma(alpha, next_alpha, eta)
+        sigma = whole if shares is None else whole * shares[call]
+        # 2. predicted x_0 (eq. 9)
+        clean = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        # 3. deterministic part of the next x (eq. 12)
+        variance = (whole if keep_drift else sigma) ** 2
+        drift = next_alpha.sqrt() * clean + (1 - next_alpha - variance).clamp(min=0).sqrt() * eps
+        # 4. random noise
+        return drift + sigma * row_noise(x, generators) if eta else drift
+
+    return Moves(move)
