@@ -45,7 +45,9 @@ from tfmq_exp.deploy.pairs import pairs_saturate
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolve
 
 CONF = Path(__file__).parents[1] / "conf"
 PAUSE = 0.02  # seconds after each call, so that one engine's threads are asleep when the next one's start
@@ -79,7 +81,7 @@ def parts_of(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNe
     method = make(cfg.method)
     unet, timesteps = denoiser.unet, sampling.finite_set(denoiser)
     names = tuple(attentions(unet))
-    plan = method.surgery.resolve(read_structure(unet, denoiser.example()), names, method.scales, timesteps)
+    plan = resolve(method.surgery, read_structure(unet, denoiser.example()), names, method.scales, timesteps)
     return denoiser, sampling, calibrated(build_quantized_unet(unet, plan, MinMax()), denoiser)
 
 

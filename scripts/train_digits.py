@@ -54,7 +54,7 @@ class Training(pl.LightningModule):
         super().__init__()
         self.network, self.steps, self.weight_decay = network, steps, weight_decay
 
-    def configure_optimizers(self) -> Any:  # noqa: D102
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=self.weight_decay)
         factor = functools.partial(cosine_with_warmup, warmup=200, total=self.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -69,7 +69,7 @@ class DenoiserTraining(Training):
         super().__init__(unet.to(memory_format=torch.channels_last), steps, weight_decay=0.0)
         self.schedule = build_schedule()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images = batch[0].float() / 127.5 - 1
         noise = torch.randn_like(images)
         t = torch.randint(0, self.schedule.config["num_train_timesteps"], (len(images),), device=images.device)
@@ -86,13 +86,13 @@ class ClassifierTraining(Training):
     def __init__(self, steps: int) -> None:
         super().__init__(DigitClassifier(), steps, weight_decay=1e-2)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self.network(augment(images)).logits, labels, label_smoothing=0.05)
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:  # noqa: D102
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         images, labels = batch
         correct = (self.network(images).logits.argmax(1) == labels).float().mean()
         self.log("held_out_accuracy", correct, prog_bar=True)

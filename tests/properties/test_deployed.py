@@ -20,7 +20,9 @@ from tfmq_exp.deploy.sites import examine, table
 from tfmq_exp.methods.method import Method
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, ready, trainable, trained_quantizers
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolve
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 DOCUMENT = CONF.parent / "docs" / "deploy.md"
@@ -61,8 +63,8 @@ def parts(unet: nn.Module) -> UNetStructure:
 
 def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> QuantizedUNet:
     """As the method leaves a network, but for what learning would have changed: trained numbers are moved at random."""
-    plan = method.surgery.resolve(parts, tuple(attentions(unet)), method.scales, TIMESTEPS)
-    model = build_quantized_unet(unet, plan, method.weight_range)
+    plan = resolve(method.surgery, parts, tuple(attentions(unet)), method.scales, TIMESTEPS)
+    model = build_quantized_unet(unet, plan, method.weight_observer)
     if method.weights.data == "images":
         observe(model)
         with torch.no_grad():

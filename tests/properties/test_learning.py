@@ -21,7 +21,9 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.rounding import AdaRound, rectified_sigmoid
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.static import StaticScale
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency
@@ -41,11 +43,11 @@ from tfmq_exp.reconstruction.qdrop import MixedInputs
 from tfmq_exp.reconstruction.units import Blockwise, TemporalAware
 from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import GeneratedScale, IntervalScale, ScalePlan
+from tfmq_exp.surgery.scales import ScalePlan
 
 ROUNDING = LearnRounding(3e-2, 0.01, Annealing(0.2, 20.0, 2.0))
-INTERVALS = IntervalScale(2, 1000)
-GENERATED = GeneratedScale(Frequency(32), (16, 16), 0.1, "zero")
+INTERVALS = TimestepGroupConfig(2, 1000)
+GENERATED = TDQConfig(Frequency(32), (16, 16), 0.1, "zero")
 SOURCES: dict[str, Any] = {
     "static": "none",
     "per step": "all",
@@ -572,7 +574,7 @@ def test_inputs_are_mixed_element_by_element(keep: float) -> None:
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
 def test_activations_inside_the_unit_are_mixed_while_it_learns(keep: float) -> None:
     torch.manual_seed(0)
-    x, quantizer = torch.randn(100, 100), AffineQuantizer(Static(QuantSpec(2)))
+    x, quantizer = torch.randn(100, 100), AffineQuantizer(StaticScale(QuantSpec(2)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE
     quantized = quantizer(x)

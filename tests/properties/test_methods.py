@@ -17,17 +17,19 @@ from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.methods.temporal_features import CacheFeatures, ComputeFeatures
 from tfmq_exp.quant.quantizers.split import SplitQuantizer
-from tfmq_exp.quant.scales.per_step import PerStep
-from tfmq_exp.quant.scales.tdq import Generated
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.per_step import PerStepScale
+from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Frequency, Normalised
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, LayerBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan
+from tfmq_exp.surgery.scales import ScalePlan
 
-INTERVALS = IntervalScale(2, 1000)
-GENERATED = GeneratedScale(Frequency(32), (16, 16), 0.2, "default")
-THIN = GeneratedScale(Normalised(1000), (16, 16), 0.0, "default", seed=1)
+INTERVALS = TimestepGroupConfig(2, 1000)
+GENERATED = TDQConfig(Frequency(32), (16, 16), 0.2, "default")
+THIN = TDQConfig(Normalised(1000), (16, 16), 0.0, "default", seed=1)
 CHOSEN = (4, 8, 8, 4)
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -37,8 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "operands": {"attention": AttentionBits(8, 16)},
     "operands per step": {"attention": AttentionBits(6, 8), "scales": "all"},
     "intervals": {"scales": ScalePlan(INTERVALS, INTERVALS)},
-    "dynamic per sample": {"scales": ScalePlan(DynamicScale("sample"), DynamicScale("sample"))},
-    "dynamic per tensor": {"scales": ScalePlan(DynamicScale("tensor"), DynamicScale("tensor"))},
+    "dynamic per sample": {"scales": ScalePlan(DynamicConfig("sample"), DynamicConfig("sample"))},
+    "dynamic per tensor": {"scales": ScalePlan(DynamicConfig("tensor"), DynamicConfig("tensor"))},
     "generated": {"scales": ScalePlan(GENERATED, GENERATED)},
     "thin": {"scales": ScalePlan(THIN, THIN)},
     "two widths": {"activation": (4, 8)},
@@ -106,14 +108,14 @@ def test_loaded_model_is_bit_equal(plain: Plain, tmp_path: Path, variant: str) -
 
 
 @pytest.mark.parametrize("scale", [GENERATED, THIN])
-def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Path, scale: GeneratedScale) -> None:
+def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Path, scale: TDQConfig) -> None:
     model = calibrated(quantizable(tiny_unet, scales=ScalePlan(scale, scale)))
-    assert all(isinstance(quantizer.source, Generated) for quantizer in model.activation_quantizers().values())
+    assert all(isinstance(quantizer.source, TDQScale) for quantizer in model.activation_quantizers().values())
     quantizers = model.activation_quantizers().items()
     tables = {name: quantizer.source.table() for name, quantizer in quantizers}  # type: ignore[operator]
     loaded = reloaded(model, tmp_path)
     for name, quantizer in loaded.activation_quantizers().items():
-        assert isinstance(quantizer.source, PerStep)
+        assert isinstance(quantizer.source, PerStepScale)
         assert torch.equal(quantizer.source.scale, tables[name].scale)
         assert torch.equal(quantizer.source.zero_point, tables[name].zero_point)
         assert len(quantizer.source.scale.unique()) == len(TIMESTEPS)

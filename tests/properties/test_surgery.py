@@ -20,28 +20,25 @@ from tests.e2e.jobs import composed
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import (
-    AttentionBits,
-    Bits,
-    LayerBits,
-    QuantizationConfig,
-    SchemeConfig,
-    resolved_from_json,
-    resolved_to_json,
-)
+from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, SchemeConfig
 from tfmq_exp.surgery.packing import pack, unpack
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, coverage
-from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan, StaticScale, scale_from_json
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import coverage, resolve, resolved_from_json, resolved_to_json
+from tfmq_exp.surgery.scales import ScalePlan
 
 ALL_STEPS = 2 * TIMESTEPS
 OPERANDS = AttentionBits(operands=8, probabilities=16)
-GENERATED = GeneratedScale(Normalised(1000), (8,), dropout=0.2, last="default")
+GENERATED = TDQConfig(Normalised(1000), (8,), dropout=0.2, last="default")
 EVERY_SCALE = SCALES | {
-    "intervals": ScalePlan(IntervalScale(2, 1000), IntervalScale(3, 1000)),
-    "dynamic": ScalePlan(DynamicScale("sample"), DynamicScale("tensor")),
-    "generated": ScalePlan(GENERATED, StaticScale()),
+    "intervals": ScalePlan(TimestepGroupConfig(2, 1000), TimestepGroupConfig(3, 1000)),
+    "dynamic": ScalePlan(DynamicConfig("sample"), DynamicConfig("tensor")),
+    "generated": ScalePlan(GENERATED, StaticConfig()),
 }
 
 
@@ -188,7 +185,7 @@ def test_every_activation_and_weight_has_the_grid_of_the_plan(
 ) -> None:
     parts = read_structure(unet, example_inputs(unet))
     plan = plan_of(bits, 8, 6, attention=OPERANDS, grids=grids)
-    resolved = plan.resolve(parts, tuple(attentions(unet)), SCALES["none"], TIMESTEPS)
+    resolved = resolve(plan, parts, tuple(attentions(unet)), SCALES["none"], TIMESTEPS)
     lines = [line for site in resolved.sites.values() for line in (site.input, site.output)]
     assert {(s.weight.bits, s.weight.scheme, s.weight.axis) for s in resolved.sites.values()} == {(bits, scheme, axis)}
     assert {spec.scheme for line in lines for spec in line.specs} == {grids.activations}
@@ -221,7 +218,7 @@ def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Mod
 def test_a_role_or_a_layer_that_is_null_stays_float(unet: nn.Module, tmp_path: Path, words: list[str]) -> None:
     plan = instantiate(composed(tmp_path, *words).method.surgery, _convert_="all")
     parts = read_structure(unet, example_inputs(unet))
-    report = coverage(plan.resolve(parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), parts)
+    report = coverage(resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), parts)
     assert report["float_weights"] == report["float_inputs"] == ["conv_in"]
 
 
@@ -247,9 +244,9 @@ def test_scope_says_who_has_a_scale_per_step(unet: nn.Module, per_step: str) -> 
 @pytest.mark.parametrize("scales", EVERY_SCALE)
 def test_resolved_plan_survives_json(unet: nn.Module, scales: str) -> None:
     sites = mixed_bits(unet) | {"conv_out": LayerBits(4, (4, 8))}
-    plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.merged()
+    plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.tabulated()
     assert resolved_from_json(json.loads(json.dumps(resolved_to_json(plan)))) == plan
-    assert plan.merged() == plan
+    assert plan.tabulated() == plan
 
 
 def test_coverage_by_hand(unet: nn.Module) -> None:

@@ -25,38 +25,27 @@ from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
 from tfmq_exp.quant.range_init import AbsMax
-from tfmq_exp.quant.scales.base import EMARange
-from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.scales.base import EMARange, ScaleConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
+from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import (
-    AttentionBits,
-    LayerBits,
-    QuantizationConfig,
-    SchemeConfig,
-    resolved_from_json,
-    resolved_to_json,
-)
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, SchemeConfig
 from tfmq_exp.surgery.qat_config import AFTER_SILU, QATConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import (
-    DynamicScale,
-    GeneratedScale,
-    IntervalScale,
-    PerStepScale,
-    Scale,
-    ScalePlan,
-    StaticScale,
-    StatisticsScale,
-    scale_from_json,
-    scale_to_json,
-)
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolve, resolved_from_json, resolved_to_json
+from tfmq_exp.surgery.scales import ScalePlan
 
 SYMMETRIC = SchemeConfig("symmetric", "channel", "symmetric")
 ANY_T = (3, 17, 500, 902)  # none of the sampler's
-TDQ = GeneratedScale(Frequency(32), (16, 16), 0.2, "zero")
+TDQ = TDQConfig(Frequency(32), (16, 16), 0.2, "zero")
 FORMS: dict[str, QATQuantizeFn] = {
     "lsq": Lsq(),
     "official": Lsq("official", scaled=False),
@@ -65,13 +54,13 @@ FORMS: dict[str, QATQuantizeFn] = {
     "duq": Duq(),
     "qil": Qil(),
 }
-SCALES: dict[str, Scale] = {
-    "static": StaticScale(),
+SCALES: dict[str, ScaleConfig] = {
+    "static": StaticConfig(),
     "tdq": TDQ,
-    "intervals": IntervalScale(3, 1000),
-    "dynamic": DynamicScale("sample"),
-    "statistics": StatisticsScale(None, (8, 8), 0.2),
-    "statistics and time": StatisticsScale(Frequency(8), (8, 8), 0.2),
+    "intervals": TimestepGroupConfig(3, 1000),
+    "dynamic": DynamicConfig("sample"),
+    "statistics": DynamicGeneratorConfig(None, (8, 8), 0.2),
+    "statistics and time": DynamicGeneratorConfig(Frequency(8), (8, 8), 0.2),
 }
 # Every form and every scale, and the pairs that the papers compare.
 PAIRS = [
@@ -90,7 +79,7 @@ PAIRS = [
 def network(
     unet: nn.Module,
     form: QATQuantizeFn,
-    scale: Scale,
+    scale: ScaleConfig,
     *,
     weights: QATQuantizeFn | None = None,
     bits: int = 3,
@@ -107,7 +96,7 @@ def network(
         **(further or {}),
     )
     parts = read_structure(unet, example_inputs(unet))
-    resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan(scale, scale), TIMESTEPS)
+    resolved = resolve(plan, parts, tuple(attentions(unet)), ScalePlan(scale, scale), TIMESTEPS)
     return build_quantized_unet(unet, resolved, AbsMax())
 
 
@@ -167,7 +156,7 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
     assert torch.equal(output(loaded), before)
     assert loaded.plan == model.plan
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.bank is None
+    assert model.generators is None
     with pytest.raises(ValueError, match="timestep 3 is outside"):
         output(model, ANY_T)
     if not scale.startswith("statistics"):
@@ -184,7 +173,7 @@ def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn
 
 
 def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.Module) -> None:
-    model = finish(trained(begun(network(tiny_unet, Lsq("official"), StaticScale()))))
+    model = finish(trained(begun(network(tiny_unet, Lsq("official"), StaticConfig()))))
     assert set(model.integers) == set(model.weight_layers())
     for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
         signed = codes.int() + spec.qmin
@@ -195,14 +184,14 @@ def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.
 
 def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
     model = trained(begun(network(tiny_unet, Lsq(), TDQ)))
-    assert model.bank is not None
+    assert model.generators is not None
     said = {id(source): rows.detach() for source, rows in model.eval().bank.scales(torch.tensor(TIMESTEPS))}
     names = {id(q.source): name for name, q in model.activation_quantizers().items()}
     assert said.keys() == names.keys()
     finish(model)
     for key, name in names.items():
         source = model.activation_quantizers()[name].source
-        assert isinstance(source, PerStep)
+        assert isinstance(source, PerStepScale)
         torch.testing.assert_close(source.scale.data, said[key], rtol=1e-6, atol=0)
         assert len(source.scale.unique()) == len(TIMESTEPS)
 
@@ -228,14 +217,14 @@ def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module,
 
 
 def test_tied_quantizers_are_trained_once(tiny_unet: nn.Module) -> None:
-    free = trainable(begun(network(tiny_unet, Duq(), StaticScale())))
-    tied = trainable(begun(network(tiny_unet, Duq(), StaticScale(), further={"tie_qkv": True})))
+    free = trainable(begun(network(tiny_unet, Duq(), StaticConfig())))
+    tied = trainable(begun(network(tiny_unet, Duq(), StaticConfig(), further={"tie_qkv": True})))
     groups = 2 * len(attentions(tiny_unet))
     assert len(free.ranges) - len(tied.ranges) == 2 * groups  # step and gain of two of three
 
 
 def test_tdq_starts_as_the_static_method(tiny_unet: nn.Module) -> None:
-    static, generated = (begun(network(tiny_unet, Lsq(), scale)) for scale in (StaticScale(), TDQ))
+    static, generated = (begun(network(tiny_unet, Lsq(), scale)) for scale in (StaticConfig(), TDQ))
     assert torch.equal(output(static, ANY_T), output(generated, ANY_T))
 
 
@@ -255,7 +244,7 @@ def test_intervals_follow_the_timesteps_of_the_batch_while_training(tiny_unet: n
 
 
 def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
-    model = network(tiny_unet, Lsq(), PerStepScale())
+    model = network(tiny_unet, Lsq(), PerStepConfig())
     observe(model)
     with torch.no_grad():
         model(**example_inputs(tiny_unet, (740, 20)))  # nearest to the first and the last step
@@ -269,14 +258,14 @@ def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
 
 def test_an_unobserved_network_is_not_ready(tiny_unet: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="has seen no calibration data"):
-        ready(network(tiny_unet, Lsq(), StaticScale()))
+        ready(network(tiny_unet, Lsq(), StaticConfig()))
 
 
 # the penalty
 
 
 def test_penalty_of_static_clip_values_by_hand(tiny_unet: nn.Module) -> None:
-    model = begun(network(tiny_unet, Pact(decay=0.25), StaticScale(), weights=Lsq()))
+    model = begun(network(tiny_unet, Pact(decay=0.25), StaticConfig(), weights=Lsq()))
     clips = [float(q.source.scale.detach()) * 3 for q in model.activation_quantizers().values()]  # type: ignore[arg-type]
     assert penalty(model).item() == pytest.approx(0.25 * sum(clip**2 for clip in clips), rel=1e-5)
     penalty(model).backward()
@@ -295,7 +284,7 @@ def test_penalty_of_generated_clip_values_is_their_mean_over_the_finite_set(tiny
 
 def test_layers_that_are_one_in_the_original_are_penalised_once(tiny_unet: nn.Module) -> None:
     """q, k and v with one clip value: its gradient is that of one quantizer, static or of a network."""
-    for scale in (StaticScale(), TDQ):
+    for scale in (StaticConfig(), TDQ):
         tied, free = (
             begun(network(tiny_unet, Pact(decay=0.25), scale, weights=Lsq(), further={"tie_qkv": tie}))
             for tie in (True, False)
@@ -324,8 +313,8 @@ def test_every_network_starts_on_its_own(tiny_unet: nn.Module) -> None:
 @pytest.mark.parametrize("levels", ["full", "narrow", "official"])
 @pytest.mark.parametrize(("scheme", "bits"), [("symmetric", 3), ("symmetric", 4), ("unsigned", 3), ("unsigned", 4)])
 def test_ranges_at_run_time_keep_their_largest_value(levels: IntRangeKind, scheme: Scheme, bits: int) -> None:
-    record = QATConfig(Lsq(levels), Lsq(levels), AbsMax()).scale(DynamicScale("sample"), "zero")
-    quantizer = scale_from_json(scale_to_json(record.merged())).quantizer(
+    record = QATConfig(Lsq(levels), Lsq(levels), AbsMax()).scale(DynamicConfig("sample"), "zero")
+    quantizer = scale_from_json(scale_to_json(record.tabulated())).quantizer(
         QuantSpec(bits, scheme), TimestepContext(TIMESTEPS)
     )
     quantizer.mode = Mode.QUANTIZE
@@ -343,7 +332,7 @@ def test_other_forms_have_no_penalty(tiny_unet: nn.Module) -> None:
 
 
 def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
-    model = network(unet, Lsq(), StaticScale(), after_silu="offset")
+    model = network(unet, Lsq(), StaticConfig(), after_silu="offset")
     parts = read_structure(unet, example_inputs(unet))
     for name, quantizer in model.activation_quantizers().items():
         assert isinstance(quantizer, TrainableQuantizer)
@@ -366,8 +355,8 @@ def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
 @pytest.mark.parametrize(("form", "scale"), PAIRS)
 def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None:
     plan = network(tiny_unet, FORMS[form], SCALES[scale], after_silu="offset").plan
-    merged = plan.merged()
-    assert merged.merged() == merged
+    merged = plan.tabulated()
+    assert merged.tabulated() == merged
     assert resolved_from_json(json.loads(json.dumps(resolved_to_json(merged)))) == merged
     trained_line = plan.sites["conv_in"].input
     assert trained_line is not None
@@ -417,8 +406,8 @@ def test_unfit_forms_are_named() -> None:
         scale_from_json({"kind": "wavelet"})
 
 
-def test_weights_are_placed_by_the_weight_range_and_float_when_off(tiny_unet: nn.Module) -> None:
-    model = network(tiny_unet, Lsq("narrow"), StaticScale(), bits=8)
+def test_weights_are_placed_by_the_weight_observer_and_float_when_off(tiny_unet: nn.Module) -> None:
+    model = network(tiny_unet, Lsq("narrow"), StaticConfig(), bits=8)
     assert torch.allclose(output(model), output(tiny_unet), atol=2e-6)
     model.calibrate_weights()
     for quantizer, weight in (part for site in model.weight_layers() for part in model.layer(site).weight_parts()):

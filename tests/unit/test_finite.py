@@ -22,16 +22,10 @@ from tfmq_exp.files import write_json
 from tfmq_exp.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
-from tfmq_exp.quant.observers import (
-    EntropyObserver,
-    HistogramPercentileObserver,
-    LpObserver,
-    MinMax,
-    Observer,
-    SymmetricMSEObserver,
-)
+from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
+from tfmq_exp.quant.observers import LpObserver, MinMax, Observer, SymmetricMSEObserver
 from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.static import StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.inputs import FloatInputs
@@ -139,10 +133,13 @@ def test_a_condition(tiny_unet: nn.Module) -> None:
 
 
 ESTIMATORS: list[tuple[Observer, str]] = [
-    *((estimator, "affine") for estimator in (MinMax(), MinMax(widen=False), SymmetricMSEObserver(), LpObserver())),
     *(
         (estimator, "affine")
-        for estimator in (LpObserver(widen=False), EntropyObserver(), HistogramPercentileObserver())
+        for estimator in (MinMax(), MinMax(include_zero=False), SymmetricMSEObserver(), LpObserver())
+    ),
+    *(
+        (estimator, "affine")
+        for estimator in (LpObserver(include_zero=False), EntropyObserver(), HistogramPercentileObserver())
     ),
     *((estimator, "symmetric") for estimator in (LSQInit(), AbsMax(), Percentile(), MeanStd(), Constant(3.0, 6.0))),
 ]
@@ -151,7 +148,7 @@ ESTIMATORS: list[tuple[Observer, str]] = [
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize(("estimator", "scheme"), ESTIMATORS, ids=lambda x: type(x).__name__)
 def test_a_range_is_not_taken_of_it(estimator: Observer, scheme: Any, value: float) -> None:
-    source = Static(QuantSpec(8, scheme), momentum=0.9, estimator=estimator)
+    source = StaticScale(QuantSpec(8, scheme), momentum=0.9, estimator=estimator)
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     source.observe(x)
     before = copy.deepcopy(source.state_dict())

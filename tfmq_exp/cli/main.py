@@ -43,7 +43,7 @@ from tfmq_exp.reporting import figures
 from tfmq_exp.reporting.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.sampling.scheduler import replaced_settings
-from tfmq_exp.surgery.quantized_unet import coverage
+from tfmq_exp.surgery.resolve import coverage
 
 log = logging.getLogger(__name__)
 

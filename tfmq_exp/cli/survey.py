@@ -41,7 +41,8 @@ from tfmq_exp.reconstruction.capture import UnitActivations, capture_float
 from tfmq_exp.reconstruction.loop import is_learnable
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Unit
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 SEARCHED = 2**18  # weights on which the range estimator is timed
 
@@ -177,7 +178,7 @@ class Survey:
         assert spec is not None
         part = weight[: max(1, SEARCHED // weight[0].numel())] if spec.axis is not None else weight
         began = self.now()
-        self.stages.method.weight_range(part, spec)
+        self.stages.method.weight_observer(part, spec)
         return (self.now() - began) / part.numel() * sum(sizes.values())
 
     def phases(self, names: Collection[str]) -> list[Any]:

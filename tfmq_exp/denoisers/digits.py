@@ -1,8 +1,8 @@
-"""The shipped model: a DDPM of scikit-learn's handwritten digits, and the classifier that judges its samples.
+"""The shipped model: a DDPM of scikit-learn's handwritten digits, and the classifier that evaluates its samples.
 
-Both networks are trained by ``scripts/train_digits.py`` and stored beside this file as safetensors, so that every stage of
+Both networks are trained by ``scripts/train_digits.py`` and stored next to this file as safetensors, so that every stage of
 the project runs on a laptop without a download. Images are 16x16, one channel, float in [-1, 1] for the denoiser and
-uint8 for the classifier, which plays the part that Inception plays for photographs.
+uint8 for the classifier, which takes the place of Inception.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ IMAGE_SIZE = 16
 
 
 class DigitFeatures(NamedTuple):
-    """What the offline metrics read: pooled features (FID), spatial features (sFID) and logits (IS)."""
+    """Inputs of the offline metrics: pooled features (FID), spatial features (sFID) and logits (IS)."""
 
     pooled: Float[Tensor, "batch 64"]
     spatial: Float[Tensor, "batch 112"]

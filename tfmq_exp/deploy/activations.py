@@ -18,11 +18,11 @@ from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer
-from tfmq_exp.quant.scales.dynamic import Dynamic
-from tfmq_exp.quant.scales.dynamic_generator import FromStatistics
-from tfmq_exp.quant.scales.per_step import PerStep
-from tfmq_exp.quant.scales.static import Static
-from tfmq_exp.quant.scales.timestep_groups import Intervals
+from tfmq_exp.quant.scales.dynamic import DynamicScale
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorScale
+from tfmq_exp.quant.scales.per_step import PerStepScale
+from tfmq_exp.quant.scales.static import StaticScale
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
 from tfmq_exp.quant.spec import QuantSpec
 
 BYTE_VALUES = 256
@@ -134,7 +134,7 @@ class StepGrid:
 class LiveGrid:
     """Scale and zero point that follow from the tensor at hand: from its ends, or by a network from its statistics."""
 
-    source: Dynamic | FromStatistics
+    source: DynamicScale | DynamicGeneratorScale
     rule: Rule
 
     @property
@@ -175,13 +175,13 @@ def rule_of(quantizer: AffineQuantizer) -> Rule:
     """
     if not isinstance(quantizer, TrainableQuantizer):
         return Rule(quantizer.spec.qmin, quantizer.spec.qmax)
-    form, own = quantizer.form.for_inference(), {name: value.item() for name, value in quantizer.further.items()}
-    if own.keys() != FORMS.get(type(form)):
+    fn, own = quantizer.fn.for_inference(), {name: value.item() for name, value in quantizer.extra.items()}
+    if own.keys() != FORMS.get(type(fn)):
         known = ", ".join(kind.__name__ for kind in FORMS)
-        named = f"{type(form).__name__}({', '.join(own)})"
+        named = f"{type(fn).__name__}({', '.join(own)})"
         raise DoesNotFit(f"activations under the form {named}, whose codes are not known; known are those of {known}")
     offset = 0.0 if quantizer.offset is None else quantizer.offset.item()
-    return Rule(quantizer.low, quantizer.high, offset=offset, **own)
+    return Rule(quantizer.ints.qmin, quantizer.ints.qmax, offset=offset, **own)
 
 
 def step_grid(quantizer: AffineQuantizer, steps: int) -> StepGrid:
@@ -191,9 +191,9 @@ def step_grid(quantizer: AffineQuantizer, steps: int) -> StepGrid:
         DoesNotFit: another kind of source, or of form.
     """
     source = quantizer.source
-    if type(source) is Static:
+    if type(source) is StaticScale:
         entries = torch.zeros(steps, dtype=torch.long)
-    elif type(source) in (PerStep, Intervals):
+    elif type(source) in (PerStepScale, TimestepGroupScale):
         entries = source.entry_of_step.cpu()  # type: ignore[union-attr]
     else:
         raise DoesNotFit(f"scales of a {type(source).__name__} source are no table over sampling steps")
@@ -207,7 +207,7 @@ def grid_of(quantizer: nn.Module, steps: int) -> Grid:
     Raises:
         DoesNotFit: scales that can neither be tabulated nor computed from the tensor, or an unknown form.
     """
-    if isinstance(quantizer, AffineQuantizer) and isinstance(quantizer.source, Dynamic | FromStatistics):
+    if isinstance(quantizer, AffineQuantizer) and isinstance(quantizer.source, DynamicScale | DynamicGeneratorScale):
         return LiveGrid(quantizer.source, rule_of(quantizer))
     if isinstance(quantizer, AffineQuantizer):
         return step_grid(quantizer, steps)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.activations import Grid, LiveGrid
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.scales.dynamic import Dynamic
-from tfmq_exp.quant.scales.dynamic_generator import STATISTICS, FromStatistics
-from tfmq_exp.quant.scales.tdq import softplus_inverse
+from tfmq_exp.quant.scales.dynamic import DynamicScale
+from tfmq_exp.quant.scales.dynamic_generator import STATISTICS, DynamicGeneratorScale
+from tfmq_exp.quant.scales.generator import softplus_inverse
 
 Node = Any  # openvino's nodes and outputs
 
@@ -39,7 +39,7 @@ def constant(value: Tensor | float) -> Node:
 def columns(grid: Grid | None) -> dict[str, Tensor]:
     """What of a grid changes with the step, each [steps]: to be looked up at run time."""
     if isinstance(grid, LiveGrid):
-        reads_time = isinstance(grid.source, FromStatistics) and grid.source.encoding is not None
+        reads_time = isinstance(grid.source, DynamicGeneratorScale) and grid.source.encoding is not None
         return {"step": torch.arange(grid.source.context.num_steps)} if reads_time else {}  # type: ignore[union-attr]
     if grid is None or grid.static:
         return {}
@@ -102,7 +102,7 @@ def levels(x: Node, grid: Grid, at: Mapping[str, Node], count: int) -> Levels:
 def live_levels(x: Node, grid: LiveGrid, at: Mapping[str, Node], count: int) -> Levels:
     """With the scale and zero point of the tensor at hand."""
     spec, rule = grid.spec, grid.rule
-    if isinstance(grid.source, FromStatistics):
+    if isinstance(grid.source, DynamicGeneratorScale):
         scale, shift = generated(x, grid.source, at), None
     else:
         scale, shift = from_ends(x, grid.source)
@@ -115,11 +115,11 @@ def live_levels(x: Node, grid: LiveGrid, at: Mapping[str, Node], count: int) -> 
     return Levels(rounded(u, 1.0, rule.lowest - centre, rule.highest - centre, count), unit, shift)
 
 
-def from_ends(x: Node, source: Dynamic) -> tuple[Node, Node | None]:
-    """Scale, and zero point minus half of the levels, from the ends of `x` widened to hold zero: `quant.sources.dynamic`."""
-    spec, over, zero = source.spec, axes_of(x, 0 if source.per == "tensor" else 1), constant(0.0)
-    low = ops.multiply(ops.minimum(ops.reduce_min(x, over, keep_dims=True), zero), constant(source.widened))
-    high = ops.multiply(ops.maximum(ops.reduce_max(x, over, keep_dims=True), zero), constant(source.widened))
+def from_ends(x: Node, source: DynamicScale) -> tuple[Node, Node | None]:
+    """Scale, and zero point minus half of the levels, from the ends of `x` widened to hold zero: `quant.scales.dynamic`."""
+    spec, over, zero = source.spec, axes_of(x, 0 if source.config.granularity == "tensor" else 1), constant(0.0)
+    low = ops.multiply(ops.minimum(ops.reduce_min(x, over, keep_dims=True), zero), constant(source.ratio))
+    high = ops.multiply(ops.maximum(ops.reduce_max(x, over, keep_dims=True), zero), constant(source.ratio))
     if spec.scheme == "symmetric":
         reach = ops.maximum(ops.negative(low), high)
         scale = ops.divide(reach, constant((spec.levels - 2) / 2))
@@ -135,8 +135,8 @@ def from_ends(x: Node, source: Dynamic) -> tuple[Node, Node | None]:
 
 
 @torch.no_grad()
-def generated(x: Node, source: FromStatistics, at: Mapping[str, Node]) -> Node:
-    """Every sample's scale from the network of its statistics and of the step: `quant.sources.statistics`."""
+def generated(x: Node, source: DynamicGeneratorScale, at: Mapping[str, Node]) -> Node:
+    """Every sample's scale from the network of its statistics and of the step: `quant.scales.dynamic_generator`."""
     over, rank = axes_of(x, 1), x.get_partial_shape().rank.get_length()
     reach = source.scale * source.spec.qmax
     mean = ops.reduce_mean(x, over, keep_dims=True)
@@ -168,7 +168,7 @@ def softplus(u: Node) -> Node:
     return ops.add(ops.maximum(u, constant(0.0)), log1p)
 
 
-def of_step(source: FromStatistics, first: nn.Linear, at: Mapping[str, Node]) -> Node:
+def of_step(source: DynamicGeneratorScale, first: nn.Linear, at: Mapping[str, Node]) -> Node:
     """What the network's first layer adds that does not depend on the tensor: its bias, and its part of the timestep."""
     if source.encoding is None:
         return constant(first.bias)

@@ -198,5 +198,4 @@ class OneDNN:
     def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
         """A copy of the model with integer layers; weights are packed at the first batch of each size."""
         own = copy.deepcopy(model).cpu()
-        own.integers = model.integers
         return OneDNNDenoiser(own, examine(own))

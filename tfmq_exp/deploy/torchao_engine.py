@@ -149,5 +149,4 @@ class TorchAO:
         if self.form == "int8":
             check_exact(device)
         own = copy.deepcopy(model)
-        own.integers = model.integers
         return TorchAODenoiser(own, examine(own), PRODUCTS[self.form], device)

@@ -58,7 +58,7 @@ def activation_ranges(
     indices = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
     rows: list[Row] = []
     with made_float(model, denoiser.unet, structure.sites, model.plan.operands), _watched(model, seed) as watched:
-        predict = sampling.predictor(model)
+        predict = sampling.predictor(model.for_timesteps(sampling.calls(denoiser)))
         walks = [sampling.trajectory(predict, denoiser, seed=seed, stream=STREAM, indices=part) for part in indices]
         for call, t in enumerate(sampling.calls(denoiser)):
             for part, walk in zip(indices, walks, strict=True):

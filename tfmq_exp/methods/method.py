@@ -21,7 +21,7 @@ class Method:
         name: as the papers call it.
         surgery: what becomes integer, in how many bits.
         scales: where activation scales come from.
-        weight_range: how the grid of a weight is placed.
+        weight_observer: how the grid of a weight is placed.
         timesteps: which points of the trajectory are learned from; weights and activations refer to it.
         weights: how weights are rounded.
         activations: how activation ranges are found.
@@ -32,7 +32,7 @@ class Method:
     name: str
     surgery: QuantizationConfig
     scales: ScalePlan
-    weight_range: Observer
+    weight_observer: Observer
     timesteps: TimestepPolicy
     weights: RoundToNearest | Reconstruct | QuantizationAwareTrain
     activations: CalibrateRanges | LearnRanges | KeepRanges

@@ -211,8 +211,9 @@ class NoiseCorrection:
     ) -> NoiseStatistics:
         """Statistics on the float trajectory, after guidance; where a step can choose between bit-widths, the choice too."""
         steps, widths = model.context.num_steps, model.activation_bits() or (0,)
-        calls = len(sampling.calls(denoiser))
-        predict, exact = sampling.predictor(model), sampling.predictor(denoiser.unet)
+        visited = sampling.calls(denoiser)
+        calls, exact = len(visited), sampling.predictor(denoiser.unet)
+        predict = sampling.predictor(model.for_timesteps(visited))
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for start in range(0, self.images, batch):
             indices = range(start, min(start + batch, self.images))

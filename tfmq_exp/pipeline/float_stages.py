@@ -27,7 +27,7 @@ from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.store import Entry, Store
 from tfmq_exp.reconstruction.loop import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.surgery.config import ResolvedConfig
+from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class FloatStages:
     def plan(self) -> ResolvedConfig:
         """What is quantized, layer by layer."""
         names, timesteps = tuple(attentions(self.denoiser.unet)), self.sampling.finite_set(self.denoiser)
-        return self.method.surgery.resolve(self.structure, names, self.method.scales, timesteps)
+        return resolve(self.method.surgery, self.structure, names, self.method.scales, timesteps)
 
     @property
     def network_inputs(self) -> dict[str, Any]:

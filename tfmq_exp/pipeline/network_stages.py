@@ -24,7 +24,8 @@ from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class NetworkStages(TrainingStages):
             **self.network_inputs,
             "specs": {name: line.weight for name, line in lines if line.weight},
             "splits": {name: line.split for name, line in lines if line.weight and line.split},
-            "range": method.weight_range,
+            "range": method.weight_observer,
             "weights": method.weights,
         }
         if self.plan.trained is not None:
@@ -59,7 +60,7 @@ class NetworkStages(TrainingStages):
         """The model with integer weights; activations are still float, or learned already if that was done jointly."""
         if self.trains_on_images:
             return self.trained_model(self.weights)
-        model = build_quantized_unet(self.denoiser.unet, self.plan, self.method.weight_range)
+        model = build_quantized_unet(self.denoiser.unet, self.plan, self.method.weight_observer)
 
         def compute(folder: Path) -> None:
             keeper = self.learn("weights", self.method.weights, model, self.seed, folder)
@@ -69,8 +70,9 @@ class NetworkStages(TrainingStages):
                 keeper.write_notes(folder)
 
         learned, _ = load_learned(self.pull("weights", self.weights, compute) / "weights.safetensors")
+        frozen = model.integers
         for site, weight in learned.integers.items():
-            if site not in model.integers:
+            if site not in frozen:
                 model.freeze(site, weight)
         model.load_activations(learned.activations)
         return model
@@ -203,7 +205,7 @@ class NetworkStages(TrainingStages):
         elif widths := model.activation_bits():
             log.warning("nothing chooses between %s activation bits: %d at every step", widths, widths[-1])
         correction: Any = self.method.correction
-        return correction(self.sampling.predictor(model), self.sampling, statistics)
+        return correction(self.sampling.predictor(model.for_timesteps(self.calls)), self.sampling, statistics)
 
     @property
     def finished(self) -> Entry:

@@ -22,10 +22,11 @@ from tfmq_exp.qat import dataset as examples
 from tfmq_exp.qat.dataset import TrainingSet
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingTask
-from tfmq_exp.quant.scales.timestep_groups import Intervals
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
 from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer
 from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
 @dataclass
@@ -91,12 +92,12 @@ class TrainingStages(FloatStages):
             ValueError: a source with a range for each of the sampler's steps, which cannot be trained at all timesteps.
         """
         require_noise_prediction(self.denoiser.schedule, "training")
-        model = build_quantized_unet(self.denoiser.unet, self.plan, self.method.weight_range)
+        model = build_quantized_unet(self.denoiser.unet, self.plan, self.method.weight_observer)
         for name, quantizer in model.activation_quantizers().items():
             source = quantizer.source
             if source.per_step:
                 raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
-            if isinstance(source, Intervals) and source.unread:
+            if isinstance(source, TimestepGroupScale) and source.unread:
                 few = len(source.scale)
                 raise ValueError(
                     f"{name} would be trained with {few + source.unread} intervals, and the sampler's "
@@ -125,7 +126,7 @@ class TrainingStages(FloatStages):
         alphas = alphas_cumprod(self.denoiser.schedule)
         everywhere = replace(self.plan, timesteps=tuple(range(len(alphas))))
         return TrainingTask(
-            build_quantized_unet(self.denoiser.unet, everywhere, self.method.weight_range),
+            build_quantized_unet(self.denoiser.unet, everywhere, self.method.weight_observer),
             self.example_set(),
             self.training_labels,
             self.denoiser.encoder,

@@ -190,7 +190,9 @@ def predict(
     device = alphas_cumprod.device
     batch = Batch(*(field.to(device) for field in batch))
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
-    return noise_of(model(x, batch.t, **telling(batch.rows, batch.told, device)).sample, x), batch.noise
+    return noise_of(
+        model(x, batch.t, outside="nearest", **telling(batch.rows, batch.told, device)).sample, x
+    ), batch.noise
 
 
 @torch.no_grad()

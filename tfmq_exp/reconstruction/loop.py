@@ -22,7 +22,7 @@ from tfmq_exp.finite import DivergedError, relative, within
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.callbacks import LossCallback, ProgressCallback, UnitCheckpointer, UnitReport, UnitResult
 from tfmq_exp.reconstruction.capture import (
@@ -268,7 +268,7 @@ def optimise_unit(
 
 
 @contextmanager
-def trainable_parameters(sources: Sequence[Source], seed: int) -> Iterator[None]:
+def trainable_parameters(sources: Sequence[ScaleProvider], seed: int) -> Iterator[None]:
     """Sources learn (their dropout is on), and random numbers come from the seed, whatever was drawn before."""
     parameters = [parameter for source in sources for parameter in source.trainable()]
     with torch.enable_grad(), torch.random.fork_rng():

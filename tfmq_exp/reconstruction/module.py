@@ -14,7 +14,7 @@ from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.kinds import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
-from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.capture import call
 from tfmq_exp.reconstruction.gradients import set_gradients
@@ -106,7 +106,7 @@ class BlockReconstruction(pl.LightningModule):
         unit: nn.Module,
         context: TimestepContext,
         roundings: Sequence[AdaRound],
-        sources: Sequence[Source],
+        sources: Sequence[ScaleProvider],
         arrange: Callable[[list[Tensor]], Any],
         recipe: ReconstructionConfig,
         seed: int = 0,

@@ -1,8 +1,8 @@
 """How images are sampled, whichever network is asked: what two networks must share to be compared."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -72,7 +72,7 @@ class Sampling:
         self.conditions(denoiser, 0, "images", [0])
         check_timesteps(denoiser.unet, self.finite_set(denoiser))
 
-    def predictor(self, unet: torch.nn.Module) -> Predict:
+    def predictor(self, unet: Callable[..., Any]) -> Predict:
         """A UNet as a function (x, t, conditions) -> noise, after guidance: e_null + s (e_given - e_null)."""
         dtype, scale = PRECISIONS[self.precision], self.guidance
 

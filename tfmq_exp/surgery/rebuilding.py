@@ -15,12 +15,13 @@ from tfmq_exp.denoisers.unet import attentions, roles, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.surgery.config import OPERANDS, ResolvedConfig, resolved_from_json
+from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.manifest import described, difference, inside
 from tfmq_exp.surgery.packing import unpack
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import StatisticsScale, TrainedScale
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import OPERANDS, ResolvedConfig, resolved_from_json
 
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
 MOST_TIMESTEPS, MOST_LAYERS = 2**20, 1000
@@ -152,7 +153,9 @@ def fill_weights(model: QuantizedUNet, stored: Stored) -> dict[str, Tensor]:
         parts = [(quantizer.spec, tuple(part.shape)) for quantizer, part in model.layer(site).weight_parts()]
         found = [stored.integers(f"weights/{site}/{i}", spec, shape) for i, (spec, shape) in enumerate(parts)]
         model.freeze(site, tuple(found))
-        state[f"{site}.weight"] = model.layer(site).weight
+        layer = model.layer(site)
+        state |= {f"{site}.{name}": value for name, value in layer.integers.state_dict(prefix="integers.").items()}
+        state[f"{site}.weight"] = layer.weight
     return state
 
 
@@ -193,9 +196,8 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     sites = [line for site in plan.sites.values() for line in (site.input, site.output)]
     for line in (*sites, *(line for parts in plan.operands.values() for line in parts.values())):
         scale = line.scale if line else None
-        inner = scale.scale if isinstance(scale, TrainedScale) else scale
-        if isinstance(inner, StatisticsScale):
-            widths = (getattr(inner.encoding, "width", 1), *inner.hidden, 1)
+        if isinstance(scale, DynamicGeneratorConfig):
+            widths = (getattr(scale.encoding, "width", 1), *scale.hidden_dims, 1)
             if min(widths) < 1 or sum(a * b for a, b in pairwise(widths)) > numbers:
                 raise ValueError(f"a network of statistics with layers of {widths[1:]} is not in the file")
 

@@ -23,22 +23,27 @@ from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import Centre, TrainableQuantizer
+from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
+from tfmq_exp.quant.scales.base import ScaleConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
+from tfmq_exp.quant.scales.per_step import PerStepConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency
-from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, PerStepScale, Scale, StaticScale, StatisticsScale
 
 STEPS = torch.arange(len(TIMESTEPS))
-SCALES: dict[str, Scale] = {
-    "static": StaticScale(),
-    "per step": PerStepScale(),
-    "intervals": IntervalScale(2, 1000),
-    "sample": DynamicScale("sample"),
-    "sample, fewer levels": DynamicScale("sample", "official"),
-    "tensor": DynamicScale("tensor"),
-    "statistics": StatisticsScale(None, (8, 8), last="default"),
-    "statistics and time": StatisticsScale(Frequency(8), (8,), last="default"),
+SCALES: dict[str, ScaleConfig] = {
+    "static": StaticConfig(),
+    "per step": PerStepConfig(),
+    "intervals": TimestepGroupConfig(2, 1000),
+    "sample": DynamicConfig("sample"),
+    "sample, fewer levels": DynamicConfig("sample", "official"),
+    "tensor": DynamicConfig("tensor"),
+    "statistics": DynamicGeneratorConfig(None, (8, 8), last="default"),
+    "statistics and time": DynamicGeneratorConfig(Frequency(8), (8,), last="default"),
 }
 
 
@@ -49,7 +54,7 @@ class Kind(NamedTuple):
     scale: str
     scheme: Scheme = "symmetric"
     bits: int = 8
-    centre: Centre = "zero"
+    centre: Offset = "zero"
 
 
 KINDS: dict[str, Kind] = {

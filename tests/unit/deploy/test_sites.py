@@ -9,10 +9,14 @@ from tests.unit.deploy.subject import model_of
 from tfmq_exp.deploy.activations import LiveGrid, StepGrid, grid_of
 from tfmq_exp.deploy.sites import examine, table
 from tfmq_exp.deploy.weights import DoesNotFit
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QParams
 from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery.config import LayerBits
-from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan, StaticScale
+from tfmq_exp.surgery.scales import ScalePlan
 
 
 def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.Module) -> None:
@@ -51,9 +55,9 @@ def test_a_zero_point_that_is_no_integer_is_named(tiny_unet: nn.Module) -> None:
 
 
 SCALES = {
-    "static": StaticScale(),
-    "intervals": IntervalScale(2, 1000),
-    "dynamic": DynamicScale("sample"),
+    "static": StaticConfig(),
+    "intervals": TimestepGroupConfig(2, 1000),
+    "dynamic": DynamicConfig("sample"),
 }
 
 
@@ -84,14 +88,14 @@ def test_chosen_bits_are_in_the_table(tiny_unet: nn.Module) -> None:
 
 
 def test_bits_by_step_with_ranges_at_run_time_are_in_no_record(tiny_unet: nn.Module) -> None:
-    scales = ScalePlan(DynamicScale("sample"), DynamicScale("sample"))
+    scales = ScalePlan(DynamicConfig("sample"), DynamicConfig("sample"))
     rows = examine(model_of(tiny_unet, activation=[4, 8], scales=scales))
     assert {row.why for row in rows} == {"scales of a Dynamic source are no table over sampling steps"}
     assert {piece.grid for row in rows for piece in row.pieces} == {None}
 
 
 def test_generated_scales_must_be_merged(tiny_unet: nn.Module) -> None:
-    scale = GeneratedScale(Normalised(1000), (4,), 0.0, "zero")
+    scale = TDQConfig(Normalised(1000), (4,), 0.0, "zero")
     model = quantizable(tiny_unet, scales=ScalePlan(scale, scale))
     with torch.no_grad():
         model(**example_inputs(tiny_unet))

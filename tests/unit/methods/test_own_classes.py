@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.scales.base import Source
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.surgery.scales import Scale, ScalePlan, StaticScale
+from tfmq_exp.surgery.scales import ScalePlan
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Flat:
 class Stubborn:
     """Stays what it is."""
 
-    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
-        return Static(spec, momentum=0.0, estimator=MinMax())
+    def source(self, spec: QuantSpec, context: TimestepContext) -> ScaleProvider:
+        return StaticScale(spec, momentum=0.0, estimator=MinMax())
 
-    def merged(self) -> Scale:
+    def merged(self) -> ScaleConfig:
         return self
 
 
@@ -44,6 +44,6 @@ def test_an_estimator_with_ends_of_another_shape() -> None:
 
 @pytest.mark.parametrize("place", ["temporal", "rest"])
 def test_scales_that_could_not_be_stored(place: str) -> None:
-    scales: dict[str, Scale] = {"temporal": StaticScale(), "rest": StaticScale(), place: Stubborn()}
-    with pytest.raises(TypeError, match=r"Stubborn must be merged before it is stored: into one of StaticScale, Per"):
+    scales: dict[str, ScaleConfig] = {"temporal": StaticConfig(), "rest": StaticConfig(), place: Stubborn()}
+    with pytest.raises(TypeError, match=r"Stubborn must be merged before it is stored: into one of StaticConfig, Per"):
         ScalePlan(**scales)

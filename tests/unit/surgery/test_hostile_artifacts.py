@@ -15,10 +15,13 @@ from torch import nn
 from tests.conftest import calibrated, generic, quantizable
 from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
 from tfmq_exp.quant.observers import LpObserver
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, ScalePlan, StaticScale
+from tfmq_exp.surgery.scales import ScalePlan
 from tfmq_exp.surgery.temporal_cache import cached
 
 pytestmark = pytest.mark.bad_input
@@ -191,7 +194,7 @@ def with_features(unet: nn.Module, temporal: Any, rest: Any, store: bool = False
     if not widen:
         weight = model.unet.conv_out.weight
         weight.data = weight.abs() + 1  # ranges that do not contain zero
-        model.unet.conv_out.weight_quantizer.estimator = LpObserver(widen=False)
+        model.unet.conv_out.weight_quantizer.observer = LpObserver(include_zero=False)
     model = calibrated(model)
     if store:
         for site in [name for name in model.plan.sites if name.endswith("time_emb_proj")]:
@@ -205,9 +208,9 @@ def with_features(unet: nn.Module, temporal: Any, rest: Any, store: bool = False
 @pytest.mark.parametrize(
     "options",
     [
-        {"temporal": StaticScale(), "rest": StaticScale(), "store": True},
-        {"temporal": StaticScale(), "rest": StaticScale(), "widen": False},
-        {"temporal": IntervalScale(2, 1000), "rest": DynamicScale("sample")},
+        {"temporal": StaticConfig(), "rest": StaticConfig(), "store": True},
+        {"temporal": StaticConfig(), "rest": StaticConfig(), "widen": False},
+        {"temporal": TimestepGroupConfig(2, 1000), "rest": DynamicConfig("sample")},
     ],
     ids=["stored features", "ranges without zero", "intervals and dynamic"],
 )
@@ -224,7 +227,7 @@ def test_what_models_are_like_is_read(options: dict[str, Any], tiny_unet: nn.Mod
 
 def test_stored_features_that_are_needed_are_refused(tiny_unet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    serialization.save(with_features(tiny_unet, StaticScale(), StaticScale(), store=True), path)
+    serialization.save(with_features(tiny_unet, StaticConfig(), StaticConfig(), store=True), path)
     stored = Content(*serialization.read(path))
     site = next(iter(stored.manifest["cached"]))
     changes: dict[str, Change] = {
@@ -243,7 +246,7 @@ def test_stored_features_that_are_needed_are_refused(tiny_unet: nn.Module, tmp_p
 
 def test_ranges_without_zero_are_said(tiny_unet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    serialization.save(with_features(tiny_unet, StaticScale(), StaticScale(), widen=False), path)
+    serialization.save(with_features(tiny_unet, StaticConfig(), StaticConfig(), include_zero=False), path)
     stored = Content(*serialization.read(path))
     assert stored.manifest["outside"] == ["weights/conv_out/0"]
     assert "must lie within the grid" in refusal(changed(stored, entry("outside", ...), tmp_path / "b.safetensors"))
