@@ -21,7 +21,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.rounding import AdaRound, rectified_sigmoid
-from tfmq_exp.quant.scales.static import StaticScale
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
@@ -574,7 +574,7 @@ def test_inputs_are_mixed_element_by_element(keep: float) -> None:
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
 def test_activations_inside_the_unit_are_mixed_while_it_learns(keep: float) -> None:
     torch.manual_seed(0)
-    x, quantizer = torch.randn(100, 100), AffineQuantizer(StaticScale(QuantSpec(2)))
+    x, quantizer = torch.randn(100, 100), AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(2)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE
     quantized = quantizer(x)

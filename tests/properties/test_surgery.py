@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.e2e.jobs import composed
+from tfmq_exp.core.records import decode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.static import StaticConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
@@ -30,11 +32,11 @@ from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, Quantization
 from tfmq_exp.surgery.packing import pack, unpack
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.resolve import coverage, resolve, resolved_from_json, resolved_to_json
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
 
 ALL_STEPS = 2 * TIMESTEPS
 OPERANDS = AttentionBits(operands=8, probabilities=16)
-GENERATED = TDQConfig(Normalised(1000), (8,), dropout=0.2, last="default")
+GENERATED = TDQConfig(Normalised(1000), (8,), dropout=0.2, last_layer_init="default")
 EVERY_SCALE = SCALES | {
     "intervals": ScalePlan(TimestepGroupConfig(2, 1000), TimestepGroupConfig(3, 1000)),
     "dynamic": ScalePlan(DynamicConfig("sample"), DynamicConfig("tensor")),
@@ -161,12 +163,12 @@ def test_plan_that_quantizes_nothing_is_refused(unet: nn.Module) -> None:
 
 def test_unknown_kind_of_scale_is_named() -> None:
     with pytest.raises(ValueError, match="'sometimes'"):
-        scale_from_json({"kind": "sometimes"})
+        decode({"kind": "sometimes"}, ScaleConfig, STORED_SCALES)
 
 
-@pytest.mark.parametrize("kind", ["weights", "per", "activations"])
+@pytest.mark.parametrize("kind", ["weights", "granularity", "activations"])
 def test_unknown_kind_of_grid_is_named(kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"^grids\.{kind} must be one of .* got 'sometimes'$"):
+    with pytest.raises(ValueError, match=rf"^SchemeConfig\.{kind} must be one of .* got 'sometimes'$"):
         SchemeConfig(**{kind: "sometimes"})
 
 
@@ -177,7 +179,7 @@ def test_unknown_kind_of_grid_is_named(kind: str) -> None:
         (SchemeConfig(), 7, "affine", 0),
         (SchemeConfig(weights="affine"), 8, "affine", 0),
         (SchemeConfig(weights="symmetric"), 4, "symmetric", 0),
-        (SchemeConfig(per="tensor", activations="symmetric"), 4, "affine", None),
+        (SchemeConfig(granularity="tensor", activations="symmetric"), 4, "affine", None),
     ],
 )
 def test_every_activation_and_weight_has_the_grid_of_the_plan(
@@ -459,7 +461,7 @@ def test_tensor_of_another_size_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_other_versions_and_formats_are_named(saved: Path, tmp_path: Path) -> None:
     path = rewritten(saved, tmp_path, {}, version=1)
-    assert "version 1; this program reads tfmq_exp.quantized_unet version 3" in refused(path, path.read_bytes())
+    assert f"version 1; this program reads tfmq_exp.quantized_unet version {serialization.VERSION}" in refused(path, path.read_bytes())
     path = rewritten(saved, tmp_path, {}, format="another")
     assert "holds another version 3" in refused(path, path.read_bytes())
 

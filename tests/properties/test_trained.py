@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, example_inputs, quantizable
+from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.pipeline.store import describe
@@ -40,7 +41,7 @@ from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, SchemeConfig
 from tfmq_exp.surgery.qat_config import AFTER_SILU, QATConfig
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.resolve import resolve, resolved_from_json, resolved_to_json
+from tfmq_exp.surgery.resolve import STORED, ActivationConfig, resolve, resolved_from_json, resolved_to_json
 from tfmq_exp.surgery.scales import ScalePlan
 
 SYMMETRIC = SchemeConfig("symmetric", "channel", "symmetric")
@@ -48,7 +49,7 @@ ANY_T = (3, 17, 500, 902)  # none of the sampler's
 TDQ = TDQConfig(Frequency(32), (16, 16), 0.2, "zero")
 FORMS: dict[str, QATQuantizeFn] = {
     "lsq": Lsq(),
-    "official": Lsq("official", scaled=False),
+    "tdq_release": Lsq("tdq_release", scaled=False),
     "pact": Pact(),
     "nipq": Nipq(),
     "duq": Duq(),
@@ -65,7 +66,7 @@ SCALES: dict[str, ScaleConfig] = {
 # Every form and every scale, and the pairs that the papers compare.
 PAIRS = [
     ("lsq", "static"),
-    ("official", "tdq"),
+    ("tdq_release", "tdq"),
     ("pact", "tdq"),
     ("nipq", "tdq"),
     ("duq", "tdq"),
@@ -92,7 +93,7 @@ def network(
         {role.value: LayerBits(bits, bits) for role in Role},
         attention or AttentionBits(),
         grids=SYMMETRIC,
-        forms=QATConfig(form, weights or form, AbsMax(0.5), **choices),
+        qat=QATConfig(form, weights or form, AbsMax(0.5), **choices),
         **(further or {}),
     )
     parts = read_structure(unet, example_inputs(unet))
@@ -104,7 +105,7 @@ def begun(model: QuantizedUNet) -> QuantizedUNet:
     """Observed at timesteps that are not the sampler's, and ready."""
     observe(model)
     with torch.no_grad():
-        model(**example_inputs(model.unet, ANY_T))
+        model(**example_inputs(model.unet, ANY_T), outside="nearest")
     ready(model)
     return model
 
@@ -119,21 +120,22 @@ def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
         for _ in range(steps):
             optimizer.zero_grad()
             inputs = example_inputs(model.unet, ANY_T)
-            ((model(**inputs).sample - inputs["sample"]).square().mean() + penalty(model)).backward()
+            ((model(**inputs, outside="nearest").sample - inputs["sample"]).square().mean() + penalty(model)).backward()
             optimizer.step()
             clamp_parameters(model)
     return model
 
 
 def output(model: nn.Module, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
+    nearest = {} if set(timesteps) <= set(TIMESTEPS) else {"outside": "nearest"}
     with torch.no_grad():
-        return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5)).sample
+        return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5), **nearest).sample
 
 
 def at_the_samplers_steps(model: QuantizedUNet) -> Tensor:
     """What the network gives that is still trained, as it will be sampled."""
     for_inference = copy.deepcopy(model).eval()
-    for_inference.context.nearest, for_inference.bank = False, None
+    for_inference.generators = None
     return output(for_inference)
 
 
@@ -145,8 +147,8 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
     tiny_unet: nn.Module, tmp_path: Path, form: str, scale: str
 ) -> None:
     operands = AttentionBits(operands=3, probabilities=8) if scale == "tdq" else None
-    centre = "learned" if scale == "static" else "zero"
-    model = network(tiny_unet, FORMS[form], SCALES[scale], attention=operands, after_silu="offset", elsewhere=centre)
+    offset = "learned" if scale == "static" else "zero"
+    model = network(tiny_unet, FORMS[form], SCALES[scale], attention=operands, silu_offset=True, other_offset=offset)
     trained(begun(model))
     before = at_the_samplers_steps(model)
     assert finish(model) is model
@@ -158,7 +160,7 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.generators is None
     with pytest.raises(ValueError, match="timestep 3 is outside"):
-        output(model, ANY_T)
+        model(**example_inputs(model.unet, ANY_T))
     if not scale.startswith("statistics"):
         kept = [name for name, _ in loaded.unet.named_parameters() if ".mlp." in name]
         assert kept == []
@@ -173,7 +175,7 @@ def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn
 
 
 def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.Module) -> None:
-    model = finish(trained(begun(network(tiny_unet, Lsq("official"), StaticConfig()))))
+    model = finish(trained(begun(network(tiny_unet, Lsq("tdq_release"), StaticConfig()))))
     assert set(model.integers) == set(model.weight_layers())
     for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
         signed = codes.int() + spec.qmin
@@ -185,7 +187,8 @@ def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.
 def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
     model = trained(begun(network(tiny_unet, Lsq(), TDQ)))
     assert model.generators is not None
-    said = {id(source): rows.detach() for source, rows in model.eval().bank.scales(torch.tensor(TIMESTEPS))}
+    found = model.eval().generators.scales(torch.tensor(TIMESTEPS))  # type: ignore[union-attr]
+    said = {id(source): rows.detach() for source, rows in found.items()}
     names = {id(q.source): name for name, q in model.activation_quantizers().items()}
     assert said.keys() == names.keys()
     finish(model)
@@ -201,7 +204,7 @@ def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
 
 @pytest.mark.parametrize(("form", "scale"), [("duq", "static"), ("nipq", "tdq"), ("lsq", "statistics and time")])
 def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module, form: str, scale: str) -> None:
-    model = begun(network(tiny_unet, FORMS[form], SCALES[scale], elsewhere="learned"))
+    model = begun(network(tiny_unet, FORMS[form], SCALES[scale], other_offset="learned"))
     model.train()
     learned = trainable(model)
     everything = [*learned.weights, *learned.ranges, *learned.generators]
@@ -211,7 +214,7 @@ def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module,
     assert {id(p) for name, p in model.unet.named_parameters() if name in floats} == {id(p) for p in learned.weights}
     assert bool(learned.generators) is (scale in ("tdq", "statistics", "statistics and time"))
     inputs = example_inputs(model.unet, ANY_T)
-    (model(**inputs).sample - 1).square().mean().backward()
+    (model(**inputs, outside="nearest").sample - 1).square().mean().backward()
     assert all(parameter.grad is not None for parameter in everything)
     assert sum(bool((parameter.grad != 0).any()) for parameter in learned.ranges) > 0.9 * len(learned.ranges)  # type: ignore[union-attr]
 
@@ -247,7 +250,7 @@ def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
     model = network(tiny_unet, Lsq(), PerStepConfig())
     observe(model)
     with torch.no_grad():
-        model(**example_inputs(tiny_unet, (740, 20)))  # nearest to the first and the last step
+        model(**example_inputs(tiny_unet, (740, 20)), outside="nearest")  # nearest to the first and the last step
     source = model.activation_quantizers()["conv_in.input_quantizer"].source
     assert isinstance(source, EMARange)
     assert source.scale.isnan().tolist() == [False, True, True, False]
@@ -310,13 +313,14 @@ def test_every_network_starts_on_its_own(tiny_unet: nn.Module) -> None:
     assert len(set(different)) == len(different)
 
 
-@pytest.mark.parametrize("levels", ["full", "narrow", "official"])
+@pytest.mark.parametrize("kind", ["full", "narrow", "tdq_release"])
 @pytest.mark.parametrize(("scheme", "bits"), [("symmetric", 3), ("symmetric", 4), ("unsigned", 3), ("unsigned", 4)])
-def test_ranges_at_run_time_keep_their_largest_value(levels: IntRangeKind, scheme: Scheme, bits: int) -> None:
-    record = QATConfig(Lsq(levels), Lsq(levels), AbsMax()).scale(DynamicConfig("sample"), "zero")
-    quantizer = scale_from_json(scale_to_json(record.tabulated())).quantizer(
-        QuantSpec(bits, scheme), TimestepContext(TIMESTEPS)
+def test_ranges_at_run_time_keep_their_largest_value(kind: IntRangeKind, scheme: Scheme, bits: int) -> None:
+    config = DynamicConfig("sample").for_qat(AbsMax(), kind).tabulated()
+    line = decode(
+        encode(ActivationConfig((QuantSpec(bits, scheme),), config, Lsq(kind)), STORED), ActivationConfig, STORED
     )
+    quantizer: Any = line.quantizer(TimestepContext(TIMESTEPS))
     quantizer.mode = Mode.QUANTIZE
     x = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) + 0.1
     torch.testing.assert_close(quantizer.eval()(x).amax(dim=1), x.amax(dim=1))
@@ -332,7 +336,7 @@ def test_other_forms_have_no_penalty(tiny_unet: nn.Module) -> None:
 
 
 def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
-    model = network(unet, Lsq(), StaticConfig(), after_silu="offset")
+    model = network(unet, Lsq(), StaticConfig(), silu_offset=True)
     parts = read_structure(unet, example_inputs(unet))
     for name, quantizer in model.activation_quantizers().items():
         assert isinstance(quantizer, TrainableQuantizer)
@@ -354,15 +358,13 @@ def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
 
 @pytest.mark.parametrize(("form", "scale"), PAIRS)
 def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None:
-    plan = network(tiny_unet, FORMS[form], SCALES[scale], after_silu="offset").plan
+    plan = network(tiny_unet, FORMS[form], SCALES[scale], silu_offset=True).plan
     merged = plan.tabulated()
     assert merged.tabulated() == merged
     assert resolved_from_json(json.loads(json.dumps(resolved_to_json(merged)))) == merged
-    trained_line = plan.sites["conv_in"].input
-    assert trained_line is not None
-    if form in ("pact", "nipq", "official") or scale == "tdq":
-        with pytest.raises(TypeError, match="before it is stored"):
-            scale_to_json(trained_line.scale)
+    if form in ("pact", "nipq") or scale == "tdq":
+        with pytest.raises(TypeError, match="cannot be stored; classes that can: "):
+            resolved_to_json(plan)
 
 
 def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:
@@ -373,8 +375,8 @@ def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module
     assert len(set(texts.values())) == len(FORMS)
     plain = describe(quantizable(tiny_unet).plan.sites["conv_in"].input)
     assert plain["specs"] == [{"class": "QuantSpec", "bits": 8, "scheme": "affine", "axis": None}]
-    assert plain.keys() == {"class", "specs", "scale"}
-    assert plain["scale"].keys() == {"class", "momentum", "estimator"}
+    assert plain.keys() == {"class", "specs", "scale", "fn", "offset"}
+    assert plain["scale"].keys() == {"class", "momentum", "observer"}
 
 
 def test_few_bits_are_for_trained_ranges() -> None:
@@ -384,26 +386,24 @@ def test_few_bits_are_for_trained_ranges() -> None:
     for role in Role:
         roles[role.value] = LayerBits(3, 1)
     with pytest.raises(ValueError, match=r"activation bits must be 2 to 8 .* got 1"):
-        QuantizationConfig(roles, grids=SYMMETRIC, forms=QATConfig(Lsq(), Lsq(), AbsMax()))
+        QuantizationConfig(roles, grids=SYMMETRIC, qat=QATConfig(Lsq(), Lsq(), AbsMax()))
 
 
 @pytest.mark.parametrize("wrong", ["weights", "activations"])
 def test_unfit_grids_are_named(wrong: str) -> None:
     grids = {"weights": "symmetric", "activations": "symmetric"} | {wrong: "affine"}
-    forms = QATConfig(Lsq(), Lsq(), AbsMax())
+    qat = QATConfig(Lsq(), Lsq(), AbsMax())
     with pytest.raises(ValueError, match=f"grids.{wrong} symmetric, got 'affine'"):
-        QuantizationConfig({role.value: LayerBits(4, 4) for role in Role}, grids=SchemeConfig(**grids), forms=forms)  # type: ignore[arg-type]
+        QuantizationConfig({role.value: LayerBits(4, 4) for role in Role}, grids=SchemeConfig(**grids), qat=qat)  # type: ignore[arg-type]
 
 
 def test_unfit_forms_are_named() -> None:
-    with pytest.raises(ValueError, match="symmetric or offset, got 'shifted'"):
-        QATConfig(Lsq(), Lsq(), AbsMax(), after_silu="shifted")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="zero or learned, got 'mean'"):
-        QATConfig(Lsq(), Lsq(), AbsMax(), elsewhere="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="silu_offset must be true or false, got 'shifted'"):
+        QATConfig(Lsq(), Lsq(), AbsMax(), silu_offset="shifted")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="other_offset must be one of zero, learned, got 'mean'"):
+        QATConfig(Lsq(), Lsq(), AbsMax(), other_offset="mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="learn_gamma is for weights"):
         QATConfig(Qil(learn_gamma=True), Lsq(), AbsMax())
-    with pytest.raises(ValueError, match="'wavelet'"):
-        scale_from_json({"kind": "wavelet"})
 
 
 def test_weights_are_placed_by_the_weight_observer_and_float_when_off(tiny_unet: nn.Module) -> None:

@@ -25,7 +25,7 @@ from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer, SymmetricMSEObserver
 from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
-from tfmq_exp.quant.scales.static import StaticScale
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.inputs import FloatInputs
@@ -132,23 +132,23 @@ def test_a_condition(tiny_unet: nn.Module) -> None:
         Sampling(DDIM(2)).conditions(denoiser(tiny_unet, encoder=Broken()), 0, "images", [0, 1])
 
 
-ESTIMATORS: list[tuple[Observer, str]] = [
+OBSERVERS: list[tuple[Observer, str]] = [
     *(
-        (estimator, "affine")
-        for estimator in (MinMax(), MinMax(include_zero=False), SymmetricMSEObserver(), LpObserver())
+        (observer, "affine")
+        for observer in (MinMax(), MinMax(include_zero=False), SymmetricMSEObserver(), LpObserver())
     ),
     *(
-        (estimator, "affine")
-        for estimator in (LpObserver(include_zero=False), EntropyObserver(), HistogramPercentileObserver())
+        (observer, "affine")
+        for observer in (LpObserver(include_zero=False), EntropyObserver(), HistogramPercentileObserver())
     ),
-    *((estimator, "symmetric") for estimator in (LSQInit(), AbsMax(), Percentile(), MeanStd(), Constant(3.0, 6.0))),
+    *((observer, "symmetric") for observer in (LSQInit(), AbsMax(), Percentile(), MeanStd(), Constant(3.0, 6.0))),
 ]
 
 
 @pytest.mark.parametrize("value", WRONG)
-@pytest.mark.parametrize(("estimator", "scheme"), ESTIMATORS, ids=lambda x: type(x).__name__)
-def test_a_range_is_not_taken_of_it(estimator: Observer, scheme: Any, value: float) -> None:
-    source = StaticScale(QuantSpec(8, scheme), momentum=0.9, estimator=estimator)
+@pytest.mark.parametrize(("observer", "scheme"), OBSERVERS, ids=lambda x: type(x).__name__)
+def test_a_range_is_not_taken_of_it(observer: Observer, scheme: Any, value: float) -> None:
+    source = StaticScale(StaticConfig(observer=observer), QuantSpec(8, scheme))
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     source.observe(x)
     before = copy.deepcopy(source.state_dict())

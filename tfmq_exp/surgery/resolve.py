@@ -118,14 +118,13 @@ def resolve(
     def activation(
         name: str, bits: Bits | None, role: Role | None, scheme: Scheme = config.grids.activations
     ) -> ActivationConfig | None:
-        if bits is None:
-            return None
         scale, fn, offset = scales.of(role).seeded_for(name), None, "zero"
         if config.qat:
             fn = config.qat.activations
             scheme, offset = config.qat.offset(role, scheme)
             scale = scale.for_qat(config.qat.range_init, fn.int_range)
-        return ActivationConfig(tuple(QuantSpec(b, scheme) for b in widths(bits)), scale, fn, offset)
+        specs = tuple(QuantSpec(b, scheme) for b in widths(bits))
+        return ActivationConfig(specs, scale, fn, offset) if specs else None
 
     table: dict[str, LayerConfig] = {}
     for name, layer in structure.sites.items():

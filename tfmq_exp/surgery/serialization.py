@@ -74,7 +74,8 @@ def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
         ValueError: some weight is not frozen to integers yet.
         RuntimeError: some activation quantizer has had no calibration data.
     """
-    if missing := sorted(set(model.weight_layers()) - set(model.integers)):
+    frozen = model.integers
+    if missing := [name for name in model.weight_layers() if name not in frozen]:
         raise ValueError(f"{len(missing)} weights are not integers yet, first {missing[0]!r}")
     model.require_calibrated()
     manifest = described(model) | {"recipe": None if recipe is None else recipe.to_json()}

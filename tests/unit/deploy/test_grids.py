@@ -40,41 +40,41 @@ SCALES: dict[str, ScaleConfig] = {
     "per step": PerStepConfig(),
     "intervals": TimestepGroupConfig(2, 1000),
     "sample": DynamicConfig("sample"),
-    "sample, fewer levels": DynamicConfig("sample", "official"),
+    "sample, fewer levels": DynamicConfig("sample", "tdq_release"),
     "tensor": DynamicConfig("tensor"),
-    "statistics": DynamicGeneratorConfig(None, (8, 8), last="default"),
-    "statistics and time": DynamicGeneratorConfig(Frequency(8), (8,), last="default"),
+    "statistics": DynamicGeneratorConfig(None, (8, 8), last_layer_init="default"),
+    "statistics and time": DynamicGeneratorConfig(Frequency(8), (8,), last_layer_init="default"),
 }
 
 
 class Kind(NamedTuple):
-    """A quantizer under training as it is left: form, source, kind and bits of its grid, centre."""
+    """A quantizer under training as it is left: function, scale, scheme, bits, offset."""
 
-    form: QATQuantizeFn
+    fn: QATQuantizeFn
     scale: str
     scheme: Scheme = "symmetric"
     bits: int = 8
-    centre: Offset = "zero"
+    offset: Offset = "zero"
 
 
 KINDS: dict[str, Kind] = {
     "lsq": Kind(Lsq(), "static"),
-    "lsq, 3 bits by interval": Kind(Lsq("official"), "intervals", bits=3),
+    "lsq, 3 bits by interval": Kind(Lsq("tdq_release"), "intervals", bits=3),
     "pact, per step": Kind(Pact(), "per step", bits=4),
-    "nipq, about a learned centre": Kind(Nipq(), "static", centre="learned"),
-    "lsq behind silu, per step": Kind(Lsq(), "per step", "unsigned", centre="silu"),
+    "nipq, about a learned centre": Kind(Nipq(), "static", offset="learned"),
+    "lsq behind silu, per step": Kind(Lsq(), "per step", "unsigned", offset="silu"),
     "lsq of the tensor at hand": Kind(Lsq(), "sample"),
     "released lsq of the tensor at hand, behind silu": Kind(
-        Lsq("official"), "sample, fewer levels", "unsigned", 3, "silu"
+        Lsq("tdq_release"), "sample, fewer levels", "unsigned", 3, "silu"
     ),
     "duq": Kind(Duq(), "static"),
-    "duq, per step, about a learned centre": Kind(Duq(), "per step", bits=6, centre="learned"),
+    "duq, per step, about a learned centre": Kind(Duq(), "per step", bits=6, offset="learned"),
     "duq of statistics": Kind(Duq(), "statistics"),
     "qil": Kind(Qil(), "static"),
     "qil behind silu": Kind(Qil(), "static", "unsigned", 4, "silu"),
     "qil, per step": Kind(Qil(), "per step"),
     "qil of the tensor at hand": Kind(Qil(), "tensor", "unsigned", 5),
-    "lsq of statistics and time, behind silu": Kind(Lsq("narrow"), "statistics and time", "unsigned", centre="silu"),
+    "lsq of statistics and time, behind silu": Kind(Lsq("narrow"), "statistics and time", "unsigned", offset="silu"),
 }
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "padded": lambda: nn.Conv2d(32, 32, 3, padding=1),
@@ -90,29 +90,29 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def quantizer_of(kind: Kind, context: TimestepContext) -> TrainableQuantizer:
     """As training may leave it: every number away from where it starts."""
     quantizer = TrainableQuantizer(
-        SCALES[kind.scale].source(QuantSpec(kind.bits, kind.scheme), context), kind.form, kind.centre
+        SCALES[kind.scale].build(QuantSpec(kind.bits, kind.scheme), context), kind.fn, kind.offset
     )
     x = noise(2 * len(TIMESTEPS), 32, 6, 6, seed=1)
     with context.at(torch.tensor(2 * TIMESTEPS)):
         quantizer.observe(x + torch.arange(len(x)).reshape(-1, 1, 1, 1) * 0.2)
-    for name, value in quantizer.further.items():
+    for name, value in quantizer.extra.items():
         value.data.copy_(torch.tensor({"gain": 1.17, "pruned": 0.13}[name]))
     quantizer.mode = Mode.QUANTIZE
-    quantizer.merge()
+    quantizer.tabulate()
     return quantizer.eval()
 
 
 def site(kind: Kind, layer: nn.Module, context: TimestepContext) -> Site:
     """A layer with four-bit weights behind such a quantizer."""
-    twin: QuantLayer = QUANT_LAYERS[type(layer)].from_float(layer)
-    weights = WeightQuantizer(twin.weight, QuantSpec(4, axis=0), MinMax())
-    weights.observe(twin.weight)
-    twin.weight_quantizer, twin.input_quantizer = weights, quantizer_of(kind, context)
-    (integers,) = twin.quantized_weight()
-    twin.freeze_weight((integers,))
-    grid = grid_of(twin.input_quantizer, context.num_steps)
+    own: QuantLayer = QUANT_LAYERS[type(layer)].from_float(layer)
+    weights = WeightQuantizer(own.weight, QuantSpec(4, axis=0), MinMax())
+    weights.observe(own.weight)
+    own.weight_quantizer, own.input_quantizer = weights, quantizer_of(kind, context)
+    (integers,) = own.quantized_weight()
+    own.freeze_weight((integers,))
+    grid = grid_of(own.input_quantizer, context.num_steps)
     grid.check_bytes()
-    return Site("layer", twin.requires_grad_(False), (Piece(32, signed_weight(integers), grid),), None, "")
+    return Site("layer", own.requires_grad_(False), (Piece(32, signed_weight(integers), grid),), None, "")
 
 
 def subject(name: str, layer: str) -> tuple[Site, TimestepContext, Tensor]:
@@ -139,13 +139,13 @@ def test_codes_of_the_record_are_the_quantizers(name: str) -> None:
         codes = rows.codes(x)
         assert torch.equal(rows.real(codes), quantizer(x))
     assert torch.equal(codes, codes.round())
-    assert quantizer.low <= int(codes.min()) < int(codes.max()) <= quantizer.high
+    assert quantizer.ints.qmin <= int(codes.min()) < int(codes.max()) <= quantizer.ints.qmax
     assert rows.width == grid.width <= 2**kind.bits
 
 
 def test_a_switch_between_trained_quantizers_is_one_table() -> None:
     context = TimestepContext(TIMESTEPS)
-    choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, centre="learned"), context) for bits in (4, 8)]
+    choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, offset="learned"), context) for bits in (4, 8)]
     switch = StepSwitch(choices, context)
     switch.use([8, 4, 4, 8])
     grid = grid_of(switch, len(TIMESTEPS))
@@ -166,13 +166,13 @@ def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
     with pytest.raises(DoesNotFit, match=r"under the form Bent\(\), whose codes are not known; known are .* Lsq"):
         grid_of(quantizer_of(Kind(Bent(), "static"), TimestepContext(TIMESTEPS)), 4)
     bent = quantizer_of(Kind(Qil(), "static"), TimestepContext(TIMESTEPS))
-    bent.form, bent.further["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
+    bent.fn, bent.extra["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
     with pytest.raises(DoesNotFit, match=r"Qil\(pruned, gamma\)"):
         grid_of(bent, 4)
 
 
 def test_what_a_byte_does_not_hold() -> None:
-    wide = LiveGrid(SCALES["sample"].source(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS)), Rule(-256, 255))  # type: ignore[arg-type]
+    wide = LiveGrid(SCALES["sample"].build(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS)), Rule(-256, 255))  # type: ignore[arg-type]
     with pytest.raises(DoesNotFit, match="a grid of 512 integers; a byte has 256"):
         wide.check_bytes()
 

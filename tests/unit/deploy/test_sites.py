@@ -48,7 +48,7 @@ def test_a_zero_point_that_is_no_integer_is_named(tiny_unet: nn.Module) -> None:
     model = model_of(tiny_unet)
     integers = model.integers["conv_in"][0]
     moved = QParams(integers.qparams.scale, integers.qparams.zero_point + 0.25)
-    model.integers["conv_in"] = (integers._replace(qparams=moved),)
+    model.freeze("conv_in", (integers._replace(qparams=moved),))
     row = next(site for site in examine(model) if site.name == "conv_in")
     assert not row.integer
     assert "is no integer" in row.why
@@ -90,14 +90,14 @@ def test_chosen_bits_are_in_the_table(tiny_unet: nn.Module) -> None:
 def test_bits_by_step_with_ranges_at_run_time_are_in_no_record(tiny_unet: nn.Module) -> None:
     scales = ScalePlan(DynamicConfig("sample"), DynamicConfig("sample"))
     rows = examine(model_of(tiny_unet, activation=[4, 8], scales=scales))
-    assert {row.why for row in rows} == {"scales of a Dynamic source are no table over sampling steps"}
+    assert {row.why for row in rows} == {"scales of a DynamicScale source are no table over sampling steps"}
     assert {piece.grid for row in rows for piece in row.pieces} == {None}
 
 
-def test_generated_scales_must_be_merged(tiny_unet: nn.Module) -> None:
+def test_generated_scales_must_be_tabulated(tiny_unet: nn.Module) -> None:
     scale = TDQConfig(Normalised(1000), (4,), 0.0, "zero")
     model = quantizable(tiny_unet, scales=ScalePlan(scale, scale))
     with torch.no_grad():
         model(**example_inputs(tiny_unet))
-    with pytest.raises(DoesNotFit, match="Generated"):
+    with pytest.raises(DoesNotFit, match="TDQScale"):
         grid_of(model.layer("conv_in").input_quantizer, 4)
