@@ -461,7 +461,9 @@ def test_tensor_of_another_size_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_other_versions_and_formats_are_named(saved: Path, tmp_path: Path) -> None:
     path = rewritten(saved, tmp_path, {}, version=1)
-    assert f"version 1; this program reads tfmq_exp.quantized_unet version {serialization.VERSION}" in refused(path, path.read_bytes())
+    assert f"version 1; this program reads tfmq_exp.quantized_unet version {serialization.VERSION}" in refused(
+        path, path.read_bytes()
+    )
     path = rewritten(saved, tmp_path, {}, format="another")
     assert "holds another version 3" in refused(path, path.read_bytes())
 

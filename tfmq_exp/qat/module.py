@@ -197,7 +197,7 @@ class QuantizationAwareTraining(pl.LightningModule):
         """The error of the predicted noise for some rows."""
         x = noisy(batch.clean, batch.noise, batch.t, self.alphas_cumprod)
         conditions = self.telling(batch.rows, batch.told, self.device)
-        predicted = noise_of(self.model(x, batch.t, outside="nearest", **conditions).sample, x)
+        predicted = noise_of(self.model(x, batch.t, outside="nearest_step", **conditions).sample, x)
         return loss(predicted, batch.noise, self.protocol.loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

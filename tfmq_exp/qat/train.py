@@ -191,7 +191,7 @@ def predict(
     batch = Batch(*(field.to(device) for field in batch))
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
     return noise_of(
-        model(x, batch.t, outside="nearest", **telling(batch.rows, batch.told, device)).sample, x
+        model(x, batch.t, outside="nearest_step", **telling(batch.rows, batch.told, device)).sample, x
     ), batch.noise
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 # What a timestep outside the finite set does: raise ValueError, or read the nearest step. `unchecked`: the caller has checked before.
-Outside = Literal["error", "nearest", "unchecked"]
+Outside = Literal["error", "nearest_step", "unchecked"]
 
 
 class TimestepContext(nn.Module):
@@ -52,7 +52,7 @@ class TimestepContext(nn.Module):
 
     @property
     def t(self) -> Int[Tensor, "batch"]:
-        """Timestep of each row of the present batch, as it came: with `nearest` maybe none of the finite set."""
+        """Timestep of each row of the present batch, as it came: with `nearest_step` maybe none of the finite set."""
         return self._set(self._t)
 
     def _set(self, value: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ class TimestepContext(nn.Module):
     def step_indices(self, t: Shaped[Tensor, "batch"], outside: Outside = "error") -> Int[Tensor, "batch"]:
         """Step of each timestep. `error` waits for the device of `t`; the other choices do not."""
         t = t.long()
-        if outside == "nearest":
+        if outside == "nearest_step":
             return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         if outside == "error":
             self.require(t.tolist())

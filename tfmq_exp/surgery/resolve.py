@@ -33,6 +33,10 @@ class ActivationConfig:
     fn: QATQuantizeFn | None = None
     offset: Offset = "zero"
 
+    def __post_init__(self) -> None:
+        if self.fn is None and self.offset != "zero":
+            raise ValueError(f"only QAT quantizers have an offset, got {self.offset!r}")
+
     def tabulated(self) -> "ActivationConfig":
         """The configuration after calibration and learning."""
         return replace(self, scale=self.scale.tabulated(), fn=self.fn and self.fn.for_inference())
