@@ -22,7 +22,7 @@ def overrides(file: Path) -> list[str]:
     choice = f"{'/'.join(file.parts[:depth])}={'/'.join(file.parts[depth:])}"
     if file.parts[0] != "method" or depth == 1:
         return [choice]
-    wholes = {"estimator": "tfmq", "forms": "lsq"}
+    wholes = {"observer": "tfmq", "qat": "lsq", "encoding": "tdq"}
     return [f"method={next((wholes[part] for part in file.parts if part in wholes), 'qdrop')}", choice]
 
 
@@ -116,7 +116,7 @@ def test_methods_differ_only_in_what_their_page_says(tmp_path: Path) -> None:
             {
                 "weights.partition._target_",
                 "scales.temporal._target_",
-                *(f"scales.temporal.observer.{key}" for key in ("_target_", "widen")),  # static has the same by default
+                *(f"scales.temporal.observer.{key}" for key in ("_target_", "include_zero")),  # static has the same by default
             },
         ),
         (

@@ -134,11 +134,11 @@ def test_ranges_reach_as_far_as_their_neighbours(lab: Path) -> None:
     context = TimestepContext(timesteps)
     t = torch.tensor(timesteps).repeat_interleave(6)
     x = torch.randn(len(t), 5, generator=torch.Generator().manual_seed(0)) * t[:, None].double().sqrt()
-    record = importlib.import_module("ideas.envelope").EnvelopeScale
+    config = importlib.import_module("ideas.envelope").EnvelopeConfig
     with pytest.raises(ValueError, match="at least 0, got -1"):
-        record(radius=-1).source(spec, context)
+        config(radius=-1)
     for radius in (0, 1, 7):
-        source = record(radius=radius, momentum=0.0).source(spec, context)
+        source = config(radius=radius, momentum=0.0).build(spec, context)
         with context.at(t):
             source.observe(x.float())
         for step in range(4):
@@ -221,14 +221,15 @@ def test_changed_code_is_another_job_and_another_stage(lab: Path, tmp_path: Path
     try:
         for line in ("", "# another thought\n", ""):
             file.write_text(code + line)
-            seen.append((job_identity(job, ()), describe(instantiate(job.method.scales.rest))))
+            seen.append((job_identity(job, ()), describe(instantiate(job.method.scales.default))))
     finally:
         file.write_text(code)
     assert seen[0] == seen[2]
     assert seen[0][0] != seen[1][0]
     assert {key for key in seen[0][1] if seen[0][1][key] != seen[1][1][key]} == {"code"}
     assert seen[0][1] | {"code": ""} == {
-        "class": "EnvelopeScale", "module": "ideas.envelope", "code": "", "radius": 1, "momentum": 0.95
+        "class": "EnvelopeConfig", "module": "ideas.envelope", "code": "", "radius": 1, "momentum": 0.95,
+        "observer": {"class": "MinMax", "include_zero": False},
     }  # fmt: skip
 
 
@@ -327,7 +328,7 @@ def test_a_package_that_python_does_not_find(
 def test_a_source_that_cannot_be_stored(
     lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = importlib.import_module("ideas.envelope").EnvelopeScale
+    config = importlib.import_module("ideas.envelope").EnvelopeConfig
     monkeypatch.setattr(record, "merged", lambda self: self)
     said = failure(capsys, lab, tmp_path, "goal=activations")
     assert "must be merged before it is stored" in PAGE

@@ -31,7 +31,7 @@ from tfmq_exp.reconstruction.activation_cache import SpillAllocator
 from tfmq_exp.reconstruction.inputs import FloatInputs, QuantizedInputs, UnitInputs
 from tfmq_exp.reconstruction.loop import (
     ComputeConfig,
-    Learned,
+    UnitResult,
     ReconstructionContext,
     UnitReport,
     quiet_trainer,
@@ -63,14 +63,14 @@ class Shelf:
     """Keeps finished units in memory; parts share their reports."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Learned] = {}
+        self.kept: dict[str, UnitResult] = {}
         self.reports: list[UnitReport] = []
         self.parts: dict[str, Shelf] = {}
 
-    def get(self, unit: str) -> Learned | None:
+    def get(self, unit: str) -> UnitResult | None:
         return self.kept.get(unit)
 
-    def put(self, unit: str, learned: Learned, report: UnitReport) -> None:
+    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
         self.kept[unit] = learned
         self.reports.append(report)
 

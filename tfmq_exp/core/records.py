@@ -13,9 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def encode(value: Any, classes: Sequence[type]) -> Any:
     """A record as plain data; TypeError for one of a class that is not among `classes`."""
     if type(value) in classes:
-        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        own = {f.name: own[f.name] for f in dataclasses.fields(value) if f.default != own[f.name]}
-        return {**kind_of(type(value)), **{name: encode(item, classes) for name, item in own.items()}}
+        items = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        changed = {field.name: encode(item, classes) for field, item in items if item != field.default}
+        return kind_of(type(value)) | changed
     if isinstance(value, Mapping):
         return {name: encode(item, classes) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -59,14 +59,11 @@ def decode(data: Any, hint: Any, classes: Sequence[type], place: str = "it") -> 
         raise ValueError(f"{place}: unknown kind {str(given.get('kind'))[:50]!r}; known: {known}")
     (cls,) = fitting
     given.pop("kind", None)
-    hints, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
-    if wrong := given.keys() - fields or {name for name, field in fields.items() if required(field)} - given.keys():
+    hints, fields = get_type_hints(cls), dataclasses.fields(cls)
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if wrong := (given.keys() - {field.name for field in fields}) or (required - given.keys()):
         raise ValueError(f"{place}.{min(wrong)} is {'unknown' if min(wrong) in given else 'missing'}")
     return cls(**{name: decode(item, hints[name], classes, f"{place}.{name}") for name, item in given.items()})
-
-
-def required(field: Any) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def kind_of(cls: type) -> dict[str, str]:

@@ -38,9 +38,7 @@ class ConditionEncoder(Protocol):
         """Conditions of one row, to trace the network with."""
         ...
 
-    def to(self, device: torch.device) -> None:
-        """Move to a device."""
-        ...
+    def to(self, device: torch.device) -> None: ...
 
 
 class NoConditions:
@@ -77,9 +75,7 @@ class Pixels:
         return x
 
 
-def noise_of(
-    output: Float[Tensor, "batch outputs ..."], sample: Float[Tensor, "batch channels ..."]
-) -> Float[Tensor, "batch channels ..."]:
+def noise_of(output: Float[Tensor, "batch outputs ..."], sample: Float[Tensor, "batch channels ..."]) -> Tensor:
     """The noise channels of a network's output; a network that learned its variance returns that after the noise."""
     return output[:, : sample.shape[1]]
 
@@ -117,9 +113,6 @@ class Denoiser:
 
     def example(self) -> dict[str, Any]:
         """Keyword arguments of one forward pass, batch of one."""
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randn(1, *self.sample_shape, generator=generator)
+        sample = torch.randn(1, *self.sample_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         conditions = self.encoder.example().to(self.device).given
-        return {"sample": sample.to(self.device), "timestep": torch.zeros(1, dtype=torch.long, device=self.device)} | {
-            **conditions
-        }
+        return {"sample": sample, "timestep": torch.zeros(1, dtype=torch.long, device=self.device), **conditions}

@@ -6,7 +6,6 @@ uint8 for the classifier, which takes the place of Inception.
 """
 
 import hashlib
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,13 +75,6 @@ class DigitClassifier(nn.Module):
         pooled = final.mean(dim=(2, 3))
         spatial = final[:, :7].permute(0, 2, 3, 1).flatten(1)
         return DigitFeatures(pooled, spatial, self.head(self.dropout(pooled)))
-
-
-def cosine_with_warmup(step: int, *, warmup: int, total: int) -> float:
-    """Learning-rate factor: linear from 0 to 1 over `warmup` steps, then a half cosine down to 0 at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 def read_weights(network: nn.Module, path: Path) -> str:

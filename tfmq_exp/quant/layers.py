@@ -3,7 +3,7 @@
 They inherit from the float layers, so names and parameters of the network stay what they were.
 """
 
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +58,10 @@ class QuantLayer(nn.Module):
     integers: nn.ModuleList
 
     @classmethod
-    def from_float(cls, layer: nn.Module) -> Self:
+    def from_float(cls, layer: Any) -> Self:
         """Create a quantized layer that shares weight and bias with `layer` (no copy), without quantizers."""
         own = cls(**{name: getattr(layer, name) for name in cls.arguments}, bias=layer.bias is not None, device="meta")
-        own.weight, own.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        own.weight, own.bias = layer.weight, layer.bias
         own.input_quantizer, own.weight_quantizer, own.output_quantizer = (nn.Identity() for _ in range(3))
         own.integers = nn.ModuleList()
         return own.train(layer.training)
@@ -89,7 +89,8 @@ class QuantLayer(nn.Module):
         """Replace the weight by the real values of these integers, and drop its quantizer: nothing is left to round."""
         weight = parts[0].dequantize() if len(parts) == 1 else torch.cat([p.dequantize() for p in parts], dim=1)
         self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
-        self.weight_quantizer, self.integers = nn.Identity(), nn.ModuleList(Integers(part) for part in parts)
+        self.weight_quantizer = nn.Identity()
+        self.integers = nn.ModuleList(Integers(part) for part in parts).train(self.training)
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]

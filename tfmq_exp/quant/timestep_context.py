@@ -77,7 +77,7 @@ class TimestepContext(nn.Module):
         if outside == "nearest_step":
             return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         if outside == "error":
-            self.require(t.tolist())
+            self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
         return self.step_of_t.to(t.device)[t]
 
     @contextmanager

@@ -1,6 +1,7 @@
 """The networks of many TDQ scales, evaluated together: a few batched products in place of hundreds of small ones."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +25,7 @@ class BatchedGenerators:
     def __init__(self, scales: Sequence[TDQScale]) -> None:
         groups: dict[object, list[TDQScale]] = {}
         for scale in scales:
-            config = scale.config
+            config = scale.generator
             groups.setdefault((config.encoding, config.hidden_dims, config.dropout), []).append(scale)
         self.groups = list(groups.values())
 
@@ -39,8 +40,9 @@ class BatchedGenerators:
 
 def evaluated(group: Sequence[TDQScale], t: Int[Tensor, "rows"]) -> tuple[Float[Tensor, "rows"], ...]:
     """Scales of networks that have the same layers."""
-    hidden = group[0].config.encoding(t).expand(len(group), -1, -1)
-    for i, layer in enumerate(group[0].mlp):
+    first: Any = group[0]
+    hidden: Tensor = first.encoding(t).expand(len(group), -1, -1)
+    for i, layer in enumerate(first.mlp):
         if isinstance(layer, nn.Linear):
             layers: list[nn.Linear] = [scale.mlp[i] for scale in group]  # type: ignore[misc]
             weight = torch.stack([each.weight for each in layers])

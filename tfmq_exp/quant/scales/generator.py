@@ -51,7 +51,8 @@ class GeneratorConfig(EMAConfig):
 
     def mlp(self, width: int) -> nn.Sequential:
         """Linear layers with ReLU between them and one output, whose bias is 0; dropout before the last."""
-        generator, layers = torch.Generator().manual_seed(self.seed), []
+        generator = torch.Generator().manual_seed(self.seed)
+        layers: list[nn.Module] = []
         for size in self.hidden_dims:
             layers += [initialized(nn.Linear(width, size), "default", generator), nn.ReLU()]
             width = size
@@ -67,7 +68,8 @@ class GeneratedScale(StaticScale):
 
     def __init__(self, config: GeneratorConfig, spec: QuantSpec, context: TimestepContext, width: int) -> None:
         super().__init__(config, spec)
-        self.context, self.encoding, self.mlp = context, config.encoding, config.mlp(width)
+        self.context, self.generator, self.encoding = context, config, config.encoding
+        self.mlp = config.mlp(width)
 
     def trainable(self) -> Iterator[nn.Parameter]:
         return self.mlp.parameters()
