@@ -116,7 +116,9 @@ def test_methods_differ_only_in_what_their_page_says(tmp_path: Path) -> None:
             {
                 "weights.partition._target_",
                 "scales.temporal._target_",
-                *(f"scales.temporal.observer.{key}" for key in ("_target_", "include_zero")),  # static has the same by default
+                *(
+                    f"scales.temporal.observer.{key}" for key in ("_target_", "include_zero")
+                ),  # static has the same by default
             },
         ),
         (

@@ -320,16 +320,16 @@ def test_a_package_that_python_does_not_find(
     for name in [name for name in sys.modules if name.partition(".")[0] == "ideas"]:
         monkeypatch.delitem(sys.modules, name)
     said = failure(capsys, lab, tmp_path)
-    for part in ("Error loading 'ideas.envelope.EnvelopeScale'", "No module named 'ideas'"):
+    for part in ("Error loading 'ideas.envelope.EnvelopeConfig'", "No module named 'ideas'"):
         assert part in PAGE
         assert part in said
 
 
-def test_a_source_that_cannot_be_stored(
+def test_a_scale_that_cannot_be_stored(
     lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = importlib.import_module("ideas.envelope").EnvelopeConfig
-    monkeypatch.setattr(record, "merged", lambda self: self)
+    monkeypatch.setattr(config, "tabulated", lambda self: self)
     said = failure(capsys, lab, tmp_path, "goal=activations")
-    assert "must be merged before it is stored" in PAGE
-    assert "must be merged before it is stored" in said
+    assert "cannot be stored; classes that can:" in PAGE
+    assert "cannot be stored; classes that can:" in said

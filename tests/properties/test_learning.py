@@ -31,9 +31,9 @@ from tfmq_exp.reconstruction.activation_cache import SpillAllocator
 from tfmq_exp.reconstruction.inputs import FloatInputs, QuantizedInputs, UnitInputs
 from tfmq_exp.reconstruction.loop import (
     ComputeConfig,
-    UnitResult,
     ReconstructionContext,
     UnitReport,
+    UnitResult,
     quiet_trainer,
     reconstruct,
 )

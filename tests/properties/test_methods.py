@@ -122,9 +122,9 @@ def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Pa
     assert not any("mlp" in key for key in serialization.read(tmp_path / "model.safetensors")[1])
 
 
-def test_networks_of_intervals_cannot_be_stored_unmerged(tiny_unet: nn.Module, tmp_path: Path) -> None:
+def test_networks_of_scales_cannot_be_stored(tiny_unet: nn.Module, tmp_path: Path) -> None:
     model = calibrated(quantizable(tiny_unet, scales=ScalePlan(GENERATED, GENERATED)))
-    with pytest.raises(TypeError, match="must be merged"):
+    with pytest.raises(TypeError, match="a TDQConfig cannot be stored"):
         serialization.save(model, tmp_path / "model.safetensors")
 
 

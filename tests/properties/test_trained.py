@@ -120,7 +120,9 @@ def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
         for _ in range(steps):
             optimizer.zero_grad()
             inputs = example_inputs(model.unet, ANY_T)
-            ((model(**inputs, outside="nearest_step").sample - inputs["sample"]).square().mean() + penalty(model)).backward()
+            (
+                (model(**inputs, outside="nearest_step").sample - inputs["sample"]).square().mean() + penalty(model)
+            ).backward()
             optimizer.step()
             clamp_parameters(model)
     return model

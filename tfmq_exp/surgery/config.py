@@ -122,7 +122,9 @@ class QuantizationConfig:
             object.__setattr__(self, group, bits)
         wrong = set(self.roles).symmetric_difference(role.value for role in Role)
         if wrong:
-            raise ValueError(f"a surgery plan names every role once; wrong or missing: {', '.join(sorted(wrong))}")
+            raise ValueError(
+                f"method.surgery.roles names every role once; wrong or missing: {', '.join(sorted(wrong))}"
+            )
         check_fields(self, split_shortcuts=SWITCH, tie_qkv=SWITCH)
         inputs = QAT_INPUT_BITS if self.qat else INPUT_BITS
         named = {f"{group}.{name}": bits for group in ("roles", "sites") for name, bits in getattr(self, group).items()}

@@ -71,8 +71,6 @@ class QuantizedUNet(nn.Module):
         self.context.require(timesteps)
         return partial(self, outside="unchecked")
 
-    # weights -----------------------------------------------------------------------------------------------------
-
     def layer(self, site: str) -> QuantLayer:
         """A quantized layer by name."""
         layer = self.unet.get_submodule(site)
@@ -113,16 +111,14 @@ class QuantizedUNet(nn.Module):
         layer = self.layer(site)
         layer.freeze_weight(integers or layer.quantized_weight())
 
-    # activations -------------------------------------------------------------------------------------------------
-
     def activation_quantizers(self) -> dict[str, AffineQuantizer]:
         """Every activation quantizer by its name in the network."""
         return {name: module for name, module in self.unet.named_modules() if isinstance(module, AffineQuantizer)}
 
     def activation_quantizers_in(self, block: str, sites: Collection[str]) -> dict[str, AffineQuantizer]:
         """Those of some layers, and those of the operands of attentions inside a block."""
-        attentions = [name for name in self.plan.operands if name == block or name.startswith(f"{block}.")]
-        owners = tuple([f"{site}." for site in sites] + [f"{name}.processor." for name in attentions])
+        inside = [name for name in self.plan.operands if name == block or name.startswith(f"{block}.")]
+        owners = (*(f"{site}." for site in sites), *(f"{name}.processor." for name in inside))
         return {name: q for name, q in self.activation_quantizers().items() if name.startswith(owners)}
 
     def set_activations(self, mode: Mode) -> None:
@@ -200,8 +196,6 @@ class QuantizedUNet(nn.Module):
             for part, value in quantizer.state_dict().items():
                 require_finite(value, f"{part} of {name} after learning")
         self.plan = self.plan.tabulated()
-
-    # temporal features -------------------------------------------------------------------------------------------
 
     def cache_feature(self, site: str, integers: QuantizedWeight) -> None:
         """Replace an embedding projection by its stored features."""

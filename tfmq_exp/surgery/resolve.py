@@ -147,7 +147,7 @@ def resolve(
         if quantized := {part: line for part, line in {**parts, "probabilities": probabilities}.items() if line}:
             operands[name] = quantized
     if not table and not operands:
-        raise ValueError("this plan quantizes nothing: every role is float")
+        raise ValueError("this configuration quantizes nothing: every role is float")
     tied = tied_layers(structure, table) if config.tie_qkv else ()
     return ResolvedConfig(table, operands, timesteps, tied, config.qat.weights if config.qat else None)
 

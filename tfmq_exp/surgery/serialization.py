@@ -119,7 +119,7 @@ def load(path: Path) -> QuantizedUNet:
         check_entries(manifest)
         read_recipe(manifest)
         return rebuilt(manifest, tensors)
-    except Exception as error:  # what was written by another program fails in whatever way it leads to
+    except Exception as error:  # a foreign file can fail anywhere
         raise ValueError(f"{path} cannot be loaded: {reason_of(error)}") from error
 
 
@@ -141,7 +141,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def read_recipe(manifest: Mapping[str, Any]) -> Recipe | None:
-    """How a manifest says that its model is sampled; any error if that is no way."""
+    """Recipe of a manifest, None if it has none; any error for what is no recipe."""
     return None if manifest["recipe"] is None else Recipe.from_json(manifest["recipe"])
 
 

@@ -23,7 +23,14 @@ def test_a_timestep_outside_the_set_is_named(wrong):
 
 def test_nearest_reads_the_closest_step():
     context = TimestepContext((751, 501, 251, 1))
-    assert context.step_indices(torch.tensor([999, 740, 627, 625, 0, 251]), "nearest_step").tolist() == [0, 0, 0, 1, 3, 2]
+    assert context.step_indices(torch.tensor([999, 740, 627, 625, 0, 251]), "nearest_step").tolist() == [
+        0,
+        0,
+        0,
+        1,
+        3,
+        2,
+    ]
 
 
 def test_a_timestep_visited_twice_keeps_its_first_step():

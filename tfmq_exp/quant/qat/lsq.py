@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tfmq_exp.kinds import SWITCH, check_fields
 from tfmq_exp.quant.qat.base import Extra, IntRange, QATQuantizeFn
-from tfmq_exp.quant.qat.ste import STERange, ste_quantize
+from tfmq_exp.quant.qat.ste import ste_quantize
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Lsq(QATQuantizeFn):
 
     def __call__(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
         factor = (ints.num_values * ints.qmax) ** -0.5 if self.scaled else 1.0
-        return ste_quantize(x, scale, STERange(ints.qmin, ints.qmax, factor))
+        return ste_quantize(x, scale, ints, factor=factor)
 
     def for_inference(self) -> "Lsq":
         return Lsq(self.int_range)

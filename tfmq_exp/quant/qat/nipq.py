@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tfmq_exp.quant.qat.base import Extra, IntRange, IntRangeKind, QATQuantizeFn
 from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.ste import STERange, ste_quantize, within_range
+from tfmq_exp.quant.qat.ste import ste_quantize, within_range
 
 BINS = 256  # of the histogram of rounding errors, in the release
 MAX_COUNTED = 65536  # errors
@@ -26,11 +26,10 @@ class Nipq(QATQuantizeFn):
     int_range: IntRangeKind = "narrow"
 
     def __call__(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
-        ste = STERange(ints.qmin, ints.qmax)
         with torch.no_grad():
             u = x / scale
-            noise = error_noise(torch.where(within_range(u, ste), u.round() - u, 1.0))
-        return ste_quantize(x, scale, ste, noise)
+            noise = error_noise(torch.where(within_range(u, ints), u.round() - u, 1.0))
+        return ste_quantize(x, scale, ints, noise)
 
     def for_inference(self) -> Lsq:
         """Rounding, as the release trains its last epochs."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tfmq_exp.quant.qat.base import Extra, IntRange, IntRangeKind, QATQuantizeFn
 from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.ste import STERange, ste_quantize
+from tfmq_exp.quant.qat.ste import ste_quantize
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Pact(QATQuantizeFn):
     decay: float = 1e-4
 
     def __call__(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
-        return ste_quantize(x, scale, STERange(ints.qmin, ints.qmax, inside="none"))
+        return ste_quantize(x, scale, ints, only_clipped=True)
 
     def for_inference(self) -> Lsq:
         return Lsq(self.int_range)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Mode(Enum):
-    """What a quantizer does with a tensor: pass it through, observe it on the way, or quantize it."""
+    """Pass a tensor through, observe it on the way, or quantize it."""
 
     OFF = "off"
     OBSERVE = "observe"
