@@ -309,7 +309,7 @@ def test_a_wrong_name_lists_the_right_ones(lab: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_in_a_record(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = failure(capsys, lab, tmp_path, "+method.scales.rest.radios=2")
+    said = failure(capsys, lab, tmp_path, "+method.scales.default.radios=2")
     assert said.removeprefix("error: ") in PAGE
 
 

@@ -108,3 +108,17 @@ def test_freezing_changes_no_bit(layer_and_input, bits, scheme, learned):
 def test_a_float_weight_has_no_integers():
     with pytest.raises(TypeError, match="not quantized"):
         QUANT_LAYERS[nn.Linear].from_float(nn.Linear(2, 2)).quantized_weight()
+
+
+def test_codes_follow_their_layer(layer_and_input):
+    layer, _ = layer_and_input
+    own = quantized(layer)
+    own.freeze_weight(own.quantized_weight())
+    (codes,) = (value for name, value in own.state_dict().items() if name.endswith("codes"))
+    assert codes.dtype is torch.uint8
+    copied = copy.deepcopy(own)
+    for one, other in zip(own.quantized_weight(), copied.quantized_weight(), strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.qparams.scale, other.qparams.scale)
+        assert one.spec == other.spec
+    assert copied.to("meta").quantized_weight()[0].codes.is_meta
