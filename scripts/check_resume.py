@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfmq_exp.core.files import sha256_of
+
 import tfmq_exp.cli.main  # noqa: F401  # so that forks need not
-from tfmq_exp.files import sha256_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATIONS = {

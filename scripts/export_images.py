@@ -17,11 +17,11 @@ from pathlib import Path
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tfmq_exp.core.files import write_atomically
 from torch import Tensor
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.evaluation.npz_images import write_npz
-from tfmq_exp.files import write_atomically
 from tfmq_exp.pipeline.store import Entry
 
 

@@ -20,13 +20,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from tfmq_exp.core.files import write_atomically
+from tfmq_exp.report.comparison import choose, choose_paper, compare, listing
+from tfmq_exp.report.comparison_text import as_csv, as_markdown
+from tfmq_exp.report.published_tables import read_published
+from tfmq_exp.report.records import ScoreRecord, read_records, save_records
+from tfmq_exp.report.tables import FORMATS, by_protocol, headline, pivot, render, table, titles
+
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams, visible
-from tfmq_exp.files import write_atomically
-from tfmq_exp.reporting.comparison import choose, choose_paper, compare, listing
-from tfmq_exp.reporting.comparison_text import as_csv, as_markdown
-from tfmq_exp.reporting.published import read_published
-from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import FORMATS, by_protocol, headline, pivot, render, table, titles
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 FIRST = ("TFMQ-DM", "Q-Diffusion", "PTQD", "TDQ")  # the papers whose methods are here; the others quote or extend them

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from tfmq_exp.report import interval_dynamics
 
 from tfmq_exp.cli.terminal import Terminal, standard_streams
-from tfmq_exp.reporting import interval_dynamics
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

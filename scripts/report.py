@@ -12,11 +12,12 @@ import sys
 import webbrowser
 from pathlib import Path
 
+from tfmq_exp.core.files import write_atomically
+from tfmq_exp.report.html.page import page
+from tfmq_exp.report.html.runs import collect
+from tfmq_exp.report.published_tables import read_published
+
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
-from tfmq_exp.files import write_atomically
-from tfmq_exp.reporting.html.page import page
-from tfmq_exp.reporting.html.runs import collect
-from tfmq_exp.reporting.published import read_published
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published"
 

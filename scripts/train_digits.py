@@ -25,6 +25,8 @@ from PIL import Image
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
+from tfmq_exp.core.files import write_atomically, write_json
+from tfmq_exp.report.figures.errors import mosaic
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -37,8 +39,6 @@ from tfmq_exp.denoisers.digits import (
     build_unet,
     load_denoiser,
 )
-from tfmq_exp.files import write_atomically, write_json
-from tfmq_exp.reporting.figures import mosaic
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM

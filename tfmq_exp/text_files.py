@@ -3,7 +3,7 @@
 import codecs
 from pathlib import Path
 
-from tfmq_exp.file_kind import HEAD, by_signature, instead_of_lines
+from tfmq_exp.core.file_kind import HEAD, by_signature, instead_of_lines
 
 # the longer marks first: UTF-32's begins with UTF-16's
 MARKS = {

@@ -4,13 +4,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.checkpoint import tensor_names
+
 from goldens import networks
 from goldens.comparing import Group, coverage, reading
 from goldens.families import Family, read_family, read_json
 from goldens.full_size import check_full_size
 from goldens.trajectories import check_samplers, end_to_end
-from tfmq_exp.denoisers.checkpoint import tensor_names
-from tfmq_exp.denoisers.first_stage import LatentDecoder
 
 
 def check_family(family: Family) -> Iterator[Group]:

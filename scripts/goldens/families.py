@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
+from tfmq_exp.denoisers.loading.checkpoint import EMA, ema_names, read_weights, tensor_names
+from tfmq_exp.denoisers.loading.compvis_checkpoint import Parts
+from tfmq_exp.denoisers.loading.text_encoder import VIT_L_14, load_text_model
 
 from goldens.comparing import DamagedError, Record, reading
 from goldens.formula import weight
 from tfmq_exp.denoisers import original
-from tfmq_exp.denoisers.checkpoint import EMA, ema_names, read_weights, tensor_names
-from tfmq_exp.denoisers.original import Parts
-from tfmq_exp.denoisers.text_encoder import VIT_L_14, load_text_model
 
 UNET, FIRST_STAGE, CONDITIONS = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 # of the noise, as LDM keeps them

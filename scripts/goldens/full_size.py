@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from tfmq_exp.denoisers.loading.checkpoint import EMA, ema_names
+from tfmq_exp.denoisers.loading.text_encoder import VIT_L_14, load_text_model
 from torch import Tensor, nn
 
 from goldens.comparing import EXACT, Group, Record
 from goldens.families import AVERAGING, CONDITIONS, FIRST_STAGE, UNET, read_json
 from tfmq_exp.denoisers import compvis, first_stage, original
-from tfmq_exp.denoisers.checkpoint import EMA, ema_names
-from tfmq_exp.denoisers.text_encoder import VIT_L_14, load_text_model
 
 MANIFESTS = "fullsize_key_manifests.json.gz"
 CONF = Path(__file__).parents[2] / "conf"

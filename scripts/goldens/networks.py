@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors
+from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
+from tfmq_exp.denoisers.loading.compvis_checkpoint import Parts
 from torch import Tensor, nn
 
 from goldens.comparing import EXACT, ROUNDING, DamagedError, Group
 from goldens.families import SCHEDULE, Family
 from tfmq_exp.denoisers import compvis
-from tfmq_exp.denoisers.checkpoint import read_tensors
-from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.first_stage import LatentDecoder
-from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.schedule import alphas_cumprod

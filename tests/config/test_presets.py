@@ -11,13 +11,13 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from tfmq_exp.report.comparison import AS_PRINTED
+from tfmq_exp.report.protocol_match import clip_network, published_calls
+from tfmq_exp.report.published_tables import PublishedRow, read_published
 
 from tests.e2e.jobs import CONF, composed
 from tfmq_exp.denoisers import compvis, first_stage
 from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.reporting.agreement import clip_network, published_calls
-from tfmq_exp.reporting.comparison import AS_PRINTED
-from tfmq_exp.reporting.published import PublishedRow, read_published
 
 PUBLISHED = read_published(CONF / "published")
 FAMILIES = ("tfmq", "qdiff", "ptqd", "tdq")

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from tfmq_exp.report.html.executed import PRODUCTS, executed
+from tfmq_exp.report.html.runs import collect
 
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
@@ -26,8 +28,6 @@ from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.deployed import DeployedStages, engine_choices, save_deployed_errors
 from tfmq_exp.pipeline.progress import ProgressBars
 from tfmq_exp.pipeline.stages import Stages
-from tfmq_exp.reporting.html.executed import PRODUCTS, executed
-from tfmq_exp.reporting.html.runs import collect
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 

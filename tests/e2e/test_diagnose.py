@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tfmq_exp.core.files import write_checked, write_json
 
 from tests.e2e.jobs import composed, job
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.job_cache import is_written
-from tfmq_exp.files import write_checked, write_json
 from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.diagnose import Diagnosis
 from tfmq_exp.pipeline.progress import ProgressBars

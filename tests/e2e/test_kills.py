@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tfmq_exp.core.files import read_record
 
 from tests.e2e.jobs import composed
 from tests.e2e.test_scripts import script
 from tfmq_exp.cli.job import perform
 from tfmq_exp.cli.status import read_status
-from tfmq_exp.files import read_record
 from tfmq_exp.pipeline.store import DamagedEntry, Entry
 
 pytestmark = pytest.mark.bad_input

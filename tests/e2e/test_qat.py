@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tfmq_exp.report.records import read_records
+from tfmq_exp.report.tables import by_protocol, table
 
 from tests.e2e.jobs import job
 from tfmq_exp.data.digits import load_images
 from tfmq_exp.qat.dataset import TrainingSet
-from tfmq_exp.reporting.records import read_records
-from tfmq_exp.reporting.tables import by_protocol, table
 from tfmq_exp.surgery import serialization
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tfmq_exp.core.files import read_record, write_record
 
 from tests.e2e.jobs import job
 from tests.e2e.test_scripts import call
-from tfmq_exp.files import read_record, write_record
 
 aiohttp = pytest.importorskip("aiohttp", reason="no client of websockets to speak with a browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tfmq_exp.report.records import read_records
+from tfmq_exp.report.tables import table
 
 from tests.e2e.jobs import CONF, job
 from tfmq_exp.cli.job_cache import is_written
-from tfmq_exp.reporting.records import read_records
-from tfmq_exp.reporting.tables import table
 from tfmq_exp.sampling.images import to_uint8
 from tfmq_exp.surgery import serialization
 

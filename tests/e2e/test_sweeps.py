@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tfmq_exp.report.records import read_records
 
 from run import run as command
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.job import perform
 from tfmq_exp.cli.status import Status, read_status
-from tfmq_exp.reporting.records import read_records
 
 WAITING = CONF.parent / "tests" / "smoke" / "waiting.py"
 

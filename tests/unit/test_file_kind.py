@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tfmq_exp.core.file_kind import instead_of_text
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors, tensor_names
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser, read_architecture
+from tfmq_exp.denoisers.loading.scheduler_config import read_json
+from tfmq_exp.denoisers.loading.text_encoder import read_tokenizer
 
-from tfmq_exp.denoisers.checkpoint import read_tensors, tensor_names
 from tfmq_exp.denoisers.digits import load_denoiser as load_digits
-from tfmq_exp.denoisers.loading import load_denoiser, read_architecture
-from tfmq_exp.denoisers.scheduler_config import read_json
-from tfmq_exp.denoisers.text_encoder import read_tokenizer
 from tfmq_exp.evaluation.features.inception import load_inception
-from tfmq_exp.file_kind import instead_of_text
 
 pytestmark = pytest.mark.bad_input
 

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tfmq_exp.core.files import write_json
+from tfmq_exp.core.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from torch import Tensor, nn
 
 from tests.conftest import example_inputs, quantizable
@@ -16,10 +19,7 @@ from tests.inception import random_weights
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
-from tfmq_exp.denoisers.first_stage import LatentDecoder
 from tfmq_exp.evaluation.features.inception import load_inception
-from tfmq_exp.files import write_json
-from tfmq_exp.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver

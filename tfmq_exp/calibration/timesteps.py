@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.kinds import AMOUNT, COUNT, SEED, SHARE, SWITCH, check_fields
+from tfmq_exp.core.validate import AMOUNT, COUNT, SEED, SHARE, SWITCH, check_fields
 
 
 class TimestepPolicy(Protocol):

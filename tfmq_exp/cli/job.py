@@ -11,8 +11,8 @@ from tfmq_exp.cli.outcome import attempt
 from tfmq_exp.cli.score_table import show
 from tfmq_exp.cli.status import State
 from tfmq_exp.cli.terminal import say
-from tfmq_exp.files import read_record, write_atomically
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.core.files import read_record, write_atomically
+from tfmq_exp.report.records import ScoreRecord
 
 
 def perform(cfg: DictConfig) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
+from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.core.formatting import format_bytes
-from tfmq_exp.files import write_atomically, write_json
 from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store
 
 STAGE = "jobs"

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.cli.outcome import one_line, root_cause
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, joined
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 
 Share = Callable[[DictConfig, ProcessGroup, Path], None]
 FAREWELL = 10.0  # seconds that a process has to end, or to say why it ended

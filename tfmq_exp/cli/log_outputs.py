@@ -9,9 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.loggers.base import Logger, Points, Rows, RunMetadata
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.records import ScoreRecord
 
 
 def write_csv(path: Path, rows: Rows) -> None:

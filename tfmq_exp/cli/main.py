@@ -29,7 +29,7 @@ from tfmq_exp.cli.survey import estimate
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
-from tfmq_exp.files import write_atomically, write_json, write_record
+from tfmq_exp.core.files import write_atomically, write_json, write_record
 from tfmq_exp.loggers.base import Logger, NullLogger
 from tfmq_exp.pipeline.deployed import DeployedStages, save_deployed, save_deployed_errors
 from tfmq_exp.pipeline.diagnose import diagnose
@@ -39,8 +39,8 @@ from tfmq_exp.pipeline.score_records import score_records
 from tfmq_exp.pipeline.stages import DiagnosisPlan, DiagnosticPlan, Stages
 from tfmq_exp.pipeline.store import Store
 from tfmq_exp.reconstruction.loop import ComputeConfig, quiet_trainer
-from tfmq_exp.reporting import figures
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report import figures
+from tfmq_exp.report.records import ScoreRecord
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.sampling.scheduler import replaced_settings
 from tfmq_exp.surgery.resolve import coverage

@@ -19,7 +19,7 @@ from rich.console import Console
 from tfmq_exp.cli.status import State, Status, begun, occupied
 from tfmq_exp.cli.terminal import Terminal, open_streams, say, say_error
 from tfmq_exp.cli.validation import check
-from tfmq_exp.kinds import WrongValueError
+from tfmq_exp.core.validate import WrongValueError
 
 Work = Callable[[DictConfig, Path, Console], tuple[State, str]]
 # All that a run folder holds after a dry run.

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tfmq_exp.cli.terminal import say, visible
-from tfmq_exp.files import write_atomically
-from tfmq_exp.reporting import tables
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.core.files import write_atomically
+from tfmq_exp.report import tables
+from tfmq_exp.report.records import ScoreRecord
 
 log = logging.getLogger(__name__)
 

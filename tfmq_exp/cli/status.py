@@ -15,7 +15,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from tfmq_exp.files import as_json, hashed, read_record, write_atomically
+from tfmq_exp.core.files import as_json, hashed, read_record, write_atomically
 
 State = Literal["running", "done", "found", "planned", "failed", "interrupted", "died"]
 GOOD: tuple[State, ...] = ("done", "found", "planned")

@@ -25,9 +25,9 @@ from tfmq_exp.cli.score_table import show_sweep
 from tfmq_exp.cli.signals import interruptible
 from tfmq_exp.cli.status import GOOD, State, read_status
 from tfmq_exp.cli.terminal import Terminal, say
+from tfmq_exp.core.files import write_json
 from tfmq_exp.core.formatting import format_duration
-from tfmq_exp.files import write_json
-from tfmq_exp.reporting.records import ScoreRecord, read_records
+from tfmq_exp.report.records import ScoreRecord, read_records
 
 ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")
 

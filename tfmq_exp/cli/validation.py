@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tfmq_exp.cli.folders import check_folders, check_images_apart
-from tfmq_exp.kinds import (
+from tfmq_exp.core.validate import (
     AMOUNT,
     ANY_COUNT,
     COUNT,

@@ -13,8 +13,8 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from tfmq_exp.core.file_kind import HEAD, PICTURE, content_of
 from tfmq_exp.data.preparation import MAX_PIXELS, Pixels, Preparation
-from tfmq_exp.file_kind import HEAD, PICTURE, content_of
 
 WAITING = 64  # images that may be decoded ahead: enough for every thread, 13 MB at 256x256
 # Formats of pictures, which Pillow decodes itself. Others start programs (PostScript) or are no pictures (GRIB, HDF5).

@@ -13,11 +13,11 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from tfmq_exp.core.text_files import read_lines
 from tfmq_exp.data.decoding import check_batch, decode, describe, in_order, stacked
 from tfmq_exp.data.hashes import hash_files
 from tfmq_exp.data.preparation import Pixels, Preparation
 from tfmq_exp.data.tree import files_below
-from tfmq_exp.text_files import read_lines
 
 # By the end of a name, in either case; what a file is, is then read from its content.
 SUFFIXES = (

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from tfmq_exp.core.file_kind import is_safetensors, kind_of, why_missing, why_unreadable
 from tfmq_exp.denoisers.torch_file import build, opened
 from tfmq_exp.denoisers.unpickling import RefusedError, TensorRecord
-from tfmq_exp.file_kind import is_safetensors, kind_of, why_missing, why_unreadable
 
 EMA = "model_ema."
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.assigning import assign_weights
+from tfmq_exp.denoisers.loading.state_dict import assign_weights
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
 INNER = {

@@ -10,15 +10,23 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from tfmq_exp.denoisers import compvis, original
-from tfmq_exp.denoisers.assigning import assign_weights, differences
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, FirstStage, NoConditions, Pixels
-from tfmq_exp.denoisers.first_stage import LatentDecoder
-from tfmq_exp.denoisers.original import Parts
-from tfmq_exp.denoisers.scheduler_config import CONFIG, read_json, scheduler_file, training_noise
-from tfmq_exp.denoisers.settings import AUTOENCODERS, TEXT_MODELS, UNETS, check_network, class_of, sides, text_settings
-from tfmq_exp.denoisers.text_encoder import TextEncoder, load_text_model, read_tokenizer
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.compvis_checkpoint import Parts
+from tfmq_exp.denoisers.loading.network_config import (
+    AUTOENCODERS,
+    TEXT_MODELS,
+    UNETS,
+    check_network,
+    class_of,
+    sides,
+    text_settings,
+)
+from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, read_json, scheduler_file, training_noise
+from tfmq_exp.denoisers.loading.state_dict import assign_weights, differences
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, load_text_model, read_tokenizer
+from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 from tfmq_exp.denoisers.unet import attentions, set_heads
-from tfmq_exp.denoisers.weight_files import read_state, weight_files
 
 # What older versions of diffusers called the layers of attention in autoencoders.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

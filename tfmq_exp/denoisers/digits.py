@@ -13,10 +13,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.checkpoint import read_tensors
+from tfmq_exp.core.file_kind import why_missing
+from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.file_kind import why_missing
-from tfmq_exp.finite import require_finite_weights
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 16

@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, VQModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.assigning import assign_weights
-from tfmq_exp.denoisers.compvis import ddim_key
-from tfmq_exp.kinds import COUNT, POSITIVE
+from tfmq_exp.core.validate import COUNT, POSITIVE
+from tfmq_exp.denoisers.loading.compvis_unet import ddim_key
+from tfmq_exp.denoisers.loading.state_dict import assign_weights
 
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
 

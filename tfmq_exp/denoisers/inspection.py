@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.denoisers.denoiser import FirstStage
-from tfmq_exp.denoisers.first_stage import LatentDecoder
-from tfmq_exp.denoisers.original import Parts
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.compvis_checkpoint import Parts
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import block_modules, roles, time_embedding
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import yaml
 
+from tfmq_exp.core.file_kind import instead_of_text, kind_of, why_missing
+from tfmq_exp.core.files import sha256_of
+from tfmq_exp.core.finite import require_finite, require_finite_weights
 from tfmq_exp.denoisers import diffusers_folder, original
-from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.inspection import inspect
-from tfmq_exp.denoisers.original import Parts
-from tfmq_exp.denoisers.published import where_to_find
-from tfmq_exp.denoisers.text_encoder import TextEncoder, tokenizer_files, tokenizer_settings
-from tfmq_exp.denoisers.weight_files import weight_files
-from tfmq_exp.file_kind import instead_of_text, kind_of, why_missing
-from tfmq_exp.files import sha256_of
-from tfmq_exp.finite import require_finite, require_finite_weights
+from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
+from tfmq_exp.denoisers.loading.compvis_checkpoint import Parts
+from tfmq_exp.denoisers.loading.download_hints import where_to_find
+from tfmq_exp.denoisers.loading.forward_check import inspect
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, tokenizer_files, tokenizer_settings
+from tfmq_exp.denoisers.loading.weight_files import weight_files
 
 
 def hash_json(value: Any) -> str:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfmq_exp.denoisers import compvis, first_stage
-from tfmq_exp.denoisers.checkpoint import read_tensors, read_weights, tensor_names
-from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, FirstStage, NoConditions, Pixels
-from tfmq_exp.denoisers.first_stage import LatentDecoder
-from tfmq_exp.denoisers.text_encoder import VIT_L_14, TextEncoder, load_text_model, read_tokenizer
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors, read_weights, tensor_names
+from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
+from tfmq_exp.denoisers.loading.text_encoder import VIT_L_14, TextEncoder, load_text_model, read_tokenizer
 
 UNCONDITIONAL = "__is_unconditional__"
 CONDITIONS = ("ClassEmbedder", "FrozenCLIPEmbedder")

@@ -8,8 +8,8 @@ from typing import Any
 
 import diffusers
 
-from tfmq_exp.file_kind import instead_of_text
-from tfmq_exp.kinds import number, whole
+from tfmq_exp.core.file_kind import instead_of_text
+from tfmq_exp.core.validate import number, whole
 
 CONFIG = "scheduler_config.json"
 # Those that are tested to sample as diffusers' own pipelines do.

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tfmq_exp.denoisers.assigning import assign_weights
+from tfmq_exp.core.file_kind import instead_of_text
+from tfmq_exp.core.validate import number
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.scheduler_config import read_json
-from tfmq_exp.file_kind import instead_of_text
-from tfmq_exp.kinds import number
+from tfmq_exp.denoisers.loading.scheduler_config import read_json
+from tfmq_exp.denoisers.loading.state_dict import assign_weights
 
 # ViT-L/14, https://huggingface.co/openai/clip-vit-large-patch14
 VIT_L_14 = {

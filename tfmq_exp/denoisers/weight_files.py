@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tfmq_exp.denoisers.checkpoint import read_tensors
-from tfmq_exp.file_kind import kind_of, why_missing
+from tfmq_exp.core.file_kind import kind_of, why_missing
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 FORMS = ("safetensors", "bin")

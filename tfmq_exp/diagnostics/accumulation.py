@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.trajectory_error import STREAM
-from tfmq_exp.finite import relative
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq_exp.finite import require_finite
+from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, all_float
-from tfmq_exp.finite import relative
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 THIRDS = ("first_third", "second_third", "last_third")

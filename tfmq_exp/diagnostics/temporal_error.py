@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import time_embedding
-from tfmq_exp.finite import relative
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import Unneeded
 

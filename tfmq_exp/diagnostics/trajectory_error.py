@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.finite import relative
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict, Step
 

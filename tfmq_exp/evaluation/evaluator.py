@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.digits import load_classifier
 from tfmq_exp.evaluation.features.extractor import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
-from tfmq_exp.kinds import COUNT, SWITCH, check_fields
 
 MANIFOLD_IMAGES = 10_000  # as many as guided-diffusion's reference files hold for precision and recall
 

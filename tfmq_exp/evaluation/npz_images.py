@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tfmq_exp.file_kind import HEAD, content_of
+from tfmq_exp.core.file_kind import HEAD, content_of
 
 MEMBER = "arr_0.npy"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tfmq_exp.core.files import sha256_of
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.evaluation.features.extractor import Extractor
 from tfmq_exp.evaluation.metrics.fid import GaussianStatistics, RunningMoments
 from tfmq_exp.evaluation.npz_images import NpzImages, find_images
 from tfmq_exp.evaluation.reference_npz import read_statistics
-from tfmq_exp.files import sha256_of
 
 ALIKE = 1e-9  # variance over squared mean, which sums in double precision leave where nothing varies
 

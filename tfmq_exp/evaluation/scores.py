@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.core.finite import NotFiniteError
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.metrics.fid import RunningMoments, frechet_distance
 from tfmq_exp.evaluation.metrics.inception_score import SPLITS, inception_score, inception_score_adm
 from tfmq_exp.evaluation.metrics.kid_prdc import NEIGHBOUR, kernel_distance, precision_recall
 from tfmq_exp.evaluation.references import ReferenceStatistics
-from tfmq_exp.finite import NotFiniteError
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.files import write_atomically
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.loggers.base import Logger, NullLogger, Points, Rows, RunMetadata
 
 MODES = ("offline", "online", "disabled")

@@ -8,8 +8,8 @@ import torch
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.loop import ReconstructionContext, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig

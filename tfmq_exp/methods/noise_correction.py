@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.finite import require_finite
+from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.finite import require_finite
-from tfmq_exp.kinds import COUNT, SWITCH, check_fields
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import DDIM, Predict, Sampler, VarianceCalibrated

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from tfmq_exp.core.validate import Kind, check_fields, whole
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.kinds import Kind, check_fields, whole
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import cached
 

@@ -21,8 +21,8 @@ from tfmq_exp.methods.noise_correction import NoiseStatistics
 from tfmq_exp.pipeline.score_records import mean_errors
 from tfmq_exp.pipeline.stages import Stages
 from tfmq_exp.pipeline.store import Entry
-from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import formats
+from tfmq_exp.report.records import ScoreRecord
+from tfmq_exp.report.tables import formats
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict

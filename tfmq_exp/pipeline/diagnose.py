@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tfmq_exp.cli.log_outputs import write_csv
 from tfmq_exp.cli.terminal import say
+from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.diagnostics.accumulation import ERRORS, error_accumulation
 from tfmq_exp.diagnostics.features import features_by_layer
 from tfmq_exp.diagnostics.partial_quantization import QuantizedPart, quantized_parts
@@ -19,12 +20,11 @@ from tfmq_exp.diagnostics.ranges import activation_ranges, range_changes
 from tfmq_exp.diagnostics.rounding import rounding_changes
 from tfmq_exp.diagnostics.sensitivity import THIRDS, PredictionProbe, spread_over_steps, unit_error
 from tfmq_exp.diagnostics.temporal_error import feature_errors
-from tfmq_exp.files import intact, write_checked, write_json
 from tfmq_exp.pipeline.progress import Advance
 from tfmq_exp.pipeline.stages import DiagnosisPlan, Stages
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.reconstruction.units import TemporalAware
-from tfmq_exp.reporting import diagnosis_figures as figures
+from tfmq_exp.report import diagnosis_figures as figures
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Row = dict[str, Any]

@@ -14,13 +14,13 @@ from tfmq_exp.calibration.collect import follow, ordered
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli.log_outputs import stage_summary
 from tfmq_exp.core.distributed import ProcessGroup
+from tfmq_exp.core.files import intact, write_checked
+from tfmq_exp.core.finite import within
+from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_sites
 from tfmq_exp.denoisers.unet import attentions, read_structure
-from tfmq_exp.files import intact, write_checked
-from tfmq_exp.finite import within
-from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.methods.method import Method
 from tfmq_exp.pipeline.progress import ProgressBars

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from tfmq_exp.core.files import write_checked
+from tfmq_exp.core.finite import naming_rates
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.files import write_checked
-from tfmq_exp.finite import naming_rates
 from tfmq_exp.methods.noise_correction import NoiseStatistics
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.pipeline.training_stages import TrainingStages

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tfmq_exp.cli.job_identity import INSIDE
 from tfmq_exp.pipeline.stages import Stages
 from tfmq_exp.pipeline.store import describe, key_of
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.records import ScoreRecord
 
 LEARNING = "model.protocol."
 

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tfmq_exp.calibration.collect import STREAM as CALIBRATION
-from tfmq_exp.denoisers.text_encoder import TextEncoder
+from tfmq_exp.core.files import intact, write_atomically, write_checked, write_json
+from tfmq_exp.core.finite import within
+from tfmq_exp.core.validate import COUNT, check_fields
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.diagnostics.trajectory_error import trajectory_error
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
-from tfmq_exp.files import intact, write_atomically, write_checked, write_json
-from tfmq_exp.finite import within
-from tfmq_exp.kinds import COUNT, check_fields
 from tfmq_exp.pipeline.network_stages import NetworkStages
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.sampling.images import STREAM, ImagePlan, sample_shard

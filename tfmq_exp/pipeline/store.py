@@ -22,7 +22,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
-from tfmq_exp.files import HASH, hash_path, read_record, sha256_of, unchanged, write_checked, write_json, write_record
+from tfmq_exp.core.files import (
+    HASH,
+    hash_path,
+    read_record,
+    sha256_of,
+    unchanged,
+    write_checked,
+    write_json,
+    write_record,
+)
 
 SCHEMA = 3  # part of every key: raise it when the meaning of stored files changes
 NOTED = {"stage", "key", "seconds", "files"}  # what a manifest says beside its own hash

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.finite import naming_rates
 from tfmq_exp.data.source import ImageSource
-from tfmq_exp.finite import naming_rates
 from tfmq_exp.pipeline.float_stages import FloatStages
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tfmq_exp.files import intact, write_checked, write_json
+from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.progress import Advance
 from tfmq_exp.pipeline.store import Entry

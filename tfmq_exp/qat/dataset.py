@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tfmq_exp.core.files import HASH
+from tfmq_exp.core.finite import require_finite
 from tfmq_exp.data.source import ImageSource
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.files import HASH
-from tfmq_exp.finite import require_finite
 
 FILE = "examples.npy"
 BATCHES = f"batches{HASH}"  # of an unfinished file: a line for each batch that is in it, with its hash

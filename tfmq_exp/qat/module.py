@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.kinds import (
+from tfmq_exp.core.validate import (
     AMOUNT,
     ANY_COUNT,
     COUNT,
@@ -27,6 +26,7 @@ from tfmq_exp.kinds import (
     one_of,
     optional,
 )
+from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.qat.batches import Batch
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.ema import moving_average

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from tfmq_exp.core.files import hash_path, intact, write_checked
+from tfmq_exp.core.finite import DivergedError, require_finite
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, noise_of
-from tfmq_exp.files import hash_path, intact, write_checked
-from tfmq_exp.finite import DivergedError, require_finite
 from tfmq_exp.qat.batches import Batch, NoisyBatches, ResumedBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import TrainingSet

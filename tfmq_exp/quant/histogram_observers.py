@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import BYTES, POSITIVE, POSITIVE_SHARE, SWITCH, Kind, check_fields, whole
+from tfmq_exp.core.validate import BYTES, POSITIVE, POSITIVE_SHARE, SWITCH, Kind, check_fields, whole
 from tfmq_exp.quant.observers import Range, chunks, include_zero, per_range, row_ends
 from tfmq_exp.quant.spec import QuantSpec
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import BYTES, COUNT, POWER, SHARE, SWITCH, check_fields, optional
+from tfmq_exp.core.validate import BYTES, COUNT, POWER, SHARE, SWITCH, check_fields, optional
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.spec import QParams, QuantSpec
 

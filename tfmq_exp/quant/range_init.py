@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import POSITIVE, POSITIVE_SHARE, SWITCH, check_fields
+from tfmq_exp.core.validate import POSITIVE, POSITIVE_SHARE, SWITCH, check_fields
 from tfmq_exp.quant.observers import Observer, Range, per_range
 from tfmq_exp.quant.qat.base import IntRangeKind, range_ratio
 from tfmq_exp.quant.spec import QuantSpec

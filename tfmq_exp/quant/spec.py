@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from tfmq_exp.kinds import check_fields, one_of
+from tfmq_exp.core.validate import check_fields, one_of
 
 Scheme = Literal["affine", "symmetric", "unsigned"]
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tfmq_exp.kinds import COUNT, POSITIVE, SEED, Kind, check_fields, whole
+from tfmq_exp.core.validate import COUNT, POSITIVE, SEED, Kind, check_fields, whole
 
 # cosines and sines share it
 WIDTH = Kind(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.finite import require_finite
+from tfmq_exp.core.finite import require_finite
 
 
 class SpillAllocator:

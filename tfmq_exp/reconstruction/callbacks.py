@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import pytorch_lightning as pl
 from torch import Tensor
 
-from tfmq_exp.finite import DivergedError
+from tfmq_exp.core.finite import DivergedError
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.reconstruction.module import BlockReconstruction
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.finite import within
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.units import Unit

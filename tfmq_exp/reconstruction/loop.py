@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
+from tfmq_exp.core.finite import DivergedError, relative, within
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.finite import DivergedError, relative, within
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.quant.rounding import AdaRound

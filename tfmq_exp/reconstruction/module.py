@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.kinds import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
+from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.kinds import DECAY, POWER, SEED, Kind, check_fields, number
+from tfmq_exp.core.validate import DECAY, POWER, SEED, Kind, check_fields, number
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import capture_squared_gradients
 from tfmq_exp.reconstruction.units import Unit

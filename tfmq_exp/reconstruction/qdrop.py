@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.kinds import SHARE, check_fields
+from tfmq_exp.core.validate import SHARE, check_fields
 from tfmq_exp.quant.quantizers.base import Quantizer
 from tfmq_exp.reconstruction.inputs import Origin
 

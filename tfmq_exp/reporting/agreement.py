@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tfmq_exp.reporting.published import PublishedRow
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.published_tables import PublishedRow
+from tfmq_exp.report.records import ScoreRecord
 
 TIMESTEPS = 1000  # of every network in the published tables
 SAMPLERS = {"DDIM": "ddim", "PLMS": "plms", "DPMSolver": "dpm_solver_{order}"}

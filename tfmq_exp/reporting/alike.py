@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.records import ScoreRecord
 
 EFFORT = ("weight_samples", "weight_iterations", "activation_samples", "activation_iterations")
 EXECUTED = "layers_executed"  # what an engine found it could do, which is no setting

@@ -5,11 +5,11 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tfmq_exp.reporting.agreement import QUALITY, differing, unstated
-from tfmq_exp.reporting.alike import EFFORT
-from tfmq_exp.reporting.published import PublishedRow
-from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import bits_order, changed
+from tfmq_exp.report.comparability import EFFORT
+from tfmq_exp.report.protocol_match import QUALITY, differing, unstated
+from tfmq_exp.report.published_tables import PublishedRow
+from tfmq_exp.report.records import ScoreRecord
+from tfmq_exp.report.tables import bits_order, changed
 
 SCORE_ORDER = ("fid", "sfid", "is", "clip", "precision", "gpu_hours", "memory_mb", "size_mb", "latency_s", "speedup")
 CHANGE = "change of "  # the published number is a difference from a baseline

@@ -2,8 +2,8 @@
 
 import statistics
 
-from tfmq_exp.reporting.comparison import CHANGE, Cell, Comparison
-from tfmq_exp.reporting.tables import render
+from tfmq_exp.report.comparison import CHANGE, Cell, Comparison
+from tfmq_exp.report.tables import render
 
 NAMES = {
     "fid": "FID ↓",

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 
-from tfmq_exp.reporting.diagnosis_figures import short_name
+from tfmq_exp.report.diagnosis_figures import short_name
 
 Row = dict[str, Any]
 FILE = Path("diagnosis/activation_ranges.csv")

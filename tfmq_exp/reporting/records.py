@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from tfmq_exp.files import read_record, write_atomically
+from tfmq_exp.core.files import read_record, write_atomically
 
 SCHEMA = 1
 

@@ -6,8 +6,8 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from tfmq_exp.reporting.alike import comparable, differing, distinctions, in_words, one_per_seed, setting
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.comparability import comparable, differing, distinctions, in_words, one_per_seed, setting
+from tfmq_exp.report.records import ScoreRecord
 
 FORMATS = ("markdown", "csv")
 

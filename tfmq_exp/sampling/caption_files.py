@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.text_files import decode_text, read_lines
+from tfmq_exp.core.text_files import decode_text, read_lines
 
 INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # of Unicode's categories
 TABLES = (".jsonl", ".csv", ".tsv")  # whose lines hold more than a caption

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import torch
 
+from tfmq_exp.core.finite import NotFiniteError, require_finite
 from tfmq_exp.core.seeds import image_generators, initial_noise
+from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
-from tfmq_exp.denoisers.inspection import check_timesteps
-from tfmq_exp.finite import NotFiniteError, require_finite
-from tfmq_exp.kinds import AMOUNT, check_fields, one_of
+from tfmq_exp.denoisers.loading.forward_check import check_timesteps
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
 from tfmq_exp.sampling.sampler import Predict, Sampler, Step, finite_set, trajectory
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tfmq_exp.core.finite import require_finite
+from tfmq_exp.core.validate import COUNT, SEED, check_fields
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.finite import require_finite
-from tfmq_exp.kinds import COUNT, SEED, check_fields
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict
 

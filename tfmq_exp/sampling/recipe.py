@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.core.seeds import image_generators, initial_noise
+from tfmq_exp.core.validate import whole
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.denoisers.scheduler_config import MOST_TIMESTEPS
-from tfmq_exp.kinds import whole
+from tfmq_exp.denoisers.loading.scheduler_config import MOST_TIMESTEPS
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import STREAM
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver, Sampler, trajectory

@@ -9,9 +9,9 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.finite import require_finite
+from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, Kind, check_fields, optional, whole
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.finite import require_finite
-from tfmq_exp.kinds import ANY_COUNT, COUNT, SHARE, SWITCH, Kind, check_fields, optional, whole
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, require_noise_prediction, visited
 
 ORDER = Kind("1, 2 or 3", lambda value: whole(value) and 1 <= value <= 3)

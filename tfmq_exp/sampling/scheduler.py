@@ -13,7 +13,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from tfmq_exp.denoisers.scheduler_config import (
+from tfmq_exp.core.validate import COUNT, POSITIVE, SHARE, SWITCH, check_fields
+from tfmq_exp.denoisers.loading.scheduler_config import (
     CONFIG,
     KINDS,
     NOISE,
@@ -26,7 +27,6 @@ from tfmq_exp.denoisers.scheduler_config import (
     scheduler_defaults,
     scheduler_file,
 )
-from tfmq_exp.kinds import COUNT, POSITIVE, SHARE, SWITCH, check_fields
 from tfmq_exp.sampling.sampler import Moves, Sampler
 
 # What these pipelines of diffusers turn their scheduler into, whatever it is.

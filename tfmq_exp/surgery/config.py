@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from tfmq_exp.core.validate import SWITCH, check_fields, one_of
 from tfmq_exp.denoisers.structure import LayerInfo, Role
-from tfmq_exp.kinds import SWITCH, check_fields, one_of
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.surgery.qat_config import QATConfig
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tfmq_exp.core.validate import SWITCH, check_fields, one_of
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.kinds import SWITCH, check_fields, one_of
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat.base import QATQuantizeFn
 from tfmq_exp.quant.quantizers.trainable import Offset

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from tfmq_exp.finite import NotFiniteError, require_finite, within
+from tfmq_exp.core.finite import NotFiniteError, require_finite, within
 from tfmq_exp.quant.layers import QuantizedWeight, QuantLayer
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tfmq_exp.file_kind import kind_of
+from tfmq_exp.core.file_kind import kind_of
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery.manifest import check_entries, described, stored_integers
 from tfmq_exp.surgery.packing import pack

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from diffusers import DDIMScheduler, UNet2DModel
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 
 from tests.unit.sampling.folders import make_generic
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading import load_denoiser
 from tfmq_exp.pipeline.float_stages import FloatStages
 
 

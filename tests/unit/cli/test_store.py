@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tfmq_exp.core.files import hash_path, intact, read_record, write_atomically, write_checked, write_record
 
-from tfmq_exp.files import hash_path, intact, read_record, write_atomically, write_checked, write_record
 from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store, code_of, describe, key_of
 from tfmq_exp.quant.spec import QuantSpec
 

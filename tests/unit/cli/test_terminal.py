@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.table import Table
+from tfmq_exp.report import tables
+from tfmq_exp.report.records import ScoreRecord
 
 from tests.e2e.jobs import CONF
 from tfmq_exp.cli.score_table import show, show_sweep
 from tfmq_exp.cli.terminal import Terminal, VisibleFormatter, say, say_error, visible
 from tfmq_exp.pipeline.progress import ProgressBars
-from tfmq_exp.reporting import tables
-from tfmq_exp.reporting.records import ScoreRecord
 
 pytestmark = pytest.mark.bad_input
 

@@ -21,9 +21,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors, read_weights, select_names, tensor_names
 from torch import Tensor, nn
-
-from tfmq_exp.denoisers.checkpoint import read_tensors, read_weights, select_names, tensor_names
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 FORMATS = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, load_text_model, read_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.unit.denoisers.originals import caption, read_original, word
-from tfmq_exp.denoisers.class_embedder import ClassEmbedder
-from tfmq_exp.denoisers.text_encoder import TextEncoder, load_text_model, read_tokenizer
 
 STATES = "encoder_hidden_states"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from torch import Tensor
 
 from tests.unit.denoisers.originals import caption, read_original
 from tfmq_exp.denoisers.denoiser import Denoiser, Pixels
-from tfmq_exp.denoisers.loading import load_denoiser
 
 TOLERANCE = 3e-5
 

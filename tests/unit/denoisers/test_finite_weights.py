@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from torch import nn
 
 from tests.unit.denoisers.originals import read_original
 from tfmq_exp.denoisers.digits import WEIGHTS, load_classifier
 from tfmq_exp.denoisers.digits import load_denoiser as load_digits
-from tfmq_exp.denoisers.loading import load_denoiser
 
 pytestmark = pytest.mark.bad_input
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 
 from tests.unit.denoisers.originals import read_original
 from tfmq_exp.denoisers import first_stage
-from tfmq_exp.denoisers.first_stage import LatentDecoder
 
 PREFIX = "first_stage_model."
 

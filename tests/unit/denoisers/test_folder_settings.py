@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
+from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, read_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.unit.denoisers.originals import word
-from tfmq_exp.denoisers.loading import load_denoiser
-from tfmq_exp.denoisers.text_encoder import TextEncoder, read_tokenizer
 
 pytestmark = pytest.mark.bad_input
 

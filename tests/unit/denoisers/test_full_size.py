@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tfmq_exp.denoisers.loading.text_encoder import VIT_L_14, load_text_model
 from torch import Tensor, nn
 
 from tests.unit.denoisers.originals import GOLDENS
 from tfmq_exp.denoisers import compvis, first_stage
-from tfmq_exp.denoisers.text_encoder import VIT_L_14, load_text_model
 
 UNETS: dict[str, dict[str, Any]] = {
     "ldm_lsun_beds": {

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors, tensor_names
 
-from tfmq_exp.denoisers.checkpoint import read_tensors, tensor_names
 from tfmq_exp.denoisers.pickle_limits import MOST_INSTRUCTIONS
 
 pytestmark = pytest.mark.bad_input

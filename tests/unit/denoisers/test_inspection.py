@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from tfmq_exp.denoisers.loading.compvis_checkpoint import Parts
+from tfmq_exp.denoisers.loading.forward_check import check_timesteps, inspect
 from torch import nn
 
 from tests.conftest import example_inputs, generic, quantizable
 from tfmq_exp.denoisers.denoiser import Conditions, NoConditions, Pixels, noise_of
-from tfmq_exp.denoisers.inspection import check_timesteps, inspect
-from tfmq_exp.denoisers.original import Parts
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
 from tfmq_exp.denoisers.unet import read_structure

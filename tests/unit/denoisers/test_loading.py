@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from torch import Tensor
 
 from tests.unit.denoisers.originals import Original, caption, read_original
 from tfmq_exp.denoisers.denoiser import Denoiser, NoConditions, Pixels
-from tfmq_exp.denoisers.first_stage import LatentDecoder
-from tfmq_exp.denoisers.loading import load_denoiser
 
 TOLERANCE = 3e-5  # float32 rounding in another order of operations; the goldens' own README
 LATENT = ["ldm_cin256_v2", "ldm_lsun_beds", "ldm_lsun_churches", "ldm_celeba", "ldm_ffhq_ema", "sd_v1"]

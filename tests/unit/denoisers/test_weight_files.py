@@ -9,10 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
+from tfmq_exp.denoisers.loading.pretrained import hash_weights, load_denoiser
+from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 from torch import Tensor, nn
-
-from tfmq_exp.denoisers.loading import hash_weights, load_denoiser
-from tfmq_exp.denoisers.weight_files import read_state, weight_files
 
 pytestmark = pytest.mark.bad_input
 

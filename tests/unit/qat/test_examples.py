@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
 from torch import Tensor, nn
 
 from tfmq_exp.data.digits import DigitsImages, load_images
-from tfmq_exp.denoisers.class_embedder import ClassEmbedder
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.pipeline.training_stages import TrainingStages
 from tfmq_exp.qat.batches import NoisyBatches

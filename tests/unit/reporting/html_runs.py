@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 from PIL import Image
-
-from tfmq_exp.reporting.html.page import page
-from tfmq_exp.reporting.html.runs import collect
-from tfmq_exp.reporting.published import PublishedRow
+from tfmq_exp.report.html.page import page
+from tfmq_exp.report.html.runs import collect
+from tfmq_exp.report.published_tables import PublishedRow
 
 PROTOCOL = {"sampler": {"class": "DDIM", "steps": 4, "eta": 0.0}, "images": 24, "network_calls": 4}
 EVALUATOR = {"name": "digits features", "reference": "scikit-learn digits"}

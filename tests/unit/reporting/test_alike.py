@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tfmq_exp.report.html.runs import Run
+from tfmq_exp.report.html.ways import groups
+from tfmq_exp.report.records import ScoreRecord, read_records, save_records
+from tfmq_exp.report.tables import by_protocol, devices, pivot, table
 
 from scripts.make_tables import arguments, made
-from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.ways import groups
-from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import by_protocol, devices, pivot, table
 
 pytestmark = pytest.mark.bad_input
 

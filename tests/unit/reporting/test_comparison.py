@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tfmq_exp.reporting.agreement import differing, published_calls, unstated
-from tfmq_exp.reporting.comparison import Cell, Comparison, choose, compare, listing
-from tfmq_exp.reporting.comparison_text import MARKS, as_csv, as_markdown
-from tfmq_exp.reporting.published import VERIFIED, PublishedRow, read_published
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.comparison import Cell, Comparison, choose, compare, listing
+from tfmq_exp.report.comparison_text import MARKS, as_csv, as_markdown
+from tfmq_exp.report.protocol_match import differing, published_calls, unstated
+from tfmq_exp.report.published_tables import VERIFIED, PublishedRow, read_published
+from tfmq_exp.report.records import ScoreRecord
 
 ROOT = Path(__file__).parents[3]
 PUBLISHED = read_published(ROOT / "conf" / "published")

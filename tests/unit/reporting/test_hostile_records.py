@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tfmq_exp.reporting.records import ScoreRecord, read_records
+from tfmq_exp.report.records import ScoreRecord, read_records
 
 pytestmark = pytest.mark.bad_input
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tfmq_exp.report.html.curve_charts import curve
+from tfmq_exp.report.html.executed import executed
+from tfmq_exp.report.html.runs import collect
+from tfmq_exp.report.html.time_charts import stage_lines
+from tfmq_exp.report.html.ways import groups
 
 from tests.unit.reporting.html_runs import Reader, read, row, run, table
-from tfmq_exp.reporting.html.curve_charts import curve
-from tfmq_exp.reporting.html.executed import executed
-from tfmq_exp.reporting.html.runs import collect
-from tfmq_exp.reporting.html.time_charts import stage_lines
-from tfmq_exp.reporting.html.ways import groups
 
 SIMULATED = {0: 3.0, 1: 3.5, 2: 4.0}
 DEPLOYED = {"one": {0: 3.1, 1: 3.7, 2: 4.3}, "two": {0: 3.2}}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from tfmq_exp.report.html.runs import collect
 
 from tests.unit.reporting.html_runs import Reader, read, row, run, table
-from tfmq_exp.reporting.html.runs import collect
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tfmq_exp.report.html import pictures
+from tfmq_exp.report.html.curve_charts import temporal_error
+from tfmq_exp.report.html.palette import looks
+from tfmq_exp.report.html.runs import Run
+from tfmq_exp.report.html.ways import Group, Member, Way
+from tfmq_exp.report.published_tables import PublishedRow
+from tfmq_exp.report.records import ScoreRecord
 
 from tests.unit.reporting.html_runs import EVALUATOR, FID, PROTOCOL, Reader, read, row, run
-from tfmq_exp.reporting.html import pictures
-from tfmq_exp.reporting.html.curve_charts import temporal_error
-from tfmq_exp.reporting.html.palette import looks
-from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.ways import Group, Member, Way
-from tfmq_exp.reporting.published import PublishedRow
-from tfmq_exp.reporting.records import ScoreRecord
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ import random
 from pathlib import Path
 
 import pytest
-
-from tfmq_exp.reporting.html.chart import POINTS, kept
-from tfmq_exp.reporting.html.configurations import differences, flat
-from tfmq_exp.reporting.html.palette import METHODS, looks
-from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.score_charts import apart, bit_operations, front
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.html.chart import POINTS, kept
+from tfmq_exp.report.html.configurations import differences, flat
+from tfmq_exp.report.html.palette import METHODS, looks
+from tfmq_exp.report.html.runs import Run
+from tfmq_exp.report.html.score_charts import apart, bit_operations, front
+from tfmq_exp.report.records import ScoreRecord
 
 ROOT = Path(__file__).parents[3]
 

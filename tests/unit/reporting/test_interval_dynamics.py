@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tfmq_exp.reporting.interval_dynamics import (
+from tfmq_exp.report.interval_dynamics import (
     FILE,
     Dynamics,
     correlations,

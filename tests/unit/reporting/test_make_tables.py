@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.records import ScoreRecord
 
 ROOT = Path(__file__).parents[3]
 

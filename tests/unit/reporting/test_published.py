@@ -5,8 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from tfmq_exp.reporting.published import PublishedRow, read_published
+from tfmq_exp.report.published_tables import PublishedRow, read_published
 
 FOLDER = Path(__file__).parents[3] / "conf" / "published"
 ROWS = read_published(FOLDER)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tfmq_exp.reporting.figures import mosaic
-from tfmq_exp.reporting.records import ScoreRecord, read_records, save_records
-from tfmq_exp.reporting.tables import by_protocol, cell, execution, pivot, render, table
+from tfmq_exp.report.figures.errors import mosaic
+from tfmq_exp.report.records import ScoreRecord, read_records, save_records
+from tfmq_exp.report.tables import by_protocol, cell, execution, pivot, render, table
 
 FLOAT = ScoreRecord(
     model="m",

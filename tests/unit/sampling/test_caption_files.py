@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tfmq_exp.core.text_files import read_lines
 
 from tfmq_exp.data.folder import read_listing
 from tfmq_exp.sampling.caption_files import read_captions, read_coco
 from tfmq_exp.sampling.conditioning import Captions
-from tfmq_exp.text_files import read_lines
 
 pytestmark = pytest.mark.bad_input
 

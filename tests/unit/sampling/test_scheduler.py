@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
+from tfmq_exp.denoisers.loading.scheduler_config import training_noise
 from torch import Tensor
 
 from tests.unit.sampling.folders import (
@@ -24,8 +26,6 @@ from tests.unit.sampling.folders import (
     save_unconditional,
 )
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading import load_denoiser
-from tfmq_exp.denoisers.scheduler_config import training_noise
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.sampler import DDIM, PLMS, DPMSolver

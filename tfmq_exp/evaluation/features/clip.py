@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tfmq_exp.denoisers.scheduler_config import read_json
-from tfmq_exp.denoisers.settings import check_code
-from tfmq_exp.denoisers.text_encoder import check_tokenizer
-from tfmq_exp.file_kind import kind_of
-from tfmq_exp.files import sha256_of
-from tfmq_exp.finite import require_finite_weights
+from tfmq_exp.core.file_kind import kind_of
+from tfmq_exp.core.files import sha256_of
+from tfmq_exp.core.finite import require_finite_weights
+from tfmq_exp.denoisers.loading.network_config import check_code
+from tfmq_exp.denoisers.loading.scheduler_config import read_json
+from tfmq_exp.denoisers.loading.text_encoder import check_tokenizer
 
 
 class ClipScore:

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tfmq_exp.finite import NotFiniteError
-from tfmq_exp.kinds import COUNT, check_fields
+from tfmq_exp.core.finite import NotFiniteError
+from tfmq_exp.core.validate import COUNT, check_fields
 
 
 class Features(NamedTuple):

@@ -23,14 +23,14 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     InceptionE_2,
 )
 
+from tfmq_exp.core.file_kind import why_missing
+from tfmq_exp.core.files import sha256_of
+from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.data.source import ImageSource
-from tfmq_exp.denoisers.checkpoint import read_tensors
+from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 from tfmq_exp.evaluation.evaluator import MANIFOLD_IMAGES, CaptionMetric, Evaluator
 from tfmq_exp.evaluation.features.extractor import Extractor, Features
 from tfmq_exp.evaluation.references import NpzReference
-from tfmq_exp.file_kind import why_missing
-from tfmq_exp.files import sha256_of
-from tfmq_exp.finite import require_finite_weights
 
 NAME = "Inception 2015-12-05, torch-fidelity"
 RELEASED = "weights-inception-2015-12-05-6726825d.pth"

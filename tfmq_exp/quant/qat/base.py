@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from tfmq_exp.kinds import AMOUNT, check_fields, one_of
+from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.quant.spec import QuantSpec
 
 IntRangeKind = Literal["full", "narrow", "tdq_release"]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tfmq_exp.kinds import SWITCH, check_fields
+from tfmq_exp.core.validate import SWITCH, check_fields
 from tfmq_exp.quant.qat.base import Extra, IntRange, QATQuantizeFn
 from tfmq_exp.quant.qat.ste import ste_quantize
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tfmq_exp.kinds import SWITCH, check_fields
+from tfmq_exp.core.validate import SWITCH, check_fields
 from tfmq_exp.quant.functional import round_ste
 from tfmq_exp.quant.qat.base import Extra, ExtraParam, IntRange, IntRangeKind, QATQuantizeFn
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.finite import require_finite
+from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize, round_ste
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.quantizers.base import Quantizer

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.finite import require_finite
+from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat.base import QATQuantizeFn, int_range

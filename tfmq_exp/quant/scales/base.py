@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tfmq_exp.finite import require_finite
-from tfmq_exp.kinds import DECAY, check_fields
+from tfmq_exp.core.finite import require_finite
+from tfmq_exp.core.validate import DECAY, check_fields
 from tfmq_exp.quant.functional import SMALLEST_SCALE, qparams_from_range
 from tfmq_exp.quant.observers import MinMax, Observer, include_zero
 from tfmq_exp.quant.qat.base import IntRangeKind

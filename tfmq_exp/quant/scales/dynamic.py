@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.kinds import check_fields, one_of
+from tfmq_exp.core.validate import check_fields, one_of
 from tfmq_exp.quant.functional import qparams_from_range
 from tfmq_exp.quant.observers import Observer, include_zero
 from tfmq_exp.quant.qat.base import IntRangeKind, range_ratio

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.kinds import COUNT, DECAY, SEED, check_fields, one_of, sequence_of
+from tfmq_exp.core.validate import COUNT, DECAY, SEED, check_fields, one_of, sequence_of
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.scales.base import EMAConfig
 from tfmq_exp.quant.scales.static import StaticScale

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tfmq_exp.kinds import COUNT, WrongValueError, check_fields
+from tfmq_exp.core.validate import COUNT, WrongValueError, check_fields
 from tfmq_exp.quant.scales.base import EMAConfig, ScaleConfig
 from tfmq_exp.quant.scales.per_step import PerStepScale
 from tfmq_exp.quant.spec import QuantSpec

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from tfmq_exp.reporting.agreement import evaluator_family
-from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.scores import SEEDS, ScoreTable, alike, coverage
-from tfmq_exp.reporting.html.ways import Group, Way
-from tfmq_exp.reporting.tables import devices
+from tfmq_exp.report.html.runs import Run
+from tfmq_exp.report.html.scores import SEEDS, ScoreTable, alike, coverage
+from tfmq_exp.report.html.ways import Group, Way
+from tfmq_exp.report.protocol_match import evaluator_family
+from tfmq_exp.report.tables import devices
 
 # pooled and spatial features of an evaluator: FID is of the first, sFID of the second
 FEATURES = {"digits features": (64, 112), "Inception": (2048, 2023)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tfmq_exp.reporting.html.runs import Run
+from tfmq_exp.report.html.runs import Run
 
 COLUMNS = 24  # ways in one table of differences
 PACKAGE = "tfmq_exp."  # in which every `_target_` of this project is

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from tfmq_exp.reporting.html.chart import Chart, axis, figure, kept, log_axis, many
-from tfmq_exp.reporting.html.palette import Look
-from tfmq_exp.reporting.html.ways import Group, Way
+from tfmq_exp.report.html.chart import Chart, axis, figure, kept, log_axis, many
+from tfmq_exp.report.html.palette import Look
+from tfmq_exp.report.html.ways import Group, Way
 
 APART = 10  # times the least seed's value: a band from there on covers the others' lines on a logarithmic axis
 SPAN = "the band spans the seeds, which are thin lines where they are far apart"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfmq_exp.reporting.html.pictures import Picture, gallery
-from tfmq_exp.reporting.html.runs import Run
+from tfmq_exp.report.html.pictures import Picture, gallery
+from tfmq_exp.report.html.runs import Run
 
 LINES = 40  # of a table
 RUNS = 12  # whose folders are shown

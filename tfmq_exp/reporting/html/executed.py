@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tfmq_exp.reporting.html.runs import SITES, Row, Run
-from tfmq_exp.reporting.tables import engine_of, formats, label
+from tfmq_exp.report.html.runs import SITES, Row, Run
+from tfmq_exp.report.tables import engine_of, formats, label
 
 FLOAT = "float"  # what a layer is executed in that the engine does not have
 PRODUCTS = "attention products"  # the role of what is no layer: two products of activations

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from tfmq_exp.reporting.html.chart import NEUTRAL, Chart, axis, figure, kept, log_axis
-from tfmq_exp.reporting.html.palette import Look
-from tfmq_exp.reporting.html.runs import Row
-from tfmq_exp.reporting.html.ways import Group, Way
+from tfmq_exp.report.html.chart import NEUTRAL, Chart, axis, figure, kept, log_axis
+from tfmq_exp.report.html.palette import Look
+from tfmq_exp.report.html.runs import Row
+from tfmq_exp.report.html.ways import Group, Way
 
 UNITS = 60  # drawn in one chart
 CURVES = 24  # losses drawn in one chart

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.ways import FLOAT, named
-from tfmq_exp.reporting.tables import bits_order, engine_of
+from tfmq_exp.report.html.runs import Run
+from tfmq_exp.report.html.ways import FLOAT, named
+from tfmq_exp.report.tables import bits_order, engine_of
 
 AXES = ("model", "quant", "method", "seed")
 Cell = tuple[str, str, str, str]  # model, bits, method, seed

@@ -11,24 +11,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tfmq_exp.reporting.html import curve_charts, learning_charts, score_charts, time_charts
-from tfmq_exp.reporting.html.chart import Chart
-from tfmq_exp.reporting.html.concerns import concerns, is_smoke
-from tfmq_exp.reporting.html.configurations import differences, full
-from tfmq_exp.reporting.html.diagnosis import diagnoses
-from tfmq_exp.reporting.html.executed import executed
-from tfmq_exp.reporting.html.missing import gaps
-from tfmq_exp.reporting.html.palette import Look, looks
-from tfmq_exp.reporting.html.papers import PaperLine, beside, unmeasured
-from tfmq_exp.reporting.html.pictures import albums, sample_files
-from tfmq_exp.reporting.html.runs import GOOD, SITES, STATES, Run
-from tfmq_exp.reporting.html.scores import ScoreTable, score_table
-from tfmq_exp.reporting.html.time_charts import StageLine, stage_lines
-from tfmq_exp.reporting.html.ways import Group, groups
-from tfmq_exp.reporting.published import PublishedRow
-from tfmq_exp.reporting.tables import bits_order, execution
+from tfmq_exp.report.html import curve_charts, learning_charts, score_charts, time_charts
+from tfmq_exp.report.html.chart import Chart
+from tfmq_exp.report.html.concerns import concerns, is_smoke
+from tfmq_exp.report.html.configurations import differences, full
+from tfmq_exp.report.html.diagnosis import diagnoses
+from tfmq_exp.report.html.executed import executed
+from tfmq_exp.report.html.missing import gaps
+from tfmq_exp.report.html.palette import Look, looks
+from tfmq_exp.report.html.papers import PaperLine, beside, unmeasured
+from tfmq_exp.report.html.pictures import albums, sample_files
+from tfmq_exp.report.html.runs import GOOD, SITES, STATES, Run
+from tfmq_exp.report.html.scores import ScoreTable, score_table
+from tfmq_exp.report.html.time_charts import StageLine, stage_lines
+from tfmq_exp.report.html.ways import Group, groups
+from tfmq_exp.report.published_tables import PublishedRow
+from tfmq_exp.report.tables import bits_order, execution
 
-TEMPLATES = PackageLoader("tfmq_exp.reporting.html", "templates")
+TEMPLATES = PackageLoader("tfmq_exp.report.html", "templates")
 
 
 @dataclass(frozen=True)

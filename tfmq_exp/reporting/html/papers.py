@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tfmq_exp.reporting.comparison import CHANGE, Cell, Comparison, compare
-from tfmq_exp.reporting.comparison_text import MARKS, NAMES
-from tfmq_exp.reporting.html.ways import FLOAT, Group
-from tfmq_exp.reporting.published import PublishedRow
-from tfmq_exp.reporting.tables import bits_order, cell
+from tfmq_exp.report.comparison import CHANGE, Cell, Comparison, compare
+from tfmq_exp.report.comparison_text import MARKS, NAMES
+from tfmq_exp.report.html.ways import FLOAT, Group
+from tfmq_exp.report.published_tables import PublishedRow
+from tfmq_exp.report.tables import bits_order, cell
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.ways import Group
-from tfmq_exp.reporting.tables import engine_of
+from tfmq_exp.report.html.runs import Run
+from tfmq_exp.report.html.ways import Group
+from tfmq_exp.report.tables import engine_of
 
 PICTURES = 40  # of one kind in a page
 WIDEST = 1400  # pixels

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from tfmq_exp.reporting.records import ScoreRecord, rows_of
+from tfmq_exp.report.records import ScoreRecord, rows_of
 
 Row = Mapping[str, Any]
 MARKS = ("results.json", "status.json", "environment.json", "config.yaml", ".hydra")  # any of them: a run was here

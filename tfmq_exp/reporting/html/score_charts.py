@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from tfmq_exp.reporting.html.chart import NEUTRAL, Chart, axis, figure, log_axis, many, score_axis
-from tfmq_exp.reporting.html.palette import Look
-from tfmq_exp.reporting.html.scores import Column, score_columns
-from tfmq_exp.reporting.html.ways import Group, Way
-from tfmq_exp.reporting.records import ScoreRecord
+from tfmq_exp.report.html.chart import NEUTRAL, Chart, axis, figure, log_axis, many, score_axis
+from tfmq_exp.report.html.palette import Look
+from tfmq_exp.report.html.scores import Column, score_columns
+from tfmq_exp.report.html.ways import Group, Way
+from tfmq_exp.report.records import ScoreRecord
 
 FLOAT_BITS = 32
 NEAREST = 0.05  # of an axis, between points of cost that both have their bits beside them

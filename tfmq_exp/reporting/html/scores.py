@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tfmq_exp.reporting.html.ways import Group, Way
-from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import columns
+from tfmq_exp.report.html.ways import Group, Way
+from tfmq_exp.report.records import ScoreRecord
+from tfmq_exp.report.tables import columns
 
 # scores that only some evaluators have, beside those of every table
 FURTHER = (

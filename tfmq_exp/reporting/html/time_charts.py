@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from tfmq_exp.reporting.html.chart import NEUTRAL, Chart, axis, figure
-from tfmq_exp.reporting.html.palette import STAGE_COLOURS
-from tfmq_exp.reporting.html.runs import Run
-from tfmq_exp.reporting.html.ways import Group, Way
+from tfmq_exp.report.html.chart import NEUTRAL, Chart, axis, figure
+from tfmq_exp.report.html.palette import STAGE_COLOURS
+from tfmq_exp.report.html.runs import Run
+from tfmq_exp.report.html.ways import Group, Way
 
 BARS = 60  # ways in one chart
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tfmq_exp.reporting.alike import comparable, differing, distinctions, in_words, setting
-from tfmq_exp.reporting.html.runs import DEPLOYED_TRAJECTORY, Run
-from tfmq_exp.reporting.records import ScoreRecord
-from tfmq_exp.reporting.tables import bits_order, engine_of, label
+from tfmq_exp.report.comparability import comparable, differing, distinctions, in_words, setting
+from tfmq_exp.report.html.runs import DEPLOYED_TRAJECTORY, Run
+from tfmq_exp.report.records import ScoreRecord
+from tfmq_exp.report.tables import bits_order, engine_of, label
 
 FLOAT = "float"
 
