@@ -43,7 +43,9 @@ from tfmq_exp.deploy.openvino.trace import trace
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolve
 
 LOAD = r"""
 import json, pathlib, re, runpy, sys, time
@@ -70,7 +72,7 @@ def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNet]
     sampling = Sampling(make(cfg.sampler), **make(cfg.model.sampling))
     method, unet, timesteps = make(cfg.method), denoiser.unet, sampling.finite_set(denoiser)
     structure, names = read_structure(unet, denoiser.example()), tuple(attentions(unet))
-    plan = method.surgery.resolve(structure, names, method.scales, timesteps)
+    plan = resolve(method.surgery, structure, names, method.scales, timesteps)
     return denoiser, sampling, calibrated_on_noise(build_quantized_unet(unet, plan, MinMax()), denoiser)
 
 

@@ -78,7 +78,7 @@ def switched_off(steps: Steps) -> Steps:
     model = steps.module.model
     for quantizer in (*model.weight_quantizers(), *model.activation_quantizers().values()):
         quantizer.mode = Mode.OFF
-    model.bank = None
+    model.generators = None
     return steps
 
 

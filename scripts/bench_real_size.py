@@ -106,7 +106,7 @@ def random_denoiser(name: str, architecture: str) -> Denoiser:
 def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Experiment:
     """All stages of a run."""
     words = [f"model={args.model}", f"method={args.method}", f"quant={args.quant}", f"paths.outputs={folder}"]
-    words += ["method.weight_range.candidates=" + str(args.candidates)] if args.candidates else []
+    words += ["method.weight_observer.candidates=" + str(args.candidates)] if args.candidates else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg: DictConfig = compose("config", [*words, *overrides, *args.overrides])
     with open_dict(cfg):

@@ -38,14 +38,17 @@ from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
+from tfmq_exp.quant.scales.per_step import PerStepConfig
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import Capture, hooks
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import TemporalAware, Unit
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import PerStepScale, ScalePlan
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolve
+from tfmq_exp.surgery.scales import ScalePlan
 
 
 def plain(
@@ -180,8 +183,8 @@ def main() -> None:
     data = read(tensors, "cali", timesteps)
     parts = read_structure(unet, {k: v[:1] for k, v in data.inputs(torch.device("cpu")).items()})
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], is_unconditional_ldm(reference["architecture"]))
-    scales = ScalePlan(PerStepScale(), PerStepScale())
-    resolved = plan.resolve(parts, tuple(attentions(unet)), scales, tuple(timesteps))
+    scales = ScalePlan(PerStepConfig(), PerStepConfig())
+    resolved = resolve(plan, parts, tuple(attentions(unet)), scales, tuple(timesteps))
     means = ComputeConfig(2 * recipe["batch_size"], 2**32, quiet_trainer(torch.device("cpu")))
     learning = recipe_of(reference, args.iterations or recipe["iters"])
     watch, quiet = Stopwatch(), Forgetful()

@@ -36,6 +36,8 @@ from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
+from tfmq_exp.quant.scales.per_step import PerStepConfig
+from tfmq_exp.quant.scales.static import StaticConfig
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
@@ -45,9 +47,10 @@ from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet, coverage
-from tfmq_exp.surgery.scales import PerStepScale, ScalePlan, StaticScale
+from tfmq_exp.surgery.resolve import coverage, resolve
+from tfmq_exp.surgery.scales import ScalePlan
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:
@@ -182,8 +185,8 @@ def main() -> int:
     parts = read_structure(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
     fuses_qkv = is_unconditional_ldm(reference["architecture"])
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv)
-    resolved = plan.resolve(
-        parts, tuple(attentions(float_unet)), ScalePlan(PerStepScale(), PerStepScale()), tuple(timesteps)
+    resolved = resolve(
+        plan, parts, tuple(attentions(float_unet)), ScalePlan(PerStepConfig(), PerStepConfig()), tuple(timesteps)
     )
 
     phases, quiet = Phases(), Forgetful()
@@ -223,7 +226,9 @@ def main() -> int:
         }
     )
     own_size = own_policy_size(
-        float_unet, own_plan.resolve(parts, (), ScalePlan(PerStepScale(), StaticScale()), tuple(timesteps)), calibration
+        float_unet,
+        resolve(own_plan, parts, (), ScalePlan(PerStepConfig(), StaticConfig()), tuple(timesteps)),
+        calibration,
     )
 
     runs = [run for run in reference["runs"].values() if run["iters"] == iterations]

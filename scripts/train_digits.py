@@ -12,6 +12,7 @@ import csv
 import functools
 import hashlib
 import logging
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,6 @@ from tfmq_exp.denoisers.digits import (
     DigitClassifier,
     build_schedule,
     build_unet,
-    cosine_with_warmup,
     load_denoiser,
 )
 from tfmq_exp.report.figures.errors import mosaic
@@ -45,6 +45,13 @@ from tfmq_exp.sampling.samplers.ddim import DDIM
 
 HELD_OUT = 360  # a fifth of the digits, never seen by the classifier while it trains
 log = logging.getLogger(__name__)
+
+
+def cosine_with_warmup(step: int, *, warmup: int, total: int) -> float:
+    """Learning-rate factor: linear from 0 to 1 over `warmup` steps, then a half cosine down to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 class Training(pl.LightningModule):

@@ -12,9 +12,13 @@ from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.scales.per_step import PerStepConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import PerStepScale, ScalePlan, StaticScale
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolve
+from tfmq_exp.surgery.scales import ScalePlan
 
 torch.set_num_threads(1)
 
@@ -94,9 +98,9 @@ def calibrated(model: QuantizedUNet, seed: int = 1) -> QuantizedUNet:
 
 
 SCALES: dict[str, ScalePlan] = {
-    "none": ScalePlan(StaticScale(), StaticScale()),
-    "temporal": ScalePlan(PerStepScale(), StaticScale()),
-    "all": ScalePlan(PerStepScale(), PerStepScale()),
+    "none": ScalePlan(StaticConfig(), StaticConfig()),
+    "temporal": ScalePlan(PerStepConfig(), StaticConfig()),
+    "all": ScalePlan(PerStepConfig(), PerStepConfig()),
 }
 
 
@@ -116,4 +120,4 @@ def quantizable(
     roles = {role.value: LayerBits(weight, activation, output) for role in Role}
     plan = QuantizationConfig(roles, attention or AttentionBits(), sites or {}, split_shortcuts=split, tie_qkv=tie_qkv)
     parts, chosen = read_structure(unet, example_inputs(unet)), SCALES[scales] if isinstance(scales, str) else scales
-    return build_quantized_unet(unet, plan.resolve(parts, tuple(attentions(unet)), chosen, TIMESTEPS), MinMax())
+    return build_quantized_unet(unet, resolve(plan, parts, tuple(attentions(unet)), chosen, TIMESTEPS), MinMax())

@@ -10,11 +10,11 @@ from goldens.comparing import EXACT, ROUNDING, Group, Record
 from goldens.learning import magnification
 from goldens.released import ESTIMATORS, Goldens, at, input_quantizer, on_grid, place, spec_of, weight_quantizer
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
+from tfmq_exp.quant.histogram_observers import HistogramPercentileObserver
 from tfmq_exp.quant.layers import QuantConv2d
-from tfmq_exp.quant.observers import HistogramPercentileObserver
 from tfmq_exp.quant.quantizers.split import SplitQuantizer
 from tfmq_exp.quant.rounding import rounding_penalty
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.objectives import Annealing, lp_loss
@@ -25,15 +25,15 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.019
 
 
 def scalers(goldens: Goldens) -> Iterator[Group]:
-    """Range estimators: scale, zero point and quantized tensor of every case, and the cases that crashed."""
+    """Observers: scale, zero point and quantized tensor of every case, and the cases that crashed."""
     groups = {name: Group(f"scaler {name}", ROUNDING if name in ("kl", "hist") else EXACT) for name in ESTIMATORS}
     crashed = Group("scaler, original crashed", EXACT)
     for case in goldens.meta["cases"]:
         x = goldens.tensors[f"input.{case['input']}"]
         spec = spec_of(case, case["bits"], 0 if case["channel_wise"] else None)
         if case["status"] != "ok":
-            estimator = HistogramPercentileObserver() if case["scaler"] == "hist" else ESTIMATORS[case["scaler"]]
-            error = fake_quantize(x, qparams_from_range(*estimator(x, spec), spec), spec) - x
+            observer = HistogramPercentileObserver() if case["scaler"] == "hist" else ESTIMATORS[case["scaler"]]
+            error = fake_quantize(x, qparams_from_range(*observer(x, spec), spec), spec) - x
             crashed.compare(float(error.norm() < x.norm()), 1.0)  # finite, and better than no tensor at all
             continue
         group, key, row = groups[case["scaler"]], f"scaler.{case['group']}", case["row"]
@@ -58,7 +58,7 @@ def running(goldens: Goldens) -> Iterator[Group]:
     for record in goldens.meta["running"]:
         x, spec = goldens.tensors[record["x"]], spec_of(record, record["bits"], None)
         key, names = record["key"], ("x_min", "x_max", "delta", "zero_point")
-        source = Static(spec, momentum=record["momentum"])
+        source = StaticScale(StaticConfig(momentum=record["momentum"]), spec)
         for row, batch in enumerate((x[0], *x)):
             source.observe(batch)
             ours = {"x_min": source.lo, "x_max": source.hi, "delta": source.scale, "zero_point": source.zero_point}

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from goldens.comparing import Group, Record, reading
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
-from tfmq_exp.quant.observers import EntropyObserver, HistogramPercentileObserver, LpObserver, MinMax, Observer
+from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
+from tfmq_exp.quant.observers import LpObserver, MinMax, Observer
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
-RELEASED = LpObserver(widen=False)
+RELEASED = LpObserver(include_zero=False)
 ESTIMATORS: dict[str, Observer] = {
     "minmax": MinMax(),
     "mse": RELEASED,
@@ -94,7 +95,7 @@ def place(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors: Record) -
 
 def input_quantizer(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors: Record) -> AffineQuantizer:
     """A quantizer placed on an activation as the release does, compared with the golden scale and zero point."""
-    quantizer = AffineQuantizer(Static(spec))
+    quantizer = AffineQuantizer(StaticScale(StaticConfig(), spec))
     for name, ours, golden in zip(
         ("scale", "zero_point"), qparams_from_range(*RELEASED(x, spec), spec), stored(tensors, key), strict=True
     ):

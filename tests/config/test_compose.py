@@ -22,7 +22,7 @@ def overrides(file: Path) -> list[str]:
     choice = f"{'/'.join(file.parts[:depth])}={'/'.join(file.parts[depth:])}"
     if file.parts[0] != "method" or depth == 1:
         return [choice]
-    wholes = {"estimator": "tfmq", "forms": "lsq"}
+    wholes = {"observer": "tfmq", "qat": "lsq", "encoding": "tdq"}
     return [f"method={next((wholes[part] for part in file.parts if part in wholes), 'qdrop')}", choice]
 
 
@@ -71,7 +71,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
 AXES = {
     "nearest": set(),
     "dynamic": {"scales", "weights"},
-    "ptq4dm": {"surgery", "scales", "weight_range", "timesteps", "activations"},
+    "ptq4dm": {"surgery", "scales", "weight_observer", "timesteps", "activations"},
     "brecq": {"surgery", "weights", "activations"},
     "freeze": {"surgery", "weights", "activations"},
     "qdrop": {"surgery", "weights", "activations"},
@@ -83,19 +83,19 @@ AXES = {
     "tfmq": {"scales", "weights"},
     "tfmq_cache": {"scales", "weights", "temporal"},
     "tfmq_qdrop": {"scales", "weights", "activations"},
-    "lsq": {"surgery", "weight_range", "weights", "activations"},
-    "pact": {"surgery", "weight_range", "weights", "activations"},
-    "nipq": {"surgery", "weight_range", "weights", "activations"},
-    "qil": {"surgery", "weight_range", "weights", "activations"},
-    "duq": {"surgery", "weight_range", "weights", "activations"},
-    "lsq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
-    "pact_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
-    "nipq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
-    "qil_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
-    "duq_tdq": {"surgery", "weight_range", "weights", "activations", "scales"},
-    "lsq_dynamic": {"surgery", "weight_range", "weights", "activations", "scales"},
-    "dynamic_generator": {"surgery", "weight_range", "weights", "activations", "scales"},
-    "dynamic_generator_time": {"surgery", "weight_range", "weights", "activations", "scales"},
+    "lsq": {"surgery", "weight_observer", "weights", "activations"},
+    "pact": {"surgery", "weight_observer", "weights", "activations"},
+    "nipq": {"surgery", "weight_observer", "weights", "activations"},
+    "qil": {"surgery", "weight_observer", "weights", "activations"},
+    "duq": {"surgery", "weight_observer", "weights", "activations"},
+    "lsq_tdq": {"surgery", "weight_observer", "weights", "activations", "scales"},
+    "pact_tdq": {"surgery", "weight_observer", "weights", "activations", "scales"},
+    "nipq_tdq": {"surgery", "weight_observer", "weights", "activations", "scales"},
+    "qil_tdq": {"surgery", "weight_observer", "weights", "activations", "scales"},
+    "duq_tdq": {"surgery", "weight_observer", "weights", "activations", "scales"},
+    "lsq_dynamic": {"surgery", "weight_observer", "weights", "activations", "scales"},
+    "dynamic_generator": {"surgery", "weight_observer", "weights", "activations", "scales"},
+    "dynamic_generator_time": {"surgery", "weight_observer", "weights", "activations", "scales"},
 }
 
 
@@ -117,7 +117,7 @@ def test_methods_differ_only_in_what_their_page_says(tmp_path: Path) -> None:
                 "weights.partition._target_",
                 "scales.temporal._target_",
                 *(
-                    f"scales.temporal.estimator.{key}" for key in ("_target_", "widen")
+                    f"scales.temporal.observer.{key}" for key in ("_target_", "include_zero")
                 ),  # static has the same by default
             },
         ),

@@ -112,10 +112,10 @@ def rows_of(preset: str) -> list[PublishedRow]:
 
 
 def test_released_lsq_scales_the_gradients_of_weights_alone(tmp_path: Path) -> None:
-    forms = instantiate(composed(tmp_path, "method=lsq", "method/surgery=trained_as_released").method.surgery.forms)
-    assert forms.activations == Lsq("official", scaled=False)
-    assert forms.weights == Lsq("official", scaled=True)
-    assert instantiate(composed(tmp_path, "method=lsq").method.surgery.forms).activations == Lsq()
+    qat = instantiate(composed(tmp_path, "method=lsq", "method/surgery=trained_as_released").method.surgery.qat)
+    assert qat.activations == Lsq("tdq_release", scaled=False)
+    assert qat.weights == Lsq("tdq_release", scaled=True)
+    assert instantiate(composed(tmp_path, "method=lsq").method.surgery.qat).activations == Lsq()
 
 
 def test_every_preset_is_compared_with_a_published_table() -> None:

@@ -51,12 +51,12 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
         (("goal=fid",), "goal must be one of"),
         (("+method.weights.iterz=5",), "iterz"),
         (("trainer=gpu",), "CUDA"),
-        (("method/scales=dynamic", "method.scales.temporal.per=sometimes"), "sometimes"),
+        (("method/scales=dynamic", "method.scales.temporal.granularity=sometimes"), "sometimes"),
         (
-            ("method/scales=intervals", "method.scales.temporal.count=0"),
+            ("method/scales=timestep_groups", "method.scales.temporal.count=0"),
             "temporal.count must be a whole number, at least 1",
         ),
-        (("method/scales=tdq", "method.scales.temporal.last=sometimes"), "sometimes"),
+        (("method/scales=tdq", "method.scales.temporal.last_layer_init=sometimes"), "sometimes"),
         (("method.surgery.grids.weights=sometimes",), "grids.weights must be one of"),
         (
             ("method/timesteps=normal", "method.timesteps.samples=0"),

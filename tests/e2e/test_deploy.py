@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from tfmq_exp.deploy.onednn_engine import available
 
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
@@ -24,7 +23,10 @@ from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.score_records import engine_choices
 from tfmq_exp.cli.sweep_report import read_job
+from tfmq_exp.deploy.onednn import available
 from tfmq_exp.pipeline.experiment import Experiment
+from tfmq_exp.report.html.deployment import PRODUCTS, deployments
+from tfmq_exp.report.html.run_reader import read_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 

@@ -132,11 +132,11 @@ def test_ranges_reach_as_far_as_their_neighbours(lab: Path) -> None:
     context = TimestepContext(timesteps)
     t = torch.tensor(timesteps).repeat_interleave(6)
     x = torch.randn(len(t), 5, generator=torch.Generator().manual_seed(0)) * t[:, None].double().sqrt()
-    record = importlib.import_module("ideas.envelope").EnvelopeScale
+    config = importlib.import_module("ideas.envelope").EnvelopeConfig
     with pytest.raises(ValueError, match="at least 0, got -1"):
-        record(radius=-1).source(spec, context)
+        config(radius=-1)
     for radius in (0, 1, 7):
-        source = record(radius=radius, momentum=0.0).source(spec, context)
+        source = config(radius=radius, momentum=0.0).build(spec, context)
         with context.at(t):
             source.observe(x.float())
         for step in range(4):
@@ -219,14 +219,15 @@ def test_changed_code_is_another_job_and_another_stage(lab: Path, tmp_path: Path
     try:
         for line in ("", "# another thought\n", ""):
             file.write_text(code + line)
-            seen.append((job_identity(job, ()), canonical(instantiate(job.method.scales.rest))))
+            seen.append((job_identity(job, ()), canonical(instantiate(job.method.scales.default))))
     finally:
         file.write_text(code)
     assert seen[0] == seen[2]
     assert seen[0][0] != seen[1][0]
     assert {key for key in seen[0][1] if seen[0][1][key] != seen[1][1][key]} == {"code"}
     assert seen[0][1] | {"code": ""} == {
-        "class": "EnvelopeScale", "module": "ideas.envelope", "code": "", "radius": 1, "momentum": 0.95
+        "class": "EnvelopeConfig", "module": "ideas.envelope", "code": "", "radius": 1, "momentum": 0.95,
+        "observer": {"class": "MinMax", "include_zero": False},
     }  # fmt: skip
 
 
@@ -305,7 +306,7 @@ def test_a_wrong_name_lists_the_right_ones(lab: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_in_a_record(lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = failure(capsys, lab, tmp_path, "+method.scales.rest.radios=2")
+    said = failure(capsys, lab, tmp_path, "+method.scales.default.radios=2")
     assert said.removeprefix("error: ") in PAGE
 
 
@@ -316,16 +317,16 @@ def test_a_package_that_python_does_not_find(
     for name in [name for name in sys.modules if name.partition(".")[0] == "ideas"]:
         monkeypatch.delitem(sys.modules, name)
     said = failure(capsys, lab, tmp_path)
-    for part in ("Error loading 'ideas.envelope.EnvelopeScale'", "No module named 'ideas'"):
+    for part in ("Error loading 'ideas.envelope.EnvelopeConfig'", "No module named 'ideas'"):
         assert part in PAGE
         assert part in said
 
 
-def test_a_source_that_cannot_be_stored(
+def test_a_scale_that_cannot_be_stored(
     lab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = importlib.import_module("ideas.envelope").EnvelopeScale
-    monkeypatch.setattr(record, "merged", lambda self: self)
+    config = importlib.import_module("ideas.envelope").EnvelopeConfig
+    monkeypatch.setattr(config, "tabulated", lambda self: self)
     said = failure(capsys, lab, tmp_path, "goal=activations")
-    assert "must be merged before it is stored" in PAGE
-    assert "must be merged before it is stored" in said
+    assert "cannot be stored; classes that can:" in PAGE
+    assert "cannot be stored; classes that can:" in said

@@ -81,7 +81,7 @@ def test_another_sampler_needs_no_other_training_and_all_stand_in_one_table(run:
     [
         (("method/scales=finite_set_all",), "training needs scales for any timestep"),
         (
-            ("method/scales=intervals", "method.scales.temporal.count=20"),
+            ("method/scales=timestep_groups", "method.scales.temporal.count=20"),
             "would be trained with 20 intervals, and the sampler's 4 steps fall into 4 of them",
         ),
     ],

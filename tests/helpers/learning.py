@@ -12,18 +12,20 @@ from tests.helpers.reconstruction import ROUNDING, Interruption, MemoryCheckpoin
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import CalibrateRanges, LearnRanges
 from tfmq_exp.methods.weights import ReconstructJointly
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.inputs import MixedInputs
 from tfmq_exp.reconstruction.objectives import Lp
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.surgery.config import Bits, LayerBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import GeneratedScale, IntervalScale, ScalePlan
+from tfmq_exp.surgery.scales import ScalePlan
 
-INTERVALS = IntervalScale(2, 1000)
+INTERVALS = TimestepGroupConfig(2, 1000)
 
 
-GENERATED = GeneratedScale(Frequency(32), (16, 16), 0.1, "zero")
+GENERATED = TDQConfig(Frequency(32), (16, 16), 0.1, "zero")
 
 
 SOURCES: dict[str, Any] = {

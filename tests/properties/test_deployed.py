@@ -19,9 +19,11 @@ from tfmq_exp.deploy.layer_report import deployed_layers, layer_report
 from tfmq_exp.deploy.onednn import available, onednn_products, pairs_saturate
 from tfmq_exp.deploy.product_layers import ProductLayer
 from tfmq_exp.methods.method import Method
-from tfmq_exp.qat.model import clamp_parameters, finish, observe, ready, trainable, trained_quantizers
+from tfmq_exp.qat.model import clamp_parameters, finish, observe, qat_quantizers, ready, trainable
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolve
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 DOCUMENT = CONF.parent / "docs" / "deploy.md"
@@ -62,8 +64,8 @@ def parts(unet: nn.Module) -> UNetStructure:
 
 def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> QuantizedUNet:
     """As the method leaves a network, but for what learning would have changed: trained numbers are moved at random."""
-    plan = method.surgery.resolve(parts, tuple(attentions(unet)), method.scales, TIMESTEPS)
-    model = build_quantized_unet(unet, plan, method.weight_range)
+    plan = resolve(method.surgery, parts, tuple(attentions(unet)), method.scales, TIMESTEPS)
+    model = build_quantized_unet(unet, plan, method.weight_observer)
     if method.weights.trains:
         observe(model)
         with torch.no_grad():
@@ -83,7 +85,7 @@ def disturb(model: QuantizedUNet) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in trainable(model).generators:
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    for quantizer in trained_quantizers(model):
+    for quantizer in qat_quantizers(model):
         for value in quantizer.further.values():
             value.add_(0.1 * torch.rand((), generator=generator) + 0.02)
     clamp_parameters(model)

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
-from tfmq_exp.quant.scales.per_step import PerStep
-from tfmq_exp.quant.scales.tdq import Generated
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.per_step import PerStepScale
+from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Frequency, Normalised
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan
+from tfmq_exp.surgery.scales import ScalePlan
 
-INTERVALS = IntervalScale(2, 1000)
-GENERATED = GeneratedScale(Frequency(32), (16, 16), 0.2, "default")
-THIN = GeneratedScale(Normalised(1000), (16, 16), 0.0, "default", seed=1)
+INTERVALS = TimestepGroupConfig(2, 1000)
+GENERATED = TDQConfig(Frequency(32), (16, 16), 0.2, "default")
+THIN = TDQConfig(Normalised(1000), (16, 16), 0.0, "default", seed=1)
 CHOSEN = (4, 8, 8, 4)
 VARIANTS: dict[str, dict[str, Any]] = {
     "split": {"split": True},
@@ -27,8 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "operands": {"attention": AttentionBits(8, 16)},
     "operands per step": {"attention": AttentionBits(6, 8), "scales": "all"},
     "intervals": {"scales": ScalePlan(INTERVALS, INTERVALS)},
-    "dynamic per sample": {"scales": ScalePlan(DynamicScale("sample"), DynamicScale("sample"))},
-    "dynamic per tensor": {"scales": ScalePlan(DynamicScale("tensor"), DynamicScale("tensor"))},
+    "dynamic per sample": {"scales": ScalePlan(DynamicConfig("sample"), DynamicConfig("sample"))},
+    "dynamic per tensor": {"scales": ScalePlan(DynamicConfig("tensor"), DynamicConfig("tensor"))},
     "generated": {"scales": ScalePlan(GENERATED, GENERATED)},
     "thin": {"scales": ScalePlan(THIN, THIN)},
     "two widths": {"activation": (4, 8)},
@@ -88,23 +90,23 @@ def test_loaded_model_is_bit_equal(plain: Plain, tmp_path: Path, variant: str) -
 
 
 @pytest.mark.parametrize("scale", [GENERATED, THIN])
-def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Path, scale: GeneratedScale) -> None:
+def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Path, scale: TDQConfig) -> None:
     model = calibrated(quantizable(tiny_unet, scales=ScalePlan(scale, scale)))
-    assert all(isinstance(quantizer.source, Generated) for quantizer in model.activation_quantizers().values())
+    assert all(isinstance(quantizer.source, TDQScale) for quantizer in model.activation_quantizers().values())
     quantizers = model.activation_quantizers().items()
     tables = {name: quantizer.source.table() for name, quantizer in quantizers}  # type: ignore[operator]
     loaded = reloaded(model, tmp_path)
     for name, quantizer in loaded.activation_quantizers().items():
-        assert isinstance(quantizer.source, PerStep)
+        assert isinstance(quantizer.source, PerStepScale)
         assert torch.equal(quantizer.source.scale, tables[name].scale)
         assert torch.equal(quantizer.source.zero_point, tables[name].zero_point)
         assert len(quantizer.source.scale.unique()) == len(TIMESTEPS)
     assert not any("mlp" in key for key in serialization.read(tmp_path / "model.safetensors")[1])
 
 
-def test_networks_of_intervals_cannot_be_stored_unmerged(tiny_unet: nn.Module, tmp_path: Path) -> None:
+def test_networks_of_scales_cannot_be_stored(tiny_unet: nn.Module, tmp_path: Path) -> None:
     model = calibrated(quantizable(tiny_unet, scales=ScalePlan(GENERATED, GENERATED)))
-    with pytest.raises(TypeError, match="must be merged"):
+    with pytest.raises(TypeError, match="a TDQConfig cannot be stored"):
         serialization.save(model, tmp_path / "model.safetensors")
 
 

@@ -21,8 +21,9 @@ from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.resolve import resolve
 
 GOLDENS = Path(__file__).parents[1] / "goldens/compvis"
 PREFIX = "model.diffusion_model."
@@ -74,7 +75,7 @@ def test_the_whole_network_is_quantized_saved_and_read_back_bit_by_bit(name: str
     plan = QuantizationConfig(
         {role.value: LayerBits(4, 8) for role in Role}, AttentionBits(8, 8), split_shortcuts=True, tie_qkv=tie
     )
-    resolved = plan.resolve(parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS)
+    resolved = resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS)
     assert any(line.split for line in resolved.sites.values())
     model = build_quantized_unet(unet, resolved, MinMax())
     with torch.no_grad():
@@ -103,7 +104,7 @@ def test_lower_precision_reaches_the_quantized_network_too() -> None:
     parts = read_structure(unet, inputs(unet, 1))
     plan = QuantizationConfig({role.value: LayerBits(8, 8) for role in Role}, AttentionBits(8, 8))
     model = build_quantized_unet(
-        unet, plan.resolve(parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), MinMax()
+        unet, resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), MinMax()
     )
     with torch.no_grad():
         model.calibrate_weights()

@@ -17,31 +17,30 @@ from torch import Tensor, nn
 
 from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.e2e.jobs import composed
+from tfmq_exp.core.records import decode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.scales.base import ScaleConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import (
-    AttentionBits,
-    Bits,
-    LayerBits,
-    QuantizationConfig,
-    SchemeConfig,
-    resolved_from_json,
-    resolved_to_json,
-)
+from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, SchemeConfig
 from tfmq_exp.surgery.packing import pack, unpack
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, coverage
-from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan, StaticScale, scale_from_json
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import coverage, resolve, resolved_from_json, resolved_to_json
+from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
 
 ALL_STEPS = 2 * TIMESTEPS
 OPERANDS = AttentionBits(operands=8, probabilities=16)
-GENERATED = GeneratedScale(Normalised(1000), (8,), dropout=0.2, last="default")
+GENERATED = TDQConfig(Normalised(1000), (8,), dropout=0.2, last_layer_init="default")
 EVERY_SCALE = SCALES | {
-    "intervals": ScalePlan(IntervalScale(2, 1000), IntervalScale(3, 1000)),
-    "dynamic": ScalePlan(DynamicScale("sample"), DynamicScale("tensor")),
-    "generated": ScalePlan(GENERATED, StaticScale()),
+    "intervals": ScalePlan(TimestepGroupConfig(2, 1000), TimestepGroupConfig(3, 1000)),
+    "dynamic": ScalePlan(DynamicConfig("sample"), DynamicConfig("tensor")),
+    "generated": ScalePlan(GENERATED, StaticConfig()),
 }
 
 
@@ -164,12 +163,12 @@ def test_plan_that_quantizes_nothing_is_refused(unet: nn.Module) -> None:
 
 def test_unknown_kind_of_scale_is_named() -> None:
     with pytest.raises(ValueError, match="'sometimes'"):
-        scale_from_json({"kind": "sometimes"})
+        decode({"kind": "sometimes"}, ScaleConfig, STORED_SCALES)
 
 
-@pytest.mark.parametrize("kind", ["weights", "per", "activations"])
+@pytest.mark.parametrize("kind", ["weights", "granularity", "activations"])
 def test_unknown_kind_of_grid_is_named(kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"^grids\.{kind} must be one of .* got 'sometimes'$"):
+    with pytest.raises(ValueError, match=rf"^SchemeConfig\.{kind} must be one of .* got 'sometimes'$"):
         SchemeConfig(**{kind: "sometimes"})
 
 
@@ -180,7 +179,7 @@ def test_unknown_kind_of_grid_is_named(kind: str) -> None:
         (SchemeConfig(), 7, "affine", 0),
         (SchemeConfig(weights="affine"), 8, "affine", 0),
         (SchemeConfig(weights="symmetric"), 4, "symmetric", 0),
-        (SchemeConfig(per="tensor", activations="symmetric"), 4, "affine", None),
+        (SchemeConfig(granularity="tensor", activations="symmetric"), 4, "affine", None),
     ],
 )
 def test_every_activation_and_weight_has_the_grid_of_the_plan(
@@ -188,7 +187,7 @@ def test_every_activation_and_weight_has_the_grid_of_the_plan(
 ) -> None:
     parts = read_structure(unet, example_inputs(unet))
     plan = plan_of(bits, 8, 6, attention=OPERANDS, grids=grids)
-    resolved = plan.resolve(parts, tuple(attentions(unet)), SCALES["none"], TIMESTEPS)
+    resolved = resolve(plan, parts, tuple(attentions(unet)), SCALES["none"], TIMESTEPS)
     lines = [line for site in resolved.sites.values() for line in (site.input, site.output)]
     assert {(s.weight.bits, s.weight.scheme, s.weight.axis) for s in resolved.sites.values()} == {(bits, scheme, axis)}
     assert {spec.scheme for line in lines for spec in line.specs} == {grids.activations}
@@ -221,7 +220,7 @@ def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Mod
 def test_a_role_or_a_layer_that_is_null_stays_float(unet: nn.Module, tmp_path: Path, words: list[str]) -> None:
     plan = instantiate(composed(tmp_path, *words).method.surgery, _convert_="all")
     parts = read_structure(unet, example_inputs(unet))
-    report = coverage(plan.resolve(parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), parts)
+    report = coverage(resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), parts)
     assert report["float_weights"] == report["float_inputs"] == ["conv_in"]
 
 
@@ -247,9 +246,9 @@ def test_scope_says_who_has_a_scale_per_step(unet: nn.Module, per_step: str) -> 
 @pytest.mark.parametrize("scales", EVERY_SCALE)
 def test_resolved_plan_survives_json(unet: nn.Module, scales: str) -> None:
     sites = mixed_bits(unet) | {"conv_out": LayerBits(4, (4, 8))}
-    plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.merged()
+    plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.tabulated()
     assert resolved_from_json(json.loads(json.dumps(resolved_to_json(plan)))) == plan
-    assert plan.merged() == plan
+    assert plan.tabulated() == plan
 
 
 def test_coverage_by_hand(unet: nn.Module) -> None:
@@ -462,9 +461,11 @@ def test_tensor_of_another_size_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_other_versions_and_formats_are_named(saved: Path, tmp_path: Path) -> None:
     path = rewritten(saved, tmp_path, {}, version=1)
-    assert "version 1; this program reads tfmq_exp.quantized_unet version 3" in refused(path, path.read_bytes())
+    assert f"version 1; this program reads tfmq_exp.quantized_unet version {serialization.VERSION}" in refused(
+        path, path.read_bytes()
+    )
     path = rewritten(saved, tmp_path, {}, format="another")
-    assert "holds another version 3" in refused(path, path.read_bytes())
+    assert f"holds another version {serialization.VERSION}" in refused(path, path.read_bytes())
 
 
 def test_unknown_network_is_named(saved: Path, tmp_path: Path) -> None:

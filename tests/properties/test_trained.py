@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, example_inputs, quantizable
+from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.pipeline.store import canonical
@@ -25,58 +26,47 @@ from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
 from tfmq_exp.quant.range_init import AbsMax
-from tfmq_exp.quant.scales.base import EMARange
-from tfmq_exp.quant.scales.per_step import PerStep
+from tfmq_exp.quant.scales.base import EMARange, ScaleConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
+from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import (
-    AttentionBits,
-    LayerBits,
-    QuantizationConfig,
-    SchemeConfig,
-    resolved_from_json,
-    resolved_to_json,
-)
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, SchemeConfig
 from tfmq_exp.surgery.qat_config import AFTER_SILU, QATConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import (
-    DynamicScale,
-    GeneratedScale,
-    IntervalScale,
-    PerStepScale,
-    Scale,
-    ScalePlan,
-    StaticScale,
-    StatisticsScale,
-    scale_from_json,
-    scale_to_json,
-)
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import STORED, ActivationConfig, resolve, resolved_from_json, resolved_to_json
+from tfmq_exp.surgery.scales import ScalePlan
 
 SYMMETRIC = SchemeConfig("symmetric", "channel", "symmetric")
 ANY_T = (3, 17, 500, 902)  # none of the sampler's
-TDQ = GeneratedScale(Frequency(32), (16, 16), 0.2, "zero")
+TDQ = TDQConfig(Frequency(32), (16, 16), 0.2, "zero")
 FORMS: dict[str, QATQuantizeFn] = {
     "lsq": Lsq(),
-    "official": Lsq("official", scaled=False),
+    "tdq_release": Lsq("tdq_release", scaled=False),
     "pact": Pact(),
     "nipq": Nipq(),
     "duq": Duq(),
     "qil": Qil(),
 }
-SCALES: dict[str, Scale] = {
-    "static": StaticScale(),
+SCALES: dict[str, ScaleConfig] = {
+    "static": StaticConfig(),
     "tdq": TDQ,
-    "intervals": IntervalScale(3, 1000),
-    "dynamic": DynamicScale("sample"),
-    "statistics": StatisticsScale(None, (8, 8), 0.2),
-    "statistics and time": StatisticsScale(Frequency(8), (8, 8), 0.2),
+    "intervals": TimestepGroupConfig(3, 1000),
+    "dynamic": DynamicConfig("sample"),
+    "statistics": DynamicGeneratorConfig(None, (8, 8), 0.2),
+    "statistics and time": DynamicGeneratorConfig(Frequency(8), (8, 8), 0.2),
 }
 # Every form and every scale, and the pairs that the papers compare.
 PAIRS = [
     ("lsq", "static"),
-    ("official", "tdq"),
+    ("tdq_release", "tdq"),
     ("pact", "tdq"),
     ("nipq", "tdq"),
     ("duq", "tdq"),
@@ -90,7 +80,7 @@ PAIRS = [
 def network(
     unet: nn.Module,
     form: QATQuantizeFn,
-    scale: Scale,
+    scale: ScaleConfig,
     *,
     weights: QATQuantizeFn | None = None,
     bits: int = 3,
@@ -103,11 +93,11 @@ def network(
         {role.value: LayerBits(bits, bits) for role in Role},
         attention or AttentionBits(),
         grids=SYMMETRIC,
-        forms=QATConfig(form, weights or form, AbsMax(0.5), **choices),
+        qat=QATConfig(form, weights or form, AbsMax(0.5), **choices),
         **(further or {}),
     )
     parts = read_structure(unet, example_inputs(unet))
-    resolved = plan.resolve(parts, tuple(attentions(unet)), ScalePlan(scale, scale), TIMESTEPS)
+    resolved = resolve(plan, parts, tuple(attentions(unet)), ScalePlan(scale, scale), TIMESTEPS)
     return build_quantized_unet(unet, resolved, AbsMax())
 
 
@@ -115,7 +105,7 @@ def begun(model: QuantizedUNet) -> QuantizedUNet:
     """Observed at timesteps that are not the sampler's, and ready."""
     observe(model)
     with torch.no_grad():
-        model(**example_inputs(model.unet, ANY_T))
+        model(**example_inputs(model.unet, ANY_T), outside="nearest_step")
     ready(model)
     return model
 
@@ -130,21 +120,24 @@ def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
         for _ in range(steps):
             optimizer.zero_grad()
             inputs = example_inputs(model.unet, ANY_T)
-            ((model(**inputs).sample - inputs["sample"]).square().mean() + penalty(model)).backward()
+            (
+                (model(**inputs, outside="nearest_step").sample - inputs["sample"]).square().mean() + penalty(model)
+            ).backward()
             optimizer.step()
             clamp_parameters(model)
     return model
 
 
 def output(model: nn.Module, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
+    nearest = {} if set(timesteps) <= set(TIMESTEPS) else {"outside": "nearest_step"}
     with torch.no_grad():
-        return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5)).sample
+        return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5), **nearest).sample
 
 
 def at_the_samplers_steps(model: QuantizedUNet) -> Tensor:
     """What the network gives that is still trained, as it will be sampled."""
     for_inference = copy.deepcopy(model).eval()
-    for_inference.context.nearest, for_inference.bank = False, None
+    for_inference.generators = None
     return output(for_inference)
 
 
@@ -156,8 +149,8 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
     tiny_unet: nn.Module, tmp_path: Path, form: str, scale: str
 ) -> None:
     operands = AttentionBits(operands=3, probabilities=8) if scale == "tdq" else None
-    centre = "learned" if scale == "static" else "zero"
-    model = network(tiny_unet, FORMS[form], SCALES[scale], attention=operands, after_silu="offset", elsewhere=centre)
+    offset = "learned" if scale == "static" else "zero"
+    model = network(tiny_unet, FORMS[form], SCALES[scale], attention=operands, silu_offset=True, other_offset=offset)
     trained(begun(model))
     before = at_the_samplers_steps(model)
     assert finish(model) is model
@@ -167,9 +160,9 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
     assert torch.equal(output(loaded), before)
     assert loaded.plan == model.plan
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.bank is None
+    assert model.generators is None
     with pytest.raises(ValueError, match="timestep 3 is outside"):
-        output(model, ANY_T)
+        model(**example_inputs(model.unet, ANY_T))
     if not scale.startswith("statistics"):
         kept = [name for name, _ in loaded.unet.named_parameters() if ".mlp." in name]
         assert kept == []
@@ -184,7 +177,7 @@ def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn
 
 
 def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.Module) -> None:
-    model = finish(trained(begun(network(tiny_unet, Lsq("official"), StaticScale()))))
+    model = finish(trained(begun(network(tiny_unet, Lsq("tdq_release"), StaticConfig()))))
     assert set(model.integers) == set(model.weight_layers())
     for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
         signed = codes.int() + spec.qmin
@@ -195,14 +188,15 @@ def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.
 
 def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
     model = trained(begun(network(tiny_unet, Lsq(), TDQ)))
-    assert model.bank is not None
-    said = {id(source): rows.detach() for source, rows in model.eval().bank.scales(torch.tensor(TIMESTEPS))}
+    assert model.generators is not None
+    found = model.eval().generators.scales(torch.tensor(TIMESTEPS))  # type: ignore[union-attr]
+    said = {id(source): rows.detach() for source, rows in found.items()}
     names = {id(q.source): name for name, q in model.activation_quantizers().items()}
     assert said.keys() == names.keys()
     finish(model)
     for key, name in names.items():
         source = model.activation_quantizers()[name].source
-        assert isinstance(source, PerStep)
+        assert isinstance(source, PerStepScale)
         torch.testing.assert_close(source.scale.data, said[key], rtol=1e-6, atol=0)
         assert len(source.scale.unique()) == len(TIMESTEPS)
 
@@ -212,7 +206,7 @@ def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
 
 @pytest.mark.parametrize(("form", "scale"), [("duq", "static"), ("nipq", "tdq"), ("lsq", "statistics and time")])
 def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module, form: str, scale: str) -> None:
-    model = begun(network(tiny_unet, FORMS[form], SCALES[scale], elsewhere="learned"))
+    model = begun(network(tiny_unet, FORMS[form], SCALES[scale], other_offset="learned"))
     model.train()
     learned = trainable(model)
     everything = [*learned.weights, *learned.ranges, *learned.generators]
@@ -222,20 +216,20 @@ def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module,
     assert {id(p) for name, p in model.unet.named_parameters() if name in floats} == {id(p) for p in learned.weights}
     assert bool(learned.generators) is (scale in ("tdq", "statistics", "statistics and time"))
     inputs = example_inputs(model.unet, ANY_T)
-    (model(**inputs).sample - 1).square().mean().backward()
+    (model(**inputs, outside="nearest_step").sample - 1).square().mean().backward()
     assert all(parameter.grad is not None for parameter in everything)
     assert sum(bool((parameter.grad != 0).any()) for parameter in learned.ranges) > 0.9 * len(learned.ranges)  # type: ignore[union-attr]
 
 
 def test_tied_quantizers_are_trained_once(tiny_unet: nn.Module) -> None:
-    free = trainable(begun(network(tiny_unet, Duq(), StaticScale())))
-    tied = trainable(begun(network(tiny_unet, Duq(), StaticScale(), further={"tie_qkv": True})))
+    free = trainable(begun(network(tiny_unet, Duq(), StaticConfig())))
+    tied = trainable(begun(network(tiny_unet, Duq(), StaticConfig(), further={"tie_qkv": True})))
     groups = 2 * len(attentions(tiny_unet))
     assert len(free.ranges) - len(tied.ranges) == 2 * groups  # step and gain of two of three
 
 
 def test_tdq_starts_as_the_static_method(tiny_unet: nn.Module) -> None:
-    static, generated = (begun(network(tiny_unet, Lsq(), scale)) for scale in (StaticScale(), TDQ))
+    static, generated = (begun(network(tiny_unet, Lsq(), scale)) for scale in (StaticConfig(), TDQ))
     assert torch.equal(output(static, ANY_T), output(generated, ANY_T))
 
 
@@ -255,10 +249,10 @@ def test_intervals_follow_the_timesteps_of_the_batch_while_training(tiny_unet: n
 
 
 def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
-    model = network(tiny_unet, Lsq(), PerStepScale())
+    model = network(tiny_unet, Lsq(), PerStepConfig())
     observe(model)
     with torch.no_grad():
-        model(**example_inputs(tiny_unet, (740, 20)))  # nearest to the first and the last step
+        model(**example_inputs(tiny_unet, (740, 20)), outside="nearest_step")  # nearest to the first and the last step
     source = model.activation_quantizers()["conv_in.input_quantizer"].source
     assert isinstance(source, EMARange)
     assert source.scale.isnan().tolist() == [False, True, True, False]
@@ -269,14 +263,14 @@ def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
 
 def test_an_unobserved_network_is_not_ready(tiny_unet: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="has seen no calibration data"):
-        ready(network(tiny_unet, Lsq(), StaticScale()))
+        ready(network(tiny_unet, Lsq(), StaticConfig()))
 
 
 # the penalty
 
 
 def test_penalty_of_static_clip_values_by_hand(tiny_unet: nn.Module) -> None:
-    model = begun(network(tiny_unet, Pact(decay=0.25), StaticScale(), weights=Lsq()))
+    model = begun(network(tiny_unet, Pact(decay=0.25), StaticConfig(), weights=Lsq()))
     clips = [float(q.source.scale.detach()) * 3 for q in model.activation_quantizers().values()]  # type: ignore[arg-type]
     assert penalty(model).item() == pytest.approx(0.25 * sum(clip**2 for clip in clips), rel=1e-5)
     penalty(model).backward()
@@ -295,7 +289,7 @@ def test_penalty_of_generated_clip_values_is_their_mean_over_the_finite_set(tiny
 
 def test_layers_that_are_one_in_the_original_are_penalised_once(tiny_unet: nn.Module) -> None:
     """q, k and v with one clip value: its gradient is that of one quantizer, static or of a network."""
-    for scale in (StaticScale(), TDQ):
+    for scale in (StaticConfig(), TDQ):
         tied, free = (
             begun(network(tiny_unet, Pact(decay=0.25), scale, weights=Lsq(), further={"tie_qkv": tie}))
             for tie in (True, False)
@@ -321,13 +315,14 @@ def test_every_network_starts_on_its_own(tiny_unet: nn.Module) -> None:
     assert len(set(different)) == len(different)
 
 
-@pytest.mark.parametrize("levels", ["full", "narrow", "official"])
+@pytest.mark.parametrize("kind", ["full", "narrow", "tdq_release"])
 @pytest.mark.parametrize(("scheme", "bits"), [("symmetric", 3), ("symmetric", 4), ("unsigned", 3), ("unsigned", 4)])
-def test_ranges_at_run_time_keep_their_largest_value(levels: IntRangeKind, scheme: Scheme, bits: int) -> None:
-    record = QATConfig(Lsq(levels), Lsq(levels), AbsMax()).scale(DynamicScale("sample"), "zero")
-    quantizer = scale_from_json(scale_to_json(record.merged())).quantizer(
-        QuantSpec(bits, scheme), TimestepContext(TIMESTEPS)
+def test_ranges_at_run_time_keep_their_largest_value(kind: IntRangeKind, scheme: Scheme, bits: int) -> None:
+    config = DynamicConfig("sample").for_qat(AbsMax(), kind).tabulated()
+    line = decode(
+        encode(ActivationConfig((QuantSpec(bits, scheme),), config, Lsq(kind)), STORED), ActivationConfig, STORED
     )
+    quantizer: Any = line.quantizer(TimestepContext(TIMESTEPS))
     quantizer.mode = Mode.QUANTIZE
     x = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) + 0.1
     torch.testing.assert_close(quantizer.eval()(x).amax(dim=1), x.amax(dim=1))
@@ -343,7 +338,7 @@ def test_other_forms_have_no_penalty(tiny_unet: nn.Module) -> None:
 
 
 def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
-    model = network(unet, Lsq(), StaticScale(), after_silu="offset")
+    model = network(unet, Lsq(), StaticConfig(), silu_offset=True)
     parts = read_structure(unet, example_inputs(unet))
     for name, quantizer in model.activation_quantizers().items():
         assert isinstance(quantizer, TrainableQuantizer)
@@ -365,15 +360,13 @@ def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
 
 @pytest.mark.parametrize(("form", "scale"), PAIRS)
 def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None:
-    plan = network(tiny_unet, FORMS[form], SCALES[scale], after_silu="offset").plan
-    merged = plan.merged()
-    assert merged.merged() == merged
+    plan = network(tiny_unet, FORMS[form], SCALES[scale], silu_offset=True).plan
+    merged = plan.tabulated()
+    assert merged.tabulated() == merged
     assert resolved_from_json(json.loads(json.dumps(resolved_to_json(merged)))) == merged
-    trained_line = plan.sites["conv_in"].input
-    assert trained_line is not None
-    if form in ("pact", "nipq", "official") or scale == "tdq":
-        with pytest.raises(TypeError, match="before it is stored"):
-            scale_to_json(trained_line.scale)
+    if form in ("pact", "nipq") or scale == "tdq":
+        with pytest.raises(TypeError, match="cannot be stored; classes that can: "):
+            resolved_to_json(plan)
 
 
 def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:
@@ -384,8 +377,8 @@ def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module
     assert len(set(texts.values())) == len(FORMS)
     plain = canonical(quantizable(tiny_unet).plan.sites["conv_in"].input)
     assert plain["specs"] == [{"class": "QuantSpec", "bits": 8, "scheme": "affine", "axis": None}]
-    assert plain.keys() == {"class", "specs", "scale"}
-    assert plain["scale"].keys() == {"class", "momentum", "estimator"}
+    assert plain.keys() == {"class", "specs", "scale", "fn", "offset"}
+    assert plain["scale"].keys() == {"class", "momentum", "observer"}
 
 
 def test_few_bits_are_for_trained_ranges() -> None:
@@ -395,30 +388,28 @@ def test_few_bits_are_for_trained_ranges() -> None:
     for role in Role:
         roles[role.value] = LayerBits(3, 1)
     with pytest.raises(ValueError, match=r"activation bits must be 2 to 8 .* got 1"):
-        QuantizationConfig(roles, grids=SYMMETRIC, forms=QATConfig(Lsq(), Lsq(), AbsMax()))
+        QuantizationConfig(roles, grids=SYMMETRIC, qat=QATConfig(Lsq(), Lsq(), AbsMax()))
 
 
 @pytest.mark.parametrize("wrong", ["weights", "activations"])
 def test_unfit_grids_are_named(wrong: str) -> None:
     grids = {"weights": "symmetric", "activations": "symmetric"} | {wrong: "affine"}
-    forms = QATConfig(Lsq(), Lsq(), AbsMax())
+    qat = QATConfig(Lsq(), Lsq(), AbsMax())
     with pytest.raises(ValueError, match=f"grids.{wrong} symmetric, got 'affine'"):
-        QuantizationConfig({role.value: LayerBits(4, 4) for role in Role}, grids=SchemeConfig(**grids), forms=forms)  # type: ignore[arg-type]
+        QuantizationConfig({role.value: LayerBits(4, 4) for role in Role}, grids=SchemeConfig(**grids), qat=qat)  # type: ignore[arg-type]
 
 
 def test_unfit_forms_are_named() -> None:
-    with pytest.raises(ValueError, match="symmetric or offset, got 'shifted'"):
-        QATConfig(Lsq(), Lsq(), AbsMax(), after_silu="shifted")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="zero or learned, got 'mean'"):
-        QATConfig(Lsq(), Lsq(), AbsMax(), elsewhere="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="silu_offset must be true or false, got 'shifted'"):
+        QATConfig(Lsq(), Lsq(), AbsMax(), silu_offset="shifted")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="other_offset must be one of zero, learned, got 'mean'"):
+        QATConfig(Lsq(), Lsq(), AbsMax(), other_offset="mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="learn_gamma is for weights"):
         QATConfig(Qil(learn_gamma=True), Lsq(), AbsMax())
-    with pytest.raises(ValueError, match="'wavelet'"):
-        scale_from_json({"kind": "wavelet"})
 
 
-def test_weights_are_placed_by_the_weight_range_and_float_when_off(tiny_unet: nn.Module) -> None:
-    model = network(tiny_unet, Lsq("narrow"), StaticScale(), bits=8)
+def test_weights_are_placed_by_the_weight_observer_and_float_when_off(tiny_unet: nn.Module) -> None:
+    model = network(tiny_unet, Lsq("narrow"), StaticConfig(), bits=8)
     assert torch.allclose(output(model), output(tiny_unet), atol=2e-6)
     model.calibrate_weights()
     for quantizer, weight in (part for site in model.weight_layers() for part in model.layer(site).weight_parts()):

@@ -42,7 +42,7 @@ from tfmq_exp.sampling.conditioning import Captions
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.sampling.scheduler import replaced_settings
-from tfmq_exp.surgery.quantized_unet import coverage
+from tfmq_exp.surgery.resolve import coverage
 
 log = logging.getLogger(__name__)
 make: Any = functools.partial(instantiate, _convert_="all")

@@ -1,4 +1,4 @@
-"""A pretrained denoiser: the network, what it was trained with, what it is told, and what turns its output into images."""
+"""A pretrained denoiser: network, noise schedule, condition encoder, and first stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the rows of a batch are conditioned on, as further keyword arguments of the UNet.
+    """Conditions of the rows of a batch, as further keyword arguments of the UNet.
 
     Args:
         given: by name, row by row.
@@ -23,13 +23,12 @@ class Conditions:
     null: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Conditions":
-        """The same on another device."""
         given, null = ({k: v.to(device) for k, v in part.items()} for part in (self.given, self.null))
         return Conditions(given, null)
 
 
 class ConditionEncoder(Protocol):
-    """Turns labels or captions into what the UNet understands."""
+    """Turns labels or captions into arguments of the UNet."""
 
     def __call__(self, choices: Sequence[Any]) -> Conditions:
         """Conditions of as many rows as there are choices."""
@@ -39,16 +38,14 @@ class ConditionEncoder(Protocol):
         """Conditions of one row, to trace the network with."""
         ...
 
-    def to(self, device: torch.device) -> None:
-        """Work on another device from now on."""
-        ...
+    def to(self, device: torch.device) -> None: ...
 
 
 class NoConditions:
-    """Of a network that is told nothing but the timestep."""
+    """Encoder of a network without conditions."""
 
     def __call__(self, choices: Sequence[Any]) -> Conditions:
-        """Empty; ValueError if anything was chosen, which the network would never hear of."""
+        """Empty conditions; ValueError if there are any choices, which the network would ignore."""
         if choices:
             raise ValueError(
                 f"this network is conditioned on nothing, neither class nor caption: got {choices[0]!r:.60}; leave out "
@@ -57,15 +54,14 @@ class NoConditions:
         return Conditions()
 
     def example(self) -> Conditions:
-        """Empty."""
         return Conditions()
 
     def to(self, device: torch.device) -> None:
-        """Nothing to move."""
+        pass
 
 
 class FirstStage(Protocol):
-    """What stands between the denoiser's space and images."""
+    """Maps between the denoiser's space and images."""
 
     def decode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch 3 height width"]:
         """Images, nominally in [-1, 1]."""
@@ -76,14 +72,11 @@ class Pixels:
     """The denoiser works on images themselves."""
 
     def decode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """As they are."""
         return x
 
 
-def noise_of(
-    output: Float[Tensor, "batch outputs ..."], sample: Float[Tensor, "batch channels ..."]
-) -> Float[Tensor, "batch channels ..."]:
-    """The noise in what a network returned for a sample; one that learned its variance returns that behind the noise."""
+def noise_of(output: Float[Tensor, "batch outputs ..."], sample: Float[Tensor, "batch channels ..."]) -> Tensor:
+    """The noise channels of a network's output; a network that learned its variance returns that after the noise."""
     return output[:, : sample.shape[1]]
 
 
@@ -105,9 +98,9 @@ class Denoiser:
         sample_shape: channels, height, width of what it denoises.
         schedule: arguments of diffusers' schedulers that describe the noise it was trained on.
         weights_sha256: hash of the file that the weights came from; every result carries it.
-        encoder: of what it can be conditioned on.
+        encoder: of its conditions.
         first_stage: of latents to images.
-        settings: what else identifies it, beside the file: architecture, EMA or last weights.
+        settings: further identification: architecture, EMA or last weights.
     """
 
     name: str
@@ -121,19 +114,15 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
         return next(self.unet.parameters()).device
 
     def to(self, device: torch.device) -> None:
-        """Move the network and what encodes its conditions; the first stage follows what it is given."""
+        """Move the network and its condition encoder; the first stage follows its input."""
         self.unet.to(device)
         self.encoder.to(device)
 
     def example(self) -> dict[str, Any]:
         """Keyword arguments of one forward pass, batch of one."""
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randn(1, *self.sample_shape, generator=generator)
+        sample = torch.randn(1, *self.sample_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         conditions = self.encoder.example().to(self.device).given
-        return {"sample": sample.to(self.device), "timestep": torch.zeros(1, dtype=torch.long, device=self.device)} | {
-            **conditions
-        }
+        return {"sample": sample, "timestep": torch.zeros(1, dtype=torch.long, device=self.device), **conditions}

@@ -1,12 +1,11 @@
-"""The shipped model: a DDPM of scikit-learn's handwritten digits, and the classifier that judges its samples.
+"""The shipped model: a DDPM of scikit-learn's handwritten digits, and the classifier that evaluates its samples.
 
-Both networks are trained by ``scripts/train_digits.py`` and stored beside this file as safetensors, so that every stage of
+Both networks are trained by ``scripts/train_digits.py`` and stored next to this file as safetensors, so that every stage of
 the project runs on a laptop without a download. Images are 16x16, one channel, float in [-1, 1] for the denoiser and
-uint8 for the classifier, which plays the part that Inception plays for photographs.
+uint8 for the classifier, which takes the place of Inception.
 """
 
 import hashlib
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ IMAGE_SIZE = 16
 
 
 class DigitFeatures(NamedTuple):
-    """What the offline metrics read: pooled features (FID), spatial features (sFID) and logits (IS)."""
+    """Inputs of the offline metrics: pooled features (FID), spatial features (sFID) and logits (IS)."""
 
     pooled: Float[Tensor, "batch 64"]
     spatial: Float[Tensor, "batch 112"]
@@ -76,13 +75,6 @@ class DigitClassifier(nn.Module):
         pooled = final.mean(dim=(2, 3))
         spatial = final[:, :7].permute(0, 2, 3, 1).flatten(1)
         return DigitFeatures(pooled, spatial, self.head(self.dropout(pooled)))
-
-
-def cosine_with_warmup(step: int, *, warmup: int, total: int) -> float:
-    """Learning-rate factor: linear from 0 to 1 over `warmup` steps, then a half cosine down to 0 at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 def read_weights(network: nn.Module, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the parts of a denoiser are for: records only, no network library's attribute names."""
+"""Structure of a denoiser: roles of its layers and blocks. No network library's attribute names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a linear or convolutional layer is for."""
+    """Role of a linear or convolutional layer."""
 
     STEM = "stem"
     HEAD = "head"
@@ -26,7 +26,7 @@ TEMPORAL_ROLES = frozenset({Role.TIME_EMBED, Role.TIME_PROJ})
 
 
 class Kind(StrEnum):
-    """What a block is."""
+    """Kind of a block."""
 
     TEMPORAL = "temporal"
     RESIDUAL = "residual"
@@ -51,7 +51,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Block:
-    """A module that is reconstructed as a whole, and the sites inside it."""
+    """A module that is reconstructed as a whole, and the names of its layers."""
 
     name: str
     kind: Kind
@@ -60,13 +60,12 @@ class Block:
 
 @dataclass(frozen=True)
 class UNetStructure:
-    """Every site with exactly one role, and the blocks that partition them, in the order in which the network runs them."""
+    """Every layer by name, and the blocks that partition them, in the order in which the network runs them."""
 
     sites: Mapping[str, LayerInfo]
     blocks: tuple[Block, ...]
 
     def by_role(self, *roles: Role) -> tuple[LayerInfo, ...]:
-        """The sites with one of these roles."""
         return tuple(site for site in self.sites.values() if site.role in roles)
 
     @property

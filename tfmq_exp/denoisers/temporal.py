@@ -1,6 +1,7 @@
 """The Temporal Information Block (TFMQ-DM, arXiv 2311.16503, section 4.1): all that depends on the timestep alone."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class TemporalInformationBlock(nn.Module):
     """t -> the temporal feature of every block: g_i(h(t)), with h the time embedding and g_i the i-th projection.
 
     A view: it calls the UNet's own layers and owns none, so it is bit-equal to the features inside the UNet, before and
-    after quantization. Build it from the network as it stands; it does not follow later replacements of layers.
+    after quantization. Build it from the present network: it does not follow later replacements of layers.
     """
 
     def __init__(self, unet: nn.Module, structure: UNetStructure) -> None:
@@ -38,26 +39,22 @@ def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int,
         t: one timestep.
         other_t: another one.
     """
-    outputs: list[dict[str, Tensor]] = []
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, LAYERS)}
 
-    def run(inputs: Mapping[str, Any]) -> None:
-        seen: dict[str, Tensor] = {}
+    def run(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Any:
-            return lambda _module, _args, out: seen.__setitem__(name, out)
+        def keep(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+            outputs[name] = output
 
-        handles = [
-            module.register_forward_hook(keep(name))
-            for name, module in unet.named_modules()
-            if isinstance(module, LAYERS)
-        ]
+        handles = [module.register_forward_hook(partial(keep, name)) for name, module in layers.items()]
         try:
             with torch.no_grad():
                 unet(**inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        outputs.append(seen)
+        return outputs
 
     generator = torch.Generator().manual_seed(0)
     moved = {
@@ -66,13 +63,10 @@ def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int,
         else value
         for key, value in example.items()
     }
-    at = {"timestep": torch.full_like(example["timestep"], t)}
-    run({**example, **at})
-    run({**moved, **at})
-    run({**example, "timestep": torch.full_like(example["timestep"], other_t)})
-    first, other_inputs, other_time = outputs
+    now, later = ({"timestep": torch.full_like(example["timestep"], time)} for time in (t, other_t))
+    first, other_inputs, other_time = run({**example, **now}), run({**moved, **now}), run({**example, **later})
     return {
         name
-        for name, out in first.items()
-        if torch.equal(out, other_inputs[name]) and not torch.equal(out, other_time[name])
+        for name, output in first.items()
+        if torch.equal(output, other_inputs[name]) and not torch.equal(output, other_time[name])
     }

@@ -1,6 +1,7 @@
-"""Anatomy of diffusers' UNets: the only file that knows their attribute names."""
+"""Structure of diffusers' UNets: the only file that knows their attribute names."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,7 @@ ROLES_WITHIN: dict[type[nn.Module], dict[str, Role]] = {
         "time_emb_proj": Role.TIME_PROJ,
     },
     Attention: {
-        "to_q": Role.ATTN_QKV,
-        "to_k": Role.ATTN_QKV,
-        "to_v": Role.ATTN_QKV,
+        **dict.fromkeys(("to_q", "to_k", "to_v"), Role.ATTN_QKV),
         "to_out.0": Role.ATTN_OUT,
     },
     BasicTransformerBlock: {"ff.net.0.proj": Role.FEED_FORWARD, "ff.net.2": Role.FEED_FORWARD},
@@ -76,7 +75,7 @@ def block_modules(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
 
 
 def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure:
-    """Sites, their cost, and blocks in execution order, from one traced forward pass.
+    """Layers, their cost, and blocks in execution order, from one traced forward pass.
 
     The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions
     before the resnets that feed them), hence the trace.
@@ -89,23 +88,18 @@ def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure
     blocks = dict(block_modules(unet))
     inside = {layer: block for block in blocks for layer in role_of if layer.startswith(f"{block}.")}
     blocks |= {layer: Kind.LAYER for layer in role_of if layer not in inside}
-    order: list[str] = []
+    order: dict[str, None] = {}
     macs: dict[str, int] = {}
 
-    def ran(name: str) -> None:
-        if name in blocks and name not in order:
-            order.append(name)
+    def note_order(name: str, *_: Any) -> None:
+        order.setdefault(name)
 
-    def measured(name: str, layer: nn.Module, output: Tensor) -> None:
+    def count_macs(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
         channels = output.shape[1] if isinstance(layer, nn.Conv1d | nn.Conv2d) else output.shape[-1]
         macs[name] = macs.get(name, 0) + output.numel() // channels * layer.get_parameter("weight").numel()
 
-    handles = []
-    for name, module in unet.named_modules():
-        if name in blocks:
-            handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: ran(name)))
-        if name in role_of:
-            handles.append(module.register_forward_hook(lambda m, _a, out, name=name: measured(name, m, out)))
+    handles = [unet.get_submodule(name).register_forward_pre_hook(partial(note_order, name)) for name in blocks]
+    handles += [unet.get_submodule(name).register_forward_hook(partial(count_macs, name)) for name in role_of]
     try:
         with torch.no_grad():
             unet(**example)
@@ -113,18 +107,14 @@ def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure
         for handle in handles:
             handle.remove()
     splits = shortcut_splits(unet)
-    sites = {
-        name: LayerInfo(
-            name, role, unet.get_submodule(name).get_parameter("weight").numel(), macs[name], splits.get(name)
-        )
-        for name, role in role_of.items()
-    }
+    sizes = {name: unet.get_submodule(name).get_parameter("weight").numel() for name in role_of}
+    layers = {name: LayerInfo(name, role, sizes[name], macs[name], splits.get(name)) for name, role in role_of.items()}
     members = {block: tuple(layer for layer in role_of if inside.get(layer, layer) == block) for block in order}
-    return UNetStructure(sites, tuple(Block(name, blocks[name], members[name]) for name in order))
+    return UNetStructure(layers, tuple(Block(name, blocks[name], members[name]) for name in order))
 
 
 def shortcut_splits(unet: Any) -> dict[str, int]:
-    """How many channels of a decoder shortcut's input come from the trunk, which stands first; the others are the skip's."""
+    """How many channels of a decoder shortcut's input come from the trunk, which come first; the others are the skip's."""
     found: dict[str, int] = {}
     trunk = (unet.mid_block or unet.down_blocks[-1]).resnets[-1].out_channels
     for i, block in enumerate(unet.up_blocks):
@@ -136,7 +126,7 @@ def shortcut_splits(unet: Any) -> dict[str, int]:
 
 
 def time_embedding(unet: Any, t: Tensor) -> Tensor:
-    """What the UNet feeds to every embedding projection: the time embedding after its activation, [steps, channels]."""
+    """Input of every embedding projection: the time embedding after its activation, [steps, channels]."""
     # not `unet.dtype`, which walks over every parameter of the network
     sinusoid = unet.time_proj(t).to(next(unet.parameters()).dtype)
     embedding = unet.time_embedding(sinusoid)
@@ -153,6 +143,6 @@ def attentions(unet: nn.Module) -> dict[str, Attention]:
 
 
 def set_heads(attention: Attention, heads: int) -> None:
-    """Another number of heads at the same width, which a diffusers configuration cannot always express."""
+    """Change the number of heads at the same width, which a diffusers configuration cannot always express."""
     width = attention.inner_dim // heads
     attention.heads, attention.sliceable_head_dim, attention.scale = heads, heads, width**-0.5

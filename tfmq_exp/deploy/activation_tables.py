@@ -19,8 +19,8 @@ from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer
-from tfmq_exp.quant.scales.dynamic import Dynamic
-from tfmq_exp.quant.scales.dynamic_generator import FromStatistics
+from tfmq_exp.quant.scales.dynamic import DynamicScale
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorScale
 
 BYTE_VALUES = 256
 # Inference quantizers of QAT, each with those of its trained numbers that `ScaleTable` has.
@@ -107,7 +107,7 @@ class RuntimeScale:
         table: one entry with the other parameters, and the middle of the codes as zero point.
     """
 
-    source: Dynamic | FromStatistics
+    source: DynamicScale | DynamicGeneratorScale
     table: ScaleTable
 
     @torch.no_grad()
@@ -132,9 +132,9 @@ def scale_table(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -
     """
     low, high, offset, trained = quantizer.spec.qmin, quantizer.spec.qmax, 0.0, dict[str, float]()
     if isinstance(quantizer, TrainableQuantizer):
-        low, high, form = quantizer.low, quantizer.high, quantizer.form.for_inference()
+        low, high, form = quantizer.ints.qmin, quantizer.ints.qmax, quantizer.fn.for_inference()
         offset = 0.0 if quantizer.offset is None else quantizer.offset.item()
-        trained = {name: value.item() for name, value in quantizer.further.items()}
+        trained = {name: value.item() for name, value in quantizer.extra.items()}
         if trained.keys() != KNOWN_FORMS.get(type(form)):
             known = ", ".join(kind.__name__ for kind in KNOWN_FORMS)
             raise NotRepresentableError(
@@ -160,7 +160,7 @@ def activation_scale(quantizer: nn.Module, steps: int) -> ActivationScale:
     if not isinstance(quantizer, AffineQuantizer):
         raise NotRepresentableError(f"a {type(quantizer).__name__} is no activation quantizer")
     source = quantizer.source
-    if isinstance(source, Dynamic | FromStatistics):
+    if isinstance(source, DynamicScale | DynamicGeneratorScale):
         middle = source.spec.levels // 2 if source.spec.scheme == "affine" else 0
         return RuntimeScale(source, scale_table(quantizer, torch.ones(1), torch.full((1,), float(middle))))
     table = source.step_table(steps)

@@ -21,7 +21,7 @@ class Method:
         name: as the papers call it.
         surgery: layers and operands that become integer, with their bits.
         scales: how activation scales are computed.
-        weight_range: observer that finds the range of a weight.
+        weight_observer: observer that finds the range of a weight.
         timesteps: points of the trajectory that are learned from; weights and activations refer to it.
         weights: how weights are rounded.
         activations: how activation ranges are found.
@@ -32,7 +32,7 @@ class Method:
     name: str
     surgery: QuantizationConfig
     scales: ScalePlan
-    weight_range: Observer
+    weight_observer: Observer
     timesteps: TimestepPolicy
     weights: RoundToNearest | Reconstruct | QuantizationAwareTrain
     activations: CalibrateRanges | LearnRanges | KeepRanges

@@ -125,8 +125,9 @@ class NoiseCorrection:
             each_step: called with the number of finished steps of all batches.
         """
         context, widths = model.context, model.activation_bits() or (0,)
-        calls = len(sampling.calls(denoiser))
-        predict, exact = sampling.predictor(model), sampling.predictor(denoiser.unet)
+        timesteps = sampling.calls(denoiser)
+        calls = len(timesteps)
+        predict, exact = sampling.predictor(model.for_timesteps(timesteps)), sampling.predictor(denoiser.unet)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for number, indices in enumerate(batches(self.images, batch)):
             seen: set[int] = set()

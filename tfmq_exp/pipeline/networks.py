@@ -67,7 +67,7 @@ class QuantizedNetwork:
 
     def sampler(self) -> tuple[Predict, Sampling]:
         """Prediction and sampling, both corrected."""
-        return self.corrected(self.sampling.predictor(self.model))
+        return self.corrected(self.sampling.predictor(self.model.for_timesteps(self.activations.run.calls)))
 
     def corrected(self, predict: Predict) -> tuple[Predict, Sampling]:
         """A prediction of this network, and the sampling, both corrected by the noise statistics."""

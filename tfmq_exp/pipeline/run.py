@@ -19,8 +19,9 @@ from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
-from tfmq_exp.surgery.config import ResolvedConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 
 log = logging.getLogger(__name__)
 
@@ -117,11 +118,11 @@ class Run:
     def resolved(self) -> ResolvedConfig:
         """Quantizers of every layer."""
         names, timesteps = tuple(attentions(self.denoiser.unet)), self.sampling.finite_set(self.denoiser)
-        return self.method.surgery.resolve(self.structure, names, self.method.scales, timesteps)
+        return resolve(self.method.surgery, self.structure, names, self.method.scales, timesteps)
 
     def quantized_unet(self, resolved: ResolvedConfig | None = None) -> QuantizedUNet:
         """A quantized copy of the network, nothing calibrated yet."""
-        return build_quantized_unet(self.denoiser.unet, resolved or self.resolved, self.method.weight_range)
+        return build_quantized_unet(self.denoiser.unet, resolved or self.resolved, self.method.weight_observer)
 
     @property
     def float_bytes(self) -> int:
@@ -165,7 +166,7 @@ class Run:
     def weight_inputs(self) -> dict[str, Any]:
         """Which weights are quantized, and how."""
         layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.sites.items() if layer.weight}
-        method = {"range": self.method.weight_range, "weights": self.method.weights, "qat": self.resolved.trained}
+        method = {"range": self.method.weight_observer, "weights": self.method.weights, "qat": self.resolved.trained}
         return {**self.network_inputs, "specs": layers, **method}
 
 

@@ -86,7 +86,8 @@ def predict_noise(
 ) -> Tensor:
     """The noise that the network predicts in a batch on its device."""
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
-    return noise_of(model(x, batch.t, **conditions(batch.rows, batch.conditioned, x.device)).sample, x)
+    given = conditions(batch.rows, batch.conditioned, x.device)
+    return noise_of(model(x, batch.t, outside="nearest_step", **given).sample, x)
 
 
 class QuantizationAwareTraining(pl.LightningModule):

@@ -1,6 +1,6 @@
 """Uniform quantization: range to (scale, zero point), reals to integers and back.
 
-TFMQ-DM (arXiv 2311.16503), eq. 4 and 5; rounding is half to even, as in every engine that executes such grids.
+TFMQ-DM (arXiv 2311.16503), eq. 4 and 5; rounding is half to even, as in every engine that executes such integers.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ def round_ste(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def qparams_from_range(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"], spec: QuantSpec) -> QParams:
-    """The grid that just covers [lo, hi].
+    """Scale and zero point whose integers just cover [lo, hi].
 
-    affine: scale = (hi - lo) / (levels - 1), zero point = round(-lo / scale), inside the grid whenever lo <= 0 <= hi;
+    affine: scale = (hi - lo) / (levels - 1), zero point = round(-lo / scale), inside the integer range whenever lo <= 0 <= hi;
     symmetric: scale = 2 max(|lo|, |hi|) / (levels - 2); unsigned: scale = hi / (levels - 1).
     Computed in double precision and stored as float32, which is what engines store.
     """
@@ -44,19 +44,19 @@ def qparams_from_range(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"],
 def quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """Integer codes of `x` (as floats), clamped to the grid. `rounding` is given x / scale."""
+    """Integer codes of `x` (as floats), clamped to the spec's range. `rounding` takes x / scale."""
     return (rounding(x / q.scale) + q.zero_point).clamp(spec.qmin, spec.qmax)
 
 
 def dequantize(codes: Float[Tensor, "*shape"], q: QParams) -> Float[Tensor, "*shape"]:
-    """The real numbers that the codes stand for."""
+    """Real values of integer codes."""
     return q.scale * (codes - q.zero_point)
 
 
 def fake_quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """`dequantize` after `quantize`: the nearest point of the grid, still a real number (simulated quantization)."""
+    """Simulated quantization: `dequantize` after `quantize`."""
     if rounding is not round_ste:
         return dequantize(quantize(x, q, spec, rounding), q)
     if torch.is_grad_enabled() and (x.requires_grad or q.scale.requires_grad):
@@ -69,7 +69,7 @@ def fake_quantize(
 class _FakeQuantize(torch.autograd.Function):
     """Rounding to nearest with its straight-through gradients written out; autograd's graph takes twice the time.
 
-    To x: 1 inside the grid, 0 outside. To the scale: round(x / s) - x / s inside, code - zero point outside (LSQ, arXiv
+    To x: 1 inside the range, 0 outside. To the scale: round(x / s) - x / s inside, code - zero point outside (LSQ, arXiv
     1902.08153, eq. 3, with a zero point).
     """
 

@@ -1,9 +1,9 @@
-"""Twins of torch's layers with quantizers on the input, the weight and the output.
+"""Quantized layers: torch's layers with quantizers on the input, the weight and the output.
 
-They inherit from the float layers, so names, parameters and state-dict keys of the network stay what they were.
+They inherit from the float layers, so names and parameters of the network stay what they were.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,35 +17,54 @@ from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
 class QuantizedWeight(NamedTuple):
-    """A weight as integers: `codes` counts from the grid's smallest integer, so it is never negative."""
+    """A weight as integers: `codes` counts from the spec's smallest integer, so it is never negative."""
 
     codes: UInt8[Tensor, "out *rest"]
     qparams: QParams
     spec: QuantSpec
 
     def dequantize(self) -> Float[Tensor, "out *rest"]:
-        """The real numbers that the integers stand for."""
+        """Real values of the codes."""
         return dequantize(self.codes.to(self.qparams.scale.dtype) + self.spec.qmin, self.qparams)
 
 
-class QuantLayer(nn.Module):
-    """What the twins share. An absent quantizer is an `nn.Identity`."""
+class Integers(nn.Module):
+    """A `QuantizedWeight` as buffers, which follow their layer to a device, into copies and into the state dict."""
 
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.spec = weight.spec
+        tensors = {"codes": weight.codes, "scale": weight.qparams.scale, "zero_point": weight.qparams.zero_point}
+        for name, value in tensors.items():
+            self.register_buffer(name, value.detach())
+
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.codes, QParams(self.scale, self.zero_point), self.spec)
+
+
+class QuantLayer(nn.Module):
+    """Base of quantized layers. An absent quantizer is an `nn.Identity`; a frozen weight has its codes in `integers`."""
+
+    arguments: ClassVar[tuple[str, ...]]  # of the float layer's constructor
     weight: nn.Parameter
+    bias: nn.Parameter | None
     input_quantizer: nn.Module
     weight_quantizer: WeightQuantizer | SplitQuantizer[WeightQuantizer] | nn.Identity
     output_quantizer: nn.Module
+    integers: nn.ModuleList
 
     @classmethod
-    def from_float(cls, layer: nn.Module) -> Self:
-        """Turn a float layer into its twin, in place of copying: weight and bias are shared, quantizers absent."""
-        twin = cls.__new__(cls)
-        # registries of its own: replacing the twin's weight, children or hooks must not reach the float layer
-        twin.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
-        twin.input_quantizer = nn.Identity()
-        twin.weight_quantizer = nn.Identity()
-        twin.output_quantizer = nn.Identity()
-        return twin
+    def from_float(cls, layer: Any) -> Self:
+        """Create a quantized layer that shares weight and bias with `layer` (no copy), without quantizers."""
+        own = cls(**{name: getattr(layer, name) for name in cls.arguments}, bias=layer.bias is not None, device="meta")
+        own.weight, own.bias = layer.weight, layer.bias
+        own.input_quantizer, own.weight_quantizer, own.output_quantizer = (nn.Identity() for _ in range(3))
+        own.integers = nn.ModuleList()
+        return own.train(layer.training)
 
     def weight_parts(self) -> list[tuple[WeightQuantizer, Float[Tensor, "out *rest"]]]:
         """The weight's quantizers, each with the slice of the weight (along its inputs) that it quantizes."""
@@ -55,7 +74,9 @@ class QuantLayer(nn.Module):
         return [(quantizer, self.weight)] if isinstance(quantizer, WeightQuantizer) else []
 
     def quantized_weight(self) -> tuple[QuantizedWeight, ...]:
-        """The weight as integers, under the present rounding, in as many parts as it has quantizers."""
+        """The weight as integers: those of a frozen layer, else by each of its quantizers under the present rounding."""
+        if self.integers:
+            return tuple(part.weight() for part in self.integers)  # type: ignore[operator]
         parts = self.weight_parts()
         if not parts:
             raise TypeError("this layer's weight is not quantized")
@@ -65,17 +86,19 @@ class QuantLayer(nn.Module):
         )
 
     def freeze_weight(self, parts: tuple[QuantizedWeight, ...]) -> None:
-        """Replace the weight by what the integers stand for, and drop its quantizer: nothing is left to round."""
+        """Replace the weight by the real values of these integers, and drop its quantizer: nothing is left to round."""
         weight = parts[0].dequantize() if len(parts) == 1 else torch.cat([p.dequantize() for p in parts], dim=1)
         self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
         self.weight_quantizer = nn.Identity()
+        self.integers = nn.ModuleList(Integers(part) for part in parts).train(self.training)
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """y = Q(Q(x) Q(W)^T + b)."""
 
+    arguments = ("in_features", "out_features")
+
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """As `nn.Linear`, on quantized operands."""
         return self.output_quantizer(
             F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
         )
@@ -84,8 +107,18 @@ class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleV
 class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """y = Q(Q(W) * Q(x) + b)."""
 
+    arguments = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+
     def forward(self, input: Float[Tensor, "batch in height width"]) -> Float[Tensor, "batch out height2 width2"]:
-        """As `nn.Conv2d`, on quantized operands."""
         quantized = self.input_quantizer(input), self.weight_quantizer(self.weight)
         return self.output_quantizer(self._conv_forward(*quantized, self.bias))
 

@@ -1,6 +1,6 @@
-"""Where trained ranges start: range estimators of the papers and releases of quantization-aware training.
+"""Range initialization of quantization-aware training: the observers of its papers and releases.
 
-All give ranges that are symmetric about zero, or start at zero on an unsigned grid; the step is the range over the largest code.
+All give ranges that are symmetric about zero, or start at zero for an unsigned spec; scale = max / qmax.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,15 @@ def as_range(reach: Float[Tensor, "ranges"], x: Tensor, spec: QuantSpec) -> Rang
 
 @dataclass(frozen=True)
 class LSQInit:
-    """s = 2 mean|x| / sqrt(largest code): LSQ (arXiv 1902.08153, section 2.1)."""
+    """scale = 2 mean|x| / sqrt(qmax): LSQ (arXiv 1902.08153, section 2.1)."""
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """The range of such steps."""
         return as_range(2 * per_range(x, spec).abs().mean(dim=1) * spec.qmax**0.5, x, spec)
 
 
 @dataclass(frozen=True)
 class AbsMax:
-    """A share of max|x|: 1 in QIL's implementations (c = d = max|x| / 2) and TDQ's weights, 0.9 for DuQ's weights."""
+    """A share of max|x|: 1 in QIL's implementations (c = d = max|x| / 2) and for TDQ's weights, 0.9 for DuQ's weights."""
 
     share: float = 1.0
 
@@ -40,17 +39,16 @@ class AbsMax:
         check_fields(self, share=POSITIVE_SHARE)
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """The share of the largest magnitude."""
         return as_range(self.share * per_range(x, spec).abs().amax(dim=1), x, spec)
 
 
 @dataclass(frozen=True)
 class Percentile:
-    """The magnitude that a share of the values does not exceed.
+    """The magnitude that a share of the values does not exceed, without interpolation.
 
     Args:
         share: 0.95 for DuQ's activations.
-        positive_only: look at positive values alone, as DuQ's release does; a range without any takes all magnitudes.
+        positive_only: take positive values alone, as DuQ's release does; a range without any takes all magnitudes.
     """
 
     share: float = 0.95
@@ -60,22 +58,21 @@ class Percentile:
         check_fields(self, share=POSITIVE_SHARE, positive_only=SWITCH)
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """One percentile per range; the value at or above it, without interpolation."""
         reach: list[Tensor] = []
         for row in per_range(x, spec):
             positive = row[row > 0]
-            seen = positive if self.positive_only and positive.numel() else row.abs()
-            reach.append(seen.sort().values[min(int(self.share * seen.numel()), seen.numel() - 1)])
+            values = positive if self.positive_only and positive.numel() else row.abs()
+            reach.append(values.sort().values[min(int(self.share * values.numel()), values.numel() - 1)])
         return as_range(torch.stack(reach), x, spec)
 
 
 @dataclass(frozen=True)
 class MeanStd:
-    """Mean + k standard deviations, each of one sample's values and averaged over the batch: TDQ's release.
+    """Mean + k standard deviations of a sample's values, averaged over the batch: TDQ's release.
 
     Args:
-        deviations: k on a symmetric grid.
-        unsigned_deviations: k on an unsigned grid.
+        deviations: k for a symmetric spec.
+        unsigned_deviations: k for an unsigned spec.
         signed_mean: add the mean with its sign, as the release does, where a negative mean shrinks the range.
     """
 
@@ -87,17 +84,15 @@ class MeanStd:
         check_fields(self, deviations=POSITIVE, unsigned_deviations=POSITIVE, signed_mean=SWITCH)
 
     def __call__(self, x: Float[Tensor, "batch *rest"], spec: QuantSpec) -> Range:
-        """One range for the batch."""
         rows = x.flatten(1)
         mean, deviation = rows.mean(dim=1).mean(), rows.std(dim=1).mean()
         k = self.unsigned_deviations if spec.scheme == "unsigned" else self.deviations
-        reach = (mean if self.signed_mean else mean.abs()) + k * deviation
-        return as_range(reach.reshape(1), x, spec)
+        return as_range(((mean if self.signed_mean else mean.abs()) + k * deviation).reshape(1), x, spec)
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The same range for everything: PACT (10) and NIPQ (3, unsigned 6)."""
+    """The same range for every tensor: PACT (10) and NIPQ (3, unsigned 6)."""
 
     signed: float
     unsigned: float
@@ -106,24 +101,18 @@ class Constant:
         check_fields(self, signed=POSITIVE, unsigned=POSITIVE)
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """Whatever x is."""
         reach = self.unsigned if spec.scheme == "unsigned" else self.signed
         return as_range(torch.full((len(per_range(x, spec)),), reach, dtype=x.dtype, device=x.device), x, spec)
 
 
 @dataclass(frozen=True)
 class ScaledToIntRange:
-    """An estimator's range, widened for a grid whose largest code is not used.
+    """An observer's range, widened so that its maximum falls on the largest used code, where that is not the largest of the spec."""
 
-    A source's step is its range over the largest code of the whole grid; widened, this step times the largest code that is used
-    is the estimator's range.
-    """
-
-    of: Observer
-    levels: IntRangeKind
+    observer: Observer
+    int_range: IntRangeKind
 
     def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        """Both ends times one ratio."""
-        lo, hi = self.of(x, spec)
-        ratio = range_ratio(spec, self.levels)
+        lo, hi = self.observer(x, spec)
+        ratio = range_ratio(spec, self.int_range)
         return lo * ratio, hi * ratio

@@ -64,18 +64,18 @@ class _Penalty(torch.autograd.Function):
 
 
 def rounding_penalty(h: Float[Tensor, "*shape"], beta: float) -> Float[Tensor, ""]:
-    """f_reg = sum(1 - |2h - 1|^beta), beta > 1: zero once every weight has decided to go up or down (eq. 24)."""
+    """f_reg = sum(1 - |2h - 1|^beta), beta > 1: zero once every weight is rounded up or down (eq. 24)."""
     return _Penalty.apply(h, beta)  # type: ignore[no-any-return]
 
 
 class AdaRound(nn.Module):
-    """A weight that learns, element by element, whether to go to the grid point below it or to the one above.
+    """A weight that learns, element by element, whether to be rounded down or up.
 
-    While soft it stands at below + h(V) (above - below), which starts at the weight itself wherever the grid reaches it.
+    While soft it is below + h(V) (above - below), which starts at the weight itself wherever the integers reach it.
     `harden` decides: up where V >= 0.
 
     Args:
-        weight, q, spec: the float weight and its grid.
+        weight, q, spec: the float weight, its scale and zero point, and its integers.
     """
 
     floor: Tensor
@@ -92,19 +92,20 @@ class AdaRound(nn.Module):
         self.register_buffer("gap", q.scale * (above - below))  # not a difference of rounded reals: exact
         self.v = nn.Parameter(inverse_rectified_sigmoid(x - floor))
         self.soft = True
+        # of the last forward pass: the penalty shares its gradient, which is then computed once
         self.h = rectified_sigmoid(self.v.detach())
 
     def forward(self, x_over_scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The rounded weight in units of the scale, before clamping: a rounding as `quantize` takes it."""
+        """The rounded weight in units of the scale, before clamping: a `Rounding` for `quantize`."""
         up = rectified_sigmoid(self.v) if self.soft else (self.v >= 0).to(self.v.dtype)
         return self.floor + up
 
     def weight(self) -> Float[Tensor, "*shape"]:
-        """The soft weight. `h` is kept for the penalty of the same iteration."""
+        """The soft weight; keeps its `h` for the penalty."""
         weight, self.h = _Between.apply(self.v, self.below, self.gap)  # type: ignore[misc]
         return weight
 
     def harden(self) -> None:
-        """Decide: from here on every weight is rounded up or down."""
+        """Round every weight up or down from now on."""
         self.soft = False
         self.h = (self.v >= 0).to(self.v.dtype)

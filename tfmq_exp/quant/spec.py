@@ -1,16 +1,18 @@
-"""An integer grid, and the pair (scale, zero point) that places it on the real line."""
+"""Integer range of a quantizer, and the pair (scale, zero point) that places it on the real line."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
+
+from tfmq_exp.core.validate import check_fields, one_of
 
 Scheme = Literal["affine", "symmetric", "unsigned"]
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """A grid of `2**bits` integers, and the axis along which every index has its own range (None: one for the tensor).
+    """`2**bits` integers, and the axis along which every index has its own range (None: one range for the tensor).
 
     affine: 0 .. 2**bits - 1 with a zero point; symmetric: -2**(bits-1) .. 2**(bits-1) - 1, zero point 0;
     unsigned: 0 .. 2**bits - 1, zero point 0, for values that are never negative (softmax).
@@ -26,24 +28,21 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not 2 <= self.bits <= 16:
             raise ValueError(f"bits must be an integer from 2 to 16, got {self.bits!r}")
-        if self.scheme not in ("affine", "symmetric", "unsigned"):
-            raise ValueError(f"scheme must be affine, symmetric or unsigned, got {self.scheme!r}")
+        check_fields(self, scheme=one_of(*get_args(Scheme)))
         if self.axis is not None and (type(self.axis) is not int or self.axis < 0):
             raise ValueError(f"axis must be the number of a dimension or null, got {self.axis!r}")
 
     @property
     def levels(self) -> int:
-        """How many integers the grid has."""
+        """Number of integers."""
         return 2**self.bits
 
     @property
     def qmin(self) -> int:
-        """The smallest integer of the grid."""
         return -(self.levels // 2) if self.scheme == "symmetric" else 0
 
     @property
     def qmax(self) -> int:
-        """The largest integer of the grid."""
         return self.qmin + self.levels - 1
 
     def range_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,36 +1,44 @@
 """The sampling step of every row of the batch: how the timestep reaches the quantizers."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Int, Shaped
-from torch import Tensor
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+# What a timestep outside the finite set does: raise ValueError, or read the nearest step. `unchecked`: the caller has checked before.
+Outside = Literal["error", "nearest_step", "unchecked"]
 
 
-class TimestepContext:
-    """One per quantized model: written by the model's forward, read by the scale sources.
+class TimestepContext(nn.Module):
+    """Timesteps of the present batch; one per quantized model, set by the model's forward and read by the scale providers.
 
     Args:
         timesteps: the finite set of timesteps that the sampler visits, in its order; step k is `timesteps[k]`.
             A timestep that the sampler visits twice keeps the first of its steps.
-        nearest: let a timestep outside the set read the step of the nearest one, instead of raising.
 
     Raises:
-        ValueError: an empty set, or (from `at`) a timestep outside the set.
+        ValueError: an empty set.
     """
 
-    def __init__(self, timesteps: Sequence[int], *, nearest: bool = False) -> None:
+    step_of_t: Tensor
+    visited: Tensor
+
+    def __init__(self, timesteps: Sequence[int]) -> None:
+        super().__init__()
         if len(timesteps) == 0:
             raise ValueError("a TimestepContext needs at least one timestep")
         self.timesteps = tuple(int(t) for t in timesteps)
-        self.nearest = nearest
-        size = max(self.timesteps) + 1
-        self._step_of_t = torch.full((size,), -1, dtype=torch.long)
+        table = torch.full((max(self.timesteps) + 1,), -1)
         for step, t in reversed(list(enumerate(self.timesteps))):
-            self._step_of_t[t] = step
-        self._index: Int[Tensor, "batch"] | None = None
+            table[t] = step
+        self.register_buffer("step_of_t", table, persistent=False)
+        self.register_buffer("visited", torch.tensor(self.timesteps), persistent=False)
         self._t: Int[Tensor, "batch"] | None = None
+        self._index: Int[Tensor, "batch"] | None = None
+        self.scales: Mapping[Any, Float[Tensor, "batch"]] = {}  # of TDQ scales evaluated for this batch
 
     @property
     def num_steps(self) -> int:
@@ -39,45 +47,47 @@ class TimestepContext:
 
     @property
     def index(self) -> Int[Tensor, "batch"]:
-        """Step of each row of the current batch, 0 .. num_steps - 1."""
-        if self._index is None:
-            raise RuntimeError(
-                "the context is not set: call the model through QuantizedUNet, or use `with context.at(t)`"
-            )
-        return self._index
+        """Step of each row of the present batch, 0 .. num_steps - 1."""
+        return self._set(self._index)
 
     @property
     def t(self) -> Int[Tensor, "batch"]:
-        """Timestep of each row of the current batch, as it came: with `nearest` maybe none of the finite set."""
-        if self._t is None:
+        """Timestep of each row of the present batch, as it came: with `nearest_step` maybe none of the finite set."""
+        return self._set(self._t)
+
+    def _set(self, value: Tensor | None) -> Tensor:
+        if value is None:
             raise RuntimeError(
                 "the context is not set: call the model through QuantizedUNet, or use `with context.at(t)`"
             )
-        return self._t
+        return value
 
-    def step_indices(self, t: Shaped[Tensor, "batch"]) -> Int[Tensor, "batch"]:
-        """Look timesteps up in the finite set."""
-        t = t.long()
-        if self.nearest:
-            known = torch.tensor(self.timesteps, device=t.device)
-            return (t[:, None] - known[None]).abs().argmin(dim=1)
-        table = self._step_of_t.to(t.device)
-        inside = (t >= 0) & (t < len(table))
-        steps = torch.where(inside, table[t.clamp(0, len(table) - 1)], -1)
-        if bool((steps < 0).any()):
-            wrong = int(t[steps < 0][0])
+    def require(self, timesteps: Sequence[int]) -> None:
+        """Raise ValueError for a timestep outside the finite set."""
+        known = set(self.timesteps)
+        if wrong := [t for t in timesteps if t not in known]:
             raise ValueError(
-                f"timestep {wrong} is outside the calibrated finite set of {len(set(self.timesteps))} timesteps "
+                f"timestep {wrong[0]} is outside the calibrated finite set of {len(known)} timesteps "
                 f"({min(self.timesteps)} .. {max(self.timesteps)}): sample with the calibrated steps or calibrate these"
             )
-        return steps
+
+    def step_indices(self, t: Shaped[Tensor, "batch"], outside: Outside = "error") -> Int[Tensor, "batch"]:
+        """Step of each timestep. `error` waits for the device of `t`; the other choices do not."""
+        t = t.long()
+        if outside == "nearest_step":
+            return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
+        if outside == "error":
+            self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        return self.step_of_t.to(t.device)[t]
 
     @contextmanager
-    def at(self, t: Shaped[Tensor, "batch"]) -> Generator[None]:
-        """Set the timesteps of the batch for the duration of a forward pass."""
-        before = self._index, self._t
-        self._index, self._t = self.step_indices(t), t.long()
+    def at(
+        self, t: Shaped[Tensor, "batch"], outside: Outside = "error", scales: Mapping[Any, Tensor] | None = None
+    ) -> Generator[None]:
+        """Set the timesteps of the batch for the duration of a forward pass, and the TDQ scales evaluated for it."""
+        before = self._index, self._t, self.scales
+        self._index, self._t, self.scales = self.step_indices(t, outside), t.long(), scales or {}
         try:
             yield
         finally:
-            self._index, self._t = before
+            self._index, self._t, self.scales = before

@@ -11,7 +11,7 @@ from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.finite import DivergedError
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
 from tfmq_exp.reconstruction.callbacks import LossCallback, UnitResult
 from tfmq_exp.reconstruction.context import ReconstructionContext
@@ -79,7 +79,7 @@ def learn_unit(context: ReconstructionContext, unit: Unit, data: UnitData, confi
 
 
 @contextmanager
-def trainable_parameters(sources: Sequence[Source], seed: int) -> Iterator[None]:
+def trainable_parameters(sources: Sequence[ScaleProvider], seed: int) -> Iterator[None]:
     """Let scales learn (with their dropout), with random numbers from the seed."""
     parameters = [parameter for source in sources for parameter in source.trainable()]
 

@@ -14,7 +14,7 @@ from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
-from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.inputs import UnitInputs
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
@@ -114,7 +114,7 @@ class BlockReconstruction(pl.LightningModule):
         unit: nn.Module,
         context: TimestepContext,
         roundings: Sequence[AdaRound],
-        sources: Sequence[Source],
+        sources: Sequence[ScaleProvider],
         arrange: Callable[[list[Tensor]], Any],
         config: ReconstructionConfig,
         seed: int = 0,

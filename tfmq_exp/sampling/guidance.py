@@ -1,11 +1,11 @@
 """Sampling settings: sampler, conditions, guidance and precision, which networks must share to be compared."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
@@ -68,7 +68,7 @@ class Sampling:
         self.conditions(denoiser, 0, Stream.IMAGES, [0])
         check_timesteps(denoiser.unet, self.finite_set(denoiser))
 
-    def predictor(self, unet: nn.Module) -> Predict:
+    def predictor(self, unet: Callable[..., Any]) -> Predict:
         """A UNet as a function (x, t, conditions) -> noise, after guidance (eq. 6): e_null + s (e_given - e_null)."""
         dtype, scale = PRECISIONS[self.precision], self.guidance
 

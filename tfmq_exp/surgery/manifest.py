@@ -10,8 +10,8 @@ from torch import Tensor
 from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.surgery.config import resolved_to_json
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import resolved_to_json
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
 # network, its configuration, what is quantized, shapes of the integers, numbers of heads, and how the model is sampled

@@ -14,12 +14,13 @@ from tfmq_exp.denoisers.unet import attentions, roles, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.surgery.config import OPERANDS, ResolvedConfig, resolved_from_json
+from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.manifest import described, difference, inside
 from tfmq_exp.surgery.packing import unpack
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import StatisticsScale, TrainedScale
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.resolve import OPERANDS, ResolvedConfig, resolved_from_json
 
 NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in UNETS}
 MOST_TIMESTEPS = 2**20
@@ -106,7 +107,9 @@ def fill_weights(model: QuantizedUNet, stored: StoredTensors) -> dict[str, Tenso
         parts = [(quantizer.spec, tuple(part.shape)) for quantizer, part in model.layer(site).weight_parts()]
         found = [stored.integers(f"weights/{site}/{i}", spec, shape) for i, (spec, shape) in enumerate(parts)]
         model.freeze(site, tuple(found))
-        state[f"{site}.weight"] = model.layer(site).weight
+        layer = model.layer(site)
+        state |= {f"{site}.{name}": value for name, value in layer.integers.state_dict(prefix="integers.").items()}
+        state[f"{site}.weight"] = layer.weight
     return state
 
 
@@ -138,12 +141,11 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     parts = {part for lines in plan.operands.values() for part in lines}
     if unknown := parts - {*OPERANDS, "probabilities"}:
         raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
-    lines = [line for site in plan.sites.values() for line in (site.input, site.output)]
-    lines += [line for parts in plan.operands.values() for line in parts.values()]
-    for scale in [line.scale for line in lines if line]:
-        inner = scale.scale if isinstance(scale, TrainedScale) else scale
-        if isinstance(inner, StatisticsScale):
-            widths = (getattr(inner.encoding, "width", 1), *inner.hidden, 1)
+    sites = [line for site in plan.sites.values() for line in (site.input, site.output)]
+    for line in (*sites, *(line for parts in plan.operands.values() for line in parts.values())):
+        scale = line.scale if line else None
+        if isinstance(scale, DynamicGeneratorConfig):
+            widths = (getattr(scale.encoding, "width", 1), *scale.hidden_dims, 1)
             if min(widths) < 1 or sum(a * b for a, b in pairwise(widths)) > numbers:
                 raise ValueError(f"a network of statistics with layers of {widths[1:]} is not in the file")
 

@@ -17,14 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tfmq_exp.core.file_kind import kind_of
-from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery.manifest import check_entries, described, stored_integers
 from tfmq_exp.surgery.packing import pack
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.rebuilding import rebuilt
 
-FORMAT, VERSION = "tfmq_exp.quantized_unet", 3
+FORMAT, VERSION = "tfmq_exp.quantized_unet", 4
 
 
 def smallest(zero_point: Tensor) -> Tensor:
@@ -42,11 +41,25 @@ def checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def packed(integers: QuantizedWeight) -> dict[str, Tensor]:
-    """Integers as they are stored; a zero point that is always 0 is not."""
-    codes, qparams, spec = integers
-    parts = {"codes": pack(codes, spec.bits), "scale": qparams.scale.flatten()}
-    return parts | ({"zero_point": smallest(qparams.zero_point.flatten())} if spec.scheme == "affine" else {})
+def stored_tensors(model: QuantizedUNet) -> dict[str, Tensor]:
+    """All tensors of the file by name: packed integers, scales of activations, and what stayed float."""
+    tensors: dict[str, Tensor] = {}
+    for name, (codes, qparams, spec) in stored_integers(model).items():
+        tensors |= {f"{name}/codes": pack(codes, spec.bits), f"{name}/scale": qparams.scale.flatten()}
+        if spec.scheme == "affine":  # a zero point that is always 0 is not stored
+            tensors[f"{name}/zero_point"] = smallest(qparams.zero_point.flatten())
+    quantizers = model.activation_quantizers()
+    for name, quantizer in quantizers.items():
+        for key, value in quantizer.state_dict().items():
+            part = key.removeprefix("source.")
+            # tied quantizers share their memory
+            tensors[f"activations/{name}/{part}"] = smallest(value) if part == "zero_point" else value.clone()
+    elsewhere = tuple(f"{name}." for name in quantizers) + tuple(f"{name}.integers." for name in model.integers)
+    frozen = {f"{name}.weight" for name in model.integers}
+    for name, value in model.unet.state_dict().items():
+        if name not in frozen and not name.startswith(elsewhere):
+            tensors[f"float/{name}"] = value
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
 def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
@@ -59,30 +72,17 @@ def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
 
     Raises:
         ValueError: some weight is not frozen to integers yet.
-        RuntimeError: some activation quantizer has seen no calibration data.
+        RuntimeError: some activation quantizer has had no calibration data.
     """
-    if missing := [site for site in model.weight_layers() if site not in model.integers]:
+    frozen = model.integers
+    if missing := [name for name in model.weight_layers() if name not in frozen]:
         raise ValueError(f"{len(missing)} weights are not integers yet, first {missing[0]!r}")
     model.require_calibrated()
-    tensors: dict[str, Tensor] = {}
-    for name, integers in stored_integers(model).items():
-        tensors |= {f"{name}/{part}": value for part, value in packed(integers).items()}
-    for name, quantizer in model.activation_quantizers().items():
-        for key, value in quantizer.state_dict().items():
-            part = key.removeprefix("source.")
-            # tied ones share their memory
-            tensors[f"activations/{name}/{part}"] = smallest(value) if part == "zero_point" else value.clone()
-    integer = {f"{site}.weight" for site in model.integers}
-    sources = tuple(f"{name}." for name in model.activation_quantizers())
-    for name, value in model.unet.state_dict().items():
-        if name not in integer and not name.startswith(sources):
-            tensors[f"float/{name}"] = value
     manifest = described(model) | {"recipe": None if recipe is None else recipe.to_json()}
-    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    text = json.dumps(manifest, sort_keys=True)
-    header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "sha256": checksum(text, stored)}
+    tensors, text = stored_tensors(model), json.dumps(manifest, sort_keys=True)
+    header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "sha256": checksum(text, tensors)}
     # one entry: safetensors writes several in random order, and equal models shall be equal files
-    save_file(stored, path, {"header": json.dumps(header, sort_keys=True)})
+    save_file(tensors, path, {"header": json.dumps(header, sort_keys=True)})
     return path.stat().st_size
 
 
@@ -119,7 +119,7 @@ def load(path: Path) -> QuantizedUNet:
         check_entries(manifest)
         read_recipe(manifest)
         return rebuilt(manifest, tensors)
-    except Exception as error:  # what was written by another program fails in whatever way it leads to
+    except Exception as error:  # a foreign file can fail anywhere
         raise ValueError(f"{path} cannot be loaded: {reason_of(error)}") from error
 
 
@@ -141,7 +141,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def read_recipe(manifest: Mapping[str, Any]) -> Recipe | None:
-    """How a manifest says that its model is sampled; any error if that is no way."""
+    """Recipe of a manifest, None if it has none; any error for what is no recipe."""
     return None if manifest["recipe"] is None else Recipe.from_json(manifest["recipe"])
 
 

@@ -14,7 +14,7 @@ from tfmq_exp.quant.timestep_context import TimestepContext
 
 
 class CachedFeature(nn.Module):
-    """Stands for an embedding projection: returns the stored feature of each row's step, whatever it is given."""
+    """Replaces an embedding projection: returns the stored feature of each row's step, whatever its input."""
 
     table: Tensor
 
@@ -24,20 +24,15 @@ class CachedFeature(nn.Module):
         self.register_buffer("table", integers.dequantize(), persistent=False)
 
     def forward(self, embedding: Any) -> Float[Tensor, "batch channels"]:
-        """One row of the table for every row of the batch."""
         return self.table[self.context.index]
 
 
-class Unneeded(nn.Module):
-    """Stands for a layer whose output nobody reads any more."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What came in."""
-        return x
+class Unneeded(nn.Identity):
+    """Replaces a layer whose output is not read any more."""
 
 
 def cached(features: Float[Tensor, "steps channels"], bits: int) -> QuantizedWeight:
-    """Float temporal features as integers with one grid for each step, which min and max place exactly."""
+    """Float temporal features as integers with one range for each step, by min and max."""
     spec = QuantSpec(bits, "affine", axis=0)
     qparams = qparams_from_range(*MinMax()(features, spec), spec)
     return QuantizedWeight(quantize(features, qparams, spec).to(torch.uint8), qparams, spec)

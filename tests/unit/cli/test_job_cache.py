@@ -69,7 +69,7 @@ def test_everything_else_does(cfg: DictConfig) -> None:
     with open_dict(cfg):
         keys = {key(cfg, *changed) for changed in changes}
     assert len(keys) == len(changes)
-    assert key(cfg, command=("method/weight_range=lp",)) != key(cfg), "rows of tables are named after such words"
+    assert key(cfg, command=("method/weight_observer=lp",)) != key(cfg), "rows of tables are named after such words"
 
 
 def test_another_file_under_the_same_name_is_another_job(cfg: DictConfig, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_program_is_all_that_the_package_holds(tmp_path: Path) -> None:
 
 def stage(store: Store) -> Entry:
     entry = store.entry("weights", {"a": 1})
-    store.pull(entry, lambda folder: store.write_json(folder / "x.json", 1))
+    store.get_or_compute(entry, lambda folder: store.write_json(folder / "x.json", 1))
     return entry
 
 
@@ -194,7 +194,7 @@ def test_other_names_are_not_unpacked(tmp_path: Path, name: str) -> None:
         (target / "artifacts.json").write_text("{}")
         (target / "origin.json").write_text(json.dumps({"folder": "old"}))
 
-    store.pull(record, fill)
+    store.get_or_compute(record, fill)
     folder.mkdir(parents=True)
     assert take(store, record, folder) == Path("old")
     assert [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()] == ["artifacts.json"]
@@ -209,7 +209,7 @@ def test_a_job_is_found_again_once_its_stage_is_there_again(tmp_path: Path, what
     assert take(store, record, folder) == folder
     gone = weights.path if what == "folder" else weights.path / what
     if what == "turned":
-        weights.manifest.write_text(weights.manifest.read_text().replace("weights", "weighty"))
+        weights.manifest_path.write_text(weights.manifest_path.read_text().replace("weights", "weighty"))
     else:
         gone.rename(tmp_path / "away")
     assert take(store, record, folder) is None

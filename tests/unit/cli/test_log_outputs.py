@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.job_identity import dashboards
+from tfmq_exp.cli.job_cache import dashboards
 from tfmq_exp.cli.log_outputs import log_losses, points, run_metadata, sweep_name
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.loggers.base import Logger, NullLogger, RunMetadata

@@ -23,16 +23,10 @@ from tfmq_exp.evaluation.features.inception import load_inception
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.methods.noise_correction import NoiseCorrection
 from tfmq_exp.methods.noise_statistics import NoiseMoments
-from tfmq_exp.quant.observers import (
-    EntropyObserver,
-    HistogramPercentileObserver,
-    LpObserver,
-    MinMax,
-    Observer,
-    SymmetricMSEObserver,
-)
+from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
+from tfmq_exp.quant.observers import LpObserver, MinMax, Observer, SymmetricMSEObserver
 from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.inputs import FloatInputs
@@ -139,20 +133,23 @@ def test_a_condition(tiny_unet: nn.Module) -> None:
         Sampling(DDIM(2)).conditions(denoiser(tiny_unet, encoder=Broken()), 0, "images", [0, 1])
 
 
-ESTIMATORS: list[tuple[Observer, str]] = [
-    *((estimator, "affine") for estimator in (MinMax(), MinMax(widen=False), SymmetricMSEObserver(), LpObserver())),
+OBSERVERS: list[tuple[Observer, str]] = [
     *(
-        (estimator, "affine")
-        for estimator in (LpObserver(widen=False), EntropyObserver(), HistogramPercentileObserver())
+        (observer, "affine")
+        for observer in (MinMax(), MinMax(include_zero=False), SymmetricMSEObserver(), LpObserver())
     ),
-    *((estimator, "symmetric") for estimator in (LSQInit(), AbsMax(), Percentile(), MeanStd(), Constant(3.0, 6.0))),
+    *(
+        (observer, "affine")
+        for observer in (LpObserver(include_zero=False), EntropyObserver(), HistogramPercentileObserver())
+    ),
+    *((observer, "symmetric") for observer in (LSQInit(), AbsMax(), Percentile(), MeanStd(), Constant(3.0, 6.0))),
 ]
 
 
 @pytest.mark.parametrize("value", WRONG)
-@pytest.mark.parametrize(("estimator", "scheme"), ESTIMATORS, ids=lambda x: type(x).__name__)
-def test_a_range_is_not_taken_of_it(estimator: Observer, scheme: Any, value: float) -> None:
-    source = Static(QuantSpec(8, scheme), momentum=0.9, estimator=estimator)
+@pytest.mark.parametrize(("observer", "scheme"), OBSERVERS, ids=lambda x: type(x).__name__)
+def test_a_range_is_not_taken_of_it(observer: Observer, scheme: Any, value: float) -> None:
+    source = StaticScale(StaticConfig(observer=observer), QuantSpec(8, scheme))
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     source.observe(x)
     before = copy.deepcopy(source.state_dict())

@@ -30,53 +30,58 @@ from tfmq_exp.quant.qat.qil import Qil
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import Centre, TrainableQuantizer
+from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
+from tfmq_exp.quant.scales.base import ScaleConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
+from tfmq_exp.quant.scales.per_step import PerStepConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency
-from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, PerStepScale, Scale, StaticScale, StatisticsScale
 
 STEPS = torch.arange(len(TIMESTEPS))
-SCALES: dict[str, Scale] = {
-    "static": StaticScale(),
-    "per step": PerStepScale(),
-    "intervals": IntervalScale(2, 1000),
-    "sample": DynamicScale("sample"),
-    "sample, fewer levels": DynamicScale("sample", "official"),
-    "tensor": DynamicScale("tensor"),
-    "statistics": StatisticsScale(None, (8, 8), last="default"),
-    "statistics and time": StatisticsScale(Frequency(8), (8,), last="default"),
+SCALES: dict[str, ScaleConfig] = {
+    "static": StaticConfig(),
+    "per step": PerStepConfig(),
+    "intervals": TimestepGroupConfig(2, 1000),
+    "sample": DynamicConfig("sample"),
+    "sample, fewer levels": DynamicConfig("sample", "tdq_release"),
+    "tensor": DynamicConfig("tensor"),
+    "statistics": DynamicGeneratorConfig(None, (8, 8), last_layer_init="default"),
+    "statistics and time": DynamicGeneratorConfig(Frequency(8), (8,), last_layer_init="default"),
 }
 
 
 class Kind(NamedTuple):
-    """A quantizer under training as it is left: form, source, kind and bits of its grid, centre."""
+    """A quantizer under training as it is left: function, scale, scheme, bits, offset."""
 
-    form: QATQuantizeFn
+    fn: QATQuantizeFn
     scale: str
     scheme: Scheme = "symmetric"
     bits: int = 8
-    centre: Centre = "zero"
+    offset: Offset = "zero"
 
 
 KINDS: dict[str, Kind] = {
     "lsq": Kind(Lsq(), "static"),
-    "lsq, 3 bits by interval": Kind(Lsq("official"), "intervals", bits=3),
+    "lsq, 3 bits by interval": Kind(Lsq("tdq_release"), "intervals", bits=3),
     "pact, per step": Kind(Pact(), "per step", bits=4),
-    "nipq, about a learned centre": Kind(Nipq(), "static", centre="learned"),
-    "lsq behind silu, per step": Kind(Lsq(), "per step", "unsigned", centre="silu"),
+    "nipq, about a learned centre": Kind(Nipq(), "static", offset="learned"),
+    "lsq behind silu, per step": Kind(Lsq(), "per step", "unsigned", offset="silu"),
     "lsq of the tensor at hand": Kind(Lsq(), "sample"),
     "released lsq of the tensor at hand, behind silu": Kind(
-        Lsq("official"), "sample, fewer levels", "unsigned", 3, "silu"
+        Lsq("tdq_release"), "sample, fewer levels", "unsigned", 3, "silu"
     ),
     "duq": Kind(Duq(), "static"),
-    "duq, per step, about a learned centre": Kind(Duq(), "per step", bits=6, centre="learned"),
+    "duq, per step, about a learned centre": Kind(Duq(), "per step", bits=6, offset="learned"),
     "duq of statistics": Kind(Duq(), "statistics"),
     "qil": Kind(Qil(), "static"),
     "qil behind silu": Kind(Qil(), "static", "unsigned", 4, "silu"),
     "qil, per step": Kind(Qil(), "per step"),
     "qil of the tensor at hand": Kind(Qil(), "tensor", "unsigned", 5),
-    "lsq of statistics and time, behind silu": Kind(Lsq("narrow"), "statistics and time", "unsigned", centre="silu"),
+    "lsq of statistics and time, behind silu": Kind(Lsq("narrow"), "statistics and time", "unsigned", offset="silu"),
 }
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "padded": lambda: nn.Conv2d(32, 32, 3, padding=1),
@@ -92,15 +97,15 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def quantizer_of(kind: Kind, context: TimestepContext) -> TrainableQuantizer:
     """As training may leave it: every number away from where it starts."""
     quantizer = TrainableQuantizer(
-        SCALES[kind.scale].source(QuantSpec(kind.bits, kind.scheme), context), kind.form, kind.centre
+        SCALES[kind.scale].build(QuantSpec(kind.bits, kind.scheme), context), kind.fn, kind.offset
     )
     x = noise(2 * len(TIMESTEPS), 32, 6, 6, seed=1)
     with context.at(torch.tensor(2 * TIMESTEPS)):
         quantizer.observe(x + torch.arange(len(x)).reshape(-1, 1, 1, 1) * 0.2)
-    for name, value in quantizer.further.items():
+    for name, value in quantizer.extra.items():
         value.data.copy_(torch.tensor({"gain": 1.17, "pruned": 0.13}[name]))
     quantizer.mode = Mode.QUANTIZE
-    quantizer.merge()
+    quantizer.tabulate()
     return quantizer.eval()
 
 
@@ -149,13 +154,13 @@ def test_codes_of_the_table_are_the_quantizers(name: str) -> None:
         codes = rows.codes(x)
         assert torch.equal(dequantized(rows, codes), quantizer(x))
     assert torch.equal(codes, codes.round())
-    assert quantizer.low <= int(codes.min()) < int(codes.max()) <= quantizer.high
+    assert quantizer.ints.qmin <= int(codes.min()) < int(codes.max()) <= quantizer.ints.qmax
     assert rows.num_codes == grid.table.num_codes <= 2**kind.bits
 
 
 def test_a_switch_between_trained_quantizers_is_one_table() -> None:
     context = TimestepContext(TIMESTEPS)
-    choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, centre="learned"), context) for bits in (4, 8)]
+    choices = [quantizer_of(Kind(Qil(), "per step", bits=bits, offset="learned"), context) for bits in (4, 8)]
     switch = StepSwitch(choices, context)
     switch.use([8, 4, 4, 8])
     grid = activation_scale(switch, len(TIMESTEPS))
@@ -176,13 +181,13 @@ def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
     with pytest.raises(NotRepresentableError, match=r"by Bent\(\), whose codes are not known; known are .* Lsq"):
         activation_scale(quantizer_of(Kind(Bent(), "static"), TimestepContext(TIMESTEPS)), 4)
     bent = quantizer_of(Kind(Qil(), "static"), TimestepContext(TIMESTEPS))
-    bent.form, bent.further["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
+    bent.fn, bent.extra["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
     with pytest.raises(NotRepresentableError, match=r"Qil\(pruned, gamma\)"):
         activation_scale(bent, 4)
 
 
 def test_what_a_byte_does_not_hold() -> None:
-    quantizer = SCALES["sample"].quantizer(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS))
+    quantizer = SCALES["sample"].build(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS))
     with pytest.raises(NotRepresentableError, match="a grid of 512 integers; a byte has 256"):
         check_bytes(activation_scale(quantizer, len(TIMESTEPS)).table)
 

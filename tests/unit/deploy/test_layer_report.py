@@ -8,10 +8,14 @@ from tests.conftest import TIMESTEPS
 from tests.helpers.deployed import model_of
 from tfmq_exp.deploy.activation_tables import RuntimeScale, ScaleTable, activation_scale
 from tfmq_exp.deploy.layer_report import deployed_layers, layer_report
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.tdq import TDQConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QParams
 from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery.config import LayerBits
-from tfmq_exp.surgery.scales import DynamicScale, GeneratedScale, IntervalScale, ScalePlan, StaticScale
+from tfmq_exp.surgery.scales import ScalePlan
 
 
 def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.Module) -> None:
@@ -43,16 +47,16 @@ def test_a_zero_point_that_is_no_integer_is_named(tiny_unet: nn.Module) -> None:
     model = model_of(tiny_unet)
     integers = model.integers["conv_in"][0]
     moved = QParams(integers.qparams.scale, integers.qparams.zero_point + 0.25)
-    model.integers["conv_in"] = (integers._replace(qparams=moved),)
+    model.freeze("conv_in", (integers._replace(qparams=moved),))
     row = next(layer for layer in deployed_layers(model) if layer.name == "conv_in")
     assert not row.integer
     assert "is no integer" in row.why
 
 
 SCALES = {
-    "static": StaticScale(),
-    "intervals": IntervalScale(2, 1000),
-    "dynamic": DynamicScale("sample"),
+    "static": StaticConfig(),
+    "intervals": TimestepGroupConfig(2, 1000),
+    "dynamic": DynamicConfig("sample"),
 }
 
 
@@ -83,14 +87,14 @@ def test_chosen_bits_are_in_the_table(tiny_unet: nn.Module) -> None:
 
 
 def test_bits_by_step_with_ranges_at_run_time_are_in_no_record(tiny_unet: nn.Module) -> None:
-    scales = ScalePlan(DynamicScale("sample"), DynamicScale("sample"))
+    scales = ScalePlan(DynamicConfig("sample"), DynamicConfig("sample"))
     rows = deployed_layers(model_of(tiny_unet, activation=[4, 8], scales=scales))
     assert {row.why for row in rows} == {"bits are chosen by sampling step, but scales are computed from the tensor"}
     assert {product.input for row in rows for product in row.products} == {None}
 
 
 def test_generated_scales_are_the_table_that_they_are_merged_into(tiny_unet: nn.Module) -> None:
-    scale = GeneratedScale(Normalised(1000), (4,), 0.0, "default")
+    scale = TDQConfig(Normalised(1000), (4,), 0.0, "default")
     model = model_of(tiny_unet, scales=ScalePlan(scale, scale))
     before = activation_scale(model.layer("conv_in").input_quantizer, 4)
     model.tabulate_scales()

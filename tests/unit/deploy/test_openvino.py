@@ -16,10 +16,12 @@ from torch import nn
 from tests.conftest import calibrated, example_inputs, quantizable
 from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
 from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import DynamicScale, ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.scales import ScalePlan
 from tfmq_exp.surgery.temporal_cache import cached
 
 pytest.importorskip("openvino", reason="openvino is not installed")
@@ -33,7 +35,7 @@ from tfmq_exp.deploy.openvino.parity import at_tie, compare_layers
 from tfmq_exp.deploy.openvino.runtime import ExportedUNet, compile_settings
 
 RUNTIME = Path(__file__).parents[3] / "tfmq_exp/deploy/openvino/runtime.py"
-DYNAMIC = DynamicScale("sample")
+DYNAMIC = DynamicConfig("sample")
 CASES: dict[str, dict[str, Any]] = {
     "static, eight bits": {"weight": 8, "scales": "none"},
     "bits chosen by step, split, attention": {

@@ -26,7 +26,7 @@ def test_moved_integers_are_counted(tiny_unet: nn.Module) -> None:
     codes[up] += 1
     codes[down] -= 2
     moved = integers._replace(codes=codes.reshape(integers.codes.shape))
-    subject.model.integers[name] = (moved,)
+    subject.model.freeze(name, (moved,))
     rows = {row["layer"]: row for row in rounding_changes(subject.model, tiny_unet, subject.structure)}
     row, weight = rows[name], tiny_unet.get_submodule(name).weight
     assert row["changed"] * weight.numel() == pytest.approx(17)

@@ -1,6 +1,7 @@
 """Classes from outside that do not fit: refused by name, before there is work to lose."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor
 
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.scales.base import Source
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.surgery.scales import Scale, ScalePlan, StaticScale
+from tfmq_exp.surgery.scales import ScalePlan
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Flat:
 
 
 @dataclass(frozen=True)
-class Stubborn:
-    """Stays what it is."""
+class Stubborn(ScaleConfig):
+    """Has no stored form."""
 
-    def source(self, spec: QuantSpec, context: TimestepContext) -> Source:
-        return Static(spec, momentum=0.0, estimator=MinMax())
+    def build(self, spec: QuantSpec, context: TimestepContext) -> ScaleProvider:
+        return StaticScale(StaticConfig(), spec)
 
-    def merged(self) -> Scale:
+    def tabulated(self) -> ScaleConfig:
         return self
 
 
@@ -42,8 +43,15 @@ def test_an_estimator_with_ends_of_another_shape() -> None:
         quantizer.observe(weight)
 
 
-@pytest.mark.parametrize("place", ["temporal", "rest"])
+@pytest.mark.parametrize("place", ["temporal", "default"])
+def test_scales_of_another_class_are_named(place: str) -> None:
+    scales: dict[str, Any] = {"temporal": StaticConfig(), "default": StaticConfig(), place: {"momentum": 0.9}}
+    with pytest.raises(ValueError, match=rf"scales.{place} must be a ScaleConfig, such as StaticConfig, got"):
+        ScalePlan(**scales)
+
+
+@pytest.mark.parametrize("place", ["temporal", "default"])
 def test_scales_that_could_not_be_stored(place: str) -> None:
-    scales: dict[str, Scale] = {"temporal": StaticScale(), "rest": StaticScale(), place: Stubborn()}
-    with pytest.raises(TypeError, match=r"Stubborn must be merged before it is stored: into one of StaticScale, Per"):
+    scales: dict[str, ScaleConfig] = {"temporal": StaticConfig(), "default": StaticConfig(), place: Stubborn()}
+    with pytest.raises(TypeError, match="a Stubborn cannot be stored; classes that can: static, per_step, "):
         ScalePlan(**scales)

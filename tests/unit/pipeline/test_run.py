@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from tests.unit.sampling.folders import make_generic
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from tfmq_exp.pipeline.run import measured_structure
 
 

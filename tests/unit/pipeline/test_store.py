@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tfmq_exp.core.files import hash_path, intact, read_record, write_atomically, write_checked, write_record
 from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store, canonical, code_of, key_of
 from tfmq_exp.quant.spec import QuantSpec
 

@@ -20,16 +20,18 @@ from tfmq_exp.qat.model import trainable
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.qat.train import AtomicCheckpointIO, TrainingContext, last_checkpoint, train
 from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.scales import GeneratedScale, ScalePlan
+from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.scales import ScalePlan
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
 ALPHAS = torch.linspace(0.99, 0.02, 12)
-GENERATED = GeneratedScale(Frequency(16), (8,), 0.2, "default")  # whose dropout draws random numbers
+GENERATED = TDQConfig(Frequency(16), (8,), 0.2, "default")  # whose dropout draws random numbers
 PROTOCOL = TrainingProtocol(
     iterations=5, batch=3, loss="l1", learning_rate=1e-3, range_lr_scale=0.1, weight_decay=0.01, warmup=3, ema_decay=0.9,
     calibration_batches=2,

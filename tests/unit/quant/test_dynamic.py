@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.quant.functional import fake_quantize
-from tfmq_exp.quant.scales.base import Source
-from tfmq_exp.quant.scales.dynamic import Dynamic
-from tfmq_exp.quant.scales.per_step import PerStep
-from tfmq_exp.quant.scales.static import Static
-from tfmq_exp.quant.scales.timestep_groups import Intervals
+from tfmq_exp.quant.scales.base import ScaleProvider
+from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicScale
+from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig, TimestepGroupScale
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -45,7 +45,7 @@ def by_hand(value: float, lo: float, hi: float, bits: int, scheme: Scheme) -> fl
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 5), (4, 3, 2, 2)])
 def test_each_sample_has_the_range_of_its_own_values(shape: tuple[int, ...], bits: int, scheme: Scheme) -> None:
     x, spec = random(*shape, scheme=scheme), QuantSpec(bits, scheme)
-    quantized = fake_quantize(x, Dynamic(spec, "sample")(x), spec)
+    quantized = fake_quantize(x, DynamicScale(DynamicConfig("sample"), spec)(x), spec)
     for row, out in zip(x, quantized, strict=True):
         lo, hi = float(row.min()), float(row.max())
         expected = [by_hand(float(value), lo, hi, bits, scheme) for value in row.flatten()]
@@ -57,7 +57,7 @@ def test_each_sample_has_the_range_of_its_own_values(shape: tuple[int, ...], bit
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 5), (4, 3, 2, 2)])
 def test_a_tensor_has_one_range(shape: tuple[int, ...], bits: int, scheme: Scheme) -> None:
     x, spec = random(*shape, scheme=scheme), QuantSpec(bits, scheme)
-    quantized = fake_quantize(x, Dynamic(spec, "tensor")(x), spec)
+    quantized = fake_quantize(x, DynamicScale(DynamicConfig("tensor"), spec)(x), spec)
     lo, hi = float(x.min()), float(x.max())
     expected = [by_hand(float(value), lo, hi, bits, scheme) for value in x.flatten()]
     assert quantized.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-9)
@@ -66,23 +66,23 @@ def test_a_tensor_has_one_range(shape: tuple[int, ...], bits: int, scheme: Schem
 def test_only_a_range_of_its_own_makes_a_sample_independent_of_its_batch() -> None:
     x, spec = random(4, 3, 5), QuantSpec(4)
     for per, independent in (("sample", True), ("tensor", False)):
-        source = Dynamic(spec, per)  # type: ignore[arg-type]
+        source = DynamicScale(DynamicConfig(per), spec)  # type: ignore[arg-type]
         alone = torch.cat([fake_quantize(row, source(row), spec) for row in x.split(1)])
         assert torch.equal(fake_quantize(x, source(x), spec), alone) is independent
 
 
 def test_dynamic_ranges_need_no_data_and_keep_no_state() -> None:
-    source = Dynamic(QuantSpec(8), "sample")
+    source = DynamicScale(DynamicConfig("sample"), QuantSpec(8))
     assert not source.needs_data
     assert source.uncalibrated() == []
     assert not source.state_dict()
     assert not list(source.trainable())
-    assert source.merged() is source
+    assert source.tabulated() is source
 
 
 def test_unknown_extent_is_named() -> None:
     with pytest.raises(ValueError, match="'channel'"):
-        Dynamic(QuantSpec(8), "channel")  # type: ignore[arg-type]
+        DynamicScale(DynamicConfig("channel"), QuantSpec(8))  # type: ignore[arg-type]
 
 
 # intervals
@@ -95,7 +95,7 @@ def rows() -> tuple[Tensor, Tensor]:
     return x * torch.logspace(-2, 2, len(t))[:, None], t
 
 
-def shown(source: Source, context: TimestepContext) -> Tensor:
+def shown(source: ScaleProvider, context: TimestepContext) -> Tensor:
     """What a source makes of the rows that it was calibrated with."""
     x, t = rows()
     with context.at(t):
@@ -106,7 +106,7 @@ def shown(source: Source, context: TimestepContext) -> Tensor:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 999, 1000])
 def test_timestep_reads_interval_floor_of_t_n_over_t(count: int) -> None:
     context, spec = TimestepContext(TIMESTEPS), QuantSpec(8)
-    quantized = shown(Intervals(spec, context, count=count, train_timesteps=TRAIN), context)
+    quantized = shown(TimestepGroupScale(TimestepGroupConfig(count, TRAIN), spec, context), context)
     x, t = rows()
     part = [math.floor(Fraction(int(when) * count, TRAIN)) for when in t]
     for i in range(len(x)):
@@ -119,7 +119,7 @@ def test_timestep_reads_interval_floor_of_t_n_over_t(count: int) -> None:
 @pytest.mark.parametrize(("count", "entries"), [(1, 1), (2, 2), (4, 4), (10, 7), (1000, 8)])
 def test_parts_without_steps_have_no_entry(count: int, entries: int) -> None:
     context = TimestepContext(TIMESTEPS)
-    source = Intervals(QuantSpec(8), context, count=count, train_timesteps=TRAIN)
+    source = TimestepGroupScale(TimestepGroupConfig(count, TRAIN), QuantSpec(8), context)
     assert len(source.uncalibrated()) == len(source.scale) == entries
     shown(source, context)
     assert source.uncalibrated() == []
@@ -128,7 +128,10 @@ def test_parts_without_steps_have_no_entry(count: int, entries: int) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_one_interval_is_static(momentum: float) -> None:
     context, spec = TimestepContext(TIMESTEPS), QuantSpec(8)
-    one, static = Intervals(spec, context, count=1, train_timesteps=TRAIN, momentum=momentum), Static(spec)
+    one, static = (
+        TimestepGroupScale(TimestepGroupConfig(1, TRAIN, momentum=momentum), spec, context),
+        StaticScale(StaticConfig(), spec),
+    )
     assert torch.equal(shown(one, context), shown(static, context))
 
 
@@ -137,7 +140,10 @@ def test_an_interval_for_every_step_is_per_step(count: int, timesteps: tuple[int
     context, spec = TimestepContext(timesteps), QuantSpec(8)
     t = torch.tensor(timesteps).repeat(2)
     x, quantized = random(len(t), 4), []
-    for source in (Intervals(spec, context, count=count, train_timesteps=TRAIN), PerStep(spec, context)):
+    for source in (
+        TimestepGroupScale(TimestepGroupConfig(count, TRAIN), spec, context),
+        PerStepScale(PerStepConfig(), spec, context),
+    ):
         with context.at(t):
             source.observe(x)
             quantized.append(fake_quantize(x, source(x), spec))
@@ -146,5 +152,5 @@ def test_an_interval_for_every_step_is_per_step(count: int, timesteps: tuple[int
 
 @pytest.mark.parametrize("count", [0, -1, 1001])
 def test_impossible_counts_are_named(count: int) -> None:
-    with pytest.raises(ValueError, match=f"must be 1 to 1000, got {count}"):
-        Intervals(QuantSpec(8), TimestepContext(TIMESTEPS), count=count, train_timesteps=TRAIN)
+    with pytest.raises(ValueError, match=f"TimestepGroupConfig.count must be .*, got {count}"):
+        TimestepGroupConfig(count, TRAIN)

@@ -7,8 +7,8 @@ from torch import Tensor
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.scales.per_step import PerStep
-from tfmq_exp.quant.scales.static import Static
+from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -26,7 +26,9 @@ def switch(context: TimestepContext, source: str = "static", widths: tuple[int, 
 
     def choice(bits: int) -> AffineQuantizer:
         spec = QuantSpec(bits)
-        return AffineQuantizer(Static(spec) if source == "static" else PerStep(spec, context))
+        return AffineQuantizer(
+            StaticScale(StaticConfig(), spec) if source == "static" else PerStepScale(PerStepConfig(), spec, context)
+        )
 
     made = StepSwitch([choice(bits) for bits in widths], context)
     for quantizer in made.choices:
@@ -86,7 +88,7 @@ def test_order_of_the_choices_does_not_matter(context: TimestepContext) -> None:
 
 def test_all_choices_observe(context: TimestepContext) -> None:
     x = activations()
-    made = StepSwitch([AffineQuantizer(Static(QuantSpec(bits))) for bits in (4, 8)], context)
+    made = StepSwitch([AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(bits))) for bits in (4, 8)], context)
     made.use((4, 4, 4, 4))
     for choice in made.choices:
         choice.mode = Mode.OBSERVE

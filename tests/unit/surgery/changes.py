@@ -104,16 +104,21 @@ CHANGES: dict[str, Change] = {
         for x in ("symmetric", "other", None, ["affine"], 3)
     },
     **{f"axis {x}": entry("plan/sites/conv_out/weight/axis", x) for x in (None, 1, -1, 7, True, "0", 0.0)},
-    **{
-        f"input bits {b}": entry("plan/sites/conv_out/input/specs", [{"bits": b, "scheme": "affine", "axis": None}])
-        for b in (0, 99, "8")
-    },
+    **{f"input bits {b}": entry("plan/sites/conv_out/input/specs", [{"bits": b}]) for b in (0, 99, "8")},
     **{f"specs {x}": entry("plan/sites/conv_out/input/specs", x) for x in ([], {}, None, "x", [3], [[]], 10**9)},
     **{f"split {x}": entry("plan/sites/conv_out/split", x) for x in (0, 1, -1, 10**9, "1", [1], 0.5)},
     **{
         f"scale kind {x}": entry("plan/sites/conv_out/input/scale/kind", x)
-        for x in ("other", None, 3, [], {}, "dynamic", "intervals", "per_step")
+        for x in ("other", None, 3, [], {}, "dynamic", "timestep_groups", "per_step", "tdq", "lsq", "frequency")
     },
+    "a default that is written": entry("plan/sites/conv_out/output", None),
+    **{
+        f"function {x}": entry("plan/sites/conv_out/input/fn", x)
+        for x in ("lsq", 3, [], {}, {"kind": "pact"}, {"kind": "static"})
+    },
+    **{f"offset {x}": entry("plan/sites/conv_out/input/offset", x) for x in ("sometimes", 3, None, [], "learned")},
+    **{f"momentum {x}": entry("plan/sites/conv_out/input/scale/momentum", x) for x in (-1, "0.5", None, True, [])},
+    "observer": entry("plan/sites/conv_out/input/scale/observer", {"kind": "minmax"}),
     "scale with an unknown key": entry("plan/sites/conv_out/input/scale/novelty", 1),
     "spec with an unknown key": entry("plan/sites/conv_out/weight/novelty", 1),
     "site with an unknown key": entry("plan/sites/conv_out/novelty", 1),
@@ -150,7 +155,7 @@ CHANGES: dict[str, Change] = {
                 "shapes/weights~conv_out~0",
             ),
             *("plan/sites/conv_out/weight/axis", "plan/sites/conv_out/input", "plan/sites/conv_out/input/specs"),
-            *("plan/sites/conv_out/input/scale", "plan/sites/conv_out/input/scale/kind", "plan/sites/conv_out/split"),
+            *("plan/sites/conv_out/input/scale", "plan/sites/conv_out/input/scale/kind"),
             *("config/block_out_channels", "config/norm_num_groups", "config/freq_shift", "config/layers_per_block"),
         ]
     },

@@ -15,10 +15,13 @@ from torch import nn
 from tests.conftest import calibrated, generic, quantizable
 from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
 from tfmq_exp.quant.observers import LpObserver
+from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import DynamicScale, IntervalScale, ScalePlan, StaticScale
+from tfmq_exp.surgery.scales import ScalePlan
 from tfmq_exp.surgery.temporal_cache import cached
 
 pytestmark = pytest.mark.bad_input
@@ -84,38 +87,39 @@ def test_without_a_change_it_is_read(content: Content, tmp_path: Path) -> None:
     serialization.load(changed(content, lambda _: None, tmp_path / "model.safetensors"))
 
 
+GENERATOR: dict[str, Any] = {"kind": "dynamic_generator", "encoding": None, "hidden_dims": [4]}
+STATIC = {"scale": {"kind": "static"}}
+
+
 @pytest.mark.parametrize(
-    "scale",
+    "quantizer",
     [
-        {"kind": "statistics", "encoding": None, "hidden": [10**5, 10**5]},
-        {"kind": "statistics", "encoding": None, "hidden": [10**12]},
-        {"kind": "statistics", "encoding": None, "hidden": [0]},
-        {"kind": "statistics", "encoding": None, "hidden": ["8"]},
-        {"kind": "statistics", "encoding": None, "hidden": 8},
-        {"kind": "statistics", "encoding": {"kind": "frequency", "width": 2 * 10**9}, "hidden": [4]},
-        {"kind": "statistics", "encoding": {"kind": "normalised"}, "hidden": [4]},
-        {"kind": "statistics", "encoding": {"kind": "novelty"}, "hidden": [4]},
-        {"kind": "statistics", "encoding": {"kind": []}, "hidden": [4]},
-        {"kind": "intervals", "count": 0, "train_timesteps": 1000},
-        {"kind": "intervals", "count": "2", "train_timesteps": 1000},
-        {"kind": "intervals", "count": 2, "train_timesteps": 0},
-        {"kind": "dynamic", "per": "novelty"},
-        {
-            "kind": "trained",
-            "form": {"kind": "novelty", "levels": "full"},
-            "scale": {"kind": "static"},
-            "centre": "zero",
-        },
-        {"kind": "trained", "form": {"kind": "lsq", "levels": 3}, "scale": {"kind": "static"}, "centre": "zero"},
-        {"kind": "trained", "form": {"kind": "lsq", "levels": "full"}, "scale": {"kind": "static"}, "centre": 0},
-        {"kind": "trained", "form": {"kind": "lsq", "levels": "full"}, "scale": None, "centre": "zero"},
+        *({"scale": GENERATOR | {"hidden_dims": dims}} for dims in ([10**5, 10**5], [10**12], [0], ["8"], 8)),
+        *(
+            {"scale": GENERATOR | {"encoding": encoding}}
+            for encoding in (
+                {"kind": "frequency", "width": 2 * 10**9},
+                *({"kind": "normalised"}, {"kind": "novelty"}, {"kind": []}, {"kind": "static"}),
+            )
+        ),
+        {"scale": {"kind": "timestep_groups", "count": 0, "train_timesteps": 1000}},
+        {"scale": {"kind": "timestep_groups", "count": "2", "train_timesteps": 1000}},
+        {"scale": {"kind": "timestep_groups", "count": 2, "train_timesteps": 0}},
+        {"scale": {"kind": "dynamic", "granularity": "novelty"}},
+        {"scale": {"kind": "dynamic", "granularity": "sample", "int_range": "novelty"}},
+        {**STATIC, "fn": {"kind": "novelty"}},
+        {**STATIC, "fn": {"kind": "lsq", "int_range": 3}},
+        {**STATIC, "fn": {"kind": "lsq"}, "offset": 0},
+        {**STATIC, "fn": {"kind": "static"}},
+        {"scale": None, "fn": {"kind": "lsq"}},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("scheme", ["affine", "symmetric"])
-def test_scales_that_are_none(scale: dict[str, Any], scheme: str, content: Content, tmp_path: Path) -> None:
+def test_quantizers_that_are_none(quantizer: dict[str, Any], scheme: str, content: Content, tmp_path: Path) -> None:
     def change(copy: Content) -> None:
-        copy.site()["input"] = {"specs": [{"bits": 8, "scheme": scheme, "axis": None}], "scale": scale}
+        spec = {"bits": 8} if scheme == "affine" else {"bits": 8, "scheme": scheme}
+        copy.site()["input"] = {"specs": [spec], **quantizer}
 
     refusal(changed(content, change, tmp_path / "model.safetensors"))
 
@@ -185,13 +189,15 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     assert "is a folder" in refusal(tmp_path)
 
 
-def with_features(unet: nn.Module, temporal: Any, rest: Any, store: bool = False, widen: bool = True) -> QuantizedUNet:
+def with_features(
+    unet: nn.Module, temporal: Any, default: Any, store: bool = False, include_zero: bool = True
+) -> QuantizedUNet:
     """A model with one more of the things that a manifest can say."""
-    model = quantizable(unet, scales=ScalePlan(temporal, rest))
-    if not widen:
+    model = quantizable(unet, scales=ScalePlan(temporal, default))
+    if not include_zero:
         weight = model.unet.conv_out.weight
         weight.data = weight.abs() + 1  # ranges that do not contain zero
-        model.unet.conv_out.weight_quantizer.estimator = LpObserver(widen=False)
+        model.unet.conv_out.weight_quantizer.observer = LpObserver(include_zero=False)
     model = calibrated(model)
     if store:
         for site in [name for name in model.plan.sites if name.endswith("time_emb_proj")]:
@@ -205,9 +211,9 @@ def with_features(unet: nn.Module, temporal: Any, rest: Any, store: bool = False
 @pytest.mark.parametrize(
     "options",
     [
-        {"temporal": StaticScale(), "rest": StaticScale(), "store": True},
-        {"temporal": StaticScale(), "rest": StaticScale(), "widen": False},
-        {"temporal": IntervalScale(2, 1000), "rest": DynamicScale("sample")},
+        {"temporal": StaticConfig(), "default": StaticConfig(), "store": True},
+        {"temporal": StaticConfig(), "default": StaticConfig(), "include_zero": False},
+        {"temporal": TimestepGroupConfig(2, 1000), "default": DynamicConfig("sample")},
     ],
     ids=["stored features", "ranges without zero", "intervals and dynamic"],
 )
@@ -224,7 +230,7 @@ def test_what_models_are_like_is_read(options: dict[str, Any], tiny_unet: nn.Mod
 
 def test_stored_features_that_are_needed_are_refused(tiny_unet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    serialization.save(with_features(tiny_unet, StaticScale(), StaticScale(), store=True), path)
+    serialization.save(with_features(tiny_unet, StaticConfig(), StaticConfig(), store=True), path)
     stored = Content(*serialization.read(path))
     site = next(iter(stored.manifest["cached"]))
     changes: dict[str, Change] = {
@@ -243,7 +249,7 @@ def test_stored_features_that_are_needed_are_refused(tiny_unet: nn.Module, tmp_p
 
 def test_ranges_without_zero_are_said(tiny_unet: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    serialization.save(with_features(tiny_unet, StaticScale(), StaticScale(), widen=False), path)
+    serialization.save(with_features(tiny_unet, StaticConfig(), StaticConfig(), include_zero=False), path)
     stored = Content(*serialization.read(path))
     assert stored.manifest["outside"] == ["weights/conv_out/0"]
     assert "must lie within the grid" in refusal(changed(stored, entry("outside", ...), tmp_path / "b.safetensors"))

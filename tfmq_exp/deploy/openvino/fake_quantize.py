@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.activation_tables import ActivationScale, RuntimeScale, varies
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.scales.dynamic import Dynamic
-from tfmq_exp.quant.scales.dynamic_generator import STATISTICS, FromStatistics
-from tfmq_exp.quant.scales.tdq import softplus_inverse
+from tfmq_exp.quant.scales.dynamic import DynamicScale
+from tfmq_exp.quant.scales.dynamic_generator import STATISTICS, DynamicGeneratorScale
+from tfmq_exp.quant.scales.generator import softplus_inverse
 
 Node = Any  # openvino's nodes and outputs
 
@@ -49,7 +49,7 @@ def rank_of(x: Node) -> int:
 def step_columns(scale: ActivationScale | None) -> dict[str, Tensor]:
     """Parameters that change with the sampling step, each [steps]; the graph looks them up."""
     if isinstance(scale, RuntimeScale):
-        reads_time = isinstance(scale.source, FromStatistics) and scale.source.encoding is not None
+        reads_time = isinstance(scale.source, DynamicGeneratorScale) and scale.source.encoding is not None
         return {"step": torch.arange(scale.source.context.num_steps)} if reads_time else {}  # type: ignore[union-attr]
     if scale is None or scale.static:
         return {}
@@ -118,18 +118,18 @@ class GraphQuantizer:
 def runtime_numbers(x: Node, runtime: RuntimeScale, now: Mapping[str, Node]) -> dict[str, Node]:
     """Scale, and shift if the zero point varies, of the tensor: as those of a step in `GraphQuantizer.now`."""
     source, gain = runtime.source, float(runtime.table.gain[0])
-    if isinstance(source, FromStatistics):
+    if isinstance(source, DynamicGeneratorScale):
         numbers = {"scale": scale_from_statistics(x, source, now)}
     else:
         numbers = scale_from_range(x, source)
     return numbers if gain == 1 else {**numbers, "output_scale": ops.multiply(numbers["scale"], constant(gain))}
 
 
-def scale_from_range(x: Node, source: Dynamic) -> dict[str, Node]:
-    """Scale, and zero point minus half of the levels, from the range of `x` widened to include zero (`Dynamic`)."""
-    spec, over, zero = source.spec, axes_from(x, 0 if source.per == "tensor" else 1), constant(0.0)
-    low = ops.multiply(ops.minimum(ops.reduce_min(x, over, keep_dims=True), zero), constant(source.widened))
-    high = ops.multiply(ops.maximum(ops.reduce_max(x, over, keep_dims=True), zero), constant(source.widened))
+def scale_from_range(x: Node, source: DynamicScale) -> dict[str, Node]:
+    """Scale, and zero point minus half of the levels, from the range of `x` widened to include zero (`DynamicScale`)."""
+    spec, over, zero = source.spec, axes_from(x, 0 if source.config.granularity == "tensor" else 1), constant(0.0)
+    low = ops.multiply(ops.minimum(ops.reduce_min(x, over, keep_dims=True), zero), constant(source.ratio))
+    high = ops.multiply(ops.maximum(ops.reduce_max(x, over, keep_dims=True), zero), constant(source.ratio))
     width, intervals = {
         "symmetric": lambda: (ops.maximum(ops.negative(low), high), (spec.levels - 2) / 2),
         "unsigned": lambda: (high, float(spec.levels - 1)),
@@ -143,8 +143,8 @@ def scale_from_range(x: Node, source: Dynamic) -> dict[str, Node]:
 
 
 @torch.no_grad()
-def scale_from_statistics(x: Node, source: FromStatistics, now: Mapping[str, Node]) -> Node:
-    """Scale of every sample from the network of its statistics and of the timestep (`FromStatistics`)."""
+def scale_from_statistics(x: Node, source: DynamicGeneratorScale, now: Mapping[str, Node]) -> Node:
+    """Scale of every sample from the network of its statistics and of the timestep (`DynamicGeneratorScale`)."""
     over = axes_from(x, 1)
     reach = source.scale * source.spec.qmax
     mean = ops.reduce_mean(x, over, keep_dims=True)
@@ -168,7 +168,7 @@ def scale_from_statistics(x: Node, source: FromStatistics, now: Mapping[str, Nod
     return ops.reshape(ops.maximum(scale, constant(SMALLEST_SCALE)), integers(-1, *(1,) * (rank_of(x) - 1)), False)
 
 
-def step_input(source: FromStatistics, first: nn.Linear, now: Mapping[str, Node]) -> Node:
+def step_input(source: DynamicGeneratorScale, first: nn.Linear, now: Mapping[str, Node]) -> Node:
     """Part of the network's first layer that does not depend on the tensor: its bias and the encoding of the timestep."""
     if source.encoding is None:
         return constant(first.bias)

@@ -1,1 +1,1 @@
-"""Quant qat."""
+"""Quantizer functions of quantization-aware training."""

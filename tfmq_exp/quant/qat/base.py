@@ -1,103 +1,100 @@
-"""What a form is: the arithmetic of a quantizer whose range is trained, as a record of choices.
+"""Quantizer functions of quantization-aware training (QAT): the arithmetic, as frozen dataclasses.
 
-A form knows x, the step s of a source, the grid, and a few numbers of its own; it knows nothing of where s comes from. The
-range parameters of the papers are multiples of s, so that a step generated from the timestep (TDQ) fits every form.
+A function takes x, a scale, the integer range, and a few parameters of its own. The range parameters of the papers are
+multiples of the scale, so that a scale generated from the timestep (TDQ) fits every function.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.core.validate import AMOUNT, check_fields
+from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.quant.spec import QuantSpec
 
-IntRangeKind = Literal["full", "narrow", "official"]
+IntRangeKind = Literal["full", "narrow", "tdq_release"]
+Extra = Mapping[str, Tensor]  # values of a function's own parameters, scalars
 
 
 class IntRange(NamedTuple):
-    """The integers that a form uses, both ends included, and how many values share one step."""
+    """Smallest and largest used integer, and how many values share one scale."""
 
-    low: int
-    high: int
-    values: int = 1
+    qmin: int
+    qmax: int
+    num_values: int = 1
 
 
 class ExtraParam(NamedTuple):
-    """A number of the form's own: where it starts, and the interval that it is kept in."""
+    """Initial value of a parameter that is trained with the scale, and the interval that it is clamped to."""
 
-    start: float
-    low: float
-    high: float
+    init: float
+    min: float
+    max: float
 
 
-def int_range(spec: QuantSpec, levels: IntRangeKind) -> tuple[int, int]:
-    """The smallest and the largest integer.
+def int_range(spec: QuantSpec, kind: IntRangeKind) -> IntRange:
+    """Integers that are used.
 
-    full: all of the grid; narrow: as many below zero as above; official: one fewer at the ends than narrow on a symmetric grid,
-    one fewer at the top on an unsigned one, which is what TDQ's release leaves of 2^b - 1 levels.
+    full: all of the spec's; narrow: as many below zero as above; tdq_release: +-(2^(b-1) - 2), so 2^b - 3 codes (b = 4: -6..6);
+    unsigned 0..2^b - 2 (0..14), as in TDQ's code.
 
     Raises:
-        ValueError: a grid with a zero point, or one of which nothing is left.
+        ValueError: a spec with a zero point, or one that has no integer above zero left.
     """
     if spec.scheme == "affine":
-        raise ValueError("a trained range needs a symmetric or unsigned grid, got affine")
-    left_out = 1 if levels == "official" else 0
-    high = spec.qmax - left_out
-    if high < 1:
-        raise ValueError(f"{spec.bits} bits with {levels} levels leave no integer above zero")
+        raise ValueError("a trained range needs a symmetric or unsigned spec, got affine")
+    qmax = spec.qmax - (kind == "tdq_release")
+    if qmax < 1:
+        raise ValueError(f"{spec.bits} bits with the integer range {kind} leave no integer above zero")
     if spec.scheme == "unsigned":
-        return 0, high
-    return (spec.qmin if levels == "full" else -high), high
+        return IntRange(0, qmax)
+    return IntRange(spec.qmin if kind == "full" else -qmax, qmax)
 
 
-def range_ratio(spec: QuantSpec, levels: IntRangeKind) -> float:
-    """What a range is multiplied by for its end to stand on the largest integer that is used, where a step is the range over the grid's."""
-    return spec.qmax / int_range(spec, levels)[1]
+def range_ratio(spec: QuantSpec, kind: IntRangeKind) -> float:
+    """qmax(full) / qmax(used): multiply a range by it so that its maximum falls on the largest used code."""
+    return spec.qmax / int_range(spec, kind).qmax
 
 
 @dataclass(frozen=True)
 class QATQuantizeFn:
-    """x on a grid of step s: s * round(clip(x / s)), unless a subclass says otherwise.
+    """s * round(clip(x / s)), unless a subclass says otherwise.
 
     Args:
-        levels: see `int_range`.
-        decay: weight of the L2 penalty on the clip value s * high.
+        int_range: see the function `int_range`.
+        decay: weight of the L2 penalty on the clip value s * qmax.
     """
 
-    levels: IntRangeKind = "full"
+    int_range: IntRangeKind = "full"
     decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.levels not in get_args(IntRangeKind):
-            raise ValueError(f"levels must be one of {', '.join(get_args(IntRangeKind))}, got {self.levels!r}")
-        check_fields(self, decay=AMOUNT)
+        check_fields(self, int_range=one_of(*get_args(IntRangeKind)), decay=AMOUNT)
 
-    def further(self) -> Mapping[str, ExtraParam]:
-        """Numbers that are trained beside the step, by name."""
+    def extra_params(self) -> Mapping[str, ExtraParam]:
+        """Parameters that are trained with the scale, by name."""
         return {}
 
-    def codes(
-        self, x: Float[Tensor, "*shape"], scale: Tensor, grid: IntRange, further: Mapping[str, Tensor]
-    ) -> Float[Tensor, "*shape"]:
+    def codes(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
         """Integer codes of `x` (as floats), without a gradient."""
-        return (x / scale).clamp_(grid.low, grid.high).round_()
+        return (x / scale).clamp_(ints.qmin, ints.qmax).round_()
 
-    def output_scale(self, scale: Tensor, further: Mapping[str, Tensor]) -> Tensor:
-        """What one code stands for."""
+    def output_scale(self, scale: Tensor, extra: Extra) -> Tensor:
+        """Real value of one code."""
         return scale
 
-    def __call__(
-        self, x: Float[Tensor, "*shape"], scale: Tensor, grid: IntRange, further: Mapping[str, Tensor]
-    ) -> Float[Tensor, "*shape"]:
-        """Simulated quantization, with the gradients that the form trains with.
+    def __call__(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
+        """Simulated quantization with the gradients of training.
 
-        `scale` broadcasts against `x`; `further` holds scalars.
+        Args:
+            x: of any shape.
+            scale: broadcasts against `x`.
+            ints: the integer range.
+            extra: present values of `extra_params`.
         """
         raise NotImplementedError
 
     def for_inference(self) -> "QATQuantizeFn":
-        """What is left of it once training is over: the same values, no noise, no penalty."""
+        """The function after training: the same values without noise and penalty."""
         raise NotImplementedError

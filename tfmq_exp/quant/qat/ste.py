@@ -1,73 +1,74 @@
-"""Values on a grid with a trained step, and the gradients of clip value and step written out.
+"""Quantization with a trained scale, with the gradients of clip value and scale written out (straight-through estimators).
 
-Only `x` is kept for the backward pass; the network keeps it anyway.
+Only `x` is saved for the backward pass; the network keeps it anyway.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Inside = Literal["rounding", "none"]
-
-
-class STERange(NamedTuple):
-    """The ends of the grid, what the step's gradient is multiplied by, and its part from values inside the grid.
-
-    `rounding`: round(x / s) - x / s, or the noise that stands for it; `none`: only what is clipped moves the step.
-    """
-
-    low: int
-    high: int
-    factor: float = 1.0
-    inside: Inside = "rounding"
+from tfmq_exp.quant.qat.base import IntRange
 
 
 def ste_quantize(
-    x: Float[Tensor, "*shape"], scale: Tensor, rule: STERange, noise: Float[Tensor, "*shape"] | None = None
+    x: Float[Tensor, "*shape"],
+    scale: Tensor,
+    ints: IntRange,
+    noise: Float[Tensor, "*shape"] | None = None,
+    factor: float = 1.0,
+    only_clipped: bool = False,
 ) -> Float[Tensor, "*shape"]:
-    """Values s round(clip(x / s)); with noise x + s noise inside the grid, and its ends outside.
+    """S round(clip(x / s)); with noise x + s noise inside the range, and its ends outside.
 
-    Gradient to x: 1 inside, 0 outside. To s: the rule's inside, the end of the grid outside.
+    Gradient of x: 1 inside, 0 outside. Of s: round(x / s) - x / s or the noise inside, the end of the range outside.
+
+    Args:
+        x: values.
+        scale: broadcasts against `x`.
+        ints: the integer range.
+        noise: added to x / s in place of rounding.
+        factor: multiplies the scale's gradient.
+        only_clipped: only what is clipped moves the scale.
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        return _Stepped.apply(x, scale, noise, rule)  # type: ignore[no-any-return]
-    return steps(x / scale, rule, noise).mul_(scale)
+        return _STEQuantize.apply(x, scale, noise, ints, factor, only_clipped)  # type: ignore[no-any-return]
+    return rounded(x / scale, ints, noise).mul_(scale)
 
 
-def inside(u: Tensor, rule: STERange) -> Tensor:
-    """Which values the grid reaches: strictly between its ends (LSQ, arXiv 1902.08153, eq. 3)."""
-    return (u > rule.low) & (u < rule.high)
+def within_range(u: Tensor, ints: IntRange) -> Tensor:
+    """Where u lies strictly between the ends (LSQ, arXiv 1902.08153, eq. 3)."""
+    return (u > ints.qmin) & (u < ints.qmax)
 
 
-def steps(u: Tensor, rule: STERange, noise: Tensor | None) -> Tensor:
-    """Multiples u = x / s rounded, or disturbed, in a new tensor."""
-    clipped = u.clamp(rule.low, rule.high)
-    return clipped.round_() if noise is None else torch.where(inside(u, rule), u + noise, clipped)
+def rounded(u: Tensor, ints: IntRange, noise: Tensor | None) -> Tensor:
+    """U = x / s clipped and rounded, or with noise, in a new tensor."""
+    clipped = u.clamp(ints.qmin, ints.qmax)
+    return clipped.round_() if noise is None else torch.where(within_range(u, ints), u + noise, clipped)
 
 
-class _Stepped(torch.autograd.Function):
-    """(x, s, noise) -> values on the grid."""
+class _STEQuantize(torch.autograd.Function):
+    """(x, s, noise) -> quantized values."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, noise: Tensor | None, rule: STERange) -> Tensor:
-        ctx.rule = rule
+    def forward(ctx: Any, x: Tensor, scale: Tensor, noise: Tensor | None, *settings: Any) -> Tensor:
+        ctx.settings = settings
         ctx.save_for_backward(x, scale, noise)
-        return steps(x / scale, rule, noise).mul_(scale)
+        return rounded(x / scale, settings[0], noise).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, noise = ctx.saved_tensors
-        rule: STERange = ctx.rule
+        ints, factor, only_clipped = ctx.settings
         u = x / scale
-        within = inside(u, rule)
+        within = within_range(u, ints)
         to_x = grads[0] * within if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return to_x, None, None, None
-        slope = u.clamp(rule.low, rule.high)
-        if rule.inside == "none":
+            return to_x, *(None,) * 5
+        slope = u.clamp(ints.qmin, ints.qmax)
+        if only_clipped:
             slope.masked_fill_(within, 0)
         else:
             slope = torch.where(within, u.round().sub_(u) if noise is None else noise, slope)
-        return to_x, (grads[0] * slope).sum_to_size(scale.shape) * rule.factor, None, None
+        return to_x, (grads[0] * slope).sum_to_size(scale.shape) * factor, *(None,) * 4

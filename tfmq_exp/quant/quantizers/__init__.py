@@ -1,1 +1,1 @@
-"""Quantizers: a spec, a source and a rounding, with an explicit mode."""
+"""Quantizers, with an explicit mode."""

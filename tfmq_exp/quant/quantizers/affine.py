@@ -1,78 +1,80 @@
-"""Uniform quantizers for activations and for weights."""
+"""Uniform quantizers of activations and of weights."""
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize, round_ste
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.quantizers.base import Quantizer
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
 class AffineQuantizer(Quantizer):
-    """Quantizes activations with whatever (scale, zero point) its source gives."""
+    """Quantizes activations with the scale and zero point that its provider (`source`) gives."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ScaleProvider) -> None:
         super().__init__()
         self.source = source
 
     @property
     def spec(self) -> QuantSpec:
-        """The grid."""
         return self.source.spec
 
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
-        """Show `x` to the source."""
         self.source.observe(x.detach())
 
     def quantize(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        """Simulated quantization: real numbers on the grid."""
         return fake_quantize(x, self.source(x), self.spec)
 
-    def merge(self) -> None:
-        """What can be computed before sampling is: a generated interval becomes a table."""
-        self.source = self.source.merged()
+    def tabulate(self) -> None:
+        """Prepare for sampling: generated scales become a table."""
+        self.source = self.source.tabulated()
 
 
 class WeightQuantizer(Quantizer):
-    """Quantizes one weight, whose range is set from the weight itself and whose rounding may be learned."""
+    """Quantizes one weight, whose range is set from the weight itself and whose rounding may be learned.
 
-    scale: Tensor
+    Args:
+        weight: gives shape, type and device.
+        spec: of the integers.
+        observer: of the weight's range.
+    """
+
+    scale: nn.Parameter
     zero_point: Tensor
 
-    def __init__(self, weight: Float[Tensor, "out *rest"], spec: QuantSpec, estimator: Observer) -> None:
+    def __init__(self, weight: Float[Tensor, "out *rest"], spec: QuantSpec, observer: Observer) -> None:
         super().__init__()
-        self.spec, self.estimator = spec, estimator
-        shape = spec.range_shape(weight.shape)
-        self.register_buffer("scale", torch.ones(shape, dtype=weight.dtype, device=weight.device))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        self.spec, self.observer = spec, observer
+        one = weight.detach().new_ones(spec.range_shape(weight.shape))
+        self.scale = nn.Parameter(one, requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros_like(one))
         self.rounding: AdaRound | None = None
 
     def observe(self, x: Float[Tensor, "out *rest"]) -> None:
-        """Place the grid on this weight.
+        """Set scale and zero point from this weight.
 
         Raises:
-            ValueError: the estimator found ends of another shape than the grid has, or such that are not finite.
+            ValueError: the observer's lo and hi have another shape than the scale, or are not finite.
         """
-        lo, hi = self.estimator(x.detach(), self.spec)
+        lo, hi = self.observer(x.detach(), self.spec)
+        name = type(self.observer).__name__
         if not lo.shape == hi.shape == self.scale.shape:
             raise ValueError(
-                f"the range estimator {type(self.estimator).__name__} must give two ends of shape "
-                f"{tuple(self.scale.shape)} for a weight of shape {tuple(x.shape)}, "
-                f"got {tuple(lo.shape)} and {tuple(hi.shape)}"
+                f"the observer {name} must give two ends of shape {tuple(self.scale.shape)} for a weight of shape "
+                f"{tuple(x.shape)}, got {tuple(lo.shape)} and {tuple(hi.shape)}"
             )
-        require_finite(torch.stack([lo, hi]), f"a range of {type(self.estimator).__name__}")
+        require_finite(torch.stack([lo, hi]), f"a range of {name}")
         scale, zero_point = qparams_from_range(lo, hi, self.spec)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
     @property
     def qparams(self) -> QParams:
-        """The grid's scale and zero point."""
         return QParams(self.scale, self.zero_point)
 
     def learn_rounding(self, weight: Float[Tensor, "out *rest"]) -> AdaRound:
@@ -81,11 +83,11 @@ class WeightQuantizer(Quantizer):
         return self.rounding
 
     def codes(self, weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
-        """Integer codes of the weight under the current rounding."""
+        """Integer codes of the weight under the current rounding, as floats."""
         return quantize(weight, self.qparams, self.spec, self.rounding or round_ste)
 
     def quantize(self, x: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
-        """The weight on its grid, or between two points of it while AdaRound is being learned."""
+        """Simulated quantization; while AdaRound is being learned, its soft weight."""
         if self.rounding is not None and self.rounding.soft:
             return self.rounding.weight()
         return dequantize(self.codes(x), self.qparams)

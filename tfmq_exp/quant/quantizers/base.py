@@ -1,4 +1,4 @@
-"""What a quantizer is, and how its mode is set."""
+"""Base class of quantizers, and their modes."""
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Mode(Enum):
-    """What a quantizer does with a tensor: nothing, look at it, or quantize it."""
+    """Pass a tensor through, observe it on the way, or quantize it."""
 
     OFF = "off"
     OBSERVE = "observe"
@@ -17,12 +17,11 @@ class Mode(Enum):
 
 
 class Quantizer(nn.Module):
-    """Passes a tensor through (OFF), learns its range on the way (OBSERVE), or puts it on a grid (QUANTIZE)."""
+    """Acts on a tensor according to its mode; shape and dtype do not change."""
 
     mode: Mode = Mode.OFF
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Act according to the mode; shape and dtype do not change."""
         if self.mode is Mode.QUANTIZE:
             return self.quantize(x)
         if self.mode is Mode.OBSERVE:
@@ -30,17 +29,17 @@ class Quantizer(nn.Module):
         return x
 
     def observe(self, x: Float[Tensor, "*shape"]) -> None:
-        """Learn the range of `x`."""
+        """Take the range of `x` into account."""
         raise NotImplementedError
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`x` on the grid."""
+        """Simulated quantization."""
         raise NotImplementedError
 
 
 @contextmanager
 def modes(quantizers: Iterable[Quantizer], mode: Mode) -> Generator[None]:
-    """Set the mode of some quantizers for the duration of a block; afterwards each is as it was."""
+    """Set the mode of some quantizers for the duration of a block."""
     before = [(quantizer, quantizer.mode) for quantizer in quantizers]
     try:
         for quantizer, _ in before:

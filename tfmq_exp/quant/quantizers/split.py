@@ -1,4 +1,4 @@
-"""Shortcut splitting: trunk and skip channels on grids of their own (Q-Diffusion, arXiv 2302.04304, section 3.3)."""
+"""Shortcut splitting: separate quantizers for trunk and skip channels (Q-Diffusion, arXiv 2302.04304, section 3.3)."""
 
 from collections.abc import Sequence
 from typing import Generic, TypeVar
@@ -20,7 +20,7 @@ class SplitQuantizer(nn.Module, Generic[Part]):
 
     Args:
         parts: the quantizers.
-        sizes: how many channels each of them gets.
+        sizes: number of channels of each.
     """
 
     def __init__(self, parts: Sequence[Part], sizes: Sequence[int]) -> None:
@@ -34,5 +34,4 @@ class SplitQuantizer(nn.Module, Generic[Part]):
         return list(zip(self.parts, x.split(self.sizes, dim=1), strict=True))  # type: ignore[arg-type]
 
     def forward(self, x: Float[Tensor, "first channels *rest"]) -> Float[Tensor, "first channels *rest"]:
-        """All parts, joined again."""
         return torch.cat([part(piece) for part, piece in self.pieces(x)], dim=1)

@@ -1,4 +1,4 @@
-"""Step-aware mixed precision: another bit-width at other sampling steps (PTQD, arXiv 2305.10657, section 3.4)."""
+"""Step-aware mixed precision: other bit-widths at other sampling steps (PTQD, arXiv 2305.10657, section 3.4)."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ class StepSwitch(nn.Module):
         self.at.copy_(torch.tensor([self.bits.index(b) for b in bits]))
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        """Show `x` to every choice while they observe; else let each row's step decide."""
+        """Quantize each row with the choice of its step; while the choices observe, give `x` to all of them."""
         if any(choice.mode is not Mode.QUANTIZE for choice in self.choices):
             for choice in self.choices:
                 choice(x)
@@ -44,8 +44,7 @@ class StepSwitch(nn.Module):
         used: list[int] = sorted({int(i) for i in chosen})
         if len(used) == 1:
             return self.choices[used[0]](x)
-        rows = chosen.reshape(-1, *(1,) * (x.dim() - 1))
-        out = x
+        rows, out = chosen.reshape(-1, *(1,) * (x.dim() - 1)), x
         for i in used:
             out = torch.where(rows == i, self.choices[i](x), out)
         return out

@@ -1,1 +1,1 @@
-"""Quant scales."""
+"""Scale providers of activations and their configurations."""

@@ -1,40 +1,64 @@
-"""Dynamic quantization: the range of the very tensor that is quantized."""
+"""Dynamic quantization: the range of the tensor that is being quantized."""
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.validate import check_fields, one_of
 from tfmq_exp.quant.functional import qparams_from_range
-from tfmq_exp.quant.observers import include_zero
+from tfmq_exp.quant.observers import Observer, include_zero
 from tfmq_exp.quant.qat.base import IntRangeKind, range_ratio
-from tfmq_exp.quant.scales.base import Source
+from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 
-class Dynamic(Source):
-    """Min and max at run time: exact ranges without calibration, for a pass over every activation.
+@dataclass(frozen=True)
+class DynamicConfig(ScaleConfig):
+    """Configuration of `DynamicScale`.
 
     Args:
-        spec: the grid.
-        per: `sample`, a range for each row of the batch; or `tensor`, one for all of them, which makes an image depend on
-            what it is batched with.
-        levels: of a form that leaves codes out: the largest value stands on the largest code that is used.
+        granularity: `sample`, a range for each row of the batch; or `tensor`, one for all of them, which makes an image
+            depend on the other images of its batch.
+        int_range: integers of a QAT quantizer: the largest value falls on the largest used code.
     """
+
+    kind: ClassVar[str] = "dynamic"
+    granularity: Literal["tensor", "sample"]
+    int_range: IntRangeKind = "full"
+
+    def __post_init__(self) -> None:
+        check_fields(self, granularity=one_of("tensor", "sample"), int_range=one_of(*get_args(IntRangeKind)))
+
+    def build(self, spec: QuantSpec, context: TimestepContext) -> "DynamicScale":
+        return DynamicScale(self, spec)
+
+    def tabulated(self) -> ScaleConfig:
+        return self
+
+    def for_qat(self, init: Observer, kind: IntRangeKind) -> Self:
+        return replace(self, int_range=kind)
+
+
+class DynamicScale(ScaleProvider):
+    """Min and max at run time: exact ranges without calibration, for a pass over every activation."""
 
     needs_data = False
 
-    def __init__(self, spec: QuantSpec, per: Literal["tensor", "sample"], levels: IntRangeKind = "full") -> None:
+    def __init__(self, config: DynamicConfig, spec: QuantSpec) -> None:
         super().__init__()
-        if per not in ("tensor", "sample"):
-            raise ValueError(f"dynamic quantization is per tensor or sample, got {per!r}")
-        self.spec, self.per = spec, per
-        self.widened = 1.0 if levels == "full" else range_ratio(spec, levels)
+        self.config, self.spec = config, spec
+        self.ratio = 1.0 if config.int_range == "full" else range_ratio(spec, config.int_range)
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
         """Shape [batch, 1, ...], or [1, 1, ...] for the whole tensor."""
-        dims = tuple(range(0 if self.per == "tensor" else 1, x.dim()))
-        lo, hi = x.detach().aminmax() if self.per == "tensor" else (x.detach().amin(dims), x.detach().amax(dims))
+        if self.config.granularity == "tensor":
+            lo, hi = x.detach().aminmax()
+        else:
+            dims = tuple(range(1, x.dim()))
+            lo, hi = x.detach().amin(dims), x.detach().amax(dims)
         shape = (-1,) + (1,) * (x.dim() - 1)
         lo, hi = include_zero(lo.reshape(shape), hi.reshape(shape))
-        return qparams_from_range(lo * self.widened, hi * self.widened, self.spec)
+        return qparams_from_range(lo * self.ratio, hi * self.ratio, self.spec)

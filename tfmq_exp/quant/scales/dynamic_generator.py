@@ -1,57 +1,49 @@
-"""Dynamic quantization with a generator: the interval is a network's function of the values at hand (TDQ, supplement, table 1)."""
+"""Dynamic quantization with a generator: the scale is a network's function of the present values (TDQ, supplement, table 1)."""
 
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from tfmq_exp.quant.observers import Observer
-from tfmq_exp.quant.scales.base import DEFAULT_OBSERVER
-from tfmq_exp.quant.scales.static import Static
-from tfmq_exp.quant.scales.tdq import LastLayer, intervals, network
+from tfmq_exp.quant.scales.base import ScaleConfig
+from tfmq_exp.quant.scales.generator import GeneratedScale, GeneratorConfig, softplus_scale
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import TimeEncoding
 
 STATISTICS = 4
 
 
-class FromStatistics(Static):
+@dataclass(frozen=True)
+class DynamicGeneratorConfig(GeneratorConfig):
+    """Configuration of `DynamicGeneratorScale`; without an encoding it reads the statistics alone."""
+
+    kind: ClassVar[str] = "dynamic_generator"
+
+    def build(self, spec: QuantSpec, context: TimestepContext) -> "DynamicGeneratorScale":
+        return DynamicGeneratorScale(self, spec, context)
+
+    def tabulated(self) -> ScaleConfig:
+        return DynamicGeneratorConfig(self.encoding, self.hidden_dims)
+
+
+class DynamicGeneratorScale(GeneratedScale):
     """s = softplus(MLP(min, max, mean, variance of the sample; encoding of t) + softplus^-1(s_0)).
 
     It needs the activation itself, so it stays a network while sampling. The paper does not say how the statistics are
     taken; here they are each sample's own, in units of the calibrated range (squared for the variance), and pass no gradient
     on to the activation.
 
-    Args:
-        spec: the grid, without a zero point.
-        context: the timesteps of the batch.
-        encoding: of the timestep, read beside the statistics; None: statistics alone.
-        hidden, dropout, last, seed, momentum, estimator: as for `Generated`.
+    Raises:
+        ValueError: a spec with a zero point.
     """
 
-    generates = True
-
-    def __init__(
-        self,
-        spec: QuantSpec,
-        context: TimestepContext,
-        *,
-        encoding: TimeEncoding | None,
-        hidden: Sequence[int],
-        dropout: float,
-        last: LastLayer,
-        seed: int,
-        momentum: float = 0.0,
-        estimator: Observer = DEFAULT_OBSERVER,
-    ) -> None:
+    def __init__(self, config: DynamicGeneratorConfig, spec: QuantSpec, context: TimestepContext) -> None:
         if spec.scheme == "affine":
-            raise ValueError("an interval from statistics needs a symmetric or unsigned grid, got affine")
-        super().__init__(spec, momentum=momentum, estimator=estimator)
-        self.context, self.encoding = context, encoding
-        width = STATISTICS + (0 if encoding is None else encoding(torch.tensor(context.timesteps[:1])).shape[1])
-        self.mlp = network(width, hidden, dropout, last, torch.Generator().manual_seed(seed))
+            raise ValueError("a scale from statistics needs a symmetric or unsigned spec, got affine")
+        encoding, one = config.encoding, torch.tensor(context.timesteps[:1])
+        super().__init__(config, spec, context, STATISTICS + (0 if encoding is None else encoding(one).shape[1]))
 
     def statistics(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch 4"]:
         """Minimum, maximum, mean and variance of every sample, in units of the calibrated range."""
@@ -63,18 +55,11 @@ class FromStatistics(Static):
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
         """A pair per row, shape [batch, 1, ...]."""
         with torch.autocast(x.device.type, enabled=False):
-            read = self.statistics(x).to(self.scale.dtype)
+            inputs = self.statistics(x).to(self.scale.dtype)
             if self.encoding is not None:
-                read = torch.cat([read, self.encoding(self.context.t).to(read.dtype)], dim=1)
-            scale = intervals(self.scale, self.mlp(read).squeeze(1)).reshape(-1, *(1,) * (x.dim() - 1))
+                inputs = torch.cat([inputs, self.encoding(self.context.t).to(inputs.dtype)], dim=1)
+            scale = softplus_scale(self.scale, self.mlp(inputs).squeeze(1)).reshape(-1, *(1,) * (x.dim() - 1))
         return QParams(scale, torch.zeros_like(scale, requires_grad=False))
 
     def step_table(self, steps: int) -> None:
         """None: the scale depends on the tensor."""
-
-    def trainable(self) -> Iterator[nn.Parameter]:
-        """The network."""
-        return self.mlp.parameters()
-
-    def clamp_parameters(self) -> None:
-        """Softplus keeps intervals positive."""

@@ -1,26 +1,35 @@
-"""One range for all timesteps."""
+"""One scale for all timesteps."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.quant.observers import Observer
-from tfmq_exp.quant.scales.base import DEFAULT_OBSERVER, EMARange
+from tfmq_exp.quant.scales.base import EMAConfig, EMARange
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 
-class Static(EMARange):
-    """The running range of every batch, whatever its timesteps."""
+@dataclass(frozen=True)
+class StaticConfig(EMAConfig):
+    """Configuration of `StaticScale`."""
 
-    def __init__(self, spec: QuantSpec, *, momentum: float = 0.0, estimator: Observer = DEFAULT_OBSERVER) -> None:
-        super().__init__(spec, entries=1, momentum=momentum, estimator=estimator)
+    kind: ClassVar[str] = "static"
+
+    def build(self, spec: QuantSpec, context: TimestepContext) -> "StaticScale":
+        return StaticScale(self, spec)
+
+
+class StaticScale(EMARange):
+    """The running range of all batches, whatever their timesteps."""
 
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
-        """Move the range towards this batch's."""
-        self.show(x, torch.zeros(len(x), dtype=torch.long, device=x.device))
+        self.update_range(x, torch.zeros(len(x), dtype=torch.long, device=x.device))
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
-        """The same pair for every row."""
+        """One pair, shape [1]."""
         return QParams(self.scale, self.zero_point)
 
     def step_table(self, steps: int) -> QParams | None:

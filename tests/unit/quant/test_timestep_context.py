@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from tfmq_exp.quant.timestep_context import TimestepContext
+
+
+def test_every_timestep_finds_its_step():
+    context = TimestepContext((751, 501, 251, 1))
+    assert context.num_steps == 4
+    with context.at(torch.tensor([1, 751, 251, 251])):
+        assert context.index.tolist() == [3, 0, 2, 2]
+
+
+@pytest.mark.parametrize("wrong", [0, 2, 500, 752, 100_000, -1, -250])
+def test_a_timestep_outside_the_set_is_named(wrong):
+    context = TimestepContext((751, 501, 251, 1))
+    with (
+        pytest.raises(ValueError, match=rf"timestep {wrong} is outside .* 4 timesteps \(1 \.\. 751\)"),
+        context.at(torch.tensor([751, wrong])),
+    ):
+        pass
+
+
+def test_nearest_reads_the_closest_step():
+    context = TimestepContext((751, 501, 251, 1))
+    assert context.step_indices(torch.tensor([999, 740, 627, 625, 0, 251]), "nearest_step").tolist() == [
+        0,
+        0,
+        0,
+        1,
+        3,
+        2,
+    ]
+
+
+def test_a_timestep_visited_twice_keeps_its_first_step():
+    assert TimestepContext((9, 5, 5, 0, 0)).step_indices(torch.tensor([9, 5, 0])).tolist() == [0, 1, 3]
+
+
+def test_reading_an_unset_context_raises():
+    context = TimestepContext((1,))
+    with pytest.raises(RuntimeError, match="not set"):
+        _ = context.index
+    with context.at(torch.tensor([1])):
+        pass
+    with pytest.raises(RuntimeError, match="not set"):
+        _ = context.index
+
+
+def test_blocks_nest_and_survive_exceptions():
+    context = TimestepContext((3, 2, 1))
+    with context.at(torch.tensor([3])):
+        with context.at(torch.tensor([1])):
+            assert context.index.tolist() == [2]
+        assert context.index.tolist() == [0]
+        with pytest.raises(KeyError), context.at(torch.tensor([1])):
+            raise KeyError
+        assert context.index.tolist() == [0]
+
+
+def test_an_empty_set_raises():
+    with pytest.raises(ValueError, match="at least one"):
+        TimestepContext(())
+
+
+def test_its_tables_follow_the_model_and_are_no_state():
+    context = TimestepContext((3, 1))
+    assert {name for name, _ in context.named_buffers()} == {"step_of_t", "visited"}
+    assert not context.state_dict()
+
+
+def test_timesteps_that_were_checked_before_are_looked_up_alone():
+    context = TimestepContext((751, 501, 251, 1))
+    context.require((1, 501))
+    with pytest.raises(ValueError, match="timestep 2 is outside"):
+        context.require((1, 2))
+    assert context.step_indices(torch.tensor([1, 501]), "unchecked").tolist() == [3, 1]

@@ -1,0 +1,306 @@
+"""Quantizers with a form: their modes, their parameters, and sources that are networks, alone and together."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq_exp.core.records import decode, encode
+from tfmq_exp.quant.qat.base import QATQuantizeFn
+from tfmq_exp.quant.qat.duq import Duq
+from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.qat.nipq import Nipq
+from tfmq_exp.quant.qat.pact import Pact
+from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.range_init import AbsMax, ScaledToIntRange
+from tfmq_exp.quant.scales.base import ScaleProvider
+from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
+from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig, DynamicGeneratorScale
+from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
+from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_encoding import (
+    Frequency,
+    Normalised,
+    RandomFourier,
+    TimeEncoding,
+)
+
+ENCODINGS = (Frequency, Normalised, RandomFourier)
+FORMS: list[QATQuantizeFn] = [Lsq(), Pact(), Nipq(), Duq(), Qil()]
+SIGNED = QuantSpec(4, "symmetric")
+WIDE = Frequency(32)
+TIMESTEPS = (901, 601, 301, 1)
+ANY_T = torch.tensor([3, 999, 456, 3, 0])
+
+
+def activations(rows: int = 5) -> Tensor:
+    return torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(0)) + 0.3
+
+
+def ready(source: ScaleProvider, form: QATQuantizeFn, centre: Offset = "zero") -> TrainableQuantizer:
+    """Observed and on."""
+    quantizer = TrainableQuantizer(source, form, centre).eval()
+    quantizer.observe(activations())
+    quantizer.mode = Mode.QUANTIZE
+    return quantizer
+
+
+# activations
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_noise_acts_while_training_alone(form: QATQuantizeFn) -> None:
+    quantizer, x = ready(StaticScale(StaticConfig(), SIGNED), form), activations()
+    for_inference = quantizer(x)
+    assert torch.equal(quantizer.train()(x), for_inference) is not isinstance(form, Nipq)
+    assert torch.equal(quantizer.eval()(x), for_inference)
+    quantizer.tabulate()
+    assert torch.equal(quantizer.train()(x), for_inference)
+
+
+@pytest.mark.parametrize("centre", ["silu", "learned"])
+def test_a_centre_is_subtracted_before_and_added_after(centre: Offset) -> None:
+    spec: Scheme = "unsigned" if centre == "silu" else "symmetric"
+    quantizer = ready(StaticScale(StaticConfig(observer=AbsMax()), QuantSpec(4, spec)), Lsq("narrow"), centre)
+    x = activations()
+    middle = -0.2785 if centre == "silu" else float(x.mean())
+    largest = float((x - middle).abs().max())
+    high, low = (15, 0) if centre == "silu" else (7, -7)
+    step = largest / high
+    expected = [step * min(max(round((v - middle) / step), low), high) + middle for v in x.flatten().tolist()]
+    assert quantizer(x).flatten().tolist() == pytest.approx(expected, abs=1e-5)
+    assert (quantizer.offset in list(quantizer.trainable())) is (centre == "learned")
+
+
+def test_a_learned_centre_keeps_the_first_mean_and_learns() -> None:
+    quantizer = ready(StaticScale(StaticConfig(), SIGNED), Lsq(), "learned")
+    first = float(quantizer.offset)  # type: ignore[arg-type]
+    quantizer.observe(activations() + 100)
+    assert float(quantizer.offset) == first  # type: ignore[arg-type]
+    quantizer.offset.requires_grad_(True)  # type: ignore[union-attr]
+    x = torch.tensor([[1e6, first, -1e6, -2e6]])
+    quantizer(x).sum().backward()
+    assert float(quantizer.offset.grad) == 3  # type: ignore[union-attr, arg-type]  # of what is clipped; inside it cancels
+
+
+def test_unfit_choices_are_named() -> None:
+    with pytest.raises(ValueError, match="got affine"):
+        TrainableQuantizer(StaticScale(StaticConfig(), QuantSpec(4)), Lsq())
+    with pytest.raises(ValueError, match="zero, silu or learned, got 'mean'"):
+        TrainableQuantizer(StaticScale(StaticConfig(), SIGNED), Lsq(), "mean")  # type: ignore[arg-type]
+    weight = torch.ones(2, 2)
+    with pytest.raises(TypeError, match="Lsq is trained"):
+        TrainableWeightQuantizer(weight, SIGNED, AbsMax(), Lsq()).learn_rounding(weight)
+    with pytest.raises(ValueError, match="got affine"):
+        DynamicGeneratorScale(DynamicGeneratorConfig(None, (4,)), QuantSpec(4), TimestepContext(TIMESTEPS))
+
+
+def test_numbers_are_kept_in_their_intervals() -> None:
+    for form, name in ((Duq(), "gain"), (Qil(), "pruned")):
+        weight = activations()
+        quantizers = [
+            ready(StaticScale(StaticConfig(), SIGNED), form),
+            TrainableWeightQuantizer(weight, SIGNED, AbsMax(), form),
+        ]
+        for quantizer in quantizers:
+            for wrong in (-5.0, 1e9):
+                for parameter in quantizer.parameters():
+                    parameter.fill_(wrong)
+                quantizer.clamp_parameters()  # type: ignore[union-attr]
+                bounds = form.extra_params()[name]
+                assert bounds.min <= float(quantizer.extra[name]) <= bounds.max + 1e-6  # type: ignore[union-attr, arg-type]
+            quantizer.get_parameter("scale" if quantizer is quantizers[1] else "source.scale").fill_(-1.0)
+            quantizer.clamp_parameters()  # type: ignore[union-attr]
+            assert all(float(parameter.min()) >= 0 for parameter in quantizer.parameters())
+
+
+# weights
+
+
+@pytest.mark.parametrize("axis", [0, None])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_integers_of_a_weight_stand_for_what_was_trained(form: QATQuantizeFn, bits: int, axis: int | None) -> None:
+    weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(bits, "symmetric", axis=axis)
+    quantizer = TrainableWeightQuantizer(weight, spec, AbsMax(0.7), form).eval()
+    quantizer.observe(weight)
+    for number in quantizer.extra.values():
+        number.add_(0.2)
+    quantizer.mode = Mode.QUANTIZE
+    codes = quantizer.codes(weight)
+    assert torch.equal(codes, codes.round())
+    assert spec.qmin <= int(codes.min()) < int(codes.max()) <= spec.qmax
+    assert torch.equal(quantizer.qparams.scale * codes, quantizer(weight))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_weight_and_its_numbers_are_trained_together(form: QATQuantizeFn) -> None:
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    quantizer = TrainableWeightQuantizer(weight, QuantSpec(3, "symmetric", axis=0), AbsMax(0.5), form).train()
+    quantizer.observe(weight)
+    quantizer.mode = Mode.QUANTIZE
+    parameters = [weight, *quantizer.trainable()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        (quantizer(weight) - 1).square().sum().backward()
+    assert all(bool((parameter.grad != 0).any()) for parameter in parameters)  # type: ignore[union-attr]
+
+
+# networks of the timestep, together
+
+
+def generated(
+    seed: int,
+    context: TimestepContext,
+    encoding: TimeEncoding = WIDE,
+    dropout: float = 0.2,
+    width: int = 16,
+) -> TDQScale:
+    """Calibrated, with a network that says something."""
+    config = TDQConfig(encoding, (width, width), dropout=dropout, last_layer_init="default", seed=seed)
+    source = TDQScale(config, QuantSpec(4, "symmetric"), context).eval()
+    source.observe(activations() * (1 + seed))
+    return source
+
+
+def sources(context: TimestepContext) -> list[TDQScale]:
+    """Networks of four kinds, in disorder."""
+    thin = Normalised(1000)
+    kinds = [(WIDE, 16, 0.2), (thin, 8, 0.0), (WIDE, 16, 0.2), (WIDE, 8, 0.2), (WIDE, 16, 0.0), (thin, 8, 0.0)]
+    return [generated(i, context, encoding, dropout, width) for i, (encoding, width, dropout) in enumerate(kinds)]
+
+
+def by_itself(source: TDQScale, t: Tensor) -> Tensor:
+    """Softplus of the network plus a bias, one timestep after the other, in double precision."""
+    network, start = copy.deepcopy(source.mlp).double(), source.scale.double().expm1().log()
+    outputs = [network(source.encoding(when.reshape(1)).double()) for when in t]
+    return nn.functional.softplus(torch.cat(outputs).squeeze(1) + start)
+
+
+def test_batched_generators_give_what_each_network_gives_at_any_timestep() -> None:
+    context = TimestepContext(TIMESTEPS)
+    mixed = sources(context)
+    generators = BatchedGenerators(mixed)
+    assert sorted(len(group) for group in generators.groups) == [1, 1, 2, 2]
+    given = generators.scales(ANY_T)
+    assert given.keys() == set(mixed)
+    for source, rows in given.items():
+        torch.testing.assert_close(rows.double(), by_itself(source, ANY_T), rtol=1e-5, atol=0)
+        assert len(rows.unique()) == len(ANY_T.unique())
+
+
+def test_gradients_through_batched_generators_are_those_of_each_network() -> None:
+    mixed = sources(TimestepContext(TIMESTEPS))
+    for source in mixed:
+        source.mlp.requires_grad_(True)
+    sum(rows.square().sum() for rows in BatchedGenerators(mixed).scales(ANY_T).values()).backward()  # type: ignore[union-attr]
+    together = [[p.grad.clone() for p in source.mlp.parameters()] for source in mixed]  # type: ignore[union-attr]
+    for source, grads in zip(mixed, together, strict=True):
+        source.mlp.zero_grad()
+        start = source.scale.double().expm1().log()
+        out = source.mlp(source.encoding(ANY_T)).squeeze(1) + start
+        nn.functional.softplus(out).square().sum().backward()
+        for parameter, grad in zip(source.mlp.parameters(), grads, strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_scales_are_in_the_context_for_a_forward_pass() -> None:
+    context = TimestepContext(TIMESTEPS)
+    mixed, x = sources(context), activations()
+    generators, quantizer = BatchedGenerators(mixed), TrainableQuantizer(mixed[0], Lsq())
+    with context.at(ANY_T, "nearest_step", generators.scales(ANY_T)):
+        inside = quantizer.quantize(x)
+        step = mixed[0](x).scale
+        assert step.shape == (5, 1, 1)
+        torch.testing.assert_close(step.flatten().double(), by_itself(mixed[0], ANY_T), rtol=1e-5, atol=0)
+    assert not context.scales
+    for row in range(5):
+        one = ANY_T[row : row + 1]
+        with context.at(one, "nearest_step", generators.scales(one)):
+            torch.testing.assert_close(quantizer.quantize(x[row : row + 1]), inside[row : row + 1])
+    with context.at(ANY_T, "nearest_step"):  # without them the nearest of the finite set is read
+        nearest = torch.tensor([3, 0, 1, 3, 3])
+        assert torch.equal(mixed[0](x).scale.flatten(), mixed[0].table().scale[nearest])
+
+
+def test_batched_generators_drop_out_while_training_and_ignore_half_precision() -> None:
+    source = generated(0, TimestepContext(TIMESTEPS))
+    generators = BatchedGenerators([source])
+    (for_inference,) = generators.scales(ANY_T).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        (half,) = generators.scales(ANY_T).values()
+    assert torch.equal(half, for_inference)
+    source.train()
+    torch.manual_seed(0)  # in four draws of a hundred both rows of one timestep drop the same units
+    (dropped,) = generators.scales(ANY_T).values()
+    assert not torch.equal(dropped, for_inference)
+    assert dropped[0] != dropped[3]  # rows of one timestep drop apart
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_merged_table_is_bit_identical_to_the_network(form: QATQuantizeFn) -> None:
+    context = TimestepContext(TIMESTEPS)
+    quantizer, x = ready(generated(0, context), form), activations()
+    t = torch.tensor([301, 1, 901, 1, 601])
+    with context.at(t):
+        before = quantizer(x)
+        quantizer.tabulate()
+        assert torch.equal(quantizer(x), before)
+    assert not any(isinstance(module, nn.Linear) for module in quantizer.modules())
+    assert sum(value.numel() for value in quantizer.source.state_dict().values()) == 2 * len(TIMESTEPS)
+
+
+# networks of statistics
+
+
+@pytest.mark.parametrize("encoding", [None, Frequency(8)], ids=repr)
+def test_statistics_of_every_sample_and_its_time_make_its_interval(encoding: TimeEncoding | None) -> None:
+    context, x = TimestepContext(TIMESTEPS), activations()
+    start = ScaledToIntRange(AbsMax(), "narrow")
+    config = DynamicGeneratorConfig(encoding, (16, 16), dropout=0.2, last_layer_init="he", seed=3, observer=start)
+    source = DynamicGeneratorScale(config, SIGNED, context).eval()
+    source.observe(x)
+    reach, network = float(x.abs().max()), copy.deepcopy(source.mlp).double()
+    with context.at(ANY_T, "nearest_step"):
+        scale, zero_point = source(x)
+    assert scale.shape == (5, 1, 1)
+    assert not zero_point.any()
+    for row, t, step in zip(x.double(), ANY_T, scale.flatten(), strict=True):
+        values = row.flatten() / reach
+        mean = values.sum() / values.numel()
+        read = torch.stack([values.min(), values.max(), mean, (values - mean).square().sum() / values.numel()])
+        if encoding is not None:
+            read = torch.cat([read, encoding(t.reshape(1))[0].double()])
+        expected = nn.functional.softplus(network(read) + source.scale.double().expm1().log())
+        assert float(step) == pytest.approx(float(expected), rel=1e-4)
+    assert len(scale.unique()) == 5
+
+
+def test_statistics_start_at_the_calibrated_interval_and_stay_a_network() -> None:
+    context = TimestepContext(TIMESTEPS)
+    source = DynamicGeneratorScale(DynamicGeneratorConfig(None, (8,), dropout=0.2), SIGNED, context)
+    source.observe(activations())
+    assert torch.equal(source(activations()).scale.flatten(), source.scale.expand(5))
+    assert source.tabulated() is source
+    assert source.generates
+    assert {id(p) for p in source.trainable()} == {id(p) for p in source.mlp.parameters()}
+
+
+@pytest.mark.parametrize("encoding", [Frequency(8), Normalised(1000), RandomFourier(8, 2.0, 1000, seed=4)], ids=repr)
+def test_encodings_survive_json(encoding: TimeEncoding) -> None:
+    assert decode(encode(encoding, ENCODINGS), TimeEncoding, ENCODINGS) == encoding
+
+
+def test_unknown_encodings_are_named() -> None:
+    with pytest.raises(ValueError, match="'wavelet'; known: frequency, normalised, random_fourier"):
+        decode({"kind": "wavelet"}, TimeEncoding, ENCODINGS)
+    with pytest.raises(TypeError, match="a function cannot be stored"):
+        encode(lambda t: t[:, None].float(), ENCODINGS)  # type: ignore[arg-type, return-value]

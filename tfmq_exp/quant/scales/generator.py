@@ -1,0 +1,107 @@
+"""The small network (MLP) that generates a scale: its configuration, initialization and output (TDQ, arXiv 2306.02316)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.core.validate import COUNT, DECAY, SEED, check_fields, one_of, sequence_of
+from tfmq_exp.quant.functional import SMALLEST_SCALE
+from tfmq_exp.quant.scales.base import EMAConfig
+from tfmq_exp.quant.scales.static import StaticScale
+from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_encoding import TimeEncoding
+
+LayerInit = Literal["zero", "default", "he", "xavier", "gaussian"]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig(EMAConfig):
+    """Scales that an MLP generates.
+
+    Args:
+        encoding: of the timestep, as the MLP reads it; None for an MLP that does not read it.
+        hidden_dims: widths of the hidden layers; (64, 64, 64) in TDQ, (16, 16) in TDQ_thin.
+        dropout: before the last layer, while it learns.
+        last_layer_init: `zero` starts every scale at the calibrated one; the others are the supplement's ablation (table 7).
+        seed: of the other layers' weights.
+        momentum, observer: of the calibrated range, see `EMAConfig`.
+    """
+
+    encoding: TimeEncoding | None
+    hidden_dims: tuple[int, ...]
+    dropout: float = 0.0
+    last_layer_init: LayerInit = "zero"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, hidden_dims=sequence_of(COUNT), dropout=DECAY, seed=SEED)
+        check_fields(self, last_layer_init=one_of(*get_args(LayerInit)))
+        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
+
+    def seeded_for(self, name: str) -> Self:
+        return replace(self, seed=derive_seed(self.seed, name))
+
+    def mlp(self, width: int) -> nn.Sequential:
+        """Linear layers with ReLU between them and one output, whose bias is 0; dropout before the last."""
+        generator = torch.Generator().manual_seed(self.seed)
+        layers: list[nn.Module] = []
+        for size in self.hidden_dims:
+            layers += [initialized(nn.Linear(width, size), "default", generator), nn.ReLU()]
+            width = size
+        output = initialized(nn.Linear(width, 1), self.last_layer_init, generator)
+        nn.init.zeros_(output.bias)  # the scale at the start is the bias of the last layer
+        return nn.Sequential(*layers, nn.Dropout(self.dropout), output).requires_grad_(False)
+
+
+class GeneratedScale(StaticScale):
+    """A static range s_0 that is calibrated, and an MLP that is learned: s = softplus(MLP + softplus^-1(s_0))."""
+
+    generates = True
+
+    def __init__(self, config: GeneratorConfig, spec: QuantSpec, context: TimestepContext, width: int) -> None:
+        super().__init__(config, spec)
+        self.context, self.generator, self.encoding = context, config, config.encoding
+        self.mlp = config.mlp(width)
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        return self.mlp.parameters()
+
+    def clamp_parameters(self) -> None:
+        """Nothing to clamp: softplus keeps scales positive."""
+
+
+def initialized(layer: nn.Linear, init: LayerInit, generator: torch.Generator) -> nn.Linear:
+    """The layer with new weights. `default` is torch's for linear layers, bias included; else the bias starts at 0."""
+    bound = layer.in_features**-0.5
+    nn.init.zeros_(layer.bias)
+    if init == "zero":
+        nn.init.zeros_(layer.weight)
+    elif init == "default":
+        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    elif init == "he":
+        nn.init.kaiming_normal_(layer.weight, generator=generator)
+    elif init == "xavier":
+        nn.init.xavier_normal_(layer.weight, generator=generator)
+    else:
+        nn.init.normal_(layer.weight, generator=generator)
+    return layer
+
+
+def softplus_inverse(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The x with log(1 + e^x) = y, for y > 0."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+def softplus_scale(start: Float[Tensor, "*start"], moved: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """softplus(moved + softplus^-1(start)), as a multiple of `start` that is exactly 1 where `moved` is 0."""
+    bias = softplus_inverse(start.double()).to(start.dtype)
+    return (start * (softplus(moved + bias) / softplus(bias))).clamp(min=SMALLEST_SCALE)
