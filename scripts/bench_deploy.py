@@ -63,7 +63,9 @@ print(json.dumps([took, 1024 * int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self
 def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNet]:
     overrides = [f"model={args.model}", f"quant={args.quant}", f"method={args.method}", f"method/scales={args.scales}"]
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
-        cfg: DictConfig = compose("config", [*overrides, f"model.protocol.steps={args.steps}", *args.overrides])
+        cfg: DictConfig = compose(
+            "config", [*overrides, f"protocol.sampling.num_inference_steps={args.steps}", *args.overrides]
+        )
     make: Any = functools.partial(instantiate, _convert_="all")
     if args.model == "digits":
         denoiser: Denoiser = make(cfg.model.denoiser)

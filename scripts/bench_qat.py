@@ -48,7 +48,7 @@ class Steps:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", words)
         prepare(cfg.runtime.threads)
-        device = pick_device(cfg.trainer.accelerator)
+        device = pick_device(cfg.device)
         weights = app.make_experiment(cfg, device, ProgressBars(Console(quiet=True)).stage).weights
         assert isinstance(weights, TrainWeights)
         callback = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")

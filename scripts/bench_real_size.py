@@ -271,8 +271,8 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         full = experiment_of(args, folder)
-        words = [f"model.protocol.{name}={value}" for name, value in protocol.items()]
-        small = experiment_of(args, folder, *words, f"runtime.batch={args.samples}")
+        words = [f"protocol.{name}={value}" for name, value in protocol.items()]
+        small = experiment_of(args, folder, *words, f"runtime.batch_size={args.samples}")
         parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         began = time.process_time()

@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGURATIONS = {
     "nearest w8a8": ("method=nearest", "quant=w8a8"),
     "brecq w4a8": ("method=brecq", "quant=w4a8"),
-    "lsq w4a4 on images": ("method=lsq", "quant=w4a4", "runtime.checkpoint_minutes=0"),
-    "diagnosis of tfmq": ("method=tfmq", "goal=diagnose"),
+    "lsq w4a4 on images": ("method=lsq", "quant=w4a4", "runtime.checkpoint_every_min=0"),
+    "diagnosis of tfmq": ("method=tfmq", "until=diagnose"),
     "tfmq by two processes": ("method=tfmq", "runtime.processes=2"),
 }
 # Where runs are killed for `flips`: configuration, and files of one stage that are there before it is finished.
@@ -74,7 +74,7 @@ def start(folder: Path, overrides: Sequence[str]) -> int:
         os.dup2(target, 1)
         os.dup2(target, 2)
         places = (f"paths.outputs={folder}", f"hydra.run.dir={folder}/run")
-        sys.argv = [str(ROOT / "run.py"), *places, "model=digits", "runtime=smoke", "runtime.threads=1", *overrides]
+        sys.argv = [str(ROOT / "run.py"), *places, "model=digits", "debug=smoke", "runtime.threads=1", *overrides]
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as ended:

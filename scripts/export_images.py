@@ -62,7 +62,7 @@ def find_shards(run: Path, name: str) -> list[Path]:
     hits = json.loads(record.read_text(encoding="utf-8"))
     if name not in hits:
         raise FileNotFoundError(
-            f"{run} has no {name}: run it with goal=images or goal=scores; it has {', '.join(hits)}"
+            f"{run} has no {name}: run it with until=images or until=scores; it has {', '.join(hits)}"
         )
     stored = Path(hits[name]["path"])  # relative to where the run was started, which is above the run's folder
     places = [parent / stored for parent in (Path(), *run.resolve().parents)]

@@ -4,7 +4,7 @@
     python scripts/frozen_numbers.py numbers.json --against before.json # and compare them with those of before
 
 Tensors are compared by content: names, files and formats may change. Floating-point sums depend on the processor, so both files
-must come from one machine. Runs are those of `SETTINGS`, shortened by `runtime=smoke`, in a store of their own.
+must come from one machine. Runs are those of `SETTINGS`, shortened by `debug=smoke`, in a store of their own.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-DIGITS = ("model=digits", "quant=w4a8", "runtime=smoke", "goal=scores")
+DIGITS = ("model=digits", "quant=w4a8", "debug=smoke", "until=scores")
 # name of a run: its overrides
 SETTINGS: dict[str, tuple[str, ...]] = {
     "nearest": (*DIGITS, "method=nearest"),
@@ -36,8 +36,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "dynamic": (*DIGITS, "method=dynamic"),
     "lsq_tdq": (*DIGITS, "method=lsq_tdq"),
     "guided": (
-        *("model=ldm_imagenet", "method=tfmq", "quant=w4a8", "runtime=smoke", "goal=images"),
-        *("model.sampling.conditioning.count=10", "model.protocol.images=4"),
+        *("model=ldm_imagenet", "method=tfmq", "quant=w4a8", "debug=smoke", "until=images"),
+        *("model.sampling.conditioning.count=10", "protocol.sampling.images=4"),
     ),
 }
 

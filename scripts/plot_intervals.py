@@ -1,6 +1,6 @@
 """Intervals of activation quantizers over the timesteps, of several runs: a figure and tables.
 
-    python run.py -m goal=diagnose method=lsq,lsq_tdq quant=w4a4 seed=0,1,2
+    python run.py -m until=diagnose method=lsq,lsq_tdq quant=w4a4 seed=0,1,2
     python scripts/plot_intervals.py outputs/sweeps/DATE/TIME/* --out outputs/intervals
 
 Writes `intervals.csv`, `correlations.csv` (does an activation change with the timestep, does its interval follow),
@@ -37,7 +37,7 @@ def main() -> int:
     args = parser.parse_args()
     folders = [run for run in args.runs if (run / scales_over_time.FILE).is_file()]
     if not folders:
-        parser.error(f"none of these has a {scales_over_time.FILE}; make it with `python run.py goal=diagnose ...`")
+        parser.error(f"none of these has a {scales_over_time.FILE}; make it with `python run.py until=diagnose ...`")
     runs = [scales_over_time.read_scales(run) for run in folders]
     args.out.mkdir(parents=True, exist_ok=True)
     write(scales_over_time.scale_rows(runs), args.out / "intervals.csv")

@@ -147,7 +147,7 @@ def timesteps(goldens: Goldens) -> Iterator[Group]:
         else:
             mislabelled.compare(float(len(ours)), float(record["sampler_steps"]))
     for record in goldens.timesteps["ddim_quad"].values():
-        original = DDIM(len(record["seq_ascending"]), spacing="quadratic", offset=0)
+        original = DDIM(len(record["seq_ascending"]), timestep_spacing="quadratic", steps_offset=0)
         group.compare(original.calls(SCHEDULE), record["seq_ascending"][::-1])
         group.compare(float(len(finite_set(original, SCHEDULE))), float(record["distinct"]))
     yield group

@@ -38,7 +38,7 @@ def sampler_of(program: str, steps: int, eta: float, spacing: str) -> DDIM | PLM
     if spacing not in SPACINGS:
         raise DamagedError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
     if program in DDIM_PROGRAM:
-        return DDIM(steps, eta, SPACINGS[spacing], offset=0, ends_clean=True)
+        return DDIM(steps, eta, SPACINGS[spacing], steps_offset=0, set_alpha_to_one=True)
     kind = program.removeprefix("ldm_")
     if kind == "ddim":
         return DDIM(steps, eta, SPACINGS[spacing])

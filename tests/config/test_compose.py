@@ -175,7 +175,7 @@ def test_the_ablation_is_four_cells_with_one_surgery(tmp_path: Path) -> None:
 
 
 def test_smoke_makes_any_configuration_small(tmp_path: Path) -> None:
-    cfg = composed(tmp_path, "runtime=smoke", "method=brecq")
+    cfg = composed(tmp_path, "debug=smoke", "method=brecq")
     assert cfg.method.weights.recipe.iterations <= 10
     assert cfg.method.activations.recipe.iterations <= 10
-    assert cfg.model.protocol.images <= 32
+    assert cfg.protocol.sampling.images <= 32

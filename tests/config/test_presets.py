@@ -160,16 +160,19 @@ def test_sampling_is_that_of_the_table(preset: str) -> None:
     for row in rows_of(preset):
         said = row.protocol
         assert SAMPLERS[kind] == said.get("sampler", "ddim")
-        assert sampler.steps == said.get("steps", sampler.steps)
-        assert cfg.model.protocol.eta == said.get("eta", cfg.model.protocol.eta)
+        assert sampler.num_inference_steps == said.get("steps", sampler.num_inference_steps)
+        assert cfg.protocol.sampling.eta == said.get("eta", cfg.protocol.sampling.eta)
         assert cfg.model.sampling.guidance == said.get("cfg", cfg.model.sampling.guidance)
-        assert cfg.model.protocol.images == said.get("images", cfg.model.protocol.images)
+        assert cfg.protocol.sampling.images == said.get("images", cfg.protocol.sampling.images)
         if "clip" in said:
             assert clip_network(Path(cfg.eval.clip.folder).name) == said["clip"]
     if kind == "DDIM":
         ddim = cfg.model.name == "ddim_cifar10" and not preset.endswith("_qat")  # TDQ's program is LDM's
         form = ("quadratic", 0, True) if ddim else ("uniform", 1, False)
-        assert (sampler.eta, sampler.spacing, sampler.offset, sampler.ends_clean) == (cfg.model.protocol.eta, *form)
+        assert (sampler.eta, sampler.timestep_spacing, sampler.steps_offset, sampler.set_alpha_to_one) == (
+            cfg.protocol.sampling.eta,
+            *form,
+        )
 
 
 def halves(cfg: DictConfig) -> int:
@@ -179,16 +182,18 @@ def halves(cfg: DictConfig) -> int:
 @pytest.mark.parametrize("preset", TABLES)
 def test_calibration_is_that_of_the_rows_method(preset: str) -> None:
     cfg = configured(preset)
-    set_up, rows = cfg.model.protocol, made(preset)
-    iterations = set_up.qat_iterations if preset.endswith("_qat") else set_up.iterations
-    steps, images, every = cfg.sampler.steps, set_up.calibration_images, set_up.calibration_every
+    set_up, rows = cfg.protocol, made(preset)
+    iterations = set_up.qat.iterations if preset.endswith("_qat") else set_up.reconstruction.iterations
+    steps, images, every = cfg.sampler.num_inference_steps, set_up.calibration.images, set_up.calibration.step_stride
     for said in (row.protocol for row in rows_of(preset) if (row.bits, row.method) in rows):
         assert every == said.get("interval_length", every)
         for key in ("weight_iterations", "iterations"):
             assert iterations == said.get(key, iterations)
-        assert set_up.recon_batch == said.get("weight_batch", said.get("calibration_batch", set_up.recon_batch))
-        assert set_up.scale_iterations == said.get("activation_iterations", set_up.scale_iterations)
-        assert set_up.scale_learning_rate == said.get("activation_lr", set_up.scale_learning_rate)
+        assert set_up.reconstruction.batch_size == said.get(
+            "weight_batch", said.get("calibration_batch", set_up.reconstruction.batch_size)
+        )
+        assert set_up.scales.iterations == said.get("activation_iterations", set_up.scales.iterations)
+        assert set_up.scales.learning_rate == said.get("activation_lr", set_up.scales.learning_rate)
         if "weight_samples" in said:
             assert images * halves(cfg) * len(range(0, steps, every)) == said["weight_samples"]
             assert images * halves(cfg) * steps == said["activation_samples"]
@@ -212,10 +217,10 @@ def test_calibration_samples_at_real_network_calls(name: str, samples: int) -> N
     cfg = configured(name)
     sampler = SAMPLERS[cfg.sampler._target_.rpartition(".")[2]]
     skip = {"skip": "quad"} if cfg.sampler.get("spacing") == "quadratic" else {}
-    calls = published_calls({"sampler": sampler, "steps": cfg.sampler.steps, **skip})
+    calls = published_calls({"sampler": sampler, "steps": cfg.sampler.num_inference_steps, **skip})
     assert calls is not None
-    every = range(0, calls, cfg.model.protocol.calibration_every)
-    assert cfg.model.protocol.calibration_images * len(every) * halves(cfg) == samples
+    every = range(0, calls, cfg.protocol.calibration.step_stride)
+    assert cfg.protocol.calibration.images * len(every) * halves(cfg) == samples
 
 
 @pytest.mark.parametrize("method", ["ptq4dm", "qdiff", "ptqd", "tfmq"])
@@ -239,17 +244,22 @@ def test_any_folder_of_diffusers_is_a_model(tmp_path: Path) -> None:
     assert (cfg.model.denoiser.path, cfg.model.denoiser.config) == ("some/folder", None)
 
 
-def test_models_say_the_same_things() -> None:
+def test_models_say_the_same_things(tmp_path: Path) -> None:
     def read(name: str) -> DictConfig:
         cfg: Any = OmegaConf.load(CONF / "model" / f"{name}.yaml")
         bases = [base for base in cfg.get("defaults", []) if isinstance(base, str) and base != "_self_"]
         return OmegaConf.merge(*map(read, bases), cfg.get("model", cfg))  # type: ignore[return-value]
 
+    def groups(name: str) -> dict[str, set[str]]:
+        overrides = ("path=some/folder",) if name == "diffusers" else ()
+        protocol = composed(tmp_path, f"model={name}", *overrides).protocol
+        return {group: set(values) for group, values in protocol.items()}
+
     digits = read("digits")
     for name in (*FULL_SIZE, "diffusers"):
         model = read(name)
         assert model.name == name
-        assert model.protocol.keys() == digits.protocol.keys(), name
+        assert groups(name) == groups("digits"), name
         assert model.sampling.keys() == digits.sampling.keys(), name
         assert {"name", "path", "config", "ema", "tokenizer"} <= model.denoiser.keys(), name
 
@@ -279,6 +289,6 @@ def test_architectures_have_the_published_size(name: str) -> None:
             )
     counts = tuple(sum(p.numel() for p in network.parameters()) for network in networks)
     assert counts == PARAMETERS[name][: len(counts)]
-    assert (
-        model.protocol.encoding_width == networks[0].config["block_out_channels"][0]
-    )  # TDQ reads timesteps as the network does
+    protocol: Any = OmegaConf.merge(*(OmegaConf.load(CONF / f"protocol/{file}.yaml") for file in ("default", name)))
+    width = networks[0].config["block_out_channels"][0]
+    assert protocol.scales.encoding_width == width  # TDQ reads timesteps as the network does

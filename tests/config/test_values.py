@@ -66,9 +66,9 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tu
                 if isinstance(value, int | float):
                     found.setdefault((node["_target_"], name), (place, node))
     DDIMScheduler().save_pretrained(tmp / "scheduler")
-    known = {"steps": 4, "eta": 0.0, "path": str(tmp)}
+    known = {"num_inference_steps": 4, "eta": 0.0, "path": str(tmp)}
     for path in sorted((CONF / "sampler").glob("*.yaml")):
-        node: Any = OmegaConf.to_container(OmegaConf.load(path))
+        node: Any = OmegaConf.to_container(OmegaConf.load(path))  # its values of the protocol stay interpolations
         node = {key: known.get(key, value) for key, value in node.items()}
         for name, value in node.items():
             if isinstance(value, int | float):
@@ -105,10 +105,13 @@ def begin(cfg: DictConfig) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("model.protocol.eta=2",), "model.protocol.eta must be a number from 0 to 1, got 2"),
+        (("protocol.sampling.eta=2",), "protocol.sampling.eta must be a number from 0 to 1, got 2"),
         (("sampler.eta=-0.5",), "sampler.eta must be a number from 0 to 1, got -0.5"),
         (("sampler.eta=nan",), "sampler.eta must be a number from 0 to 1, got nan"),
-        (("sampler.steps=0",), "sampler.steps must be a whole number, at least 1 and below 2**31, or null, got 0"),
+        (
+            ("sampler.num_inference_steps=0",),
+            "sampler.num_inference_steps must be a whole number, at least 1 and below 2**31, or null, got 0",
+        ),
         (("method.weight_observer.p=0",), "method.weight_observer.p must be a number above 0, at most 20, got 0"),
         (("method.weight_observer.p=nan",), "method.weight_observer.p must be a number above 0, at most 20, got nan"),
         (("method.weight_observer.p=inf",), "method.weight_observer.p must be a number above 0, at most 20, got inf"),
@@ -127,25 +130,25 @@ def begin(cfg: DictConfig) -> None:
             ("method=qdrop", "method.weights.recipe.inputs.quant_prob=1.5"),
             "method.weights.recipe.inputs.quant_prob must be",
         ),
-        (("method=tdq", "model.protocol.encoding_width=3"), "encoding.width must be an even whole number"),
+        (("method=tdq", "protocol.scales.encoding_width=3"), "encoding.width must be an even whole number"),
         (("method=intervals", "method.scales.temporal.count=2000"), "count must be at most train_timesteps, 1000"),
         (
-            ("method=lsq", "method.weights.protocol.clip=-1"),
-            "method.weights.protocol.clip must be a number above 0, or null",
+            ("method=lsq", "method.weights.protocol.gradient_clip_val=-1"),
+            "method.weights.protocol.gradient_clip_val must be a number above 0, or null",
         ),
         (
-            ("method=lsq", "method.weights.protocol.first_rate=0"),
-            "method.weights.protocol.first_rate must be a number above 0",
+            ("method=lsq", "method.weights.protocol.warmup_start_factor=0"),
+            "method.weights.protocol.warmup_start_factor must be a number above 0",
         ),
         (
-            ("method=lsq", "method.weights.protocol.untold=2"),
-            "method.weights.protocol.untold must be a number from 0 to 1",
+            ("method=lsq", "method.weights.protocol.condition_dropout=2"),
+            "method.weights.protocol.condition_dropout must be a number from 0 to 1",
         ),
         (("model.sampling.guidance=-1",), "model.sampling.guidance must be a number, at least 0, got -1"),
         (("model.sampling.guidance=nan",), "model.sampling.guidance must be a number, at least 0, got nan"),
         (("model.sampling.precision=float8",), "precision must be one of float32, float16, bfloat16, got 'float8'"),
-        (("model.protocol.scale_learning_rate=1e30",), "scale_learning_rate must be a number above 0, at most 10"),
-        (("model.protocol.images=1",), "model.protocol.images must be at least 2 for scores, got 1"),
+        (("protocol.scales.learning_rate=1e30",), "protocol.scales.learning_rate must be a number above 0, at most 10"),
+        (("protocol.sampling.images=1",), "protocol.sampling.images must be at least 2 for scores, got 1"),
         (("eval.kid=2",), "eval.kid must be true or false, got 2"),
         (("eval.manifold_images=0",), "eval.manifold_images must be a whole number"),
         (("quant.activation=[]",), "quant.activation must be a whole number from 2 to 8"),
@@ -159,8 +162,8 @@ def begin(cfg: DictConfig) -> None:
         (("quant.name=w2a4",), "quant.name must be w4a8, whose bits these are, got 'w2a4'"),
         (("quant=w4a32", "quant.name=w4a8"), "quant.name must be w4a32, whose bits these are, got 'w4a8'"),
         (("method.surgery.roles.stem.input=[]",), "roles.stem.input: activation bits"),
-        (("method.surgery.roles.head.weight=[4]",), "roles.head.weight: one number of bits"),
-        (("runtime.checkpoint_minutes=1e30",), "runtime.checkpoint_minutes must be a number from 0 to 525600"),
+        (("method.surgery.roles.head.weight=[4]",), "roles.head.weight must be one number of bits"),
+        (("runtime.checkpoint_every_min=1e30",), "runtime.checkpoint_every_min must be a number from 0 to 525600"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
@@ -176,11 +179,11 @@ def test_what_means_something_is_accepted(tmp_path: Path) -> None:
         ("quant.weight=8",),  # said in the tables, beside the name
         ("quant.name=mine",),
         ("quant=w4a468", "method=ptqd"),
-        ("model.protocol.images=1", "goal=images"),
+        ("protocol.sampling.images=1", "until=images"),
         ("sampler.eta=1", "model.sampling.guidance=0"),
         ("method.weight_observer.p=1", "method.scales.temporal.momentum=0"),
         ("method=qdrop", "method.weights.recipe.inputs.quant_prob=0"),
-        ("model.protocol.learning_rate=1",),
+        ("protocol.reconstruction.learning_rate=1",),
         ("method.surgery.roles.stem.weight=null",),
     ):
         begin(composed(tmp_path, *words))

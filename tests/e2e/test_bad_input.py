@@ -18,7 +18,7 @@ from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    job(folder, "runtime=smoke", "method=nearest")
+    job(folder, "debug=smoke", "method=nearest")
     return folder
 
 
@@ -26,7 +26,7 @@ def failure(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
     """Run a job that must fail; what it says on the terminal."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        job(folder, "runtime=smoke", "method=nearest", *overrides)
+        job(folder, "debug=smoke", "method=nearest", *overrides)
     assert stop.value.code == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error:")]
     assert len(said) == 1
@@ -34,7 +34,7 @@ def failure(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -
 
 
 @pytest.mark.parametrize(
-    "override", ["quantt=w4a8", "quant=w5a5", "method=tfqm", "method.weights.iterz=5", "model.protocol.step=3"]
+    "override", ["quantt=w4a8", "quant=w5a5", "method=tfqm", "method.weights.iterz=5", "protocol.step=3"]
 )
 def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigCompositionException) as error:
@@ -47,10 +47,10 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
     [
         (("quant.weight=1",), "got 1"),
         (("quant.activation=3",), "got 3"),
-        (("model.protocol.steps=37",), "37 sampler steps would visit timestep 1000"),
-        (("goal=fid",), "goal must be one of"),
+        (("protocol.sampling.num_inference_steps=37",), "37 sampler steps would visit timestep 1000"),
+        (("until=fid",), "goal must be one of"),
         (("+method.weights.iterz=5",), "iterz"),
-        (("trainer=gpu",), "CUDA"),
+        (("device=cuda",), "CUDA"),
         (("method/scales=dynamic", "method.scales.temporal.granularity=sometimes"), "sometimes"),
         (
             ("method/scales=timestep_groups", "method.scales.temporal.count=0"),
@@ -106,7 +106,7 @@ def test_a_damaged_store_entry_is_named_and_can_be_made_again(
     assert "delete" in message
     for entry in entries:
         shutil.rmtree(entry)
-    job(tmp_path, "runtime=smoke", "method=nearest")
+    job(tmp_path, "debug=smoke", "method=nearest")
 
 
 def test_a_read_only_or_full_disk(
@@ -121,7 +121,7 @@ def test_a_read_only_or_full_disk(
         patch.setattr("tfmq_exp.calibration.dataset.save_file", no_room)
         assert "No space left on device" in failure(tmp_path, capsys)
     assert not list(tmp_path.rglob("*.partial"))
-    job(tmp_path, "runtime=smoke", "method=nearest", "goal=activations")
+    job(tmp_path, "debug=smoke", "method=nearest", "until=activations")
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     assert "Not a directory" in failure(tmp_path, capsys, f"paths.store={blocked}/store")
@@ -179,4 +179,4 @@ def test_a_manifest_that_is_no_json_is_damage(tmp_path: Path) -> None:
 
 def test_a_traceback_on_request(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 1"):
-        app.main(composed(tmp_path, "runtime=smoke", "quant.weight=1", "runtime.traceback=true"))
+        app.main(composed(tmp_path, "debug=smoke", "quant.weight=1", "runtime.traceback=true"))

@@ -25,7 +25,7 @@ from wandb.proto import wandb_internal_pb2
 from tests.e2e.jobs import CONF, job
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer
 
-METHOD = ("runtime=smoke", "method=brecq", "model.protocol.iterations=11")  # two points in a curve of weights
+METHOD = ("debug=smoke", "method=brecq", "protocol.reconstruction.iterations=11")  # two points in a curve of weights
 SWEEP = ("hydra.mode=MULTIRUN", "hydra.job.num=0")
 
 
@@ -281,7 +281,7 @@ def die_after_units(folder: Path, units: int, *overrides: str) -> None:
 
 
 def test_a_killed_and_resumed_run_is_one_run_with_all_its_curves(run: Path, tmp_path: Path) -> None:
-    overrides = (*METHOD, "goal=weights", "logger=many")
+    overrides = (*METHOD, "until=weights", "logger=many")
     shutil.copytree(run.parent / "store/trajectory", tmp_path / "store/trajectory")
     child = multiprocessing.get_context("fork").Process(target=die_after_units, args=(tmp_path, 3, *overrides))
     child.start()
@@ -310,7 +310,7 @@ def test_a_run_that_finds_everything_in_the_store_shows_the_same_curves(run: Pat
 
 def test_a_failed_run_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        job(tmp_path, "runtime=smoke", "logger=many", "model.denoiser.path=/nowhere.safetensors")
+        job(tmp_path, "debug=smoke", "logger=many", "model.denoiser.path=/nowhere.safetensors")
     (shown,) = offline_folders(tmp_path / "run")
     assert shown.exit_code == 1
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()

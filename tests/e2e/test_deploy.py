@@ -74,7 +74,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def words(store: Path, *more: str) -> list[str]:
-    return ["method=nearest", "runtime=smoke", f"paths.store={store}", *more]
+    return ["method=nearest", "debug=smoke", f"paths.store={store}", *more]
 
 
 def run(folder: Path, store: Path, *more: str) -> Path:
@@ -100,7 +100,7 @@ def test_a_row_of_its_own_with_keys_of_its_own(tmp_path: Path, made: Made, openv
         assert simulated["keys"][stage] == found[stage]["key"]
     assert (Path(found["openvino"]["path"]) / "model.xml").is_file()
 
-    again = run(tmp_path / "again", made.store, "engine=openvino", "goal=export", "runtime.threads=1")
+    again = run(tmp_path / "again", made.store, "engine=openvino", "until=export", "runtime.threads=1")
     assert not computed(again)
     assert "openvino" in hits(again)
     assert deployments(read_runs([again]))[0].title == "digits w4a8 nearest (executed by openvino)"
@@ -150,13 +150,13 @@ def script() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
-@pytest.mark.parametrize("ends_clean", [False, True])
-def test_the_script_has_the_run_s_noise_schedule(betas: str, ends_clean: bool) -> None:
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_the_script_has_the_run_s_noise_schedule(betas: str, set_alpha_to_one: bool) -> None:
     schedule = {"num_train_timesteps": 50, "beta_schedule": betas, "beta_start": 1e-3, "beta_end": 0.03}
     table, last = script()["alphas_of"](
-        {"sampler": "DDIM", "settings": {"eta": 0.0, "ends_clean": ends_clean}, "schedule": schedule}
+        {"sampler": "DDIM", "settings": {"eta": 0.0, "set_alpha_to_one": set_alpha_to_one}, "schedule": schedule}
     )
-    scheduler = DDIMScheduler(**schedule, set_alpha_to_one=ends_clean)
+    scheduler = DDIMScheduler(**schedule, set_alpha_to_one=set_alpha_to_one)
     assert table == pytest.approx(scheduler.alphas_cumprod.numpy(), rel=1e-5)
     assert last == pytest.approx(float(scheduler.final_alpha_cumprod), rel=1e-5)
 
@@ -225,7 +225,7 @@ def test_engines_share_all_but_their_own_stages(made: Made, openvino: Path, oned
 def test_a_plan_has_the_stages_of_an_engine(
     tmp_path: Path, made: Made, onednn: Path, goal: str, own: list[str]
 ) -> None:
-    experiment = planned(tmp_path, made.store, "engine=onednn", f"goal={goal}")
+    experiment = planned(tmp_path, made.store, "engine=onednn", f"until={goal}")
     found = experiment.stages(app.goals_up_to(goal))
     names = [f"onednn{stage}" for stage in own]
     assert [stage.name for stage in found[-len(own) :]] == names
@@ -269,5 +269,5 @@ def test_an_engines_trajectory_is_a_table_of_its_own(tmp_path: Path, made: Made,
 
 def test_export_needs_an_engine(tmp_path: Path, made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run(tmp_path, made.store, "goal=export")
+        run(tmp_path, made.store, "until=export")
     assert "engine=openvino, onednn or torchao" in " ".join(capsys.readouterr().out.split())

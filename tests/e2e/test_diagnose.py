@@ -35,7 +35,7 @@ FIGURES = {
     "activation_changes",
     "unit_sensitivity",
 }
-SMALL = ("goal=diagnose", "runtime=smoke", "method=nearest", "diagnosis.trajectories=3", "diagnosis.samples=6")
+SMALL = ("until=diagnose", "debug=smoke", "method=nearest", "diagnosis.trajectories=3", "diagnosis.samples=6")
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 

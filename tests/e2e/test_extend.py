@@ -42,7 +42,7 @@ FILES = dict(re.findall(r"`(lab/\S+)`[^`\n]*\n```(?:yaml|python)\n(.*?)```", PAG
 COMMANDS = [
     line.split(" #")[0] for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
 ]
-SMALL = ("runtime=smoke", "model.protocol.iterations=1", "model.protocol.images=8")
+SMALL = ("debug=smoke", "protocol.reconstruction.iterations=1", "protocol.sampling.images=8")
 METHODS = ("tfmq", "tfmq (method/scales=envelope)", "tfmq_ptqd")
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
@@ -261,7 +261,7 @@ def frechet(one: Tensor, other: Tensor) -> float:
 
 def test_a_diffusers_folder_and_the_extractor(lab: Path, files: Path, tmp_path: Path) -> None:
     places = (f"paths.checkpoints={files}", f"paths.data={files}", "data.size=8", "eval.extract.side=32")
-    found = run(lab, tmp_path, "model=flowers", "method=nearest", *places, "model.protocol.images=16")
+    found = run(lab, tmp_path, "model=flowers", "method=nearest", *places, "protocol.sampling.images=16")
     row = rows(found)[1]
     assert row["model"] == "flowers"
     assert row["evaluator"]["name"] == "ResNet flowers"
@@ -276,7 +276,7 @@ def test_a_diffusers_folder_and_the_extractor(lab: Path, files: Path, tmp_path: 
 
 def test_an_original_checkpoint(lab: Path, files: Path, tmp_path: Path) -> None:
     places = (f"paths.checkpoints={files}", f"data.path={files / 'flowers'}", "data.size=64")
-    found = run(lab, tmp_path, "model=ldm_cars", "method=nearest", "goal=trajectory", *places)
+    found = run(lab, tmp_path, "model=ldm_cars", "method=nearest", "until=trajectory", *places)
     inputs = json.loads((stored(found, "trajectory") / "inputs.json").read_text())
     assert inputs["model"] == "ldm_cars"
     assert OmegaConf.load(found / "config.yaml").model.denoiser.config == str(files / "cars256/config.yaml")
@@ -327,6 +327,6 @@ def test_a_scale_that_cannot_be_stored(
 ) -> None:
     config = importlib.import_module("ideas.envelope").EnvelopeConfig
     monkeypatch.setattr(config, "tabulated", lambda self: self)
-    said = failure(capsys, lab, tmp_path, "goal=activations")
+    said = failure(capsys, lab, tmp_path, "until=activations")
     assert "cannot be stored; classes that can:" in PAGE
     assert "cannot be stored; classes that can:" in said

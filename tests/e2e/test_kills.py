@@ -17,9 +17,9 @@ from tfmq_exp.pipeline.store import DamagedEntry, Entry
 pytestmark = pytest.mark.bad_input
 
 RUNS = {
-    "nearest": ("method=nearest", "quant=w8a8", "goal=images"),
-    "brecq": ("method=brecq", "goal=activations"),
-    "lsq": ("method=lsq", "quant=w4a4", "runtime.checkpoint_minutes=0", "goal=weights"),
+    "nearest": ("method=nearest", "quant=w8a8", "until=images"),
+    "brecq": ("method=brecq", "until=activations"),
+    "lsq": ("method=lsq", "quant=w4a4", "runtime.checkpoint_every_min=0", "until=weights"),
 }
 
 
@@ -77,7 +77,7 @@ def test_any_stage_that_is_deleted_is_made_again_and_the_job_is_found_after_that
     """The record of every such run is that of the first: scores, keys, and the set of stages with their costs."""
 
     def rows(*wanted: str) -> list[Any]:
-        perform(composed(tmp_path, "runtime=smoke", "method=nearest", "quant=w8a8"))
+        perform(composed(tmp_path, "debug=smoke", "method=nearest", "quant=w8a8"))
         assert read_status(tmp_path / "run").state in wanted
         return [check.without_times(row) for row in read_record(tmp_path / "run/results.json")["rows"]]
 

@@ -36,7 +36,7 @@ def hits(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_method(tmp_path: Path, store: Path, method: str) -> None:
-    overrides = (f"method={method}", "runtime=smoke", f"paths.store={store}")
+    overrides = (f"method={method}", "debug=smoke", f"paths.store={store}")
     folder = job(tmp_path / "first", *overrides)
     float_row, row = rows(folder)
     assert float_row["method"] == "float"
@@ -63,7 +63,7 @@ def test_methods_share_data_and_float_images(tmp_path: Path) -> None:
     """In a store of their own: where weights are found, their method does not ask for a trajectory at all."""
     keys: dict[str, set[str]] = {}
     for method in ("nearest", "tfmq"):
-        found = hits(job(tmp_path / method, f"method={method}", "runtime=smoke", f"paths.store={tmp_path / 'store'}"))
+        found = hits(job(tmp_path / method, f"method={method}", "debug=smoke", f"paths.store={tmp_path / 'store'}"))
         for stage in ("trajectory", "float images", "float scores"):
             keys.setdefault(stage, set()).add(found[stage]["key"])
     assert {stage: len(found) for stage, found in keys.items()} == {
@@ -77,14 +77,14 @@ def test_weights_are_learned_once_for_methods_that_share_them(tmp_path: Path, st
     """Activation scales are another stage: dynamic and tdq round the same weights the same way."""
     keys: set[str] = set()
     for method in ("dynamic", "tdq"):
-        found = hits(job(tmp_path / method, f"method={method}", "runtime=smoke", f"paths.store={store}"))
+        found = hits(job(tmp_path / method, f"method={method}", "debug=smoke", f"paths.store={store}"))
         made_from = json.loads((Path(found["activations"]["path"]) / "inputs.json").read_text())
         keys.add(made_from["weights"])
     assert len(keys) == 1
 
 
 def test_bits_are_chosen_step_by_step(tmp_path: Path, store: Path) -> None:
-    folder = job(tmp_path, "method=ptqd", "quant=w4a468", "runtime=smoke", "sampler.eta=1.0", f"paths.store={store}")
+    folder = job(tmp_path, "method=ptqd", "quant=w4a468", "debug=smoke", "sampler.eta=1.0", f"paths.store={store}")
     lines = (folder / "noise.csv").read_text().splitlines()
     column = lines[0].split(",").index("bits")
     assert {line.split(",")[column] for line in lines[1:]} <= {"4", "6", "8"}

@@ -76,15 +76,15 @@ def test_model(model: str, tmp_path: Path, shared: Path) -> None:
     folder = job(
         tmp_path,
         f"model={model}",
-        "runtime=smoke",
-        "model.protocol.images=10",
+        "debug=smoke",
+        "protocol.sampling.images=10",
         f"model.denoiser.path={checkpoint(recorded, tmp_path)}",
         f"model.denoiser.config={GOLDENS / f'{recorded}.config.yaml'}",
         "data=image_folder",
         f"data.path={real_images(tmp_path / 'real', side)}",
         f"data.size={side}",
         f"paths.inception={shared / 'inception.pth'}",
-        f"goal={'scores' if model in JUDGED else 'images'}",
+        f"until={'scores' if model in JUDGED else 'images'}",
         *more,
     )
     assert json.loads((folder / "quantized.json").read_text())["weight_share"] == 1.0

@@ -16,15 +16,15 @@ from tfmq_exp.core.distributed import ProcessGroup
 # QDrop learns weights and scales together, under random numbers: what depends on the processes would show
 TINY = (
     "method=qdrop",
-    "runtime=smoke",
-    "trainer=cpu",
+    "debug=smoke",
+    "device=cpu",
     "runtime.threads=1",
-    "runtime.parts=3",
-    "runtime.batch=4",
-    "model.protocol.iterations=2",
-    "model.protocol.steps=2",
-    "model.protocol.images=12",
-    "model.protocol.calibration_images=6",
+    "runtime.microbatches=3",
+    "runtime.batch_size=4",
+    "protocol.reconstruction.iterations=2",
+    "protocol.sampling.num_inference_steps=2",
+    "protocol.sampling.images=12",
+    "protocol.calibration.images=6",
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
@@ -60,7 +60,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_processes_train_a_network_together(tmp_path: Path) -> None:
     """Unequal shares of three parts of every batch, dropout of generators, a moving average."""
-    means = ("goal=weights", "runtime.estimate=false", "model.protocol.qat_iterations=2", "model.protocol.qat_batch=4")
+    means = ("until=weights", "runtime.estimate=false", "protocol.qat.iterations=2", "protocol.qat.batch_size=4")
     for n in (1, 2):
         job(tmp_path / f"{n}", *TINY[1:], "method=lsq_tdq", *means, f"runtime.processes={n}")
     alone = stored(tmp_path / "1")

@@ -17,7 +17,7 @@ from tfmq_exp.surgery import serialization
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
-SMOKE = ("runtime=smoke", "quant=w3a3", "trainer=cpu", "runtime.threads=1", "model.protocol.images=8")
+SMOKE = ("debug=smoke", "quant=w3a3", "device=cpu", "runtime.threads=1", "protocol.sampling.images=8")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,9 @@ def test_what_it_leaves_is_what_every_method_leaves(run: Path) -> None:
 
 def test_another_sampler_needs_no_other_training_and_all_stand_in_one_table(run: Path) -> None:
     before = hits(run)
-    again = hits(job(run.parent, *SMOKE, "method=lsq_tdq", "model.protocol.steps=5", "goal=activations"))
+    again = hits(
+        job(run.parent, *SMOKE, "method=lsq_tdq", "protocol.sampling.num_inference_steps=5", "until=activations")
+    )
     assert (again["weights"]["key"], again["weights"]["computed"]) == (before["weights"]["key"], False)
     assert again["activations"]["key"] != before["activations"]["key"]
     other = job(run.parent / "other", *SMOKE, "method=nearest", "quant=w4a4", f"paths.store={run.parent / 'store'}")
@@ -90,6 +92,6 @@ def test_scales_that_cannot_be_trained_are_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], scales: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(SystemExit):
-        job(tmp_path, *SMOKE, "method=lsq", *scales, "model.protocol.steps=4")
+        job(tmp_path, *SMOKE, "method=lsq", *scales, "protocol.sampling.num_inference_steps=4")
     assert said in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.rglob("trained.safetensors"))

@@ -177,7 +177,9 @@ def executed(run: Path) -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
-    made = job(root / "job", "runtime=smoke", "method=tfmq", "model.protocol.images=8", "model.protocol.iterations=2")
+    made = job(
+        root / "job", "debug=smoke", "method=tfmq", "protocol.sampling.images=8", "protocol.reconstruction.iterations=2"
+    )
     for number, (bits, seed, fid) in enumerate([("w4a8", 1, 40.0), ("w3a8", 0, 7.0), ("w3a8", 1, 9.0)]):
         altered(made, root / "sweep" / str(number), bits, seed, fid)
     executed(root / "sweep" / "0")

@@ -51,7 +51,7 @@ def sha(path: Path) -> str:
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("default")
-    return job(folder, "runtime=smoke")
+    return job(folder, "debug=smoke")
 
 
 def test_a_run_leaves_everything_that_a_person_looks_at(default_run: Path) -> None:
@@ -85,27 +85,27 @@ def test_the_artefact_samples_the_images_of_the_run(default_run: Path) -> None:
 
 def test_a_second_run_computes_nothing_and_finds_the_same(default_run: Path) -> None:
     first = json.loads((default_run / "results.json").read_text())["rows"]
-    again = job(default_run.parent, "runtime=smoke")
+    again = job(default_run.parent, "debug=smoke")
     assert not any(hits(again).values())
     second = json.loads((again / "results.json").read_text())["rows"]
     assert [row["scores"] for row in second] == [row["scores"] for row in first]
 
 
 def test_methods_share_what_they_have_in_common(default_run: Path) -> None:
-    computed = hits(job(default_run.parent, "runtime=smoke", "method=brecq"))
+    computed = hits(job(default_run.parent, "debug=smoke", "method=brecq"))
     assert not computed["trajectory"]
     assert not computed["float images"]
     assert computed["weights"]
-    static = hits(job(default_run.parent, "runtime=smoke", "method/scales=static"))
+    static = hits(job(default_run.parent, "debug=smoke", "method/scales=static"))
     assert not static["weights"]
     assert static["activations"]
 
 
 @pytest.mark.parametrize(
-    "overrides", [("method=nearest", "quant=w8a32"), ("method=brecq", "quant=w2a4"), ("goal=weights",)]
+    "overrides", [("method=nearest", "quant=w8a32"), ("method=brecq", "quant=w2a4"), ("until=weights",)]
 )
 def test_other_configurations_take_the_same_path(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    run = job(tmp_path, "runtime=smoke", *overrides)
+    run = job(tmp_path, "debug=smoke", *overrides)
     assert (run / "artifacts.json").is_file()
 
 
@@ -125,7 +125,7 @@ def test_the_artefact_is_the_model_that_made_the_images(default_run: Path) -> No
 def test_the_table_shows_spread_over_seeds(default_run: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         target = tmp_path / str(seed)
-        job(target, "runtime=smoke", "method=nearest", f"seed={seed}")
+        job(target, "debug=smoke", "method=nearest", f"seed={seed}")
     header, rows = table(read_records(tmp_path))
     assert header[2] == "FID (digits features) ↓"
     assert [row[1] for row in rows] == ["float", "nearest"]
@@ -135,7 +135,7 @@ def test_the_table_shows_spread_over_seeds(default_run: Path, tmp_path: Path) ->
 
 def _run_in_child(folder: Path, *overrides: str) -> None:
     torch.set_num_threads(1)
-    job(folder, "runtime=smoke", *overrides)
+    job(folder, "debug=smoke", *overrides)
 
 
 def _kill_when(folder: Path, condition: Callable[[Path], bool], *overrides: str) -> None:
@@ -171,7 +171,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 ) -> None:
     _kill_when(tmp_path, condition)
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("store/weights/*/units/*.safetensors")}
-    run = job(tmp_path, "runtime=smoke")
+    run = job(tmp_path, "debug=smoke")
     for path in tmp_path.glob("store/weights/*/units/*.safetensors"):
         assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, (
             "a finished unit was learned again"
@@ -189,7 +189,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 def test_a_run_killed_while_it_learns_scales_resumes_to_the_same_bytes(
     default_run: Path, tmp_path: Path, method: str, stage: str
 ) -> None:
-    overrides = ("runtime=smoke", f"method={method}", "goal=activations")
+    overrides = ("debug=smoke", f"method={method}", "until=activations")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         shutil.copytree(default_run.parent / "store/trajectory", folder / "store/trajectory")
@@ -209,7 +209,7 @@ def test_a_run_killed_while_it_learns_scales_resumes_to_the_same_bytes(
 
 def test_the_command_line(tmp_path: Path) -> None:
     """One real process, and what it prints when it fails: one line, and where its traceback is."""
-    command = [sys.executable, str(CONF.parent / "run.py"), f"paths.outputs={tmp_path}", "runtime=smoke"]
+    command = [sys.executable, str(CONF.parent / "run.py"), f"paths.outputs={tmp_path}", "debug=smoke"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     good = subprocess.run([*command, "method=nearest"], capture_output=True, text=True, env=environment, check=False)
     assert good.returncode == 0, good.stderr

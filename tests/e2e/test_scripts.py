@@ -63,7 +63,7 @@ def test_the_shipped_weights_are_those_of_their_records() -> None:
 def test_tables_from_run_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job(tmp_path, "runtime=smoke", "method=nearest")
+    job(tmp_path, "debug=smoke", "method=nearest")
     capsys.readouterr()
     assert call(monkeypatch, "make_tables", str(tmp_path)) == 0
     said = capsys.readouterr().out

@@ -70,7 +70,7 @@ def statuses(outputs: Path) -> list[Status]:
 def test_a_failed_job_leaves_the_others_alone_and_a_second_sweep_finds_them(
     tmp_path: Path, sweep: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = (f"paths.outputs={tmp_path}", "runtime=smoke", "method=nearest", "quant.weight=9,8")
+    overrides = (f"paths.outputs={tmp_path}", "debug=smoke", "method=nearest", "quant.weight=9,8")
     assert sweep(*overrides) == 1
     assert [status.state for status in statuses(tmp_path)] == ["failed", "done"]
     first, said = last_sweep(tmp_path), capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_a_failed_job_leaves_the_others_alone_and_a_second_sweep_finds_them(
 
 def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`repeat`, a stage that was deleted, and a result that was changed: each time the stages are asked."""
-    overrides = ("runtime=smoke", "method=nearest", "goal=trajectory")
+    overrides = ("debug=smoke", "method=nearest", "until=trajectory")
 
     def state(*more: str) -> str:
         perform(composed(tmp_path, *overrides, *more))
@@ -108,8 +108,8 @@ def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pyte
 
     assert state() == "done"
     assert state() == "found"
-    assert state("runtime.cache_gib=1") == "found"
-    assert state("repeat=true") == "done"
+    assert state("runtime.activation_cache_gib=1") == "found"
+    assert state("force=true") == "done"
     next((tmp_path / "store").glob("jobs/*/left.zip")).write_bytes(b"changed")
     assert state() == "done"
     assert state() == "found"
@@ -117,7 +117,7 @@ def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pyte
     assert state() == "done"
     assert json.loads((tmp_path / "run/artifacts.json").read_text())["trajectory"]["computed"]
     capsys.readouterr()
-    assert state("goal=weights", "dry_run=true") == "planned"
+    assert state("until=weights", "dry_run=true") == "planned"
     said = capsys.readouterr().out
     assert re.search(r"trajectory +│ [0-9a-f]{16} │ found +│ +[\d.]+ s", said)
     assert re.search(r"weights +│ [0-9a-f]{16} │ to be made", said)
@@ -125,7 +125,7 @@ def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pyte
 
 
 def test_a_dry_run_leaves_the_store_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    app.main(composed(tmp_path, "runtime=smoke", "method=nearest", "dry_run=true"))
+    app.main(composed(tmp_path, "debug=smoke", "method=nearest", "dry_run=true"))
     said = capsys.readouterr().out
     assert not (tmp_path / "store").exists()
     assert not list((tmp_path / "run").glob("results*"))
@@ -135,7 +135,7 @@ def test_a_dry_run_leaves_the_store_alone(tmp_path: Path, capsys: pytest.Capture
 
 def _run_beside(outputs: Path, store: Path) -> None:
     torch.set_num_threads(1)
-    job(outputs, "runtime=smoke", "method=nearest", "goal=images", f"paths.store={store}")
+    job(outputs, "debug=smoke", "method=nearest", "until=images", f"paths.store={store}")
 
 
 def test_two_processes_that_need_the_same_stages_make_each_once(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def run(folder: Path, method: str = "a", seed: int = 0, bits: str = "w4a8", **ch
     """A whole run folder."""
     folder.mkdir(parents=True)
     config = {
-        "goal": "scores",
+        "until": "scores",
         "seed": seed,
         "model": {"name": changes.get("model", "digits")},
         "quant": {"name": bits},

@@ -91,7 +91,8 @@ def test_trajectory_is_the_formula(tiny_unet: nn.Module, eta: float) -> None:
 @pytest.mark.parametrize("steps", [0, -5, 1001])
 def test_impossible_steps_are_refused(steps: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"^({steps} sampler steps are not 1 to 1000|DDIM\.steps must be .*, got {steps}$)"
+        ValueError,
+        match=rf"^({steps} sampler steps are not 1 to 1000|DDIM\.num_inference_steps must be .*, got {steps}$)",
     ):
         DDIM(steps).calls(SCHEDULE)
 
@@ -107,7 +108,7 @@ def test_finite_set(steps: int) -> None:
     assert finite_set(DDIM(steps), SCHEDULE) == tuple(sorted(range(1, 1000, 1000 // steps), reverse=True))
 
 
-@pytest.mark.parametrize("sampler", [DDIM(100, spacing="quadratic", offset=0), PLMS(10)])
+@pytest.mark.parametrize("sampler", [DDIM(100, timestep_spacing="quadratic", steps_offset=0), PLMS(10)])
 def test_a_timestep_that_is_visited_twice_is_in_the_finite_set_once(sampler: Sampler) -> None:
     calls = sampler.calls(SCHEDULE)
     assert len(set(calls)) < len(calls)

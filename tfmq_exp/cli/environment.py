@@ -15,21 +15,21 @@ import torch
 PACKAGES = ("torch", "diffusers", "pytorch-lightning", "torchmetrics", "hydra-core", "numpy", "safetensors")
 
 
-def pick_device(accelerator: str, rank: int = 0) -> torch.device:
-    """The device for `trainer.accelerator`: auto takes CUDA where there is one.
+def pick_device(device: str, rank: int = 0) -> torch.device:
+    """The device for the key `device`: auto takes CUDA where there is one.
 
     Args:
-        accelerator: auto, cpu or gpu.
+        device: auto, cpu or cuda.
         rank: of the process; each has a GPU of its own.
 
     Raises:
-        ValueError: an accelerator that is unknown or absent.
+        ValueError: a device that is unknown or absent.
     """
-    if accelerator not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"trainer.accelerator must be auto, cpu or gpu, got {accelerator!r}")
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("trainer=gpu was asked for, but torch sees no CUDA device; use trainer=cpu or trainer=auto")
-    if accelerator == "cpu" or not torch.cuda.is_available():
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda was asked for, but torch sees no CUDA device; use device=cpu or device=auto")
+    if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if rank >= (count := torch.cuda.device_count()):
         raise ValueError(f"process {rank} has no GPU: torch sees {count}; set runtime.processes to that")

@@ -46,13 +46,13 @@ def perform(cfg: DictConfig) -> None:
 
 
 def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
-    """Take the results of an identical job that is done, unless `repeat`; else run this one."""
+    """Take the results of an identical job that is done, unless `force`; else run this one."""
     if cfg.dry_run:
         return run(cfg, folder, console)
     settings = OmegaConf.to_yaml(cfg, resolve=True)
     clear(folder, settings)
     store, record = find(cfg, current_run().overrides)
-    origin = None if cfg.repeat else take(store, record, folder)
+    origin = None if cfg.force else take(store, record, folder)
     if origin is None:
         ended = run(cfg, folder, console)
         keep(store, record, folder)
@@ -61,7 +61,7 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
     write_atomically(folder / "config.yaml", lambda path: path.write_bytes(text))
     if (results := folder / "results.json").is_file():
         print_scores([ScoreRecord(**row) for row in read_record(results)["rows"]], console)
-    say(console, f"finished before in {origin}; repeat=true does it again")
+    say(console, f"finished before in {origin}; force=true does it again")
     say(console, f"run folder: {folder}")
     return "found", str(origin)
 

@@ -35,7 +35,7 @@ WRITTEN = (
     *("units.csv", "losses.csv", "noise.csv", "sites.csv", "diagnosis/*.csv", "diagnosis/*.png"),
 )
 # Settings that change no result: locations (files that are read are identified one by one), and how the work is done.
-LOCATIONS = ("paths", "repeat", "dry_run", "logger")
+LOCATIONS = ("paths", "force", "dry_run", "logger")
 EXECUTION = ("processes", "estimate", "threads", "traceback", "cache_gib", "cache_dir", "checkpoint_minutes")
 # Overrides that change something inside a method, and with it the name of its row in tables.
 INSIDE = ("method/", "method.", "quant.")

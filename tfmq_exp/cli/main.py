@@ -60,11 +60,11 @@ def main(cfg: DictConfig) -> None:
 def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     """Compute the goal and write the results; in a dry run, show what that would take."""
     prepare(cfg.runtime.threads)
-    device, info = pick_device(cfg.trainer.accelerator), current_run()
+    device, info = pick_device(cfg.device), current_run()
     progress = ProgressBars(console, worker_name(info)).stage
     if cfg.dry_run:
         experiment = make_experiment(cfg, device, progress)
-        seconds = preview(experiment, goals_up_to(cfg.goal), console)
+        seconds = preview(experiment, goals_up_to(cfg.until), console)
         write_json(folder / "estimate.json", {"seconds": seconds})
         return "planned", ""
     environment = describe_environment(device)
@@ -98,7 +98,7 @@ def share(cfg: DictConfig, group: ProcessGroup, scratch: Path) -> None:
     """Take part in a run as another process: the same work, silently; what it writes into its folder is not kept."""
     quiet = Console(quiet=True)
     prepare(cfg.runtime.threads)
-    device = pick_device(cfg.trainer.accelerator, group.rank)
+    device = pick_device(cfg.device, group.rank)
     experiment = make_experiment(cfg, device, ProgressBars(quiet).stage, group=group)
     info = replace(current_run(), folder=scratch)
     execute(experiment, cfg, info, describe_environment(device), quiet, time.perf_counter())
@@ -120,24 +120,24 @@ def make_run(cfg: DictConfig, device: torch.device, group: ProcessGroup = ALONE)
     sampling.check(denoiser)
     if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
         log.warning("%s", left)
-    protocol, runtime = cfg.model.protocol, cfg.runtime
-    if runtime.cache_dir is not None:
-        Path(runtime.cache_dir).mkdir(parents=True, exist_ok=True)
+    protocol, runtime = cfg.protocol, cfg.runtime
+    if runtime.activation_cache_dir is not None:
+        Path(runtime.activation_cache_dir).mkdir(parents=True, exist_ok=True)
     return Run(
         denoiser=denoiser,
         sampling=sampling,
         method=method,
-        images=ImagePlan(protocol.images, cfg.seed, runtime.batch, protocol.uint8),
-        calibration=CalibrationPlan(protocol.calibration_images, runtime.batch),
-        diagnostics=protocol.diagnostic_images,
+        images=ImagePlan(protocol.sampling.images, cfg.seed, runtime.batch_size, protocol.sampling.uint8),
+        calibration=CalibrationPlan(protocol.calibration.images, runtime.batch_size),
+        diagnostics=protocol.diagnostics.images,
         diagnosis=DiagnosisPlan(**make(cfg.diagnosis)),
         compute=ComputeConfig(
-            runtime.batch,
-            int(runtime.cache_gib * 2**30) // group.world_size,
+            runtime.batch_size,
+            int(runtime.activation_cache_gib * 2**30) // group.world_size,
             quiet_trainer(device),
-            None if runtime.cache_dir is None else Path(runtime.cache_dir),
+            None if runtime.activation_cache_dir is None else Path(runtime.activation_cache_dir),
             group,
-            timedelta(minutes=runtime.checkpoint_minutes),
+            timedelta(minutes=runtime.checkpoint_every_min),
         ),
         seed=cfg.seed,
         make_evaluator=functools.partial(make, cfg.eval),
@@ -165,7 +165,7 @@ def make_experiment(
         group: processes of the run.
     """
     # the engine first, which says at once if it is not installed
-    engine = instantiate(cfg.engine) if cfg.goal in (EXPORT, "images", "scores") else None
+    engine = instantiate(cfg.engine) if cfg.until in (EXPORT, "images", "scores") else None
     run = make_run(cfg, device, group)
     return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or NullLogger()), engine)
 
@@ -195,10 +195,10 @@ def execute(
         console: for the tables.
         began: `time.perf_counter()` at the start.
     """
-    run, folder, goals = experiment.run, info.folder, goals_up_to(cfg.goal)
+    run, folder, goals = experiment.run, info.folder, goals_up_to(cfg.until)
     covered = dict(coverage(run.resolved, run.structure))
     write_json(folder / "quantized.json", covered)
-    if cfg.goal == "scores":
+    if cfg.until == "scores":
         experiment.reference.check_size()
     report_coverage(covered, console)
     if experiment.pipeline.group.is_main:
@@ -208,14 +208,14 @@ def execute(
             if expected is not None:
                 print_estimate(expected, console, experiment.pipeline.group.world_size)
                 log.info("estimate: %s", expected)
-    experiment.make_network(cfg.goal)
+    experiment.make_network(cfg.until)
     outputs = RunOutputs(experiment, folder, console, goals)
     outputs.save_network()
-    if cfg.goal == DIAGNOSE:
+    if cfg.until == DIAGNOSE:
         save_diagnoses(experiment, folder / "diagnosis", console, f"{cfg.name}, seed {cfg.seed}")
     if "images" in goals:
         outputs.save_samples(experiment.simulated.images, "samples")
     outputs.save_deployed()
-    if cfg.goal == "scores":
+    if cfg.until == "scores":
         outputs.save_errors(cfg.name)
         outputs.save_records(score_records(experiment, cfg, info, covered, environment, began))

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+SIMILAR_SIBLING = 0.5  # the same of keys in the place that was named
 SIMILAR = 0.75  # of two last words, 1 for the same
 SUGGESTIONS = 5
 
@@ -138,15 +139,19 @@ def keys_of(node: Any, above: str = "") -> Iterator[str]:
 
 
 def similar(name: str, known: Collection[str]) -> list[str]:
-    """Those of the known names whose last word is that of the name, else those with a similar one; the most similar first."""
+    """Known names with the last word of the name, else with a similar word in the same place, else anywhere; the most similar first."""
 
     def last_words(names: Iterable[str]) -> dict[str, str]:
         return {one: re.split("[./]", one)[-1] for one in names}
 
     word, words = last_words([name])[name], last_words(known)
+    place = name.removesuffix(word)
+    siblings = {last: one for one, last in words.items() if place and one == place + last}
     near = difflib.get_close_matches(word, set(words.values()), SUGGESTIONS, SIMILAR)
     if word in near:
         near = [word]
+    elif here := difflib.get_close_matches(word, siblings, SUGGESTIONS, SIMILAR_SIBLING):
+        return [siblings[last] for last in here]
     found = [one for one, last in words.items() if last in near]
     order = {one: (near.index(words[one]), -difflib.SequenceMatcher(None, name, one).ratio(), one) for one in found}
     return sorted(found, key=order.__getitem__)[:SUGGESTIONS]

@@ -17,7 +17,7 @@ from tfmq_exp.pipeline.stages.export_engine import FLOAT, ExportEngine
 from tfmq_exp.pipeline.store import canonical, key_of
 from tfmq_exp.report.records import ScoreRecord
 
-PROTOCOL = "model.protocol."
+PROTOCOL = "protocol."
 
 
 def score_records(

@@ -37,34 +37,37 @@ PATH = Kind(
     "text, in quotes of its own where it looks like a number or a list", lambda value: isinstance(value, str | None)
 )
 
-# keys of model.protocol, which several objects share
+# keys of `protocol`, which several objects share
 COUNTS = (
-    "steps images calibration_images calibration_every diagnostic_images iterations recon_batch scale_iterations "
-    "normal_samples correction_images qat_iterations qat_batch qat_observed encoding_width"
+    "sampling.num_inference_steps sampling.images calibration.images calibration.step_stride calibration.normal_samples "
+    "diagnostics.images reconstruction.iterations reconstruction.batch_size scales.iterations scales.encoding_width "
+    "correction.images qat.iterations qat.batch_size qat.calibration_batches"
 )
-RATES = "learning_rate scale_learning_rate joint_scale_learning_rate qat_learning_rate qat_range_rate"
+RATES = (
+    "reconstruction.learning_rate scales.learning_rate scales.joint_learning_rate qat.learning_rate qat.range_lr_scale"
+)
 
 
 def protocol_keys(names: str) -> str:
-    return " ".join(f"model.protocol.{name}" for name in names.split())
+    return " ".join(f"protocol.{name}" for name in names.split())
 
 
 # what the values of keys must be
 KINDS: dict[Kind, str] = {
-    one_of(*GOALS, DIAGNOSE, EXPORT): "goal",
+    one_of(*GOALS, DIAGNOSE, EXPORT): "until",
     SEED: "seed",
-    SWITCH: "dry_run repeat runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
-    "model.protocol.qat_mirrored",
-    COUNT: "eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch runtime.processes runtime.parts "
+    SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
+    "protocol.qat.horizontal_flip",
+    COUNT: "eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
     "diagnosis.samples diagnosis.trajectories " + protocol_keys(COUNTS),
     optional(COUNT): "runtime.threads engine.threads",
-    ANY_COUNT: "model.protocol.qat_warmup",
+    ANY_COUNT: "protocol.qat.warmup",
     RATE: protocol_keys(RATES),
-    DECAY: "model.protocol.qat_average",
-    SHARE: "model.protocol.eta",
-    AMOUNT: "model.sampling.guidance runtime.cache_gib",
-    MINUTES: "runtime.checkpoint_minutes",
-    optional(TEXT): "runtime.cache_dir",
+    DECAY: "protocol.qat.ema_decay",
+    SHARE: "protocol.sampling.eta",
+    AMOUNT: "model.sampling.guidance runtime.activation_cache_gib",
+    MINUTES: "runtime.checkpoint_every_min",
+    optional(TEXT): "runtime.activation_cache_dir",
     PATH: "name path data.path model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "
     "paths.inception",
 }
@@ -86,17 +89,17 @@ def check(cfg: DictConfig, info: RunInfo) -> None:
                 raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
     check_bits(cfg, info.overrides)
     check_microbatches(cfg)
-    images = OmegaConf.select(cfg, "model.protocol.images", default=FEWEST_SCORED)
-    if cfg.goal == "scores" and images < FEWEST_SCORED:
+    images = OmegaConf.select(cfg, "protocol.sampling.images", default=FEWEST_SCORED)
+    if cfg.until == "scores" and images < FEWEST_SCORED:
         raise ValueError(
-            f"model.protocol.images must be at least {FEWEST_SCORED} for scores, got {images}: goal=images makes them alone"
+            f"protocol.sampling.images must be at least {FEWEST_SCORED} for scores, got {images}: until=images makes them alone"
         )
     if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
         raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
-    if cfg.goal == "scores":
+    if cfg.until == "scores":
         real_images(cfg, info.folder)
-    if cfg.goal == EXPORT and cfg.engine is None:
-        raise ValueError("goal=export needs an engine to export for: engine=openvino, onednn or torchao")
+    if cfg.until == EXPORT and cfg.engine is None:
+        raise ValueError("until=export needs an engine to export for: engine=openvino, onednn or torchao")
     check_folders(cfg, info.folder, moves=info.chdir)
     files = {path.stem for folder in info.config_folders for path in (folder / "method").glob("*.yaml")}
     check_name(cfg.method.name, info.choices["method"], files)
@@ -111,7 +114,7 @@ def real_images(cfg: DictConfig, run: Path) -> DictConfig:
     for key in sorted(OmegaConf.missing_keys(cfg)):
         if key.startswith("data."):
             raise ValueError(
-                f"{key} has no value: give it one, {key}=...; goal=images scores nothing and needs no data"
+                f"{key} has no value: give it one, {key}=...; until=images scores nothing and needs no data"
             )
     check_images_apart(cfg, run)
     return cfg.data
@@ -144,10 +147,10 @@ def check_bits(cfg: DictConfig, overrides: Sequence[str]) -> None:
 def check_microbatches(cfg: DictConfig) -> None:
     """Raise ValueError for processes without a microbatch where the scale of float16's gradients needs one."""
     precision, runtime = OmegaConf.select(cfg, "method.weights.protocol.precision"), cfg.runtime
-    if precision == "16-mixed" and runtime.processes > runtime.parts:
+    if precision == "16-mixed" and runtime.processes > runtime.microbatches:
         raise ValueError(
-            f"at precision 16-mixed every process needs a part of the batch: runtime.parts must be at least "
-            f"{runtime.processes}, the number of processes, got {runtime.parts}"
+            f"at precision 16-mixed every process needs a part of the batch: runtime.microbatches must be at least "
+            f"{runtime.processes}, the number of processes, got {runtime.microbatches}"
         )
 
 

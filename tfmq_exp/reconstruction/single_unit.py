@@ -9,7 +9,7 @@ from tfmq_exp.reconstruction.units import Unit
 
 @dataclass(frozen=True)
 class SingleUnit:
-    """One unit of a partition; all other layers stay float. For `goal=weights`: such a network is not finished.
+    """One unit of a partition; all other layers stay float. For `until=weights`: such a network is not finished.
 
     Args:
         partition: cuts the network into units.

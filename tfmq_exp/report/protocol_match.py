@@ -107,7 +107,7 @@ def _fields(row: PublishedRow, record: ScoreRecord, score: str) -> Iterator[Fiel
         yield "training", _training("QAT" in row.title), _training(record.cost.get("training_images") is not None)
     yield "sampler", theirs.get("sampler"), SAMPLERS[kind].format(**sampler) if kind in SAMPLERS else kind
     yield _steps(row, record)
-    yield "spacing", SPACINGS.get(theirs.get("skip", "")), sampler.get("spacing")
+    yield "spacing", SPACINGS.get(theirs.get("skip", "")), sampler.get("timestep_spacing")
     yield "eta", theirs.get("eta"), sampler.get("eta")
     yield "guidance", theirs.get("cfg"), ours.get("guidance")
     yield "images", theirs.get("images"), ours.get("images")

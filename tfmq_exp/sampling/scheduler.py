@@ -59,7 +59,7 @@ class Scheduler:
     Args:
         kind: name of its class, one of `KINDS`.
         settings: its whole configuration.
-        steps: argument of its `set_timesteps`.
+        num_inference_steps: argument of its `set_timesteps`.
         eta: how much noise DDIM's steps add, 0 to 1; 0 for every other kind.
 
     Raises:
@@ -68,11 +68,11 @@ class Scheduler:
 
     kind: str
     settings: Mapping[str, Any]
-    steps: int
+    num_inference_steps: int
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=COUNT, eta=SHARE)
+        check_fields(self, num_inference_steps=COUNT, eta=SHARE)
         if self.kind not in KINDS:
             raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {self.kind!r}{OTHERS}")
         for key, choices in CHOICES.items():
@@ -86,8 +86,10 @@ class Scheduler:
             if right is not None and value is not None and not right.fits(value):  # a text "false" would count as true
                 raise ValueError(f"{key} must be {right.right}, got {value!r}")
         count = self.settings["num_train_timesteps"]
-        if not 1 <= self.steps <= count:
-            raise ValueError(f"{self.steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps")
+        if not 1 <= self.num_inference_steps <= count:
+            raise ValueError(
+                f"{self.num_inference_steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps"
+            )
         if self.eta and "eta" not in self._arguments:
             raise ValueError(f"a {self.kind} has no eta: it must be 0, got {self.eta}")
         self._dry_run()
@@ -107,13 +109,15 @@ class Scheduler:
                 f"numbers, as +sampler.settings.timestep_spacing=leading has them{OTHERS}"
             )
         if wrong := [t for t in found if not 0 <= t < count]:
-            raise ValueError(f"{where}: {self.steps} steps visit timestep {int(wrong[0])} of 0 .. {count - 1}")
+            raise ValueError(
+                f"{where}: {self.num_inference_steps} steps visit timestep {int(wrong[0])} of 0 .. {count - 1}"
+            )
         return tuple(int(t) for t in found)
 
     def scheduler(self) -> Any:
         """A new scheduler of diffusers with its timesteps set."""
         made: Any = getattr(diffusers, self.kind)(**self.settings)
-        made.set_timesteps(self.steps)
+        made.set_timesteps(self.num_inference_steps)
         return made
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
@@ -150,18 +154,18 @@ class Scheduler:
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__
             said = {key: value for key, value in self.settings.items() if key in DECISIVE}
             raise ValueError(
-                f"a {self.kind} cannot sample {self.steps} steps with eta={self.eta} and {said}: {reason}"
+                f"a {self.kind} cannot sample {self.num_inference_steps} steps with eta={self.eta} and {said}: {reason}"
             ) from error
 
 
 def read_scheduler(
-    path: str | None, steps: int, eta: float = 0.0, settings: Mapping[str, Any] | None = None
+    path: str | None, num_inference_steps: int, eta: float = 0.0, settings: Mapping[str, Any] | None = None
 ) -> Scheduler:
     """The scheduler of a folder, as diffusers' pipeline of that folder uses it.
 
     Args:
         path: the folder, or None for a model that has none (an error).
-        steps: see `Scheduler`.
+        num_inference_steps: see `Scheduler`.
         eta: see `Scheduler`.
         settings: changes of the folder's settings, by diffusers' names.
 
@@ -205,7 +209,9 @@ def read_scheduler(
         full = {key: value for key, value in config.items() if not key.startswith("_")}
         # JSON has no infinity, which some bounds are by default: these stay out
         infinite = {key for key, value in full.items() if value in (math.inf, -math.inf) and value == defaults[key]}
-        return Scheduler(kind, {key: value for key, value in full.items() if key not in infinite}, steps, eta)
+        return Scheduler(
+            kind, {key: value for key, value in full.items() if key not in infinite}, num_inference_steps, eta
+        )
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 

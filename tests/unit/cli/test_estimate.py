@@ -16,14 +16,14 @@ from tfmq_exp.pipeline.experiment import Experiment
 
 
 def experiment_of(folder: Path, *overrides: str) -> Experiment:
-    cfg = composed(folder, "runtime=smoke", *overrides)
+    cfg = composed(folder, "debug=smoke", *overrides)
     return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)).stage)
 
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory: pytest.TempPathFactory) -> Costs:
     """Of the digits model, with costs that are easy to count with."""
-    found = Costs(experiment_of(tmp_path_factory.mktemp("costs"), "method=ptqd", "runtime.batch=4").run)
+    found = Costs(experiment_of(tmp_path_factory.mktemp("costs"), "method=ptqd", "runtime.batch_size=4").run)
     found.call, found.quantized_call, found.decoding = Cost(4.0, 100), Cost(8.0, 150), Cost(0.4, 50)
     return found
 
@@ -112,7 +112,7 @@ def test_learning_grows_with_iterations_and_shrinks_with_finished_units(
     )
 
     def seconds(iterations: int, finished: int) -> float:
-        costs = Costs(experiment_of(tmp_path, f"model.protocol.iterations={iterations}").run)
+        costs = Costs(experiment_of(tmp_path, f"protocol.reconstruction.iterations={iterations}").run)
         phase = costs.method.weights
         costs.quantized_call = Cost(0.0, 0)
         return costs.learning("weights", phase, 16, finished)[0]
@@ -124,7 +124,8 @@ def test_learning_grows_with_iterations_and_shrinks_with_finished_units(
 
 def test_a_small_cache_costs_time_and_spills_to_disk(tmp_path: Path) -> None:
     large, small = (
-        Costs(experiment_of(tmp_path, f"runtime.cache_gib={size}").run).phase("weights", 0) for size in (4, 1e-6)
+        Costs(experiment_of(tmp_path, f"runtime.activation_cache_gib={size}").run).phase("weights", 0)
+        for size in (4, 1e-6)
     )
     assert small.disk > large.disk
     assert small.host < large.host
@@ -132,7 +133,7 @@ def test_a_small_cache_costs_time_and_spills_to_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["tfmq", "qdiff", "qdrop", "ptqd", "nearest", "lsq_tdq"])
 def test_missing_stages_are_estimated(tmp_path: Path, method: str) -> None:
-    experiment = experiment_of(tmp_path, f"method={method}", "runtime.batch=4")
+    experiment = experiment_of(tmp_path, f"method={method}", "runtime.batch_size=4")
     names = {"weights", "activations", "float images", "images", "diagnostics"}
     names |= set() if method == "lsq_tdq" else {"trajectory"}
     names |= {"correction"} if method == "ptqd" else set()
@@ -148,7 +149,7 @@ def test_missing_stages_are_estimated(tmp_path: Path, method: str) -> None:
 
 
 def test_finished_stages_and_images_are_not_estimated(tmp_path: Path) -> None:
-    experiment = experiment_of(tmp_path, "method=nearest", "runtime.batch=4")
+    experiment = experiment_of(tmp_path, "method=nearest", "runtime.batch_size=4")
     assert [*experiment.missing(app.GOALS[:2])] == ["trajectory", "weights"]
     for stage in (experiment.trajectory, experiment.weights, experiment.activations):
         stage.entry.path.mkdir(parents=True)

@@ -126,7 +126,7 @@ def test_folders_that_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_images_that_are_not_read_may_be_anywhere(tmp_path: Path) -> None:
     data = ("model=digits", "data=image_folder", f"data.path={tmp_path}", "data.size=16")
     for goal in ("trajectory", "images"):
-        check_job(composed(tmp_path / "out", *data, f"goal={goal}"), current_run())
+        check_job(composed(tmp_path / "out", *data, f"until={goal}"), current_run())
     scores = composed(tmp_path / "out", *data)
     with pytest.raises(ValueError, match=r"data\.path=.* holds paths\.outputs"):
         check_job(scores, current_run())

@@ -27,25 +27,30 @@ from tfmq_exp.pipeline.store import Entry, Store, key_of
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
-    return composed(tmp_path_factory.mktemp("composed"), "runtime=smoke", "method=brecq")
+    return composed(tmp_path_factory.mktemp("composed"), "debug=smoke", "method=brecq")
 
 
 def key(cfg: DictConfig, *changes: str, command: tuple[str, ...] = ()) -> str:
     changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(changes)))
     assert isinstance(changed, DictConfig)
-    return key_of("jobs", job_identity(changed, ["runtime=smoke", "method=brecq", *command]))
+    return key_of("jobs", job_identity(changed, ["debug=smoke", "method=brecq", *command]))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        ("runtime.threads=3", "runtime.processes=2", "runtime.cache_gib=1", "runtime.cache_dir=elsewhere"),
+        (
+            "runtime.threads=3",
+            "runtime.processes=2",
+            "runtime.activation_cache_gib=1",
+            "runtime.activation_cache_dir=elsewhere",
+        ),
         (
             "runtime.traceback=true",
             "runtime.estimate=false",
             "paths.store=elsewhere",
             "paths.outputs=elsewhere",
-            "repeat=true",
+            "force=true",
         ),
     ],
 )
@@ -58,10 +63,10 @@ def test_everything_else_does(cfg: DictConfig) -> None:
         (),
         ("seed=1",),
         ("quant.weight=8",),
-        ("goal=weights",),
-        ("runtime.batch=5",),
-        ("runtime.parts=2",),
-        ("model.protocol.images=25",),
+        ("until=weights",),
+        ("runtime.batch_size=5",),
+        ("runtime.microbatches=2",),
+        ("protocol.sampling.images=25",),
         ("eval.extract.weights=a/file",),
         ("eval.extract.weights=another/file",),
         ("logger._target_=tfmq_exp.loggers.wandb.Wandb",),

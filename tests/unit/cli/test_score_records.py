@@ -20,8 +20,8 @@ def test_settings_tell_trainings_apart_and_seeds_not(tmp_path: Path) -> None:
     plain = of()
     assert plain["named"] == ""
     assert of("seed=3") == plain
-    assert of("runtime.threads=1", "model.protocol.images=32")["hash"] == plain["hash"]
-    faster = of("model.protocol.qat_learning_rate=0.01", "seed=1")
+    assert of("runtime.threads=1", "protocol.sampling.images=32")["hash"] == plain["hash"]
+    faster = of("protocol.qat.learning_rate=0.01", "seed=1")
     assert faster["named"] == "qat_learning_rate=0.01"
     preset = of("experiment=qat_digits")
     assert preset["named"] == "experiment=qat_digits"
@@ -32,7 +32,7 @@ def test_a_protocol_tells_networks_apart(tmp_path: Path) -> None:
     """By the hash of their weights and by their noise schedule: both go by one name."""
 
     def of(*overrides: str) -> Any:
-        return make_run(composed(tmp_path, "runtime=smoke", *overrides), torch.device("cpu"))
+        return make_run(composed(tmp_path, "debug=smoke", *overrides), torch.device("cpu"))
 
     tensors = load_file(WEIGHTS / "denoiser.safetensors")
     save_file(tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1}, tmp_path / "other.safetensors")

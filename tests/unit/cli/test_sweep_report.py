@@ -258,7 +258,7 @@ def test_a_launcher_that_gives_up_is_followed_by_what_to_do(
     ("overrides", "count"),
     [
         ((), 2),
-        (("quant=w8a8,w4a8", "goal=weights"), 4),
+        (("quant=w8a8,w4a8", "until=weights"), 4),
         (("seed=range(0,5)", "a=choice(1,2,3)"), 15),
         (("a=glob(*)",), None),
     ],

@@ -24,28 +24,28 @@ def check(cfg: DictConfig) -> None:
 
 @pytest.fixture(scope="module")
 def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
-    return composed(tmp_path_factory.mktemp("checks"), "runtime=smoke", "method=intervals")
+    return composed(tmp_path_factory.mktemp("checks"), "debug=smoke", "method=intervals")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "right_ones"),
     [
-        ("goal", "fid", "one of trajectory, weights, activations, correction, images, scores, diagnose"),
+        ("until", "fid", "one of trajectory, weights, activations, correction, images, scores, diagnose"),
         ("seed", "abc", "a whole number from 0 to"),
         ("seed", 1.5, "a whole number from 0 to"),
         ("seed", -1, "a whole number from 0 to"),
         ("seed", None, "a whole number from 0 to"),
         ("dry_run", "perhaps", "true or false"),
-        ("model.protocol.steps", "ten", "a whole number, at least 1"),
-        ("model.protocol.images", 0, "a whole number, at least 1"),
-        ("model.protocol.iterations", True, "a whole number, at least 1"),
-        ("model.protocol.learning_rate", 0.0, "a number above 0"),
-        ("model.protocol.eta", math.nan, "a number from 0 to 1"),
-        ("model.protocol.qat_average", 1.5, "a number, at least 0 and below 1"),
-        ("model.protocol.qat_mirrored", "no", "true or false"),
-        ("runtime.batch", 2.0, "a whole number, at least 1"),
+        ("protocol.sampling.num_inference_steps", "ten", "a whole number, at least 1"),
+        ("protocol.sampling.images", 0, "a whole number, at least 1"),
+        ("protocol.reconstruction.iterations", True, "a whole number, at least 1"),
+        ("protocol.reconstruction.learning_rate", 0.0, "a number above 0"),
+        ("protocol.sampling.eta", math.nan, "a number from 0 to 1"),
+        ("protocol.qat.ema_decay", 1.5, "a number, at least 0 and below 1"),
+        ("protocol.qat.horizontal_flip", "no", "true or false"),
+        ("runtime.batch_size", 2.0, "a whole number, at least 1"),
         ("runtime.threads", 0, "a whole number, at least 1 and below 2**31, or null"),
-        ("runtime.cache_gib", -1, "a number, at least 0"),
+        ("runtime.activation_cache_gib", -1, "a number, at least 0"),
         ("diagnosis.samples", "few", "a whole number, at least 1"),
         ("name", 7, "text, in quotes of its own"),
         ("data.path", ["x"], "text, in quotes of its own"),
@@ -67,7 +67,7 @@ def test_what_must_be_given_is_asked_for(right: DictConfig) -> None:
     with pytest.raises(ValueError, match=r"data\.path has no value: give it one"):
         check(cfg)
     for goal in ("trajectory", "weights", "images", "diagnose"):  # whoever trains on images asks for them itself
-        OmegaConf.update(cfg, "goal", goal)
+        OmegaConf.update(cfg, "until", goal)
         check(cfg)
     with pytest.raises(ValueError, match=r"data\.path has no value: give it one"):
         real_images(cfg, current_run().folder)
@@ -90,9 +90,9 @@ def test_every_process_has_a_part_where_gradients_are_scaled(right: DictConfig) 
     cfg = right.copy()
     OmegaConf.update(cfg, "method.weights.protocol.precision", "16-mixed", force_add=True)
     OmegaConf.update(cfg, "runtime.processes", 2)
-    with pytest.raises(ValueError, match=r"runtime\.parts must be at least 2, the number of processes, got 1"):
+    with pytest.raises(ValueError, match=r"runtime\.microbatches must be at least 2, the number of processes, got 1"):
         check(cfg)
-    OmegaConf.update(cfg, "runtime.parts", 2)
+    OmegaConf.update(cfg, "runtime.microbatches", 2)
     check(cfg)
 
 
@@ -117,15 +117,16 @@ def test_a_method_of_ones_own_needs_a_name(tmp_path: Path) -> None:
 
 
 def test_every_number_of_a_protocol_is_looked_at() -> None:
-    """Of all models' files: a new key has to say what it may be."""
+    """Of all protocols' files: a new key has to say what it may be."""
     found: dict[str, set[type]] = {}
-    for path in (CONF / "model").glob("*.yaml"):
-        content = yaml.safe_load(path.read_text())
-        for key, value in content.get("model", content).get("protocol", {}).items():
-            if isinstance(value, int | float):
-                found.setdefault(key, set()).add(type(value))
-    assert {key for key, kinds in found.items() if kinds == {int}} == {*COUNTS.split(), "qat_warmup"}
-    assert {key for key, kinds in found.items() if float in kinds} == {*RATES.split(), "eta", "qat_average"}
+    for path in (CONF / "protocol").glob("*.yaml"):
+        for group, values in yaml.safe_load(path.read_text()).items():
+            for key, value in values.items() if group != "defaults" else ():
+                number = float(value) if isinstance(value, str) and value[0].isdigit() else value  # YAML 1.1's 1e-3
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    found.setdefault(f"{group}.{key}", set()).add(type(number))
+    assert {key for key, kinds in found.items() if kinds == {int}} == {*COUNTS.split(), "qat.warmup"}
+    assert {key for key, kinds in found.items() if float in kinds} == {*RATES.split(), "sampling.eta", "qat.ema_decay"}
 
 
 def test_mistakes_and_finished_jobs_need_no_heavy_imports() -> None:
@@ -136,6 +137,6 @@ def test_mistakes_and_finished_jobs_need_no_heavy_imports() -> None:
 
 def test_the_folder_of_a_pipeline_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path has no value: give it the folder that pipeline\.save_pretrained"):
-        check(composed(tmp_path, "model=diffusers", "goal=images"))
-    check(composed(tmp_path, "model=diffusers", "goal=images", "path=folder"))
-    check(composed(tmp_path, "model=diffusers", "goal=images", "model.denoiser.path=folder"))
+        check(composed(tmp_path, "model=diffusers", "until=images"))
+    check(composed(tmp_path, "model=diffusers", "until=images", "path=folder"))
+    check(composed(tmp_path, "model=diffusers", "until=images", "model.denoiser.path=folder"))

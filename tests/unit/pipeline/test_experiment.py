@@ -20,7 +20,7 @@ from tfmq_exp.pipeline.store import Store
 
 def experiment_of(folder: Path, *overrides: str) -> Experiment:
     return make_experiment(
-        composed(folder, "runtime=smoke", *overrides), torch.device("cpu"), lambda *_: nullcontext(lambda *_: None)
+        composed(folder, "debug=smoke", *overrides), torch.device("cpu"), lambda *_: nullcontext(lambda *_: None)
     )
 
 
@@ -45,7 +45,7 @@ NETWORK = ("trajectory", "weights", "activations")
 def test_a_goal_has_its_stages_whose_keys_need_no_computing(
     tmp_path: Path, method: str, goal: str, names: tuple[str, ...]
 ) -> None:
-    experiment, goals = experiment_of(tmp_path, f"method={method}", f"goal={goal}"), goals_up_to(goal)
+    experiment, goals = experiment_of(tmp_path, f"method={method}", f"until={goal}"), goals_up_to(goal)
     stages = experiment.stages(goals)
     assert tuple(stage.name for stage in stages) == names
     assert len({stage.entry.path for stage in stages}) == len(stages)

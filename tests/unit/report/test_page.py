@@ -259,7 +259,7 @@ def test_models_without_scores_smoke_runs_and_methods_are_told(tmp_path: Path) -
     seen = read(tmp_path)
     assert "digits: quantization report" in seen.text
     assert "models without scores ldm" in seen.text
-    assert "1 run was made with runtime=smoke" in seen.text
-    assert "1 of 2 runs were made with runtime=smoke" in seen.text
+    assert "1 run was made with debug=smoke" in seen.text
+    assert "1 of 2 runs were made with debug=smoke" in seen.text
     assert "digits a: 2 grids" in seen.text
     assert "runs without scores: 1 grid" in seen.text

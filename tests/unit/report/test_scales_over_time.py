@@ -34,7 +34,7 @@ def test_a_diagnosis_is_read_activation_by_activation(tmp_path: Path) -> None:
     assert (found.label, found.t.tolist()) == ("digits-w4a4-lsq_tdq, seed 3", T.tolist())
     assert found.interval["b"].tolist() == [1, 2, 3, 4]
     assert found.deviation["a"].tolist() == [9, 6, 3, 0]
-    with pytest.raises(FileNotFoundError, match="goal=diagnose"):
+    with pytest.raises(FileNotFoundError, match="until=diagnose"):
         read_scales(tmp_path / "nothing")
 
 

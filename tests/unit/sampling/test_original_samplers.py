@@ -35,7 +35,7 @@ def original(case: dict[str, Any]) -> tuple[Sampler, dict[str, Any]]:
     spacing: Spacing = "uniform" if case["discretize"] == "uniform" else "quadratic"
     if case["kind"] == "ldm_plms":
         return PLMS(case["steps"]), schedule
-    return DDIM(case["steps"], case["eta"], spacing, offset=int(ldm), ends_clean=not ldm), schedule
+    return DDIM(case["steps"], case["eta"], spacing, steps_offset=int(ldm), set_alpha_to_one=not ldm), schedule
 
 
 def analytic(case: dict[str, Any], x: Tensor, t: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_timesteps_of_the_published_commands(name: str, calls: list[int]) -> Non
     number = int(re.findall(r"(?:-c|steps|timesteps|quad) (\d+)", name)[0])
     cifar = name.startswith("ddim_cifar10")
     spacing: Spacing = "quadratic" if "quad" in name else "uniform"
-    assert list(DDIM(number, spacing=spacing, offset=int(not cifar)).calls(SCHEDULE)) == calls
+    assert list(DDIM(number, timestep_spacing=spacing, steps_offset=int(not cifar)).calls(SCHEDULE)) == calls
 
 
 @pytest.mark.parametrize(

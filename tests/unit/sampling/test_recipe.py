@@ -22,7 +22,7 @@ pytestmark = pytest.mark.bad_input
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SAMPLERS: list[Sampler] = [
     DDIM(4),
-    DDIM(4, 1.0, "quadratic", 0, ends_clean=True),
+    DDIM(4, 1.0, "quadratic", 0, set_alpha_to_one=True),
     PLMS(4),
     DPMSolver(4, 3),
     Scheduler("DDPMScheduler", SCHEDULE | {"variance_type": "fixed_large", "clip_sample": True}, 4),
@@ -84,10 +84,10 @@ def changed(data: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("settings", []),
         ("sampler", "os.system"),
         ("sampler", ["DDIM"]),
-        ("settings.steps", "many"),
-        ("settings.steps", 0),
-        ("settings.steps", 10**9),
-        ("settings.steps", -4),
+        ("settings.num_inference_steps", "many"),
+        ("settings.num_inference_steps", 0),
+        ("settings.num_inference_steps", 10**9),
+        ("settings.num_inference_steps", -4),
         ("settings.spacing", "golden"),
         ("settings.more", 1),
         ("guidance", "much"),

@@ -105,7 +105,7 @@ def test_dpm_solver_takes_what_a_network_predicts() -> None:
 
 @pytest.mark.parametrize("train", [1, 100, 1000, 4000])
 def test_ddpm_visits_every_training_timestep(train: int) -> None:
-    assert DDIM(None, 1.0, offset=0).calls({"num_train_timesteps": train}) == tuple(reversed(range(train)))
+    assert DDIM(None, 1.0, steps_offset=0).calls({"num_train_timesteps": train}) == tuple(reversed(range(train)))
 
 
 @pytest.mark.parametrize(

@@ -172,5 +172,5 @@ def check_timesteps(unet: Any, timesteps: tuple[int, ...]) -> None:
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:
         raise ValueError(
             f"{changed_settings(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite; choose "
-            "a sampler that does not visit it (sampler.offset=1; of sampler=folder +sampler.settings.steps_offset=1)"
+            "a sampler that does not visit it (sampler.steps_offset=1; of sampler=folder +sampler.settings.steps_offset=1)"
         )

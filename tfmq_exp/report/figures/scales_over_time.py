@@ -1,7 +1,7 @@
 """Scales of activation quantizers over the timesteps: do they follow the activations, and do seeds agree?
 
 As figures 1 to 3 of TDQ's supplement (arXiv 2306.02316), where a scale is called interval. Read from
-`diagnosis/activation_ranges.csv` of runs with `goal=diagnose`.
+`diagnosis/activation_ranges.csv` of runs with `until=diagnose`.
 """
 
 import csv
@@ -54,7 +54,7 @@ def read_scales(run: Path) -> RunScales:
         FileNotFoundError: no diagnosis there.
     """
     if not (run / FILE).is_file():
-        raise FileNotFoundError(f"no {FILE} in {run}: it is written by `python run.py goal=diagnose ...`")
+        raise FileNotFoundError(f"no {FILE} in {run}: it is written by `python run.py until=diagnose ...`")
     with (run / FILE).open(newline="", encoding="utf-8") as file:
         activations = group_by(csv.DictReader(file), lambda row: row["activation"])
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))

@@ -134,7 +134,7 @@ def _read_run(folder: Path, name: str) -> Run:
     state, reason = _state(folder, read("status.json", _mapping, {}), config, stages)
     if state in ("done", "found"):
         expected = ["config.yaml", "environment.json", "artifacts.json"]
-        if config.get("goal", "scores") == "scores":
+        if config.get("until", "scores") == "scores":
             expected += ["results.json", TEMPORAL, TRAJECTORY]
         if absent := [file for file in expected if not (folder / file).is_file()]:
             problems.append(f"no {', '.join(absent)}")
@@ -161,7 +161,7 @@ def _state(folder: Path, status: Row, config: Row, stages: Mapping[str, Row]) ->
         return "died", f"{process} is gone: killed, or out of memory"
     if state in STATES:
         return state, str(status.get("reason") or "")
-    ended = bool(stages) and config.get("goal", "scores") != "scores"
+    ended = bool(stages) and config.get("until", "scores") != "scores"
     return "done" if ended or (folder / "results.json").is_file() else "unfinished", ""
 
 

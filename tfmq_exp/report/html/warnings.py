@@ -15,8 +15,8 @@ NAMED = 4  # variants named in one sentence
 
 
 def is_smoke(run: Run) -> bool:
-    """Whether a run was made with `runtime=smoke`, to see that it runs."""
-    return run.choices.get("runtime") == "smoke" or "runtime=smoke" in str(run.environment.get("command", "")).split()
+    """Whether a run was made with `debug=smoke`, to see that it runs."""
+    return run.choices.get("runtime") == "smoke" or "debug=smoke" in str(run.environment.get("command", "")).split()
 
 
 def warnings(group: Group, table: ScoreTable) -> list[str]:
@@ -28,7 +28,7 @@ def warnings(group: Group, table: ScoreTable) -> list[str]:
 def _smoke(group: Group) -> Iterator[str]:
     runs = {run.folder: run for variant in group.variants for run in variant.runs}
     if smoke := sum(map(is_smoke, runs.values())):
-        yield f"{smoke} of {len(runs)} runs were made with runtime=smoke, to see that they run: such numbers mean nothing."
+        yield f"{smoke} of {len(runs)} runs were made with debug=smoke, to see that they run: such numbers mean nothing."
 
 
 def _few_images(group: Group) -> Iterator[str]:

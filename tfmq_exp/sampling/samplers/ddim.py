@@ -19,31 +19,38 @@ class DDIM:
     """DDIM; DDPM with all timesteps and eta = 1.
 
     Args:
-        steps: network calls that are asked for (see `visited`); None for all training timesteps.
+        num_inference_steps: network calls that are asked for (see `visited`); None for all training timesteps.
         eta: 0 deterministic, 1 the variance of DDPM.
-        spacing: see `visited`.
-        offset: see `visited`; LDM adds 1, DDIM's own program 0.
-        ends_clean: alpha-bar after the last step is 1 (DDIM's own program), not that of timestep 0 (LDM).
+        timestep_spacing: see `visited`.
+        steps_offset: see `visited`; LDM adds 1, DDIM's own program 0.
+        set_alpha_to_one: alpha-bar after the last step is 1 (DDIM's own program), not that of timestep 0 (LDM).
     """
 
-    steps: int | None
+    num_inference_steps: int | None
     eta: float = 0.0
-    spacing: Spacing = "uniform"
-    offset: int = 1
-    ends_clean: bool = False
+    timestep_spacing: Spacing = "uniform"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=optional(COUNT), eta=SHARE, offset=ANY_COUNT, ends_clean=SWITCH)
+        check_fields(
+            self, num_inference_steps=optional(COUNT), eta=SHARE, steps_offset=ANY_COUNT, set_alpha_to_one=SWITCH
+        )
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
         count = int(schedule["num_train_timesteps"])
-        return visited(count if self.steps is None else self.steps, count, self.spacing, self.offset)
+        return visited(
+            count if self.num_inference_steps is None else self.num_inference_steps,
+            count,
+            self.timestep_spacing,
+            self.steps_offset,
+        )
 
     def alphas(self, schedule: Mapping[str, Any]) -> Alphas:
         """In double precision."""
         require_noise_prediction(schedule, "DDIM")
         table, calls = alphas_cumprod(schedule), self.calls(schedule)
-        last = torch.ones_like(table[0]) if self.ends_clean else table[0]
+        last = torch.ones_like(table[0]) if self.set_alpha_to_one else table[0]
         return list(zip(table[list(calls)], [*table[list(calls[1:])], last], strict=True))
 
     def start(self, schedule: Mapping[str, Any]) -> Moves:

@@ -22,28 +22,30 @@ class PLMS:
     The second timestep is visited twice: once to look ahead for the first step, once for its own.
 
     Args:
-        steps: steps that are asked for.
-        offset: see `visited`.
+        num_inference_steps: steps that are asked for.
+        steps_offset: see `visited`.
         eta: 0, PLMS is deterministic.
     """
 
-    steps: int
-    offset: int = 1
+    num_inference_steps: int
+    steps_offset: int = 1
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=COUNT, offset=ANY_COUNT)
+        check_fields(self, num_inference_steps=COUNT, steps_offset=ANY_COUNT)
         if self.eta:
             raise ValueError(f"PLMS is deterministic: eta must be 0, got {self.eta}")
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
-        found = visited(self.steps, int(schedule["num_train_timesteps"]), "uniform", self.offset)
+        found = visited(self.num_inference_steps, int(schedule["num_train_timesteps"]), "uniform", self.steps_offset)
         return (*found[:2], *found[1:])
 
     def start(self, schedule: Mapping[str, Any]) -> Moves:
         alphas, calls = alphas_cumprod(schedule), self.calls(schedule)
-        scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=self.offset)
-        scheduler.set_timesteps(self.steps)
+        scheduler = PNDMScheduler(
+            **schedule, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=self.steps_offset
+        )
+        scheduler.set_timesteps(self.num_inference_steps)
         scheduler.timesteps = torch.tensor(calls)
         scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = alphas, alphas[0]  # in double precision
         return scheduler_moves(scheduler, calls)
@@ -54,24 +56,24 @@ class DPMSolver:
     """DPM-Solver++.
 
     Args:
-        steps: network calls.
+        num_inference_steps: network calls.
         order: of the solver, 1 to 3.
         eta: 0, DPM-Solver++ is deterministic.
     """
 
-    steps: int
+    num_inference_steps: int
     order: int = 2
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=COUNT, order=ORDER)
+        check_fields(self, num_inference_steps=COUNT, order=ORDER)
         if self.eta:
             raise ValueError(f"DPM-Solver++ is deterministic: eta must be 0, got {self.eta}")
 
     def scheduler(self, schedule: Mapping[str, Any]) -> Any:
         """Diffusers' scheduler with its timesteps set."""
         scheduler: Any = DPMSolverMultistepScheduler(**schedule, solver_order=self.order, timestep_spacing="linspace")
-        scheduler.set_timesteps(self.steps)
+        scheduler.set_timesteps(self.num_inference_steps)
         return scheduler
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
