@@ -236,7 +236,7 @@ def test_a_plan_has_the_stages_of_an_engine(
 
 
 def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
-    experiment = planned(tmp_path, made.store, "engine=openvino", "engine.rest=bf16")
+    experiment = planned(tmp_path, made.store, "engine=openvino", "engine.float_precision=bf16")
     plan = experiment.stages(app.goals_up_to("scores"))
     own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
     assert [stage.name for stage in plan if state(stage) == "to be made"] == own
@@ -253,9 +253,9 @@ def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, open
 
 
 def test_what_was_changed_in_an_engine_is_in_its_row(tmp_path: Path, made: Made, openvino: Path) -> None:
-    planned(tmp_path, made.store, "engine=openvino", "engine.threads=1", "engine.halves=true")
+    planned(tmp_path, made.store, "engine=openvino", "engine.threads=1", "engine.split_int8_weights=true")
     choices = engine_choices("openvino", current_run().overrides)
-    assert choices == {"engine": "openvino", "engine.halves": "true"}
+    assert choices == {"engine": "openvino", "engine.split_int8_weights": "true"}
 
 
 def test_an_engines_trajectory_is_a_table_of_its_own(tmp_path: Path, made: Made, onednn: Path) -> None:

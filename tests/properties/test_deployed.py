@@ -69,7 +69,7 @@ def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> Quantized
     if method.weights.trains:
         observe(model)
         with torch.no_grad():
-            model(**inputs(3, 400, 900))
+            model(**inputs(3, 400, 900), outside="nearest_step")
         ready(model)
         disturb(model)
         return finish(model)
@@ -86,7 +86,7 @@ def disturb(model: QuantizedUNet) -> None:
     for parameter in trainable(model).generators:
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     for quantizer in qat_quantizers(model):
-        for value in quantizer.further.values():
+        for value in quantizer.extra.values():
             value.add_(0.1 * torch.rand((), generator=generator) + 0.02)
     clamp_parameters(model)
 

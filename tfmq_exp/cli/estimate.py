@@ -83,7 +83,7 @@ def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> E
     """Estimate the stages that are not in the store; None if none of them takes long.
 
     Args:
-        run: the experiment; its denoiser, sampling, method, structure, plan, calls, images, calibration, means and seed count.
+        run: the experiment; its denoiser, sampling, method, structure, resolved configuration, calls, images, calibration, compute and seed count.
         missing: name of each stage to be made -> images that are left, trajectories (diagnostics), network passes of one image
             (diagnoses), units or iterations of training that an interrupted attempt has finished (weights, activations).
         engine: name of the engine that executes the finished model too; the names of its stages begin with it.
@@ -185,12 +185,12 @@ class Costs:
             seconds, peak = self.training(protocol, finished)
         if observe and any(quantizer.source.needs_data for quantizer in self.model.activation_quantizers().values()):
             self.set_activations(Mode.OBSERVE)
-            samples = self.rows_per_image * observe.effort(*budget).samples
+            samples = self.rows_per_image * observe.budget(*budget).samples
             with torch.no_grad():
                 seconds += samples * measure(self.forward, observe.batch).seconds / observe.batch
         if recipe:
             self.set_activations(Mode.QUANTIZE if recipe.scales else Mode.OFF)
-            samples = self.rows_per_image * phase.effort(*budget).samples
+            samples = self.rows_per_image * phase.budget(*budget).samples
             learning, peak, cached = self.learning(name, phase, samples, finished)
             seconds += learning
         kept, disk = min(cached, self.compute.cache_bytes), self.network * CODE_BYTES
@@ -208,7 +208,7 @@ class Costs:
         weight = self.unet.get_submodule(largest).get_parameter("weight")
         part = weight if spec.axis is None else weight[: max(1, 2**18 // weight[0].numel())]
         began = now()
-        self.method.weight_range(part, spec)
+        self.method.weight_observer(part, spec)
         return (now() - began) / part.numel() * sum(sizes.values())
 
     def training(self, protocol: Any, finished: int) -> tuple[float, float]:

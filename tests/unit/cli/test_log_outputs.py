@@ -2,49 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from tests.e2e.jobs import composed
+from tests.helpers.loggers import RecordingLogger
 from tfmq_exp.cli.job_cache import dashboards
 from tfmq_exp.cli.log_outputs import log_losses, points, run_metadata, sweep_name
 from tfmq_exp.cli.run_info import current_run
-from tfmq_exp.loggers.base import Logger, NullLogger, RunMetadata
 from tfmq_exp.pipeline.pipeline import stage_summary
-
-
-class Heard(NullLogger):
-    """Notes what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
-
-    def loss(self, unit: str, iteration: int, value: float) -> None:
-        self.told.append(("loss", unit, iteration, value))
-
-    def close(self, *, failed: bool) -> None:
-        self.told.append(("close", failed))
-
-    def where(self) -> list[str]:
-        return [f"told {len(self.told)} times"]
-
-
-class Opened:
-    """A choice whose mirror is known; without one it fails to open."""
-
-    def __init__(self, mirror: Logger | None) -> None:
-        self.mirror = mirror
-
-    def open(self, run: RunMetadata) -> Logger:
-        if self.mirror is None:
-            raise OSError("cannot be opened")
-        return self.mirror
-
-
-def card(folder: Path) -> RunMetadata:
-    return RunMetadata(folder, "name", None, "tfmq", ("digits", "w4a8"), {"quant": "w4a8"}, {"seed": 3})
 
 
 @pytest.mark.parametrize(
@@ -75,9 +42,9 @@ def test_a_card_says_what_was_chosen(tmp_path: Path) -> None:
 
 def test_curves_that_grew_before_the_eyes_are_not_shown_again() -> None:
     rows = [{"phase": "weights", "unit": unit, "iteration": i, "loss": i / 4} for unit in "ab" for i in (1, 2)]
-    mirror = Heard()
-    log_losses(mirror, rows, {"weights/a", "activations/b"})
-    assert mirror.told == [("loss", "weights/b", 1, 0.25), ("loss", "weights/b", 2, 0.5)]
+    logger = RecordingLogger()
+    log_losses(logger, rows, {"weights/a", "activations/b"})
+    assert logger.calls == [("loss", "weights/b", 1, 0.25), ("loss", "weights/b", 2, 0.5)]
 
 
 def test_points_have_places_and_numbers_alone() -> None:

@@ -27,7 +27,7 @@ from tfmq_exp.quant.qat.lsq import Lsq
 from tfmq_exp.quant.qat.nipq import Nipq
 from tfmq_exp.quant.qat.pact import Pact
 from tfmq_exp.quant.qat.qil import Qil
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
@@ -187,7 +187,7 @@ def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
 
 
 def test_what_a_byte_does_not_hold() -> None:
-    quantizer = SCALES["sample"].build(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS))
+    quantizer = AffineQuantizer(SCALES["sample"].build(QuantSpec(9, "symmetric"), TimestepContext(TIMESTEPS)))
     with pytest.raises(NotRepresentableError, match="a grid of 512 integers; a byte has 256"):
         check_bytes(activation_scale(quantizer, len(TIMESTEPS)).table)
 

@@ -117,7 +117,7 @@ class Curves(NullLogger):
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def loss(self, unit: str, iteration: int, value: float) -> None:
+    def log_loss(self, unit: str, iteration: int, value: float) -> None:
         self.names.append(unit)
 
 

@@ -161,10 +161,10 @@ def test_a_variant_is_known_by_what_is_changed_in_the_method() -> None:
         return quantized(fid, cost={"training_images": 50000}, **changes)
 
     ours = [
-        trained(5.0, last="zero"),
+        trained(5.0, last_layer_init="zero"),
         trained(6.0),
-        trained(7.0, last="zero", dropout="0.0"),
-        trained(9.0, last="gaussian"),
+        trained(7.0, last_layer_init="zero", dropout="0.0"),
+        trained(9.0, last_layer_init="gaussian"),
     ]
     found = cells(compare(find_table(PUBLISHED, "TDQ", "S7"), ours))
     given = {method: (cell.paper, cell.ours) for (_, method, _, _), cell in found.items()}

@@ -182,12 +182,16 @@ def test_a_damaged_table_of_sites_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_of_an_engine_stand_in_the_label(tmp_path: Path) -> None:
-    choices = [{"engine": "one"}, {"engine": "one", "engine.rest": "bf16"}, {"method/scales": "s", "engine": "one"}]
+    choices = [
+        {"engine": "one"},
+        {"engine": "one", "engine.float_precision": "bf16"},
+        {"method/scales": "s", "engine": "one"},
+    ]
     records = [row("a", "w4a8", 0, 2.0, choices=choice) for choice in choices]
     (tmp_path / "kept.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (group,) = group_runs(read_runs([tmp_path / "kept.jsonl"]))
     assert [variant.label for variant in group.variants] == [
         "a (executed by one)",
-        "a (executed by one, engine.rest=bf16)",
+        "a (executed by one, engine.float_precision=bf16)",
         "a (scales=s, executed by one)",
     ]

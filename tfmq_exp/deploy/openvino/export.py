@@ -106,7 +106,8 @@ def convert(
     replacements = [replace_layer(layer, built, pairs_saturate) for layer in layers]
     replacements += replace_quantizers(model, layers)
     replacements += [replace_feature(module) for module in model.unet.modules() if isinstance(module, CachedFeature)]
-    result = trace(model.unet, model.context.timesteps, replacements, example)
+    with model.context.at(torch.tensor(model.context.timesteps[:1])):  # torch's tracer reads every property of a module
+        result = trace(model.unet, model.context.timesteps, replacements, example)
     calls = Counter(layer.name for layer in built)
     if wrong := [layer.name for layer in layers if calls[layer.name] != 1]:
         raise ValueError(f"{len(wrong)} layers are not called exactly once, first {wrong[0]!r}")
