@@ -82,13 +82,13 @@ def switched_off(steps: Steps) -> Steps:
     return steps
 
 
-def medians(steps: dict[str, Callable[[], float]], count: int, told: Callable[[], None]) -> dict[str, float]:
-    """Median seconds of a step after one that is not counted; somebody is told of each."""
+def medians(steps: dict[str, Callable[[], float]], count: int, each_step: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of a step, after one that is not counted; `each_step` is called after each."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(1 + count):
         for name, step in steps.items():
             found[name].append(step())
-            told()
+            each_step()
     return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 

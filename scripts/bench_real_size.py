@@ -174,12 +174,12 @@ def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
         with torch.no_grad():
             return network(**inputs).sample
 
-    wanted = output(model)
+    expected = output(model)
     network_bytes, denoiser = config.float_bytes, config.denoiser
     del model
     denoiser.unet.to("meta")  # no longer needed, and large
     loaded = watch.of("loading", lambda: serialization.load(path))
-    if not torch.equal(output(loaded), wanted) or not wanted.isfinite().all():
+    if not torch.equal(output(loaded), expected) or not expected.isfinite().all():
         raise ValueError("the loaded model returns other numbers than the one in memory")
     size = path.stat().st_size
     Console().print(

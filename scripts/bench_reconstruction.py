@@ -83,8 +83,8 @@ def plain(
         }
         _, args, kwargs = inputs.structure(batch[:split])
         outputs = pytree.tree_leaves(functional_call(module, soft, args, kwargs))
-        wanted: list[Tensor] = pytree.tree_leaves(targets.structure(batch[split:]))
-        errors = [(out - want).abs().pow(2.0).sum(1).mean() for out, want in zip(outputs, wanted, strict=True)]
+        expected: list[Tensor] = pytree.tree_leaves(targets.structure(batch[split:]))
+        errors = [(out - want).abs().pow(2.0).sum(1).mean() for out, want in zip(outputs, expected, strict=True)]
         loss = torch.stack(errors).sum()
         if rounding.annealing.active(count, recipe.iterations):
             beta = rounding.annealing.beta(count, recipe.iterations)

@@ -137,10 +137,10 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "cost": cost, "environment": environment}
 
 
-def differences(folder: Path, wanted: dict[str, str], but: str = "") -> str:
+def differences(folder: Path, expected: dict[str, str], but: str = "") -> str:
     """What of a run is not as it should be, `but` aside, in a line; empty where all is."""
     found = result(folder)
-    wrong = sorted(name for name in (found.keys() | wanted.keys()) - {but} if found.get(name) != wanted.get(name))
+    wrong = sorted(name for name in (found.keys() | expected.keys()) - {but} if found.get(name) != expected.get(name))
     return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
@@ -158,7 +158,7 @@ def kills(home: Path, count: int, draw: random.Random) -> list[str]:
     problems: list[str] = []
     print("configuration | kills | runs to their end | as undisturbed", "---|---:|---:|---:", sep="\n")
     for i, (name, overrides) in enumerate(CONFIGURATIONS.items()):
-        wanted, seconds = undisturbed(home, name)
+        expected, seconds = undisturbed(home, name)
         share = count // len(CONFIGURATIONS) + (i < count % len(CONFIGURATIONS))
         killed, ended, good, folder = 0, 0, 0, home / "killed"
         while killed < share or folder.exists():
@@ -170,7 +170,7 @@ def kills(home: Path, count: int, draw: random.Random) -> list[str]:
                 killed += 1
                 continue
             ended += 1
-            wrong = outcome.said.strip()[-300:] if outcome.status else differences(folder, wanted)
+            wrong = outcome.said.strip()[-300:] if outcome.status else differences(folder, expected)
             good += not wrong
             problems += [f"{name}, after {killed} kills: {wrong}"] if wrong else []
             shutil.rmtree(folder)
@@ -196,8 +196,8 @@ def broken_off(folder: Path, name: str, pattern: str, files: int) -> None:
 
 def flips(home: Path, count: int, draw: random.Random) -> list[str]:
     """Turn bits; returns what went wrong."""
-    wanted = {name: undisturbed(home, name)[0] for name in sorted({name for name, *_ in BROKEN_OFF})}
-    states: list[tuple[str, str, Path]] = [(name, "finished", home / name) for name in wanted]
+    expected = {name: undisturbed(home, name)[0] for name in sorted({name for name, *_ in BROKEN_OFF})}
+    states: list[tuple[str, str, Path]] = [(name, "finished", home / name) for name in expected]
     for i, (name, pattern, files) in enumerate(BROKEN_OFF):
         broken_off(home / f"broken-{i}", name, pattern, files)
         states.append((name, f"broken off in {pattern.split('/')[0]}", home / f"broken-{i}"))
@@ -215,7 +215,7 @@ def flips(home: Path, count: int, draw: random.Random) -> list[str]:
         what, place = "as undisturbed", str(path.relative_to(folder))
         if outcome.status:
             what = "named" if path.name in outcome.said and "error:" in outcome.said else "another error"
-        elif wrong := differences(folder, wanted[name], but=place if sealed else ""):
+        elif wrong := differences(folder, expected[name], but=place if sealed else ""):
             what = f"USED: {wrong}"
         if what not in ("as undisturbed", "named"):
             problems.append(f"{name}, {state}, {place} bit {bit}: {what} {outcome.said.strip()[-300:]}")
@@ -230,7 +230,7 @@ def flips(home: Path, count: int, draw: random.Random) -> list[str]:
 
 
 def flip(store: Path, draw: random.Random, *, jobs: bool) -> tuple[Path, int]:
-    """Turn one bit of a file: of records of finished jobs, where there are and they are wanted, or of stages."""
+    """Turn one bit of a file: of records of finished jobs, if there are any and they are asked for, or of stages."""
     paths = sorted(path for path in store.rglob("*") if path.is_file() and path.stat().st_size)
     records = [path for path in paths if path.is_relative_to(store / "jobs")]
     path = draw.choice(records if jobs and records else [path for path in paths if path not in records])

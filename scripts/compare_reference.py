@@ -75,7 +75,7 @@ def released_plan(weight: int, activation: int, fuses_qkv: bool) -> Quantization
 
 
 def recipe_of(reference: Mapping[str, Any], iterations: int) -> ReconstructionConfig:
-    """What the original learned with."""
+    """Settings of the original's learning."""
     recipe = reference["recipe"]
     annealing = Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1]))
     rounding = LearnRounding(1e-3, recipe["w"], annealing)
@@ -90,23 +90,22 @@ class Forgetful:
         return None
 
     def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
-        """Nothing is kept."""
+        pass
 
     def scoped(self, name: str) -> "Forgetful":
-        """The same."""
         return self
 
     def on_start(self, units: int) -> None:
-        """Nothing."""
+        pass
 
     def on_progress(self, name: str, done: int, total: int) -> None:
-        """Nothing."""
+        pass
 
     def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
-        """Nothing."""
+        pass
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
-        """A line, if lines are wanted."""
+        """Log the errors and the time."""
         if report is not None:
             logging.info(
                 "%-48s error %.4f -> %.4f  %.1f s", unit, report.error_before, report.error_after, report.seconds
@@ -122,14 +121,14 @@ def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> Cali
 
 
 @torch.no_grad()
-def output_error(model: nn.Module, data: CalibrationSet, wanted: Tensor) -> float:
+def output_error(model: nn.Module, data: CalibrationSet, expected: Tensor) -> float:
     """Mean squared error of the outputs over the variance of the float ones, averaged over steps as the original does."""
     outputs = outputs_of(model, data)
     errors, variances = [], []
     for step in data.step.unique():
         rows = data.step == step
-        errors.append((outputs[rows] - wanted[rows]).square().mean())
-        variances.append(wanted[rows].var())
+        errors.append((outputs[rows] - expected[rows]).square().mean())
+        variances.append(expected[rows].var())
     return float(torch.stack(errors).mean() / torch.stack(variances).mean())
 
 
@@ -194,7 +193,7 @@ def main() -> int:
     with phases.timed("weight grids"):
         model = build_quantized_unet(float_unet, resolved, LpObserver(memory=2**22))
         model.calibrate_weights()
-    means = ComputeConfig(
+    compute = ComputeConfig(
         batch=recipe["batch_size"] * 2,
         cache_bytes=2**32,
         trainer=quiet_trainer(torch.device("cpu")),
@@ -202,7 +201,7 @@ def main() -> int:
     learning = recipe_of(reference, iterations)
     with phases.timed("reconstruction (capture + learning)"):
         units = TemporalAware()(parts, frozenset(model.weight_layers()))
-        task = ReconstructionContext(model, float_unet, parts, calibration, means, args.seed, quiet, quiet)
+        task = ReconstructionContext(model, float_unet, parts, calibration, compute, args.seed, quiet, quiet)
         reconstruct(task, units, learning)
     quality_start = time.process_time()
     weights_only = [

@@ -82,12 +82,12 @@ class Family:
 
     @property
     def captions(self) -> bool:
-        """Whether it is told captions."""
+        """Whether it is conditioned on captions."""
         return "input_ids" in self.recorded
 
     @property
     def prefix(self) -> str:
-        """What the names of the UNet's weights begin with."""
+        """Prefix of the names of the UNet's weights."""
         return "" if self.ddim else UNET
 
     @cached_property

@@ -163,7 +163,7 @@ def compare_learned(
 
 
 def learned_groups(what: str) -> tuple[Group, Group, Group]:
-    """Where the comparisons of a reconstruction go."""
+    """Comparisons of a reconstruction."""
     names = (f"{what}: losses, outputs", f"{what}: learned V", f"{what}: grids, decisions")
     return tuple(map(Group, names, (ROUNDING, LEARNED, EXACT)))  # type: ignore[return-value]
 

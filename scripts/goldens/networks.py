@@ -156,7 +156,7 @@ def kept_schedule(family: Family) -> Iterator[Group]:
 
 
 def noise_tables(alphas: Float64[Tensor, "timesteps"]) -> dict[str, Float64[Tensor, "timesteps"]]:
-    """What LDM keeps about its schedule (`register_schedule`), from the products of alphas."""
+    """Buffers of LDM's schedule (`register_schedule`), from the products of alphas."""
     before = torch.cat([alphas.new_ones(1), alphas[:-1]])
     betas = 1 - alphas / before
     variance = betas * (1 - before) / (1 - alphas)

@@ -36,7 +36,7 @@ def comparison_key(record: ScoreRecord) -> str:
 
 
 def setting(record: ScoreRecord) -> dict[str, Any]:
-    """What all seeds of one experiment share besides its name: effort, coverage, and the hash of all settings."""
+    """Values that all seeds of one experiment share besides its name: effort, coverage, and the hash of all settings."""
     effort = {name: record.cost[name] for name in EFFORT if name in record.cost}
     engine = record.quantized.get("engine")
     executed = {f"engine {key}": value for key, value in engine.items()} if isinstance(engine, Mapping) else {}
@@ -66,7 +66,7 @@ def _short(value: Any) -> str:
 
 
 def distinctions(records: Sequence[ScoreRecord], titles: Sequence[str]) -> list[str]:
-    """What of protocol and evaluator tells tables apart that have the same title.
+    """Values of protocol and evaluator that differ between tables with the same title.
 
     Args:
         records: one of each table.

@@ -121,7 +121,7 @@ def _fields(row: PublishedRow, record: ScoreRecord, score: str) -> Iterator[Fiel
 
 
 def protocol_differences(row: PublishedRow, record: ScoreRecord, score: str) -> list[str]:
-    """What differs between the protocols, in words; fields that only one side names are not compared."""
+    """Differences between the protocols, in words; fields that only one side names are not compared."""
 
     def plain(value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value

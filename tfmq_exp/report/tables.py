@@ -98,7 +98,7 @@ def executed_dtypes(executed: Iterable[str]) -> str:
 
 
 def execution(records: Sequence[ScoreRecord]) -> str:
-    """How the quantized rows among these were computed, for a headline: simulated, by an engine, or both."""
+    """Execution of the quantized rows among these, for a headline: simulated, by an engine, or both."""
     rows = [record for record in records if record.method != FLOAT]
     deployed = [record for record in rows if engine_of(record)]
     if not deployed:
@@ -136,7 +136,7 @@ def scored_by(record: ScoreRecord) -> str:
 
 
 def titles(groups: Sequence[Sequence[ScoreRecord]]) -> list[str]:
-    """How the records of each group of `by_protocol` were made, in words that tell the groups apart."""
+    """Titles of the groups of `by_protocol`: the protocols, in words that differ."""
     first = [group[0] for group in groups]
     plain = [f"{record.model}, {sampling_title(record)}, {scored_by(record)}" for record in first]
     return [", ".join(filter(None, pair)) for pair in zip(plain, distinctions(first, plain), strict=True)]

@@ -43,7 +43,7 @@ class Sampler(Protocol):
 
     @property
     def eta(self) -> float:
-        """How much noise a step adds, relative to DDPM; 0 for deterministic samplers."""
+        """Noise that a step adds, relative to DDPM; 0 for deterministic samplers."""
         ...
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:

@@ -62,8 +62,8 @@ def stage_times(group: Group) -> Chart:
         return figure(traces, axis(unit, rangemode="tozero"), category_axis(), height=height, bargap=0.3, **layout)
 
     def stacked(number: str) -> go.Figure:
-        means = {stage: [_mean(variant, stage, number) or 0.0 for variant in variants] for stage in stages}
-        return bars([bar(stage, means[stage], colours[stage]) for stage in stages], "seconds", barmode="stack")
+        averages = {stage: [_mean(variant, stage, number) or 0.0 for variant in variants] for stage in stages}
+        return bars([bar(stage, averages[stage], colours[stage]) for stage in stages], "seconds", barmode="stack")
 
     memory = bars([bar("peak", peaks, NEUTRAL, showlegend=False)], "MiB")
     views = [
