@@ -123,7 +123,7 @@ def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Exp
 
 @dataclass(frozen=True)
 class Measured:
-    """What a stage took: CPU seconds, and the most memory that the process has had so far."""
+    """Cost of a stage: CPU seconds, and the peak memory of the process up to its end, in bytes."""
 
     seconds: float
     peak: int

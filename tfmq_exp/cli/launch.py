@@ -87,7 +87,7 @@ def end_with_main_process() -> None:
 
 
 def why_one_failed(others: Sequence[BaseProcess], folder: Path) -> str | None:
-    """Which process failed first and why; None if none did. Losing the connection to another is no reason."""
+    """Rank and error of the first process that failed; None if none did. A lost connection to another one is no error."""
     for rank, process in enumerate(others, start=1):
         process.join(EXIT_TIMEOUT / len(others))
         report = folder / f"failed-{rank}"

@@ -1,4 +1,4 @@
-"""What surrounds a phase of a method while it learns: progress bar, loss curves, unit checkpoints and reports."""
+"""Callbacks of a learning phase: progress bar, loss curves, unit checkpoints and reports."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -38,7 +38,7 @@ FIELDS: dict[str, kinds.Kind] = {
 
 @dataclass(frozen=True)
 class TrainingProtocol:
-    """How a network is trained. The papers' numbers are in conf/.
+    """Hyperparameters of quantization-aware training. The papers' numbers are in conf/.
 
     Args:
         iterations: optimiser steps.

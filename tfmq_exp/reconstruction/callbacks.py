@@ -29,7 +29,7 @@ class UnitReport:
 
 
 class UnitResult(NamedTuple):
-    """What a unit has learned: integer weights by layer, and the state of its activation quantizers by name."""
+    """Result of a unit: integer weights by layer, and the state of its activation quantizers by name."""
 
     integers: Mapping[str, tuple[QuantizedWeight, ...]]
     activations: Mapping[str, Tensor]

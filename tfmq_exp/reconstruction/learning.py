@@ -106,7 +106,7 @@ def freeze_unit(model: QuantizedUNet, unit: Unit) -> None:
 
 
 def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> UnitResult:
-    """What a unit has learned, for its checkpoint."""
+    """Learned integer weights and activation quantizers of a unit, for its checkpoint."""
     activations = {
         f"{name}.{key}": value.detach().clone()
         for name, quantizer in quantizers_of(model, unit, config).items()

@@ -1,4 +1,4 @@
-"""Which activations have which scales."""
+"""Choice of the scale provider of every activation, by role."""
 
 from dataclasses import dataclass
 

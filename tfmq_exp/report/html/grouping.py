@@ -90,7 +90,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        """How its numbers were made, in a line."""
+        """Sampling protocol of the group, in a line."""
         return ", ".join(filter(None, (sampling_title(self.first), self.distinction)))
 
     @property

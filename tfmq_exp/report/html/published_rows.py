@@ -38,7 +38,7 @@ class ComparedRow(NamedTuple):
 
     @property
     def verified(self) -> str:
-        """How the number was seen, in words."""
+        """Verification of the printed number, in words."""
         return MARKS[self.cell.verified][1]
 
 
