@@ -1,4 +1,4 @@
-"""The words of the code: the field's terms as identifiers, and docstrings that begin with what a thing is."""
+"""The words of the code: the field's terms as identifiers, docstrings that begin with what a thing is, described arguments."""
 
 import ast
 import re
@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("tfmq_exp", "scripts") for path in (ROOT / folder).rglob("*.py"))
+PACKAGE = sorted((ROOT / "tfmq_exp").rglob("*.py"))
+MANY = 5  # parameters, from which on each needs a description
 
 # A private word of this project once, and the field's word for it.
 PRIVATE = {
@@ -57,6 +59,18 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield getattr(node, "lineno", 1), text
 
 
+def signatures(node: ast.Module | ast.ClassDef) -> Iterator[tuple[ast.FunctionDef, int, str]]:
+    """Public functions and methods, their number of parameters besides self, and docstring (a constructor's: its class's)."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from signatures(child)
+        elif isinstance(child, ast.FunctionDef) and (not child.name.startswith("_") or child.name.endswith("__")):
+            named = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
+            named = [one for one in named if one.arg not in ("self", "cls")]
+            count = len([*named, *filter(None, (child.args.vararg, child.args.kwarg))])
+            yield child, count, ast.get_docstring(node if child.name == "__init__" else child) or ""
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_words_are_those_of_the_field(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -76,6 +90,17 @@ def test_docstrings_begin_with_what_a_thing_is(path: Path) -> None:
         f"{path.name}:{line} {text.splitlines()[0]}"
         for line, text in docstrings(tree)
         if QUESTION.match(text) or FILLER.match(text.splitlines()[0]) or PHRASES.search(text)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arguments_are_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wrong = [
+        f"{path.name}:{function.lineno} {function.name} has {count} parameters and no Args:"
+        for function, count, text in signatures(tree)
+        if count >= MANY and "Args:" not in text
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -56,7 +56,9 @@ class ProgressCallback(Protocol):
         """Called during work without units and losses."""
         ...
 
-    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None: ...
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
+        """Called after iteration `iteration` of `iterations`, from 1, with its loss without the rounding penalty."""
+        ...
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         """Called after a unit; without a report if an earlier run had finished it."""

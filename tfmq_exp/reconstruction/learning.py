@@ -48,7 +48,17 @@ def is_learnable(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig)
 
 
 def learn_unit(context: ReconstructionContext, unit: Unit, data: UnitData, config: ReconstructionConfig) -> None:
-    """Learn one unit; its weights end rounded up or down."""
+    """Learn one unit; its weights end rounded up or down.
+
+    Args:
+        context: networks, resources and seed.
+        unit: of the quantized network, whose earlier units are learned.
+        data: its inputs and the float unit's outputs for all calibration samples.
+        config: objective, iterations, and what is learned.
+
+    Raises:
+        DivergedError: a loss or a learned number is not finite.
+    """
     model, seed, processes = context.model, derive_seed(context.seed, unit.name), context.compute.processes
     module, device = unit.module(model.unet), next(model.parameters()).device
     samples = TensorTree.of(

@@ -44,7 +44,7 @@ class Qil(QATQuantizeFn):
         return {"pruned": ExtraParam(0.0, 0.0, 0.99), **gamma}
 
     def transformed(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
-        """The transformer, in units of codes: from 0 at c - d to qmax at c + d. Never negative."""
+        """The transformer, in units of codes: from 0 at c - d to qmax at c + d. The arguments are those of `__call__`."""
         pruned = extra["pruned"]
         reach = (((x / scale).abs() - pruned * ints.qmax) / (1 - pruned)).clamp(0, ints.qmax)
         if not self.learn_gamma:
