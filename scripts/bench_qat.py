@@ -60,14 +60,14 @@ class Steps:
         self.module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
 
     def __call__(self) -> float:
-        """Seconds of one."""
+        """Take a step and return its seconds."""
         began = now(self.module)
         self.module.iterate(self.optimizer, self.batch)
         return now(self.module) - began
 
 
 def now(module: QuantizationAwareTraining) -> float:
-    """Seconds, once everything that was begun is done."""
+    """Synchronize the device and return the time in seconds."""
     if module.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

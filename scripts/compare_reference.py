@@ -279,7 +279,7 @@ def print_tables(
     deviation: float,
     covered: Mapping[str, Any],
 ) -> int:
-    """Ours beside the reference's mean and spread; returns how many of the bounds are missed."""
+    """Print our results next to the reference's mean and spread; return the number of bounds that are missed."""
     console = Terminal()
     console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
     console.print(

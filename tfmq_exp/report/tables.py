@@ -174,7 +174,7 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
 
 
 def _left_out(count: int) -> str:
-    """Other runs with the seeds of a mean, which it does not count."""
+    """Note on the number of runs that repeat a seed and are not in the mean; empty for none."""
     return f" ({count} more run{'s' if count > 1 else ''} of them left out)" if count else ""
 
 

@@ -56,7 +56,7 @@ class Qil(QATQuantizeFn):
         return self.transformed(x, scale, ints, extra).round() * self.sign(x, ints)
 
     def sign(self, x: Tensor, ints: IntRange) -> Tensor:
-        """That of x; 0 for negative x under an unsigned range."""
+        """Sign of x; 0 for negative x under an unsigned range."""
         return x.sign() if ints.qmin < 0 else (x > 0).to(x.dtype)
 
     def __call__(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:

@@ -33,7 +33,7 @@ class ComparedRow(NamedTuple):
 
     @property
     def difference(self) -> str:
-        """Ours less theirs; empty where the protocols do not match."""
+        """Our number minus the paper's; empty where the protocols do not match."""
         return "" if self.cell.difference is None else f"{self.cell.difference:+.2f}"
 
     @property
