@@ -129,7 +129,7 @@ def load(path: Path) -> QuantizedUNet:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """How the model of a file is sampled: `load_recipe(path).images(load(path), seed=0, indices=range(16))`.
+    """Sampling recipe of a stored model: `load_recipe(path).images(load(path), seed=0, indices=range(16))`.
 
     Raises:
         ValueError: not such a file, damaged, of another version, or written without a recipe.
