@@ -2,6 +2,7 @@
 
     python scripts/frozen_numbers.py numbers.json                       # compute and write them
     python scripts/frozen_numbers.py numbers.json --against before.json # and compare them with those of before
+    python scripts/frozen_numbers.py tests/goldens/frozen_numbers.json --only nearest tfmq lsq_tdq    # those of the test
 
 Tensors are compared by content: names, files and formats may change. Floating-point sums depend on the processor, so both files
 must come from one machine. Runs are those of `SETTINGS`, shortened by `debug=smoke`, in a store of their own.
@@ -114,6 +115,11 @@ def numbers(run: Callable[..., Path], name: str, folder: Path) -> dict[str, Any]
     return found
 
 
+def machine() -> list[str]:
+    """What floating-point sums depend on: the processor's instructions and the version of torch."""
+    return [torch.backends.cpu.get_cpu_capability(), torch.__version__]
+
+
 def main() -> int:
     """Compute, write, compare; 1 where a number differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,7 +131,7 @@ def main() -> int:
 
     from tests.e2e.jobs import job
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only:
             found[name] = numbers(job, name, Path(folder))
@@ -134,9 +140,9 @@ def main() -> int:
         return 0
     before = json.loads(given.against.read_text(encoding="utf-8"))
     differ = [
-        f"{name}: {what}" for name in found for what in before[name] if found[name].get(what) != before[name][what]
+        f"{name}: {what}" for name in given.only for what in before[name] if found[name].get(what) != before[name][what]
     ]
-    sys.stdout.write("\n".join(differ or [f"{len(found)} runs: all numbers are those of {given.against}"]) + "\n")
+    sys.stdout.write("\n".join(differ or [f"{len(given.only)} runs: all numbers are those of {given.against}"]) + "\n")
     return bool(differ)
 
 
