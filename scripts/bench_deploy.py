@@ -97,7 +97,7 @@ def inputs_at(denoiser: Denoiser, rows: int, t: int, seed: int) -> dict[str, Ten
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, now: Callable[[], float]) -> dict[str, float]:
-    """Seconds of each, taking turns; the first round warms up."""
+    """Median seconds of each candidate; they take turns, and the first round warms up."""
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds + 1):
         for name, call in candidates.items():

@@ -1,8 +1,8 @@
-"""What a step of quantization-aware training costs, method by method, side by side.
+"""Duration of a step of quantization-aware training, method by method.
 
     python scripts/bench_qat.py [--methods lsq,lsq_tdq,...] [--steps 15] [overrides of run.py ...]
 
-Every method takes one step in turn, so that whatever else the machine does meets all alike; medians are compared. `float` is the
+Every method takes one step in turn, so that other load of the machine affects all alike; medians are compared. `float` is the
 same network with its quantizers switched off, so `fake quantization` is what a step takes beyond it. `generators` is the share
 of a step with networks of the timestep that the same form takes less with static ranges. Only checkpoints, the progress bar
 and the loading of batches are left out. The quantizers start as in a run; nothing is written but the training images.
@@ -60,14 +60,14 @@ class Steps:
         self.module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
 
     def __call__(self) -> float:
-        """Seconds of one."""
+        """Take a step and return its seconds."""
         began = now(self.module)
         self.module.iterate(self.optimizer, self.batch)
         return now(self.module) - began
 
 
 def now(module: QuantizationAwareTraining) -> float:
-    """Seconds, once everything that was begun is done."""
+    """Synchronize the device and return the time in seconds."""
     if module.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -62,7 +62,7 @@ class RandomContext:
         return Conditions({"encoder_hidden_states": given}, {"encoder_hidden_states": null})
 
     def example(self) -> Conditions:
-        """Of one row."""
+        """Conditions of one row."""
         return self([0])
 
     def to(self, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class RandomContext:
 
 
 def generic(network: nn.Module) -> nn.Module:
-    """Without special values: what starts as zero or as the identity would hide what it multiplies."""
+    """Replace special values: parameters that start as zero or as the identity would hide what they multiply."""
     for parameter in network.requires_grad_(False).parameters():
         if parameter.dim() == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -123,7 +123,7 @@ def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Exp
 
 @dataclass(frozen=True)
 class Measured:
-    """What a stage took: CPU seconds, and the most memory that the process has had so far."""
+    """Cost of a stage: CPU seconds, and the peak memory of the process up to its end, in bytes."""
 
     seconds: float
     peak: int
@@ -145,7 +145,7 @@ class Stopwatch:
 
 
 def peak() -> int:
-    """Bytes."""
+    """Peak memory of the process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

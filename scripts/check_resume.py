@@ -53,7 +53,7 @@ LIMIT = 600.0  # seconds after which a run is stuck
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit status (negative: the signal), seconds, what it said, whether a process of it went on."""
+    """End of a run: exit status (negative: the signal), seconds, output, and whether a process of it was left running."""
 
     status: int
     seconds: float
@@ -138,7 +138,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(folder: Path, expected: dict[str, str], but: str = "") -> str:
-    """What of a run is not as it should be, `but` aside, in a line; empty where all is."""
+    """Names of the results of a run that differ from the expected ones, in a line; empty if none does. `but` is not compared."""
     found = result(folder)
     wrong = sorted(name for name in (found.keys() | expected.keys()) - {but} if found.get(name) != expected.get(name))
     return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")

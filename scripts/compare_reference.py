@@ -54,7 +54,7 @@ from tfmq_exp.surgery.scales import ScalePlan
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:
-    """What the release leaves float (found by running it): stem, head, first time layer, shortcuts, downsamplers.
+    """Bits of the release, found by running it: stem, head, first time layer, shortcuts and downsamplers stay float.
 
     The attention of LDM's unconditional networks is Conv1d, which the release does not quantize; the inputs of the second
     time layer and of the first residual convolution stay float too.
@@ -279,7 +279,7 @@ def print_tables(
     deviation: float,
     covered: Mapping[str, Any],
 ) -> int:
-    """Ours beside the reference's mean and spread; returns how many of the bounds are missed."""
+    """Print our results next to the reference's mean and spread; return the number of bounds that are missed."""
     console = Terminal()
     console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
     console.print(

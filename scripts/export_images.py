@@ -75,7 +75,7 @@ def find_shards(run: Path, name: str) -> list[Path]:
 
 
 def measure(shards: list[Path]) -> tuple[int, tuple[int, int, int]]:
-    """How many images there are, and channels, height, width, from the headers of the files."""
+    """Number of images, and their (channels, height, width), from the headers of the files."""
     count, shape = 0, (0, 0, 0)
     for shard in shards:
         with safe_open(shard, framework="pt") as file:

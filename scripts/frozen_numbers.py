@@ -74,7 +74,7 @@ def recorded_seeds(into: dict[str, int]) -> None:
 
 
 def streams_digest(seeds: dict[str, int]) -> dict[str, Any]:
-    """How many random streams a run draws from, and a digest of their names and first numbers."""
+    """Number of random streams of a run, and a digest of their names and first numbers."""
     first = [
         [name, seed, float(torch.rand((), generator=torch.Generator().manual_seed(seed)))]
         for name, seed in sorted(seeds.items())

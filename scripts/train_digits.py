@@ -55,7 +55,7 @@ def cosine_with_warmup(step: int, *, warmup: int, total: int) -> float:
 
 
 class Training(pl.LightningModule):
-    """What both networks share: AdamW, linear warm-up, cosine decay."""
+    """Optimizer of both networks: AdamW with linear warm-up and cosine decay."""
 
     def __init__(self, network: nn.Module, steps: int, weight_decay: float) -> None:
         super().__init__()

@@ -20,15 +20,16 @@ ORDER = (
     ("methods", "diagnostics", "deploy"),
     ("pipeline",),
     ("cli",),
+    ("api",),
 )
 # Siblings of one level never import each other, but for what is listed here.
 ALSO = {"surgery": {"quant", "denoisers"}, "evaluation": {"surgery"}}
 THIRD_PARTY = {
-    "hydra": {"cli"},
-    "omegaconf": {"cli"},
+    "hydra": {"cli", "api"},
+    "omegaconf": {"cli", "api"},
     "wandb": {"loggers"},
     "tensorboard": {"loggers"},
-    "rich": {"cli"},
+    "rich": {"cli", "api"},
     "filelock": {"cli", "pipeline", "report"},
     "pytorch_lightning": {"reconstruction", "qat"},
     "torchmetrics": {"evaluation"},

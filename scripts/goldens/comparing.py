@@ -1,4 +1,4 @@
-"""What comparisons with goldens share: what was read, what differs by how much, and the table of it."""
+"""Comparison with goldens: records of the keys that were read, differences, and their table."""
 
 import math
 import zlib
@@ -42,7 +42,7 @@ class Record(dict[str, Any]):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file or folder, as one DamagedError that names it."""
+    """Turn any error of a file or folder into a DamagedError that names it."""
     try:
         yield
     except (OSError, EOFError, ValueError, zlib.error, yaml.YAMLError, SafetensorError) as error:

@@ -92,7 +92,7 @@ class Family:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of all that is in the file of weights."""
+        """Names of all tensors in the file of weights."""
         with Checkpoint(self.weights) as file:
             return tuple(file.names())
 

@@ -32,7 +32,7 @@ TRAINING = 1000  # timesteps, of every model: the length of the schedules that L
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """That of the model which a manifest is of, as a run would have it.
+    """Architecture of the model of a manifest, as a run would have it.
 
     Raises:
         ValueError: a manifest of another model.

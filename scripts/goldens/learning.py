@@ -95,7 +95,7 @@ def loss(goldens: Goldens) -> Iterator[Group]:
 
 
 def magnification(loss: Tensor | float, *targets: Tensor) -> float:
-    """How many times larger the outputs are than their error: rounding of outputs grows by this in a squared error."""
+    """Ratio of the outputs' magnitude to their error: the factor by which rounding of outputs grows in a squared error."""
     power = sum(float(lp_loss(target, torch.zeros_like(target), 2)) for target in targets)
     return max(1.0, math.sqrt(power / float(loss)))
 

@@ -32,7 +32,7 @@ TIME_EMBEDDING = "time_embed"  # what the recordings call it; DDIM's module is `
 
 
 def predictions(family: Family, unet: nn.Module) -> Iterator[Group]:
-    """What the network predicts: at x and at x_small, in single and double precision, with last and averaged weights."""
+    """Compare the network's outputs at x and x_small, in single and double precision, with last and averaged weights."""
     recorded = family.recorded
     context = {STATES: recorded["context"]} if "context" in recorded else {}
     networks: dict[tuple[bool, bool], nn.Module] = {(False, False): unet}

@@ -102,7 +102,14 @@ def worst(rows: list[Row], column: str) -> list[Row]:
 
 
 def save_diagnoses(experiment: Experiment, folder: Path, console: Console, name: str) -> None:
-    """Compute every diagnosis, write it into the folder, log it, and print its worst rows."""
+    """Compute every diagnosis, write it into the folder, log it, and print its worst rows.
+
+    Args:
+        experiment: a finished run; diagnoses are stages of its pipeline.
+        folder: gets a CSV file for each table and a PNG file for each figure; made if it is not there.
+        console: where the worst rows are printed.
+        name: of the run, in the titles of figures.
+    """
     folder.mkdir(exist_ok=True)
     logger = experiment.pipeline.logger
     for finding in findings(experiment):

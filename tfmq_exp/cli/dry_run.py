@@ -15,7 +15,7 @@ Found = Literal["found", "begun", "to be made"]
 
 
 def state(stage: Stage) -> Found:
-    """What the store has of a stage."""
+    """State of a stage in the store."""
     if stage.entry.done:
         return "found"
     return "begun" if (stage.entry.path / "inputs.json").is_file() else "to be made"

@@ -48,7 +48,7 @@ def prepare(threads: int | None) -> None:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Where a result was made, for its record."""
+    """Software, device and command of a result, for its record."""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -63,7 +63,16 @@ def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
 
 
 def join(share: Share, cfg: DictConfig, hydra: DictConfig, rank: int, count: int, folder: Path) -> None:
-    """Run another process from its start to its end."""
+    """Run another process from its start to its end.
+
+    Args:
+        share: the work, see `together`.
+        cfg: the job.
+        hydra: the main process's state of Hydra, as `hydra_state` returns it.
+        rank: of this process, 1 to count - 1.
+        count: number of processes.
+        folder: common to all: their meeting point, temporary files, and the error of a process that failed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends it
     threading.Thread(target=end_with_main_process, daemon=True).start()
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.ERROR)  # the main process warns of the same
@@ -87,7 +96,7 @@ def end_with_main_process() -> None:
 
 
 def why_one_failed(others: Sequence[BaseProcess], folder: Path) -> str | None:
-    """Which process failed first and why; None if none did. Losing the connection to another is no reason."""
+    """Rank and error of the first process that failed; None if none did. A lost connection to another one is no error."""
     for rank, process in enumerate(others, start=1):
         process.join(EXIT_TIMEOUT / len(others))
         report = folder / f"failed-{rank}"

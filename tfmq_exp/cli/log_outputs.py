@@ -1,4 +1,4 @@
-"""What a dashboard gets of a run: its metadata, loss curves, curves and final numbers."""
+"""Log the outputs of a run to a dashboard: metadata, loss curves, tables and final numbers."""
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path

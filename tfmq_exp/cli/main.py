@@ -1,13 +1,11 @@
 """One run: from a composed configuration to the experiment, and what it writes into the run's folder."""
 
-import functools
 import logging
 import multiprocessing
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +21,23 @@ from tfmq_exp.cli.estimate import print_estimate
 from tfmq_exp.cli.job import attempt
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.log_outputs import run_metadata
+from tfmq_exp.cli.make_run import make_run
 from tfmq_exp.cli.outputs import RunOutputs, report_coverage, warn_of_captions
 from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.run_info import RunInfo, current_run
 from tfmq_exp.cli.score_records import score_records
 from tfmq_exp.cli.status import State
 from tfmq_exp.cli.terminal import say
-from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS, real_images
+from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.loggers.base import Logger, NullLogger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Progress
-from tfmq_exp.pipeline.run import CalibrationPlan, DiagnosisPlan, Run
 from tfmq_exp.pipeline.store import Store
-from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
-from tfmq_exp.sampling.conditioning import Captions
-from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.images import ImagePlan
-from tfmq_exp.sampling.scheduler import replaced_settings
 from tfmq_exp.surgery.resolve import coverage
 
 log = logging.getLogger(__name__)
-make: Any = functools.partial(instantiate, _convert_="all")
 
 
 def main(cfg: DictConfig) -> None:
@@ -110,48 +102,6 @@ def worker_name(info: RunInfo) -> str:
     return "" if alone else f"job {info.job_number}"
 
 
-def make_run(cfg: DictConfig, device: torch.device, group: ProcessGroup = ALONE) -> Run:
-    """Objects of the configuration."""
-    # first what is made in no time: a number that cannot be right is named before gigabytes are read
-    sampling, method = make_sampling(cfg), make(cfg.method)
-    method.correction.check(sampling.sampler)
-    denoiser = make(cfg.model.denoiser)
-    denoiser.to(device)
-    sampling.check(denoiser)
-    if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
-        log.warning("%s", left)
-    protocol, runtime = cfg.protocol, cfg.runtime
-    if runtime.activation_cache_dir is not None:
-        Path(runtime.activation_cache_dir).mkdir(parents=True, exist_ok=True)
-    return Run(
-        denoiser=denoiser,
-        sampling=sampling,
-        method=method,
-        images=ImagePlan(protocol.sampling.images, cfg.seed, runtime.batch_size, protocol.sampling.uint8),
-        calibration=CalibrationPlan(protocol.calibration.images, runtime.batch_size),
-        diagnostics=protocol.diagnostics.images,
-        diagnosis=DiagnosisPlan(**make(cfg.diagnosis)),
-        compute=ComputeConfig(
-            runtime.batch_size,
-            int(runtime.activation_cache_gib * 2**30) // group.world_size,
-            quiet_trainer(device),
-            None if runtime.activation_cache_dir is None else Path(runtime.activation_cache_dir),
-            group,
-            timedelta(minutes=runtime.checkpoint_every_min),
-        ),
-        seed=cfg.seed,
-        make_evaluator=functools.partial(make, cfg.eval),
-        make_training_images=lambda: make(real_images(cfg, current_run().folder)),
-    )
-
-
-def make_sampling(cfg: DictConfig) -> Sampling:
-    """Sampler, guidance and conditions; captions of a file that is named replace the model's own conditions."""
-    settings = make(cfg.model.sampling)
-    captions = {} if cfg.captions is None else {"conditioning": Captions.read(str(cfg.captions))}
-    return Sampling(make(cfg.sampler), **(settings | captions))
-
-
 def make_experiment(
     cfg: DictConfig, device: torch.device, progress: Progress, logger: Logger | None = None, group: ProcessGroup = ALONE
 ) -> Experiment:
@@ -166,7 +116,7 @@ def make_experiment(
     """
     # the engine first, which says at once if it is not installed
     engine = instantiate(cfg.engine) if cfg.until in (EXPORT, "images", "scores") else None
-    run = make_run(cfg, device, group)
+    run = make_run(cfg, device, current_run().folder, group)
     return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or NullLogger()), engine)
 
 

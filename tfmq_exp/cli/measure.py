@@ -77,7 +77,7 @@ def measure(work: Callable[[int], object], rows: int, available: int | None = No
 
 
 def now() -> float:
-    """Seconds, after everything that an accelerator was asked to do."""
+    """Synchronize the accelerator, if there is one, and return the time in seconds."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -33,7 +33,7 @@ def unreadable(arguments: Namespace) -> list[str]:
 
 
 def misread(text: str, *, sweeping: bool) -> str:
-    """What is wrong with one override; empty if nothing is.
+    """Describe the error in an override; empty if there is none.
 
     Args:
         text: as the shell has passed it.

@@ -103,7 +103,7 @@ def deployed_record(
 
 
 def protocol(run: Run) -> dict[str, Any]:
-    """What rows must share to be comparable: network, sampler, images, rounding to bytes, calibration."""
+    """Protocol that comparable rows share: network, sampler, images, rounding to bytes, calibration."""
     return {
         "network": canonical({**run.network_inputs, "schedule": dict(run.denoiser.schedule)}),
         "sampler": canonical(run.sampling.sampler),

@@ -85,7 +85,15 @@ def fitting(headings: Sequence[str], rows: Cells, names: int, width: int) -> int
 
 
 def drawn(title: str, headings: Sequence[str], rows: Cells, names: int, width: int) -> Table:
-    """A table of columns that fit; the remaining width goes to those on the left first."""
+    """A table of columns that fit; the remaining width goes to those on the left first.
+
+    Args:
+        title: above the table.
+        headings: of the columns.
+        rows: a text for each column.
+        names: number of leading columns that are names: justified left, and folded where they are long.
+        width: of the terminal, in characters.
+    """
     view = Table(title=title, title_justify="left")
     least = least_widths(headings, rows, names)
     spare = width - 1 - sum(size + BORDER for size in least)

@@ -10,11 +10,11 @@ from types import FrameType, TracebackType
 from tfmq_exp.cli.job import stop
 
 
-def interruptible(farewell: Callable[[], object]) -> Callable[[], None]:
+def interruptible(on_abort: Callable[[], object]) -> Callable[[], None]:
     """Handle both signals in this process, unless they are handled already; the result restores what was there before.
 
     Args:
-        farewell: prints what is left to say when the second Ctrl-C ends the program.
+        on_abort: called when the second Ctrl-C ends the program; prints the last message.
     """
     on_interrupt, on_terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     excepthook = sys.excepthook
@@ -25,7 +25,7 @@ def interruptible(farewell: Callable[[], object]) -> Callable[[], None]:
         sys.excepthook = excepthook
 
     def second(number: int, _: FrameType | None) -> None:
-        farewell()
+        on_abort()
         for child in multiprocessing.active_children():
             child.kill()
         sys.stdout.flush()

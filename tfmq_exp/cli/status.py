@@ -47,7 +47,7 @@ class Status:
 
     @property
     def seconds(self) -> float | None:
-        """From beginning to end."""
+        """Duration from beginning to end; None while the job runs."""
         if self.ended is None:
             return None
         return (datetime.fromisoformat(self.ended) - datetime.fromisoformat(self.began)).total_seconds()

@@ -133,7 +133,7 @@ def resize_as_opencv(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def _neighbours(old: int, new: int) -> tuple[Int32[np.ndarray, "2 new"], Int32[np.ndarray, "2 new"]]:
-    """Which two of `old` positions each of `new` ones lies between, and their weights in 1/2048."""
+    """Indices of the two of `old` positions around each of `new` ones, and their weights in units of 1/2048."""
     position: Float32[np.ndarray, "new"] = ((np.arange(new) + 0.5) * (1 / (new / old)) - 0.5).astype(np.float32)
     first = np.floor(position)
     share = position - first

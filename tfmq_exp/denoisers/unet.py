@@ -114,7 +114,7 @@ def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure
 
 
 def shortcut_splits(unet: Any) -> dict[str, int]:
-    """How many channels of a decoder shortcut's input come from the trunk, which come first; the others are the skip's."""
+    """Number of the trunk's channels in the input of each decoder shortcut: they come first, those of the skip follow."""
     found: dict[str, int] = {}
     trunk = (unet.mid_block or unet.down_blocks[-1]).resnets[-1].out_channels
     for i, block in enumerate(unet.up_blocks):

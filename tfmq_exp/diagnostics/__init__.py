@@ -1,1 +1,1 @@
-"""Why a quantized network errs: which features moved, which ranges do not fit, which units matter."""
+"""Diagnosis of quantization errors: shifted features, ranges that do not fit, sensitive units."""

@@ -36,7 +36,17 @@ class ActivationStats:
     drawn: list[Tensor] = field(default_factory=list)  # values that quantiles are computed of
 
     def add(self, x: Tensor, q: QParams, max_values: int, generator: torch.Generator) -> None:
-        """Add a batch under its scale and zero point; `max_values` of it at most are kept, drawn with replacement."""
+        """Add a batch.
+
+        Args:
+            x: the activation, of any shape.
+            q: scale and zero point of its quantizer for this batch; both broadcast against `x`.
+            max_values: number of values that are kept for quantiles; more are sampled with replacement.
+            generator: of that sample, on the CPU.
+
+        Raises:
+            NotFiniteError: a NaN or an infinity in `x`.
+        """
         x, qmin, qmax = x.detach().float(), self.spec.qmin, self.spec.qmax
         low, high = x.aminmax()
         require_finite(torch.stack([low, high]), "an activation while sampling")  # which no comparison would show

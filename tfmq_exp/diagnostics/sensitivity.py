@@ -35,7 +35,14 @@ def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> Calibrat
 def predictions(
     model: nn.Module, data: CalibrationSet, batch: int, each_batch: Progress = lambda _: None
 ) -> Float[Tensor, "samples ..."]:
-    """A network's prediction for every sample, without guidance; `each_batch` is called with the share that is done."""
+    """Predict the noise of every sample, without guidance.
+
+    Args:
+        model: the float or the quantized network.
+        data: the samples.
+        batch: samples of a forward pass.
+        each_batch: called after each with the share of samples that is done, 0 to 1.
+    """
     device, found = next(model.parameters()).device, []
     for start in range(0, len(data), batch):
         inputs = data[slice(start, start + batch)].inputs(device)

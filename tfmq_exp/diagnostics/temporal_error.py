@@ -40,7 +40,7 @@ def feature_errors(model: QuantizedUNet, float_unet: nn.Module, structure: UNetS
 
 
 def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
-    """For every timestep: the errors of the projections' features, averaged over them (TFMQ-DM, arXiv 2311.16503, figure 2).
+    """Errors of the temporal features at every timestep, averaged over the layers (TFMQ-DM, arXiv 2311.16503, figure 2).
 
     Returns:
         rows with `cosine` similarity, `mse`, and `relative_mse`.

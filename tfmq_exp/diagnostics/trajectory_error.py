@@ -29,7 +29,16 @@ class StepPair(NamedTuple):
 def paired_steps(
     predict: Predict, quantized: Sampling, denoiser: Denoiser, sampling: Sampling, *, seed: int, indices: Sequence[int]
 ) -> Iterator[StepPair]:
-    """Sample images `indices` with both networks side by side; other arguments are those of `error_accumulation`."""
+    """Sample images with both networks, step by step from the same noise.
+
+    Args:
+        predict: the quantized network's prediction.
+        quantized: its sampling.
+        denoiser: the float network.
+        sampling: its sampling.
+        seed: of the noise.
+        indices: of the images, which run as one batch.
+    """
     start: dict[str, Any] = {"seed": seed, "stream": STREAM, "indices": indices}
     conditions = sampling.conditions(denoiser, *start.values())
     quantized_steps = quantized.trajectory(predict, denoiser, **start)
@@ -58,7 +67,16 @@ def trajectory_error(
     """Two relative errors of every step: mean squared errors over the variance of the float quantity.
 
     `eps_error`: of the predicted noise on the float trajectory (what one step does); `x_error`: distance of the two
-    trajectories (what has accumulated). Arguments are those of `error_accumulation`, all images in one batch.
+    trajectories (what has accumulated).
+
+    Args:
+        predict: the quantized network's prediction.
+        quantized: its sampling.
+        denoiser: the float network.
+        sampling: its sampling.
+        images: trajectories, in one batch.
+        seed: of their noise.
+        each_step: called after each step with its index, from 0.
     """
     rows: list[Row] = []
     for exact, other, forced, _ in paired_steps(

@@ -55,7 +55,7 @@ class Evaluator:
 
     @property
     def kept(self) -> int:
-        """How many images of the reference the metrics need pooled features of."""
+        """Number of reference images whose pooled features the metrics need."""
         return self.manifold_images if self.kid or self.precision_recall else 0
 
     @property

@@ -1,4 +1,4 @@
-"""What surrounds a phase of a method while it learns: progress bar, loss curves, unit checkpoints and reports."""
+"""Callbacks of a learning phase: progress bar, loss curves, unit checkpoints and reports."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,14 @@ class LoggingCallback:
         self.advance(done / total, name)
 
     def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
-        """Show the loss of an iteration of a unit."""
+        """Show the loss of an iteration of a unit.
+
+        Args:
+            unit: its name.
+            iteration: number of iterations so far, from 1.
+            iterations: of the unit altogether.
+            loss: of this iteration, without the rounding penalty.
+        """
         self.advance((self.finished_units + iteration / iterations) / self.total, f"{unit}  loss {loss:.2e}")
         again = f" {self.passes}" if self.passes > 1 else ""
         curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))

@@ -164,7 +164,7 @@ class Run:
 
     @property
     def weight_inputs(self) -> dict[str, Any]:
-        """Which weights are quantized, and how."""
+        """Inputs of the weights' stage: the quantized weights with their specs, and the settings that learn them."""
         layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.sites.items() if layer.weight}
         method = {"range": self.method.weight_observer, "weights": self.method.weights, "qat": self.resolved.trained}
         return {**self.network_inputs, "specs": layers, **method}

@@ -42,7 +42,14 @@ class LossCurve:
 
 
 def save_result(path: Path, result: UnitResult, note: Mapping[str, Any], write: Write = write_checked) -> None:
-    """Write integer weights by layer and activation state by name as safetensors, the note as JSON in the header."""
+    """Write the result of a unit as safetensors.
+
+    Args:
+        path: of the file.
+        result: integer weights by layer, and activation state by name.
+        note: plain data, written as JSON into the header.
+        write: calls its second argument with a temporary path and moves the file to its first.
+    """
     tensors = {f"activations/{name}": value.cpu().clone() for name, value in result.activations.items()}
     for layer, parts in result.integers.items():
         for i, (codes, (scale, zero_point), _) in enumerate(parts):

@@ -49,7 +49,7 @@ class TrainingSet:
 
 
 def training_set_identity(source: ImageDataset, denoiser: Denoiser, *, horizontal_flip: bool) -> Mapping[str, Any]:
-    """What identifies a training set: the images, and the first stage where there is one."""
+    """Identity of a training set: the images, and the first stage if there is one."""
     encoder = {"weights_sha256": denoiser.weights_sha256, "settings": dict(denoiser.settings)}
     return {
         "images": dict(source.identity),

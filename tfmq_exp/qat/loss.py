@@ -16,7 +16,14 @@ def noisy(
     t: Int[Tensor, "batch"],
     alphas_cumprod: Float[Tensor, "timesteps"],
 ) -> Float[Tensor, "batch *rest"]:
-    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise, row by row (eq. 4)."""
+    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise, row by row (eq. 4).
+
+    Args:
+        clean: x_0, images or latents.
+        noise: standard normal.
+        t: timestep of each row, 0 to timesteps - 1.
+        alphas_cumprod: alpha-bar of every timestep of the training.
+    """
     alpha = alphas_cumprod[t].reshape(-1, *(1,) * (clean.dim() - 1))
     return (alpha.sqrt().to(clean.dtype) * clean).addcmul((1 - alpha).sqrt().to(clean.dtype), noise)
 

@@ -38,7 +38,7 @@ FIELDS: dict[str, kinds.Kind] = {
 
 @dataclass(frozen=True)
 class TrainingProtocol:
-    """How a network is trained. The papers' numbers are in conf/.
+    """Hyperparameters of quantization-aware training. The papers' numbers are in conf/.
 
     Args:
         iterations: optimiser steps.
@@ -84,7 +84,17 @@ class TrainingProtocol:
 def predict_noise(
     model: QuantizedUNet, batch: Batch, conditions: ConditionDropout, alphas_cumprod: Float[Tensor, "timesteps"]
 ) -> Tensor:
-    """The noise that the network predicts in a batch on its device."""
+    """The noise that the network predicts in a batch on its device.
+
+    Args:
+        model: the quantized network; timesteps that the sampler does not visit take the scales of the nearest step.
+        batch: x_0, noise and timesteps.
+        conditions: of the batch's images.
+        alphas_cumprod: alpha-bar of every timestep of the training.
+
+    Returns:
+        the prediction, of the shape of the noise.
+    """
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
     given = conditions(batch.rows, batch.conditioned, x.device)
     return noise_of(model(x, batch.t, outside="nearest_step", **given).sample, x)

@@ -44,7 +44,14 @@ def qparams_from_range(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"],
 def quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """Integer codes of `x` (as floats), clamped to the spec's range. `rounding` takes x / scale."""
+    """Integer codes of `x` (as floats), clamped to the spec's range.
+
+    Args:
+        x: of any shape.
+        q: scale and zero point, which broadcast against `x`.
+        spec: the integer range.
+        rounding: of x / scale to integers.
+    """
     return (rounding(x / q.scale) + q.zero_point).clamp(spec.qmin, spec.qmax)
 
 
@@ -56,7 +63,14 @@ def dequantize(codes: Float[Tensor, "*shape"], q: QParams) -> Float[Tensor, "*sh
 def fake_quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """Simulated quantization: `dequantize` after `quantize`."""
+    """Simulated quantization: `dequantize` after `quantize`.
+
+    Args:
+        x: of any shape.
+        q: scale and zero point, which broadcast against `x`.
+        spec: the integer range.
+        rounding: of x / scale to integers; the default has straight-through gradients to `x` and to the scale.
+    """
     if rounding is not round_ste:
         return dequantize(quantize(x, q, spec, rounding), q)
     if torch.is_grad_enabled() and (x.requires_grad or q.scale.requires_grad):

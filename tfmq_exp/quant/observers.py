@@ -44,7 +44,14 @@ def chunks(count: int, size: int) -> list[slice]:
 
 
 def lp_errors(values: Tensor, q: QParams, spec: QuantSpec, p: float) -> Float[Tensor, "ranges candidates"]:
-    """Mean p-th power of the quantization error of every candidate; `values` are [ranges, 1, values]."""
+    """Mean p-th power of the quantization error of every candidate.
+
+    Args:
+        values: [ranges, 1, values].
+        q: scale and zero point of the candidates, [ranges, candidates, 1].
+        spec: the integer range.
+        p: exponent, above 0.
+    """
     return (fake_quantize(values, q, spec) - values).abs_().pow_(p).mean(dim=2)
 
 

@@ -29,7 +29,7 @@ class UnitReport:
 
 
 class UnitResult(NamedTuple):
-    """What a unit has learned: integer weights by layer, and the state of its activation quantizers by name."""
+    """Result of a unit: integer weights by layer, and the state of its activation quantizers by name."""
 
     integers: Mapping[str, tuple[QuantizedWeight, ...]]
     activations: Mapping[str, Tensor]
@@ -56,7 +56,9 @@ class ProgressCallback(Protocol):
         """Called during work without units and losses."""
         ...
 
-    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None: ...
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
+        """Called after iteration `iteration` of `iterations`, from 1, with its loss without the rounding penalty."""
+        ...
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         """Called after a unit; without a report if an earlier run had finished it."""

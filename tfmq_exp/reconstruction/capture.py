@@ -157,7 +157,14 @@ class Capture:
 
 
 def sample_bytes(unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool) -> dict[str, int]:
-    """Bytes of each unit's outputs for one sample, with those of its inputs where asked for."""
+    """Bytes of each unit's outputs for one sample, by the unit's name.
+
+    Args:
+        unet: the float network.
+        units: of it.
+        data: one sample of it is run.
+        with_inputs: add the bytes of the unit's inputs.
+    """
     with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
         list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(unet))
     leaves = {name: pytree.tree_leaves(call if with_inputs else call[-1]) for name, call in calls.items()}

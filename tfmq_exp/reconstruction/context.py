@@ -1,4 +1,4 @@
-"""What a phase of a method works on: networks, data, and the resources that it may use."""
+"""Context of a phase of a method: networks, data, and the resources that it may use."""
 
 import functools
 from collections.abc import Callable

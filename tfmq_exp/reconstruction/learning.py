@@ -48,7 +48,17 @@ def is_learnable(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig)
 
 
 def learn_unit(context: ReconstructionContext, unit: Unit, data: UnitData, config: ReconstructionConfig) -> None:
-    """Learn one unit; its weights end rounded up or down."""
+    """Learn one unit; its weights end rounded up or down.
+
+    Args:
+        context: networks, resources and seed.
+        unit: of the quantized network, whose earlier units are learned.
+        data: its inputs and the float unit's outputs for all calibration samples.
+        config: objective, iterations, and what is learned.
+
+    Raises:
+        DivergedError: a loss or a learned number is not finite.
+    """
     model, seed, processes = context.model, derive_seed(context.seed, unit.name), context.compute.processes
     module, device = unit.module(model.unet), next(model.parameters()).device
     samples = TensorTree.of(
@@ -106,7 +116,7 @@ def freeze_unit(model: QuantizedUNet, unit: Unit) -> None:
 
 
 def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> UnitResult:
-    """What a unit has learned, for its checkpoint."""
+    """Learned integer weights and activation quantizers of a unit, for its checkpoint."""
     activations = {
         f"{name}.{key}": value.detach().clone()
         for name, quantizer in quantizers_of(model, unit, config).items()

@@ -122,7 +122,14 @@ def quantized_inputs(
 
 
 def unit_error(context: ReconstructionContext, unit: Unit, data: UnitData, replay: OutputReplay | None = None) -> float:
-    """Relative error of the quantized unit on part of the samples; with `replay`, its outputs for all are kept there."""
+    """Relative error of the quantized unit's outputs on part of the samples.
+
+    Args:
+        context: networks and resources.
+        unit: the unit.
+        data: its inputs and the float unit's outputs for all calibration samples.
+        replay: if given, the unit runs on all samples, and its outputs are kept there.
+    """
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
     inputs = next(iter(data.inputs.values()))
     inputs = inputs if replay else every_kth(inputs)

@@ -55,7 +55,7 @@ class LearnScales:
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """How one unit learns. The papers' numbers are in conf/.
+    """Hyperparameters of the reconstruction of a unit. The papers' numbers are in conf/.
 
     Args:
         iterations: optimiser steps per unit.

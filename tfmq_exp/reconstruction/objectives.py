@@ -18,7 +18,14 @@ EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 def lp_loss(
     prediction: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"], p: float, dim: int = 1
 ) -> Float[Tensor, ""]:
-    """|prediction - target|^p summed over the channels (`dim`), averaged over everything else."""
+    """|prediction - target|^p summed over the channels, averaged over everything else.
+
+    Args:
+        prediction: outputs of the quantized unit.
+        target: outputs of the float unit.
+        p: exponent, above 0.
+        dim: dimension of the channels, see `channel_dim`.
+    """
     error = prediction - target
     power = error.square() if p == 2 else error.abs().pow(p)
     return power.mean() * target.shape[dim]

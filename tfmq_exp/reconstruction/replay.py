@@ -23,7 +23,15 @@ def call_unit(unit: nn.Module, context: TimestepContext, inputs: Any) -> Any:
 def run_unit(
     unit: nn.Module, context: TimestepContext, inputs: TensorTree, batch: int, storage: SpillAllocator
 ) -> TensorTree:
-    """Outputs of a unit for all stored inputs, `batch` rows at a time."""
+    """Outputs of a unit for all stored inputs.
+
+    Args:
+        unit: module of the network.
+        context: set to the timesteps of each batch.
+        inputs: (timesteps, args, kwargs) of all samples.
+        batch: samples of a forward pass.
+        storage: of the outputs.
+    """
     stored: TensorTree | None = None
     device = next(unit.parameters()).device
     for rows, part in zip(batches(len(inputs), batch), inputs.batches(batch, device), strict=True):

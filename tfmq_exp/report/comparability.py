@@ -1,4 +1,4 @@
-"""Which score records can be compared, and which are seeds of one setting: nothing else is averaged."""
+"""Grouping of score records: comparable ones, and seeds of one setting, which alone are averaged."""
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

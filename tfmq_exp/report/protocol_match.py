@@ -1,4 +1,4 @@
-"""Which records match a published row: the same method, and the same in every field of the protocol that both sides name."""
+"""Match of records with published rows: the same method, and the same value in every protocol field that both name."""
 
 import re
 from collections.abc import Iterator, Mapping

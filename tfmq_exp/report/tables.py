@@ -78,7 +78,7 @@ def names(records: Sequence[ScoreRecord]) -> list[str]:
 
 
 def _setting_words(record: ScoreRecord, others: Sequence[ScoreRecord]) -> str:
-    """What tells a record's setting from others: what the command line changed, a hash, or effort and coverage."""
+    """Text that distinguishes a record's setting from others: changed settings, a hash, or effort and coverage."""
     if len(others) < 2:
         return ""
     named = {other.settings["hash"]: other.settings["named"] for other in others if other.settings}
@@ -113,7 +113,7 @@ def execution(records: Sequence[ScoreRecord]) -> str:
 
 
 def devices(records: Sequence[ScoreRecord]) -> str:
-    """Where records were made, for a headline; empty for one kind of device, or where they do not say."""
+    """Devices of the records, for a headline; empty for fewer than two kinds."""
     found = sorted({str(record.environment["device"]) for record in records if "device" in record.environment})
     return f"made on {' and '.join(found)}" if len(found) > 1 else ""
 
@@ -174,7 +174,7 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
 
 
 def _left_out(count: int) -> str:
-    """Other runs with the seeds of a mean, which it does not count."""
+    """Note on the number of runs that repeat a seed and are not in the mean; empty for none."""
     return f" ({count} more run{'s' if count > 1 else ''} of them left out)" if count else ""
 
 

@@ -51,7 +51,13 @@ class Sampling:
         return finite_set(self.sampler, denoiser.schedule)
 
     def conditions(self, denoiser: Denoiser, seed: int, stream: str, indices: Sequence[int]) -> Conditions:
-        """Conditions of images `indices` of a stream, on the network's device.
+        """Conditions of images of a stream, on the network's device.
+
+        Args:
+            denoiser: whose encoder makes them.
+            seed: of the choice of labels or captions.
+            stream: name of the random stream; images of different streams are independent.
+            indices: of the images in the stream.
 
         Raises:
             ValueError: guidance of a network that knows no unconditional mode, or a condition that is not finite.

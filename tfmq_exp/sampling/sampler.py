@@ -15,7 +15,7 @@ Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (ca
 
 
 class Moves(NamedTuple):
-    """How a sampler walks along one trajectory.
+    """Update rule of a sampler for one trajectory.
 
     Args:
         move: from one x to the next.

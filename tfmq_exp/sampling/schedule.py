@@ -54,9 +54,13 @@ def require_noise_prediction(schedule: Mapping[str, Any], name: str) -> None:
 def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int, ...]:
     """Timesteps in the order of sampling, from the noisiest.
 
-    uniform: 0, c, 2c, ... below `train` with c = train // steps, which are more than `steps` where `steps` does not divide
-    `train` (400 of 1000 become 500, as in LDM). quadratic: the squares of `steps` equal parts of sqrt(0.8 train), rounded
-    down; some come more than once. `offset` is added to each (1 in LDM, 0 in DDIM).
+    Args:
+        steps: of the sampler, 1 to `train`.
+        train: timesteps of the training.
+        spacing: `uniform`: 0, c, 2c, ... below `train` with c = train // steps, which are more than `steps` where `steps` does
+            not divide `train` (400 of 1000 become 500, as in LDM). `quadratic`: the squares of `steps` equal parts of
+            sqrt(0.8 train), rounded down; some come more than once.
+        offset: added to each (1 in LDM, 0 in DDIM).
 
     Raises:
         ValueError: no steps, more than there are timesteps, or a rule that leaves the training range.

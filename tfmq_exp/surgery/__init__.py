@@ -1,1 +1,1 @@
-"""From a float UNet to a quantized one, and from there to a file of integers."""
+"""Conversion of a float UNet to a quantized one, and of that to a file of integers."""

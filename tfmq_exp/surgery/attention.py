@@ -12,6 +12,9 @@ class QuantAttnProcessor(nn.Module):
     """softmax(Q(q) Q(k)^T / sqrt(d)) Q(v), with the probabilities quantized too where a quantizer is given.
 
     Quantizers take tensors with the batch first (q, k, v before the heads are split off), so that per-step scales work.
+
+    Args:
+        quantizers: by operand: `query`, `key`, `value`, `probabilities`; those that are left out stay float.
     """
 
     def __init__(self, quantizers: Mapping[str, nn.Module]) -> None:
@@ -27,10 +30,21 @@ class QuantAttnProcessor(nn.Module):
         hidden_states: Float[Tensor, "batch ..."],
         encoder_hidden_states: Float[Tensor, "batch tokens width"] | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,  # diffusers looks for this name; only spatial norms read it
+        temb: Tensor | None = None,
         **_: Any,
     ) -> Float[Tensor, "batch ..."]:
-        """As diffusers' AttnProcessor, with an explicit softmax."""
+        """Attention as diffusers' AttnProcessor computes it, with an explicit softmax.
+
+        Args:
+            attn: module whose layers are used.
+            hidden_states: [batch, tokens, channels] or [batch, channels, height, width].
+            encoder_hidden_states: context of cross-attention; None for self-attention.
+            attention_mask: must be None.
+            temb: not used; diffusers looks for this name, and only spatial norms would read it.
+
+        Raises:
+            ValueError: a mask, or a module with a spatial norm.
+        """
         assert attn.to_k is not None and attn.to_v is not None and attn.to_out is not None  # noqa: PT018
         if attention_mask is not None or attn.spatial_norm is not None:
             raise ValueError("quantized attention supports no mask or spatial norm")

@@ -46,7 +46,15 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
 def add_quantizers(
     layer: QuantLayer, line: LayerConfig, plan: ResolvedConfig, observer: Observer, context: TimestepContext
 ) -> None:
-    """Give a layer the quantizers of its line of the table."""
+    """Give a layer the quantizers of its line of the table.
+
+    Args:
+        layer: gets them; its weight is that of the float network.
+        line: specs of weight, input and output; the first `split` input channels have quantizers of their own.
+        plan: the table, which says whether weights are trained.
+        observer: of the ranges of weights.
+        context: timesteps of the rows at hand, which scales depend on.
+    """
     sizes = (line.split, layer.weight.shape[1] - line.split) if line.split else ()
     if spec := line.weight:
         parts = [

@@ -116,7 +116,7 @@ class QuantizedUNet(nn.Module):
         return {name: module for name, module in self.unet.named_modules() if isinstance(module, AffineQuantizer)}
 
     def activation_quantizers_in(self, block: str, sites: Collection[str]) -> dict[str, AffineQuantizer]:
-        """Those of some layers, and those of the operands of attentions inside a block."""
+        """Activation quantizers of some layers, and of the attention operands inside a block."""
         inside = [name for name in self.plan.operands if name == block or name.startswith(f"{block}.")]
         owners = (*(f"{site}." for site in sites), *(f"{name}.processor." for name in inside))
         return {name: q for name, q in self.activation_quantizers().items() if name.startswith(owners)}
@@ -143,7 +143,7 @@ class QuantizedUNet(nn.Module):
 
     @contextmanager
     def naming_activations(self) -> Generator[None]:
-        """In this block, the error for an activation that is not finite has its name and timesteps."""
+        """Add the activation's name and timesteps to the error for one that is not finite, inside this block."""
         last: tuple[str, Tensor, Tensor] | None = None
 
         def note(name: str, _: nn.Module, args: Any) -> None:

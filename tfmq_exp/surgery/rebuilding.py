@@ -116,7 +116,17 @@ def fill_weights(model: QuantizedUNet, stored: StoredTensors) -> dict[str, Tenso
 def fill_features(
     model: QuantizedUNet, manifest: Mapping[str, Any], stored: StoredTensors, known: Mapping[str, Role]
 ) -> None:
-    """Put stored temporal features in the place of the layers that compute them, which are no others."""
+    """Put stored temporal features in the place of the layers that compute them, which are no others.
+
+    Args:
+        model: the rebuilt network.
+        manifest: its `cached` layers with their specs, and its `unneeded` ones.
+        stored: integers of the features, [steps, channels].
+        known: role of each layer with weights.
+
+    Raises:
+        ValueError: a layer that computes no temporal feature, or one that is still needed.
+    """
     for site, spec in manifest["cached"].items():
         if known.get(site) is not Role.TIME_PROJ:
             raise ValueError(f"{site!r} projects no temporal feature: it cannot be stored")

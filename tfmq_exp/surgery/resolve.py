@@ -174,7 +174,7 @@ def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> t
 
 
 def coverage(table: ResolvedConfig, structure: UNetStructure) -> Mapping[str, Any]:
-    """How much of the network the table makes integer: shares of weights and MACs, and the layers that stay float."""
+    """Quantized part of the network: shares of weights and of MACs, and the layers that stay float."""
     weights = sum(layer.weights for layer in structure.sites.values())
     macs = sum(layer.macs for layer in structure.sites.values())
     lines = [(structure.sites[name], line) for name, line in table.sites.items()]

@@ -1,4 +1,4 @@
-"""Which activations have which scales."""
+"""Choice of the scale provider of every activation, by role."""
 
 from dataclasses import dataclass
 
@@ -33,5 +33,5 @@ class ScalePlan:
             encode(scale.tabulated(), STORED_SCALES)  # refuse what could not be stored before anything is computed
 
     def of(self, role: Role | None) -> ScaleConfig:
-        """That of a layer with this role (None: attention's operands)."""
+        """Scale config of a layer with this role (None: attention's operands)."""
         return self.temporal if role in TEMPORAL_ROLES else self.default

@@ -107,8 +107,8 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return manifest, tensors
 
 
-def load(path: Path) -> QuantizedUNet:
-    """Build the model from the file alone, ready to be called at its timesteps, which are `model.context.timesteps`.
+def load_with_recipe(path: Path) -> tuple[QuantizedUNet, Recipe | None]:
+    """Build the model from the file alone, ready to be called at `model.context.timesteps`, and how it is sampled.
 
     Raises:
         ValueError: not such a file, damaged, of another version, with tensors missing or left over, or with numbers or
@@ -117,14 +117,19 @@ def load(path: Path) -> QuantizedUNet:
     manifest, tensors = read(path)
     try:
         check_entries(manifest)
-        read_recipe(manifest)
-        return rebuilt(manifest, tensors)
+        recipe = read_recipe(manifest)
+        return rebuilt(manifest, tensors), recipe
     except Exception as error:  # a foreign file can fail anywhere
         raise ValueError(f"{path} cannot be loaded: {reason_of(error)}") from error
 
 
+def load(path: Path) -> QuantizedUNet:
+    """The model of a file alone; errors are those of `load_with_recipe`."""
+    return load_with_recipe(path)[0]
+
+
 def load_recipe(path: Path) -> Recipe:
-    """How the model of a file is sampled: `load_recipe(path).images(load(path), seed=0, indices=range(16))`.
+    """Sampling recipe of a stored model: `load_recipe(path).images(load(path), seed=0, indices=range(16))`.
 
     Raises:
         ValueError: not such a file, damaged, of another version, or written without a recipe.

@@ -33,7 +33,7 @@ NUMERIC = ("act_fn", "time_embedding_type", "norm_eps", "mid_block_scale_factor"
 
 
 def changed_settings(unet: Any, keys: tuple[str, ...]) -> str:
-    """Those of these settings that are not at their default, for messages."""
+    """Text of the settings among `keys` that differ from their defaults, for messages."""
     defaults = default_settings(type(unet))
     chosen = {key: unet.config[key] for key in keys if key in unet.config and unet.config[key] != defaults[key]}
     return ", ".join(f"{key}={value!r}" for key, value in chosen.items()) or "default settings"

@@ -97,7 +97,17 @@ def export(
 def convert(
     model: QuantizedUNet, layers: Sequence[DeployedLayer], example: Mapping[str, Tensor], pairs_saturate: bool = False
 ) -> ConvertedModel:
-    """Convert a model to OpenVINO's, with inputs `sample`, `step` and its conditions, for any batch; see `export`."""
+    """Convert a model to OpenVINO's, with inputs `sample`, `step` and its conditions, for any batch.
+
+    Args:
+        model: finished, see `export`.
+        layers: quantized layers of the model.
+        example: keyword arguments of a forward pass; all shapes but the batch become those of the converted model.
+        pairs_saturate: whether the processor adds pairs of products in sixteen bits; weights above 64 are then split in two.
+
+    Raises:
+        ValueError: an input quantizer is not representable, or a layer is not called exactly once.
+    """
     for layer in layers:
         quantized = not isinstance(layer.layer.input_quantizer, nn.Identity)
         if quantized and any(product.input is None for product in layer.products):

@@ -198,7 +198,16 @@ def prune(u: Node, dead_zone: Node | float, kept: Node | float) -> Node:
 
 
 def round_clamped(u: Node, scale: float, lowest: float, highest: float, levels: int, gain: float = 1.0) -> Node:
-    """Gain * scale * clamp(round(u / scale), lowest, highest), by a FakeQuantize that starts at `lowest`."""
+    """Gain * scale * clamp(round(u / scale), lowest, highest), by a FakeQuantize that starts at `lowest`.
+
+    Args:
+        u: of any shape.
+        scale: width of a step of `u`, above 0.
+        lowest: smallest integer after the clamp.
+        highest: largest one.
+        levels: of the FakeQuantize, at least highest - lowest + 1; 256 for execution in eight-bit integers.
+        gain: factor of the outputs.
+    """
     if int(highest - lowest) + 1 < levels:
         u = ops.clamp(u, scale * lowest, scale * highest)
     ends = [scale * end for end in (lowest, lowest + levels - 1)]

@@ -81,7 +81,15 @@ def along_outputs(layer: nn.Module, values: Tensor) -> Node:
 def integer_product(
     deployed: DeployedLayer, product: DeployedProduct, x: Node, now: Mapping[str, Node], pairs_saturate: bool
 ) -> tuple[Node, Node]:
-    """Output of a product in integers, without bias; and the node that the plugin must execute in integers."""
+    """Output of a product in integers, without bias; and the node that the plugin must execute in integers.
+
+    Args:
+        deployed: the layer.
+        product: one of its products, with a quantized weight and input.
+        x: input of the product, [batch, channels, height, width] or [..., features].
+        now: for each of `layer_columns(deployed)` the number of the present sampling step.
+        pairs_saturate: see `layer_graph`.
+    """
     assert product.weight is not None
     assert product.input is not None
     layer, weight, padding, axis = deployed.layer, product.weight, deployed.padding, ops.constant(deployed.axis)

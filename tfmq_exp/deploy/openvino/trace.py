@@ -62,7 +62,17 @@ class UNetWithStepInput(nn.Module):
 def trace(
     unet: nn.Module, timesteps: Sequence[int], replacements: Sequence[GraphReplacement], example: Mapping[str, Tensor]
 ) -> Any:
-    """Convert a network with replacements, and group norms with ours; the network itself is not changed."""
+    """Convert a network with replacements, and group norms with ours; the network itself is not changed.
+
+    Args:
+        unet: the network.
+        timesteps: of the sampler, in its order; the input `step` is an index into them.
+        replacements: modules that are converted by operations of their own.
+        example: keyword arguments of a forward pass; all shapes but the batch become those of the converted model.
+
+    Returns:
+        OpenVINO's model.
+    """
     stepped = UNetWithStepInput(unet, timesteps)
     norms = [module for module in unet.modules() if isinstance(module, nn.GroupNorm)]
     norm_replacements = [

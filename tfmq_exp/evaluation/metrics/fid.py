@@ -86,9 +86,9 @@ def _rounded(mean: Tensor, covariance: Tensor) -> Tensor:
 def within_range(
     real: GaussianStatistics, generated: GaussianStatistics, rank: int
 ) -> tuple[GaussianStatistics, GaussianStatistics, Float[Tensor, ""]]:
-    """Both in coordinates of a subspace that holds the range of the generated covariance, and the distance outside of it.
+    """Project both onto a subspace with the range of the generated covariance; also return the distance outside of it.
 
-    There the generated distribution is a point: means differ by their distance, and all variance of the real one counts.
+    Outside, the generated distribution is a point: means differ by their distance, and all variance of the real one counts.
     """
     probes = torch.randn(len(real.mean), rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     # arXiv 0909.4061, algorithm 4.1: exact where the rank is so low

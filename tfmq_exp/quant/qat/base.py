@@ -77,7 +77,7 @@ class QATQuantizeFn:
         return {}
 
     def codes(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
-        """Integer codes of `x` (as floats), without a gradient."""
+        """Integer codes of `x` (as floats), without a gradient. The arguments are those of `__call__`."""
         return (x / scale).clamp_(ints.qmin, ints.qmax).round_()
 
     def output_scale(self, scale: Tensor, extra: Extra) -> Tensor:

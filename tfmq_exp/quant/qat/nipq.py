@@ -17,7 +17,7 @@ QUANTILES = 4096  # at which the inverse of its distribution function is tabulat
 
 @dataclass(frozen=True)
 class Nipq(QATQuantizeFn):
-    """While training, noise of the size of the rounding error in place of rounding; afterwards plain rounding.
+    """Pseudo-quantization noise with the distribution of the rounding error in training; plain rounding afterwards.
 
     Inside the range x + s noise, outside its ends; gradients of alpha = s qmax are noise / qmax and the sign. No gradient
     passes through the noise. The network's bits are not learned: with fixed bits the noise on them rounds away.

@@ -44,7 +44,7 @@ class Qil(QATQuantizeFn):
         return {"pruned": ExtraParam(0.0, 0.0, 0.99), **gamma}
 
     def transformed(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
-        """The transformer, in units of codes: from 0 at c - d to qmax at c + d. Never negative."""
+        """The transformer, in units of codes: from 0 at c - d to qmax at c + d. The arguments are those of `__call__`."""
         pruned = extra["pruned"]
         reach = (((x / scale).abs() - pruned * ints.qmax) / (1 - pruned)).clamp(0, ints.qmax)
         if not self.learn_gamma:
@@ -56,7 +56,7 @@ class Qil(QATQuantizeFn):
         return self.transformed(x, scale, ints, extra).round() * self.sign(x, ints)
 
     def sign(self, x: Tensor, ints: IntRange) -> Tensor:
-        """That of x; 0 for negative x under an unsigned range."""
+        """Sign of x; 0 for negative x under an unsigned range."""
         return x.sign() if ints.qmin < 0 else (x > 0).to(x.dtype)
 
     def __call__(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:

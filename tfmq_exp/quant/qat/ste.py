@@ -38,7 +38,7 @@ def ste_quantize(
 
 
 def within_range(u: Tensor, ints: IntRange) -> Tensor:
-    """Where u lies strictly between the ends (LSQ, arXiv 1902.08153, eq. 3)."""
+    """Mask of the elements strictly inside the integer range (LSQ, arXiv 1902.08153, eq. 3)."""
     return (u > ints.qmin) & (u < ints.qmax)
 
 

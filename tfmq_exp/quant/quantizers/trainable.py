@@ -23,7 +23,7 @@ Offset = Literal["zero", "silu", "learned"]
 
 
 class QATQuantizer(Quantizer):
-    """What both quantizers have: the function `fn`, its integer range `ints` and its own parameters `extra`."""
+    """Base of both quantizers: the function `fn`, its integer range `ints` and its own parameters `extra`."""
 
     def set_fn(self, fn: QATQuantizeFn, spec: QuantSpec, num_values: int = 1) -> None:
         self.fn, self.ints = fn, int_range(spec, fn.int_range)._replace(num_values=num_values)

@@ -62,7 +62,14 @@ class GeneratorConfig(EMAConfig):
 
 
 class GeneratedScale(StaticScale):
-    """A static range s_0 that is calibrated, and an MLP that is learned: s = softplus(MLP + softplus^-1(s_0))."""
+    """A static range s_0 that is calibrated, and an MLP that is learned: s = softplus(MLP + softplus^-1(s_0)).
+
+    Args:
+        config: of the MLP and the calibrated range.
+        spec: of the quantizer.
+        context: timesteps of the rows at hand.
+        width: number of inputs of the MLP.
+    """
 
     generates = True
 

@@ -51,7 +51,7 @@ class TDQScale(GeneratedScale):
         return QParams(scale, self.zero_points(scale))
 
     def zero_points(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Those that keep the lower end of the calibrated range."""
+        """Zero points that keep the lower end of the calibrated range."""
         if self.spec.scheme != "affine":
             return torch.zeros_like(scale, requires_grad=False)
         below = self.zero_point * self.scale  # distance of the lower end below zero

@@ -1,4 +1,4 @@
-"""What all figures share: the axis of sampling time, short names of layers, and saving."""
+"""Common parts of figures: the axis of sampling time, short names of layers, and saving."""
 
 from collections.abc import Iterable
 from pathlib import Path

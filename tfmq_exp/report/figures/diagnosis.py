@@ -55,7 +55,14 @@ def range_map(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
 
 
 def range_lines(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
-    """Draw extremes, quantiles and mean of the first activations over the timesteps, with the ends of the grid."""
+    """Draw extremes, quantiles and mean of the first activations over the timesteps, with the ends of the grid.
+
+    Args:
+        rows: of `activation_ranges`.
+        order: names of activations; the first `PLOTTED_ACTIVATIONS` are drawn.
+        path: of the picture.
+        title: above it.
+    """
     names = list(order[:PLOTTED_ACTIVATIONS])
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
@@ -96,7 +103,14 @@ def rounding_bars(rows: Rows, path: Path, title: str) -> None:
 
 
 def sensitivity_bars(rows: Rows, thirds: Sequence[str], path: Path, title: str) -> None:
-    """Draw the prediction's error unit by unit in execution order, with a mark for each third of the sampling steps."""
+    """Draw the prediction's error unit by unit in execution order, with a mark for each third of the sampling steps.
+
+    Args:
+        rows: one for each unit, with `relative_error` and a column for each third; the first `MAX_ROWS` are drawn.
+        thirds: names of these columns, from the first steps to the last.
+        path: of the picture.
+        title: above it.
+    """
     rows = rows[:MAX_ROWS]
     at = np.arange(len(rows))
     figure, axis = plt.subplots(figsize=(8, _height(len(rows))), layout="constrained")

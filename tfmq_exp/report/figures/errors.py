@@ -52,7 +52,15 @@ def _draw(rows: Rows, path: Path, title: str, *panels: Panel) -> None:
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, path: Path, titles: tuple[str, str], columns: int = 8) -> None:
-    """Draw two sets of images, uint8 [n, channels, height, width], as two grids; image i of both has the same seed."""
+    """Draw two sets of images as two grids; image i of both has the same seed.
+
+    Args:
+        left: uint8 [n, channels, height, width], 1 or 3 channels.
+        right: likewise.
+        path: of the picture.
+        titles: of the two grids.
+        columns: images in a row of a grid.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
     for axis, images, title in zip(axes, (left, right), titles, strict=True):
         axis.imshow(mosaic(images, columns, gap=1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")

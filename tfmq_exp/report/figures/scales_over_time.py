@@ -43,7 +43,7 @@ class RunScales:
 
     @property
     def label(self) -> str:
-        """For legends and tables."""
+        """Name of the run in legends and tables."""
         return f"{self.name}, seed {self.seed}"
 
 
@@ -88,7 +88,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def correlations(runs: Sequence[RunScales]) -> list[Row]:
-    """For every activation of every run: r of its deviation with the timestep, and of its scale with its deviation."""
+    """Pearson's r of each activation's deviation with the timestep, and of its scale with its deviation, for every run."""
     rows: list[Row] = []
     for run, name, key in _activations(runs):
         with_t = correlation(run.t, run.deviation[name])
@@ -98,7 +98,7 @@ def correlations(runs: Sequence[RunScales]) -> list[Row]:
 
 
 def summary(runs: Sequence[RunScales]) -> list[Row]:
-    """For every run the share of activations that change with the timestep, and of scales that follow them.
+    """Share of activations that change with the timestep, and of scales that follow them, for every run.
 
     Correlations that are not defined count as 0.
     """

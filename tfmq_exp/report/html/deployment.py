@@ -76,7 +76,7 @@ def _title(run: Run) -> str:
 
 
 def _layer_groups(rows: Rows) -> tuple[LayerGroup, ...]:
-    """What the engine executes first, then the most layers; products of attention last."""
+    """Groups of layers by execution: executed ones first, larger groups before smaller; products of attention last."""
 
     def key(row: Row) -> tuple[str, str, str]:
         own = row["role"] in OWN_GROUP and row["executed"] == LEFT

@@ -90,7 +90,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        """How its numbers were made, in a line."""
+        """Sampling protocol of the group, in a line."""
         return ", ".join(filter(None, (sampling_title(self.first), self.distinction)))
 
     @property
@@ -163,7 +163,7 @@ def _images_key(record: ScoreRecord) -> str:
 
 
 def _maker(member: Member, same: Sequence[Member]) -> Member:
-    """Of runs that share their images the one that made them: several engines share one simulation."""
+    """The run that made the images which several runs share: several engines share one simulation."""
     if "scores" not in member.record.keys:
         return member
     sharing = [other for other in same if _images_key(other.record) == _images_key(member.record)]

@@ -80,7 +80,7 @@ def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[s
 
 
 def summary(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
-    """What was run, in numbers and names. Models without scores are named apart where others have some."""
+    """Summary of the runs in numbers and names. Models without scores are listed apart if others have some."""
     folders = [run for run in runs if not run.saved]
     states = Counter(run.state for run in folders)
     variants = [variant for group in groups for variant in group.quantized]

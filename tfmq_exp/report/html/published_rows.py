@@ -33,12 +33,12 @@ class ComparedRow(NamedTuple):
 
     @property
     def difference(self) -> str:
-        """Ours less theirs; empty where the protocols do not match."""
+        """Our number minus the paper's; empty where the protocols do not match."""
         return "" if self.cell.difference is None else f"{self.cell.difference:+.2f}"
 
     @property
     def verified(self) -> str:
-        """How the number was seen, in words."""
+        """Verification of the printed number, in words."""
         return MARKS[self.cell.verified][1]
 
 

@@ -47,7 +47,7 @@ class DDIM:
         )
 
     def alphas(self, schedule: Mapping[str, Any]) -> Alphas:
-        """In double precision."""
+        """Alpha-bar before and after each step, in double precision."""
         require_noise_prediction(schedule, "DDIM")
         table, calls = alphas_cumprod(schedule), self.calls(schedule)
         last = torch.ones_like(table[0]) if self.set_alpha_to_one else table[0]

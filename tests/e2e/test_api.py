@@ -1,0 +1,47 @@
+"""The library example of the README runs, and gives the numbers of `run.py` with the same settings."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import tfmq_exp
+from tests.e2e.jobs import job
+from tfmq_exp.api import configuration
+from tfmq_exp.surgery.config import QuantizationConfig
+
+README = Path(__file__).parents[2] / "README.md"
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
+
+
+def test_the_readme_example_has_the_numbers_of_run_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "quantize(" in block)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    given = re.findall(r'"(protocol[^"]+)"', code)
+    run = job(
+        tmp_path / "job", "method=tfmq", "quant=w4a8", "protocol.calibration.images=4", *given, "until=activations"
+    )
+    stages = json.loads((run / "artifacts.json").read_text())
+    artefact = Path(stages["activations"]["path"]) / "quantized.safetensors"
+    assert (tmp_path / "digits-w4a8.safetensors").read_bytes() == artefact.read_bytes()
+
+
+def test_a_store_keeps_the_stages_and_a_configuration_replaces_the_method_s(tmp_path: Path) -> None:
+    denoiser = tfmq_exp.load_denoiser("digits")
+    chosen = configuration("method=nearest").method.surgery
+    roles = {role: {**bits} for role, bits in chosen.roles.items()} | {"head": None}
+    config = QuantizationConfig(roles, split_shortcuts=False)  # type: ignore[arg-type]
+    settings = {"method": "nearest", "overrides": ("debug=smoke",), "progress": False, "store": tmp_path / "store"}
+    model = tfmq_exp.quantize(denoiser, 2, config=config, **settings)  # type: ignore[arg-type]
+    assert "conv_out" not in model.unet.integers
+    assert "conv_in" in model.unet.integers
+    assert len(list((tmp_path / "store").glob("activations/*/quantized.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"method": "tfqm"}, {"bits": "w5a5"}, {"device": "tpu"}])
+def test_settings_that_cannot_be_are_errors(wrong: dict[str, str]) -> None:
+    with pytest.raises(Exception, match=next(iter(wrong.values()))):
+        tfmq_exp.quantize(tfmq_exp.load_denoiser("digits"), **wrong)  # type: ignore[arg-type]

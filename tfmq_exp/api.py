@@ -1,0 +1,146 @@
+"""The library: load a denoiser, quantize it, sample, save, load again. `python run.py` makes its runs of the same parts."""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from jaxtyping import Float
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor
+
+from tfmq_exp.cli.environment import pick_device, prepare
+from tfmq_exp.cli.make_run import make_run
+from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.pipeline.experiment import Experiment
+from tfmq_exp.pipeline.pipeline import Pipeline
+from tfmq_exp.pipeline.run import CalibrationPlan
+from tfmq_exp.pipeline.store import Store
+from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.config import QuantizationConfig
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized network, and how it is sampled (None for a sampler of one's own class, which no file describes).
+
+    Execution is simulated: weights are integers that are turned back into real numbers to compute with.
+    """
+
+    unet: QuantizedUNet
+    recipe: Recipe | None
+
+    def save(self, path: str | Path) -> int:
+        """Write one safetensors file with integers packed to their bit-width; returns its size in bytes."""
+        return serialization.save(self.unet, Path(path), self.recipe)
+
+
+def load_denoiser(model: str = "digits", *overrides: str) -> Denoiser:
+    """Load a float model with its noise schedule, conditions and first stage.
+
+    Args:
+        model: a file of `conf/model`, as `digits` (shipped), `ldm_bedroom` or `diffusers`.
+        overrides: of the configuration, as on the command line: `path=FOLDER` for `diffusers`.
+
+    Raises:
+        ValueError: a file that is missing or is no such model.
+    """
+    denoiser: Denoiser = instantiate(configuration(f"model={model}", *overrides).model.denoiser, _convert_="all")
+    return denoiser
+
+
+def quantize(
+    denoiser: Denoiser,
+    calibration: int | None = None,
+    method: str = "tfmq",
+    bits: str = "w4a8",
+    *,
+    config: QuantizationConfig | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> QuantizedModel:
+    """Quantize a denoiser with a method of `conf/method`. The same settings give the numbers of `python run.py`.
+
+    Args:
+        denoiser: of `load_denoiser`.
+        calibration: trajectories of the float model that are learned from; None for the number of the model's protocol.
+        method: a file of `conf/method`.
+        bits: a file of `conf/quant`, as `w4a8`; 32 for float activations.
+        config: layers and operands that become integer, with their bits, in place of those of the method.
+        overrides: of the configuration, as on the command line: `protocol.reconstruction.iterations=100`.
+        seed: of calibration and learning.
+        device: auto, cpu or cuda.
+        store: folder that keeps finished stages, from which an interrupted call goes on; None for a temporary one.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
+    cfg = configuration(f"model={denoiser.name}", f"method={method}", f"quant={bits}", f"seed={seed}", *overrides)
+    prepare(cfg.runtime.threads)
+    run = make_run(cfg, pick_device(device), Path.cwd(), denoiser=denoiser)
+    if calibration is not None:
+        run = replace(run, calibration=CalibrationPlan(calibration, run.calibration.batch))
+    if config is not None:
+        run = replace(run, method=replace(run.method, surgery=config))
+    bars = ProgressBars(Console(quiet=not progress)).stage
+    with tempfile.TemporaryDirectory() as temporary:
+        experiment = Experiment(run, Pipeline(Store(Path(store or temporary)), bars, NullLogger()))
+        unet = experiment.activations.model
+        return QuantizedModel(unet, Recipe.of(run.sampling, denoiser))
+
+
+def load_quantized(path: str | Path) -> QuantizedModel:
+    """Load a file of `QuantizedModel.save`, or a run's `quantized.safetensors`; it needs no other file.
+
+    Raises:
+        ValueError: not such a file, damaged, or of another version.
+    """
+    unet, recipe = serialization.load_with_recipe(Path(path))
+    return QuantizedModel(unet, recipe)
+
+
+def sample(
+    model: QuantizedModel, indices: Iterable[int] = range(16), seed: int = 0, **options: Any
+) -> Float[Tensor, "images channels height width"]:
+    """Images in [-1, 1] (latents of a model with a first stage); image i has its own noise, whatever the others are.
+
+    Args:
+        model: of `quantize` or `load_quantized`.
+        indices: of the images.
+        seed: of their noise.
+        options: of `Recipe.images`, as `conditions`.
+
+    Raises:
+        ValueError: a model without a recipe.
+    """
+    if model.recipe is None:
+        raise ValueError("this model was sampled by a sampler class of one's own, which its file does not describe")
+    with torch.no_grad():
+        return model.recipe.images(model.unet, seed=seed, indices=list(indices), **options)
+
+
+def configuration(*overrides: str) -> DictConfig:
+    """The composed configuration of `python run.py OVERRIDES`.
+
+    Raises:
+        FileNotFoundError: a copy of the package without its `conf/` folder.
+    """
+    if not CONF.is_dir():
+        raise FileNotFoundError(f"{CONF} is not there: install the project with `pip install -e` from its own folder")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))

@@ -1,0 +1,84 @@
+"""The objects of a run, made from a composed configuration."""
+
+import functools
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from tfmq_exp.cli.validation import real_images
+from tfmq_exp.core.distributed import ALONE, ProcessGroup
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.pipeline.run import CalibrationPlan, DiagnosisPlan, Run
+from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
+from tfmq_exp.sampling.conditioning import Captions
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.images import ImagePlan
+from tfmq_exp.sampling.scheduler import replaced_settings
+
+log = logging.getLogger(__name__)
+make: Any = functools.partial(instantiate, _convert_="all")
+
+
+def make_run(
+    cfg: DictConfig,
+    device: torch.device,
+    folder: Path,
+    group: ProcessGroup = ALONE,
+    denoiser: Denoiser | None = None,
+) -> Run:
+    """Objects of a configuration.
+
+    Args:
+        cfg: composed configuration.
+        device: of the networks.
+        folder: of the run, in which real images are not looked for.
+        group: processes of the run.
+        denoiser: a loaded model to take in place of the configured one.
+
+    Raises:
+        ValueError: choices that do not fit together, or do not fit the model.
+    """
+    # first what is made in no time: a number that cannot be right is named before gigabytes are read
+    sampling, method = make_sampling(cfg), make(cfg.method)
+    method.correction.check(sampling.sampler)
+    denoiser = denoiser or make(cfg.model.denoiser)
+    assert denoiser is not None
+    denoiser.to(device)
+    sampling.check(denoiser)
+    if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
+        log.warning("%s", left)
+    protocol, runtime = cfg.protocol, cfg.runtime
+    if runtime.activation_cache_dir is not None:
+        Path(runtime.activation_cache_dir).mkdir(parents=True, exist_ok=True)
+    return Run(
+        denoiser=denoiser,
+        sampling=sampling,
+        method=method,
+        images=ImagePlan(protocol.sampling.images, cfg.seed, runtime.batch_size, protocol.sampling.uint8),
+        calibration=CalibrationPlan(protocol.calibration.images, runtime.batch_size),
+        diagnostics=protocol.diagnostics.images,
+        diagnosis=DiagnosisPlan(**make(cfg.diagnosis)),
+        compute=ComputeConfig(
+            runtime.batch_size,
+            int(runtime.activation_cache_gib * 2**30) // group.world_size,
+            quiet_trainer(device),
+            None if runtime.activation_cache_dir is None else Path(runtime.activation_cache_dir),
+            group,
+            timedelta(minutes=runtime.checkpoint_every_min),
+        ),
+        seed=cfg.seed,
+        make_evaluator=functools.partial(make, cfg.eval),
+        make_training_images=lambda: make(real_images(cfg, folder)),
+    )
+
+
+def make_sampling(cfg: DictConfig) -> Sampling:
+    """Sampler, guidance and conditions; captions of a file that is named replace the model's own conditions."""
+    settings = make(cfg.model.sampling)
+    captions = {} if cfg.captions is None else {"conditioning": Captions.read(str(cfg.captions))}
+    return Sampling(make(cfg.sampler), **(settings | captions))
