@@ -31,7 +31,7 @@ def alphas_of(sampling: dict[str, Any] | None) -> tuple[np.ndarray, float]:
         raise ValueError(f"this script samples by DDIM with eta 0 and linear betas; the model was made for {how}")
     start, end, count = betas
     alphas = np.cumprod(1 - np.linspace(start**power, end**power, count) ** (1 / power))
-    return alphas, 1.0 if settings["ends_clean"] else alphas[0]
+    return alphas, 1.0 if settings["set_alpha_to_one"] else alphas[0]
 
 
 def sample(unet: ExportedUNet, count: int, seed: int) -> np.ndarray:

@@ -216,7 +216,7 @@ def test_calibration_is_that_of_the_rows_method(preset: str) -> None:
 def test_calibration_samples_at_real_network_calls(name: str, samples: int) -> None:
     cfg = configured(name)
     sampler = SAMPLERS[cfg.sampler._target_.rpartition(".")[2]]
-    skip = {"skip": "quad"} if cfg.sampler.get("spacing") == "quadratic" else {}
+    skip = {"skip": "quad"} if cfg.sampler.get("timestep_spacing") == "quadratic" else {}
     calls = published_calls({"sampler": sampler, "steps": cfg.sampler.num_inference_steps, **skip})
     assert calls is not None
     every = range(0, calls, cfg.protocol.calibration.step_stride)

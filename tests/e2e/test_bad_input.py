@@ -48,7 +48,7 @@ def test_unknown_keys_and_groups_are_refused(tmp_path: Path, override: str) -> N
         (("quant.weight=1",), "got 1"),
         (("quant.activation=3",), "got 3"),
         (("protocol.sampling.num_inference_steps=37",), "37 sampler steps would visit timestep 1000"),
-        (("until=fid",), "goal must be one of"),
+        (("until=fid",), "until must be one of"),
         (("+method.weights.iterz=5",), "iterz"),
         (("device=cuda",), "CUDA"),
         (("method/scales=dynamic", "method.scales.temporal.granularity=sometimes"), "sometimes"),

@@ -154,7 +154,7 @@ def test_wandb_knows_the_run_by_its_choices(run: Path, shown: Logged) -> None:
     choices = shown.config["choices"]
     assert [choices[key] for key in ("model", "quant", "method", "sampler")] == ["digits", "w4a8", "brecq", "ddim"]
     assert choices["method/weights/partition"] == "blockwise"
-    assert shown.config["model"]["protocol"]["iterations"] == 11
+    assert shown.config["protocol"]["reconstruction"]["iterations"] == 11
     assert shown.config["environment"] == json.loads((run / "environment.json").read_text())
     assert shown.exit_code == 0
 

@@ -99,7 +99,7 @@ def test_a_failed_job_leaves_the_others_alone_and_a_second_sweep_finds_them(
 
 
 def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`repeat`, a stage that was deleted, and a result that was changed: each time the stages are asked."""
+    """`force`, a stage that was deleted, and a result that was changed: each time the stages are asked."""
     overrides = ("debug=smoke", "method=nearest", "until=trajectory")
 
     def state(*more: str) -> str:

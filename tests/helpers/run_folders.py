@@ -14,7 +14,7 @@ from tfmq_exp.report.html.page import render_page
 from tfmq_exp.report.html.run_reader import read_runs
 from tfmq_exp.report.published_tables import PublishedRow
 
-PROTOCOL = {"sampler": {"class": "DDIM", "steps": 4, "eta": 0.0}, "images": 24, "network_calls": 4}
+PROTOCOL = {"sampler": {"class": "DDIM", "num_inference_steps": 4, "eta": 0.0}, "images": 24, "network_calls": 4}
 EVALUATOR = {"name": "digits features", "reference": "scikit-learn digits"}
 FID = {("a", 0): 3.0, ("a", 1): 4.5, ("b", 0): 2.0, ("b", 1): 2.25}
 RELATIVE = {0: (0.5, 0.25), 1: (1.5, 0.75)}  # temporal error of a seed at t = 3 and t = 1

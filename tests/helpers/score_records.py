@@ -15,7 +15,7 @@ OURS = ScoreRecord(
     seed=0,
     scores={"fid": 3.0, "sfid": 7.0},
     protocol={
-        "sampler": {"class": "DDIM", "steps": 200, "eta": 1.0, "spacing": "uniform"},
+        "sampler": {"class": "DDIM", "num_inference_steps": 200, "eta": 1.0, "timestep_spacing": "uniform"},
         "network_calls": 200,
         "guidance": 1.0,
         "images": 50000,

@@ -36,7 +36,10 @@ WRITTEN = (
 )
 # Settings that change no result: locations (files that are read are identified one by one), and how the work is done.
 LOCATIONS = ("paths", "force", "dry_run", "logger")
-EXECUTION = ("processes", "estimate", "threads", "traceback", "cache_gib", "cache_dir", "checkpoint_minutes")
+EXECUTION = (
+    *("processes", "estimate", "threads", "traceback"),
+    *("activation_cache_gib", "activation_cache_dir", "checkpoint_every_min"),
+)
 # Overrides that change something inside a method, and with it the name of its row in tables.
 INSIDE = ("method/", "method.", "quant.")
 log = logging.getLogger(__name__)

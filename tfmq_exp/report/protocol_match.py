@@ -68,7 +68,7 @@ def published_calls(protocol: Mapping[str, Any]) -> int | None:
 
 def _steps(row: PublishedRow, record: ScoreRecord) -> Field:
     """Steps, compared by the network calls that they become."""
-    theirs, ours = row.protocol.get("steps"), record.protocol.get("sampler", {}).get("steps")
+    theirs, ours = row.protocol.get("steps"), record.protocol.get("sampler", {}).get("num_inference_steps")
     published, calls = published_calls(row.protocol), record.protocol.get("network_calls")
     if theirs is None or ours is None or calls is None:
         return "steps", theirs, ours

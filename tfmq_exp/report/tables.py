@@ -122,7 +122,7 @@ def sampling_title(record: ScoreRecord) -> str:
     """Sampler, guidance and number of images in a line; what a record does not say is left out."""
     protocol, sampler = record.protocol, record.protocol.get("sampler", {})
     kind = sampler.get("kind", sampler.get("class", ""))
-    steps = f"{kind} {sampler['steps']} steps" if "steps" in sampler else kind
+    steps = f"{kind} {sampler['num_inference_steps']} steps" if "num_inference_steps" in sampler else kind
     eta = f"eta {sampler['eta']}" if "eta" in sampler else ""
     guidance = f"guidance {protocol['guidance']}" if protocol.get("guidance", 1) != 1 else ""
     return ", ".join(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.main import make_sampling
+from tfmq_exp.cli.make_run import make_sampling
 from tfmq_exp.cli.outputs import warn_of_captions
 from tfmq_exp.sampling.conditioning import Captions, Unconditional
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.main import make_run
+from tfmq_exp.cli.make_run import make_run
 from tfmq_exp.cli.score_records import protocol, settings
 from tfmq_exp.denoisers.digits import WEIGHTS
 
@@ -22,7 +22,7 @@ def test_settings_tell_trainings_apart_and_seeds_not(tmp_path: Path) -> None:
     assert of("seed=3") == plain
     assert of("runtime.threads=1", "protocol.sampling.images=32")["hash"] == plain["hash"]
     faster = of("protocol.qat.learning_rate=0.01", "seed=1")
-    assert faster["named"] == "qat_learning_rate=0.01"
+    assert faster["named"] == "qat.learning_rate=0.01"
     preset = of("experiment=qat_digits")
     assert preset["named"] == "experiment=qat_digits"
     assert len({plain["hash"], faster["hash"], preset["hash"]}) == 3
@@ -32,7 +32,7 @@ def test_a_protocol_tells_networks_apart(tmp_path: Path) -> None:
     """By the hash of their weights and by their noise schedule: both go by one name."""
 
     def of(*overrides: str) -> Any:
-        return make_run(composed(tmp_path, "debug=smoke", *overrides), torch.device("cpu"))
+        return make_run(composed(tmp_path, "debug=smoke", *overrides), torch.device("cpu"), tmp_path)
 
     tensors = load_file(WEIGHTS / "denoiser.safetensors")
     save_file(tensors | {"conv_out.bias": tensors["conv_out.bias"] + 1}, tmp_path / "other.safetensors")

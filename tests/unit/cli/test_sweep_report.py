@@ -238,7 +238,7 @@ def test_a_sweep_ends_with_its_scores_whatever_its_jobs_are_called(
     assert "\x1b" not in said
     assert "6 jobs: 4 done, 1 found, 1 failed" in said
     assert "no [/room]" in said
-    table = said[said.index("simulated quantization") :]
+    table = said[said.index("simulated") :]
     assert "2.500 ± 1.000" in table
     assert "3.000 ± 1.000" in table
     assert "| w4a8 | tfmq | 3.000 ± 1.000 |" in (tmp_path / "scores.md").read_text()

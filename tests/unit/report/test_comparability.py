@@ -21,7 +21,13 @@ NETWORK = {
 }
 PROTOCOL = {
     "network": NETWORK,
-    "sampler": {"class": "DDIM", "steps": 20, "eta": 0.0, "spacing": "uniform", "offset": 1},
+    "sampler": {
+        "class": "DDIM",
+        "num_inference_steps": 20,
+        "eta": 0.0,
+        "timestep_spacing": "uniform",
+        "steps_offset": 1,
+    },
     "conditioning": {"class": "Unconditional"},
     "guidance": 1.0,
     "precision": "float32",

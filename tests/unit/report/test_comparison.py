@@ -52,8 +52,8 @@ def test_what_was_not_measured_is_a_dash_and_never_the_papers_number() -> None:
     ("sampler", "protocol", "says"),
     [
         ({"class": "PLMS"}, {}, "sampler ddim in the paper, plms here"),
-        ({"steps": 100}, {"network_calls": 100}, "steps 200 in the paper, 100 here"),
-        ({"steps": 400}, {"network_calls": 500}, "steps 200 in the paper, 400 in 500 calls here"),
+        ({"num_inference_steps": 100}, {"network_calls": 100}, "steps 200 in the paper, 100 here"),
+        ({"num_inference_steps": 400}, {"network_calls": 500}, "steps 200 in the paper, 400 in 500 calls here"),
         ({"eta": 0.0}, {}, "eta 1.0 in the paper, 0.0 here"),
         ({}, {"images": 24}, "images 50000 in the paper, 24 here"),
     ],

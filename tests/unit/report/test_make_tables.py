@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 def record(method: str, quant: str, fid: float) -> ScoreRecord:
     """A run on LSUN bedrooms under the published protocol."""
-    sampler = {"class": "DDIM", "steps": 200, "eta": 1.0, "spacing": "uniform"}
+    sampler = {"class": "DDIM", "num_inference_steps": 200, "eta": 1.0, "timestep_spacing": "uniform"}
     return ScoreRecord(
         model="ldm_bedroom",
         quant=quant,

@@ -51,5 +51,5 @@ def test_steps_are_counted_as_network_calls(protocol: dict[str, Any], calls: int
     ],
 )
 def test_steps_agree_where_the_calls_do(theirs: dict[str, Any], steps: int, calls: int, agrees: bool) -> None:
-    record = sampled(OURS, {"steps": steps}, network_calls=calls)
+    record = sampled(OURS, {"num_inference_steps": steps}, network_calls=calls)
     assert (protocol_differences(row(protocol=theirs), record, "fid") == []) is agrees
