@@ -116,7 +116,7 @@ def numbers(run: Callable[..., Path], name: str, folder: Path) -> dict[str, Any]
 
 
 def machine() -> list[str]:
-    """What floating-point sums depend on: the processor's instructions and the version of torch."""
+    """Instructions of the processor and version of torch, on which floating-point sums depend."""
     return [torch.backends.cpu.get_cpu_capability(), torch.__version__]
 
 

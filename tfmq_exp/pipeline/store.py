@@ -1,12 +1,12 @@
 """Content-addressed store: the result of a stage lies under a hash of everything that it depends on.
 
-    <root>/<stage>/<key>/manifest.json     written last; without it the entry is unfinished and will be resumed
+    <root>/<stage>/<key>/manifest.json     written last; without it the entry is unfinished, and the next run resumes it
                          inputs.json       what the key was made from
                          ...               the stage's files
                          ....sha256        hashes of single files of an unfinished entry: those that differ are made again
 
-Same inputs, same key, no recomputation. A process killed at any moment leaves an unfinished entry, never a wrong one. The
-manifest has the hash of every file and its own; finished entries are read without a lock, so a store may be read-only.
+A process killed at any moment leaves an unfinished entry, never a wrong one. The manifest has the hash of every file and
+its own; finished entries are read without a lock, so a store may be read-only.
 """
 
 import dataclasses
@@ -45,8 +45,7 @@ class DamagedEntry(ValueError):  # noqa: N818
 def canonical(value: Any) -> Any:
     """Plain data that identifies a value: dataclasses with their class name, mappings and sequences element by element.
 
-    A class from outside the program is identified by its module and the hash of its code as well, since `SCHEMA` does not
-    follow its changes.
+    A class from outside the program counts with its module and the hash of its code, which `SCHEMA` does not follow.
 
     Raises:
         TypeError: a value that is neither plain data nor a dataclass.
