@@ -41,7 +41,7 @@ class Documented(NamedTuple):
 
 def documented() -> list[Documented]:
     """The table of methods; the last row is of all that are in none of the others."""
-    text = DOCUMENT.read_text().split("| method | in integers | the others |\n|---|---|---|\n")[1]
+    text = DOCUMENT.read_text().split("| method | layers in integers | reason for others |\n|---|---|---|\n")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[0].splitlines()]
     return [Documented(re.findall(r"`(\w+)`", methods), integer, why) for methods, integer, why in rows]
 
