@@ -118,7 +118,7 @@ def numbers(run: Callable[..., Path], name: str, folder: Path) -> dict[str, Any]
 def machine() -> list[str]:
     """Version of torch and instructions of the processor, on which floating-point sums depend."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return [torch.__version__, torch.backends.cpu.get_cpu_capability(), digest(features.encode())]
 
