@@ -18,6 +18,7 @@ class Stream(StrEnum):
     IMAGES = "images"
     CALIBRATION = "calibration"
     CORRECTION = "correction"
+    DIAGNOSTICS = "diagnostics"
     CONDITION = "condition"
     ACTIVATIONS = "activations"
     # of quantization-aware training: batches, those of range calibration and of the error; rows and order of a batch

@@ -103,7 +103,7 @@ def deployed_layer(model: QuantizedUNet, name: str) -> DeployedLayer:
             reasons.append(str(error))
             return None
 
-    weights = [attempt(signed_weight, part) for part in model.integers.get(name, ())]
+    weights = [attempt(signed_weight, part) for part in (layer.quantized_weight() if layer.integers else ())]
     if not weights:
         weights = [None]
         reasons.append("its weight is not quantized")

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.diagnostics.partial_quantization import float_units, quantized_units
-from tfmq_exp.diagnostics.trajectory_error import STREAM, Row
+from tfmq_exp.diagnostics.trajectory_error import Row
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
@@ -105,7 +107,7 @@ def activation_ranges(
         that step, and its `interval` (the scale; the rows' mean where the range is that of the row); `clipped`, the share
         of values beyond those ends.
     """
-    batches = [range(start, min(start + batch, images)) for start in range(0, images, batch)]
+    parts, calls = batches(images, batch), sampling.calls(denoiser)
     rows: list[Row] = []
     recorder = _Recorder(model, seed)
     with ExitStack() as stack:
@@ -113,13 +115,13 @@ def activation_ranges(
         stack.enter_context(float_units(model, denoiser.unet, units))
         for name, quantizer in model.activation_quantizers().items():
             stack.enter_context(quantizer.register_forward_pre_hook(partial(recorder.record, activation_name(name))))
-        predict = sampling.predictor(model)
+        predict = sampling.predictor(model.for_timesteps(calls))
         trajectories = [
-            sampling.trajectory(predict, denoiser, seed=seed, stream=STREAM, indices=part) for part in batches
+            sampling.trajectory(predict, denoiser, seed=seed, stream=Stream.DIAGNOSTICS, indices=part) for part in parts
         ]
-        for call, t in enumerate(sampling.calls(denoiser)):
+        for call, t in enumerate(calls):
             recorder.stats = {}
-            for part, steps in zip(batches, trajectories, strict=True):
+            for part, steps in zip(parts, trajectories, strict=True):
                 recorder.max_values = max(1, MAX_VALUES * len(part) // images)
                 next(steps)
             rows += [

@@ -1,5 +1,6 @@
 """Effect of learning on the rounding of weights: how many left the nearest integer, how far, and at what cost."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.quant.functional import dequantize, quantize
+from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Row = dict[str, Any]
@@ -22,18 +24,18 @@ def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, structure: UNe
         `relative_mse` of the weight, over its mean square, `nearest_relative_mse` likewise, and their quotient `mse_ratio`
         (1 where both are 0).
     """
+    integers = model.integers
     return [
-        {"layer": layer, "role": structure.sites[layer].role.value, **_compared(model, float_unet, layer)}
+        {"layer": layer, "role": structure.sites[layer].role.value, **_compared(integers[layer], float_unet, layer)}
         for block in structure.blocks
         for layer in block.sites
-        if layer in model.integers
+        if layer in integers
     ]
 
 
-def _compared(model: QuantizedUNet, float_unet: nn.Module, layer: str) -> Row:
+def _compared(operands: Sequence[QuantizedWeight], float_unet: nn.Module, layer: str) -> Row:
     """One layer, whose weight may be split along the input channels into operands with grids of their own."""
     weight = float_unet.get_submodule(layer).get_parameter("weight").detach()
-    operands = model.integers[layer]
     changed = up = largest = 0
     error = nearest_error = 0.0
     for operand, part in zip(operands, weight.split([q.codes.shape[1] for q in operands], dim=1), strict=True):

@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import relative
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict, Step
 
-STREAM = "diagnostics"
 ERRORS = ("eps_error", "own_eps_error", "eps_distance", "x_error")
 Row = dict[str, Any]
 
@@ -39,7 +40,7 @@ def paired_steps(
         seed: of the noise.
         indices: of the images, which run as one batch.
     """
-    start: dict[str, Any] = {"seed": seed, "stream": STREAM, "indices": indices}
+    start: dict[str, Any] = {"seed": seed, "stream": Stream.DIAGNOSTICS, "indices": indices}
     conditions = sampling.conditions(denoiser, *start.values())
     quantized_steps = quantized.trajectory(predict, denoiser, **start)
     for exact in sampling.trajectory(sampling.predictor(denoiser.unet), denoiser, **start):
@@ -126,8 +127,7 @@ def error_accumulation(
     sums = torch.zeros(len(calls), len(ERRORS), 4, dtype=torch.float64)
     predict_float = sampling.predictor(denoiser.unet)
     done = 0
-    for start in range(0, images, batch):
-        indices = range(start, min(start + batch, images))
+    for indices in batches(images, batch):
         for exact, own, forced, conditions in paired_steps(
             predict, quantized, denoiser, sampling, seed=seed, indices=indices
         ):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.data.image_dataset import ImageDataset
@@ -38,7 +39,7 @@ class CalibrationPlan:
 
     def batches(self) -> list[range]:
         """Trajectories that run together."""
-        return [range(start, min(start + self.batch, self.images)) for start in range(0, self.images, self.batch)]
+        return batches(self.images, self.batch)
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,9 @@ def trainable_parameters(sources: Sequence[ScaleProvider], seed: int) -> Iterato
 
 def freeze_unit(model: QuantizedUNet, unit: Unit) -> None:
     """Turn the weights of a unit into integers."""
+    layers = model.weight_layers()
     for site in unit.sites:
-        if site in model.weight_layers():
+        if site in layers:
             model.freeze(site)
 
 
@@ -122,5 +123,5 @@ def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) 
         for name, quantizer in quantizers_of(model, unit, config).items()
         for key, value in quantizer.state_dict().items()
     }
-    sites = [site for site in unit.sites if config.rounding and site in model.integers]
-    return UnitResult({site: model.integers[site] for site in sites}, activations)
+    integers = model.integers if config.rounding else {}
+    return UnitResult({site: integers[site] for site in unit.sites if site in integers}, activations)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.diagnosis import Subject, subject_of
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.diagnostics.activation_ranges import ActivationStats, activation_name, activation_ranges, range_changes
-from tfmq_exp.diagnostics.trajectory_error import STREAM
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
@@ -23,7 +23,7 @@ def inputs_seen(subject: Subject, layer: str) -> list[Tensor]:
     kept: list[Tensor] = []
     handle = subject.unet.get_submodule(layer).register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
     predict = subject.sampling.predictor(subject.unet)
-    list(subject.sampling.trajectory(predict, subject.denoiser, seed=0, stream=STREAM, indices=range(3)))
+    list(subject.sampling.trajectory(predict, subject.denoiser, seed=0, stream=Stream.DIAGNOSTICS, indices=range(3)))
     handle.remove()
     return kept
 

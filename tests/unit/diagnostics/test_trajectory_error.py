@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers.diagnosis import Subject
-from tfmq_exp.diagnostics.trajectory_error import ERRORS, STREAM, error_accumulation, trajectory_error
+from tfmq_exp.core.seeds import Stream
+from tfmq_exp.diagnostics.trajectory_error import ERRORS, error_accumulation, trajectory_error
 from tfmq_exp.sampling.guidance import Sampling
 
 
@@ -31,9 +32,9 @@ def accumulated(subject: Subject, batch: int) -> list[dict[str, float]]:
 
 def test_errors_are_those_of_two_whole_trajectories(subject: Subject) -> None:
     rows, sampling = accumulated(subject, 3), subject.sampling
-    where = {"seed": 0, "stream": STREAM, "indices": range(3)}
+    where = {"seed": 0, "stream": Stream.DIAGNOSTICS, "indices": range(3)}
     ask, predict = sampling.predictor(subject.unet), sampling.predictor(subject.model)
-    conditions = sampling.conditions(subject.denoiser, 0, STREAM, range(3))
+    conditions = sampling.conditions(subject.denoiser, 0, Stream.DIAGNOSTICS, range(3))
     original = list(sampling.trajectory(ask, subject.denoiser, **where))
     own = list(sampling.trajectory(predict, subject.denoiser, **where))
     with torch.no_grad():
