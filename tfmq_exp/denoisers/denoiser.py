@@ -121,6 +121,12 @@ class Denoiser:
         self.unet.to(device)
         self.encoder.to(device)
 
+    @torch.no_grad()
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image, measured on a blank sample."""
+        blank = torch.zeros(1, *self.sample_shape, device=self.device)
+        return tuple(self.first_stage.decode(blank).shape[1:])
+
     def example(self) -> dict[str, Any]:
         """Keyword arguments of one forward pass, batch of one."""
         sample = torch.randn(1, *self.sample_shape, generator=torch.Generator().manual_seed(0)).to(self.device)

@@ -33,7 +33,7 @@ from tfmq_exp.core.files import (
     write_record,
 )
 
-SCHEMA = 3  # part of every key: raise it when the meaning of stored files changes
+SCHEMA = 4  # part of every key: raise it when the meaning of stored files changes
 MANIFEST_KEYS = {"stage", "key", "seconds", "files"}  # besides the manifest's own hash
 log = logging.getLogger(__name__)
 

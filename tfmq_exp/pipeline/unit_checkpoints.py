@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from tfmq_exp.core.files import intact, write_checked, write_json
+from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
@@ -56,8 +54,7 @@ def save_result(path: Path, result: UnitResult, note: Mapping[str, Any], write: 
             for part, value in zip(PARTS, (codes, scale, zero_point), strict=True):
                 tensors[f"weights/{layer}/{i}/{part}"] = value.cpu().contiguous()
     specs = {layer: [dataclasses.asdict(part.spec) for part in parts] for layer, parts in result.integers.items()}
-    metadata = {"header": json.dumps({"specs": specs, "note": note}, sort_keys=True)}
-    write(path, lambda p: save_file(tensors, p, metadata))
+    write(path, lambda target: write_tensor_file(target, tensors, {"specs": specs, "note": note}))
 
 
 def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
@@ -67,9 +64,7 @@ def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
         ValueError: a damaged file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["header"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header, tensors = read_tensor_file(path)
         integers: dict[str, tuple[QuantizedWeight, ...]] = {}
         for layer, specs in header["specs"].items():
             values = [[tensors[f"weights/{layer}/{i}/{part}"] for part in PARTS] for i in range(len(specs))]
@@ -77,7 +72,7 @@ def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
                 QuantizedWeight(codes, QParams(scale, zero_point), QuantSpec(**spec))
                 for (codes, scale, zero_point), spec in zip(values, specs, strict=True)
             )
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to have it made again") from error
     prefix = "activations/"
     activations = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -60,9 +60,7 @@ def training_set_identity(source: ImageDataset, denoiser: Denoiser, *, horizonta
 
 def check_size(source: ImageDataset, denoiser: Denoiser) -> None:
     """Raise ValueError for images of another shape than the denoiser's."""
-    with torch.no_grad():
-        blank = torch.zeros(1, *denoiser.sample_shape, device=denoiser.device)
-        shape = tuple(denoiser.first_stage.decode(blank).shape[1:])
+    shape = denoiser.image_shape()
     if source.shape != shape:
         raise ValueError(
             f"{denoiser.name} is trained on images {shape}, these are {source.shape}: channels, height, width; "

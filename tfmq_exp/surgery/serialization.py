@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tfmq_exp.core.file_kind import kind_of
+from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery.manifest import check_entries, described, stored_integers
 from tfmq_exp.surgery.packing import pack
@@ -81,23 +79,15 @@ def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
     manifest = described(model) | {"recipe": None if recipe is None else recipe.to_json()}
     tensors, text = stored_tensors(model), json.dumps(manifest, sort_keys=True)
     header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "sha256": checksum(text, tensors)}
-    # one entry: safetensors writes several in random order, and equal models shall be equal files
-    save_file(tensors, path, {"header": json.dumps(header, sort_keys=True)})
+    write_tensor_file(path, tensors, header)
     return path.stat().st_size
 
 
 def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The manifest and the tensors of an undamaged file of this version; ValueError otherwise."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        kind = kind_of(path) if path.exists() else None
-        reason = kind or f"is not a readable artefact (damaged or truncated?): {error}"
-        raise ValueError(f"{path} {reason}") from error
-    if type(header) is not dict or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-        found = f"{header.get('format')} version {header.get('version')}" if type(header) is dict else "something else"
+    header, tensors = read_tensor_file(path)
+    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        found = f"{header.get('format')} version {header.get('version')}"
         raise ValueError(f"{path} holds {found}; this program reads {FORMAT} version {VERSION}")
     if unknown := header.keys() - {"format", "version", "manifest", "sha256"}:
         raise ValueError(f"{path} has an unknown entry {min(unknown)!r} in its header")

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from tfmq_exp.core.files import write_atomically, write_json
@@ -47,8 +46,7 @@ class ComputeReference(Stage):
             ValueError: another size.
         """
         denoiser, reference = self.run.denoiser, self.statistics
-        blank = torch.zeros(1, *denoiser.sample_shape, device=denoiser.device)
-        shape = tuple(denoiser.first_stage.decode(blank).shape[1:])
+        shape = denoiser.image_shape()
         if reference.shape not in (None, shape):
             raise ValueError(
                 f"{denoiser.name} makes images {shape}, the reference {reference.title} has {reference.shape}"
