@@ -17,11 +17,11 @@ from torch import Tensor
 from tfmq_exp.cli.environment import pick_device, prepare
 from tfmq_exp.cli.make_run import make_run
 from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.cli.validation import check_values
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline
-from tfmq_exp.pipeline.run import CalibrationPlan
 from tfmq_exp.pipeline.store import Store
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery import serialization
@@ -51,12 +51,14 @@ def load_denoiser(model: str = "digits", *overrides: str) -> Denoiser:
 
     Args:
         model: a file of `conf/model`, as `digits` (shipped), `ldm_bedroom` or `diffusers`.
-        overrides: of the configuration, as on the command line: `path=FOLDER` for `diffusers`.
+        overrides: of the configuration, as on the command line; `path=FOLDER` for `diffusers`. `quantize` takes the same.
 
     Raises:
         ValueError: a file that is missing or is no such model.
     """
-    denoiser: Denoiser = instantiate(configuration(f"model={model}", *overrides).model.denoiser, _convert_="all")
+    cfg = configuration(f"model={model}", *overrides)
+    check_values(cfg, overrides)
+    denoiser: Denoiser = instantiate(cfg.model.denoiser, _convert_="all")
     return denoiser
 
 
@@ -77,11 +79,12 @@ def quantize(
 
     Args:
         denoiser: of `load_denoiser`.
-        calibration: trajectories of the float model that are learned from; None for the number of the model's protocol.
+        calibration: number of the float model's trajectories that are learned from; None for that of the model's protocol.
         method: a file of `conf/method`.
         bits: a file of `conf/quant`, as `w4a8`; 32 for float activations.
         config: layers and operands that become integer, with their bits, in place of those of the method.
-        overrides: of the configuration, as on the command line: `protocol.reconstruction.iterations=100`.
+        overrides: of the configuration, as on the command line: `protocol.reconstruction.iterations=100`; those of
+            `load_denoiser` again, which choose the sampler, too. Where an argument says otherwise, the override counts.
         seed: of calibration and learning.
         device: auto, cpu or cuda.
         store: folder that keeps finished stages, from which an interrupted call goes on; None for a temporary one.
@@ -90,11 +93,12 @@ def quantize(
     Raises:
         ValueError: settings that cannot be.
     """
-    cfg = configuration(f"model={denoiser.name}", f"method={method}", f"quant={bits}", f"seed={seed}", *overrides)
+    choices = [f"model={denoiser.name}", f"method={method}", f"quant={bits}", f"seed={seed}", f"device={device}"]
+    choices += [] if calibration is None else [f"protocol.calibration.images={calibration}"]
+    cfg = configuration(*choices, *overrides)
+    check_values(cfg, overrides)
     prepare(cfg.runtime.threads)
-    run = make_run(cfg, pick_device(device), Path.cwd(), denoiser=denoiser)
-    if calibration is not None:
-        run = replace(run, calibration=CalibrationPlan(calibration, run.calibration.batch))
+    run = make_run(cfg, pick_device(cfg.device), Path.cwd(), denoiser=denoiser)
     if config is not None:
         run = replace(run, method=replace(run.method, surgery=config))
     bars = ProgressBars(Console(quiet=not progress)).stage

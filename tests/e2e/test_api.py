@@ -8,7 +8,9 @@ import pytest
 
 import tfmq_exp
 from tests.e2e.jobs import job
+from tests.unit.sampling.folders import put_scheduler, save_unconditional
 from tfmq_exp.api import configuration
+from tfmq_exp.sampling.scheduler import Scheduler
 from tfmq_exp.surgery.config import QuantizationConfig
 
 README = Path(__file__).parents[2] / "README.md"
@@ -39,6 +41,29 @@ def test_a_store_keeps_the_stages_and_a_configuration_replaces_the_method_s(tmp_
     assert "conv_out" not in model.unet.integers
     assert "conv_in" in model.unet.integers
     assert len(list((tmp_path / "store").glob("activations/*/quantized.safetensors"))) == 1
+
+
+def test_a_folder_of_diffusers_is_sampled_by_its_own_scheduler(tmp_path: Path) -> None:
+    save_unconditional(tmp_path)
+    put_scheduler(tmp_path, "DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False})
+    folder = f"path={tmp_path}"
+    denoiser = tfmq_exp.load_denoiser("diffusers", folder)
+    quick = (folder, "debug=smoke", "device=cpu")
+    model = tfmq_exp.quantize(denoiser, 2, "nearest", "w8a8", overrides=quick, device="cuda", progress=False)
+    assert model.recipe is not None
+    assert isinstance(model.recipe.sampler, Scheduler)
+    assert model.recipe.sampler.settings["timestep_spacing"] == "trailing"
+    assert tfmq_exp.sample(model, indices=[5, 0]).shape == (2, *denoiser.sample_shape)
+
+
+def test_a_folder_must_be_named() -> None:
+    with pytest.raises(ValueError, match="path has no value"):
+        tfmq_exp.load_denoiser("diffusers")
+
+
+def test_values_are_looked_at_as_those_of_a_run() -> None:
+    with pytest.raises(ValueError, match=r"runtime\.batch_size must be a whole number"):
+        tfmq_exp.quantize(tfmq_exp.load_denoiser("digits"), overrides=["runtime.batch_size=0"])
 
 
 @pytest.mark.parametrize("wrong", [{"method": "tfqm"}, {"bits": "w5a5"}, {"device": "tpu"}])

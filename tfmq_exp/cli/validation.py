@@ -80,22 +80,12 @@ def check(cfg: DictConfig, info: RunInfo) -> None:
         ValueError: a value that cannot be right, by its key, with what would be; a method with another's name; an export without
             an engine; folders inside one another.
     """
-    for kind, keys in KINDS.items():
-        for key in keys.split():
-            value = OmegaConf.select(cfg, key, default=...)  # a model of one's own may do without some of them
-            if value is not ... and not kind.fits(value):
-                raise ValueError(f"{key} must be {kind.right}, got {value!r}")
-            if kind is PATH and str(value).startswith("~"):
-                raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
-    check_bits(cfg, info.overrides)
-    check_microbatches(cfg)
+    check_values(cfg, info.overrides)
     images = OmegaConf.select(cfg, "protocol.sampling.images", default=FEWEST_SCORED)
     if cfg.until == "scores" and images < FEWEST_SCORED:
         raise ValueError(
             f"protocol.sampling.images must be at least {FEWEST_SCORED} for scores, got {images}: until=images makes them alone"
         )
-    if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
-        raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
     if cfg.until == "scores":
         real_images(cfg, info.folder)
     if cfg.until == EXPORT and cfg.engine is None:
@@ -103,6 +93,25 @@ def check(cfg: DictConfig, info: RunInfo) -> None:
     check_folders(cfg, info.folder, moves=info.chdir)
     files = {path.stem for folder in info.config_folders for path in (folder / "method").glob("*.yaml")}
     check_name(cfg.method.name, info.choices["method"], files)
+
+
+def check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Look at the values of a configuration, which a run and the library have in common.
+
+    Raises:
+        ValueError: a value that cannot be right, by its key, with what would be.
+    """
+    for kind, keys in KINDS.items():
+        for key in keys.split():
+            value = OmegaConf.select(cfg, key, default=...)  # a model of one's own may do without some of them
+            if value is not ... and not kind.fits(value):
+                raise ValueError(f"{key} must be {kind.right}, got {value!r}")
+            if kind is PATH and str(value).startswith("~"):
+                raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
+    check_bits(cfg, overrides)
+    check_microbatches(cfg)
+    if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
+        raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
 
 
 def real_images(cfg: DictConfig, run: Path) -> DictConfig:
