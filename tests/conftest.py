@@ -8,6 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from tests.helpers.sampling import SCHEDULE, SHAPE
+from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
@@ -65,6 +67,12 @@ def tiny_conditional_unet() -> nn.Module:
             cross_attention_dim=12,
         )
     )
+
+
+@pytest.fixture
+def denoiser(tiny_unet: nn.Module) -> Denoiser:
+    """The tiny unconditional network with its noise schedule."""
+    return Denoiser("tiny", tiny_unet, SHAPE, SCHEDULE, "0" * 64)
 
 
 @pytest.fixture(scope="session", params=["tiny_unet", "tiny_conditional_unet"])

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
+from tests.helpers.sampling import output, reloaded
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import read_structure
@@ -16,17 +17,6 @@ from tfmq_exp.methods.temporal_features import CacheFeatures, ComputeFeatures
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import LayerBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-
-
-def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).sample
-
-
-def reloaded(model: QuantizedUNet, folder: Path) -> QuantizedUNet:
-    model.tabulate_scales()
-    serialization.save(model, folder / "model.safetensors")
-    return serialization.load(folder / "model.safetensors")
 
 
 def parts_of(unet: nn.Module) -> UNetStructure:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
+from tests.helpers.sampling import output, reloaded
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.per_step import PerStepScale
 from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
@@ -15,7 +16,6 @@ from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Frequency, Normalised
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.scales import ScalePlan
 
 INTERVALS = TimestepGroupConfig(2, 1000)
@@ -42,17 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "scales": ScalePlan(GENERATED, INTERVALS),
     },
 }
-
-
-def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).sample
-
-
-def reloaded(model: QuantizedUNet, folder: Path) -> QuantizedUNet:
-    model.tabulate_scales()
-    serialization.save(model, folder / "model.safetensors")
-    return serialization.load(folder / "model.safetensors")
 
 
 FAMILIES = [("tiny_unet", variant) for variant in VARIANTS] + [

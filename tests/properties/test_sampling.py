@@ -10,28 +10,17 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from tests.helpers.sampling import SCHEDULE, SHAPE, predictor
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.trajectory_error import trajectory_error
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, Sampler, finite_set, trajectory
+from tfmq_exp.sampling.sampler import Sampler, finite_set, trajectory
 from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
 
-SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-SHAPE = (3, 8, 8)
 CPU = torch.device("cpu")
 NONE = Conditions()
-
-
-@pytest.fixture
-def denoiser(tiny_unet: nn.Module) -> Denoiser:
-    return Denoiser("tiny", tiny_unet, SHAPE, SCHEDULE, "0" * 64)
-
-
-def predictor(unet: nn.Module) -> Predict:
-    """The network's own prediction, without guidance."""
-    return Sampling(DDIM(1)).predictor(unet)
 
 
 def sampled(unet: nn.Module, sampler: DDIM, indices: Sequence[int]) -> tuple[Tensor, Tensor]:

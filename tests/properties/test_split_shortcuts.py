@@ -10,14 +10,10 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
+from tests.helpers.sampling import output
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.quant.quantizers.split import SplitQuantizer
-
-
-def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).sample
 
 
 def parts_of(unet: nn.Module) -> UNetStructure:

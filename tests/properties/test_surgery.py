@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.e2e.jobs import composed
+from tests.helpers.sampling import output
 from tfmq_exp.core.records import decode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
@@ -42,11 +43,6 @@ EVERY_SCALE = SCALES | {
     "dynamic": ScalePlan(DynamicConfig("sample"), DynamicConfig("tensor")),
     "generated": ScalePlan(GENERATED, StaticConfig()),
 }
-
-
-def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).sample
 
 
 def plan_of(

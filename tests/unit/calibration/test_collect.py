@@ -2,31 +2,19 @@
 
 import pytest
 import torch
-from torch import nn
 
 from tests.helpers.calibration import collect
+from tests.helpers.sampling import SCHEDULE, SHAPE, predictor
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, trajectory
+from tfmq_exp.sampling.sampler import trajectory
 from tfmq_exp.sampling.samplers.ddim import DDIM
 
-SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-SHAPE = (3, 8, 8)
 CPU = torch.device("cpu")
 NONE = Conditions()
 FOUR = Sampling(DDIM(4))
-
-
-@pytest.fixture
-def denoiser(tiny_unet: nn.Module) -> Denoiser:
-    return Denoiser("tiny", tiny_unet, SHAPE, SCHEDULE, "0" * 64)
-
-
-def predictor(unet: nn.Module) -> Predict:
-    """The network's own prediction, without guidance."""
-    return Sampling(DDIM(1)).predictor(unet)
 
 
 def test_collection_calls_the_denoiser_once_per_step(denoiser: Denoiser) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, quantizable
+from tests.helpers.sampling import SCHEDULE, SHAPE
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.methods.noise_correction import NoiseCorrection, choose_bits
@@ -18,9 +19,7 @@ from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
 from tfmq_exp.sampling.samplers.multistep import PLMS
 from tfmq_exp.sampling.scheduler import Scheduler
 
-SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-SHAPE = (3, 8, 8)
 Bias = Literal["residual", "total"]
 Spread = Literal["pooled", "per_sample"]
 Intercept = Literal["channel", "shared"]
@@ -104,11 +103,6 @@ def test_fewest_bits_whose_signal_to_noise_exceeds_the_process() -> None:
 
 def test_equal_signal_to_noise_does_not_exceed() -> None:
     assert choose_bits({4: torch.tensor([1.0]), 8: torch.tensor([1.0])}, torch.tensor([0.5])) == (8,)
-
-
-@pytest.fixture
-def denoiser(tiny_unet: nn.Module) -> Denoiser:
-    return Denoiser("tiny", tiny_unet, SHAPE, SCHEDULE, "0" * 64)
 
 
 def measured(denoiser: Denoiser, model: Any, batch: int) -> NoiseStatistics:

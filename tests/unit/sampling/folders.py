@@ -1,6 +1,7 @@
 """Tiny folders of diffusers' layout, with random weights, and what diffusers' own pipelines sample from them."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,18 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tfmq_exp.core.seeds import image_generators, initial_noise
+from tfmq_exp.denoisers.denoiser import Denoiser
 
 IMAGES, STEPS, SEED, GUIDANCE = 2, 4, 5, 3.0
 CAPTIONS = ["a cat", "a dog"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder and the denoiser that was loaded from it."""
+
+    folder: Path
+    denoiser: Denoiser
 
 
 def save_unconditional(folder: Path) -> None:

@@ -2,27 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
 
+from tests.helpers.sampling import SHAPE, predictor
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.samplers.ddim import DDIM
 
-SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-SHAPE = (3, 8, 8)
 FOUR = Sampling(DDIM(4))
-
-
-@pytest.fixture
-def denoiser(tiny_unet: nn.Module) -> Denoiser:
-    return Denoiser("tiny", tiny_unet, SHAPE, SCHEDULE, "0" * 64)
-
-
-def predictor(unet: nn.Module) -> Predict:
-    """The network's own prediction, without guidance."""
-    return Sampling(DDIM(1)).predictor(unet)
 
 
 def test_shards_are_the_whole_run(denoiser: Denoiser) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from tests.unit.sampling.folders import (
     IMAGES,
     SEED,
     STEPS,
+    Model,
     put_scheduler,
     sample_captions,
     sample_unconditional,
     save_text_to_image,
-    save_unconditional,
 )
-from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
@@ -84,20 +82,6 @@ TEXT_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("EulerAncestralDiscreteScheduler", SD | V | {"timestep_spacing": "trailing"}),
     ("HeunDiscreteScheduler", SD | LEADING),
 ]
-
-
-@dataclass(frozen=True)
-class Model:
-    folder: Path
-    denoiser: Denoiser
-
-
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("pixels")
-    save_unconditional(folder)
-    put_scheduler(folder, "DDIMScheduler", {})
-    return Model(folder, load_denoiser("pixels", folder, None, False))
 
 
 @pytest.fixture(scope="module")

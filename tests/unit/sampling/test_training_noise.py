@@ -1,8 +1,6 @@
 """Training noise of a folder's scheduler, as other samplers take it."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +8,9 @@ import torch
 
 from tests.unit.sampling.folders import (
     STEPS,
+    Model,
     put_scheduler,
-    save_unconditional,
 )
-from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from tfmq_exp.denoisers.loading.scheduler_config import training_noise
 from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
@@ -23,20 +19,6 @@ from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
 
 pytestmark = pytest.mark.bad_input
 V, ZERO_SNR = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-
-
-@dataclass(frozen=True)
-class Model:
-    folder: Path
-    denoiser: Denoiser
-
-
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("pixels")
-    save_unconditional(folder)
-    put_scheduler(folder, "DDIMScheduler", {})
-    return Model(folder, load_denoiser("pixels", folder, None, False))
 
 
 def test_other_samplers_say_what_they_leave_out(pixels: Model) -> None:
