@@ -1,6 +1,7 @@
 """Learning the rounding of weights, one unit at a time."""
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Collection
 
@@ -202,6 +203,17 @@ def test_reconstruction_leaves_the_float_network_alone(unet: nn.Module, run: Run
     assert all(torch.equal(parameter, state[name]) for name, parameter in unet.named_parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
     assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_data_at_a_timestep_that_was_not_calibrated_is_refused_before_a_unit_learns(tiny_unet: nn.Module) -> None:
+    model, data, progress = quantizable(tiny_unet), calibration(tiny_unet), RecordedProgress()
+    moved = dataclasses.replace(data, t=data.t + 1)
+    given = context(model, tiny_unet, moved, progress=progress)
+    with pytest.raises(ValueError, match="is outside the calibrated finite set"):
+        reconstruct(
+            given, TemporalAware()(structure(tiny_unet), frozenset(model.plan.sites)), config(2, rounding=ROUNDING)
+        )
+    assert progress.expected == []
 
 
 def test_frozen_temporal_layers_are_rounded_to_nearest_and_the_others_learn(tiny_unet: nn.Module) -> None:

@@ -34,8 +34,12 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
        f. save and report it.
 
     The random numbers of a unit depend on the seed and its name alone, so a resumed run ends with the same bits.
+
+    Raises:
+        ValueError: data at a timestep outside the finite set.
     """
     model, compute = context.model, context.compute
+    model.context.require(context.data.t.unique().tolist())
     remaining = restore_finished(context, [unit for unit in units if is_learnable(model, unit, config)], config)
     storage, replay = compute.storage(4), OutputReplay(compute.cache_bytes // 4)
     for unit, activations, importance in capture_float_units(context, remaining, config):

@@ -13,9 +13,12 @@ from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 
 
 def call_unit(unit: nn.Module, context: TimestepContext, inputs: Any) -> Any:
-    """Outputs of a unit for inputs (timesteps of the rows, args, kwargs)."""
+    """Outputs of a unit for inputs (timesteps of the rows, args, kwargs).
+
+    The timesteps must be those of the finite set: `reconstruct` has checked them, and no iteration waits for a device to look.
+    """
     t, args, kwargs = inputs
-    with context.at(t):
+    with context.at(t, outside="unchecked"):
         return unit(*args, **kwargs)
 
 

@@ -62,7 +62,7 @@ class StoredTensors:
         return value
 
     def integers(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QuantizedWeight:
-        """The integers of a tensor of this shape, as `artifact.packed` stored them."""
+        """The integers of a tensor of this shape, as `serialization.stored_tensors` packed them."""
         if spec.bits > 8:
             raise ValueError(f"{name!r} must have at most 8 bits, got {spec.bits}")
         scale = self.scale(f"{name}/scale").reshape(spec.range_shape(shape))

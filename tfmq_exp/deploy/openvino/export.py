@@ -63,7 +63,7 @@ def export(
     """Export a finished model, and check that every layer that is representable in integers is executed in integers here.
 
     Args:
-        model: weights frozen, scale sources merged, bits chosen; or the result of `artifact.load`.
+        model: weights frozen, scale sources merged, bits chosen; or the result of `serialization.load`.
         example: keyword arguments of a forward pass; all shapes but the batch are those of the exported model.
         folder: gets `model.xml`, `model.bin` and `deployed.json`.
         split_int8_weights: execute weights above 64 as a sum of two, which is exact also where pairs of products saturate.
