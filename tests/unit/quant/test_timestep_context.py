@@ -33,6 +33,14 @@ def test_nearest_reads_the_closest_step():
     ]
 
 
+def test_an_unchecked_timestep_outside_the_set_reads_no_scale():
+    context, scales = TimestepContext((751, 501, 251, 1)), torch.ones(4)
+    steps = context.step_indices(torch.tensor([751, 500]), "unchecked")
+    assert steps[0] == 0
+    with pytest.raises(IndexError):
+        _ = scales[steps]
+
+
 def test_a_timestep_visited_twice_keeps_its_first_step():
     assert TimestepContext((9, 5, 5, 0, 0)).step_indices(torch.tensor([9, 5, 0])).tolist() == [0, 1, 3]
 

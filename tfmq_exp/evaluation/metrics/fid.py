@@ -71,16 +71,9 @@ def frechet_distance(
     if rank is not None and 2 * rank < len(real.mean):
         real, generated, outside = within_range(real, generated, rank)
         return frechet_distance(real, generated) + outside
-    covariances = [_rounded(*statistics) for statistics in (real, generated)]
     means = (real.mean - generated.mean).square().sum(dim=-1)
-    traces = covariances[0].trace() + covariances[1].trace()
-    return means + traces - 2 * torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum(dim=-1)
-
-
-def _rounded(mean: Tensor, covariance: Tensor) -> Tensor:
-    """A covariance as it comes out of torchmetrics' sums, S + n mu mu^T of two features: scores keep their last bits."""
-    product = 2 * torch.outer(mean, mean)
-    return covariance + product - product
+    traces = real.covariance.trace() + generated.covariance.trace()
+    return means + traces - 2 * torch.linalg.eigvals(real.covariance @ generated.covariance).sqrt().real.sum(dim=-1)
 
 
 def within_range(
