@@ -1,7 +1,9 @@
 """CIFAR-10's 50,000 training images (Krizhevsky 2009), from either archive that is published."""
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tfmq_exp.data.cifar10_pickle import read_record
 from tfmq_exp.data.decoding import check_batch
 from tfmq_exp.data.hashes import hash_file
 
@@ -26,6 +27,13 @@ PYTHON_FILES = {
     "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
     "data_batch_4": "634d18415352ddfa80567beed471001a",
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+}
+# by which NumPy before 2 (core) and since (_core) pickles an array
+RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]
+ARRAY_PARTS = {
+    "numpy.core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": RECONSTRUCT,
+    **{"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype},
 }
 ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
@@ -75,14 +83,29 @@ def read_binary(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
     return _checked(path, rows[:, 1:], rows[:, 0])
 
 
+class BatchUnpickler(pickle.Unpickler):
+    """Reads a pickle of a dict with an array, labels and names; nothing else that it names is looked up."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (part := ARRAY_PARTS.get(f"{module}.{name}")) is None:
+            raise pickle.UnpicklingError(f"refuses to load '{module}.{name}': it is no part of an array")
+        return part
+
+
 def read_python(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
-    """Read a file of the python version, a pickle that cannot run anything."""
+    """Read a file of the python version: a pickle, which is the published one or is not read."""
     content, expected = path.read_bytes(), PYTHON_FILES[path.name]
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
         raise ValueError(f"{path} is damaged or not the published file: its md5 is {found}, expected {expected}")
-    images, labels = read_record(path, content)
-    return _checked(path, images, np.asarray(labels))
+    try:
+        batch = BatchUnpickler(BytesIO(content), encoding="bytes").load()  # Python 2 wrote it: its strings are bytes
+        images, labels = batch[b"data"], np.asarray(batch[b"labels"], dtype=np.int64)
+        if images.dtype != np.uint8:
+            raise TypeError(f"its images are of type {images.dtype}, expected bytes")
+    except Exception as error:  # another pickle fails in any way
+        raise ValueError(f"{path} is no batch of CIFAR-10 ({type(error).__name__}: {error})") from error
+    return _checked(path, images, labels)
 
 
 def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> UInt8[np.ndarray, "images 3 32 32"]:

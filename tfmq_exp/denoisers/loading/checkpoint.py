@@ -9,9 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tfmq_exp.core.file_kind import is_safetensors, kind_of, why_missing, why_unreadable
-from tfmq_exp.core.safe_pickle import RefusedError
 from tfmq_exp.denoisers.loading.torch_checkpoint import build_tensors, open_torch
-from tfmq_exp.denoisers.loading.torch_pickle import TensorRecord
+from tfmq_exp.denoisers.loading.torch_pickle import RefusedError, TensorRecord
 
 EMA = "model_ema."
 
@@ -22,8 +21,8 @@ class Checkpoint:
         with Checkpoint(path) as file:
             unet = file.read("model.diffusion_model.", ema=True)
 
-    Optimizer states, settings and everything else that is not a tensor of the state dict are left out. EMA copies in the list
-    of the DDIM program are named as LDM does: `model_ema.` + name without dots.
+    Everything that is not a tensor of the state dict is left out. EMA copies in the list of the DDIM program are named as LDM
+    does: `model_ema.` + name without dots.
 
     Raises:
         FileNotFoundError: on entering, no such file.
@@ -75,7 +74,7 @@ class Checkpoint:
         """
         with self._naming():
             sources = select_names(self._names, prefix, ema)
-        tensors = self.tensors(sources.values())
+            tensors = self._read(sources.values())
         return {name: tensors[source] for name, source in sources.items()}
 
     @contextmanager
@@ -97,15 +96,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return file.tensors()
 
 
-def tensors_of(state: Any) -> dict[str, TensorRecord]:
-    """The named tensors of a dict, without the `module.` of DataParallel; none of anything else."""
-    # by the method of dict itself: a pickle may give an OrderedDict another one
-    items = dict.items(state) if isinstance(state, dict) else ()
-    named = {name: value for name, value in items if isinstance(name, str) and isinstance(value, TensorRecord)}
-    parallel = all(name.startswith("module.") for name in named)
-    return {name.removeprefix("module.") if parallel else name: value for name, value in named.items()}
-
-
 def state_of(root: Any) -> dict[str, TensorRecord]:
     """The tensors of Lightning's state dict, a bare one, or DDIM's list: state, optimizer, epoch, step (, EMA copies)."""
     if not isinstance(root, list):
@@ -113,6 +103,14 @@ def state_of(root: Any) -> dict[str, TensorRecord]:
     state, averages = (tensors_of(root[place] if place < len(root) else None) for place in (0, 4))
     copies = ema_names(averages)
     return {**state, **{copies[name]: value for name, value in averages.items()}}
+
+
+def tensors_of(state: Any) -> dict[str, TensorRecord]:
+    """The named tensors of a dict, without the `module.` of DataParallel; none of anything else."""
+    items = state.items() if isinstance(state, dict) else ()
+    named = {name: value for name, value in items if isinstance(name, str) and isinstance(value, TensorRecord)}
+    parallel = all(name.startswith("module.") for name in named)
+    return {name.removeprefix("module.") if parallel else name: value for name, value in named.items()}
 
 
 def ema_names(names: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.helpers.checkpoints import tensor_names
-from tfmq_exp.core.safe_pickle import MOST_INSTRUCTIONS
+from tfmq_exp.denoisers.loading.torch_pickle import MOST_INSTRUCTIONS
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 
 pytestmark = pytest.mark.bad_input
