@@ -170,9 +170,7 @@ def test_a_batch_with_code_in_it_is_refused_by_the_source_too(python: Path, monk
         CIFAR10(str(python)).batches(5)
     sums = cifar10.PYTHON_FILES | {"data_batch_3": hashlib.md5(content, usedforsecurity=False).hexdigest()}
     monkeypatch.setattr(cifar10, "PYTHON_FILES", sums)
-    with pytest.raises(
-        ValueError, match=r"data_batch_3 is no batch of CIFAR-10 \(\w+: refuses to load 'os\.system'"
-    ):
+    with pytest.raises(ValueError, match=r"data_batch_3 is no batch of CIFAR-10 \(\w+: refuses to load 'os\.system'"):
         CIFAR10(str(python)).batches(5)
     assert not marker.exists()
 

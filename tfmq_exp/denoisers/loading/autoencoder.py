@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, VQModel
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_exp.core.validate import COUNT, POSITIVE
-from tfmq_exp.denoisers.loading.compvis_unet import ddim_key
+from tfmq_exp.denoisers.loading.compvis_unet import block_types, ddim_key, renamed
 from tfmq_exp.denoisers.loading.state_dict import assign_weights
 
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
@@ -74,11 +74,9 @@ def build_autoencoder(config: Mapping[str, Any], scale: float) -> AutoencoderKL 
             "double_z and embed_dim = z_channels of AutoencoderKL, and no double_z of VQModel"
         )
     attends = [parts["resolution"] // 2**level in parts["attn_resolutions"] for level in range(len(parts["ch_mult"]))]
-    down = tuple("AttnDownEncoderBlock2D" if attend else "DownEncoderBlock2D" for attend in attends)
-    up = tuple("AttnUpDecoderBlock2D" if attend else "UpDecoderBlock2D" for attend in reversed(attends))
     shared: dict[str, Any] = {
+        **block_types(attends, sides=("DownEncoder", "UpDecoder")),
         **{"in_channels": parts["in_channels"], "out_channels": parts["out_ch"]},
-        **{"down_block_types": down, "up_block_types": up},
         "block_out_channels": tuple(parts["ch"] * m for m in parts["ch_mult"]),
         "layers_per_block": parts["num_res_blocks"],
         "latent_channels": latent,
@@ -87,18 +85,6 @@ def build_autoencoder(config: Mapping[str, Any], scale: float) -> AutoencoderKL 
     if kl:
         return AutoencoderKL(**shared)
     return VQModel(**shared, num_vq_embeddings=params["n_embed"], vq_embed_dim=params["embed_dim"])
-
-
-def convert_autoencoder(state: Mapping[str, Tensor], network: nn.Module, levels: int) -> dict[str, Tensor]:
-    """A state dict for `network` from one with original keys; losses of its training are dropped."""
-    matrices = {name for name, value in network.state_dict().items() if value.dim() == 2}
-    converted: dict[str, Tensor] = {}
-    for key, value in state.items():
-        side, _, inner = key.partition(".")
-        if side != "loss":
-            name = f"{side}.{ddim_key(inner, levels)}" if side in ("encoder", "decoder") else key
-            converted[name] = value.flatten(1) if name in matrices and value.dim() > 1 else value
-    return converted
 
 
 def load_autoencoder(config: Mapping[str, Any], state: Mapping[str, Tensor], scale: float) -> AutoencoderKL | VQModel:
@@ -117,5 +103,12 @@ def load_autoencoder(config: Mapping[str, Any], state: Mapping[str, Tensor], sca
             network = build_autoencoder(config, scale)
     except KeyError as error:
         raise ValueError(f"the architecture of the first stage lacks {error}") from error
-    assign_weights(network, convert_autoencoder(state, network, len(config["params"]["ddconfig"]["ch_mult"])))
+    levels = len(config["params"]["ddconfig"]["ch_mult"])
+
+    def name_of(key: str) -> str:
+        side, _, inner = key.partition(".")
+        return f"{side}.{ddim_key(inner, levels)}" if side in ("encoder", "decoder") else key
+
+    kept = {key: value for key, value in state.items() if not key.startswith("loss.")}  # losses of its training
+    assign_weights(network, renamed(kept, network, name_of))
     return network

@@ -10,11 +10,29 @@ from tfmq_exp.core.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.core.files import hash_of_json, sha256_of
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.compvis_checkpoint import load_compvis
+from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, tokenizer_files
 from tfmq_exp.denoisers.loading.diffusers_folder import DiffusersFolder, component_folders
-from tfmq_exp.denoisers.loading.download_hints import where_to_find
 from tfmq_exp.denoisers.loading.forward_check import check_forward
-from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, tokenizer_files
 from tfmq_exp.denoisers.loading.weight_files import weight_files
+
+LDM = "the model zoo of github.com/CompVis/latent-diffusion"
+# Model -> the file, and its publisher, for the message when it is missing. docs/checkpoints.md has the same with mirrors.
+PUBLISHED = {
+    "ddim_cifar10": ("model-790000.ckpt of ema_diffusion_cifar10_model", "github.com/pesser/pytorch_diffusion"),
+    "ldm_bedroom": ("model.ckpt of lsun_bedrooms.zip", LDM),
+    "ldm_church": ("model.ckpt of lsun_churches.zip", LDM),
+    "ldm_celebahq": ("model.ckpt of celeba.zip", f"{LDM}, as diffusers folder huggingface.co/CompVis/ldm-celebahq-256"),
+    "ldm_ffhq": ("model.ckpt of ffhq.zip", LDM),
+    "ldm_imagenet": ("model.ckpt of cin256-v2", LDM),
+    "sd_v1_4": ("sd-v1-4.ckpt", "huggingface.co/CompVis/stable-diffusion-v-1-4-original"),
+}
+
+
+def where_to_find(name: str) -> str:
+    if name not in PUBLISHED:
+        return "give an original checkpoint or a diffusers folder; docs/checkpoints.md lists those of known models"
+    source = "expected {}, published at {}".format(*PUBLISHED[name])
+    return f"{source}, or a diffusers folder (docs/checkpoints.md); nothing is downloaded"
 
 
 def hash_weights(path: Path) -> str:

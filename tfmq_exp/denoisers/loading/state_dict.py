@@ -8,11 +8,14 @@ from torch import Tensor, nn
 def differences(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """The reasons why a state dict is not this network's: names that are missing or unknown, and other shapes."""
     expected = network.state_dict()
-    missing = [name for name in expected if name not in state]
-    unknown = [name for name in state if name not in expected]
-    common = {name: (tuple(state[name].shape), tuple(expected[name].shape)) for name in expected if name in state}
-    other = [f"{name} {given} instead of {shape}" for name, (given, shape) in common.items() if given != shape]
-    kinds = {"missing": missing, "not in the architecture": unknown, "of another shape": other}
+    shapes = {name: (tuple(state[name].shape), tuple(expected[name].shape)) for name in expected if name in state}
+    kinds = {
+        "missing": [name for name in expected if name not in state],
+        "not in the architecture": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {given} instead of {own}" for name, (given, own) in shapes.items() if given != own
+        ],
+    }
     return [f"{len(names)} {kind}, first {names[0]}" for kind, names in kinds.items() if names]
 
 
@@ -28,8 +31,8 @@ def assign_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     if problems := differences(network, state):
         raise ValueError(f"the weights do not fit the architecture: {'; '.join(problems)}")
-    counters = {name for name, value in network.state_dict().items() if not value.is_floating_point()}
-    if wrong := [name for name, value in state.items() if not value.is_floating_point() and name not in counters]:
+    expected = network.state_dict()
+    if wrong := [n for n in expected if expected[n].is_floating_point() and not state[n].is_floating_point()]:
         kind = str(state[wrong[0]].dtype).removeprefix("torch.")
         found = f"{len(wrong)} weights are no floating point numbers, first {wrong[0]} ({kind})"
         raise ValueError(f"{found}: quantized by others?")

@@ -1,4 +1,4 @@
-"""Captions as conditions: CLIP's text model, as Stable Diffusion uses it (LDM's FrozenCLIPEmbedder)."""
+"""Class labels (LDM's ClassEmbedder) and captions (its FrozenCLIPEmbedder: CLIP's text model) as conditions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,10 +24,37 @@ VIT_L_14 = {
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 COMPILED = "tokenizer.json"  # both in one file, as newer versions of transformers write it
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SHORTEST = 3  # tokens
+SHORTEST = 3  # tokens: start, a word, end
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", None)
 # Settings of a tokenizer that would name code, or files elsewhere.
 ELSEWHERE = ("auto_map", "init_inputs", "tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")
+
+
+class ClassEmbedder:
+    """One learned vector for each class, as a sequence of length one for cross-attention.
+
+    Args:
+        embedding: the vectors; the last is that of no class (1000 of the 1001 that LDM's ImageNet model has).
+    """
+
+    def __init__(self, embedding: Float[Tensor, "classes channels"]) -> None:
+        self.embedding = embedding
+
+    def __call__(self, choices: Sequence[Any]) -> Conditions:
+        """Conditions of these labels; ValueError for no label, or one that is no class."""
+        count = len(self.embedding) - 1
+        wrong = [label for label in choices if type(label) is not int or not 0 <= label < count]
+        if wrong or not choices:
+            given = f"got {wrong[0]!r}" if wrong else "got none"
+            raise ValueError(f"this network is conditioned on a class for each image, 0 .. {count - 1}: {given}")
+        given, null = self.embedding[list(choices)], self.embedding[-1:]
+        return Conditions({"encoder_hidden_states": given[:, None]}, {"encoder_hidden_states": null[:, None]})
+
+    def example(self) -> Conditions:
+        return self([0])
+
+    def to(self, device: torch.device) -> None:
+        self.embedding = self.embedding.to(device)
 
 
 class TextEncoder:
@@ -87,27 +114,27 @@ class TextEncoder:
 def tokenizer_files(folder: Path | None) -> list[Path]:
     """The files of a tokenizer and its settings; FileNotFoundError without the former."""
     names = (*TOKENIZER_FILES, COMPILED, *TOKENIZER_SETTINGS)
-    files = [folder / name for name in names if (folder / name).is_file()] if folder else []
-    found = {file.name for file in files}
-    if COMPILED not in found and (missing := [name for name in TOKENIZER_FILES if name not in found]):
+    files = {name: folder / name for name in names if (folder / name).is_file()} if folder else {}
+    if COMPILED not in files and (missing := [name for name in TOKENIZER_FILES if name not in files]):
         raise FileNotFoundError(
             f"no tokenizer: expected {' and '.join(missing)} in the folder that `tokenizer` names, got {folder}; Stable "
             "Diffusion's are those of openai/clip-vit-large-patch14 (docs/checkpoints.md); nothing is downloaded"
         )
-    return files
+    return list(files.values())
 
 
 def check_tokenizer(file: Path) -> None:
     """ValueError for a `tokenizer_config.json` of another tokenizer, or one that names code or files elsewhere."""
     settings = read_json(file) if file.is_file() else {}
+    length, wrong = settings.get("model_max_length"), ""
     if settings.get("tokenizer_class") not in TOKENIZERS:
-        raise ValueError(f"{file}: tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}")
-    if named := [f"{key}={settings[key]!r:.80}" for key in ELSEWHERE if settings.get(key)]:
-        raise ValueError(f"{file}: {named[0]} is refused: the tokenizer is what is in its folder")
-    length = settings.get("model_max_length")
-    if length is not None and not (number(length) and length >= SHORTEST and length == int(length)):
-        expected = f"a whole number, at least {SHORTEST} (start, a word, end)"
-        raise ValueError(f"{file}: model_max_length must be {expected}, got {length!r:.80}")
+        wrong = f"tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}"
+    elif named := [f"{key}={settings[key]!r:.80}" for key in ELSEWHERE if settings.get(key)]:
+        wrong = f"{named[0]} is refused: the tokenizer is what is in its folder"
+    elif length is not None and not (number(length) and length >= SHORTEST and length == int(length)):
+        wrong = f"model_max_length must be a whole number, at least {SHORTEST}, got {length!r:.80}"
+    if wrong:
+        raise ValueError(f"{file}: {wrong}")
 
 
 def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
@@ -140,9 +167,9 @@ def load_text_model(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> C
 def assign_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor]) -> None:
     """`assign_weights` to a text model on the meta device."""
     # the level that the names begin with is in transformers 4 and not in 5
-    nested = any(name.startswith("text_model.") for name in model.state_dict())
-    names = {name: name if nested else name.removeprefix("text_model.") for name in state}
-    assign_weights(model, {names[n]: value for n, value in state.items() if not n.endswith("embeddings.position_ids")})
+    level = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
+    kept = {name: value for name, value in state.items() if not name.endswith("embeddings.position_ids")}
+    assign_weights(model, {name.removeprefix(level): value for name, value in kept.items()})
     for name, buffer in list(model.named_buffers()):  # positions 0, 1, ..: computed, not stored
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape))
