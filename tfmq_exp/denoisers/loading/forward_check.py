@@ -19,7 +19,7 @@ from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.network_config import check_channels
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.unet import block_modules, roles, time_embedding
+from tfmq_exp.denoisers.unet import after_each, block_modules, roles, time_embedding
 
 SIDE = 32  # of the sample, at most about this: the result does not depend on it
 TOLERANCE = 1e-4  # of the largest value: batches of other shapes round differently
@@ -107,17 +107,18 @@ def check_forward(parts: DenoiserParts) -> None:
     given = {name: value.expand(len(t), *value.shape[1:]) for name, value in conditions.items()}
     inputs, outputs = dict[str, Any](), dict[str, Any]()
 
-    def keep(kept: dict[str, Any], path: str, _module: Any, args: Any, other: Any) -> None:
-        # copies, for networks may change tensors later; the keyword arguments, or the output
-        kept[path] = pytree.tree_map_only(Tensor, Tensor.clone, other if kept is outputs else (args, other))
+    # copies, for networks may change tensors later
+    def before(path: str, _module: Any, args: Any, kwargs: Any) -> None:
+        inputs[path] = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+
+    def after(path: str, _module: Any, _args: Any, output: Any) -> None:
+        outputs[path] = pytree.tree_map_only(Tensor, Tensor.clone, output)
 
     blocks = {path for path, _ in block_modules(unet)}
-    with ExitStack() as hooks:
+    with after_each(unet, blocks | projections, after), ExitStack() as hooks:
         for path in blocks:
-            before = partial(keep, inputs, path)
-            hooks.enter_context(unet.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True))
-        for path in blocks | projections:
-            hooks.enter_context(unet.get_submodule(path).register_forward_hook(partial(keep, outputs, path)))
+            hook = unet.get_submodule(path).register_forward_pre_hook(partial(before, path), with_kwargs=True)
+            hooks.enter_context(hook)
         try:
             output = unet(sample.expand(len(t), -1, -1, -1), t, **given).sample
         except IndexError as error:
