@@ -65,9 +65,7 @@ class ProcessGroup:
         The mean over ranks that DistributedDataParallel takes depends on their number in the last bits, and the gradients of
         learned scales, which jump, amplify that.
 
-        Args:
-            own: vectors of this rank, as `shard` distributes them; one that is not counted where it has no share.
-            count: number of vectors on all ranks.
+        `own` are the vectors of this rank, as `shard` distributes them; one that is not counted where it has no share.
         """
         if self.world_size == 1:
             return ordered_sum(own[:count])
@@ -106,14 +104,8 @@ def set_gradients(
 ) -> Tensor:
     """Set `.grad` of the parameters to the sum over all microbatches, in their order for any number of processes.
 
-    Args:
-        parameters: all that are learned.
-        count: number of microbatches, none of them empty.
-        processes: ranks that share the microbatches.
-        compute: index of a microbatch -> gradient of every parameter and, last, its share of the loss.
-
-    Returns:
-        The loss of the batch, without gradient.
+    `compute` gives, for one of `count` microbatches, the gradient of every parameter and, last, its share of the loss; returned
+    is the loss of the batch, without gradient.
     """
     import torch
 

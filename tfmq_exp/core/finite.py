@@ -29,11 +29,7 @@ class DivergedError(NotFiniteError):
 
 
 def require_finite(x: Tensor, what: str) -> Tensor:
-    """Return a tensor whose values are all finite; one reduction, and on a GPU one synchronisation.
-
-    Raises:
-        NotFiniteError: some value is NaN or infinite; counts them, and calls the tensor `what`.
-    """
+    """Return a tensor whose values are all finite; else NotFiniteError, which counts the others and calls it `what`."""
     if not bool(torch.isfinite(x).all()):
         nans, infinities = int(x.isnan().sum()), int(x.isinf().sum())
         kinds = [f"{count} {name}" for count, name in ((nans, "NaN"), (infinities, "infinite")) if count]
@@ -48,11 +44,7 @@ def require_finite_weights(network: nn.Module, what: str) -> None:
 
 
 def relative(error: Tensor, scale: Tensor, what: str) -> Tensor:
-    """Divide an error by the size of the exact values, element by element; no error is 0, whatever the size.
-
-    Raises:
-        NotFiniteError: the error of `what` or its scale is not finite, or there is an error and its scale is 0.
-    """
+    """Divide an error by the size of the exact values; no error is 0, whatever the size. NotFiniteError for x / 0 and NaN."""
     return require_finite(torch.where((error == 0) & (scale == 0), 0, error / scale), f"the relative error of {what}")
 
 

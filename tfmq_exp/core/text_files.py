@@ -18,8 +18,7 @@ def decode_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder or another thing, a pointer or a web page in its place, another encoding, or NUL characters, which
-            no text has.
+        ValueError: no file, a pointer or a web page in its place, another encoding, or NUL characters.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file at {path}")

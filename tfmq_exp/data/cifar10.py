@@ -69,18 +69,27 @@ class CIFAR10:
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 32 32"]]:
         """Read all images, `size` at a time; ValueError names a file that is not the published one."""
         check_batch(size)
-        read = read_binary if self.version == BINARY else read_python
-        return iter(torch.from_numpy(np.concatenate([read(file) for file in self.files])).split(size))
+        return iter(torch.from_numpy(np.concatenate([read_images(file) for file in self.files])).split(size))
 
 
-def read_binary(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
-    """Read a file of the binary version: for each image a byte with the label, then red, green and blue planes."""
+def read_images(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
+    """Read a file of either version; ValueError for one that is not the published one."""
+    images, labels = read_binary(path) if path.suffix == ".bin" else read_python(path)
+    if images.shape != (PER_FILE, PIXELS) or len(labels) != PER_FILE:
+        counts = f"expected {(PER_FILE, PIXELS)} and {PER_FILE}"
+        raise ValueError(f"{path} holds images {images.shape} and {len(labels)} labels, {counts}")
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, expected 0 to 9")
+    return images.reshape(-1, *SHAPE)
+
+
+def read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a file with, for each image, a byte with the label, then red, green and blue planes."""
     data = np.fromfile(path, dtype=np.uint8)
-    if data.size != PER_FILE * (1 + PIXELS):
-        expected = f"expected {PER_FILE * (1 + PIXELS)}: it is truncated or another file"
-        raise ValueError(f"{path} has {data.size} bytes, {expected}")
+    if data.size != (expected := PER_FILE * (1 + PIXELS)):
+        raise ValueError(f"{path} has {data.size} bytes, expected {expected}: it is truncated or another file")
     rows = data.reshape(PER_FILE, 1 + PIXELS)
-    return _checked(path, rows[:, 1:], rows[:, 0])
+    return rows[:, 1:], rows[:, 0]
 
 
 class BatchUnpickler(pickle.Unpickler):
@@ -92,8 +101,8 @@ class BatchUnpickler(pickle.Unpickler):
         return part
 
 
-def read_python(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
-    """Read a file of the python version: a pickle, which is the published one or is not read."""
+def read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a pickle, which is the published one or is not read."""
     content, expected = path.read_bytes(), PYTHON_FILES[path.name]
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
@@ -105,13 +114,4 @@ def read_python(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
             raise TypeError(f"its images are of type {images.dtype}, expected bytes")
     except Exception as error:  # another pickle fails in any way
         raise ValueError(f"{path} is no batch of CIFAR-10 ({type(error).__name__}: {error})") from error
-    return _checked(path, images, labels)
-
-
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> UInt8[np.ndarray, "images 3 32 32"]:
-    if images.shape != (PER_FILE, PIXELS) or len(labels) != PER_FILE:
-        counts = f"expected {(PER_FILE, PIXELS)} and {PER_FILE}"
-        raise ValueError(f"{path} holds images {images.shape} and {len(labels)} labels, {counts}")
-    if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, expected 0 to 9")
-    return images.reshape(-1, *SHAPE)
+    return images, labels

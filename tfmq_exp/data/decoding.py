@@ -31,8 +31,7 @@ def decode(name: str, content: bytes, size: int, preparation: Preparation) -> Pi
     channel keep their upper 8.
 
     Raises:
-        ValueError: no picture, a damaged one, too large, of more than 8 bits per channel, or of another size once prepared; by
-            `name`. A name that ends in `.tga` may be a TGA, whose content has no mark of its own.
+        ValueError: no picture, a damaged one, too large, of more than 8 bits per channel, or of another size once prepared.
     """
     rgb = to_rgb(name, content)
     try:
@@ -48,6 +47,7 @@ def decode(name: str, content: bytes, size: int, preparation: Preparation) -> Pi
 
 
 def to_rgb(name: str, content: bytes) -> Image.Image:
+    # a TGA's content has no mark of its own
     formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
     try:
         image = Image.open(BytesIO(content), formats=formats)
@@ -90,7 +90,7 @@ def in_order(function: Callable[[Item], Pixels], items: Iterable[Item]) -> Itera
 
 
 def check_batch(size: int) -> None:
-    """Raise a ValueError for a batch without images."""
+    """ValueError for a batch without images."""
     if size < 1:
         raise ValueError(f"a batch holds at least one image, got {size}")
 

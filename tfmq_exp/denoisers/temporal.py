@@ -30,10 +30,7 @@ class TemporalInformationBlock(nn.Module):
 
 
 def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
-    """Layers that depend on t alone, by measurement: same output for other inputs, another output for another t.
-
-    `example` has the keyword arguments of a forward pass; noise on the floating-point ones shows what depends on them.
-    """
+    """Layers that depend on t alone, by measurement: same output for inputs with noise, another output for another t."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, LAYERS)]
 
     def run(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -37,11 +37,7 @@ ROLES_AT_TOP = {
 
 
 def roles(unet: nn.Module) -> dict[str, Role]:
-    """The role of every layer with weights.
-
-    Raises:
-        ValueError: a layer that has no role here (a kind of network this project does not know).
-    """
+    """The role of every layer with weights; ValueError for one that has none here, of a kind of network not known here."""
     found = dict(ROLES_AT_TOP)
     for name, module in unet.named_modules():
         for path, role in ROLES_WITHIN.get(type(module), {}).items():

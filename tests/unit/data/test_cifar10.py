@@ -103,7 +103,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], n
         sums = {"batch": hashlib.md5(content, usedforsecurity=False).hexdigest()}
         monkeypatch.setattr(cifar10, "PYTHON_FILES", sums)
         monkeypatch.setattr(cifar10, "PER_FILE", PER_FILE)
-        return cifar10.read_python(tmp_path / "batch")
+        return cifar10.read_images(tmp_path / "batch")
 
     return read
 

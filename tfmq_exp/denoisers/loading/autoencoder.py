@@ -13,30 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.core.validate import COUNT, POSITIVE
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 from tfmq_exp.denoisers.loading.compvis_unet import block_types, ddim_key, renamed
-from tfmq_exp.denoisers.loading.state_dict import assign_weights
 
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
 
 
 class LatentDecoder:
-    """First stage of a denoiser whose samples are the latents of an autoencoder, times a scale.
+    """First stage of a denoiser whose samples are the latents of an autoencoder, times a scale that gives them unit variance.
 
-    Args:
-        network: the autoencoder; it moves to the device of its inputs.
-        scale: gives the latents about unit variance: 1 for VQ models, 0.18215 for Stable Diffusion, a number in the
-            checkpoint for LSUN-Churches.
-        rows: images that go through the network together; a decoder needs far more memory than a denoiser.
-
-    Raises:
-        ValueError: a scale or a number of rows that is not positive.
+    The network moves to the device of its inputs; `rows` images go through it together.
     """
 
     def __init__(self, network: AutoencoderKL | VQModel, scale: float, rows: int = 8) -> None:
-        if not POSITIVE.fits(scale):
-            raise ValueError(f"the latents' scale factor must be {POSITIVE.right}, got {scale!r}")
-        if not COUNT.fits(rows):
-            raise ValueError(f"decode_rows must be {COUNT.right}, got {rows!r}")
+        for name, value, kind in (("the latents' scale factor", scale, POSITIVE), ("decode_rows", rows, COUNT)):
+            if not kind.fits(value):
+                raise ValueError(f"{name} must be {kind.right}, got {value!r}")
         self.network: Any = network
         self.scale, self.rows = scale, rows
 
@@ -88,12 +80,7 @@ def build_autoencoder(config: Mapping[str, Any], scale: float) -> AutoencoderKL 
 
 
 def load_autoencoder(config: Mapping[str, Any], state: Mapping[str, Tensor], scale: float) -> AutoencoderKL | VQModel:
-    """Build the autoencoder of an LDM `first_stage_config` and load its weights, strictly; it takes them over.
-
-    Args:
-        config: `target` and `params` with `ddconfig`, as in the original file.
-        state: parameters by their original names below `first_stage_model.`.
-        scale: of the latents; the network does not use it, its configuration keeps it.
+    """Build the autoencoder of an LDM `first_stage_config` and load its weights, by their original names, strictly.
 
     Raises:
         ValueError: an architecture that is not known here, or weights that do not fit it.

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.loading.state_dict import assign_weights
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
 # LDM's names of layers within a block -> diffusers'.
@@ -172,7 +172,7 @@ def convert_unet(state: Mapping[str, Tensor], unet: Any, *, ddim: bool) -> dict[
 
 
 def build_unet(architecture: Mapping[str, Any]) -> nn.Module:
-    """The diffusers UNet of an original architecture, as `load_unet` takes it, with random weights."""
+    """The UNet of an architecture as `load_unet` takes it, with random weights."""
     try:
         return ddim_unet(architecture["config"]) if "config" in architecture else openai_unet(architecture["kwargs"])
     except KeyError as error:
@@ -180,11 +180,9 @@ def build_unet(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def load_unet(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """Build a diffusers UNet of an original architecture and load its weights, strictly.
+    """Build a diffusers UNet of an original architecture and load its weights, strictly; it takes them over.
 
-    Args:
-        architecture: `kwargs` of an LDM UNetModel, or the `config` of a DDIM model.
-        state: parameters of the UNet alone, by their original names. The network takes them over, without a copy.
+    The architecture has the `kwargs` of an LDM UNetModel, or the `config` of a DDIM model; `state` the UNet's original names.
 
     Raises:
         ValueError: an architecture that is not known here, or weights that do not fit it.

@@ -13,7 +13,7 @@ from tfmq_exp.core.file_kind import instead_of_text
 from tfmq_exp.core.files import read_json
 from tfmq_exp.core.validate import number
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.loading.state_dict import assign_weights
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 
 # ViT-L/14, https://huggingface.co/openai/clip-vit-large-patch14
 VIT_L_14 = {
@@ -31,11 +31,7 @@ ELSEWHERE = ("auto_map", "init_inputs", "tokenizer_file", "vocab_file", "merges_
 
 
 class ClassEmbedder:
-    """One learned vector for each class, as a sequence of length one for cross-attention.
-
-    Args:
-        embedding: the vectors; the last is that of no class (1000 of the 1001 that LDM's ImageNet model has).
-    """
+    """One learned vector for each class, and last one of no class, as a sequence of length one for cross-attention."""
 
     def __init__(self, embedding: Float[Tensor, "classes channels"]) -> None:
         self.embedding = embedding
@@ -58,13 +54,7 @@ class ClassEmbedder:
 
 
 class TextEncoder:
-    """The last hidden states of CLIP's text model. No caption is the empty caption.
-
-    Args:
-        model: the text model; it runs on its own device.
-        tokenizer: of the same CLIP.
-        rows: captions that go through the model together.
-    """
+    """The last hidden states of CLIP's text model, `rows` captions at a time. No caption is the empty caption."""
 
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, rows: int = 64) -> None:
         self.model: Any = model
@@ -152,12 +142,7 @@ def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
 
 
 def load_text_model(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> CLIPTextModel:
-    """Build CLIP's text model and load its weights, strictly; it takes them over.
-
-    Args:
-        config: of transformers' CLIPTextConfig; `VIT_L_14` for Stable Diffusion 1.
-        state: parameters by the names they have in the original file, below `cond_stage_model.transformer.`.
-    """
+    """Build CLIP's text model and load its weights, by their names below `cond_stage_model.transformer.`, strictly."""
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(**config))
     assign_text_weights(model, state)

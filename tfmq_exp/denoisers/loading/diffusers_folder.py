@@ -13,12 +13,12 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, DenoiserParts, FirstStage, NoConditions, Pixels
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights, differences
 from tfmq_exp.denoisers.loading.compvis_checkpoint import training_schedule, unet_architecture
 from tfmq_exp.denoisers.loading.compvis_unet import build_unet
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, assign_text_weights, read_tokenizer
 from tfmq_exp.denoisers.loading.network_config import AUTOENCODERS, TEXT_MODELS, UNETS, checked_network, sides
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, read_index, scheduler_file, training_noise
-from tfmq_exp.denoisers.loading.state_dict import assign_weights, differences
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
@@ -122,12 +122,7 @@ class DiffusersFolder:
         return network
 
     def load(self, config: Mapping[str, Any] | None, *, tokenizer: Path | None, decode_rows: int) -> DenoiserParts:
-        """Read the folder.
-
-        Args:
-            config: architecture in the layout of the original program, for numbers of heads; None trusts the folder.
-            tokenizer: another folder of CLIP's vocabulary than the one inside.
-            decode_rows: images that the first stage decodes together.
+        """Read the folder; numbers of heads are those of `config`, an architecture of the original program, if it is given.
 
         Raises:
             FileNotFoundError: something that the model needs is not there.

@@ -53,10 +53,7 @@ def check_sample(parts: DenoiserParts) -> None:
 
 
 def check_shape(unet: Any, shape: tuple[int, int, int], conditions: Mapping[str, Tensor], step: int) -> None:
-    """ValueError unless a sample of this shape comes out as it went in; nothing is computed but shapes.
-
-    UNet2DModel cannot join an odd size that it halves with what it doubles again; `step` is the size that halves evenly.
-    """
+    """ValueError unless a sample of this shape comes out as it went in, by a pass of shapes alone; sides should be n * step."""
     outline = {name: value.to("meta") for name, value in (*unet.named_parameters(), *unet.named_buffers())}
     given = {name: torch.empty_like(value, device="meta") for name, value in conditions.items()}
     sample, t = torch.empty(1, *shape, device="meta"), torch.ones(1, dtype=torch.long, device="meta")
@@ -86,10 +83,7 @@ def differ(found: Any, expected: Any) -> bool:
 
 @torch.no_grad()
 def check_forward(parts: DenoiserParts) -> None:
-    """Compare a network's own forward pass with its temporal features and its blocks, computed apart.
-
-    Args:
-        parts: of a denoiser; the network is float, on the CPU and in evaluation mode.
+    """Compare the own forward pass of a float network on the CPU with its temporal features and its blocks, computed apart.
 
     Raises:
         ValueError: the network has layers of an unknown kind, cannot take its sample or conditions, gives numbers that are not

@@ -85,9 +85,7 @@ def check_sizes(kind: Any, config: Mapping[str, Any], available: int, most_layer
         default = defaults.get(key)
         wrong = any(not 0 <= number <= limit for number in numbers(value)) and not key.endswith("_token_id")
         nested = isinstance(value, list) and any(isinstance(part, list) for part in value) and key not in LAYERS
-        switch = isinstance(default, bool) and not all(
-            leaf is None or type(leaf) is bool for leaf in tree_leaves(value)
-        )
+        switch = isinstance(default, bool) and not all(isinstance(leaf, bool | None) for leaf in tree_leaves(value))
         real = isinstance(default, float) and type(value) not in (int, float)
         if wrong or nested or switch or real or isinstance(value, Mapping):
             right = "true or false" if switch else f"numbers from 0 to {limit}"
@@ -103,14 +101,9 @@ def check_sizes(kind: Any, config: Mapping[str, Any], available: int, most_layer
 def empty_network(
     kind: Any, config: Mapping[str, Any], available: int, most_layers: int = MOST_LAYERS, tolerated: int = 0
 ) -> Any:
-    """Build a network on the meta device, if its settings are possible.
+    """Build a network of a class on the meta device, if its settings are possible.
 
-    Args:
-        kind: its class; a setting that is a switch or a real number by default stays one.
-        config: its settings by name.
-        available: weights that the files can hold.
-        most_layers: in all blocks together.
-        tolerated: weights that are accepted whatever the files can hold.
+    Its files have room for `available` weights, of which `tolerated` are accepted in any case, and blocks for `most_layers`.
 
     Raises:
         ValueError: settings that cannot be, do not go together, or describe more weights than there are; by their keys.
@@ -170,13 +163,7 @@ def sides(size: Any) -> tuple[int, int]:
 
 
 def checked_network(file: Path, config: Mapping[str, Any], classes: tuple[Any, ...], available: int) -> Any:
-    """Check a network's configuration file, and build the network on the meta device.
-
-    Args:
-        file: the configuration.
-        config: its content.
-        classes: that the network may be of.
-        available: bytes of its weights, none of which takes less than one.
+    """Check the content of a network's configuration file, and build it on the meta device; `available` bytes are its weights.
 
     Raises:
         ValueError: another class, or a setting that is not safe, cannot be, or is not supported; by its key.

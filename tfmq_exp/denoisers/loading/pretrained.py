@@ -28,13 +28,6 @@ PUBLISHED = {
 }
 
 
-def where_to_find(name: str) -> str:
-    if name not in PUBLISHED:
-        return "give an original checkpoint or a diffusers folder; docs/checkpoints.md lists those of known models"
-    source = "expected {}, published at {}".format(*PUBLISHED[name])
-    return f"{source}, or a diffusers folder (docs/checkpoints.md); nothing is downloaded"
-
-
 def hash_weights(path: Path) -> str:
     """SHA-256 of a checkpoint; of a folder that of the hashes of the weight files that are read from it."""
     if path.is_file():
@@ -83,13 +76,16 @@ def load_denoiser(
         decode_rows: images that the first stage decodes together; bounds its memory.
 
     Raises:
-        FileNotFoundError: the checkpoint or something else that the model needs does not exist; the message says where it
-            is published.
+        FileNotFoundError: something that the model needs does not exist; the message says where it is published.
         ValueError: damaged, of another model, with other weights than expected, or not supported.
     """
     path, words = Path(path), None if tokenizer is None else Path(tokenizer)
     if not path.exists():
-        raise FileNotFoundError(f"no weights of {name} at {path}{why_missing(path)}: {where_to_find(name)}")
+        source = (
+            "expected {}, published at {}, or".format(*PUBLISHED[name]) if name in PUBLISHED else "give a checkpoint or"
+        )
+        advice = f"{source} a diffusers folder (docs/checkpoints.md); nothing is downloaded"
+        raise FileNotFoundError(f"no weights of {name} at {path}{why_missing(path)}: {advice}")
     if not path.is_dir() and (kind := kind_of(path)):
         raise ValueError(f"{path}: {kind}")
     architecture = read_architecture(config)

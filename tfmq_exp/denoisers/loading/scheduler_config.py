@@ -57,11 +57,7 @@ def default_settings(kind: type | str) -> dict[str, Any]:
 
 
 def training_noise(file: Path) -> dict[str, Any]:
-    """The noise that a network was trained on, as arguments of diffusers' schedulers; ValueError for impossible betas.
-
-    Args:
-        file: a scheduler's configuration. A setting that is not in it has the default of its class.
-    """
+    """The noise that a network was trained on, as arguments of diffusers' schedulers; ValueError for impossible betas."""
     config = read_json(file)
     name = config.get("_class_name")
     defaults = default_settings(name) if name in KINDS else {}

@@ -21,8 +21,7 @@ def open_torch(file: BinaryIO) -> tuple[Any, ReadStorage]:
     """The content of a file, with records in the place of tensors, and a function that reads their storages.
 
     Raises:
-        RefusedError: names of code, more memory or time than a checkpoint needs, or another kind of file.
-        Exception: any, of a damaged file.
+        RefusedError: names of code, more memory or time than a checkpoint needs, or another kind; others, of damaged files.
     """
     length, start = file.seek(0, 2), file.seek(0)
     is_zip = file.read(4) == b"PK\x03\x04"
@@ -106,8 +105,7 @@ def read_bytes(file: Any, count: int) -> Tensor:
 def build_tensors(records: Mapping[str, TensorRecord], read: ReadStorage, length: int) -> dict[str, Tensor]:
     """Read tensors; those that shared a storage in the file share it in memory.
 
-    None may be larger than `length`, the bytes of the whole file: one number can be any number of elements of a tensor, and a
-    copy of it would fill the memory.
+    None may be larger than the whole file: one number can be any number of elements, and a copy of it would fill the memory.
     """
     storages, tensors = dict[str, Tensor](), dict[str, Tensor]()
     for name, (storage, dtype, offset, size, stride) in records.items():

@@ -81,7 +81,7 @@ class Stub:
 
 
 def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRecord:
-    if not isinstance(storage, StorageRecord) or any(rest[2:]):  # the third is the conjugate or negative flag
+    if not isinstance(storage, StorageRecord) or any(rest[2:]):  # that is, the conjugate or negative flag
         raise RefusedError("holds a tensor that is not a plain view of stored numbers")
     return TensorRecord(storage, storage.dtype, offset, size, stride)
 
@@ -103,18 +103,14 @@ def build_size(numbers: Any = ()) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def build_parameter(data: Any, *_rest: Any) -> Any:
-    return data
-
-
 KNOWN: dict[str, Any] = {
     **{f"{module}.{name}": d for module in ("torch", "torch.cuda", "torch.storage") for name, d in STORAGES.items()},
     **{f"torch.{name}": value for name, value in DTYPES.items()},
     **{f"{module}.{name}": Stub for module, names in STUBS.items() for name in names.split()},
     **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), build_tensor),
     "torch._utils._rebuild_tensor_v3": build_typed_tensor,
-    "torch._utils._rebuild_parameter": build_parameter,
-    "torch._utils._rebuild_parameter_with_state": build_parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "collections.OrderedDict": build_dict,
     "torch.Size": build_size,
 }

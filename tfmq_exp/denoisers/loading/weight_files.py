@@ -25,11 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightSet(NamedTuple):
-    """One of the sets of weights of a network that a folder may hold; smaller ones are preferred.
-
-    Weights without a variant before those of one, such as fp16, which are read where there are no others; safetensors before
-    pickles.
-    """
+    """A set of weights that a folder may hold. Smaller ones are preferred: without a variant such as fp16, then safetensors."""
 
     rank: int
     variant: str
