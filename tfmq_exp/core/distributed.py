@@ -83,9 +83,7 @@ class ProcessGroup:
         """Raise RuntimeError where the values of some rank differ from those of another, as on machines of several kinds."""
         gathered = self.gather((float(values.double().sum()), float(values.double().square().sum())))
         if any(other != gathered[0] for other in gathered):
-            raise RuntimeError(
-                f"{what} differs between processes: {gathered}; use machines of one kind, or one process"
-            )
+            raise RuntimeError(f"{what} differs between processes: {gathered}; use machines of one kind")
 
 
 ALONE = ProcessGroup()

@@ -9,19 +9,17 @@ UNPACK = "unpack it, and give the file inside"
 PICTURE = "is a picture"
 CONVERT = "convert it with the program that it belongs to, or take the publisher's safetensors"
 LFS = "is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`"
+ARCHIVES = {
+    **{b"\x1f\x8b": "a gzip", b"BZh": "a bzip2", b"\xfd7zXZ\x00": "an xz", b"\x28\xb5\x2f\xfd": "a zstd"},
+    **{b"\x04\x22\x4d\x18": "an lz4", b"7z\xbc\xaf\x27\x1c": "a 7z", b"Rar!\x1a\x07": "a rar"},
+}
 # First bytes -> what the file is, and what to do.
 SIGNATURES = {
     **{b"version https://git-lfs": LFS, b"version https://hawser": LFS},
     b"# xet version": f"is a pointer of Xet, not the file itself: {AGAIN}",
     b"/annex/objects/": "is a pointer of git-annex, not the file itself: fetch it with `git annex get`",
     b"PK\x05\x06": f"is an empty zip archive: {AGAIN}",
-    b"\x1f\x8b": f"is a gzip archive: {UNPACK}",
-    b"BZh": f"is a bzip2 archive: {UNPACK}",
-    b"\xfd7zXZ\x00": f"is an xz archive: {UNPACK}",
-    b"\x28\xb5\x2f\xfd": f"is a zstd archive: {UNPACK}",
-    b"\x04\x22\x4d\x18": f"is an lz4 archive: {UNPACK}",
-    b"7z\xbc\xaf\x27\x1c": f"is a 7z archive: {UNPACK}",
-    b"Rar!\x1a\x07": f"is a rar archive: {UNPACK}",
+    **{mark: f"is {name} archive: {UNPACK}" for mark, name in ARCHIVES.items()},
     b"\x93NUMPY": "is a .npy file of NumPy, which holds one array",
     b"GGUF": f"is a GGUF file of llama.cpp's family: {CONVERT}",
     b"\x89HDF\r\n\x1a\n": f"is an HDF5 file, as Keras writes (.h5): {CONVERT}",

@@ -34,10 +34,8 @@ def decode_text(path: Path) -> str:
         if what := by_signature(data[:HEAD]):
             raise ValueError(f"{path} {what}; expected a text file") from error
         line = data.count(b"\n", 0, len(mark) + error.start) + 1
-        raise ValueError(
-            f"{path} is not {encoding.upper()}: byte 0x{error.object[error.start]:02x} in line {line}; save it as UTF-8 "
-            "(Latin-1, for one: iconv -f latin1 -t utf-8)"
-        ) from error
+        found = f"byte 0x{error.object[error.start]:02x} in line {line}"
+        raise ValueError(f"{path} is not {encoding.upper()}: {found}; save it as UTF-8") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         cause = "UTF-16 without a byte order mark, or no text; save it as UTF-8"

@@ -29,10 +29,8 @@ PYTHON_FILES = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
 }
 # by which NumPy before 2 (core) and since (_core) pickles an array
-RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]
-ARRAY_PARTS = {
-    "numpy.core.multiarray._reconstruct": RECONSTRUCT,
-    "numpy._core.multiarray._reconstruct": RECONSTRUCT,
+ARRAY_PARTS: dict[str, Any] = {
+    **{f"numpy.{core}.multiarray._reconstruct": np.zeros(0).__reduce__()[0] for core in ("core", "_core")},
     **{"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype},
 }
 ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -47,14 +45,11 @@ class CIFAR10:
     def __init__(self, path: str) -> None:
         found = [name for name in (BINARY, PYTHON) if Path(path, name).is_dir()]
         if not found:
-            raise FileNotFoundError(
-                f"no CIFAR-10 at {path}: expected {BINARY}/ or {PYTHON}/ there, as the archives of {ORIGIN} unpack "
-                "(nothing is downloaded)"
-            )
+            expected = f"expected {BINARY}/ or {PYTHON}/ there, of {ORIGIN} (nothing is downloaded)"
+            raise FileNotFoundError(f"no CIFAR-10 at {path}: {expected}")
         self.version, folder = found[0], Path(path, found[0])
         self.files = [folder / name for name in (BINARY_FILES if self.version == BINARY else PYTHON_FILES)]
-        missing = [file.name for file in self.files if not file.is_file()]
-        if missing:
+        if missing := [file.name for file in self.files if not file.is_file()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; unpack the archive of {ORIGIN} again")
         self.shape = SHAPE
         self.identity: Mapping[str, Any] = {

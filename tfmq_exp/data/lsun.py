@@ -50,12 +50,11 @@ class LSUN:
         return stacked(self._images(), size)
 
     def _images(self) -> Iterator[Pixels]:
-        with open_database(self.path) as database, database.begin() as transaction:
-            yield from in_order(self._decode, transaction.cursor())
+        def decoded(entry: tuple[bytes, bytes]) -> Pixels:
+            return decode(f"{self.path}: {entry[0]!r}", entry[1], self.shape[1], self.preparation)
 
-    def _decode(self, entry: tuple[bytes, bytes]) -> Pixels:
-        key, value = entry
-        return decode(f"{self.path}: {key!r}", value, self.shape[1], self.preparation)
+        with open_database(self.path) as database, database.begin() as transaction:
+            yield from in_order(decoded, transaction.cursor())
 
 
 def open_database(path: Path) -> lmdb.Environment:

@@ -40,10 +40,8 @@ class NoConditions:
     def __call__(self, choices: Sequence[Any]) -> Conditions:
         """Empty conditions; ValueError if there are any choices, which the network would ignore."""
         if choices:
-            raise ValueError(
-                f"this network is conditioned on nothing, neither class nor caption: got {choices[0]!r:.60}; leave out "
-                "captions, model.sampling.conditioning and labels"
-            )
+            given = f"got {choices[0]!r:.60}; leave out captions, model.sampling.conditioning and labels"
+            raise ValueError(f"this network is conditioned on nothing, neither class nor caption: {given}")
         return Conditions()
 
     def example(self) -> Conditions:

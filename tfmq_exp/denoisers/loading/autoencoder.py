@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tfmq_exp.core.validate import COUNT, POSITIVE
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
-from tfmq_exp.denoisers.loading.compvis_unet import block_types, ddim_key, renamed
+from tfmq_exp.denoisers.loading.compvis_unet import DDIM_SETTINGS, block_types, ddim_key, renamed
 
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
 
@@ -61,16 +61,15 @@ def build_autoencoder(config: Mapping[str, Any], scale: float) -> AutoencoderKL 
     parts, latent = params["ddconfig"], params["ddconfig"]["z_channels"]
     kl = kind == "AutoencoderKL"
     if bool(parts["double_z"]) != kl or (kl and params["embed_dim"] != latent):
+        found = f"double_z={parts['double_z']}, z_channels={latent}, embed_dim={params['embed_dim']}"
         raise ValueError(
-            f"{kind} with double_z={parts['double_z']}, z_channels={latent}, embed_dim={params['embed_dim']}: expected "
-            "double_z and embed_dim = z_channels of AutoencoderKL, and no double_z of VQModel"
+            f"{kind} with {found}: expected double_z and embed_dim = z_channels if AutoencoderKL, else neither"
         )
     attends = [parts["resolution"] // 2**level in parts["attn_resolutions"] for level in range(len(parts["ch_mult"]))]
     shared: dict[str, Any] = {
         **block_types(attends, sides=("DownEncoder", "UpDecoder")),
-        **{"in_channels": parts["in_channels"], "out_channels": parts["out_ch"]},
+        **{ours: parts[theirs] for ours, theirs in DDIM_SETTINGS.items()},
         "block_out_channels": tuple(parts["ch"] * m for m in parts["ch_mult"]),
-        "layers_per_block": parts["num_res_blocks"],
         "latent_channels": latent,
         **{"norm_num_groups": 32, "sample_size": parts["resolution"], "scaling_factor": scale},
     }

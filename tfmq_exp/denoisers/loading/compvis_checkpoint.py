@@ -27,10 +27,8 @@ def at(config: Mapping[str, Any], place: str) -> Any:
     value: Any = config
     for key in place.split("."):
         if not isinstance(value, Mapping) or key not in value:
-            raise ValueError(
-                f"the architecture has no {place!r}: expected the original program's layout, `model.params.unet_config` "
-                "and so on for latent diffusion, sections `model`, `data` and `diffusion` for DDIM"
-            )
+            layouts = "`model.params` of latent diffusion, or `model`, `data` and `diffusion` of DDIM"
+            raise ValueError(f"the architecture has no {place!r}: expected the original program's layout, {layouts}")
         value = value[key]
     return value
 

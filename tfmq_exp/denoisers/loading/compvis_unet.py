@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
+# diffusers' names of settings -> LDM's, and DDIM's.
+SETTINGS = {
+    **{"sample_size": "image_size", "in_channels": "in_channels"},
+    **{"out_channels": "out_channels", "layers_per_block": "num_res_blocks"},
+}
+DDIM_SETTINGS = {"in_channels": "in_channels", "out_channels": "out_ch", "layers_per_block": "num_res_blocks"}
 # LDM's names of layers within a block -> diffusers'.
 INNER = {
     **{"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"},
@@ -68,11 +74,8 @@ def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
         for side, (*names, last) in types.items():
             types[side] = (*(RESAMPLING.get(name, name) for name in names), last)
     shared: dict[str, Any] = {
-        "sample_size": kwargs["image_size"],
-        "in_channels": kwargs["in_channels"],
-        "out_channels": kwargs["out_channels"],
+        **{ours: kwargs[theirs] for ours, theirs in SETTINGS.items()},
         "block_out_channels": tuple(channels),
-        "layers_per_block": kwargs["num_res_blocks"],
         "resnet_time_scale_shift": "scale_shift" if kwargs.get("use_scale_shift_norm") else "default",
         **{"norm_eps": 1e-5, "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
         **types,
@@ -97,23 +100,15 @@ def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
 def ddim_unet(config: Mapping[str, Any]) -> nn.Module:
     """The diffusers network of a DDIM model with this configuration (sections `model` and `data`)."""
     model, size = config["model"], config["data"]["image_size"]
-    types: dict[str, Any] = block_types(
-        [size // 2**n in model["attn_resolutions"] for n in range(len(model["ch_mult"]))]
-    )
-    return UNet2DModel(
-        **types,
-        sample_size=size,
-        in_channels=model["in_channels"],
-        out_channels=model["out_ch"],
-        block_out_channels=tuple(model["ch"] * m for m in model["ch_mult"]),
-        layers_per_block=model["num_res_blocks"],
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        downsample_padding=0,
-        dropout=model.get("dropout", 0.0),
-    )
+    attends = [size // 2**level in model["attn_resolutions"] for level in range(len(model["ch_mult"]))]
+    settings: dict[str, Any] = {
+        "sample_size": size,
+        **{ours: model[theirs] for ours, theirs in DDIM_SETTINGS.items()},
+        "block_out_channels": tuple(model["ch"] * m for m in model["ch_mult"]),
+        **{"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
+        **block_types(attends),
+    }
+    return UNet2DModel(**settings, attention_head_dim=None, dropout=model.get("dropout", 0.0))
 
 
 def openai_key(key: str, layers_per_block: int, keys: frozenset[str]) -> str:

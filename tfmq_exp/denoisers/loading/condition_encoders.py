@@ -106,10 +106,10 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
     names = (*TOKENIZER_FILES, COMPILED, *TOKENIZER_SETTINGS)
     files = {name: folder / name for name in names if (folder / name).is_file()} if folder else {}
     if COMPILED not in files and (missing := [name for name in TOKENIZER_FILES if name not in files]):
-        raise FileNotFoundError(
-            f"no tokenizer: expected {' and '.join(missing)} in the folder that `tokenizer` names, got {folder}; Stable "
-            "Diffusion's are those of openai/clip-vit-large-patch14 (docs/checkpoints.md); nothing is downloaded"
+        where = (
+            f"in the folder that `tokenizer` names, got {folder}; docs/checkpoints.md says which; nothing is downloaded"
         )
+        raise FileNotFoundError(f"no tokenizer: expected {' and '.join(missing)} {where}")
     return list(files.values())
 
 

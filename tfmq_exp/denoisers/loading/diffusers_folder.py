@@ -52,10 +52,8 @@ def component_folders(path: Path) -> dict[str, Path]:
             found[component] = path
         elif component == "unet":
             entries = sorted(f"{file.name}/" if file.is_dir() else file.name for file in path.iterdir())
-            raise FileNotFoundError(
-                f"no unet/ in {path}, and no config.json in it: expected a folder of diffusers' layout, or the path of a "
-                f"checkpoint; there is {', '.join(entries[:12]) or 'nothing'}"
-            )
+            there = f"expected a folder of diffusers' layout; there is {', '.join(entries[:12]) or 'nothing'}"
+            raise FileNotFoundError(f"no unet/ in {path}, and no config.json in it: {there}")
         elif lacking := [name for name in names if (index.get(name) or [None])[0] is not None]:
             raise FileNotFoundError(f"{path} lacks the folder {lacking[0]}/, which its model_index.json lists")
     return found
@@ -143,9 +141,7 @@ class DiffusersFolder:
         if isinstance(unet, UNet2DModel):
             return NoConditions()
         if "text_encoder" not in self.components:
-            raise FileNotFoundError(
-                f"no text_encoder/ in {self.path}, which its UNet2DConditionModel is conditioned with"
-            )
+            raise FileNotFoundError(f"no text_encoder/ in {self.path}, which its UNet2DConditionModel needs")
         words = read_tokenizer(tokenizer or self.path / "tokenizer")
         return TextEncoder(self.network("text_encoder"), words)
 

@@ -121,10 +121,8 @@ def check_forward(parts: DenoiserParts) -> None:
             raise ValueError(f"{settings}: {lacking}") from error
     for place, values in {"its conditions": given, **outputs, "its output": output}.items():
         if not all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(values)):
-            raise ValueError(
-                f"{name} gives numbers that are not finite in one forward pass, first at {place}: its weights are damaged, or "
-                f"too large for float32 ({changed_settings(unet, NUMERIC)})"
-            )
+            cause = f"its weights are damaged, or too large for float32 ({changed_settings(unet, NUMERIC)})"
+            raise ValueError(f"{name} gives numbers that are not finite in one forward pass, first at {place}: {cause}")
     embedding = time_embedding(unet, t)
     features = [path for path in outputs if path in projections]
     if wrong := [path for path in features if differ(unet.get_submodule(path)(embedding), outputs[path])]:
@@ -143,7 +141,6 @@ def check_timesteps(unet: Any, timesteps: tuple[int, ...]) -> None:
     device = next(unet.parameters()).device
     finite = time_embedding(unet, torch.tensor(timesteps, device=device)).isfinite().all(dim=1).tolist()
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:
-        raise ValueError(
-            f"{changed_settings(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite; choose "
-            "a sampler that does not visit it (sampler.steps_offset=1; of sampler=folder +sampler.settings.steps_offset=1)"
-        )
+        found = f"{changed_settings(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite"
+        advice = "(sampler.steps_offset=1; of sampler=folder +sampler.settings.steps_offset=1)"
+        raise ValueError(f"{found}; choose a sampler that does not visit it {advice}")

@@ -40,13 +40,11 @@ UNET_CHOICES: dict[str, frozenset[Any]] = {
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type"), NONE),
     **dict.fromkeys(("encoder_hid_dim_type", "encoder_hid_dim", "time_cond_proj_dim"), NONE),
 }
+# The latents of a first stage are what its decoder takes but for one factor, and it makes images.
+STAGE_CHOICES = {"latents_mean": NONE, "latents_std": NONE, "out_channels": frozenset({1, 3})}
 CHOICES: dict[Any, tuple[Mapping[str, frozenset[Any]], str]] = {
     **dict.fromkeys(UNETS, (UNET_CHOICES, "a UNet")),
-    # its latents are what the decoder takes but for one factor, and it makes images
-    **dict.fromkeys(
-        AUTOENCODERS,
-        ({"latents_mean": NONE, "latents_std": NONE, "out_channels": frozenset({1, 3})}, "a first stage"),
-    ),
+    **dict.fromkeys(AUTOENCODERS, (STAGE_CHOICES, "a first stage")),
     # the UNet is conditioned on all of its words
     **dict.fromkeys(TEXT_MODELS, ({"use_attention_mask": OFF}, "a text model")),
 }
@@ -119,10 +117,8 @@ def empty_network(
     if needed > max(available, tolerated):
         sizes = {key: max(numbers(value), default=0) for key, value in config.items() if not key.endswith("_token_id")}
         largest = max(sizes, key=sizes.__getitem__)
-        raise ValueError(
-            f"its settings describe {needed} weights, their files have room for {available}; the largest setting is "
-            f"{largest}={config[largest]!r:.80}"
-        )
+        found = f"its settings describe {needed} weights, their files have room for {available}"
+        raise ValueError(f"{found}; the largest setting is {largest}={config[largest]!r:.80}")
     return network
 
 

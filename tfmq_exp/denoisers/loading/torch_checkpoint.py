@@ -33,9 +33,7 @@ def open_zip(file: BinaryIO, length: int) -> tuple[Any, ReadStorage]:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
-        raise RefusedError(
-            f"is truncated or damaged: a zip file without its end ({error}); download it again"
-        ) from error
+        raise RefusedError(f"is truncated or damaged: a zip file without its end ({error})") from error
     infos = archive.infolist()
     records = {info.filename: info for info in infos}
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]

@@ -144,10 +144,8 @@ class CheckpointUnpickler(PythonUnpickler):
         if not all(part.isidentifier() for part in full.split(".")):
             raise pickle.UnpicklingError("not a name")  # text that happens to look like an instruction
         if (found := Stub if full.startswith(STUB_PACKAGES) else KNOWN.get(full)) is None:
-            raise RefusedError(
-                f"refuses to load {full[:100]!r}: neither a part of a tensor nor a class of a known training library, and it "
-                "could run code; expected a checkpoint of tensors and settings, such as the state dict alone"
-            )
+            reason = "neither a part of a tensor nor a class of a known training library, so it could run code"
+            raise RefusedError(f"refuses to load {full[:100]!r}: {reason}; expected tensors and settings alone")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
