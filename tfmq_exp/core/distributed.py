@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -91,10 +93,7 @@ ALONE = ProcessGroup()
 
 def ordered_sum(vectors: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
     """Sum from the first vector to the last."""
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = total + vector
-    return total
+    return reduce(operator.add, vectors)
 
 
 def set_gradients(

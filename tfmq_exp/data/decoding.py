@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import islice
 from typing import Any, TypeVar
@@ -75,18 +75,14 @@ def to_rgb(name: str, content: bytes) -> Image.Image:
 
 def in_order(function: Callable[[Item], Pixels], items: Iterable[Item]) -> Iterator[Pixels]:
     """Apply a function to every item in threads; results in the order of the items."""
-    with ThreadPoolExecutor() as pool:
-        waiting: deque[Future[Pixels]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) == WAITING:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    pool, remaining = ThreadPoolExecutor(), iter(items)
+    try:
+        waiting = deque(pool.submit(function, item) for item in islice(remaining, WAITING))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_batch(size: int) -> None:

@@ -119,8 +119,12 @@ def load_compvis(
 ) -> DenoiserParts:
     """Read a checkpoint: its networks one after the other; everything else in the file stays there.
 
-    `config` is the architecture in the layout of the original program; a section `clip_text_config` describes a text model
-    other than ViT-L/14.
+    Args:
+        path: the file.
+        config: its architecture, as the original program has it; `clip_text_config` is a text model other than ViT-L/14.
+        ema: the average of the UNet's weights instead of the last ones.
+        tokenizer: folder of CLIP's vocabulary, for text.
+        decode_rows: images that the first stage decodes together.
 
     Raises:
         FileNotFoundError: no tokenizer.

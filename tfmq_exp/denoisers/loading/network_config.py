@@ -99,9 +99,14 @@ def check_sizes(kind: Any, config: Mapping[str, Any], available: int, most_layer
 def empty_network(
     kind: Any, config: Mapping[str, Any], available: int, most_layers: int = MOST_LAYERS, tolerated: int = 0
 ) -> Any:
-    """Build a network of a class on the meta device, if its settings are possible.
+    """Build a network on the meta device, if its settings are possible.
 
-    Its files have room for `available` weights, of which `tolerated` are accepted in any case, and blocks for `most_layers`.
+    Args:
+        kind: its class; a setting that is a switch or a real number by default stays one.
+        config: its settings by name.
+        available: weights that the files can hold.
+        most_layers: in all blocks together.
+        tolerated: weights that are accepted whatever the files can hold.
 
     Raises:
         ValueError: settings that cannot be, do not go together, or describe more weights than there are; by their keys.

@@ -80,15 +80,15 @@ class Stub:
     __setitem__ = append = extend = add = __init__
 
 
-def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorRecord:
-    if not isinstance(storage, StorageRecord) or any(rest[2:]):  # that is, the conjugate or negative flag
+def build_tensor(storage: Any, *parts: Any) -> TensorRecord:
+    offset, size, stride, *rest = parts
+    if not isinstance(storage, StorageRecord) or any(rest[2:]):  # the conjugate or negative flag
         raise RefusedError("holds a tensor that is not a plain view of stored numbers")
     return TensorRecord(storage, storage.dtype, offset, size, stride)
 
 
 def build_typed_tensor(*parts: Any) -> TensorRecord:
-    *view, gradient, hooks, dtype = parts[:7]
-    return build_tensor(*view, gradient, hooks, *parts[7:])._replace(dtype=dtype)
+    return build_tensor(*parts[:6], *parts[7:])._replace(dtype=parts[6])
 
 
 def build_dict(items: Any = ()) -> "OrderedDict[Any, Any]":
