@@ -43,11 +43,13 @@ def comparison_key(record: ScoreRecord) -> str:
 
 def setting(record: ScoreRecord) -> dict[str, Any]:
     """Values that all seeds of one experiment share besides its name: effort, coverage, and the hash of all settings."""
-    effort = {name: record.cost[name] for name in EFFORT if name in record.cost}
-    engine = record.quantized.get("engine")
-    executed = {f"engine {key}": value for key, value in engine.items()} if isinstance(engine, Mapping) else {}
-    plain = {k: v for k, v in record.quantized.items() if not isinstance(v, list | Mapping) and k != EXECUTED}
-    return {**effort, **plain, **executed, **({"settings": record.settings["hash"]} if record.settings else {})}
+    quantized, engine = record.quantized, record.quantized.get("engine")
+    return {
+        **{name: record.cost[name] for name in EFFORT if name in record.cost},
+        **{k: v for k, v in quantized.items() if not isinstance(v, list | Mapping) and k != EXECUTED},
+        **({f"engine {key}": value for key, value in engine.items()} if isinstance(engine, Mapping) else {}),
+        **({"settings": record.settings["hash"]} if record.settings else {}),
+    }
 
 
 def setting_key(record: ScoreRecord) -> str:

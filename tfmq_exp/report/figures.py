@@ -51,18 +51,10 @@ def short_name(name: str) -> str:
 
 @contextmanager
 def saved_figure(
-    path: Path, title: str, size: tuple[float, float], lines: int = 1, columns: int = 1
+    path: Path, title: str, size: tuple[float, float], grid: tuple[int, int] = (1, 1)
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure and its axes to draw on; it is written and closed afterwards.
-
-    Args:
-        path: of the picture.
-        title: above all axes; may be empty.
-        size: in inches.
-        lines: of axes.
-        columns: of axes.
-    """
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    """A figure and its axes (lines and columns of them) to draw on; it is written and closed afterwards."""
+    figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
     yield figure, list(axes.flat)
     if title:
         figure.suptitle(title, fontsize=10)
@@ -85,7 +77,7 @@ def error_curves(kind: str, rows: Rows, path: Path, title: str) -> None:
     of single steps and what accumulates from them.
     """
     panels = [panel for panel in ERRORS if panel[0] == kind]
-    with saved_figure(path, title, (1 + 5 * len(panels), 3.8), columns=len(panels)) as (_, axes):
+    with saved_figure(path, title, (1 + 5 * len(panels), 3.8), (1, len(panels))) as (_, axes):
         for axis, (_, label, scale, columns) in zip(axes, panels, strict=True):
             for (column, name), dash in zip(columns.items(), ("-", "--", "-.", ":"), strict=False):  # they may overlap
                 values = [row[column] for row in rows]
@@ -96,11 +88,11 @@ def error_curves(kind: str, rows: Rows, path: Path, title: str) -> None:
         _set_time_axes(axes)
 
 
-def side_by_side(images: tuple[np.ndarray, np.ndarray], path: Path, titles: tuple[str, str], columns: int = 8) -> None:
+def side_by_side(images: tuple[np.ndarray, np.ndarray], path: Path, titles: tuple[str, str]) -> None:
     """Draw two sets of images (uint8 [n, channels, height, width]) as grids; image i of both has the same seed."""
-    with saved_figure(path, "", (9, 4.8), columns=2) as (_, axes):
+    with saved_figure(path, "", (9, 4.8), (1, 2)) as (_, axes):
         for axis, pixels, title in zip(axes, images, titles, strict=True):
-            axis.imshow(mosaic(pixels, columns, gap=1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.imshow(mosaic(pixels, 8, gap=1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axis.set_title(title, fontsize=10)
             axis.axis("off")
 
@@ -153,7 +145,7 @@ def range_lines(rows: Rows, order: Sequence[str], path: Path, title: str) -> Non
     lines = -(-len(names) // columns)
     activations = group_by(sorted(rows, key=lambda row: row["call"]), lambda row: row["activation"])
     grid = {"color": "tab:red", "linestyle": "--", "drawstyle": "steps-mid"}
-    with saved_figure(path, title, (4.2 * columns, 2.9 * lines + 0.5), lines, columns) as (figure, axes):
+    with saved_figure(path, title, (4.2 * columns, 2.9 * lines + 0.5), (lines, columns)) as (figure, axes):
         for axis, name in zip(axes, names, strict=False):
             of = {column: [row[column] for row in activations[name]] for column in activations[name][0]}
             axis.fill_between(of["t"], of["min"], of["max"], color="tab:blue", alpha=0.15, label="min to max")
@@ -172,7 +164,7 @@ def rounding_bars(rows: Rows, path: Path, title: str) -> None:
     """Draw per layer the share of weights away from the nearest integer, and the weight's error under both roundings."""
     rows = rows[:MAX_ROWS]
     at = np.arange(len(rows))
-    with saved_figure(path, title, (12, _height(len(rows))), columns=2) as (_, (left, right)):
+    with saved_figure(path, title, (12, _height(len(rows))), (1, 2)) as (_, (left, right)):
         left.barh(at, [row["changed"] for row in rows], color="tab:blue")
         left.set(xlabel="share of weights away from the nearest integer")
         left.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -222,7 +214,7 @@ def _heat_maps(
     """Draw matrices with their colours beside each other; names down, timesteps of steps or calls across."""
     height = _height(len(names))
     every = range(0, len(timesteps), max(1, -(-len(timesteps) // 8)))
-    with saved_figure(path, title, (6 * len(panels), height), columns=len(panels)) as (figure, axes):
+    with saved_figure(path, title, (6 * len(panels), height), (1, len(panels))) as (figure, axes):
         for axis, (label, (grid, colours)) in zip(axes, panels.items(), strict=True):
             image = axis.imshow(grid, aspect="auto", interpolation="nearest", **colours)
             figure.colorbar(image, ax=axis, label=label, shrink=min(1.0, 4 / height))

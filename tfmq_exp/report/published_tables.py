@@ -26,9 +26,8 @@ VERIFIED = {
 KINDS = {str: "text", dict: "a mapping", list: "a list"}
 FILE = {"paper": str, "reference": str, "tables": dict}
 TABLE = {"title": str, "rows": list, "protocol": dict, "paper": str, "reference": str}
-TEXTS = ("model", "bits", "method", "verified", "note")
-PARTS = ("scores", "deltas", "protocol", "choices")
-ROW = dict.fromkeys(TEXTS, str) | dict.fromkeys(PARTS, dict)
+DEFAULTS: dict[str, Any] = {"note": "", "scores": {}, "deltas": {}, "protocol": {}, "choices": {}}  # of a row
+ROW = dict.fromkeys(("model", "bits", "method", "verified"), str) | {name: type(of) for name, of in DEFAULTS.items()}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _checked(value: Any, where: str, kinds: dict[str, type], optional: str = "")
 
 
 def _row(given: Any, where: str, table: dict[str, str], protocol: dict[str, Any]) -> PublishedRow:
-    row = dict.fromkeys(PARTS, {}) | {"note": ""} | _checked(given, where, ROW, "scores deltas protocol note choices")
+    row = DEFAULTS | _checked(given, where, ROW, " ".join(DEFAULTS))
     if row["verified"] not in VERIFIED:
         raise ValueError(f"{where}: verified is {row['verified']!r}, not one of {', '.join(sorted(VERIFIED))}")
     if bool(row["scores"]) == bool(row["deltas"]):

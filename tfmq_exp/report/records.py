@@ -15,7 +15,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ScoreRecord:
-    """One row of a table. Rows with another protocol or evaluator are not comparable, with other settings no repetitions."""
+    """One row of a table. Rows of other protocols or evaluators are not comparable; of other settings, no repetitions."""
 
     model: str
     quant: str

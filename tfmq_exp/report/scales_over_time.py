@@ -135,8 +135,8 @@ def draw(runs: Sequence[RunScales], path: Path) -> None:
     names = most_changing(runs)
     methods = group_by(runs, lambda run: run.name)
     colours = {name: f"C{index}" for index, name in enumerate(methods)}
-    grey = {"color": "0.6", "linestyle": "--"}
-    with saved_figure(path, "", (8, 2.2 * len(names)), lines=len(names)) as (figure, axes):
+    grey: Row = {"color": "0.6", "linestyle": "--"}
+    with saved_figure(path, "", (8, 2.2 * len(names)), (len(names), 1)) as (figure, axes):
         for name, left in zip(names, axes, strict=True):
             right = left.twinx()
             for run in runs:

@@ -6,20 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tfmq_exp.report.comparability import (
-    EXECUTED,
-    FLOAT,
-    bits_order,
-    comparison_key,
-    distinctions,
-    engine_of,
-    group_by,
-    join,
-    names,
-    one_per_seed,
-    sampling_title,
-    scored_by,
-)
+from tfmq_exp.report import comparability
+from tfmq_exp.report.comparability import EXECUTED, FLOAT, bits_order, engine_of, group_by, join, names, one_per_seed
 from tfmq_exp.report.records import ScoreRecord
 
 FORMATS = ("markdown", "csv")
@@ -78,7 +66,7 @@ def score_columns(scores: Iterable[tuple[str, str, int, str]], evaluator: str) -
     return [Column(title, _entry("scores", name), digits, better, evaluator) for name, title, digits, better in scores]
 
 
-def cell(values: Sequence[float | None], digits: int) -> str:
+def cell(values: Iterable[float | None], digits: int) -> str:
     """`mean ± standard deviation` of the present values, the mean alone where all print the same, a dash without any."""
     present = [value for value in values if value is not None]
     return " ± ".join(filter(None, mean_and_deviation(present, digits))) if present else "–"
@@ -119,14 +107,16 @@ def devices(records: Sequence[ScoreRecord]) -> str:
 
 def by_protocol(records: Sequence[ScoreRecord]) -> list[list[ScoreRecord]]:
     """Records that may share a table."""
-    return list(group_by(records, comparison_key).values())
+    return list(group_by(records, comparability.comparison_key).values())
 
 
 def titles(groups: Sequence[Sequence[ScoreRecord]]) -> list[str]:
     """Titles of the groups of `by_protocol`: the protocols, in words that differ."""
     first = [group[0] for group in groups]
-    plain = [f"{record.model}, {sampling_title(record)}, {scored_by(record)}" for record in first]
-    return list(map(join, plain, distinctions(first, plain)))
+    plain = [
+        f"{record.model}, {comparability.sampling_title(record)}, {comparability.scored_by(record)}" for record in first
+    ]
+    return list(map(join, plain, comparability.distinctions(first, plain)))
 
 
 def headline(title: str, shown: Sequence[ScoreRecord]) -> str:

@@ -124,7 +124,7 @@ def test_two_records_that_differ_in_one_thing_are_never_averaged(field: str, pat
     assert sorted(row[2] for row in rows) == ["1.000", "3.000"]
     assert [row[-1] for row in rows] == ["1", "1"]
     found = group_runs([Run("r", Path(), "done", records=(record,)) for record in pair])
-    assert [len(variant.members) for group in found for variant in group.variants] == [1, 1]
+    assert [len(variant.records) for group in found for variant in group.variants] == [1, 1]
     headings = [
         f"{g.first.model} {g.title} {scored_by(g.first)} {variant.bits} {variant.label}"
         for g in found

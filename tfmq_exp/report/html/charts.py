@@ -67,21 +67,11 @@ def styles(labels: Iterable[str]) -> Mapping[str, Style]:
     return found
 
 
-def figure(
-    traces: Sequence[Any], x: Mapping[str, Any], y: Mapping[str, Any], *, height: int = 380, **layout: Any
-) -> go.Figure:
-    """Traces on two axes, with the legend above the plot.
-
-    Args:
-        traces: plotly's.
-        x: settings of the horizontal axis, as from `axis`.
-        y: those of the vertical one.
-        height: in pixels.
-        layout: further settings of plotly's layout.
-    """
-    axes = {"xaxis": {**AXIS, **x}, "yaxis": {**AXIS, **y}}
-    frame = {"template": "none", "height": height, "margin": {"l": 56, "r": 12, "t": 8, "b": 48}, "legend": LEGEND}
-    return go.Figure(data=list(traces), layout={**frame, "hovermode": "closest", **axes, **layout})
+def figure(traces: Sequence[Any], x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any) -> go.Figure:
+    """Traces on two axes (of `axis`), with the legend above the plot, and with these settings of plotly's layout."""
+    axes = {"xaxis": {**AXIS, **x}, "yaxis": {**AXIS, **y}, "hovermode": "closest"}
+    frame = {"template": "none", "height": 380, "margin": {"l": 56, "r": 12, "t": 8, "b": 48}, "legend": LEGEND}
+    return go.Figure(data=list(traces), layout={**frame, **axes, **layout})
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:

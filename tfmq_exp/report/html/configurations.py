@@ -24,28 +24,28 @@ def config_diffs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     A variant (bits and method) has a column, which its seeds share; a row has the keys that differ alike, and their values in
     every column; `shared` counts the keys that are the same in all.
     """
-    found: list[dict[str, Any]] = []
-    for model, same in group_by([run for run in runs if run.config], lambda run: run.configured("model")).items():
-        if len(same) < 2:
-            continue
-        variants: dict[str, list[dict[str, str]]] = {}
-        for run in same:
-            leaves = flatten(run.config, ".").items()
-            texts = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in leaves}
-            variants.setdefault(f"{run.configured('quant')} {run.configured('method')}", []).append(texts)
-        configs = list(itertools.chain(*variants.values()))
-        keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(DERIVED))
-        differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
-        shown = list(variants)[:MAX_VARIANTS]
-        values = {key: tuple(_values(variants[variant], key) for variant in shown) for key in differing}
-        rows = [(alike, texts) for texts, alike in group_by(differing, lambda key: values[key]).items()]
-        numbers = {"left_out": len(variants) - len(shown), "shared": len(keys) - len(differing)}
-        found.append({"model": model, "variants": shown, "rows": rows, **numbers})
-    return found
+    models = group_by([run for run in runs if run.config], lambda run: run.configured("model"))
+    return [{"model": model, **_diff(same)} for model, same in models.items() if len(same) > 1]
 
 
-def _values(configs: Sequence[Mapping[str, str]], key: str) -> str:
-    return ", ".join(dict.fromkeys(config.get(key, "–").removeprefix(PACKAGE) for config in configs))
+def _diff(runs: Sequence[Run]) -> dict[str, Any]:
+    variants: dict[str, list[dict[str, str]]] = {}
+    for run in runs:
+        leaves = flatten(run.config, ".").items()
+        texts = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in leaves}
+        variants.setdefault(f"{run.configured('quant')} {run.configured('method')}", []).append(texts)
+    configs = list(itertools.chain(*variants.values()))
+    keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(DERIVED))
+    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    shown = list(variants)[:MAX_VARIANTS]
+
+    def values(key: str) -> tuple[str, ...]:
+        every = ((config.get(key, "–").removeprefix(PACKAGE) for config in variants[variant]) for variant in shown)
+        return tuple(", ".join(dict.fromkeys(texts)) for texts in every)
+
+    rows = [(alike, texts) for texts, alike in group_by(differing, values).items()]
+    numbers = {"left_out": len(variants) - len(shown), "shared": len(keys) - len(differing)}
+    return {"variants": shown, "rows": rows, **numbers}
 
 
 def missing_seeds(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[str]]:

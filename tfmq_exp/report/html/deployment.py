@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tfmq_exp.report.comparability import engine_of, group_by, label
-from tfmq_exp.report.html.run_reader import SITES, Row, Rows, Run
+from tfmq_exp.report.html.run_reader import SITES, Row, Run
 from tfmq_exp.report.tables import executed_dtypes
 
 LEFT = "float"  # the dtype of layers that the engine does not execute
@@ -41,14 +41,23 @@ def deployments(runs: Sequence[Run]) -> list[Deployment]:
     tables = group_by(deployed, lambda run: json.dumps([_title(run), run.engine, run.tables[SITES]], sort_keys=True))
     found: list[Deployment] = []
     for same in tables.values():
-        groups = _layer_groups(same[0].tables[SITES])
+        groups: list[LayerGroup] = []
+        for (dtype, role, why), sites in group_by(same[0].tables[SITES], _execution).items():
+            bits = ", ".join(sorted({site["weight_bits"] for site in sites} - {""}))
+            groups.append(LayerGroup(dtype, role, bits, why, [site["site"] for site in sites]))
+        groups.sort(key=lambda each: (each.dtype == LEFT, each.role == PRODUCTS, -len(each.names)))
         layers = sum(len(group.names) for group in groups if group.role != PRODUCTS)
         executed = sum(len(group.names) for group in groups if group.dtype != LEFT)
         dtypes = executed_dtypes(group.dtype for group in groups)
         share = f"{executed} of {layers} {'layer' if layers == 1 else 'layers'} in {dtypes}"
-        runs_of = [run.name for run in same]
-        found.append(Deployment(_title(same[0]), same[0].engine, runs_of, groups, layers, executed, share))
+        names = [run.name for run in same]
+        found.append(Deployment(_title(same[0]), same[0].engine, names, groups, layers, executed, share))
     return found
+
+
+def _execution(site: Row) -> tuple[str, str, str]:
+    own = site["role"] in OWN_GROUP and site["executed"] == LEFT
+    return site["executed"], site["role"] if own else "layers", site["why"]
 
 
 def _title(run: Run) -> str:
@@ -57,15 +66,3 @@ def _title(run: Run) -> str:
         return f"{record.model} {record.quant} {label(record, 'method')}"
     names = " ".join(run.configured(group) for group in ("model", "quant", "method"))
     return f"{names} (executed by {run.engine or '?'})"
-
-
-def _layer_groups(rows: Rows) -> list[LayerGroup]:
-    def key(row: Row) -> tuple[str, str, str]:
-        own = row["role"] in OWN_GROUP and row["executed"] == LEFT
-        return row["executed"], row["role"] if own else "layers", row["why"]
-
-    found: list[LayerGroup] = []
-    for (dtype, role, why), same in group_by(rows, key).items():
-        bits = ", ".join(sorted({row["weight_bits"] for row in same} - {""}))
-        found.append(LayerGroup(dtype, role, bits, why, [row["site"] for row in same]))
-    return sorted(found, key=lambda each: (each.dtype == LEFT, each.role == PRODUCTS, -len(each.names)))

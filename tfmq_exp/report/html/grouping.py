@@ -3,33 +3,15 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from tfmq_exp.report.comparability import (
-    FLOAT,
-    bits_order,
-    comparison_key,
-    describe,
-    differing_names,
-    distinctions,
-    engine_of,
-    group_by,
-    join,
-    label,
-    sampling_title,
-    scored_by,
-    setting_key,
-)
+from tfmq_exp.report import comparability
+from tfmq_exp.report.comparability import FLOAT, bits_order, engine_of, group_by, join, label
 from tfmq_exp.report.html.run_reader import DEPLOYED_TRAJECTORY, TRAJECTORY, Rows, Run
 from tfmq_exp.report.records import ScoreRecord
 from tfmq_exp.report.tables import Reader
 
-
-class Member(NamedTuple):
-    """A record and the run that made it."""
-
-    record: ScoreRecord
-    run: Run
+Member = tuple[ScoreRecord, Run]  # a record and the run that made it
 
 
 @dataclass(frozen=True)
@@ -38,7 +20,8 @@ class Variant:
 
     bits: str  # such as w4a8
     label: str  # the method, and in brackets what was changed in it
-    members: tuple[Member, ...]  # one for every seed
+    records: Sequence[ScoreRecord]  # one for every seed
+    runs: Sequence[Run]  # that made them
     left_out: int = 0  # other runs that repeat a seed
 
     @property
@@ -47,20 +30,12 @@ class Variant:
 
     @property
     def is_float(self) -> bool:
-        return self.members[0].record.method == FLOAT
+        return self.records[0].method == FLOAT
 
     @property
     def engine(self) -> str:
         """The engine that executed it; empty for simulated quantization."""
-        return engine_of(self.members[0].record)
-
-    @property
-    def records(self) -> list[ScoreRecord]:
-        return [member.record for member in self.members]
-
-    @property
-    def runs(self) -> list[Run]:
-        return [member.run for member in self.members]
+        return engine_of(self.records[0])
 
     def values(self, read: Reader) -> list[float]:
         """The numbers of all seeds that have one."""
@@ -86,7 +61,7 @@ class Group:
     @property
     def title(self) -> str:
         """Sampling protocol of the group, in a line."""
-        return join(sampling_title(self.first), self.distinction)
+        return join(comparability.sampling_title(self.first), self.distinction)
 
     @property
     def quantized(self) -> list[Variant]:
@@ -104,15 +79,18 @@ class Group:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order in which their first runs come."""
-    members = [Member(record, _own_part(record, run)) for run in runs for record in run.records]
+    members = [(record, _own_part(record, run)) for run in runs for record in run.records]
 
     def order(variant: Variant) -> tuple[Any, ...]:
         return not variant.is_float, bits_order(variant.bits), variant.bits, variant.label
 
-    comparable = group_by(members, lambda member: comparison_key(member.record))
+    comparable = group_by(members, lambda member: comparability.comparison_key(member[0]))
     found = [Group(tuple(sorted(_variants(same), key=order))) for same in comparable.values()]
     records = [group.first for group in found]
-    words = distinctions(records, [f"{each.model} {sampling_title(each)} {scored_by(each)}" for each in records])
+    words = comparability.distinctions(
+        records,
+        [f"{each.model} {comparability.sampling_title(each)} {comparability.scored_by(each)}" for each in records],
+    )
     return [replace(group, distinction=text) for group, text in zip(found, words, strict=True)]
 
 
@@ -137,30 +115,28 @@ def _own_part(record: ScoreRecord, run: Run) -> Run:
 
 def _variants(members: Sequence[Member]) -> Iterator[Variant]:
     """Members by bits and name; where one name has several settings, the label says what differs."""
-    named = group_by(members, lambda member: (member.record.quant, label(member.record, "method")))
-    for (bits, name), same_name in named.items():
-        settings = group_by(same_name, lambda member: setting_key(member.record))
+
+    def images(member: Member) -> str:
+        keys = member[0].keys
+        return json.dumps([member[0].seed, keys.get("scores", keys)], sort_keys=True)
+
+    for (bits, name), same_name in group_by(members, lambda m: (m[0].quant, label(m[0], "method"))).items():
+        settings = group_by(same_name, lambda member: comparability.setting_key(member[0]))
         values = {key: json.loads(key) for key in settings}
-        shown = differing_names(list(values.values()))
+        shown = comparability.differing_names(list(values.values()))
         for key, same in settings.items():
-            found_first = sorted(same, key=lambda member: member.run.state != "found")  # they have what another made
-            seeds = {member.record.seed: member for member in found_first}
-            chosen = tuple(_maker(seeds[seed], same) for seed in sorted(seeds))
-            words = describe(values[key], shown)
+            found_first = sorted(same, key=lambda member: member[1].state != "found")  # they have what another made
+            seeds = {member[0].seed: member for member in found_first}
+            sharing = group_by(same, images)  # several engines share one simulation, and the images of its run
+            makers = {at: next((m for m in of if _computed(m)), None) for at, of in sharing.items()}
+            chosen = [makers[images(seeds[seed])] or seeds[seed] for seed in sorted(seeds)]
+            words = comparability.describe(values[key], shown)
             open_name = f"{name[:-1]}, " if name.endswith(")") else f"{name} ("
-            full = f"{open_name}{words})" if words else name
-            yield Variant(bits, full, chosen, len({_images_key(member) for member in same}) - len(seeds))
+            records, runs = zip(*chosen, strict=True)
+            yield Variant(bits, f"{open_name}{words})" if words else name, records, runs, len(sharing) - len(seeds))
 
 
-def _images_key(member: Member) -> str:
-    """The same text for records of the same images."""
-    keys = member.record.keys
-    return json.dumps([member.record.seed, keys.get("scores", keys)], sort_keys=True)
-
-
-def _maker(member: Member, same: Sequence[Member]) -> Member:
-    """The run that made the images which several runs share: several engines share one simulation."""
-    if "scores" not in member.record.keys:
-        return member
-    sharing = [other for other in same if _images_key(other) == _images_key(member)]
-    return next((o for o in sharing if any(s.get("computed") is True for s in o.run.stages.values())), member)
+def _computed(member: Member) -> bool:
+    """Whether the run made these images."""
+    record, run = member
+    return "scores" in record.keys and any(stage.get("computed") is True for stage in run.stages.values())

@@ -57,7 +57,7 @@ def albums(groups: Sequence[Group], runs: Sequence[Run], problems: list[str]) ->
         model = f"{group.first.model} ({group.distinction})" if group.distinction else group.first.model
         for variant in group.quantized:
             name = "samples_deployed.png" if variant.engine else "samples.png"
-            for turn, (record, run) in enumerate(variant.members):
+            for turn, (record, run) in enumerate(zip(variant.records, variant.runs, strict=True)):
                 title = f"{model} {variant.name}, seed {record.seed}"
                 files.append((turn, f"{model} {variant.label}", title, run.folder / name))
     alone = [run for run in runs if not run.records]

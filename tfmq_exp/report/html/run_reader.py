@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,7 @@ class Run:
         return self.choices.get("runtime") == "smoke" or "debug=smoke" in command
 
 
-def run_folders(root: Path) -> list[Path]:
+def _run_folders(root: Path) -> list[Path]:
     """Folders of runs at or below a folder, in the order of their numbers; nothing below a run is another run."""
     found: list[Path] = []
     for place, folders, files in os.walk(root):
@@ -81,12 +82,8 @@ def run_folders(root: Path) -> list[Path]:
             found.append(Path(place))
         if present & (RUN_FILES | STORE_FILES):
             folders.clear()
-
-    def natural(text: str) -> tuple[int, str]:
-        digits = text.partition("-")[0]
-        return (int(digits) if digits.isdecimal() else -1, text)  # 10-name comes after 9-name
-
-    return sorted(found, key=lambda path: list(map(natural, path.parts)))
+    numbers = [[(int(n) if (n := part.partition("-")[0]).isdecimal() else -1, part) for part in p.parts] for p in found]
+    return [path for _, path in sorted(zip(numbers, found, strict=True))]  # 10-name comes after 9-name
 
 
 def read_runs(sources: Sequence[Path]) -> list[Run]:
@@ -106,7 +103,7 @@ def read_runs(sources: Sequence[Path]) -> list[Run]:
             run = Run(source.name, source, state, records=records, problems=tuple(problems), saved=True)
             runs[source.resolve()] = run
             continue
-        for folder in run_folders(source):
+        for folder in _run_folders(source):
             name = str(folder.relative_to(source)) if folder != source else folder.resolve().name
             runs.setdefault(folder.resolve(), _read_run(folder, name))
     if not runs:
@@ -122,7 +119,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
     records = read("results.json", partial(_records, problems), ())
     config = read("config.yaml") or read(".hydra/config.yaml")
-    stages = read("artifacts.json", _mapping_of_mappings)
+    stages = read("artifacts.json", partial(_mapping, kind=dict))
     tables = {file: rows for file in TABLES if (rows := read(file, _rows, ()))}
     state, reason = _state(folder, read("status.json"), config, stages)
     if state in ("done", "found"):
@@ -137,25 +134,16 @@ def _read_run(folder: Path, name: str) -> Run:
 
 def _state(folder: Path, status: Row, config: Row, stages: Mapping[str, Row]) -> tuple[str, str]:
     """State and reason from the status file, or else from the other files: stages are written when the goal is reached."""
-    state = str(status.get("state", ""))
-    if state == "running" and _is_abandoned(folder / ".running.lock"):
-        process = f"process {status.get('pid', '?')} on {status.get('host', '?')}"
-        return "died", f"{process} is gone: killed, or out of memory"
+    state, lock = str(status.get("state", "")), folder / ".running.lock"
+    if state == "running" and lock.is_file():
+        # no process holds the lock; one that cannot be opened for writing may be held
+        with suppress(Timeout, OSError), FileLock(lock).acquire(timeout=0):
+            process = f"process {status.get('pid', '?')} on {status.get('host', '?')}"
+            return "died", f"{process} is gone: killed, or out of memory"
     if state in STATES:
         return state, str(status.get("reason") or "")
     ended = bool(stages) and config.get("until", "scores") != "scores"
     return "done" if ended or (folder / "results.json").is_file() else "unfinished", ""
-
-
-def _is_abandoned(lock: Path) -> bool:
-    """Whether no process holds an existing lock. One that cannot be opened for writing may be held."""
-    if not lock.is_file():
-        return False
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            return True
-    except (Timeout, OSError):
-        return False
 
 
 def _read(path: Path, parse: Callable[[Path], Any], default: Any, problems: list[str]) -> Any:
@@ -170,36 +158,28 @@ def _read(path: Path, parse: Callable[[Path], Any], default: Any, problems: list
 
 def _records(problems: list[str], path: Path) -> tuple[ScoreRecord, ...]:
     """The records without numbers that no mean can take; what diverged is named."""
-    if not (records := read_file(path)):
-        raise ValueError("no records")
     found: list[ScoreRecord] = []
-    for record in records:
+    for record in read_file(path):
         odd = {name: value for name, value in (record.scores | record.errors).items() if not math.isfinite(value)}
         problems += [f"{name} of {record.quant} {record.method}, seed {record.seed}, is {odd[name]}" for name in odd]
-        parts = {"scores": record.scores, "errors": record.errors}
-        kept = {part: {k: v for k, v in of.items() if k not in odd} for part, of in parts.items()}
-        found.append(replace(record, **kept))
+        scores, errors = ({k: v for k, v in of.items() if k not in odd} for of in (record.scores, record.errors))
+        found.append(replace(record, scores=scores, errors=errors))
+    if not found:
+        raise ValueError("no records")
     return tuple(found)
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    """A mapping of a JSON or YAML file."""
+def _mapping(path: Path, kind: type = object) -> dict[str, Any]:
+    """A mapping of a JSON or YAML file, with values of this kind."""
     text = path.read_text(encoding="utf-8")
     found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(found, dict):
-        raise ValueError("not a mapping")
+    if not isinstance(found, dict) or not all(isinstance(value, kind) for value in found.values()):
+        raise ValueError("not a mapping" if kind is object else f"not a mapping to values of {kind.__name__}")
     return found
 
 
 def _choices(path: Path) -> dict[str, str]:
     return {str(group): str(file) for group, file in _mapping(path)["hydra"]["runtime"]["choices"].items()}
-
-
-def _mapping_of_mappings(path: Path) -> dict[str, dict[str, Any]]:
-    found = _mapping(path)
-    if not all(isinstance(value, dict) for value in found.values()):
-        raise ValueError("not a mapping of mappings")
-    return found
 
 
 def _rows(path: Path) -> tuple[Row, ...]:

@@ -8,20 +8,11 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from tfmq_exp.report import tables
 from tfmq_exp.report.comparability import EXECUTED, group_by
 from tfmq_exp.report.html.grouping import Group, Variant
 from tfmq_exp.report.protocol_match import evaluator_family
-from tfmq_exp.report.tables import (
-    COSTS,
-    ERRORS,
-    MORE_SCORES,
-    SCORES,
-    SHARES,
-    Column,
-    devices,
-    mean_and_deviation,
-    score_columns,
-)
+from tfmq_exp.report.tables import COSTS, ERRORS, SHARES, Column
 
 LAYERS = Column("layers on the engine", lambda record: record.quantized.get(EXECUTED), 3)
 SIZE = Column("size, MB", lambda record: record.weights_bytes / 1e6, 2)
@@ -53,7 +44,7 @@ class ScoreTable(NamedTuple):
 
 def measured_scores(group: Group) -> list[Column]:
     """Scores of images that some variant has."""
-    return _measured(group, score_columns((*SCORES, *MORE_SCORES), group.first.evaluator["name"]))
+    return _measured(group, tables.score_columns((*tables.SCORES, *tables.MORE_SCORES), group.first.evaluator["name"]))
 
 
 def _measured(group: Group, columns: Sequence[Column]) -> list[Column]:
@@ -94,7 +85,7 @@ def _cell(column: Column, variant: Variant, rivals: Sequence[Variant]) -> ScoreC
     if not values:
         return ScoreCell(None, "–", "")
     own = list(values.values())
-    text, spread = mean_and_deviation(own, column.digits)
+    text, spread = tables.mean_and_deviation(own, column.digits)
     mark = _mark(column.better, own, [found for rival in rivals if (found := rival.values(column.read))])
     seeds = ", ".join(f"seed {seed}: {value:.{column.digits}f}" for seed, value in values.items()) if spread else ""
     dominant = max(values, key=lambda seed: values[seed]) if column.better and _is_dominated(own) else None
@@ -135,12 +126,12 @@ def warnings(group: Group, table: ScoreTable) -> Iterator[str]:
                 f"{images} {kind} images are too few for {' and '.join(short)}: a covariance of no more images than features "
                 "is singular, and the distance says little."
             )
-    if few := sum(len(variant.members) < MIN_SEEDS for variant in group.quantized):
+    if few := sum(len(variant.records) < MIN_SEEDS for variant in group.quantized):
         yield (
             f"{few} of {len(group.quantized)} lines have fewer than {MIN_SEEDS} seeds: what their means differ by may be "
             "chance, and none of them is marked as best."
         )
-    if made := devices(group.records):  # they sum in other orders, and take other times
+    if made := tables.devices(group.records):  # they sum in other orders, and take other times
         yield f"Lines and seeds here were {made}: their numbers differ in the last digits for that alone, their times wholly."
     different = {bits: text for bits, variants in group.bits.items() if (text := _different_shares(variants))}
     for text, bits in group_by(different, lambda each: different[each]).items():
