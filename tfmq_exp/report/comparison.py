@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tfmq_exp.report.comparability import FLOAT, bits_order, comparison_key, group_by, join, setting_key
 from tfmq_exp.report.protocol_match import INCEPTION, is_of_row, protocol_differences, unstated_fields
 from tfmq_exp.report.published_tables import VERIFIED, PublishedRow
 from tfmq_exp.report.records import ScoreRecord
-from tfmq_exp.report.tables import render
+from tfmq_exp.report.tables import cell, render
 
 CHANGE = "change of "  # a published difference from a baseline
 PLAIN_TITLES = {
@@ -149,6 +149,30 @@ def _unprinted(rows: Sequence[PublishedRow], own: Mapping[str, Sequence[ScoreRec
         for row in rows
         if row.bits in printed[:1]
     ]
+
+
+def published_rows(
+    records: Sequence[ScoreRecord], published: Sequence[PublishedRow]
+) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Published numbers of these records' model beside ours, the float network's last; and rows without ours, by table."""
+    rows: list[dict[str, Any]] = []
+    unmeasured: dict[str, list[str]] = {}
+    own = [row for row in published if row.model == records[0].model]
+    for (paper, name, reference), table in group_by(own, lambda row: (row.paper, row.table, row.reference)).items():
+        source = f"{paper}{reference and f' ({reference})'}, table {name}"
+        comparison = compare(table, records)
+        for bits, method, cells in comparison.lines:
+            for (_, score), of in zip(comparison.columns, cells, strict=True):
+                if of.ours:
+                    row = {"bits": bits, "method": method, "score": SCORE_TITLES[score], "source": source}
+                    row |= {"n": len(of.ours), "verified": VERIFIED[of.verified][1], "notes": of.notes}
+                    row["ours"] = cell(of.ours, 2 if abs(statistics.mean(of.ours)) >= 1 else 3)
+                    row["paper"] = " ± ".join(f"{number:g}" for number in (of.paper, of.spread) if number is not None)
+                    row["difference"] = "" if of.difference is None else f"{of.difference:+.2f}"
+                    rows.append(row)
+            unmeasured.setdefault(source, []).extend([] if any(of.ours for of in cells) else [f"{bits} {method}"])
+    rows.sort(key=lambda row: (row["method"] == FLOAT, bits_order(row["bits"]), row["method"], row["score"]))
+    return rows, unmeasured
 
 
 def _printed_parts(cell: Cell) -> tuple[str, str, str, str, str]:

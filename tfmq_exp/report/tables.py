@@ -67,15 +67,11 @@ def score_columns(scores: Iterable[tuple[str, str, int, str]], evaluator: str) -
 
 
 def cell(values: Iterable[float | None], digits: int) -> str:
-    """`mean ± standard deviation` of the present values, the mean alone where all print the same, a dash without any."""
+    """`mean ± sample deviation` of the present values, the mean alone where all print the same, a dash without any."""
     present = [value for value in values if value is not None]
-    return " ± ".join(filter(None, mean_and_deviation(present, digits))) if present else "–"
-
-
-def mean_and_deviation(values: Sequence[float], digits: int) -> tuple[str, str]:
-    """Mean and sample standard deviation in print; no deviation where all values print the same."""
-    differ = len({f"{value:.{digits}f}" for value in values}) > 1
-    return f"{statistics.mean(values):.{digits}f}", f"{statistics.stdev(values):.{digits}f}" if differ else ""
+    if len({f"{value:.{digits}f}" for value in present}) > 1:
+        return f"{statistics.mean(present):.{digits}f} ± {statistics.stdev(present):.{digits}f}"
+    return f"{statistics.mean(present):.{digits}f}" if present else "–"
 
 
 def executed_dtypes(executed: Iterable[str]) -> str:

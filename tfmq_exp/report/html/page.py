@@ -12,12 +12,12 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
 from tfmq_exp.report.comparability import bits_order, scored_by
+from tfmq_exp.report.comparison import published_rows
 from tfmq_exp.report.html.charts import LIMITS, MANY_CURVES, Style, Views, styles
 from tfmq_exp.report.html.configurations import config_diffs, missing_seeds
 from tfmq_exp.report.html.deployment import deployments
 from tfmq_exp.report.html.grouping import Group, group_runs
 from tfmq_exp.report.html.pictures import albums, diagnosis_folders
-from tfmq_exp.report.html.published_rows import compared_rows, unmeasured_rows
 from tfmq_exp.report.html.run_charts import ERRORS, error_curves, losses, stage_rows, stage_times, unit_errors
 from tfmq_exp.report.html.run_reader import GOOD_STATES, SITES, STATES, Run
 from tfmq_exp.report.html.score_charts import pareto, scores_by_bits
@@ -26,6 +26,7 @@ from tfmq_exp.report.published_tables import PublishedRow
 from tfmq_exp.report.tables import execution
 
 TEMPLATES = PackageLoader("tfmq_exp.report.html", "templates")
+YAML = {"sort_keys": False, "allow_unicode": True, "width": 110}
 
 
 def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
@@ -35,6 +36,11 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
     problems: list[str] = []  # of files that are read here
     samples, pictures_left_out = albums(groups, runs, problems)
     diagnoses, undiagnosed = diagnosis_folders(runs, problems)
+    views = [group_view(group, published, style) for group in groups]
+    unmeasured: dict[str, dict[str, list[str]]] = {}  # by model and published table: rows that no group has a run of
+    for view in views:
+        tables = unmeasured.setdefault(view["model"], view["unmeasured"])
+        tables |= {name: [row for row in rows if row in tables[name]] for name, rows in view["unmeasured"].items()}
     # templates escape all text of files, and fail on an unknown name
     environment = Environment(
         loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -46,16 +52,16 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
         limits=LIMITS,
         wide=len(style) > MANY_CURVES,
         summary=summary(runs, groups),
-        views=[group_view(group, published, style) for group in groups],
+        views=views,
         samples=samples,
         pictures_left_out=pictures_left_out,
         diagnoses=diagnoses,
         undiagnosed=undiagnosed,
         deployments=deployments(runs),
         config_diffs=config_diffs(runs),
-        runs=[(run, _as_yaml(run.config)) for run in runs],
+        runs=[(run, yaml.safe_dump(dict(run.config), **YAML) if run.config else "") for run in runs],
         missing=missing_seeds(runs),
-        unmeasured=unmeasured_rows(groups, published),
+        unmeasured={model: {k: v for k, v in tables.items() if v} for model, tables in unmeasured.items()},
         published_models={row.model for row in published},
         problems=problems,
         plotly=Markup(get_plotlyjs()),
@@ -65,6 +71,7 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
 def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[str, Style]) -> dict[str, Any]:
     """The contents of a group's section."""
     table, stages = score_table(group), stage_rows(group)
+    compared, unmeasured = published_rows(group.records, published)
     charts = {"scores": scores_by_bits(group, style), "pareto": pareto(group, style)}
     charts |= {name: error_curves(group, style, name) for name in ERRORS}
     return {
@@ -74,7 +81,8 @@ def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[s
         "execution": execution(group.records),
         "warnings": list(warnings(group, table)),
         "table": table,
-        "published": compared_rows(group, published),
+        "published": compared,
+        "unmeasured": unmeasured,
         "charts": charts | {"units": unit_errors(group, style), "losses": losses(group)},
         "time": stage_times(stages),
         "stages": stages,
@@ -105,10 +113,6 @@ def summary(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
         "states": {state: states[state] for state in STATES},
         "records": sum(len(run.records) for run in runs if run.saved),
     }
-
-
-def _as_yaml(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110) if config else ""
 
 
 def embedded(views: Views) -> Markup:

@@ -95,16 +95,16 @@ def diagnosis_folders(runs: Sequence[Run], problems: list[str]) -> tuple[list[di
     return found, max(0, len(own) - MAX_DIAGNOSES)
 
 
-def _head(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """The first lines of a CSV file, and whether there are more."""
+def _head(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The first lines of a CSV file, and whether there are more; empty without any."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = list(itertools.islice(csv.reader(file), MAX_LINES + 2)) or [None]
+            lines = list(itertools.islice(csv.reader(file), MAX_LINES + 2))
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path} cannot be read: {error}")
-        return None
-    short = [list(map(_short, row)) for row in rows[:MAX_LINES]]
-    return header and {"title": path.name, "header": header, "rows": short, "more": len(rows) > MAX_LINES}
+        return {}
+    rows = [list(map(_short, row)) for row in lines[1 : MAX_LINES + 1]]
+    return {"title": path.name, "header": lines[0], "rows": rows, "more": lines[MAX_LINES + 1 :]} if lines else {}
 
 
 def _short(text: str) -> str:

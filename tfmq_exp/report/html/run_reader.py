@@ -128,7 +128,10 @@ def _read_run(folder: Path, name: str) -> Run:
             expected += ["results.json", TEMPORAL, TRAJECTORY]
         if absent := [file for file in expected if not (folder / file).is_file()]:
             problems.append(f"no {', '.join(absent)}")
-    environment, choices = read("environment.json"), read(".hydra/hydra.yaml", _choices)
+    environment, choices = (
+        read("environment.json"),
+        read(".hydra/hydra.yaml", _choices),
+    )
     return Run(name, folder, state, reason, records, config, environment, stages, tables, choices, tuple(problems))
 
 

@@ -85,11 +85,11 @@ def _cell(column: Column, variant: Variant, rivals: Sequence[Variant]) -> ScoreC
     if not values:
         return ScoreCell(None, "–", "")
     own = list(values.values())
-    text, spread = tables.mean_and_deviation(own, column.digits)
+    text, plus_minus, spread = tables.cell(own, column.digits).partition(" ± ")
     mark = _mark(column.better, own, [found for rival in rivals if (found := rival.values(column.read))])
     seeds = ", ".join(f"seed {seed}: {value:.{column.digits}f}" for seed, value in values.items()) if spread else ""
     dominant = max(values, key=lambda seed: values[seed]) if column.better and _is_dominated(own) else None
-    return ScoreCell(statistics.mean(own), text, spread and f"± {spread}", mark, seeds, dominant)
+    return ScoreCell(statistics.mean(own), text, plus_minus.lstrip() + spread, mark, seeds, dominant)
 
 
 def _mark(better: str, own: Sequence[float], rivals: Sequence[Sequence[float]]) -> str:
