@@ -79,10 +79,7 @@ def distinctions(records: Sequence[ScoreRecord], titles: Sequence[str]) -> list[
 
 
 def one_per_seed(records: Sequence[ScoreRecord]) -> tuple[list[ScoreRecord], str]:
-    """The last record of every seed, in the order of seeds, and a note on how many with other numbers are left out.
-
-    A repeated run is no further seed: a mean over both would count it twice.
-    """
+    """The last record of every seed in order (a repeated run is no further seed), and a note on those left out."""
     last = {record.seed: record for record in records}
     more = len({(r.seed, json.dumps([r.scores, r.errors], sort_keys=True)) for r in records}) - len(last)
     note = f" ({more} more run{'s' if more > 1 else ''} of them left out)" if more else ""
@@ -105,10 +102,7 @@ def engine_of(record: ScoreRecord) -> str:
 
 
 def label(record: ScoreRecord, group: str = "") -> str:
-    """A method with what was changed in it and its engine; records of different labels are not averaged.
-
-    The name of `group` is left away before its choices.
-    """
+    """A method with what was changed in it and its engine; the name of `group` is left away before its choices."""
     choices, engine = changed_choices(record), engine_of(record)
     inside = [key for key in choices if key.partition(".")[0] != "engine"]
     words = [f"{key.removeprefix(group).lstrip('./')}={choices[key]}" for key in inside]

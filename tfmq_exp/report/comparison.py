@@ -176,10 +176,7 @@ def published_rows(
 
 
 def _printed_parts(cell: Cell) -> tuple[str, str, str, str, str]:
-    """Paper, ours, standard deviation, seeds, difference; empty where there is none.
-
-    All have as many decimals as the paper prints, two at least; trailing zeros are not known.
-    """
+    """Paper, ours, deviation, seeds, difference with the paper's decimals, two at least; empty where there is none."""
     known = f"{cell.paper:.6f}".rstrip("0") if cell.paper is not None else ""
     digits = max(2, len(known.partition(".")[2]))
     paper = "" if cell.paper is None else f"{cell.paper:.{digits}f}"

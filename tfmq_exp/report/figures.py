@@ -71,11 +71,7 @@ def _set_time_axes(axes: Iterable[Axes]) -> None:
 
 
 def error_curves(kind: str, rows: Rows, path: Path, title: str) -> None:
-    """Draw errors over the timesteps.
-
-    `kind` is a figure of `ERRORS`: of the temporal features; of the noise at each step and the distance of the trajectories;
-    of single steps and what accumulates from them.
-    """
+    """Draw a figure of `ERRORS` over the timesteps: of temporal features, the trajectory, or what accumulates."""
     panels = [panel for panel in ERRORS if panel[0] == kind]
     with saved_figure(path, title, (1 + 5 * len(panels), 3.8), (1, len(panels))) as (_, axes):
         for axis, (_, label, scale, columns) in zip(axes, panels, strict=True):
@@ -120,10 +116,7 @@ def feature_map(rows: Rows, path: Path, title: str) -> None:
 
 
 def range_map(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
-    """Draw every activation's width at every call against its own mean, and the share of values beyond the grid.
-
-    Rows are one for each activation and call; activations are in `order` from the top down.
-    """
+    """Draw activations, in `order` from the top: width at every call against the mean, share beyond the grid."""
     names = list(order[:MAX_ROWS])
     low, high, clipped = (_grid(rows, "activation", "call", column, names) for column in ("q01", "q99", "clipped"))
     width = np.maximum(high - low, SMALLEST)
@@ -177,10 +170,7 @@ def rounding_bars(rows: Rows, path: Path, title: str) -> None:
 
 
 def sensitivity_bars(rows: Rows, thirds: Sequence[str], path: Path, title: str) -> None:
-    """Draw the prediction's error unit by unit in execution order, with a mark for each third of the sampling steps.
-
-    Rows are one for each unit, with `relative_error` and a column for each of the `thirds`, from the first steps to the last.
-    """
+    """Draw the prediction's error unit by unit in execution order, with a mark for each third of the sampling steps."""
     rows = rows[:MAX_ROWS]
     at = np.arange(len(rows))
     shown = [row[key] for row in rows for key in ("relative_error", *thirds) if (row[key] or 0) > 0]

@@ -64,12 +64,9 @@ def _checked(value: Any, where: str, kinds: dict[str, type], optional: str = "")
     """A mapping with these keys of these kinds, of which optional ones may be absent."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{where}: {value!r} is not a mapping with text for keys")
-    for problem, names in (
-        ("unknown", value.keys() - kinds),
-        ("no", kinds.keys() - value.keys() - {*optional.split()}),
-    ):
-        if names:
-            raise ValueError(f"{where}: {problem} {', '.join(sorted(names))}")
+    unknown, missing = value.keys() - kinds, kinds.keys() - value.keys() - {*optional.split()}
+    if wrong := unknown or missing:
+        raise ValueError(f"{where}: {'unknown' if unknown else 'no'} {', '.join(sorted(wrong))}")
     for name, each in value.items():
         if not isinstance(each, kinds[name]):
             raise ValueError(f"{where}: {name} {each!r} is not {KINDS[kinds[name]]}")
@@ -92,7 +89,7 @@ def _row(given: Any, where: str, table: dict[str, str], protocol: dict[str, Any]
     _checked(row["choices"], f"{where}, choices", dict.fromkeys(row["choices"], str))
     row["protocol"] = protocol | row["protocol"]
     _checked(row["protocol"], f"{where}, protocol", dict.fromkeys(row["protocol"], object))
-    return PublishedRow(**table, **row)
+    return PublishedRow(**table, **row | {"choices": dict(row["choices"])})
 
 
 def _read(path: Path) -> Iterator[tuple[str, PublishedRow]]:

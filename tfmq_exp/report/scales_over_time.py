@@ -6,9 +6,8 @@ As figures 1 to 3 of TDQ's supplement (arXiv 2306.02316), where a scale is calle
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -21,8 +20,7 @@ Row = dict[str, Any]
 FILE = Path("diagnosis/activation_ranges.csv")
 
 
-@dataclass(frozen=True)
-class RunScales:
+class RunScales(NamedTuple):
     """One run: for every activation its scale and the standard deviation of its values, call after call."""
 
     name: str  # bits and method
@@ -86,10 +84,7 @@ def correlations(runs: Sequence[RunScales]) -> list[Row]:
 
 
 def summary(runs: Sequence[RunScales]) -> list[Row]:
-    """Share of activations that change with the timestep, and of scales that follow them, for every run.
-
-    Correlations that are not defined count as 0.
-    """
+    """Share of activations that change with the timestep, and of scales that follow; undefined ones count as 0."""
     found: list[Row] = []
     for run in runs:
         rows = correlations([run])
@@ -128,10 +123,7 @@ def most_changing(runs: Sequence[RunScales], count: int = PLOTTED_ACTIVATIONS) -
 
 
 def draw(runs: Sequence[RunScales], path: Path) -> None:
-    """Draw the scales of some activations in every run, and the deviation of the first run's values.
-
-    Seeds of one method share its colour. Both axes begin at zero, so that small changes look small.
-    """
+    """Draw some scales in every run, seeds of a method in one colour, and a run's deviation; axes begin at zero."""
     names = most_changing(runs)
     methods = group_by(runs, lambda run: run.name)
     colours = {name: f"C{index}" for index, name in enumerate(methods)}

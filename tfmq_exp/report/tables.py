@@ -4,7 +4,7 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tfmq_exp.report import comparability
 from tfmq_exp.report.comparability import EXECUTED, FLOAT, bits_order, engine_of, group_by, join, names, one_per_seed
@@ -14,8 +14,7 @@ FORMATS = ("markdown", "csv")
 Reader = Callable[[ScoreRecord], float | None]
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of numbers."""
 
     title: str

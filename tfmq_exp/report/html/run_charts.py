@@ -71,10 +71,7 @@ def error_curves(group: Group, styles: Mapping[str, Style], chart: str) -> Views
 
 
 def _span(label: str, found: Series, style: Style, *, pale: bool) -> list[go.Scatter]:
-    """A band of the seeds, or a thin line for each where they are far apart.
-
-    A logarithmic axis has no place for zero: it is left out of the band.
-    """
+    """A band of the seeds without zeros, which logarithmic axes cannot show, or thin lines where they are far apart."""
     least, most = (list(map(end, zip(*found.seeds, strict=True))) for end in (min, max))
     common = {"legendgroup": label, "showlegend": False, "mode": "lines", "hoverinfo": "skip"}
     if least == most:

@@ -173,7 +173,7 @@ def _records(problems: list[str], path: Path) -> tuple[ScoreRecord, ...]:
 
 
 def _mapping(path: Path, kind: type = object) -> dict[str, Any]:
-    """A mapping of a JSON or YAML file, with values of this kind."""
+    """A mapping of a JSON or YAML file, with values of one kind."""
     text = path.read_text(encoding="utf-8")
     found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     if not isinstance(found, dict) or not all(isinstance(value, kind) for value in found.values()):

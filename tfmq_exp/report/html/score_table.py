@@ -93,10 +93,7 @@ def _cell(column: Column, variant: Variant, rivals: Sequence[Variant]) -> ScoreC
 
 
 def _mark(better: str, own: Sequence[float], rivals: Sequence[Sequence[float]]) -> str:
-    """Best, or not distinguishable from the best.
-
-    No mark where either has too few seeds, where one seed makes the mean, or where there is nothing to compare with.
-    """
+    """Best or close to it; empty with too few seeds, where one seed makes the mean, or with nothing to compare with."""
     if not better or len(rivals) < 2:
         return ""
     leader = (min if better == "↓" else max)(rivals, key=statistics.mean)
