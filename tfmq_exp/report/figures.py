@@ -155,9 +155,7 @@ def range_lines(rows: Rows, order: Sequence[str], path: Path, title: str) -> Non
 
 def rounding_bars(rows: Rows, path: Path, title: str) -> None:
     """Draw per layer the share of weights away from the nearest integer, and the weight's error under both roundings."""
-    rows = rows[:MAX_ROWS]
-    at = np.arange(len(rows))
-    with saved_figure(path, title, (12, _height(len(rows))), (1, 2)) as (_, (left, right)):
+    with _layer_axes(rows, "layer", path, title, (12, 2)) as (rows, at, (left, right)):
         left.barh(at, [row["changed"] for row in rows], color="tab:blue")
         left.set(xlabel="share of weights away from the nearest integer")
         left.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -166,25 +164,36 @@ def rounding_bars(rows: Rows, path: Path, title: str) -> None:
         right.scatter([row["relative_mse"] for row in rows], at, color="tab:red", s=14, label="this model")
         right.set(xlabel="squared error of the weight / its power", xscale="log")
         right.legend(fontsize=8)
-        _list_layers((left, right), [row["layer"] for row in rows])
 
 
 def sensitivity_bars(rows: Rows, thirds: Sequence[str], path: Path, title: str) -> None:
     """Draw the prediction's error unit by unit in execution order, with a mark for each third of the sampling steps."""
-    rows = rows[:MAX_ROWS]
-    at = np.arange(len(rows))
-    shown = [row[key] for row in rows for key in ("relative_error", *thirds) if (row[key] or 0) > 0]
-    with saved_figure(path, title, (8, _height(len(rows)))) as (_, (axis,)):
+    with _layer_axes(rows, "unit", path, title, (8, 1)) as (rows, at, (axis,)):
         errors = [max(row["relative_error"], SMALLEST) for row in rows]
         axis.barh(at, errors, color="tab:blue", alpha=0.4, label="all steps")
         for third, marker in zip(thirds, ("<", "o", ">"), strict=True):
             marked = [np.nan if row[third] is None else row[third] for row in rows]  # some have no samples
             axis.scatter(marked, at, marker=marker, s=14, label=third.replace("_", " "), zorder=3)
         axis.set(xlabel="squared error of the prediction / its power", xscale="log")
-        if shown:
+        if shown := [row[key] for row in rows for key in ("relative_error", *thirds) if (row[key] or 0) > 0]:
             axis.set_xlim(min(shown) / 2, max(shown) * 2)
         axis.legend(fontsize=8)
-        _list_layers((axis,), [row["unit"] for row in rows])
+
+
+@contextmanager
+def _layer_axes(
+    rows: Rows, key: str, path: Path, title: str, size: tuple[int, int]
+) -> Iterator[tuple[Rows, np.ndarray, list[Axes]]]:
+    """The drawn rows, their places, and axes (width and number) with layers from the top down, named at the first."""
+    rows = rows[:MAX_ROWS]
+    with saved_figure(path, title, (size[0], _height(len(rows))), (1, size[1])) as (_, axes):
+        yield rows, np.arange(len(rows)), axes
+        for axis in axes:
+            axis.set_yticks([])
+            axis.set_ylim(len(rows) - 0.5, -0.5)
+            axis.grid(axis="x", alpha=0.3)
+            axis.set_axisbelow(True)
+        axes[0].set_yticks(range(len(rows)), [short_name(row[key]) for row in rows], fontsize=6)
 
 
 def _grid(rows: Rows, down: str, across: str, value: str, names: Sequence[str]) -> np.ndarray:
@@ -212,16 +221,6 @@ def _heat_maps(
             axis.label_outer()
             axis.set_xticks(every, [str(timesteps[step]) for step in every], fontsize=7)
             axis.set_xlabel(TIME, fontsize=8)
-
-
-def _list_layers(axes: Sequence[Axes], names: Sequence[str]) -> None:
-    """Let layers run from the top down, named at the first axis."""
-    for axis in axes:
-        axis.set_yticks([])
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_axisbelow(True)
-    axes[0].set_yticks(range(len(names)), list(map(short_name, names)), fontsize=6)
 
 
 def _height(rows: int) -> float:

@@ -95,10 +95,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _own_part(record: ScoreRecord, run: Run) -> Run:
-    """The run without stages and tables of its other records: an engine has its own stages and its own trajectory.
-
-    An engine's stages become named as those of the simulation; its first one is the export.
-    """
+    """The run without other records' stages and tables; an engine's are named as the simulation's, first the export."""
     own, engines = engine_of(record), {engine_of(other) for other in run.records} - {""}
     stages: dict[str, Mapping[str, Any]] = {}
     for name, stage in run.stages.items():

@@ -70,7 +70,7 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
 
 def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[str, Style]) -> dict[str, Any]:
     """The contents of a group's section."""
-    table, stages = score_table(group), stage_rows(group)
+    (columns, lines), stages = score_table(group), stage_rows(group)
     compared, unmeasured = published_rows(group.records, published)
     charts = {"scores": scores_by_bits(group, style), "pareto": pareto(group, style)}
     charts |= {name: error_curves(group, style, name) for name in ERRORS}
@@ -79,8 +79,9 @@ def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[s
         "model": group.first.model,
         "scored_by": scored_by(group.first),
         "execution": execution(group.records),
-        "warnings": list(warnings(group, table)),
-        "table": table,
+        "warnings": list(warnings(group, columns, lines)),
+        "columns": columns,
+        "lines": lines,
         "published": compared,
         "unmeasured": unmeasured,
         "charts": charts | {"units": unit_errors(group, style), "losses": losses(group)},

@@ -35,11 +35,7 @@ class ScoreCell(NamedTuple):
     dominant: int | None = None  # the seed that makes the mean its own
 
 
-class ScoreTable(NamedTuple):
-    """The table of a group: a cell for every variant and column."""
-
-    columns: list[Column]
-    rows: list[tuple[Variant, list[ScoreCell]]]
+Lines = list[tuple[Variant, list[ScoreCell]]]  # of a group's table: a cell for every variant and column
 
 
 def measured_scores(group: Group) -> list[Column]:
@@ -51,16 +47,16 @@ def _measured(group: Group, columns: Sequence[Column]) -> list[Column]:
     return [column for column in columns if any(column.read(record) is not None for record in group.records)]
 
 
-def score_table(group: Group) -> ScoreTable:
-    """The table of a group; columns without any number are left out."""
+def score_table(group: Group) -> tuple[list[Column], Lines]:
+    """Columns and lines of the table of a group; columns without any number are left out."""
     before, after = (_measured(group, columns) for columns in ((*SHARES, LAYERS), (*ERRORS, SIZE, *COSTS)))
     columns = [*before, *measured_scores(group), *after]
-    rows: list[tuple[Variant, list[ScoreCell]]] = []
+    lines: Lines = []
     for variant in group.variants:
         alike = [other for other in group.variants if (other.bits, other.engine) == (variant.bits, variant.engine)]
         rivals = [other for other in alike if _quantize_alike(variant, other)]
-        rows.append((variant, [_cell(column, variant, rivals) for column in columns]))
-    return ScoreTable(columns, rows)
+        lines.append((variant, [_cell(column, variant, rivals) for column in columns]))
+    return columns, lines
 
 
 def _shares(variant: Variant) -> list[float]:
@@ -109,7 +105,7 @@ def _differ(first: Sequence[float], second: Sequence[float]) -> bool:
     return abs(statistics.mean(first) - statistics.mean(second)) > deviation
 
 
-def warnings(group: Group, table: ScoreTable) -> Iterator[str]:
+def warnings(group: Group, columns: Sequence[Column], lines: Lines) -> Iterator[str]:
     """Sentences on numbers that are not comparable, or not trustworthy; none without any objection."""
     runs = {run.folder: run for variant in group.variants for run in variant.runs}
     if smoke := sum(run.is_smoke for run in runs.values()):
@@ -133,8 +129,8 @@ def warnings(group: Group, table: ScoreTable) -> Iterator[str]:
     different = {bits: text for bits, variants in group.bits.items() if (text := _different_shares(variants))}
     for text, bits in group_by(different, lambda each: different[each]).items():
         yield f"Lines of {', '.join(bits)} quantize different things, and are compared with their like alone: {text}."
-    for i, column in enumerate(table.columns):
-        if found := [f"{each.name} ({cells[i].seeds})" for each, cells in table.rows if cells[i].dominant is not None]:
+    for i, column in enumerate(columns):
+        if found := [f"{each.name} ({cells[i].seeds})" for each, cells in lines if cells[i].dominant is not None]:
             yield f"{column.title}: one seed makes the mean its own, marked † below: {_some(found)}."
 
 
