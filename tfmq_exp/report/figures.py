@@ -137,7 +137,7 @@ def range_lines(rows: Rows, order: Sequence[str], path: Path, title: str) -> Non
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     activations = group_by(sorted(rows, key=lambda row: row["call"]), lambda row: row["activation"])
-    grid = {"color": "tab:red", "linestyle": "--", "drawstyle": "steps-mid"}
+    grid: dict[str, Any] = {"color": "tab:red", "linestyle": "--", "drawstyle": "steps-mid"}
     with saved_figure(path, title, (4.2 * columns, 2.9 * lines + 0.5), (lines, columns)) as (figure, axes):
         for axis, name in zip(axes, names, strict=False):
             of = {column: [row[column] for row in activations[name]] for column in activations[name][0]}

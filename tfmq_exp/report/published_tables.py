@@ -1,7 +1,7 @@
 """Published tables as their papers print them, read from the data files in `published/`; every row says how it was verified."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _checked(value: Any, where: str, kinds: dict[str, type], optional: str = "") -> dict[str, Any]:
+def _checked(value: Any, where: str, kinds: Mapping[str, type], optional: str = "") -> dict[str, Any]:
     """A mapping with these keys of these kinds, of which optional ones may be absent."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{where}: {value!r} is not a mapping with text for keys")
@@ -80,16 +80,16 @@ def _row(given: Any, where: str, table: dict[str, str], protocol: dict[str, Any]
     if bool(row["scores"]) == bool(row["deltas"]):
         raise ValueError(f"{where}: a row has either scores or deltas")
     for part in ("scores", "deltas"):
-        known = dict.fromkeys(SCORES.split(), object)
+        known: dict[str, type] = {name: object for name in SCORES.split()}
         for name, number in _checked(row[part], f"{where}, {part}", known, SCORES).items():
             finite = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
             if not finite and number is not None:
                 raise ValueError(f"{where}, {part}: {name} is {number!r}, not a number")
         row[part] = {name: None if number is None else float(number) for name, number in row[part].items()}
-    _checked(row["choices"], f"{where}, choices", dict.fromkeys(row["choices"], str))
+    row["choices"] = {**_checked(row["choices"], f"{where}, choices", dict.fromkeys(row["choices"], str))}
     row["protocol"] = protocol | row["protocol"]
     _checked(row["protocol"], f"{where}, protocol", dict.fromkeys(row["protocol"], object))
-    return PublishedRow(**table, **row | {"choices": dict(row["choices"])})
+    return PublishedRow(**table, **row)
 
 
 def _read(path: Path) -> Iterator[tuple[str, PublishedRow]]:

@@ -15,7 +15,7 @@ MAX_VARIANTS = 24  # in one table
 PACKAGE = "tfmq_exp."  # in which every `_target_` of this project is
 DERIVED = ("name", "paths.")  # keys that follow from others, or are of one machine
 AXES = ("model", "quant", "method", "seed")
-Cell = tuple[str, str, str, str]  # of the grid of `AXES`
+Cell = tuple[str, ...]  # of the grid of `AXES`
 
 
 def config_diffs(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def _diff(runs: Sequence[Run]) -> dict[str, Any]:
     return {"variants": shown, "rows": rows, **numbers}
 
 
-def missing_seeds(runs: Sequence[Run]) -> dict[tuple[str, str, str], list[str]]:
+def missing_seeds(runs: Sequence[Run]) -> dict[Cell, list[str]]:
     """Cells of each model's grid without any run, finished or not: seeds by model, bits and method.
 
     The grid is spanned by the runs, and by the values that their sweeps were given: plain lists in the `multirun.yaml` beside

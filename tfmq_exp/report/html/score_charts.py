@@ -61,7 +61,9 @@ def pareto(group: Group, styles: Mapping[str, Style]) -> Views:
     }
     views: Views = {}
     fid = next((column for column in measured_scores(group) if column.title == "FID"), None)
-    for name, (title, read) in costs.items() if fid and len(group.variants) > 1 else ():
+    if fid is None or len(group.variants) < 2:
+        return views
+    for name, (title, read) in costs.items():
         points: dict[str, list[tuple[Point, str]]] = {}
         for variant in group.variants:
             if (found := variant.values(read)) and (scores := variant.values(fid.read)):
