@@ -186,6 +186,7 @@ def test_another_model_stands_beside_without_a_difference_and_with_bits_of_its_o
     assert beside.notes[0] == "model m in the paper, small here"
     assert (alone.paper, alone.spread, alone.ours, alone.difference) == (None, None, (5.0,), None)
     assert {bits for bits, *_ in cells(compare([THEIRS], ours))} == {"w4a8"}
+    assert compare([row(bits="fp32", method="float")], ours, "small").lines[0][:2] == ("fp32", "float")
     changes = compare(find_table(PUBLISHED, "TFMQ-DM", "5"), ours, "small")
     assert {cell.paper for (bits, *_), cell in cells(changes).items() if bits == "w3a3"} == {None}
     assert "| w3a3 | tiar | — |" in comparison_markdown(changes)
