@@ -39,8 +39,7 @@ from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.per_step import PerStepConfig
 from tfmq_exp.quant.scales.static import StaticConfig
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
-from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
+from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig

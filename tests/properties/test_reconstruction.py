@@ -24,7 +24,7 @@ from tests.helpers.reconstruction import (
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
-from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
+from tfmq_exp.reconstruction.context import UnitReport, UnitResult
 from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig

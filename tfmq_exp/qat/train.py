@@ -26,14 +26,14 @@ from tfmq_exp.qat.ema import copy_average
 from tfmq_exp.qat.loss import loss
 from tfmq_exp.qat.model import observe, penalty, ready, trainable
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, predict_noise
-from tfmq_exp.reconstruction.callbacks import (
+from tfmq_exp.reconstruction.context import (
+    ComputeConfig,
     ProgressCallback,
     UnitCheckpointer,
     UnitReport,
     UnitResult,
     peak_memory_mib,
 )
-from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.reconstruction.loop import ERROR_SAMPLES
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

@@ -1,7 +1,7 @@
 """Inputs that a unit learns on: of the quantized network, of the float one, or of both at random (QDrop)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.validate import SHARE, check_fields
 from tfmq_exp.quant.quantizers.base import Quantizer
-from tfmq_exp.reconstruction.capture import hooks
 
 Origin = Literal["quantized", "float"]
 
@@ -59,21 +58,18 @@ class MixedInputs(UnitInputs):
         check_fields(self, quant_prob=SHARE)
 
     def combine(self, captured: Mapping[Origin, Any]) -> Any:
-        def mix(quantized: Any, original: Any) -> Any:
-            return self.mix(quantized, original) if isinstance(quantized, Tensor) else quantized
-
-        return pytree.tree_map(mix, captured["quantized"], captured["float"])
+        return pytree.tree_map(self.mix, captured["quantized"], captured["float"])
 
     @contextmanager
     def learning_context(self, quantizers: Sequence[Quantizer]) -> Iterator[None]:
-        def hook(_: Quantizer, args: tuple[Tensor], output: Tensor) -> Tensor:
-            return self.mix(output, args[0])
-
-        with hooks([quantizer.register_forward_hook(hook) for quantizer in quantizers]):
+        with ExitStack() as hooks:
+            for quantizer in quantizers:
+                hook = quantizer.register_forward_hook(lambda _, args, output: self.mix(output, args[0]))
+                hooks.enter_context(hook)
             yield
 
-    def mix(self, quantized: Tensor, original: Tensor) -> Tensor:
-        """Draw each element from one of two tensors; integers (timesteps) are the same in both."""
-        if not quantized.is_floating_point():
+    def mix(self, quantized: Any, original: Any) -> Any:
+        """Draw each element from one of two tensors; constants and integers (timesteps) are the same in both."""
+        if not (isinstance(quantized, Tensor) and quantized.is_floating_point()):
             return quantized
         return torch.where(torch.rand_like(quantized) < self.quant_prob, quantized, original)

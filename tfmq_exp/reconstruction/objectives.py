@@ -12,20 +12,12 @@ from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.units import Unit
 
+Values = Float[Tensor, "batch *rest"]
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 
 
-def lp_loss(
-    prediction: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"], p: float, dim: int = 1
-) -> Float[Tensor, ""]:
-    """|prediction - target|^p summed over the channels, averaged over everything else.
-
-    Args:
-        prediction: outputs of the quantized unit.
-        target: outputs of the float unit.
-        p: exponent, above 0.
-        dim: dimension of the channels, see `channel_dim`.
-    """
+def lp_loss(prediction: Values, target: Values, p: float, dim: int = 1) -> Float[Tensor, ""]:
+    """|prediction - target|^p summed over the channels (dimension `dim`), averaged over everything else."""
     error = prediction - target
     power = error.square() if p == 2 else error.abs().pow(p)
     return power.mean() * target.shape[dim]
@@ -46,12 +38,7 @@ class Objective:
         """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
         return {}
 
-    def loss(
-        self,
-        prediction: Float[Tensor, "batch *rest"],
-        target: Float[Tensor, "batch *rest"],
-        importance: Float[Tensor, "batch *rest"] | None,
-    ) -> Float[Tensor, ""]:
+    def loss(self, prediction: Values, target: Values, importance: Values | None) -> Float[Tensor, ""]:
         """Error summed over channels, averaged over everything else."""
         raise NotImplementedError
 
@@ -73,11 +60,10 @@ class Lp(Objective):
 class Fisher(Objective):
     """Squared error weighted by the diagonal of the Fisher information at the unit's output (BRECQ, arXiv 2102.05426, eq. 10).
 
-    A denoiser's likelihood is Gaussian around the predicted noise, so labels drawn from the model are that noise plus
-    standard normal v, and the gradient of the loss is J^T v with J the Jacobian from the unit's output to the
-    prediction: its square has the expectation diag(J^T J). One draw per calibration sample. The release takes a softmax
-    over the outputs instead, which means nothing for noise, and adds 1. Weights are scaled to a mean of 1 per unit, so that
-    the balance with the rounding penalty stays what it is without them. A unit that is driven by timesteps alone has none.
+    A denoiser's likelihood is Gaussian around the predicted noise: labels drawn from the model are that noise plus standard
+    normal v, and the gradient of the loss is J^T v with J the Jacobian from the unit's output to the prediction, whose square
+    has the expectation diag(J^T J). One draw per sample. The release takes a softmax over the outputs, which means nothing for
+    noise, and adds 1. A mean of 1 per unit keeps the balance with the rounding penalty. Units of timesteps alone have none.
     """
 
     seed: int = 0

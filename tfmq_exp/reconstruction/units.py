@@ -37,11 +37,12 @@ class Blockwise:
     """Every block with all its layers, in execution order (BRECQ): an embedding projection is learned inside its block."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        units: list[Unit] = []
-        for block in structure.blocks:
-            if sites := tuple(site for site in block.sites if site in learnable):
-                units.append(Unit(block.name, block.kind, sites, "denoiser", methodcaller("get_submodule", block.name)))
-        return units
+        parts = [(block, tuple(site for site in block.sites if site in learnable)) for block in structure.blocks]
+        return [
+            Unit(block.name, block.kind, sites, "denoiser", methodcaller("get_submodule", block.name))
+            for block, sites in parts
+            if sites
+        ]
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,25 @@ class TemporalAware:
         temporal = tuple(site for site in structure.temporal_sites if site in learnable)
         first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", module)
         return [*([first] if temporal else []), *TemporalFrozen()(structure, learnable)]
+
+
+@dataclass(frozen=True)
+class SingleUnit:
+    """One unit of a partition, for `debug=overfit`; all other layers stay float, so the network is not finished.
+
+    Args:
+        partition: cuts the network into units.
+        unit: name of the one; None: the one with the most layers, the first of them.
+    """
+
+    partition: Partition
+    unit: str | None = None
+
+    def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
+        """The unit by itself; ValueError where there is none of that name."""
+        units = self.partition(structure, learnable)
+        if self.unit is None:
+            return [max(units, key=lambda unit: len(unit.sites))]
+        if chosen := [unit for unit in units if unit.name == self.unit]:
+            return chosen
+        raise ValueError(f"unit must be one of {', '.join(unit.name for unit in units)}, got {self.unit!r}")
