@@ -27,6 +27,17 @@ class Batch(NamedTuple):
         return Batch(*(field.to(device) for field in self))
 
 
+def noisy(
+    clean: Float[Tensor, "batch *rest"],
+    noise: Float[Tensor, "batch *rest"],
+    t: Int[Tensor, "batch"],
+    alphas_cumprod: Float[Tensor, "timesteps"],
+) -> Float[Tensor, "batch *rest"]:
+    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise, row by row (DDPM, arXiv 2006.11239, eq. 4)."""
+    alpha = alphas_cumprod[t].reshape(-1, *(1,) * (clean.dim() - 1))
+    return (alpha.sqrt().to(clean.dtype) * clean).addcmul((1 - alpha).sqrt().to(clean.dtype), noise)
+
+
 @dataclass(frozen=True)
 class NoisyBatches:
     """Batches by their number, so that a resumed training has those that it would have had.
@@ -54,26 +65,17 @@ class NoisyBatches:
             raise ValueError("there are no examples to train on")
 
     def batch(self, number: int) -> Batch:
-        """Batch `number`, from 0."""
+        """Batch `number`, from 0; one at the end of an epoch continues with the next."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.stream, Stream.BATCH, number))
-        rows = self.rows(number)
-        clean = self.images.rows(rows)
-        return Batch(
-            rows,
-            clean,
-            torch.randn(clean.shape, generator=generator),
-            torch.randint(self.timesteps, (self.size,), generator=generator),
-            torch.rand(self.size, generator=generator) >= self.condition_dropout,
-        )
-
-    def rows(self, number: int) -> Int[Tensor, "batch"]:
-        """Indices of its images; a batch at the end of an epoch continues with the next."""
         count = len(self.images)
         positions = torch.arange(number * self.size, (number + 1) * self.size)
         epochs = range(int(positions[0]) // count, int(positions[-1]) // count + 1)
-        return torch.cat(
-            [shuffled(count, self.seed, epoch)[positions[positions // count == epoch] % count] for epoch in epochs]
-        )
+        orders = [shuffled(count, self.seed, epoch)[positions[positions // count == epoch] % count] for epoch in epochs]
+        rows = torch.cat(orders)
+        clean = self.images.rows(rows)
+        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.randint(self.timesteps, (self.size,), generator=generator)
+        return Batch(rows, clean, noise, t, torch.rand(self.size, generator=generator) >= self.condition_dropout)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """x_0 of every training image, read from disk as needed.
-
-    Args:
-        values: uint8 pixels, or float32 latents as the denoiser takes them; rows first.
-    """
+    """x_0 of every training image, read from disk as needed: uint8 pixels, or float32 latents as the denoiser takes them."""
 
     values: np.ndarray
 
@@ -58,16 +54,6 @@ def training_set_identity(source: ImageDataset, denoiser: Denoiser, *, horizonta
     }
 
 
-def check_size(source: ImageDataset, denoiser: Denoiser) -> None:
-    """Raise ValueError for images of another shape than the denoiser's."""
-    shape = denoiser.image_shape()
-    if source.shape != shape:
-        raise ValueError(
-            f"{denoiser.name} is trained on images {shape}, these are {source.shape}: channels, height, width; "
-            "data.size and data.grey of a folder of images say what becomes of them"
-        )
-
-
 def write_training_set(
     source: ImageDataset,
     denoiser: Denoiser,
@@ -93,11 +79,17 @@ def write_training_set(
         OSError: no room on the disk, before the first image is read.
         ValueError: images of another size, or fewer than were promised.
     """
-    check_size(source, denoiser)
+    if source.shape != (shape := denoiser.image_shape()):
+        raise ValueError(
+            f"{denoiser.name} is trained on images {shape}, these are {source.shape}: channels, height, width; "
+            "data.size and data.grey of a folder of images say what becomes of them"
+        )
     encode: Any = getattr(denoiser.first_stage, "encode", None)
     path, count, halves = folder / FILE, len(source), 2 if horizontal_flip else 1
     array = reserve(path, (count * halves, *denoiser.sample_shape), np.dtype(np.float32 if encode else np.uint8))
-    written, done = read_hashes(folder / BATCHES), 0
+    lines = (folder / BATCHES).read_bytes().decode("ascii", "replace") if (folder / BATCHES).is_file() else ""
+    written = dict(words for line in lines.splitlines() if len(words := line.split()) == 2)  # the last may be torn
+    done = 0
     with path.open("r+b") as file, (folder / BATCHES).open("a", encoding="ascii") as hashes:
         for images in source.batches(batch):
             start, done = done, done + len(images)
@@ -143,15 +135,6 @@ def reserve(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memm
     return array
 
 
-def read_hashes(path: Path) -> dict[str, str]:
-    """Batch -> hash, from lines of which the last may be torn."""
-    lines = path.read_bytes().decode("ascii", "replace").splitlines() if path.is_file() else []
-    return {words[0]: words[1] for line in lines if len(words := line.split()) == 2}
-
-
 def hash_of_rows(array: np.ndarray, rows: list[slice]) -> str:
     """SHA-256 of several stretches of rows."""
-    digest = hashlib.sha256()
-    for part in rows:
-        digest.update(array[part].data)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(array[part].data for part in rows)).hexdigest()

@@ -22,10 +22,8 @@ from tfmq_exp.denoisers.denoiser import ConditionEncoder
 from tfmq_exp.qat.batches import Batch, BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import TrainingSet
-from tfmq_exp.qat.ema import copy_average
-from tfmq_exp.qat.loss import loss
 from tfmq_exp.qat.model import observe, penalty, ready, trainable
-from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, predict_noise
+from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, loss, predict_noise
 from tfmq_exp.reconstruction.context import (
     ComputeConfig,
     ProgressCallback,
@@ -155,23 +153,26 @@ def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     history = LossHistory(context.progress, protocol.iterations)
     checkpoint = processes.broadcast(last_checkpoint(context.folder) if processes.is_main else None)
     remaining = BatchRange(batches, int(checkpoint.stem) if checkpoint else 0, protocol.iterations)
-    callbacks: list[pl.Callback] = [history]
-    if processes.is_main:
-        callbacks.append(PeriodicCheckpoint(context.folder, compute.checkpoint_every))
-    settings = {"max_steps": protocol.iterations, "precision": protocol.precision, "plugins": [AtomicCheckpointIO()]}
-    trainer = compute.trainer(callbacks=callbacks, **settings)
+    trainer = compute.trainer(
+        callbacks=[
+            history,
+            *([PeriodicCheckpoint(context.folder, compute.checkpoint_every)] if processes.is_main else []),
+        ],
+        max_steps=protocol.iterations,
+        precision=protocol.precision,
+        plugins=[AtomicCheckpointIO()],
+    )
     with torch.enable_grad(), torch.random.fork_rng():
         trainer.fit(module.train(), remaining, ckpt_path=checkpoint, weights_only=True)
     module.to(context.alphas_cumprod.device)  # Lightning has moved it to the CPU
-    copy_average(module.ema, module.trained)
-    for parameter in module.trained:
-        parameter.requires_grad_(False)
-    result = concatenated([p.detach() for p in module.trained])
+    for parameter, mean in zip(module.trained, module.ema, strict=True):
+        parameter.requires_grad_(False).copy_(mean)
+    result = concatenated(module.trained)
     processes.check_same("what was trained", result)
     require_finite(result, "what was trained")
-    errors = (error_before, prediction_error(module, batches, compute.batch))
-    layers, weights = len(model.plan.sites), sum(parameter.numel() for parameter in module.groups.weights)
-    report = UnitReport(UNIT, "training", layers, weights, *errors, history.seconds(), peak_memory_mib())
+    error_after = prediction_error(module, batches, compute.batch)
+    size = len(model.plan.sites), sum(parameter.numel() for parameter in module.groups.weights)
+    report = UnitReport(UNIT, "training", *size, error_before, error_after, history.seconds(), peak_memory_mib())
     context.checkpointer.put(UNIT, UnitResult({}, {}), report)
     context.progress.on_unit_end(UNIT, report)
 
@@ -197,13 +198,7 @@ def prepare_training(
 
 @torch.no_grad()
 def prediction_error(module: QuantizationAwareTraining, batches: NoisyBatches, size: int) -> float:
-    """Mean squared error of the predicted noise, whose variance is 1, on a fixed batch.
-
-    Args:
-        module: its model is in evaluation mode afterwards.
-        batches: of its training.
-        size: rows of a forward pass.
-    """
+    """Mean squared error of the predicted noise, whose variance is 1, on a fixed batch; in evaluation mode, `size` rows a pass."""
     module.model.eval()
     batch = replace(batches, size=ERROR_SAMPLES, stream=Stream.ERROR, condition_dropout=0.0).batch(0)
     total = 0.0
