@@ -200,7 +200,9 @@ def main() -> None:
         model.calibrate_weights()
     context = ReconstructionContext(model, unet, parts, data, means, 0, quiet, quiet)
     for unit, view in capture_float_units(context, units, learning):
-        inputs = view.inputs or Capture(data, means.batch, SpillAllocator(2**32)).inputs(model, unit.module(model.unet))
+        inputs = view.inputs.get("float") or Capture(data, means.batch, SpillAllocator(2**32)).inputs(
+            model, unit.module(model.unet)
+        )
         with watch.of("plain", "capture and learning"):
             plain_capture(model, unet, unit, data, recipe["batch_size"])
             plain(model, unit, learnable, inputs, view.outputs, learning)

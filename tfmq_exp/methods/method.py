@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.methods.activations import CalibrateRanges, KeepRanges, LearnRanges
 from tfmq_exp.methods.noise_correction import NoCorrection, NoiseCorrection
-from tfmq_exp.methods.qat_method import QuantizationAwareTrain
 from tfmq_exp.methods.temporal_features import CacheFeatures, ComputeFeatures
-from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
+from tfmq_exp.methods.weights import QuantizationAwareTrain, Reconstruct, RoundToNearest
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.surgery.config import QuantizationConfig
 from tfmq_exp.surgery.scales import ScalePlan

@@ -18,6 +18,7 @@ from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.inputs import Origin
 from tfmq_exp.reconstruction.units import Unit
 
 
@@ -46,9 +47,9 @@ def recorded_calls(modules: Mapping[str, nn.Module], *, before: bool = False) ->
 
 
 class UnitActivations(NamedTuple):
-    """A unit in the float network over the calibration set: inputs, where they are used, outputs, and their importance."""
+    """A unit over the calibration set: inputs by network, as far as captured, and outputs in the float one with their importance."""
 
-    inputs: TensorTree | None
+    inputs: Mapping[Origin, TensorTree]
     outputs: TensorTree
     importance: TensorTree | None = None
 
@@ -105,7 +106,10 @@ class Capture:
                     with within(f"the outputs of {name} in the float network"):
                         self.write(outputs, name, start, output)
                 calls.clear()
-        return {unit.name: UnitActivations(inputs.get(unit.name), outputs[unit.name]) for unit in units}
+        return {
+            name: UnitActivations({"float": inputs[name]} if with_inputs else {}, tree)
+            for name, tree in outputs.items()
+        }
 
     def squared_gradients(
         self, unet: nn.Module, units: Sequence[Unit], generator: torch.Generator
@@ -176,7 +180,15 @@ def call_unit(unit: nn.Module, context: TimestepContext, inputs: Any) -> Any:
 def run_unit(
     unit: nn.Module, context: TimestepContext, inputs: TensorTree, batch: int, storage: SpillAllocator
 ) -> TensorTree:
-    """Outputs of a unit, `batch` samples at a time, for stored inputs of at least one sample; see `call_unit`."""
+    """Outputs of a unit for all stored inputs, of which there are some.
+
+    Args:
+        unit: module of the network.
+        context: set to the timesteps of each batch.
+        inputs: see `call_unit`.
+        batch: samples of a forward pass.
+        storage: of the outputs.
+    """
     stored: TensorTree | None = None
     parts = inputs.batches(batch, next(unit.parameters()).device)
     for rows, part in zip(batches(len(inputs), batch), parts, strict=True):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,6 @@ from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 ERROR_SAMPLES = 128  # a unit's error is measured on every k-th sample: so many, or up to twice as many
-Inputs = Mapping[Origin, TensorTree]  # of a unit, by the network in which they were captured
 
 
 def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: ReconstructionConfig) -> None:
@@ -58,18 +57,19 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     storage, replay = compute.storage(4), OutputReplay(compute.cache_bytes // 4)
     for unit, activations in capture_float_units(context, remaining, config):
         start, module = time.perf_counter(), unit.module(model.unet)
-        inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs)
+        inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs.get("float"))
         if captured := unit.driver == "denoiser" and "quantized" in inputs:
             with replay.active(compute.batch), within(f"the inputs of {unit.name} in the quantized network"):
                 inputs["quantized"] = Capture(context.data, compute.batch, storage).inputs(model, module)
+        activations = activations._replace(inputs=inputs)
         rounded = modes(model.weight_quantizers(unit.sites) if config.rounding else (), Mode.QUANTIZE)
         with rounded, within(f"the quantized unit {unit.name}"):
-            error_before = unit_error(context, unit, inputs, activations.outputs)
-            learn_unit(context, unit, inputs, activations, config)
+            error_before = unit_error(context, unit, activations)
+            learn_unit(context, unit, activations, config)
         for site in unit.sites:
             if config.rounding and site in model.weight_layers():
                 model.freeze(site)
-        error_after = unit_error(context, unit, inputs, activations.outputs, replay if captured else None)
+        error_after = unit_error(context, unit, activations, replay if captured else None)
         storage.clear()
         weights = sum(context.structure.sites[site].weights for site in unit.sites)
         size = (unit.name, unit.kind.value, len(unit.sites), weights)
@@ -133,7 +133,7 @@ def capture_float_units(
             t = torch.tensor(context.model.context.timesteps)
             with torch.no_grad():
                 outputs = unit.module(unet)(t.to(next(unet.parameters()).device))
-            yield unit, UnitActivations(TensorTree((t, (t,), {})), TensorTree(outputs))
+            yield unit, UnitActivations({"float": TensorTree((t, (t,), {}))}, TensorTree(outputs))
             continue
         if unit.name not in activations:
             capture.storage.clear()
@@ -147,7 +147,6 @@ def capture_float_units(
 def learn_unit(
     context: ReconstructionContext,
     unit: Unit,
-    inputs: Inputs,
     activations: UnitActivations,
     config: ReconstructionConfig,
 ) -> None:
@@ -155,7 +154,7 @@ def learn_unit(
     model, seed, processes = context.model, derive_seed(context.seed, unit.name), context.compute.processes
     module, device = unit.module(model.unet), next(model.parameters()).device
     importance = activations.importance.whole if activations.importance else None
-    captured = {origin: tree.whole for origin, tree in inputs.items()}
+    captured = {origin: tree.whole for origin, tree in activations.inputs.items()}
     samples = TensorTree({"inputs": captured, "targets": activations.outputs.whole, "importance": importance})
     roundings = [rounding for site in unit.sites for rounding in model.learn_rounding(site)] if config.rounding else []
     sources = [quantizer.source for quantizer in quantizers_of(model, unit, config).values()]
@@ -209,8 +208,7 @@ def trainable_parameters(sources: Sequence[ScaleProvider], seed: int) -> Iterato
 def unit_error(
     context: ReconstructionContext,
     unit: Unit,
-    inputs: Inputs,
-    targets: TensorTree,
+    activations: UnitActivations,
     replay: OutputReplay | None = None,
 ) -> float:
     """Mean squared error of the quantized unit's outputs over their variance, averaged over the outputs, on some samples.
@@ -218,13 +216,13 @@ def unit_error(
     With `replay`, the unit runs on all samples, and its outputs are kept there.
     """
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
-    first = next(iter(inputs.values()))
-    first = first if replay else every_kth(first)
-    outputs = run_unit(module, model.context, first, compute.batch, compute.storage(4 if replay else 1))
+    inputs = next(iter(activations.inputs.values()))
+    inputs = inputs if replay else every_kth(inputs)
+    outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4 if replay else 1))
     if replay:
         replay.add(module, outputs)
         outputs = every_kth(outputs)
-    pairs = [(x, y.to(x)) for x, y in zip(outputs.tensors, every_kth(targets).tensors, strict=True)]
+    pairs = [(x, y.to(x)) for x, y in zip(outputs.tensors, every_kth(activations.outputs).tensors, strict=True)]
     sizes = [((x - y).square().mean(), y.var(correction=0)) for x, y in pairs]
     errors = [float(relative(*size, "the outputs of a unit")) for size in sizes]
     return sum(errors) / len(errors)

@@ -21,8 +21,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.evaluation.features.inception import load_inception
 from tfmq_exp.methods.activations import CalibrateRanges
-from tfmq_exp.methods.noise_correction import NoiseCorrection
-from tfmq_exp.methods.noise_statistics import NoiseMoments
+from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer, SymmetricMSEObserver
 from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
@@ -182,14 +181,14 @@ def task_of(model: Any, data: CalibrationSet) -> Any:
     """All of a task that ranges are taken with."""
 
     class Watcher:
-        def progress(self, *_: Any) -> None:
+        def on_progress(self, *_: Any) -> None:
             pass
 
     class Task:
         pass
 
     task: Any = Task()
-    task.model, task.data, task.seed, task.watcher = model, data, 0, Watcher()
+    task.model, task.data, task.seed, task.progress = model, data, 0, Watcher()
     return task
 
 

@@ -79,7 +79,7 @@ def test_what_the_float_network_does_is_what_a_whole_forward_does(unet: nn.Modul
     for name, view in views.items():
         expected = joined(inputs[name]) if with_inputs else []
         assert equal(view.outputs.tensors, joined(outputs[name]))
-        assert equal(view.inputs.tensors if view.inputs else [], [data.t, *expected] if with_inputs else [])
+        assert equal(view.inputs["float"].tensors if view.inputs else [], [data.t, *expected] if with_inputs else [])
         assert sizes[name] * len(data) == sum(tensor.nbytes for tensor in [*view.outputs.tensors, *expected])
 
 

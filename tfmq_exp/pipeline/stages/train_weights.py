@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tfmq_exp.methods.qat_method import QuantizationAwareTrain
+from tfmq_exp.methods.weights import QuantizationAwareTrain
 from tfmq_exp.pipeline.learning import learning
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
