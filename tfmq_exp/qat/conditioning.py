@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
-from tfmq_exp.sampling.caption_files import read_coco
+from tfmq_exp.sampling.conditioning import read_coco
 
 
 class Labels(Protocol):

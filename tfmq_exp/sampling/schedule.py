@@ -23,9 +23,7 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
         ValueError: another kind of schedule.
     """
     if schedule.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            "rescale_betas_zero_snr=True is not supported here; sampler=folder and dpm_solver sample with it"
-        )
+        raise ValueError("rescale_betas_zero_snr=True is not supported here, but by sampler=folder and dpm_solver")
     count, kind = int(schedule["num_train_timesteps"]), schedule["beta_schedule"]
     start, end = float(schedule["beta_start"]), float(schedule["beta_end"])
     if (trained := schedule.get("trained_betas")) is not None:
@@ -46,9 +44,7 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
 def require_noise_prediction(schedule: Mapping[str, Any], name: str) -> None:
     """Raise ValueError, beginning with `name`, for a schedule whose `prediction_type` is not epsilon (the default)."""
     if (kind := schedule.get("prediction_type", "epsilon")) != "epsilon":
-        raise ValueError(
-            f"{name} takes networks that predict the noise; the folder's scheduler says prediction_type={kind}"
-        )
+        raise ValueError(f"{name} takes networks that predict noise; the folder's scheduler has prediction_type={kind}")
 
 
 def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, Reconstru
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 
 pytestmark = pytest.mark.bad_input
 

@@ -18,8 +18,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict, trajectory
-from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
-from tfmq_exp.sampling.samplers.multistep import PLMS
+from tfmq_exp.sampling.samplers import DDIM, PLMS, VarianceCalibrated
 from tfmq_exp.sampling.scheduler import Scheduler
 
 ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)

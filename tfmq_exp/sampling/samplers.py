@@ -1,16 +1,20 @@
-"""DDIM (arXiv 2010.02502), and DDIM with the variance that PTQD calibrates."""
+"""Samplers: DDIM (arXiv 2010.02502), with PTQD's variance too, PLMS (PNDM, arXiv 2202.09778), DPM-Solver++ (arXiv 2211.01095)."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
-from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, check_fields, optional
+from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, Kind, check_fields, optional, whole
 from tfmq_exp.sampling.sampler import Moves
 from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, require_noise_prediction, visited
 
+ORDER = Kind("1, 2 or 3", lambda value: whole(value) and 1 <= value <= 3)
+NO_ETA = Kind("0, as this sampler is deterministic", lambda value: value == 0)
 Alphas = Sequence[tuple[Tensor, Tensor]]  # alpha-bar of every call, and of the one after it
 
 
@@ -33,18 +37,13 @@ class DDIM:
     set_alpha_to_one: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(
-            self, num_inference_steps=optional(COUNT), eta=SHARE, steps_offset=ANY_COUNT, set_alpha_to_one=SWITCH
-        )
+        check_fields(self, num_inference_steps=optional(COUNT), eta=SHARE, steps_offset=ANY_COUNT)
+        check_fields(self, set_alpha_to_one=SWITCH)
 
     def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
         count = int(schedule["num_train_timesteps"])
-        return visited(
-            count if self.num_inference_steps is None else self.num_inference_steps,
-            count,
-            self.timestep_spacing,
-            self.steps_offset,
-        )
+        steps = count if self.num_inference_steps is None else self.num_inference_steps
+        return visited(steps, count, self.timestep_spacing, self.steps_offset)
 
     def alphas(self, schedule: Mapping[str, Any]) -> Alphas:
         """Alpha-bar before and after each step, in double precision."""
@@ -107,14 +106,7 @@ def row_noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def ddim_moves(alphas: Alphas, eta: float, shares: Sequence[float] | None = None, *, keep_drift: bool = True) -> Moves:
-    """Moves of DDIM (eq. 12), with only a share of each step's sigma as noise.
-
-    Args:
-        alphas: see `Alphas`.
-        eta: see `DDIM`.
-        shares: of every call's sigma; all of it by default.
-        keep_drift: take the deterministic part with the whole sigma.
-    """
+    """Moves of DDIM (eq. 12), with only a share of each step's sigma as noise, and as drift unless that is kept."""
 
     def move(call: int, eps: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         alpha, next_alpha = (a.to(x) for a in alphas[call])
@@ -130,3 +122,69 @@ def ddim_moves(alphas: Alphas, eta: float, shares: Sequence[float] | None = None
         return drift + sigma * row_noise(x, generators) if eta else drift
 
     return Moves(move)
+
+
+@dataclass(frozen=True)
+class PLMS:
+    """Pseudo linear multistep, as in LDM and Stable Diffusion: one call more than steps; eta is 0.
+
+    The second timestep is visited twice: once to look ahead for the first step, once for its own.
+    """
+
+    num_inference_steps: int
+    steps_offset: int = 1
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, num_inference_steps=COUNT, steps_offset=ANY_COUNT, eta=NO_ETA)
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        found = visited(self.num_inference_steps, int(schedule["num_train_timesteps"]), "uniform", self.steps_offset)
+        return (*found[:2], *found[1:])
+
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
+        alphas = alphas_cumprod(schedule)
+        made = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=self.steps_offset)
+        made.set_timesteps(self.num_inference_steps)
+        made.timesteps = torch.tensor(self.calls(schedule))
+        made.alphas_cumprod, made.final_alpha_cumprod = alphas, alphas[0]  # in double precision
+        return scheduler_moves(made)
+
+
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver++ of an order, with `num_inference_steps` network calls; eta is 0."""
+
+    num_inference_steps: int
+    order: int = 2
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, num_inference_steps=COUNT, order=ORDER, eta=NO_ETA)
+
+    def scheduler(self, schedule: Mapping[str, Any]) -> Any:
+        """Diffusers' scheduler with its timesteps set."""
+        made: Any = DPMSolverMultistepScheduler(**schedule, solver_order=self.order, timestep_spacing="linspace")
+        made.set_timesteps(self.num_inference_steps)
+        return made
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(int(t) for t in self.scheduler(schedule).timesteps)
+
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
+        return scheduler_moves(self.scheduler(schedule))
+
+
+def scheduler_moves(scheduler: Any, eta: float = 0.0) -> Moves:
+    """Moves of a new scheduler of diffusers, which remembers earlier predictions and its step."""
+    takes, timesteps = inspect.signature(scheduler.step).parameters, scheduler.timesteps
+
+    def move(call: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        options = {"generator": list(generators), "eta": eta}
+        given = {name: value for name, value in options.items() if name in takes}
+        return scheduler.step(prediction, timesteps[call], x, return_dict=False, **given)[0]
+
+    def scaled(call: int, x: Tensor) -> Tensor:
+        return scheduler.scale_model_input(x, timesteps[call])
+
+    return Moves(move, scaled, float(scheduler.init_noise_sigma))
