@@ -109,23 +109,18 @@ class NoCorrection:
 
 @dataclass(frozen=True)
 class NoiseCorrection:
-    """Remove the predictable part of the noise, and let the sampler add less noise by the part that is not predictable.
+    """Remove the predictable part of the noise, and let the sampler add less noise by the part that is not predictable."""
 
-    Args:
-        images: float trajectories that the statistics are taken from.
-        intercept: of the fit that gives k: one for each `channel`, as the noise model has it; or one `shared` by all, as
-            in the release, where means that differ between channels leak into k.
-        bias: `residual`, the mean of what k e leaves; or `total`, the mean of all noise, as the release has it.
-        sigma: `pooled` over everything but the channel's mean; or `per_sample`, the mean of the samples' standard
-            deviations, as the release has it.
-        keep_drift: leave the sampler's deterministic part alone when its noise shrinks; False as in the release.
-    """
-
-    images: int
+    images: int  # float trajectories that the statistics are taken from
+    # of the fit that gives k: one for each `channel`, as the noise model has it; or one `shared` by all, as in the
+    # release, where means that differ between channels leak into k
     intercept: Literal["channel", "shared"]
+    # `residual`, the mean of what k e leaves; or `total`, the mean of all noise, as the release has it
     bias: Literal["residual", "total"]
+    # `pooled` over everything but the channel's mean; or `per_sample`, the mean of the samples' standard deviations,
+    # as the release has it
     sigma: Literal["pooled", "per_sample"]
-    keep_drift: bool
+    keep_drift: bool  # leave the sampler's deterministic part alone when its noise shrinks; False as in the release
     measures: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:

@@ -43,22 +43,14 @@ class NoisyBatches:
     """Batches by their number, so that a resumed training has those that it would have had.
 
     Images come in another random order in every epoch; timesteps are uniform over all of the training's.
-
-    Args:
-        images: to draw from.
-        size: rows of a batch.
-        timesteps: number of timesteps of the training.
-        condition_dropout: share of rows whose condition is dropped, 0 to 1.
-        seed: of all random numbers.
-        stream: name of the random stream.
     """
 
-    images: TrainingSet
-    size: int
-    timesteps: int
-    condition_dropout: float
-    seed: int
-    stream: str = Stream.TRAINING
+    images: TrainingSet  # to draw from
+    size: int  # rows of a batch
+    timesteps: int  # number of timesteps of the training
+    condition_dropout: float  # share of rows whose condition is dropped, 0 to 1
+    seed: int  # of all random numbers
+    stream: str = Stream.TRAINING  # name of the random stream
 
     def __post_init__(self) -> None:
         if len(self.images) == 0:

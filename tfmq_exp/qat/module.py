@@ -40,41 +40,24 @@ FIELDS: dict[str, kinds.Kind] = {
 
 @dataclass(frozen=True)
 class TrainingProtocol:
-    """Hyperparameters of quantization-aware training. The papers' numbers are in conf/.
+    """Hyperparameters of quantization-aware training. The papers' numbers are in conf/."""
 
-    Args:
-        iterations: optimiser steps.
-        batch: rows of each.
-        loss: `l2` or `l1`.
-        learning_rate: of weights and of networks that generate scales.
-        range_lr_scale: learning rate of static ranges over that; they have no weight decay.
-        weight_decay: AdamW's.
-        warmup: iterations in which the learning rate rises linearly; constant afterwards.
-        ema_decay: of the moving average that is the result.
-        calibration_batches: batches that ranges start from.
-        warmup_start_factor: share of the learning rate at the first iteration.
-        gradient_clip_val: largest norm of the gradient; null for any.
-        condition_dropout: share of rows whose condition is dropped.
-        horizontal_flip: whether mirror images are trained on, too.
-        precision: of the products, as Lightning calls it.
-        parts: microbatches of a batch, one after the other or on several processes. Results depend on their number in the
-            last bits, and not on the number of processes.
-    """
-
-    iterations: int
-    batch: int
-    loss: Norm
-    learning_rate: float
-    range_lr_scale: float
-    weight_decay: float
-    warmup: int
-    ema_decay: float
-    calibration_batches: int
-    warmup_start_factor: float = 1e-6
-    gradient_clip_val: float | None = None
-    condition_dropout: float = 0.0
-    horizontal_flip: bool = False
-    precision: str = "32-true"
+    iterations: int  # optimiser steps
+    batch: int  # rows of each
+    loss: Norm  # `l2` or `l1`
+    learning_rate: float  # of weights and of networks that generate scales
+    range_lr_scale: float  # learning rate of static ranges over that; they have no weight decay
+    weight_decay: float  # AdamW's
+    warmup: int  # iterations in which the learning rate rises linearly; constant afterwards
+    ema_decay: float  # of the moving average that is the result
+    calibration_batches: int  # batches that ranges start from
+    warmup_start_factor: float = 1e-6  # share of the learning rate at the first iteration
+    gradient_clip_val: float | None = None  # largest norm of the gradient; null for any
+    condition_dropout: float = 0.0  # share of rows whose condition is dropped
+    horizontal_flip: bool = False  # whether mirror images are trained on, too
+    precision: str = "32-true"  # of the products, as Lightning calls it
+    # microbatches of a batch, one after the other or on several processes. Results depend on their number in the last
+    # bits, and not on the number of processes.
     parts: int = 1
 
     def __post_init__(self) -> None:

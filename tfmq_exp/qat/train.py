@@ -41,31 +41,18 @@ LOSS_POINTS = 1000  # of the loss curve
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """Everything that training takes.
+    """Everything that training takes."""
 
-    Args:
-        model: its timestep context knows all timesteps of the training, and no quantizer is calibrated yet.
-        images: x_0 of the training images.
-        labels: of every image, for the encoder; none for unconditional networks.
-        encoder: of labels.
-        alphas_cumprod: alpha-bar of every timestep of the training.
-        compute: resources.
-        seed: of all random numbers.
-        folder: of Lightning's checkpoints.
-        checkpointer: saves the report.
-        progress: follows the work.
-    """
-
-    model: QuantizedUNet
-    images: TrainingSet
-    labels: Sequence[Any]
-    encoder: ConditionEncoder
-    alphas_cumprod: Float[Tensor, "timesteps"]
-    compute: ComputeConfig
-    seed: int
-    folder: Path
-    checkpointer: UnitCheckpointer
-    progress: ProgressCallback
+    model: QuantizedUNet  # its timestep context knows all timesteps of the training, and no quantizer is calibrated yet
+    images: TrainingSet  # x_0 of the training images
+    labels: Sequence[Any]  # of every image, for the encoder; none for unconditional networks
+    encoder: ConditionEncoder  # of labels
+    alphas_cumprod: Float[Tensor, "timesteps"]  # alpha-bar of every timestep of the training
+    compute: ComputeConfig  # resources
+    seed: int  # of all random numbers
+    folder: Path  # of Lightning's checkpoints
+    checkpointer: UnitCheckpointer  # saves the report
+    progress: ProgressCallback  # follows the work
 
 
 class LossHistory(pl.Callback):

@@ -73,23 +73,14 @@ class ProgressCallback(Protocol):
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Resources of one process.
+    """Resources of one process."""
 
-    Args:
-        batch: samples of a forward pass.
-        cache_bytes: memory for cached activations of this process.
-        trainer: keyword arguments -> a Lightning trainer.
-        cache_folder: place of activations beyond that (default: the system's temporary folder).
-        processes: ranks that share the work.
-        checkpoint_every: time that a killed training may have to repeat.
-    """
-
-    batch: int
-    cache_bytes: int
-    trainer: Callable[..., pl.Trainer]
-    cache_folder: Path | None = None
-    processes: ProcessGroup = ALONE
-    checkpoint_every: timedelta = timedelta(minutes=5)
+    batch: int  # samples of a forward pass
+    cache_bytes: int  # memory for cached activations of this process
+    trainer: Callable[..., pl.Trainer]  # keyword arguments -> a Lightning trainer
+    cache_folder: Path | None = None  # place of activations beyond that (default: the system's temporary folder)
+    processes: ProcessGroup = ALONE  # ranks that share the work
+    checkpoint_every: timedelta = timedelta(minutes=5)  # time that a killed training may have to repeat
 
     def storage(self, share: int = 1) -> SpillAllocator:
         """An allocator with 1 / `share` of the cache."""
@@ -98,27 +89,16 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class ReconstructionContext:
-    """Everything that a phase of a method takes.
+    """Everything that a phase of a method takes."""
 
-    Args:
-        model: the network that is being quantized.
-        float_unet: the network whose outputs it learns to return.
-        structure: layers and blocks of both.
-        data: calibration samples.
-        compute: resources.
-        seed: of all random numbers.
-        checkpointer: saves finished units.
-        progress: follows the work.
-    """
-
-    model: QuantizedUNet
-    float_unet: nn.Module
-    structure: UNetStructure
-    data: CalibrationSet
-    compute: ComputeConfig
-    seed: int
-    checkpointer: UnitCheckpointer
-    progress: ProgressCallback
+    model: QuantizedUNet  # the network that is being quantized
+    float_unet: nn.Module  # the network whose outputs it learns to return
+    structure: UNetStructure  # layers and blocks of both
+    data: CalibrationSet  # calibration samples
+    compute: ComputeConfig  # resources
+    seed: int  # of all random numbers
+    checkpointer: UnitCheckpointer  # saves finished units
+    progress: ProgressCallback  # follows the work
 
 
 def quiet_trainer(device: torch.device) -> Callable[..., pl.Trainer]:

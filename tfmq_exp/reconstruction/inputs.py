@@ -45,13 +45,9 @@ class FloatInputs(UnitInputs):
 
 @dataclass(frozen=True)
 class MixedInputs(UnitInputs):
-    """QDrop (arXiv 2203.05740): elements of inputs, and of activations inside the unit, are quantized at random.
+    """QDrop (arXiv 2203.05740): elements of inputs, and of activations inside the unit, are quantized at random."""
 
-    Args:
-        quant_prob: probability that an element is quantized, 0 to 1 (the release calls it `drop_prob`).
-    """
-
-    quant_prob: float = 0.5
+    quant_prob: float = 0.5  # probability that an element is quantized, 0 to 1 (the release calls it `drop_prob`)
     origins = ("quantized", "float")
 
     def __post_init__(self) -> None:

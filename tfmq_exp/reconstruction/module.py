@@ -48,25 +48,16 @@ class LearnScales:
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """Hyperparameters of the reconstruction of a unit. The papers' numbers are in conf/.
+    """Hyperparameters of the reconstruction of a unit. The papers' numbers are in conf/."""
 
-    Args:
-        iterations: optimiser steps per unit.
-        batch: samples per step.
-        objective: error of the unit's outputs.
-        inputs: networks whose inputs it learns on.
-        rounding: how the rounding of weights is learned, if it is.
-        scales: how activation scales are learned, if they are.
-        parts: microbatches of a batch, which processes share. Results depend on their number in the last bits, and not on
-            the number of processes.
-    """
-
-    iterations: int
-    batch: int
-    objective: Objective
-    inputs: UnitInputs
-    rounding: LearnRounding | None = None
-    scales: LearnScales | None = None
+    iterations: int  # optimiser steps per unit
+    batch: int  # samples per step
+    objective: Objective  # error of the unit's outputs
+    inputs: UnitInputs  # networks whose inputs it learns on
+    rounding: LearnRounding | None = None  # how the rounding of weights is learned, if it is
+    scales: LearnScales | None = None  # how activation scales are learned, if they are
+    # microbatches of a batch, which processes share. Results depend on their number in the last bits, and not on the
+    # number of processes.
     parts: int = 1
 
     def __post_init__(self) -> None:

@@ -13,18 +13,15 @@ from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the network that is reconstructed as a whole.
-
-    Args:
-        sites: names of the layers whose rounding it learns. A unit may run layers that it does not learn.
-        driver: source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone.
-        module: network -> the unit's module in it (in the float one for targets, in the quantized one for learning).
-    """
+    """A part of the network that is reconstructed as a whole."""
 
     name: str
     kind: Kind
+    # names of the layers whose rounding it learns. A unit may run layers that it does not learn.
     sites: tuple[str, ...]
+    # source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone
     driver: Literal["denoiser", "timesteps"]
+    # network -> the unit's module in it (in the float one for targets, in the quantized one for learning)
     module: Callable[[nn.Module], nn.Module]
 
 
@@ -73,15 +70,10 @@ class TemporalAware:
 
 @dataclass(frozen=True)
 class SingleUnit:
-    """One unit of a partition, for `debug=overfit`; all other layers stay float, so the network is not finished.
+    """One unit of a partition, for `debug=overfit`; all other layers stay float, so the network is not finished."""
 
-    Args:
-        partition: cuts the network into units.
-        unit: name of the one; None: the one with the most layers, the first of them.
-    """
-
-    partition: Partition
-    unit: str | None = None
+    partition: Partition  # cuts the network into units
+    unit: str | None = None  # name of the one; None: the one with the most layers, the first of them
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
         """The unit by itself; ValueError where there is none of that name."""

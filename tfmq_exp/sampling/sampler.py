@@ -15,17 +15,12 @@ Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (ca
 
 
 class Moves(NamedTuple):
-    """Update rule of a sampler for one trajectory.
+    """Update rule of a sampler for one trajectory."""
 
-    Args:
-        move: from one x to the next.
-        input: (call, x) -> the network's input, which some samplers scale.
-        sigma: standard deviation of the noise that the trajectory starts from.
-    """
-
-    move: Move
+    move: Move  # from one x to the next
+    # (call, x) -> the network's input, which some samplers scale
     input: Callable[[int, Tensor], Tensor] = lambda call, x: x
-    sigma: float = 1.0
+    sigma: float = 1.0  # standard deviation of the noise that the trajectory starts from
 
 
 class Step(NamedTuple):

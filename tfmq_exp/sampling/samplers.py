@@ -20,20 +20,13 @@ Alphas = Sequence[tuple[Tensor, Tensor]]  # alpha-bar of every call, and of the 
 
 @dataclass(frozen=True)
 class DDIM:
-    """DDIM; DDPM with all timesteps and eta = 1.
+    """DDIM; DDPM with all timesteps and eta = 1."""
 
-    Args:
-        num_inference_steps: network calls that are asked for (see `visited`); None for all training timesteps.
-        eta: 0 deterministic, 1 the variance of DDPM.
-        timestep_spacing: see `visited`.
-        steps_offset: see `visited`; LDM adds 1, DDIM's own program 0.
-        set_alpha_to_one: alpha-bar after the last step is 1 (DDIM's own program), not that of timestep 0 (LDM).
-    """
-
-    num_inference_steps: int | None
-    eta: float = 0.0
-    timestep_spacing: Spacing = "uniform"
-    steps_offset: int = 1
+    num_inference_steps: int | None  # network calls that are asked for (see `visited`); None for all training timesteps
+    eta: float = 0.0  # 0 deterministic, 1 the variance of DDPM
+    timestep_spacing: Spacing = "uniform"  # see `visited`
+    steps_offset: int = 1  # see `visited`; LDM adds 1, DDIM's own program 0
+    # alpha-bar after the last step is 1 (DDIM's own program), not that of timestep 0 (LDM)
     set_alpha_to_one: bool = False
 
     def __post_init__(self) -> None:
@@ -62,16 +55,11 @@ class VarianceCalibrated:
 
     sigma'^2 = max(0, sigma^2 - B^2 s^2), with s the standard deviation of the prediction's noise and
     B = sqrt(1 - a' - sigma^2) - sqrt(a' (1 - a) / a) its factor on the way to the next x.
-
-    Args:
-        sampler: the plain one.
-        residual: s by timestep.
-        keep_drift: take the deterministic part with the original sigma; the release takes sigma' there too.
     """
 
-    sampler: DDIM
-    residual: Mapping[int, float]
-    keep_drift: bool = True
+    sampler: DDIM  # the plain one
+    residual: Mapping[int, float]  # s by timestep
+    keep_drift: bool = True  # take the deterministic part with the original sigma; the release takes sigma' there too
 
     @property
     def eta(self) -> float:

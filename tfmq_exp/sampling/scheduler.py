@@ -56,20 +56,14 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """A scheduler of diffusers as a sampler.
 
-    Args:
-        kind: name of its class, one of `KINDS`.
-        settings: its whole configuration.
-        num_inference_steps: argument of its `set_timesteps`.
-        eta: how much noise DDIM's steps add, 0 to 1; 0 for every other kind.
-
     Raises:
         ValueError: a kind or a setting that is not supported, by its key.
     """
 
-    kind: str
-    settings: Mapping[str, Any]
-    num_inference_steps: int
-    eta: float = 0.0
+    kind: str  # name of its class, one of `KINDS`
+    settings: Mapping[str, Any]  # its whole configuration
+    num_inference_steps: int  # argument of its `set_timesteps`
+    eta: float = 0.0  # how much noise DDIM's steps add, 0 to 1; 0 for every other kind
 
     def __post_init__(self) -> None:
         check_fields(self, num_inference_steps=COUNT, eta=SHARE)
