@@ -15,8 +15,8 @@ import tfmq_exp.core.validate as kinds
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.qat.batches import Batch, noisy
 from tfmq_exp.qat.conditioning import ConditionDropout
+from tfmq_exp.qat.dataset import Batch, noisy
 from tfmq_exp.qat.model import TrainableParameters, clamp_parameters
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

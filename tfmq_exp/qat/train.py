@@ -19,9 +19,8 @@ from tfmq_exp.core.files import hash_path, intact, write_checked
 from tfmq_exp.core.finite import DivergedError, require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
-from tfmq_exp.qat.batches import Batch, BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
-from tfmq_exp.qat.dataset import TrainingSet
+from tfmq_exp.qat.dataset import Batch, BatchRange, NoisyBatches, TrainingSet
 from tfmq_exp.qat.model import observe, penalty, ready, trainable
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, loss, predict_noise
 from tfmq_exp.reconstruction.context import (
@@ -125,13 +124,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
-    """Train the model and leave the moving average of its parameters in it.
+    """Calibrate the quantizers, train from the last checkpoint if there is one, and leave the parameters' average in the model.
 
-    1. Calibrate the quantizers on a few batches.
-    2. Measure the error of the predicted noise.
-    3. Train, from the last checkpoint if there is one.
-    4. Replace the trained parameters by their moving average.
-    5. Measure the error again, save and report it.
+    The error of the predicted noise is measured before and after, saved and reported.
     """
     model, compute, processes = context.model, context.compute, context.compute.processes
     context.progress.on_start(1)
@@ -140,15 +135,9 @@ def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     history = LossHistory(context.progress, protocol.iterations)
     checkpoint = processes.broadcast(last_checkpoint(context.folder) if processes.is_main else None)
     remaining = BatchRange(batches, int(checkpoint.stem) if checkpoint else 0, protocol.iterations)
-    trainer = compute.trainer(
-        callbacks=[
-            history,
-            *([PeriodicCheckpoint(context.folder, compute.checkpoint_every)] if processes.is_main else []),
-        ],
-        max_steps=protocol.iterations,
-        precision=protocol.precision,
-        plugins=[AtomicCheckpointIO()],
-    )
+    saving = [PeriodicCheckpoint(context.folder, compute.checkpoint_every)] if processes.is_main else []
+    settings = {"max_steps": protocol.iterations, "precision": protocol.precision, "plugins": [AtomicCheckpointIO()]}
+    trainer = compute.trainer(callbacks=[history, *saving], **settings)
     with torch.enable_grad(), torch.random.fork_rng():
         trainer.fit(module.train(), remaining, ckpt_path=checkpoint, weights_only=True)
     module.to(context.alphas_cumprod.device)  # Lightning has moved it to the CPU
@@ -176,11 +165,8 @@ def prepare_training(
         for batch in BatchRange(replace(batches, stream=Stream.RANGE_CALIBRATION), 0, protocol.calibration_batches):
             predict_noise(model, batch.on(alphas.device), conditions, alphas)
     ready(model)
-    parameters, processes = trainable(model), context.compute.processes
-    module = QuantizationAwareTraining(
-        model, parameters, lambda: penalty(model), conditions, alphas, protocol, seed, processes
-    )
-    return module.to(alphas.device), batches
+    given = (model, trainable(model), lambda: penalty(model), conditions, alphas, protocol, seed)
+    return QuantizationAwareTraining(*given, context.compute.processes).to(alphas.device), batches
 
 
 @torch.no_grad()

@@ -83,9 +83,9 @@ class TensorTree:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
-    def every(self, k: int) -> "TensorTree":
-        """Every k-th sample."""
-        return TensorTree(self.structure([x[::k] for x in self.tensors]))
+    def thinned(self, count: int) -> "TensorTree":
+        """Every k-th sample: `count` of them, or up to twice as many."""
+        return TensorTree(self.structure([x[:: max(1, len(self) // count)] for x in self.tensors]))
 
     def batches(self, size: int, device: torch.device) -> Iterator[Any]:
         """The structure for consecutive samples, `size` at a time."""

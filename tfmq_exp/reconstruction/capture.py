@@ -18,8 +18,7 @@ from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.inputs import Origin
-from tfmq_exp.reconstruction.units import Unit
+from tfmq_exp.reconstruction.units import Origin, Unit
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from tfmq_exp.core.finite import DivergedError, relative, within
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
 from tfmq_exp.reconstruction.capture import (
     Capture,
@@ -25,9 +23,8 @@ from tfmq_exp.reconstruction.capture import (
     sample_bytes,
 )
 from tfmq_exp.reconstruction.context import ReconstructionContext, UnitReport, UnitResult, peak_memory_mib
-from tfmq_exp.reconstruction.inputs import Origin
 from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
-from tfmq_exp.reconstruction.units import Unit
+from tfmq_exp.reconstruction.units import Origin, Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 ERROR_SAMPLES = 128  # a unit's error is measured on every k-th sample: so many, or up to twice as many
@@ -145,10 +142,7 @@ def capture_float_units(
 
 
 def learn_unit(
-    context: ReconstructionContext,
-    unit: Unit,
-    activations: UnitActivations,
-    config: ReconstructionConfig,
+    context: ReconstructionContext, unit: Unit, activations: UnitActivations, config: ReconstructionConfig
 ) -> None:
     """Learn one unit of the quantized network, whose earlier units are learned; its weights end rounded up or down."""
     model, seed, processes = context.model, derive_seed(context.seed, unit.name), context.compute.processes
@@ -162,6 +156,13 @@ def learn_unit(
         module, model.context, roundings, sources, samples.structure, config, seed=seed, processes=processes
     )
 
+    def set_training(training: bool) -> None:
+        """Let scales learn, with their dropout."""
+        for source in sources:
+            source.train(training)
+        for parameter in task.scale_parameters:
+            parameter.requires_grad_(training)
+
     def report_loss(*_: Any) -> None:
         loss = float(task.error)
         if not math.isfinite(loss):
@@ -174,8 +175,11 @@ def learn_unit(
     batches = RandomBatches(samples.tensors, config.batch, config.iterations, seed)
     trainer = context.compute.trainer(max_epochs=1, callbacks=[LambdaCallback(on_train_batch_end=report_loss)])
     quantizers = list(model.activation_quantizers_in(unit.name, unit.sites).values())
-    with trainable_parameters(sources, seed), config.inputs.learning_context(quantizers):
+    with torch.enable_grad(), torch.random.fork_rng(), config.inputs.learning_context(quantizers):
+        torch.manual_seed(seed)
+        set_training(True)
         trainer.fit(task, batches)
+        set_training(False)
     module.to(device)
     learned = concatenated([x.detach() for x in task.learned])
     processes.check_same(f"what {unit.name} has learned", learned)
@@ -185,31 +189,8 @@ def learn_unit(
         rounding.harden()
 
 
-@contextmanager
-def trainable_parameters(sources: Sequence[ScaleProvider], seed: int) -> Iterator[None]:
-    """Let scales learn (with their dropout), with random numbers from the seed."""
-    parameters = [parameter for source in sources for parameter in source.trainable()]
-
-    def set_training(training: bool) -> None:
-        for source in sources:
-            source.train(training)
-        for parameter in parameters:
-            parameter.requires_grad_(training)
-
-    with torch.enable_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        set_training(True)
-        try:
-            yield
-        finally:
-            set_training(False)
-
-
 def unit_error(
-    context: ReconstructionContext,
-    unit: Unit,
-    activations: UnitActivations,
-    replay: OutputReplay | None = None,
+    context: ReconstructionContext, unit: Unit, activations: UnitActivations, replay: OutputReplay | None = None
 ) -> float:
     """Mean squared error of the quantized unit's outputs over their variance, averaged over the outputs, on some samples.
 
@@ -217,17 +198,14 @@ def unit_error(
     """
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
     inputs = next(iter(activations.inputs.values()))
-    inputs = inputs if replay else every_kth(inputs)
+    inputs = inputs if replay else inputs.thinned(ERROR_SAMPLES)
     outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4 if replay else 1))
     if replay:
         replay.add(module, outputs)
-        outputs = every_kth(outputs)
-    pairs = [(x, y.to(x)) for x, y in zip(outputs.tensors, every_kth(activations.outputs).tensors, strict=True)]
+        outputs = outputs.thinned(ERROR_SAMPLES)
+    pairs = [
+        (x, y.to(x)) for x, y in zip(outputs.tensors, activations.outputs.thinned(ERROR_SAMPLES).tensors, strict=True)
+    ]
     sizes = [((x - y).square().mean(), y.var(correction=0)) for x, y in pairs]
     errors = [float(relative(*size, "the outputs of a unit")) for size in sizes]
     return sum(errors) / len(errors)
-
-
-def every_kth(tree: TensorTree) -> TensorTree:
-    """The samples that errors are measured on."""
-    return tree.every(max(1, len(tree) // ERROR_SAMPLES))

@@ -17,8 +17,8 @@ from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.capture import call_unit
-from tfmq_exp.reconstruction.inputs import UnitInputs
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
+from tfmq_exp.reconstruction.units import UnitInputs
 
 
 @dataclass(frozen=True)

@@ -16,31 +16,39 @@ Values = Float[Tensor, "batch *rest"]
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 
 
-def lp_loss(prediction: Values, target: Values, p: float, dim: int = 1) -> Float[Tensor, ""]:
-    """|prediction - target|^p summed over the channels (dimension `dim`), averaged over everything else."""
+def lp_loss(
+    prediction: Values, target: Values, p: float, dim: int = 1, importance: Values | None = None
+) -> Float[Tensor, ""]:
+    """|prediction - target|^p summed over the channels, averaged over everything else.
+
+    Args:
+        prediction: outputs of the quantized unit.
+        target: outputs of the float unit.
+        p: exponent, above 0.
+        dim: dimension of the channels.
+        importance: weight of each element, 1 by default.
+    """
     error = prediction - target
     power = error.square() if p == 2 else error.abs().pow(p)
-    return power.mean() * target.shape[dim]
-
-
-def channel_dim(x: Tensor) -> int:
-    """Dimension of the channels: 1 for feature maps and features, the last one for tokens.
-
-    The releases sum over dimension 1 of tokens too, which ties the balance of the two terms to the resolution.
-    """
-    return 2 if x.dim() == 3 else 1
+    return (power if importance is None else power * importance).mean() * target.shape[dim]
 
 
 class Objective:
-    """Error of one output of a unit, with an optional weight for each element."""
+    """Error of one output of a unit, |error|^p, with an optional weight for each element."""
+
+    p: float = 2.0
 
     def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
         """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
         return {}
 
     def loss(self, prediction: Values, target: Values, importance: Values | None) -> Float[Tensor, ""]:
-        """Error summed over channels, averaged over everything else."""
-        raise NotImplementedError
+        """Error summed over channels, averaged over everything else.
+
+        Channels are dimension 1 of feature maps and features, the last one of tokens. The releases sum over dimension 1 of
+        tokens too, which ties the balance of the two terms to the resolution.
+        """
+        return lp_loss(prediction, target, self.p, 2 if target.dim() == 3 else 1, importance)
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,6 @@ class Lp(Objective):
 
     def __post_init__(self) -> None:
         check_fields(self, p=POWER)
-
-    def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
-        return lp_loss(prediction, target, self.p, channel_dim(target))
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,6 @@ class Fisher(Objective):
 
     def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
         return capture.squared_gradients(unet, units, torch.Generator().manual_seed(self.seed))
-
-    def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
-        squared = (prediction - target).square()
-        weighted = squared if importance is None else squared * importance
-        return weighted.mean() * target.shape[channel_dim(target)]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
 from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, Kind, check_fields, optional, whole
-from tfmq_exp.sampling.sampler import Moves
-from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod, require_noise_prediction, visited
+from tfmq_exp.sampling.sampler import Moves, Spacing, alphas_cumprod, require_noise_prediction, visited
 
 ORDER = Kind("1, 2 or 3", lambda value: whole(value) and 1 <= value <= 3)
 NO_ETA = Kind("0, as this sampler is deterministic", lambda value: value == 0)

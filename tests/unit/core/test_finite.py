@@ -28,9 +28,9 @@ from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percen
 from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.inputs import FloatInputs
 from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
+from tfmq_exp.reconstruction.units import FloatInputs
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.samplers import DDIM

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tests.conftest import quantizable
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, ordered_sum
 from tfmq_exp.denoisers.denoiser import NoConditions
-from tfmq_exp.qat.batches import BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
-from tfmq_exp.qat.dataset import TrainingSet
+from tfmq_exp.qat.dataset import BatchRange, NoisyBatches, TrainingSet
 from tfmq_exp.qat.model import TrainableParameters
 from tfmq_exp.qat.module import Norm, QuantizationAwareTraining, TrainingProtocol, loss, update_average
 from tfmq_exp.quant.observers import MinMax

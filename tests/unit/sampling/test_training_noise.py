@@ -12,8 +12,8 @@ from tests.unit.sampling.folders import (
     put_scheduler,
 )
 from tfmq_exp.denoisers.loading.scheduler_config import training_noise
+from tfmq_exp.sampling.sampler import alphas_cumprod
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
-from tfmq_exp.sampling.schedule import alphas_cumprod
 from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
 
 pytestmark = pytest.mark.bad_input

@@ -19,7 +19,7 @@ from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingContext
 from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
 from tfmq_exp.reconstruction.context import ProgressCallback, UnitCheckpointer
-from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
+from tfmq_exp.sampling.sampler import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 FILE = "trained.safetensors"
