@@ -16,23 +16,6 @@ Values = Float[Tensor, "batch *rest"]
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 
 
-def lp_loss(
-    prediction: Values, target: Values, p: float, dim: int = 1, importance: Values | None = None
-) -> Float[Tensor, ""]:
-    """|prediction - target|^p summed over the channels, averaged over everything else.
-
-    Args:
-        prediction: outputs of the quantized unit.
-        target: outputs of the float unit.
-        p: exponent, above 0.
-        dim: dimension of the channels.
-        importance: weight of each element, 1 by default.
-    """
-    error = prediction - target
-    power = error.square() if p == 2 else error.abs().pow(p)
-    return (power if importance is None else power * importance).mean() * target.shape[dim]
-
-
 class Objective:
     """Error of one output of a unit, |error|^p, with an optional weight for each element."""
 
@@ -48,7 +31,10 @@ class Objective:
         Channels are dimension 1 of feature maps and features, the last one of tokens. The releases sum over dimension 1 of
         tokens too, which ties the balance of the two terms to the resolution.
         """
-        return lp_loss(prediction, target, self.p, 2 if target.dim() == 3 else 1, importance)
+        error = prediction - target
+        power = error.square() if self.p == 2 else error.abs().pow(self.p)
+        weighted = power if importance is None else power * importance
+        return weighted.mean() * target.shape[2 if target.dim() == 3 else 1]
 
 
 @dataclass(frozen=True)

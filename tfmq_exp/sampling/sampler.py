@@ -91,15 +91,10 @@ def trajectory(
 
 
 def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
-    """alpha-bar of every training timestep, in double precision as LDM computes it.
+    """alpha-bar of every training timestep, in double precision as LDM computes it; ValueError for an unknown schedule.
 
-    Args:
-        schedule: `num_train_timesteps`, `beta_start`, `beta_end` and `beta_schedule`: `linear`; `scaled_linear`, which is
-            linear in the square root of beta (LDM's "linear"); or `squaredcos_cap_v2`, the cosine of improved diffusion
-            (arXiv 2102.09672, eq. 17), which has no start and end. `trained_betas` replace all four.
-
-    Raises:
-        ValueError: another kind of schedule.
+    `linear`; `scaled_linear`, which is linear in the square root of beta (LDM's "linear"); `squaredcos_cap_v2`, the cosine of
+    improved diffusion (arXiv 2102.09672, eq. 17), which has no start and end; or `trained_betas` in place of all settings.
     """
     if schedule.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr=True is not supported here, but by sampler=folder and dpm_solver")
@@ -127,15 +122,11 @@ def require_noise_prediction(schedule: Mapping[str, Any], name: str) -> None:
 
 
 def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int, ...]:
-    """Timesteps in the order of sampling, from the noisiest.
+    """Timesteps of `train` in the order of sampling, from the noisiest, each with `offset` added (1 in LDM, 0 in DDIM).
 
-    Args:
-        steps: of the sampler, 1 to `train`.
-        train: timesteps of the training.
-        spacing: `uniform`: 0, c, 2c, ... below `train` with c = train // steps, which are more than `steps` where `steps` does
-            not divide `train` (400 of 1000 become 500, as in LDM). `quadratic`: the squares of `steps` equal parts of
-            sqrt(0.8 train), rounded down; some come more than once.
-        offset: added to each (1 in LDM, 0 in DDIM).
+    `uniform`: 0, c, 2c, ... below `train` with c = train // steps, which are more than `steps` where `steps` does not divide
+    `train` (400 of 1000 become 500, as in LDM). `quadratic`: the squares of `steps` equal parts of sqrt(0.8 train), rounded
+    down; some come more than once.
 
     Raises:
         ValueError: no steps, more than there are timesteps, or a rule that leaves the training range.
