@@ -77,7 +77,7 @@ def predict_noise(
     """The noise predicted in a batch on the model's device; timesteps of no sampling step take the nearest step's scales."""
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
     given = conditions(batch.rows, batch.conditioned, x.device)
-    return noise_of(model(x, batch.t, outside="nearest_step", **given).sample, x)
+    return noise_of(model(x, batch.t, outside="nearest", **given).sample, x)
 
 
 def update_average(average: Sequence[Tensor], current: Sequence[Tensor], number: int, decay: float) -> None:

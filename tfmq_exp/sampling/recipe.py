@@ -46,6 +46,10 @@ class Recipe:
         plain = Sampling(sampling.sampler, guidance=sampling.guidance, precision=sampling.precision)
         return cls(plain, denoiser.schedule, denoiser.sample_shape)
 
+    def with_steps(self, num_inference_steps: int) -> "Recipe":
+        """The same with another number of steps."""
+        return dataclasses.replace(self, sampling=self.sampling.with_steps(num_inference_steps))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         sampler: Any = self.sampling.sampler
