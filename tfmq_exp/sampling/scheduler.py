@@ -13,7 +13,7 @@ import diffusers
 import torch
 
 from tfmq_exp.core.files import read_json
-from tfmq_exp.core.validate import COUNT, POSITIVE, SHARE, SWITCH, check_fields
+from tfmq_exp.core.validate import COUNT, POSITIVE, SHARE, SWITCH, check_fields, one_of
 from tfmq_exp.denoisers.loading.scheduler_config import (
     CONFIG,
     KINDS,
@@ -33,11 +33,11 @@ from tfmq_exp.sampling.samplers import scheduler_moves
 CONVERTED = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 # Settings that StableDiffusionPipeline overrides, if the scheduler has them.
 STABLE_DIFFUSION = {"steps_offset": 1, "clip_sample": False}
-CHOICES = {
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+KNOWN = {  # kinds of settings that diffusers does not check; truth values are known by their defaults
+    "prediction_type": one_of("epsilon", "sample", "v_prediction"),
+    "variance_type": one_of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    **{"clip_sample_range": POSITIVE, "sample_max_value": POSITIVE, "dynamic_thresholding_ratio": SHARE},
 }
-BOUNDS = {"clip_sample_range": POSITIVE, "sample_max_value": POSITIVE, "dynamic_thresholding_ratio": SHARE}
 # The settings that decide which timesteps are visited.
 SPACING = (
     *("timestep_spacing", "steps_offset", "interpolation_type"),
@@ -69,16 +69,13 @@ class Scheduler:
         check_fields(self, num_inference_steps=COUNT, eta=SHARE)
         if self.kind not in KINDS:
             raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {self.kind!r}{OTHERS}")
-        for key, choices in CHOICES.items():
-            if (value := self.settings.get(key, choices[0])) not in choices:
-                raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}{OTHERS}")
         defaults = scheduler_defaults(self.kind)
         for key, value in self.settings.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} must be a finite number, got {value}")
-            right = SWITCH if isinstance(defaults.get(key), bool) else BOUNDS.get(key)
-            if right is not None and value is not None and not right.fits(value):  # a text "false" would count as true
-                raise ValueError(f"{key} must be {right.right}, got {value!r}")
+            kind = SWITCH if isinstance(defaults.get(key), bool) else KNOWN.get(key)
+            if kind is not None and value is not None and not kind.fits(value):  # a text "false" would count as true
+                raise ValueError(f"{key} must be {kind.right}, got {value!r}{OTHERS}")
         count, steps = self.settings["num_train_timesteps"], self.num_inference_steps
         if not 1 <= steps <= count:
             raise ValueError(f"{steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps")
