@@ -86,7 +86,7 @@ class NoiseStatistics:
     def of(cls, tensors: Mapping[str, Tensor]) -> "NoiseStatistics":
         """The inverse of `tensors`."""
         timesteps, bits = (tuple(tensors[name].tolist()) for name in ("timesteps", "bits"))
-        return cls(timesteps, *(tensors[name] for name in STATISTICS), bits)
+        return cls(timesteps, bits=bits, **{name: tensors[name] for name in STATISTICS})
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per step, for a table."""
@@ -167,10 +167,9 @@ class NoiseCorrection:
             n = moments.pixels * e.shape[2]
             sums = (d - slope * e).sum(2)
             sigma = ((squares.sum(2) - sums**2 / n).clamp(min=0) / (n - 1)).sqrt().mean(1)
-        found = zip(STATISTICS, (k, r2, bias, sigma), strict=True)
-        return NoiseStatistics(
-            timesteps, *(require_finite(x, f"{name} of the quantization noise").float() for name, x in found)
-        )
+        pairs = zip(STATISTICS, (k, r2, bias, sigma), strict=True)
+        found = {name: require_finite(x, f"{name} of the quantization noise").float() for name, x in pairs}
+        return NoiseStatistics(timesteps, bits=(), **found)
 
     def measure(
         self,
@@ -217,8 +216,8 @@ class NoiseCorrection:
             return statistics[0]
         alphas = alphas_cumprod(denoiser.schedule)[list(context.timesteps)]
         chosen = choose_bits({bits: sums.signal_to_noise() for bits, sums in moments.items()}, alphas)
-        every = [[getattr(statistics[bits], name)[i] for i, bits in enumerate(chosen)] for name in STATISTICS]
-        return NoiseStatistics(context.timesteps, *map(torch.stack, every), chosen)
+        every = {n: torch.stack([getattr(statistics[b], n)[i] for i, b in enumerate(chosen)]) for n in STATISTICS}
+        return NoiseStatistics(context.timesteps, bits=chosen, **every)
 
     def __call__(self, predict: Predict, sampling: Sampling, statistics: NoiseStatistics) -> tuple[Predict, Sampling]:
         """The corrected prediction, and the sampling with a calibrated variance where the sampler adds noise."""

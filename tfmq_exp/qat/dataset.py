@@ -90,8 +90,8 @@ def write_training_set(
     path, count, halves = folder / FILE, len(source), 2 if horizontal_flip else 1
     array = reserve(path, (count * halves, *denoiser.sample_shape), np.dtype(np.float32 if encode else np.uint8))
     lines = (folder / BATCHES).read_bytes().decode("ascii", "replace") if (folder / BATCHES).is_file() else ""
-    written = dict(words for line in lines.splitlines() if len(words := line.split()) == 2)  # the last may be torn
-    done = 0
+    words = map(str.split, lines.splitlines())
+    written, done = {pair[0]: pair[1] for pair in words if len(pair) == 2}, 0  # the last line may be torn
     with path.open("r+b") as file, (folder / BATCHES).open("a", encoding="ascii") as hashes:
         for images in source.batches(batch):
             start, done = done, done + len(images)
