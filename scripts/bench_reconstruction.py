@@ -11,6 +11,7 @@ on the machine's speed. Set OMP_NUM_THREADS=1.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -40,7 +41,7 @@ from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
 from tfmq_exp.quant.scales.per_step import PerStepConfig
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import Capture, hooks
+from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
@@ -138,7 +139,9 @@ def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> 
 
     for step in range(model.context.num_steps):
         for hook in (search, range_of):
-            with hooks([model.layer(site).register_forward_pre_hook(hook) for site in sites]):
+            with contextlib.ExitStack() as hooks:
+                for site in sites:
+                    hooks.enter_context(model.layer(site).register_forward_pre_hook(hook))
                 model(**data[data.step == step].inputs(torch.device("cpu")))
 
 
@@ -196,8 +199,10 @@ def main() -> None:
     with watch.of("ours", "weight grids"):
         model.calibrate_weights()
     context = ReconstructionContext(model, unet, parts, data, means, 0, quiet, quiet)
-    for unit, view, _ in capture_float_units(context, units, learning):
-        inputs = view.inputs or Capture(data, means.batch, SpillAllocator(2**32)).inputs(model, unit.module(model.unet))
+    for unit, view in capture_float_units(context, units, learning):
+        inputs = view.inputs.get("float") or Capture(data, means.batch, SpillAllocator(2**32)).inputs(
+            model, unit.module(model.unet)
+        )
         with watch.of("plain", "capture and learning"):
             plain_capture(model, unet, unit, data, recipe["batch_size"])
             plain(model, unit, learnable, inputs, view.outputs, learning)

@@ -39,13 +39,11 @@ from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.per_step import PerStepConfig
 from tfmq_exp.quant.scales.static import StaticConfig
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
-from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
-from tfmq_exp.reconstruction.inputs import QuantizedInputs
+from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
-from tfmq_exp.reconstruction.units import TemporalAware
+from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig

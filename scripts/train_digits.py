@@ -41,7 +41,7 @@ from tfmq_exp.denoisers.digits import (
 from tfmq_exp.report.figures import mosaic
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 
 HELD_OUT = 360  # a fifth of the digits, never seen by the classifier while it trains
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from tfmq_exp.quant.rounding import rounding_penalty
 from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.objectives import Annealing, lp_loss
+from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.sampling.sampler import finite_set
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
 
@@ -110,7 +110,7 @@ def split_case(goldens: Goldens, record: Record, group: Group, exact: Group) -> 
     beta = Annealing(meta["warmup"], *meta["b_range"]).beta(100, meta["iters"])
     shares = [size / weight.shape[1] for size in sizes]
     penalty = sum(share * rounding_penalty(r.h, beta) for share, r in zip(shares, roundings, strict=True))
-    error = lp_loss(soft, target, meta["p"], dim=1)
+    error = Lp(meta["p"]).loss(soft, target, None)
     group.compare(soft, tensors[f"{key}.y_adaround_soft"])
     group.compare(error, record["block_rec"], magnification(error.detach(), target))
     group.compare(error + meta["w"] * penalty, record["block_loss_count100"])

@@ -20,7 +20,7 @@ from goldens.released import ESTIMATORS, Goldens, at, spec_of, stored, weight_qu
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.rounding import AdaRound, rectified_sigmoid, rounding_penalty
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.reconstruction.objectives import Annealing, lp_loss
+from tfmq_exp.reconstruction.objectives import Annealing, Lp
 
 LEARNED = 4e-6  # V after a whole reconstruction
 
@@ -69,7 +69,7 @@ def loss(goldens: Goldens) -> Iterator[Group]:
     group, tensors, meta = Group("loss", ROUNDING), goldens.tensors, goldens.meta["loss"]
     for record in meta["lp"]:
         prediction, target = (tensors[f"{record['tensor']}.{name}"] for name in ("pred", "tgt"))
-        error = lp_loss(prediction, target, record["p"], dim=1)
+        error = Lp(record["p"]).loss(prediction, target, None)
         group.compare(error, record["none_reduction"])
         group.compare(error / target.shape[1], record["all_reduction"])
     layers = {name: loaded_rounding(tensors, f"loss.{name}") for name in ("layer", "block.conv2", "block.emb")}
@@ -77,7 +77,7 @@ def loss(goldens: Goldens) -> Iterator[Group]:
     for record in meta["values"]:
         name, count = record["object"], record["count"]
         out, learned = loss_forward(tensors, name, layers)
-        error = lp_loss(out, tensors[f"loss.{name}.tgt"], meta["p"], dim=1)
+        error = Lp(meta["p"]).loss(out, tensors[f"loss.{name}.tgt"], None)
         penalty = torch.zeros(())
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)
@@ -96,7 +96,7 @@ def loss(goldens: Goldens) -> Iterator[Group]:
 
 def magnification(loss: Tensor | float, *targets: Tensor) -> float:
     """Ratio of the outputs' magnitude to their error: the factor by which rounding of outputs grows in a squared error."""
-    power = sum(float(lp_loss(target, torch.zeros_like(target), 2)) for target in targets)
+    power = sum(float(Lp(2).loss(target, torch.zeros_like(target), None)) for target in targets)
     return max(1.0, math.sqrt(power / float(loss)))
 
 
@@ -131,7 +131,7 @@ def learn(
     losses = []
     for count in range(1, iterations + 1):
         optimizer.zero_grad()
-        errors = [lp_loss(out, want, 2, dim=1) for out, want in zip(forward(), targets, strict=True)]
+        errors = [Lp(2).loss(out, want, None) for out, want in zip(forward(), targets, strict=True)]
         total = torch.stack(errors).sum()
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)

@@ -15,12 +15,10 @@ from goldens.formula import evaluate
 from goldens.networks import schedule_group
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.denoisers.loading import compvis_checkpoint
+from tfmq_exp.sampling import samplers as sampler_classes
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, Sampler, trajectory
-from tfmq_exp.sampling.samplers import ddim
-from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.multistep import PLMS
-from tfmq_exp.sampling.schedule import Spacing
+from tfmq_exp.sampling.sampler import Predict, Sampler, Spacing, trajectory
+from tfmq_exp.sampling.samplers import DDIM, PLMS
 
 PRECISIONS = {"traj": (torch.float32, 2e-6), "traj_f64": (torch.float64, 1e-12)}  # relative
 GROWTH, START = 5e-6, 1e-4  # of a trajectory around a network: relative to its largest value, and beside that
@@ -73,7 +71,7 @@ def follow(
             raise DamagedError("there is noise of fewer steps than the sampler takes in the goldens")
         return row.to(like)
 
-    with patch.object(ddim, "row_noise", replay):
+    with patch.object(sampler_classes, "row_noise", replay):
         path = [x, *(step.x_next for step in trajectory(predict, sampler, schedule, x, [], conditions))]
     if sampler.eta and next(rows, None) is not None:
         raise DamagedError("there is noise of more steps than the sampler takes in the goldens")

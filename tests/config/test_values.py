@@ -18,7 +18,7 @@ from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.validation import check
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
 
 pytestmark = pytest.mark.bad_input

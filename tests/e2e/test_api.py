@@ -51,8 +51,8 @@ def test_a_folder_of_diffusers_is_sampled_by_its_own_scheduler(tmp_path: Path) -
     quick = (folder, "debug=smoke", "device=cpu")
     model = tfmq_exp.quantize(denoiser, 2, "nearest", "w8a8", overrides=quick, device="cuda", progress=False)
     assert model.recipe is not None
-    assert isinstance(model.recipe.sampler, Scheduler)
-    assert model.recipe.sampler.settings["timestep_spacing"] == "trailing"
+    assert isinstance(model.recipe.sampling.sampler, Scheduler)
+    assert model.recipe.sampling.sampler.settings["timestep_spacing"] == "trailing"
     assert tfmq_exp.sample(model, indices=[5, 0]).shape == (2, *denoiser.sample_shape)
 
 

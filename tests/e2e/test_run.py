@@ -78,7 +78,7 @@ def test_the_artefact_samples_the_images_of_the_run(default_run: Path) -> None:
     model = serialization.load(path)
     recipe = serialization.load_recipe(path)
     images = recipe.images(model, seed=0, indices=range(8))
-    assert recipe.sampler.calls(recipe.schedule) == model.context.timesteps
+    assert recipe.sampling.sampler.calls(recipe.schedule) == model.context.timesteps
     shard = load_file(Path(stages["images"]["path"]) / "images-000000.safetensors")["images"]
     assert torch.equal(to_uint8(images, "round"), shard)
 

@@ -15,7 +15,7 @@ from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.conditioning import Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

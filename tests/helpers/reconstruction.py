@@ -9,11 +9,10 @@ from tests.conftest import example_inputs
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.unet import read_structure
-from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
-from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
-from tfmq_exp.reconstruction.inputs import FloatInputs, UnitInputs
+from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp, Objective
+from tfmq_exp.reconstruction.units import FloatInputs, UnitInputs
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 CPU = torch.device("cpu")

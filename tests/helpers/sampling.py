@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Predict
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

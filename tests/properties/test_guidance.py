@@ -19,8 +19,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.conditioning import Captions, Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.multistep import PLMS
+from tfmq_exp.sampling.samplers import DDIM, PLMS
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SHAPE = (4, 8, 8)

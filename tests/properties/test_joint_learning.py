@@ -14,9 +14,8 @@ from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import KeepRanges
 from tfmq_exp.methods.weights import Reconstruct
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.loop import reconstruct
-from tfmq_exp.reconstruction.units import Blockwise, TemporalAware
+from tfmq_exp.reconstruction.units import Blockwise, QuantizedInputs, TemporalAware
 from tfmq_exp.surgery.config import AttentionBits, LayerBits
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")

@@ -19,7 +19,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig

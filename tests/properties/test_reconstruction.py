@@ -24,12 +24,11 @@ from tests.helpers.reconstruction import (
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
-from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
-from tfmq_exp.reconstruction.inputs import QuantizedInputs
+from tfmq_exp.reconstruction.context import UnitReport, UnitResult
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Lp
-from tfmq_exp.reconstruction.units import TemporalAware, TemporalFrozen
+from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware, TemporalFrozen
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")

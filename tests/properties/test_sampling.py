@@ -16,8 +16,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.trajectory_error import trajectory_error
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Sampler, finite_set, trajectory
-from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
+from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
 
 CPU = torch.device("cpu")
 NONE = Conditions()

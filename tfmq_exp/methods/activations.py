@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,16 +28,11 @@ class CalibrationBudget(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibrateRanges:
-    """Show the calibration set to all quantizers at once, with integer weights and float activations.
+    """Show the calibration set to all quantizers at once, `batch` samples a time, with integer weights and float activations.
 
-    Batches are drawn from all sampling steps: a range shared by several steps needs that (in the order of the trajectory
-    its moving average would forget the early steps), and the temporal features' ranges are exact either way. Where every
-    range belongs to one step, the steps stay together, which gives each range the most samples per observation. Scales
-    that need no data see none.
-
-    Args:
-        batch: samples of one observation.
-        timesteps: which calibration samples.
+    Batches are drawn from all sampling steps: in the order of the trajectory, the moving average of a range shared by several
+    steps would forget the early ones. Where every range belongs to one step, the steps stay together, which gives each range
+    the most samples per observation. Scales that need no data see none.
     """
 
     batch: int
@@ -49,10 +45,7 @@ class CalibrateRanges:
         return CalibrationBudget(self.timesteps.count(images, calls), 0)
 
     def __call__(self, context: ReconstructionContext) -> None:
-        def progress(done: int, total: int) -> None:
-            context.progress.on_progress("ranges", done, total)
-
-        self.ranges(context.model, context.data, context.seed, progress)
+        self.ranges(context.model, context.data, context.seed, partial(context.progress.on_progress, "ranges"))
 
     @torch.no_grad()
     def ranges(
@@ -62,13 +55,9 @@ class CalibrateRanges:
         seed: int,
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> None:
-        """Set all ranges and switch the quantizers on.
+        """Set all ranges and switch the quantizers on; weights are integers, or rounded to nearest.
 
-        Args:
-            model: its weights are integers, or rounded to nearest.
-            data: calibration samples.
-            seed: of their order.
-            progress: called with the number of samples done, and of all.
+        `seed` is that of the samples' order; `progress` is called with the number of samples done, and of all.
         """
         sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
         if any(source.needs_data for source in sources):
@@ -88,15 +77,9 @@ class CalibrateRanges:
 class LearnRanges:
     """Calibrate ranges, then learn them unit by unit with integer weights (Q-Diffusion, BRECQ, TDQ).
 
-    All trainable parameters of activation scales are learned: a scale, a table of scales, a network. Where a step can choose
-    between bit-widths, each width is learned in turn, the widest last; scales with one width take part each time. Zero points
-    stay.
-
-    Args:
-        observe: how ranges start.
-        partition: how the network is divided into units.
-        timesteps: which sampling steps the units learn from.
-        recipe: iterations, batch, learning rate, objective.
+    All trainable parameters of activation scales are learned: a scale, a table of scales, a network; `observe` is how they
+    start. Where a step can choose between bit-widths, each width is learned in turn, the widest last; scales with one width
+    take part each time. Zero points stay.
     """
 
     observe: CalibrateRanges
@@ -111,7 +94,7 @@ class LearnRanges:
         model = context.model
         self.observe.ranges(model, context.data, context.seed)
         units = self.partition(context.structure, frozenset(model.plan.sites))
-        context = context.on(self.timesteps(context.data))
+        context = replace(context, data=self.timesteps(context.data))
         if not model.activation_bits():
             reconstruct(context, units, self.recipe)
         for bits in model.activation_bits():

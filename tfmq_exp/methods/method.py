@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.methods.activations import CalibrateRanges, KeepRanges, LearnRanges
 from tfmq_exp.methods.noise_correction import NoCorrection, NoiseCorrection
-from tfmq_exp.methods.qat_method import QuantizationAwareTrain
 from tfmq_exp.methods.temporal_features import CacheFeatures, ComputeFeatures
-from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
+from tfmq_exp.methods.weights import QuantizationAwareTrain, Reconstruct, RoundToNearest
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.surgery.config import QuantizationConfig
 from tfmq_exp.surgery.scales import ScalePlan
@@ -15,26 +14,14 @@ from tfmq_exp.surgery.scales import ScalePlan
 
 @dataclass(frozen=True)
 class Method:
-    """A quantization method.
+    """A quantization method."""
 
-    Args:
-        name: as the papers call it.
-        surgery: layers and operands that become integer, with their bits.
-        scales: how activation scales are computed.
-        weight_observer: observer that finds the range of a weight.
-        timesteps: points of the trajectory that are learned from; weights and activations refer to it.
-        weights: how weights are rounded.
-        activations: how activation ranges are found.
-        temporal: how temporal features are computed.
-        correction: how the remaining quantization noise is corrected.
-    """
-
-    name: str
-    surgery: QuantizationConfig
-    scales: ScalePlan
-    weight_observer: Observer
-    timesteps: TimestepPolicy
-    weights: RoundToNearest | Reconstruct | QuantizationAwareTrain
-    activations: CalibrateRanges | LearnRanges | KeepRanges
-    temporal: ComputeFeatures | CacheFeatures
-    correction: NoCorrection | NoiseCorrection
+    name: str  # as the papers call it
+    surgery: QuantizationConfig  # layers and operands that become integer, with their bits
+    scales: ScalePlan  # how activation scales are computed
+    weight_observer: Observer  # observer that finds the range of a weight
+    timesteps: TimestepPolicy  # points of the trajectory that are learned from; weights and activations refer to it
+    weights: RoundToNearest | Reconstruct | QuantizationAwareTrain  # how weights are rounded
+    activations: CalibrateRanges | LearnRanges | KeepRanges  # how activation ranges are found
+    temporal: ComputeFeatures | CacheFeatures  # how temporal features are computed
+    correction: NoCorrection | NoiseCorrection  # how the remaining quantization noise is corrected

@@ -1,9 +1,9 @@
 """Correction of the quantization noise that remains in the prediction (PTQD, arXiv 2305.10657)."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,15 +13,88 @@ from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, SWITCH, check_fields, one_of
-from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.methods.noise_statistics import STATISTICS, SUMS, NoiseMoments, NoiseStatistics
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, Sampler
-from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
-from tfmq_exp.sampling.schedule import alphas_cumprod
+from tfmq_exp.sampling.sampler import Predict, Sampler, alphas_cumprod
+from tfmq_exp.sampling.samplers import DDIM, VarianceCalibrated
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
+Predictions = Float[Tensor, "steps images channels *pixels"]
+STATISTICS = ("k", "r2", "bias", "sigma")
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NoiseMoments:
+    """Sums over a channel's pixels, per step and image, of e (float prediction), d (quantized minus float), e², d² and e d."""
+
+    pixels: int
+    sums: Float[Tensor, "5 steps images channels"]
+
+    @classmethod
+    def of(cls, e: Predictions, d: Predictions) -> "NoiseMoments":
+        """The sums, in double precision."""
+        e, d = e.double().flatten(3), d.double().flatten(3)
+        return cls(e.shape[3], torch.stack([x.sum(3) for x in (e, d, e * e, d * d, e * d)]))
+
+    @classmethod
+    def join(cls, batches: "Sequence[Sequence[NoiseMoments]]") -> "NoiseMoments":
+        """Batches of images, each given step by step."""
+        parts = [torch.cat([step.sums for step in batch], dim=1) for batch in batches]
+        return cls(batches[0][0].pixels, torch.cat(parts, dim=2))
+
+    def signal_to_noise(self) -> Float[Tensor, "steps"]:
+        """E |e|^2 / E |d|^2."""
+        return self.sums[2].sum((1, 2)) / self.sums[3].sum((1, 2))
+
+
+@dataclass(frozen=True)
+class NoiseStatistics:
+    """Quantization noise of every sampling step: d = k e + bias + N(0, sigma^2), uncorrelated with e."""
+
+    timesteps: tuple[int, ...]
+    k: Float[Tensor, "steps"]
+    r2: Float[Tensor, "steps"]
+    bias: Float[Tensor, "steps channels"]
+    sigma: Float[Tensor, "steps"]
+    bits: tuple[int, ...] = ()  # of activations at every step, where there was a choice
+
+    def corrected(self, predict: Predict) -> Predict:
+        """(prediction - bias) / (1 + k), with each row's own step."""
+        context = TimestepContext(self.timesteps)
+
+        def corrected_predict(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+            step = context.step_indices(t).cpu()
+            k = self.k[step].to(x).reshape(-1, *(1,) * (x.dim() - 1))
+            bias = self.bias[step].to(x).reshape(len(x), -1, *(1,) * (x.dim() - 2))
+            return (predict(x, t, conditions) - bias) / (1 + k)
+
+        return corrected_predict
+
+    @property
+    def residual(self) -> Float[Tensor, "steps"]:
+        """Standard deviation of the noise that the corrected prediction still has."""
+        return self.sigma / (1 + self.k)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, as it is stored."""
+        lists = {name: torch.tensor(getattr(self, name), dtype=torch.long) for name in ("timesteps", "bits")}
+        return {name: getattr(self, name) for name in STATISTICS} | lists
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "NoiseStatistics":
+        """The inverse of `tensors`."""
+        timesteps, bits = (tuple(tensors[name].tolist()) for name in ("timesteps", "bits"))
+        return cls(timesteps, bits=bits, **{name: tensors[name] for name in STATISTICS})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per step, for a table."""
+        columns = {"step": range(len(self.timesteps)), "t": self.timesteps}
+        columns |= {name: getattr(self, name).tolist() for name in ("k", "r2", "sigma")}
+        columns["bias_rms"] = [float(x.square().mean().sqrt()) for x in self.bias]
+        columns["bits"] = self.bits or (None,) * len(self.timesteps)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -35,23 +108,18 @@ class NoCorrection:
 
 @dataclass(frozen=True)
 class NoiseCorrection:
-    """Remove the predictable part of the noise, and let the sampler add less noise by the part that is not predictable.
+    """Remove the predictable part of the noise, and let the sampler add less noise by the part that is not predictable."""
 
-    Args:
-        images: float trajectories that the statistics are taken from.
-        intercept: of the fit that gives k: one for each `channel`, as the noise model has it; or one `shared` by all, as
-            in the release, where means that differ between channels leak into k.
-        bias: `residual`, the mean of what k e leaves; or `total`, the mean of all noise, as the release has it.
-        sigma: `pooled` over everything but the channel's mean; or `per_sample`, the mean of the samples' standard
-            deviations, as the release has it.
-        keep_drift: leave the sampler's deterministic part alone when its noise shrinks; False as in the release.
-    """
-
-    images: int
+    images: int  # float trajectories that the statistics are taken from
+    # of the fit that gives k: one for each `channel`, as the noise model has it; or one `shared` by all, as in the
+    # release, where means that differ between channels leak into k
     intercept: Literal["channel", "shared"]
+    # `residual`, the mean of what k e leaves; or `total`, the mean of all noise, as the release has it
     bias: Literal["residual", "total"]
+    # `pooled` over everything but the channel's mean; or `per_sample`, the mean of the samples' standard deviations,
+    # as the release has it
     sigma: Literal["pooled", "per_sample"]
-    keep_drift: bool
+    keep_drift: bool  # leave the sampler's deterministic part alone when its noise shrinks; False as in the release
     measures: ClassVar[Literal[True]] = True
 
     def __post_init__(self) -> None:
@@ -62,9 +130,7 @@ class NoiseCorrection:
         """Raise ValueError for a sampler whose noise cannot be made less."""
         if sampler.eta and not isinstance(sampler, DDIM):
             name = getattr(sampler, "kind", type(sampler).__name__)
-            raise ValueError(
-                f"the noise of a {name} cannot be calibrated, only that of DDIM: choose sampler=ddim, or sampler.eta=0"
-            )
+            raise ValueError(f"the noise of a {name} cannot be calibrated: choose sampler=ddim, or sampler.eta=0")
 
     def estimate(self, moments: NoiseMoments, timesteps: tuple[int, ...]) -> NoiseStatistics:
         """Statistics of every step, from sums over its images.
@@ -76,33 +142,34 @@ class NoiseCorrection:
         Raises:
             NotFiniteError: the noise of a step is NaN or infinite; names its timestep.
         """
+        e, d, ee, dd, ed = moments.sums
         for step, t in enumerate(timesteps):
-            require_finite(moments.dd[step], f"the quantization noise at timestep {t}, squared,")
-        tiny = torch.finfo(torch.float64).tiny
-        per_channel = moments.pixels * moments.e.shape[1]
+            require_finite(dd[step], f"the quantization noise at timestep {t}, squared,")
+        tiny, per_channel = torch.finfo(torch.float64).tiny, moments.pixels * e.shape[1]
         # 1.
-        mean = {name: getattr(moments, name).sum(1) / per_channel for name in SUMS}
+        means = [x.sum(1) / per_channel for x in moments.sums]
         if self.intercept == "shared":
-            mean = {name: value.mean(1, keepdim=True) for name, value in mean.items()}
-        var_e, var_d = ((mean[x + x] - mean[x] ** 2).mean(1) for x in ("e", "d"))
-        covariance = (mean["ed"] - mean["e"] * mean["d"]).mean(1)
+            means = [mean.mean(1, keepdim=True) for mean in means]
+        mean_e, mean_d, mean_ee, mean_dd, mean_ed = means
+        var_e, var_d = (mean_ee - mean_e**2).mean(1), (mean_dd - mean_d**2).mean(1)
+        covariance = (mean_ed - mean_e * mean_d).mean(1)
         k = (covariance / var_e.clamp(min=tiny)).clamp(min=0)
         r2 = covariance**2 / (var_e * var_d).clamp(min=tiny)
         # 2.
-        residual_mean = (moments.d.sum(1) - k[:, None] * moments.e.sum(1)) / per_channel
-        bias = residual_mean if self.bias == "residual" else moments.d.sum(1) / per_channel
+        residual_mean = (d.sum(1) - k[:, None] * e.sum(1)) / per_channel
+        bias = residual_mean if self.bias == "residual" else d.sum(1) / per_channel
         # 3.
         slope = k[:, None, None]
-        squares = moments.dd - 2 * slope * moments.ed + slope**2 * moments.ee
+        squares = dd - 2 * slope * ed + slope**2 * ee
         if self.sigma == "pooled":
             sigma = (squares.sum(1) / per_channel - residual_mean**2).clamp(min=0).mean(1).sqrt()
         else:
-            n = moments.pixels * moments.e.shape[2]
-            sums = (moments.d - slope * moments.e).sum(2)
+            n = moments.pixels * e.shape[2]
+            sums = (d - slope * e).sum(2)
             sigma = ((squares.sum(2) - sums**2 / n).clamp(min=0) / (n - 1)).sqrt().mean(1)
-        for name, value in zip(STATISTICS, (k, r2, bias, sigma), strict=True):
-            require_finite(value, f"{name} of the quantization noise")
-        return NoiseStatistics(timesteps, k.float(), r2.float(), bias.float(), sigma.float())
+        pairs = zip(STATISTICS, (k, r2, bias, sigma), strict=True)
+        found = {name: require_finite(x, f"{name} of the quantization noise").float() for name, x in pairs}
+        return NoiseStatistics(timesteps, bits=(), **found)
 
     def measure(
         self,
@@ -124,50 +191,43 @@ class NoiseCorrection:
             batch: images that go through the networks together.
             each_step: called with the number of finished steps of all batches.
         """
-        context, widths = model.context, model.activation_bits() or (0,)
-        timesteps = sampling.calls(denoiser)
-        calls = len(timesteps)
+        context, widths, timesteps = model.context, model.activation_bits() or (0,), sampling.calls(denoiser)
         predict, exact = sampling.predictor(model.for_timesteps(timesteps)), sampling.predictor(denoiser.unet)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for number, indices in enumerate(batches(self.images, batch)):
-            seen: set[int] = set()
-            for bits in widths:
-                rows[bits].append([])
+            seen: dict[int, list[NoiseMoments]] = {}  # of every width; of a timestep once, however often it is visited
             conditions = sampling.conditions(denoiser, seed, Stream.CORRECTION, indices)
             for step in sampling.trajectory(exact, denoiser, seed=seed, stream=Stream.CORRECTION, indices=indices):
-                if step.t in seen:  # statistics are those of a timestep, however often it is visited
+                if step.t in seen:
                     continue
-                seen.add(step.t)
-                t = torch.full((len(step.x),), step.t, device=step.x.device)
+                seen[step.t], t = [], torch.full((len(step.x),), step.t, device=step.x.device)
                 for bits in widths:
                     if bits:
                         model.use_bits([bits] * context.num_steps)
                     with torch.no_grad():
                         noise = predict(step.x, t, conditions) - step.eps
-                    rows[bits][-1].append(NoiseMoments.of(step.eps[None], noise[None]))
-                each_step(number * calls + step.index + 1)
+                    seen[step.t].append(NoiseMoments.of(step.eps[None], noise[None]))
+                each_step(number * len(timesteps) + step.index + 1)
+            for per_batch, steps in zip(rows.values(), zip(*seen.values(), strict=True), strict=True):
+                per_batch.append(list(steps))
         moments = {bits: NoiseMoments.join(per_batch) for bits, per_batch in rows.items()}
         statistics = {bits: self.estimate(sums, context.timesteps) for bits, sums in moments.items()}
         if widths == (0,):
             return statistics[0]
         alphas = alphas_cumprod(denoiser.schedule)[list(context.timesteps)]
         chosen = choose_bits({bits: sums.signal_to_noise() for bits, sums in moments.items()}, alphas)
-        picked = {
-            name: torch.stack([getattr(statistics[bits], name)[step] for step, bits in enumerate(chosen)])
-            for name in STATISTICS
-        }
-        return NoiseStatistics(context.timesteps, bits=chosen, **picked)
+        every = {n: torch.stack([getattr(statistics[b], n)[i] for i, b in enumerate(chosen)]) for n in STATISTICS}
+        return NoiseStatistics(context.timesteps, bits=chosen, **every)
 
     def __call__(self, predict: Predict, sampling: Sampling, statistics: NoiseStatistics) -> tuple[Predict, Sampling]:
         """The corrected prediction, and the sampling with a calibrated variance where the sampler adds noise."""
-        sampler = sampling.sampler
-        if not sampler.eta:
+        if not sampling.sampler.eta:
             log.info("eta is 0: the sampler's noise stays as it is; only bias and correlation are corrected")
             return statistics.corrected(predict), sampling
-        self.check(sampler)
-        assert isinstance(sampler, DDIM)
+        self.check(sampling.sampler)
+        assert isinstance(sampling.sampler, DDIM)
         residual = dict(zip(statistics.timesteps, statistics.residual.tolist(), strict=True))
-        calibrated = VarianceCalibrated(sampler, residual, self.keep_drift)
+        calibrated = VarianceCalibrated(sampling.sampler, residual, self.keep_drift)
         return statistics.corrected(predict), replace(sampling, sampler=calibrated)
 
 
@@ -178,9 +238,6 @@ def choose_bits(
 
     The process has SNR alpha / (1 - alpha) at a step; where no width exceeds it, the largest is taken.
     """
-    needed = (alphas_cumprod / (1 - alphas_cumprod)).tolist()
-    widths = sorted(signal_to_noise)
-    return tuple(
-        next((bits for bits in widths if float(signal_to_noise[bits][step]) > snr), widths[-1])
-        for step, snr in enumerate(needed)
-    )
+    widths, snr = sorted(signal_to_noise), alphas_cumprod / (1 - alphas_cumprod)
+    steps = enumerate(snr.tolist())
+    return tuple(next((b for b in widths if float(signal_to_noise[b][i]) > least), widths[-1]) for i, least in steps)

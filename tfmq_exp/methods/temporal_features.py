@@ -32,14 +32,10 @@ class CacheFeatures:
     "disturbance-aware selection" keeps, layer by layer, whichever of the stored feature and the quantized block's own has the
     smaller mean relative error over the finite set. When no layer computes its feature any more, the time embedding
     goes too.
-
-    Args:
-        bits: of a stored feature.
-        select: `disturbance` for the selection, `always` to store every feature.
     """
 
-    bits: int
-    select: Literal["disturbance", "always"]
+    bits: int  # of a stored feature
+    select: Literal["disturbance", "always"]  # `disturbance` for the selection, `always` to store every feature
 
     def __post_init__(self) -> None:
         check_fields(self, bits=BITS, select=one_of("disturbance", "always"))

@@ -1,11 +1,14 @@
-"""Phases that turn weights into integers."""
+"""Phases that turn weights into integers, or train them to become some."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.methods.activations import CalibrateRanges, CalibrationBudget
+from tfmq_exp.qat.conditioning import Labels
+from tfmq_exp.qat.module import TrainingProtocol
+from tfmq_exp.qat.train import TrainingContext, train
 from tfmq_exp.quant.quantizers.base import Mode, modes
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct
@@ -33,10 +36,7 @@ class RoundToNearest:
 class Reconstruct:
     """AdaRound, one unit at a time (BRECQ, arXiv 2102.05426). Weights that no unit learns are rounded to nearest first.
 
-    Args:
-        partition: `Blockwise` (BRECQ), `TemporalAware` (TFMQ-DM's TIAR) or `TemporalFrozen`.
-        timesteps: which sampling steps the units learn from.
-        recipe: iterations, batch, learning rate, objective.
+    Partitions are `Blockwise` (BRECQ), `TemporalAware` (TFMQ-DM's TIAR) and `TemporalFrozen`.
     """
 
     partition: Partition
@@ -50,22 +50,20 @@ class Reconstruct:
 
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
-        sites = model.weight_layers()
-        units = self.partition(context.structure, frozenset(sites))
+        units = self.partition(context.structure, frozenset(model.weight_layers()))
         learned = {site for unit in units for site in unit.sites}
-        rest = [site for site in sites if site not in learned]
+        rest = [site for site in model.weight_layers() if site not in learned]
         model.calibrate_weights(rest)
         for site in rest:
             model.freeze(site)
-        reconstruct(context.on(self.timesteps(context.data)), units, self.recipe)
+        reconstruct(replace(context, data=self.timesteps(context.data)), units, self.recipe)
 
 
 @dataclass(frozen=True)
 class ReconstructJointly(Reconstruct):
     """Weights and activation scales together, with activations quantized meanwhile (QDrop, arXiv 2203.05740).
 
-    Args:
-        observe: how activation ranges start, under weights rounded to nearest.
+    `observe` is how activation ranges start, under weights rounded to nearest.
 
     Raises:
         ValueError: activations with several bit-widths, of which weights could fit only one.
@@ -82,3 +80,23 @@ class ReconstructJointly(Reconstruct):
         with modes(model.weight_quantizers(), Mode.QUANTIZE):
             self.observe.ranges(model, context.data, derive_seed(context.seed, Stream.ACTIVATIONS))
         super().__call__(context)
+
+
+@dataclass(frozen=True)
+class QuantizationAwareTrain:
+    """Quantization-aware training: the denoiser's own training goes on, with quantizers in the network (TDQ, arXiv 2306.02316).
+
+    It learns weights and ranges together. `labels` are classes or captions of the images, for conditional networks.
+    """
+
+    protocol: TrainingProtocol
+    labels: Labels
+    learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
+    trains: ClassVar[Literal[True]] = True
+
+    def budget(self, images: int, calls: int) -> CalibrationBudget:
+        """Training images, counted as often as they are seen, and iterations."""
+        return CalibrationBudget(self.protocol.batch * self.protocol.iterations, self.protocol.iterations)
+
+    def __call__(self, context: TrainingContext) -> None:
+        train(context, self.protocol)

@@ -8,7 +8,7 @@ from tfmq_exp.core.finite import naming_rates
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.pipeline import Advance, Pipeline
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve
-from tfmq_exp.reconstruction.callbacks import UnitReport
+from tfmq_exp.reconstruction.context import UnitReport
 
 
 class LoggingCallback:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tfmq_exp.methods.noise_statistics import NoiseStatistics
+from tfmq_exp.methods.noise_correction import NoiseStatistics
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.calibrate_activations import CalibrateActivations
 from tfmq_exp.pipeline.stages.fit_correction import FitCorrection

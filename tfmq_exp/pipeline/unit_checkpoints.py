@@ -11,7 +11,7 @@ from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.pipeline.store import Entry
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
+from tfmq_exp.reconstruction.context import UnitReport, UnitResult
 
 CURVE_POINTS = 100  # kept of a loss curve; the first iteration may add one
 PARTS = ("codes", "scale", "zero_point")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
-from tfmq_exp.sampling.caption_files import read_coco
+from tfmq_exp.sampling.conditioning import read_coco
 
 
 class Labels(Protocol):
@@ -32,8 +32,7 @@ class NoLabels:
 
 def names_of(source: ImageDataset) -> Sequence[str]:
     """Paths of the images in their folder; TypeError for a set that is no folder."""
-    names = getattr(source, "names", None)
-    if names is None:
+    if (names := getattr(source, "names", None)) is None:
         kind = type(source).__name__
         raise TypeError(f"labels are found by the names of files; {kind} has none, use data=image_folder")
     return names
@@ -54,11 +53,7 @@ class FolderClasses:
 
 @dataclass(frozen=True)
 class CocoCaptions:
-    """The first caption of every image in one of COCO's files, captions_*.json.
-
-    Args:
-        path: of that file, see `read_coco`.
-    """
+    """The first caption of every image in one of COCO's files, captions_*.json, see `read_coco`."""
 
     path: str
 
@@ -75,9 +70,7 @@ class CocoCaptions:
 class ConditionDropout:
     """Conditions of a batch, of which some are dropped for classifier-free guidance (arXiv 2207.12598, algorithm 1).
 
-    Args:
-        encoder: of labels.
-        labels: of every image; none for unconditional networks.
+    There are no labels for unconditional networks.
     """
 
     encoder: ConditionEncoder

@@ -1,21 +1,23 @@
-"""Training images as the network sees them: uint8 pixels, or latents of the first stage, in one file."""
+"""Training images as the network sees them, uint8 pixels or latents of the first stage, in one file; and batches of them."""
 
 import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tfmq_exp.core.files import HASH
 from tfmq_exp.core.finite import require_finite
+from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 
@@ -26,11 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """x_0 of every training image, read from disk as needed.
-
-    Args:
-        values: uint8 pixels, or float32 latents as the denoiser takes them; rows first.
-    """
+    """x_0 of every training image, read from disk as needed: uint8 pixels, or float32 latents as the denoiser takes them."""
 
     values: np.ndarray
 
@@ -58,16 +56,6 @@ def training_set_identity(source: ImageDataset, denoiser: Denoiser, *, horizonta
     }
 
 
-def check_size(source: ImageDataset, denoiser: Denoiser) -> None:
-    """Raise ValueError for images of another shape than the denoiser's."""
-    shape = denoiser.image_shape()
-    if source.shape != shape:
-        raise ValueError(
-            f"{denoiser.name} is trained on images {shape}, these are {source.shape}: channels, height, width; "
-            "data.size and data.grey of a folder of images say what becomes of them"
-        )
-
-
 def write_training_set(
     source: ImageDataset,
     denoiser: Denoiser,
@@ -93,11 +81,17 @@ def write_training_set(
         OSError: no room on the disk, before the first image is read.
         ValueError: images of another size, or fewer than were promised.
     """
-    check_size(source, denoiser)
+    if source.shape != (shape := denoiser.image_shape()):
+        raise ValueError(
+            f"{denoiser.name} is trained on images {shape}, these are {source.shape}: channels, height, width; "
+            "data.size and data.grey of a folder of images say what becomes of them"
+        )
     encode: Any = getattr(denoiser.first_stage, "encode", None)
     path, count, halves = folder / FILE, len(source), 2 if horizontal_flip else 1
     array = reserve(path, (count * halves, *denoiser.sample_shape), np.dtype(np.float32 if encode else np.uint8))
-    written, done = read_hashes(folder / BATCHES), 0
+    lines = (folder / BATCHES).read_bytes().decode("ascii", "replace") if (folder / BATCHES).is_file() else ""
+    words = map(str.split, lines.splitlines())
+    written, done = {pair[0]: pair[1] for pair in words if len(pair) == 2}, 0  # the last line may be torn
     with path.open("r+b") as file, (folder / BATCHES).open("a", encoding="ascii") as hashes:
         for images in source.batches(batch):
             start, done = done, done + len(images)
@@ -143,15 +137,81 @@ def reserve(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memm
     return array
 
 
-def read_hashes(path: Path) -> dict[str, str]:
-    """Batch -> hash, from lines of which the last may be torn."""
-    lines = path.read_bytes().decode("ascii", "replace").splitlines() if path.is_file() else []
-    return {words[0]: words[1] for line in lines if len(words := line.split()) == 2}
-
-
 def hash_of_rows(array: np.ndarray, rows: list[slice]) -> str:
     """SHA-256 of several stretches of rows."""
-    digest = hashlib.sha256()
-    for part in rows:
-        digest.update(array[part].data)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(array[part].data for part in rows)).hexdigest()
+
+
+class Batch(NamedTuple):
+    """One iteration: indices and x_0 of its images, their noise and timesteps, and which of them keep their condition."""
+
+    rows: Int[Tensor, "batch"]
+    clean: Float[Tensor, "batch channels height width"]
+    noise: Float[Tensor, "batch channels height width"]
+    t: Int[Tensor, "batch"]
+    conditioned: Bool[Tensor, "batch"]
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(*(field.to(device) for field in self))
+
+
+def noisy(
+    clean: Float[Tensor, "batch *rest"],
+    noise: Float[Tensor, "batch *rest"],
+    t: Int[Tensor, "batch"],
+    alphas_cumprod: Float[Tensor, "timesteps"],
+) -> Float[Tensor, "batch *rest"]:
+    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise, row by row (DDPM, arXiv 2006.11239, eq. 4)."""
+    alpha = alphas_cumprod[t].reshape(-1, *(1,) * (clean.dim() - 1))
+    return (alpha.sqrt().to(clean.dtype) * clean).addcmul((1 - alpha).sqrt().to(clean.dtype), noise)
+
+
+@dataclass(frozen=True)
+class NoisyBatches:
+    """Batches by their number, so that a resumed training has those that it would have had.
+
+    Images come in another random order in every epoch; timesteps are uniform over all of the training's.
+    """
+
+    images: TrainingSet  # to draw from
+    size: int  # rows of a batch
+    timesteps: int  # number of timesteps of the training
+    condition_dropout: float  # share of rows whose condition is dropped, 0 to 1
+    seed: int  # of all random numbers
+    stream: str = Stream.TRAINING  # name of the random stream
+
+    def __post_init__(self) -> None:
+        if len(self.images) == 0:
+            raise ValueError("there are no examples to train on")
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number`, from 0; one at the end of an epoch continues with the next."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.stream, Stream.BATCH, number))
+        count = len(self.images)
+        positions = torch.arange(number * self.size, (number + 1) * self.size)
+        epochs = range(int(positions[0]) // count, int(positions[-1]) // count + 1)
+        orders = [shuffled(count, self.seed, epoch)[positions[positions // count == epoch] % count] for epoch in epochs]
+        rows = torch.cat(orders)
+        clean = self.images.rows(rows)
+        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.randint(self.timesteps, (self.size,), generator=generator)
+        return Batch(rows, clean, noise, t, torch.rand(self.size, generator=generator) >= self.condition_dropout)
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batches start .. end - 1; an iterable without a length, so that Lightning counts steps and not epochs."""
+
+    batches: NoisyBatches
+    start: int
+    end: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.batches.batch, range(self.start, self.end))
+
+
+@lru_cache(maxsize=2)
+def shuffled(count: int, seed: int, epoch: int) -> Int[Tensor, "count"]:
+    """Order of the images in an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, Stream.ORDER, epoch)))

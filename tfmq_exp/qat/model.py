@@ -1,6 +1,5 @@
 """A quantized network under quantization-aware training: its initialization, trained parameters, and end."""
 
-from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ PENALTY_TIMESTEPS = 64  # at which the penalty takes a network's scales; they ar
 class TrainableParameters(NamedTuple):
     """Trained parameters by kind of their optimiser settings; none twice.
 
-    weights: of all layers, with biases and norms; ranges: scales of activations and of weights, and the QAT functions' own
-    parameters; generators: networks that generate scales.
+    Weights have biases and norms with them, ranges the QAT functions' own parameters; generators are networks of scales.
     """
 
     weights: list[nn.Parameter]
@@ -43,9 +41,14 @@ def ready(model: QuantizedUNet) -> None:
         RuntimeError: a quantizer without any data.
     """
     sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
-    for source in sources:
-        if isinstance(source, EMARange):
-            fill_missing(source)
+    for source in (source for source in sources if isinstance(source, EMARange)):
+        calibrated = torch.nonzero(~source.scale.isnan()).flatten()
+        if len(calibrated):
+            entries = torch.arange(len(source.scale), device=calibrated.device)
+            nearest = calibrated[(entries[:, None] - calibrated).abs().argmin(dim=1)]
+            with torch.no_grad():
+                for table in (source.scale, source.zero_point):
+                    table.copy_(table[nearest])
     model.set_activations(Mode.QUANTIZE)
     for quantizer in model.weight_quantizers():
         quantizer.mode = Mode.QUANTIZE
@@ -56,42 +59,24 @@ def ready(model: QuantizedUNet) -> None:
             parameter.requires_grad_(True)
 
 
-@torch.no_grad()
-def fill_missing(source: EMARange) -> None:
-    """Give entries without data the scale and zero point of the nearest entry that has some, if any."""
-    calibrated = torch.nonzero(~source.scale.isnan()).flatten()
-    if len(calibrated):
-        entries = torch.arange(len(source.scale), device=calibrated.device)
-        nearest = calibrated[(entries[:, None] - calibrated).abs().argmin(dim=1)]
-        for table in (source.scale, source.zero_point):
-            table.copy_(table[nearest])
-
-
 def trainable(model: QuantizedUNet) -> TrainableParameters:
     """Trained parameters of a network whose weights are not integers yet."""
     ranges: list[nn.Parameter] = []
     generators: list[nn.Parameter] = []
     for quantizer in model.activation_quantizers().values():
         (generators if quantizer.source.generates else ranges).extend(quantizer.source.trainable())
-    for quantizer in qat_quantizers(model):
-        ranges.extend(quantizer.trainable())
+    ranges.extend(parameter for quantizer in qat_quantizers(model) for parameter in quantizer.trainable())
     quantizers = [module for module in model.unet.modules() if isinstance(module, Quantizer)]
     others = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
     others |= {id(model.layer(name).weight) for name in model.integers}
     weights = [parameter for parameter in model.unet.parameters() if id(parameter) not in others]
-    return TrainableParameters(unique(weights), unique(ranges), unique(generators))
+    # tied quantizers share theirs
+    return TrainableParameters(*(list(dict.fromkeys(group)) for group in (weights, ranges, generators)))
 
 
-def unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Each once: tied quantizers share theirs."""
-    return list({id(parameter): parameter for parameter in parameters}.values())
-
-
-def qat_quantizers(model: QuantizedUNet) -> Iterator[TrainableQuantizer | TrainableWeightQuantizer]:
+def qat_quantizers(model: QuantizedUNet) -> list[TrainableQuantizer | TrainableWeightQuantizer]:
     """Every QAT quantizer, of activations and of weights."""
-    for module in model.unet.modules():
-        if isinstance(module, TrainableQuantizer | TrainableWeightQuantizer):
-            yield module
+    return [m for m in model.unet.modules() if isinstance(m, TrainableQuantizer | TrainableWeightQuantizer)]
 
 
 def clamp_parameters(model: QuantizedUNet) -> None:
@@ -111,22 +96,15 @@ def penalty(model: QuantizedUNet) -> Tensor:
     times = torch.tensor(model.context.timesteps[::stride], device=total.device)
     generated = model.generators.scales(times) if model.generators and owners else {}
     for quantizer in owners.values():
-        scale = scale_parameters(quantizer, generated)
-        if scale is not None:
-            total = total + quantizer.fn.decay * (scale * quantizer.ints.qmax).square().mean()
+        owner = quantizer if isinstance(quantizer, TrainableWeightQuantizer) else quantizer.source
+        if isinstance(owner, TDQScale):
+            scale = generated[owner] if owner in generated else owner.table().scale
+        elif isinstance(owner, TrainableWeightQuantizer) or (isinstance(owner, EMARange) and not owner.generates):
+            scale = owner.scale
+        else:  # it depends on activations
+            continue
+        total = total + quantizer.fn.decay * (scale * quantizer.ints.qmax).square().mean()
     return total
-
-
-def scale_parameters(
-    quantizer: TrainableQuantizer | TrainableWeightQuantizer, generated: Mapping[TDQScale, Tensor]
-) -> Tensor | None:
-    """All scales of a quantizer, or those that its network of the timestep generates; None if they depend on activations."""
-    if isinstance(quantizer, TrainableWeightQuantizer):
-        return quantizer.scale
-    source = quantizer.source
-    if isinstance(source, TDQScale):
-        return generated[source] if source in generated else source.table().scale
-    return source.scale if isinstance(source, EMARange) and not source.generates else None
 
 
 @torch.no_grad()

@@ -1,25 +1,27 @@
 """The LightningModule of quantization-aware training, and its protocol."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import tfmq_exp.core.validate as kinds
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.qat.batches import Batch
 from tfmq_exp.qat.conditioning import ConditionDropout
-from tfmq_exp.qat.ema import moving_average
-from tfmq_exp.qat.loss import LOSSES, Norm, loss, noisy
+from tfmq_exp.qat.dataset import Batch, noisy
 from tfmq_exp.qat.model import TrainableParameters, clamp_parameters
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
+Norm = Literal["l1", "l2"]
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 # What the fields of a protocol may be.
 FIELDS: dict[str, kinds.Kind] = {
     **dict.fromkeys(("iterations", "batch", "calibration_batches", "parts"), kinds.COUNT),
@@ -38,41 +40,24 @@ FIELDS: dict[str, kinds.Kind] = {
 
 @dataclass(frozen=True)
 class TrainingProtocol:
-    """Hyperparameters of quantization-aware training. The papers' numbers are in conf/.
+    """Hyperparameters of quantization-aware training. The papers' numbers are in conf/."""
 
-    Args:
-        iterations: optimiser steps.
-        batch: rows of each.
-        loss: `l2` or `l1`.
-        learning_rate: of weights and of networks that generate scales.
-        range_lr_scale: learning rate of static ranges over that; they have no weight decay.
-        weight_decay: AdamW's.
-        warmup: iterations in which the learning rate rises linearly; constant afterwards.
-        ema_decay: of the moving average that is the result.
-        calibration_batches: batches that ranges start from.
-        warmup_start_factor: share of the learning rate at the first iteration.
-        gradient_clip_val: largest norm of the gradient; null for any.
-        condition_dropout: share of rows whose condition is dropped.
-        horizontal_flip: whether mirror images are trained on, too.
-        precision: of the products, as Lightning calls it.
-        parts: microbatches of a batch, one after the other or on several processes. Results depend on their number in the
-            last bits, and not on the number of processes.
-    """
-
-    iterations: int
-    batch: int
-    loss: Norm
-    learning_rate: float
-    range_lr_scale: float
-    weight_decay: float
-    warmup: int
-    ema_decay: float
-    calibration_batches: int
-    warmup_start_factor: float = 1e-6
-    gradient_clip_val: float | None = None
-    condition_dropout: float = 0.0
-    horizontal_flip: bool = False
-    precision: str = "32-true"
+    iterations: int  # optimiser steps
+    batch: int  # rows of each
+    loss: Norm  # `l2` or `l1`
+    learning_rate: float  # of weights and of networks that generate scales
+    range_lr_scale: float  # learning rate of static ranges over that; they have no weight decay
+    weight_decay: float  # AdamW's
+    warmup: int  # iterations in which the learning rate rises linearly; constant afterwards
+    ema_decay: float  # of the moving average that is the result
+    calibration_batches: int  # batches that ranges start from
+    warmup_start_factor: float = 1e-6  # share of the learning rate at the first iteration
+    gradient_clip_val: float | None = None  # largest norm of the gradient; null for any
+    condition_dropout: float = 0.0  # share of rows whose condition is dropped
+    horizontal_flip: bool = False  # whether mirror images are trained on, too
+    precision: str = "32-true"  # of the products, as Lightning calls it
+    # microbatches of a batch, one after the other or on several processes. Results depend on their number in the last
+    # bits, and not on the number of processes.
     parts: int = 1
 
     def __post_init__(self) -> None:
@@ -81,23 +66,26 @@ class TrainingProtocol:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
 
 
+def loss(predicted: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *rest"], norm: Norm) -> Float[Tensor, ""]:
+    """Mean squared (l2) or absolute (l1) error of the noise (DDPM, eq. 14), in float32 whatever the network's precision."""
+    return LOSSES[norm](predicted.float(), noise.float())
+
+
 def predict_noise(
     model: QuantizedUNet, batch: Batch, conditions: ConditionDropout, alphas_cumprod: Float[Tensor, "timesteps"]
 ) -> Tensor:
-    """The noise that the network predicts in a batch on its device.
-
-    Args:
-        model: the quantized network; timesteps that the sampler does not visit take the scales of the nearest step.
-        batch: x_0, noise and timesteps.
-        conditions: of the batch's images.
-        alphas_cumprod: alpha-bar of every timestep of the training.
-
-    Returns:
-        the prediction, of the shape of the noise.
-    """
+    """The noise predicted in a batch on the model's device; timesteps of no sampling step take the nearest step's scales."""
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
     given = conditions(batch.rows, batch.conditioned, x.device)
     return noise_of(model(x, batch.t, outside="nearest", **given).sample, x)
+
+
+def update_average(average: Sequence[Tensor], current: Sequence[Tensor], number: int, decay: float) -> None:
+    """Count the current parameters in their exponential moving average, as its update `number`, from 1.
+
+    The past weighs (1 + n) / (10 + n) until that exceeds `decay` (LDM's LitEma).
+    """
+    get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(list(average), list(current), number)
 
 
 class QuantizationAwareTraining(pl.LightningModule):
@@ -139,8 +127,8 @@ class QuantizationAwareTraining(pl.LightningModule):
         self.protocol, self.seed, self.processes = protocol, seed, processes
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.register_buffer("error", torch.zeros(()))  # of the last batch, without the penalty
-        self.trained = list(dict.fromkeys([*parameters.weights, *parameters.ranges, *parameters.generators]))
-        self.ema = moving_average(self.trained, protocol.ema_decay)
+        self.trained = list(dict.fromkeys(parameter for group in parameters for parameter in group))
+        self.ema = nn.ParameterList(p.detach().clone() for p in self.trained).requires_grad_(False)
         self.iteration = 0  # iterations so far, with those before an interruption
 
     def on_train_start(self) -> None:
@@ -156,8 +144,8 @@ class QuantizationAwareTraining(pl.LightningModule):
         self.set_gradients(optimizer, batch)
         optimizer.step()
         clamp_parameters(self.model)
-        self.ema.update_parameters(nn.ParameterList(self.trained))
         self.iteration += 1
+        update_average(list(self.ema), self.trained, self.iteration, self.protocol.ema_decay)
 
     def set_gradients(self, optimizer: Any, batch: Batch) -> None:
         """Set the gradients of the loss, summed over microbatches, and of the penalty, added to those of the first."""
@@ -187,15 +175,13 @@ class QuantizationAwareTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with settings for each group of parameters; the learning rate rises linearly and then stays."""
-        protocol, groups = self.protocol, []
-        settings = (
-            (self.groups.weights, protocol.learning_rate, protocol.weight_decay),
-            (self.groups.ranges, protocol.learning_rate * protocol.range_lr_scale, 0.0),
-            (self.groups.generators, protocol.learning_rate, protocol.weight_decay),
-        )
-        for parameters, rate, decay in settings:
-            if parameters:
-                groups.append({"params": list(dict.fromkeys(parameters)), "lr": rate, "weight_decay": decay})
+        protocol, rate, decay = self.protocol, self.protocol.learning_rate, self.protocol.weight_decay
+        settings = (rate, decay), (rate * protocol.range_lr_scale, 0.0), (rate, decay)
+        groups = [
+            {"params": list(dict.fromkeys(parameters)), "lr": lr, "weight_decay": weight_decay}
+            for parameters, (lr, weight_decay) in zip(self.groups, settings, strict=True)
+            if parameters
+        ]
         # a fused step takes half precision's scale off the gradient itself, after it was clipped
         half = protocol.precision == "16-mixed"
         optimizer = torch.optim.AdamW(groups, foreach=half, fused=not half)

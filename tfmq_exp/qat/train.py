@@ -19,21 +19,18 @@ from tfmq_exp.core.files import hash_path, intact, write_checked
 from tfmq_exp.core.finite import DivergedError, require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
-from tfmq_exp.qat.batches import Batch, BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
-from tfmq_exp.qat.dataset import TrainingSet
-from tfmq_exp.qat.ema import copy_average
-from tfmq_exp.qat.loss import loss
+from tfmq_exp.qat.dataset import Batch, BatchRange, NoisyBatches, TrainingSet
 from tfmq_exp.qat.model import observe, penalty, ready, trainable
-from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, predict_noise
-from tfmq_exp.reconstruction.callbacks import (
+from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, loss, predict_noise
+from tfmq_exp.reconstruction.context import (
+    ComputeConfig,
     ProgressCallback,
     UnitCheckpointer,
     UnitReport,
     UnitResult,
     peak_memory_mib,
 )
-from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.reconstruction.loop import ERROR_SAMPLES
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -43,31 +40,18 @@ LOSS_POINTS = 1000  # of the loss curve
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """Everything that training takes.
+    """Everything that training takes."""
 
-    Args:
-        model: its timestep context knows all timesteps of the training, and no quantizer is calibrated yet.
-        images: x_0 of the training images.
-        labels: of every image, for the encoder; none for unconditional networks.
-        encoder: of labels.
-        alphas_cumprod: alpha-bar of every timestep of the training.
-        compute: resources.
-        seed: of all random numbers.
-        folder: of Lightning's checkpoints.
-        checkpointer: saves the report.
-        progress: follows the work.
-    """
-
-    model: QuantizedUNet
-    images: TrainingSet
-    labels: Sequence[Any]
-    encoder: ConditionEncoder
-    alphas_cumprod: Float[Tensor, "timesteps"]
-    compute: ComputeConfig
-    seed: int
-    folder: Path
-    checkpointer: UnitCheckpointer
-    progress: ProgressCallback
+    model: QuantizedUNet  # its timestep context knows all timesteps of the training, and no quantizer is calibrated yet
+    images: TrainingSet  # x_0 of the training images
+    labels: Sequence[Any]  # of every image, for the encoder; none for unconditional networks
+    encoder: ConditionEncoder  # of labels
+    alphas_cumprod: Float[Tensor, "timesteps"]  # alpha-bar of every timestep of the training
+    compute: ComputeConfig  # resources
+    seed: int  # of all random numbers
+    folder: Path  # of Lightning's checkpoints
+    checkpointer: UnitCheckpointer  # saves the report
+    progress: ProgressCallback  # follows the work
 
 
 class LossHistory(pl.Callback):
@@ -140,13 +124,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
-    """Train the model and leave the moving average of its parameters in it.
+    """Calibrate the quantizers, train from the last checkpoint if there is one, and leave the parameters' average in the model.
 
-    1. Calibrate the quantizers on a few batches.
-    2. Measure the error of the predicted noise.
-    3. Train, from the last checkpoint if there is one.
-    4. Replace the trained parameters by their moving average.
-    5. Measure the error again, save and report it.
+    The error of the predicted noise is measured before and after, saved and reported.
     """
     model, compute, processes = context.model, context.compute, context.compute.processes
     context.progress.on_start(1)
@@ -155,23 +135,20 @@ def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     history = LossHistory(context.progress, protocol.iterations)
     checkpoint = processes.broadcast(last_checkpoint(context.folder) if processes.is_main else None)
     remaining = BatchRange(batches, int(checkpoint.stem) if checkpoint else 0, protocol.iterations)
-    callbacks: list[pl.Callback] = [history]
-    if processes.is_main:
-        callbacks.append(PeriodicCheckpoint(context.folder, compute.checkpoint_every))
+    saving = [PeriodicCheckpoint(context.folder, compute.checkpoint_every)] if processes.is_main else []
     settings = {"max_steps": protocol.iterations, "precision": protocol.precision, "plugins": [AtomicCheckpointIO()]}
-    trainer = compute.trainer(callbacks=callbacks, **settings)
+    trainer = compute.trainer(callbacks=[history, *saving], **settings)
     with torch.enable_grad(), torch.random.fork_rng():
         trainer.fit(module.train(), remaining, ckpt_path=checkpoint, weights_only=True)
     module.to(context.alphas_cumprod.device)  # Lightning has moved it to the CPU
-    copy_average(module.ema, module.trained)
-    for parameter in module.trained:
-        parameter.requires_grad_(False)
-    result = concatenated([p.detach() for p in module.trained])
+    for parameter, mean in zip(module.trained, module.ema, strict=True):
+        parameter.requires_grad_(False).copy_(mean)
+    result = concatenated(module.trained)
     processes.check_same("what was trained", result)
     require_finite(result, "what was trained")
-    errors = (error_before, prediction_error(module, batches, compute.batch))
-    layers, weights = len(model.plan.sites), sum(parameter.numel() for parameter in module.groups.weights)
-    report = UnitReport(UNIT, "training", layers, weights, *errors, history.seconds(), peak_memory_mib())
+    error_after = prediction_error(module, batches, compute.batch)
+    size = len(model.plan.sites), sum(parameter.numel() for parameter in module.groups.weights)
+    report = UnitReport(UNIT, "training", *size, error_before, error_after, history.seconds(), peak_memory_mib())
     context.checkpointer.put(UNIT, UnitResult({}, {}), report)
     context.progress.on_unit_end(UNIT, report)
 
@@ -188,22 +165,13 @@ def prepare_training(
         for batch in BatchRange(replace(batches, stream=Stream.RANGE_CALIBRATION), 0, protocol.calibration_batches):
             predict_noise(model, batch.on(alphas.device), conditions, alphas)
     ready(model)
-    parameters, processes = trainable(model), context.compute.processes
-    module = QuantizationAwareTraining(
-        model, parameters, lambda: penalty(model), conditions, alphas, protocol, seed, processes
-    )
-    return module.to(alphas.device), batches
+    given = (model, trainable(model), lambda: penalty(model), conditions, alphas, protocol, seed)
+    return QuantizationAwareTraining(*given, context.compute.processes).to(alphas.device), batches
 
 
 @torch.no_grad()
 def prediction_error(module: QuantizationAwareTraining, batches: NoisyBatches, size: int) -> float:
-    """Mean squared error of the predicted noise, whose variance is 1, on a fixed batch.
-
-    Args:
-        module: its model is in evaluation mode afterwards.
-        batches: of its training.
-        size: rows of a forward pass.
-    """
+    """Mean squared error of the predicted noise, whose variance is 1, on a fixed batch; in evaluation mode, `size` rows a pass."""
     module.model.eval()
     batch = replace(batches, size=ERROR_SAMPLES, stream=Stream.ERROR, condition_dropout=0.0).batch(0)
     total = 0.0

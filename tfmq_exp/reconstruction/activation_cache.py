@@ -16,16 +16,10 @@ from tfmq_exp.core.finite import require_finite
 
 
 class SpillAllocator:
-    """Allocates tensors: in memory while they fit the budget, then as files of a temporary folder.
-
-    Args:
-        budget: bytes of memory for all tensors that are alive together.
-        folder: parent of the temporary folder (the system's by default).
-    """
+    """Allocates tensors: in memory up to `budget` bytes, then as files of a temporary folder below `folder`."""
 
     def __init__(self, budget: int, folder: Path | None = None) -> None:
-        self.budget, self.folder = budget, folder
-        self.used = 0
+        self.budget, self.folder, self.used = budget, folder, 0
         self._spill: tempfile.TemporaryDirectory[str] | None = None
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -46,24 +40,16 @@ class SpillAllocator:
             self._spill = None
 
 
-@dataclass(frozen=True)
-class TensorIndex:
-    """Placeholder of tensor number `index` in a template."""
-
-    index: int
-
-
 def has_samples(leaf: Any) -> bool:
     """Whether a leaf of a structure has a row for every sample; a single number is a constant."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class TensorTree:
-    """A nested structure over all samples: tensors with samples first, and a template with everything else as constants."""
+    """A nested structure over all samples: tensors with samples first, and everything else as constants."""
 
-    tensors: list[Tensor]
-    template: Any
+    whole: Any
 
     @classmethod
     def like(cls, example: Any, samples: int, storage: SpillAllocator) -> "TensorTree":
@@ -77,55 +63,37 @@ class TensorTree:
             stored = storage.allocate((samples, *(leaf.shape[dim] for dim in order[1:])), leaf.dtype)
             return stored.permute([order.index(dim) for dim in range(leaf.dim())])
 
-        return cls.of(pytree.tree_map(allocate, example))
+        return cls(pytree.tree_map(allocate, example))
 
-    @classmethod
-    def of(cls, structure: Any) -> "TensorTree":
-        """Wrap a structure that already has all samples."""
-        tensors = [leaf for leaf in pytree.tree_leaves(structure) if has_samples(leaf)]
-        indices = map(TensorIndex, itertools.count())
-        return cls(tensors, pytree.tree_map(lambda leaf: next(indices) if has_samples(leaf) else leaf, structure))
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that have samples."""
+        return [leaf for leaf in pytree.tree_leaves(self.whole) if has_samples(leaf)]
+
+    def structure(self, tensors: Sequence[Tensor]) -> Any:
+        """The structure around other tensors."""
+        given = iter(tensors)
+        return pytree.tree_map(lambda leaf: next(given) if has_samples(leaf) else leaf, self.whole)
 
     def write(self, start: int, batch: Any) -> None:
-        """Store one batch at position `start`.
-
-        Raises:
-            NotFiniteError: a tensor with a NaN or an infinity, which no unit can learn from.
-        """
-        values = [leaf for leaf in pytree.tree_leaves(batch) if has_samples(leaf)]
-        for stored, value in zip(self.tensors, values, strict=True):
+        """Store one batch at position `start`; NotFiniteError for a NaN or an infinity, which no unit can learn from."""
+        for stored, value in zip(self.tensors, TensorTree(batch).tensors, strict=True):
             stored[start : start + len(value)] = require_finite(value.detach(), "a tensor on the calibration set")
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
-    @property
-    def whole(self) -> Any:
-        """The structure with all samples."""
-        return self.structure(self.tensors)
-
-    def every(self, k: int) -> "TensorTree":
-        """Every k-th sample."""
-        return TensorTree([x[::k] for x in self.tensors], self.template)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(x.nbytes for x in self.tensors)
+    def thinned(self, count: int) -> "TensorTree":
+        """Every k-th sample: `count` of them, or up to twice as many."""
+        return TensorTree(self.structure([x[:: max(1, len(self) // count)] for x in self.tensors]))
 
     def batches(self, size: int, device: torch.device) -> Iterator[Any]:
         """The structure for consecutive samples, `size` at a time."""
         for rows in batches(len(self), size):
             yield self.structure([x[rows.start : rows.stop].to(device) for x in self.tensors])
 
-    def structure(self, tensors: Sequence[Tensor]) -> Any:
-        """The structure around other tensors."""
-        return pytree.tree_map(
-            lambda leaf: tensors[leaf.index] if isinstance(leaf, TensorIndex) else leaf, self.template
-        )
 
-
-@dataclass
+@dataclass(frozen=True)
 class RandomBatches:
     """`iterations` batches of rows drawn without replacement within each pass over the set, in chunks of `chunk` batches."""
 
@@ -146,8 +114,7 @@ class RandomBatches:
     def batches(self) -> Iterator[list[Tensor]]:
         """Batches one by one; all rows each time where there are no more than a batch has."""
         generator = torch.Generator().manual_seed(self.seed)
-        samples = len(self.tensors[0])
-        order = torch.empty(0, dtype=torch.long)
+        samples, order = len(self.tensors[0]), torch.empty(0, dtype=torch.long)
         for _ in range(self.iterations):
             if samples <= self.batch:
                 yield self.tensors

@@ -1,12 +1,12 @@
-"""Capture of units' inputs and outputs while the denoiser runs over the calibration set.
+"""Inputs and outputs of units: captured while the denoiser runs over the calibration set, run again, and replayed.
 
 Inputs are stored as (timesteps, args, kwargs): per-step scales need the timestep of each row.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.units import Unit
-
-Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output of a module
+from tfmq_exp.reconstruction.units import Origin, Unit
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
@@ -27,38 +26,31 @@ class StopForward(Exception):  # noqa: N818 - a signal, not an error
 
 
 @contextmanager
-def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of a block."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def recorded_calls(modules: Mapping[str, nn.Module], *, before: bool = False) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Record (args, kwargs, output) of every module's latest call, by name; without the output, `before` it runs.
 
+    A forward pass stops once all are there. Clear them between passes.
+    """
+    calls: dict[str, tuple[Any, ...]] = {}
 
-@contextmanager
-def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
-    """Record the latest call of every module by name; a forward pass stops once all are there. Clear it between passes."""
-    calls: dict[str, Call] = {}
-
-    def record(name: str, *call: Any) -> None:
+    def record(name: str, call: tuple[Any, ...]) -> None:
         calls[name] = call
         if len(calls) == len(modules):
             raise StopForward
 
-    def hook(name: str) -> Any:
-        return lambda _, args, kwargs, output: record(name, args, kwargs, output)
-
-    with hooks([m.register_forward_hook(hook(name), with_kwargs=True) for name, m in modules.items()]):
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            hooks.enter_context(register(lambda _, *call, _name=name: record(_name, call), with_kwargs=True))
         yield calls
 
 
-@dataclass(frozen=True)
-class UnitActivations:
-    """Outputs of a unit in the float network over the calibration set, and its inputs where they are used."""
+class UnitActivations(NamedTuple):
+    """A unit over the calibration set: inputs by network, as far as captured, and outputs in the float one with their importance."""
 
-    inputs: TensorTree | None
+    inputs: Mapping[Origin, TensorTree]
     outputs: TensorTree
+    importance: TensorTree | None = None
 
 
 @dataclass(frozen=True)
@@ -69,20 +61,20 @@ class Capture:
     batch: int
     storage: SpillAllocator
 
-    def parts(self, network: nn.Module) -> Iterator[tuple[int, CalibrationSet, dict[str, Any]]]:
-        """First index, samples and network inputs of each batch."""
+    def parts(self, network: nn.Module) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        """First index, timesteps and network inputs of each batch."""
         device = next(network.parameters()).device
         for rows in batches(len(self.data), self.batch):
             part = self.data[slice(rows.start, rows.stop)]
-            yield rows.start, part, part.inputs(device)
+            yield rows.start, part.t, part.inputs(device)
 
     @torch.no_grad()
     def forward(self, network: nn.Module) -> Iterator[tuple[int, Tensor]]:
         """Run the network batch by batch; yield the first index and the timesteps of each after its pass."""
-        for start, part, inputs in self.parts(network):
+        for start, t, inputs in self.parts(network):
             with suppress(StopForward):
                 network(**inputs)
-            yield start, part.t
+            yield start, t
 
     def write(self, stored: dict[str, TensorTree], name: str, start: int, value: Any) -> None:
         """Store a batch under a name, with room for all samples."""
@@ -92,16 +84,10 @@ class Capture:
 
     def inputs(self, network: nn.Module, module: nn.Module) -> TensorTree:
         """Inputs of a module while the network runs over the set; each forward pass stops there."""
-        seen: list[Any] = []
         stored: dict[str, TensorTree] = {}
-
-        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((args, kwargs))
-            raise StopForward
-
-        with hooks([module.register_forward_pre_hook(pre_hook, with_kwargs=True)]):
+        with recorded_calls({"inputs": module}, before=True) as calls:
             for start, t in self.forward(network):
-                self.write(stored, "inputs", start, (t, *seen.pop()))
+                self.write(stored, "inputs", start, (t, *calls.pop("inputs")))
         if not stored:
             raise ValueError("there is no calibration data")
         return stored["inputs"]
@@ -119,7 +105,10 @@ class Capture:
                     with within(f"the outputs of {name} in the float network"):
                         self.write(outputs, name, start, output)
                 calls.clear()
-        return {unit.name: UnitActivations(inputs.get(unit.name), outputs[unit.name]) for unit in units}
+        return {
+            name: UnitActivations({"float": inputs[name]} if with_inputs else {}, tree)
+            for name, tree in outputs.items()
+        }
 
     def squared_gradients(
         self, unet: nn.Module, units: Sequence[Unit], generator: torch.Generator
@@ -138,12 +127,11 @@ class Capture:
                 if not leaf.requires_grad:  # it depends on the timestep alone
                     leaf.requires_grad_()
 
-        handles = [m.register_forward_hook(lambda _m, _a, out, name=n: hook(name, out)) for n, m in modules.items()]
-        with hooks(handles), torch.enable_grad():
+        with ExitStack() as hooks, torch.enable_grad():
+            for name, module in modules.items():
+                hooks.enter_context(module.register_forward_hook(lambda _m, _a, out, _name=name: hook(_name, out)))
             for start, _, inputs in self.parts(unet) if modules else ():
-                inputs[
-                    "sample"
-                ].requires_grad_()  # weights are frozen; autograd needs one leaf that requires a gradient
+                inputs["sample"].requires_grad_()  # weights are frozen; autograd needs a leaf that requires a gradient
                 predicted = noise_of(unet(**inputs).sample, inputs["sample"])
                 v = torch.randn(predicted.shape, generator=generator).to(predicted)
                 gradients = iter(torch.autograd.grad(predicted, [x for name in modules for x in outputs[name]], v))
@@ -157,14 +145,7 @@ class Capture:
 
 
 def sample_bytes(unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool) -> dict[str, int]:
-    """Bytes of each unit's outputs for one sample, by the unit's name.
-
-    Args:
-        unet: the float network.
-        units: of it.
-        data: one sample of it is run.
-        with_inputs: add the bytes of the unit's inputs.
-    """
+    """Bytes of each unit's outputs in the float network for the first sample, with those of its inputs if asked for."""
     with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
         list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(unet))
     leaves = {name: pytree.tree_leaves(call if with_inputs else call[-1]) for name, call in calls.items()}
@@ -182,3 +163,66 @@ def groups_within(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
         groups[-1].append(name)
         used += size
     return groups
+
+
+def call_unit(unit: nn.Module, context: TimestepContext, inputs: Any) -> Any:
+    """Outputs of a unit for inputs (timesteps of the rows, args, kwargs).
+
+    The timesteps must be those of the finite set: `reconstruct` has checked them, and no iteration waits for a device to look.
+    """
+    t, args, kwargs = inputs
+    with context.at(t, outside="unchecked"):
+        return unit(*args, **kwargs)
+
+
+@torch.no_grad()
+def run_unit(
+    unit: nn.Module, context: TimestepContext, inputs: TensorTree, batch: int, storage: SpillAllocator
+) -> TensorTree:
+    """Outputs of a unit for all stored inputs, of which there are some.
+
+    Args:
+        unit: module of the network.
+        context: set to the timesteps of each batch.
+        inputs: see `call_unit`.
+        batch: samples of a forward pass.
+        storage: of the outputs.
+    """
+    stored: TensorTree | None = None
+    parts = inputs.batches(batch, next(unit.parameters()).device)
+    for rows, part in zip(batches(len(inputs), batch), parts, strict=True):
+        outputs = call_unit(unit, context, part)
+        stored = stored or TensorTree.like(outputs, len(inputs), storage)
+        stored.write(rows.start, outputs)
+    assert stored is not None
+    return stored
+
+
+class OutputReplay:
+    """Outputs of finished units over the calibration set, which later passes return in place of running them again.
+
+    Without it, capturing the inputs of every unit would run the network's beginning once per unit. Outputs are kept in memory
+    up to a budget in bytes; the oldest go first, and their units then run as usual.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.outputs: dict[nn.Module, TensorTree] = {}
+
+    def add(self, unit: nn.Module, outputs: TensorTree) -> None:
+        """Keep the outputs of a finished unit, for all samples in order."""
+        self.outputs[unit] = outputs
+        while self.outputs and sum(x.nbytes for tree in self.outputs.values() for x in tree.tensors) > self.budget:
+            del self.outputs[next(iter(self.outputs))]
+
+    @contextmanager
+    def active(self, batch: int) -> Iterator[None]:
+        """Replay the outputs, batch by batch, during one pass over the set."""
+        for unit, tree in self.outputs.items():
+            stored = tree.batches(batch, next(unit.parameters()).device)
+            unit.forward = lambda *_args, _stored=stored, **_kwargs: next(_stored)
+        try:
+            yield
+        finally:
+            for unit in self.outputs:
+                del unit.forward

@@ -1,46 +1,104 @@
-"""Context of a phase of a method: networks, data, and the resources that it may use."""
+"""Context of a phase of a method: networks, data, resources, and what saves and follows its results."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator
-from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
 @dataclass(frozen=True)
+class UnitReport:
+    """Effect of learning one unit. Errors are of its outputs, relative to their variance, on part of the calibration set."""
+
+    unit: str
+    kind: str
+    layers: int
+    weights: int
+    error_before: float
+    error_after: float
+    seconds: float
+    peak_mib: float
+
+
+class UnitResult(NamedTuple):
+    """Result of a unit: integer weights by layer, and the state of its activation quantizers by name."""
+
+    integers: Mapping[str, tuple[QuantizedWeight, ...]]
+    activations: Mapping[str, Tensor]
+
+
+class UnitCheckpointer(Protocol):
+    """Saves finished units, so that an interrupted run resumes after the last of them."""
+
+    def get(self, unit: str) -> UnitResult | None: ...
+
+    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None: ...
+
+    def scoped(self, name: str) -> "UnitCheckpointer":
+        """A checkpointer of its own for another pass over the same units."""
+        ...
+
+
+class ProgressCallback(Protocol):
+    """Follows the work of a phase."""
+
+    def on_start(self, units: int) -> None: ...
+
+    def on_progress(self, name: str, done: int, total: int) -> None:
+        """Called during work without units and losses."""
+        ...
+
+    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
+        """Called after iteration `iteration` of `iterations`, from 1, with its loss without the rounding penalty."""
+        ...
+
+    def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
+        """Called after a unit; without a report if an earlier run had finished it."""
+        ...
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
-    """Resources of one process.
+    """Resources of one process."""
 
-    Args:
-        batch: samples of a forward pass.
-        cache_bytes: memory for cached activations of this process.
-        trainer: keyword arguments -> a Lightning trainer.
-        cache_folder: place of activations beyond that (default: the system's temporary folder).
-        processes: ranks that share the work.
-        checkpoint_every: time that a killed training may have to repeat.
-    """
-
-    batch: int
-    cache_bytes: int
-    trainer: Callable[..., pl.Trainer]
-    cache_folder: Path | None = None
-    processes: ProcessGroup = ALONE
-    checkpoint_every: timedelta = timedelta(minutes=5)
+    batch: int  # samples of a forward pass
+    cache_bytes: int  # memory for cached activations of this process
+    trainer: Callable[..., pl.Trainer]  # keyword arguments -> a Lightning trainer
+    cache_folder: Path | None = None  # place of activations beyond that (default: the system's temporary folder)
+    processes: ProcessGroup = ALONE  # ranks that share the work
+    checkpoint_every: timedelta = timedelta(minutes=5)  # time that a killed training may have to repeat
 
     def storage(self, share: int = 1) -> SpillAllocator:
         """An allocator with 1 / `share` of the cache."""
         return SpillAllocator(self.cache_bytes // share, self.cache_folder)
+
+
+@dataclass(frozen=True)
+class ReconstructionContext:
+    """Everything that a phase of a method takes."""
+
+    model: QuantizedUNet  # the network that is being quantized
+    float_unet: nn.Module  # the network whose outputs it learns to return
+    structure: UNetStructure  # layers and blocks of both
+    data: CalibrationSet  # calibration samples
+    compute: ComputeConfig  # resources
+    seed: int  # of all random numbers
+    checkpointer: UnitCheckpointer  # saves finished units
+    progress: ProgressCallback  # follows the work
 
 
 def quiet_trainer(device: torch.device) -> Callable[..., pl.Trainer]:
@@ -56,30 +114,6 @@ def quiet_trainer(device: torch.device) -> Callable[..., pl.Trainer]:
     )
 
 
-@dataclass(frozen=True)
-class ReconstructionContext:
-    """Everything that a phase of a method takes.
-
-    Args:
-        model: the network that is being quantized.
-        float_unet: the network whose outputs it learns to return.
-        structure: layers and blocks of both.
-        data: calibration samples.
-        compute: resources.
-        seed: of all random numbers.
-        checkpointer: saves finished units.
-        progress: follows the work.
-    """
-
-    model: QuantizedUNet
-    float_unet: nn.Module
-    structure: UNetStructure
-    data: CalibrationSet
-    compute: ComputeConfig
-    seed: int
-    checkpointer: UnitCheckpointer
-    progress: ProgressCallback
-
-    def on(self, data: CalibrationSet) -> "ReconstructionContext":
-        """The same with other samples."""
-        return replace(self, data=data)
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

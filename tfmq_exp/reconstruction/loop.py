@@ -1,22 +1,31 @@
 """Reconstruction of a quantized network, unit by unit."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 
-from tfmq_exp.core.finite import relative, within
+from tfmq_exp.core.distributed import concatenated
+from tfmq_exp.core.finite import DivergedError, relative, within
+from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.callbacks import UnitReport, peak_memory_mib
-from tfmq_exp.reconstruction.capture import Capture, UnitActivations, groups_within, sample_bytes
-from tfmq_exp.reconstruction.context import ReconstructionContext
-from tfmq_exp.reconstruction.inputs import Origin
-from tfmq_exp.reconstruction.learning import UnitData, freeze_unit, is_learnable, learn_unit, unit_result
-from tfmq_exp.reconstruction.module import ReconstructionConfig
-from tfmq_exp.reconstruction.replay import OutputReplay, run_unit
-from tfmq_exp.reconstruction.units import Unit
+from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
+from tfmq_exp.reconstruction.capture import (
+    Capture,
+    OutputReplay,
+    UnitActivations,
+    groups_within,
+    run_unit,
+    sample_bytes,
+)
+from tfmq_exp.reconstruction.context import ReconstructionContext, UnitReport, UnitResult, peak_memory_mib
+from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
+from tfmq_exp.reconstruction.units import Origin, Unit
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 ERROR_SAMPLES = 128  # a unit's error is measured on every k-th sample: so many, or up to twice as many
 
@@ -37,24 +46,27 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
 
     Raises:
         ValueError: data at a timestep outside the finite set.
+        DivergedError: a loss or a learned number is not finite.
     """
     model, compute = context.model, context.compute
     model.context.require(context.data.t.unique().tolist())
     remaining = restore_finished(context, [unit for unit in units if is_learnable(model, unit, config)], config)
     storage, replay = compute.storage(4), OutputReplay(compute.cache_bytes // 4)
-    for unit, activations, importance in capture_float_units(context, remaining, config):
-        start = time.perf_counter()
-        inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs)
+    for unit, activations in capture_float_units(context, remaining, config):
+        start, module = time.perf_counter(), unit.module(model.unet)
+        inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs.get("float"))
         if captured := unit.driver == "denoiser" and "quantized" in inputs:
-            inputs["quantized"] = quantized_inputs(context, unit, replay, storage)
-        data = UnitData(inputs, activations.outputs, importance)
+            with replay.active(compute.batch), within(f"the inputs of {unit.name} in the quantized network"):
+                inputs["quantized"] = Capture(context.data, compute.batch, storage).inputs(model, module)
+        activations = activations._replace(inputs=inputs)
         rounded = modes(model.weight_quantizers(unit.sites) if config.rounding else (), Mode.QUANTIZE)
         with rounded, within(f"the quantized unit {unit.name}"):
-            error_before = unit_error(context, unit, data)
-            learn_unit(context, unit, data, config)
-        if config.rounding:
-            freeze_unit(model, unit)
-        error_after = unit_error(context, unit, data, replay if captured else None)
+            error_before = unit_error(context, unit, activations)
+            learn_unit(context, unit, activations, config)
+        for site in unit.sites:
+            if config.rounding and site in model.weight_layers():
+                model.freeze(site)
+        error_after = unit_error(context, unit, activations, replay if captured else None)
         storage.clear()
         weights = sum(context.structure.sites[site].weights for site in unit.sites)
         size = (unit.name, unit.kind.value, len(unit.sites), weights)
@@ -63,19 +75,40 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
         context.progress.on_unit_end(unit.name, report)
 
 
+def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> dict[str, AffineQuantizer]:
+    """Activation quantizers of a unit that the config learns."""
+    found = model.activation_quantizers_in(unit.name, unit.sites) if config.scales else {}
+    return {name: quantizer for name, quantizer in found.items() if any(True for _ in quantizer.source.trainable())}
+
+
+def is_learnable(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> bool:
+    """Whether a unit has weights or scales that the config learns."""
+    weights = set(unit.sites).intersection(model.weight_layers()) if config.rounding else set()
+    return bool(weights or quantizers_of(model, unit, config))
+
+
+def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> UnitResult:
+    """Learned integer weights and activation quantizers of a unit, for its checkpoint."""
+    activations = {
+        f"{name}.{key}": value.detach().clone()
+        for name, quantizer in quantizers_of(model, unit, config).items()
+        for key, value in quantizer.state_dict().items()
+    }
+    integers = model.integers if config.rounding else {}
+    return UnitResult({site: integers[site] for site in unit.sites if site in integers}, activations)
+
+
 def restore_finished(
     context: ReconstructionContext, units: Sequence[Unit], config: ReconstructionConfig
 ) -> Sequence[Unit]:
     """Restore the leading units that were saved, calibrate the weights of the others, and return these."""
     model, count = context.model, 0
     context.progress.on_start(len(units))
-    for unit in units:
-        if (result := context.checkpointer.get(unit.name)) is None:
-            break
+    while count < len(units) and (result := context.checkpointer.get(units[count].name)) is not None:
         for site, integers in result.integers.items():
             model.freeze(site, integers)
         model.load_activations(result.activations)
-        context.progress.on_unit_end(unit.name, None)
+        context.progress.on_unit_end(units[count].name, None)
         count += 1
     if config.rounding:
         model.calibrate_weights()
@@ -84,74 +117,95 @@ def restore_finished(
 
 def capture_float_units(
     context: ReconstructionContext, units: Sequence[Unit], config: ReconstructionConfig
-) -> Iterator[tuple[Unit, UnitActivations, TensorTree | None]]:
-    """Each unit with its activations in the float network and the importance of its outputs.
-
-    One pass over the data captures as many units as fit into half of the cache.
-    """
+) -> Iterator[tuple[Unit, UnitActivations]]:
+    """Each unit with its activations in the float network; one pass captures as many units as fit into half of the cache."""
     unet, data, compute = context.float_unet, context.data, context.compute
     with_inputs, capture = "float" in config.inputs.origins, Capture(data, compute.batch, compute.storage(2))
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     sizes = sample_bytes(unet, list(driven.values()), data, with_inputs=with_inputs)
     groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.budget)
     activations: dict[str, UnitActivations] = {}
-    importance: dict[str, TensorTree] = {}
     for unit in units:
-        if unit.driver == "timesteps":
-            yield unit, timestep_activations(context, unit), None
+        if unit.driver == "timesteps":  # one row for each of them
+            t = torch.tensor(context.model.context.timesteps)
+            with torch.no_grad():
+                outputs = unit.module(unet)(t.to(next(unet.parameters()).device))
+            yield unit, UnitActivations({"float": TensorTree((t, (t,), {}))}, TensorTree(outputs))
             continue
         if unit.name not in activations:
             capture.storage.clear()
             group = [driven[name] for names in groups if unit.name in names for name in names]
             activations = capture.activations(unet, group, with_inputs=with_inputs)
-            importance = dict(config.objective.importance(unet, group, capture))
-        yield unit, activations.pop(unit.name), importance.pop(unit.name, None)
+            for name, importance in config.objective.importance(unet, group, capture).items():
+                activations[name] = activations[name]._replace(importance=importance)
+        yield unit, activations.pop(unit.name)
 
 
-@torch.no_grad()
-def timestep_activations(context: ReconstructionContext, unit: Unit) -> UnitActivations:
-    """Activations of a float unit that the sampler's timesteps drive: one row per timestep."""
-    t = torch.tensor(context.model.context.timesteps)
-    outputs = unit.module(context.float_unet)(t.to(next(context.float_unet.parameters()).device))
-    return UnitActivations(TensorTree.of((t, (t,), {})), TensorTree.of(outputs))
+def learn_unit(
+    context: ReconstructionContext, unit: Unit, activations: UnitActivations, config: ReconstructionConfig
+) -> None:
+    """Learn one unit of the quantized network, whose earlier units are learned; its weights end rounded up or down."""
+    model, seed, processes = context.model, derive_seed(context.seed, unit.name), context.compute.processes
+    module, device = unit.module(model.unet), next(model.parameters()).device
+    importance = activations.importance.whole if activations.importance else None
+    captured = {origin: tree.whole for origin, tree in activations.inputs.items()}
+    samples = TensorTree({"inputs": captured, "targets": activations.outputs.whole, "importance": importance})
+    roundings = [rounding for site in unit.sites for rounding in model.learn_rounding(site)] if config.rounding else []
+    sources = [quantizer.source for quantizer in quantizers_of(model, unit, config).values()]
+    task = BlockReconstruction(
+        module, model.context, roundings, sources, samples.structure, config, seed=seed, processes=processes
+    )
+
+    def set_training(training: bool) -> None:
+        """Let scales learn, with their dropout."""
+        for source in sources:
+            source.train(training)
+        for parameter in task.scale_parameters:
+            parameter.requires_grad_(training)
+
+    def report_loss(*_: Any) -> None:
+        loss = float(task.error)
+        if not math.isfinite(loss):
+            raise diverged(loss)
+        context.progress.on_iteration_end(unit.name, task.iteration, config.iterations, loss)
+
+    def diverged(loss: float) -> DivergedError:
+        return DivergedError(f"the unit {unit.name}", task.iteration, config.iterations, loss, config.learning_rates)
+
+    batches = RandomBatches(samples.tensors, config.batch, config.iterations, seed)
+    trainer = context.compute.trainer(max_epochs=1, callbacks=[LambdaCallback(on_train_batch_end=report_loss)])
+    quantizers = list(model.activation_quantizers_in(unit.name, unit.sites).values())
+    with torch.enable_grad(), torch.random.fork_rng(), config.inputs.learning_context(quantizers):
+        torch.manual_seed(seed)
+        set_training(True)
+        trainer.fit(task, batches)
+        set_training(False)
+    module.to(device)
+    learned = concatenated([x.detach() for x in task.learned])
+    processes.check_same(f"what {unit.name} has learned", learned)
+    if not bool(learned.isfinite().all()):  # a NaN would be rounded down like any other number
+        raise diverged(math.nan)
+    for rounding in roundings:
+        rounding.harden()
 
 
-def quantized_inputs(
-    context: ReconstructionContext, unit: Unit, replay: OutputReplay, storage: SpillAllocator
-) -> TensorTree:
-    """Inputs of a unit in the network whose earlier units are quantized."""
-    model, batch = context.model, context.compute.batch
-    with replay.active(batch), within(f"the inputs of {unit.name} in the quantized network"):
-        return Capture(context.data, batch, storage).inputs(model, unit.module(model.unet))
+def unit_error(
+    context: ReconstructionContext, unit: Unit, activations: UnitActivations, replay: OutputReplay | None = None
+) -> float:
+    """Mean squared error of the quantized unit's outputs over their variance, averaged over the outputs, on some samples.
 
-
-def unit_error(context: ReconstructionContext, unit: Unit, data: UnitData, replay: OutputReplay | None = None) -> float:
-    """Relative error of the quantized unit's outputs on part of the samples.
-
-    Args:
-        context: networks and resources.
-        unit: the unit.
-        data: its inputs and the float unit's outputs for all calibration samples.
-        replay: if given, the unit runs on all samples, and its outputs are kept there.
+    With `replay`, the unit runs on all samples, and its outputs are kept there.
     """
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
-    inputs = next(iter(data.inputs.values()))
-    inputs = inputs if replay else every_kth(inputs)
+    inputs = next(iter(activations.inputs.values()))
+    inputs = inputs if replay else inputs.thinned(ERROR_SAMPLES)
     outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4 if replay else 1))
     if replay:
         replay.add(module, outputs)
-        outputs = every_kth(outputs)
-    return relative_error(outputs, every_kth(data.targets))
-
-
-def every_kth(tree: TensorTree) -> TensorTree:
-    """The samples that errors are measured on."""
-    return tree.every(max(1, len(tree) // ERROR_SAMPLES))
-
-
-def relative_error(outputs: TensorTree, targets: TensorTree) -> float:
-    """Mean squared error of the outputs over their variance, averaged over the outputs."""
-    pairs = [(x, y.to(x)) for x, y in zip(outputs.tensors, targets.tensors, strict=True)]
+        outputs = outputs.thinned(ERROR_SAMPLES)
+    pairs = [
+        (x, y.to(x)) for x, y in zip(outputs.tensors, activations.outputs.thinned(ERROR_SAMPLES).tensors, strict=True)
+    ]
     sizes = [((x - y).square().mean(), y.var(correction=0)) for x, y in pairs]
     errors = [float(relative(*size, "the outputs of a unit")) for size in sizes]
     return sum(errors) / len(errors)

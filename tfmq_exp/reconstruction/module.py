@@ -1,7 +1,7 @@
 """The LightningModule that reconstructs a unit: its rounding, its activation scales, or both."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,16 @@ from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_o
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.inputs import UnitInputs
+from tfmq_exp.reconstruction.capture import call_unit
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
-from tfmq_exp.reconstruction.replay import call_unit
+from tfmq_exp.reconstruction.units import UnitInputs
 
 
 @dataclass(frozen=True)
 class LearnRounding:
-    """Learning of the rounding of weights by AdaRound (arXiv 2004.10568).
+    """Learning of the rounding of weights by AdaRound (arXiv 2004.10568): Adam on the rounding variables V.
 
-    Args:
-        learning_rate: of Adam on the rounding variables V.
-        penalty_weight: weight of AdaRound's penalty against the output error.
-        annealing: the penalty's exponent over the iterations.
+    `penalty_weight` is that of AdaRound's penalty against the output error, `annealing` the penalty's exponent.
     """
 
     learning_rate: float
@@ -48,32 +45,19 @@ class LearnScales:
     def __post_init__(self) -> None:
         check_fields(self, learning_rate=RATE)
 
-    def learning_rate_at(self, share: float) -> float:
-        """Learning rate after a share of the iterations."""
-        return self.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
-
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """Hyperparameters of the reconstruction of a unit. The papers' numbers are in conf/.
+    """Hyperparameters of the reconstruction of a unit. The papers' numbers are in conf/."""
 
-    Args:
-        iterations: optimiser steps per unit.
-        batch: samples per step.
-        objective: error of the unit's outputs.
-        inputs: networks whose inputs it learns on.
-        rounding: how the rounding of weights is learned, if it is.
-        scales: how activation scales are learned, if they are.
-        parts: microbatches of a batch, which processes share. Results depend on their number in the last bits, and not on
-            the number of processes.
-    """
-
-    iterations: int
-    batch: int
-    objective: Objective
-    inputs: UnitInputs
-    rounding: LearnRounding | None = None
-    scales: LearnScales | None = None
+    iterations: int  # optimiser steps per unit
+    batch: int  # samples per step
+    objective: Objective  # error of the unit's outputs
+    inputs: UnitInputs  # networks whose inputs it learns on
+    rounding: LearnRounding | None = None  # how the rounding of weights is learned, if it is
+    scales: LearnScales | None = None  # how activation scales are learned, if they are
+    # microbatches of a batch, which processes share. Results depend on their number in the last bits, and not on the
+    # number of processes.
     parts: int = 1
 
     def __post_init__(self) -> None:
@@ -123,9 +107,11 @@ class BlockReconstruction(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.unit, self.context, self.arrange, self.config = unit, context, arrange, config
-        self.rounding_parameters = [rounding.v for rounding in roundings]
-        self.scale_parameters = unique(p for s in sources for p in s.trainable()) if config.scales else []
         self.roundings, self.sources, self.seed, self.processes = roundings, sources, seed, processes
+        self.rounding_parameters = [rounding.v for rounding in roundings]
+        # tied quantizers share their parameters
+        self.scale_parameters = list(dict.fromkeys(p for s in sources for p in s.trainable())) if config.scales else []
+        self.learned = list(dict.fromkeys([*self.rounding_parameters, *self.scale_parameters]))
         self.iteration = 0  # iterations so far
         self.error = torch.zeros(())  # of the last batch, without the penalty
 
@@ -138,7 +124,8 @@ class BlockReconstruction(pl.LightningModule):
         """One iteration."""
         for group in optimizer.param_groups:
             if self.config.scales and group["scales"]:
-                group["lr"] = self.config.scales.learning_rate_at(self.iteration / self.config.iterations)
+                share = self.iteration / self.config.iterations
+                group["lr"] = self.config.scales.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
         self.iteration += 1
         self.set_gradients(batch)
         optimizer.step()
@@ -147,7 +134,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def set_gradients(self, batch: list[Tensor]) -> None:
         """Set the gradients of the error, summed over microbatches, and of the penalty, added to those of the first."""
-        learned, rows = self.learned(), len(batch[0])
+        rows = len(batch[0])
         count = min(self.config.parts, rows)
 
         def compute(index: int) -> list[Tensor]:
@@ -155,17 +142,17 @@ class BlockReconstruction(pl.LightningModule):
             microbatch = [x.tensor_split(count)[index] for x in batch]
             error = self.loss(microbatch) * (len(microbatch[0]) / rows)
             penalty = self.penalty() if index == 0 else 0.0
-            return [*torch.autograd.grad(error + penalty, learned, materialize_grads=True), error.detach()]
+            return [*torch.autograd.grad(error + penalty, self.learned, materialize_grads=True), error.detach()]
 
-        self.error = set_gradients(learned, count, self.processes, compute)
+        self.error = set_gradients(self.learned, count, self.processes, compute)
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         """Error of the outputs for some rows, without the penalty."""
         data = self.arrange(batch)
-        outputs = call_unit(self.unit, self.context, self.config.inputs.combine(data["inputs"]))
+        outputs = pytree.tree_leaves(call_unit(self.unit, self.context, self.config.inputs.combine(data["inputs"])))
         targets = pytree.tree_leaves(data["targets"])
         importance = [None] * len(targets) if data["importance"] is None else pytree.tree_leaves(data["importance"])
-        triples = zip(pytree.tree_leaves(outputs), targets, importance, strict=True)
+        triples = zip(outputs, targets, importance, strict=True)
         return torch.stack([self.config.objective.loss(*triple) for triple in triples]).sum()
 
     def penalty(self) -> Tensor | float:
@@ -176,22 +163,12 @@ class BlockReconstruction(pl.LightningModule):
         h = torch.cat([rounding.h.flatten() for rounding in self.roundings])
         return rounding.penalty_weight * rounding_penalty(h, rounding.annealing.beta(self.iteration, iterations))
 
-    def learned(self) -> list[nn.Parameter]:
-        """All parameters that are learned."""
-        return unique([*self.rounding_parameters, *self.scale_parameters])
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, with a learning rate for the rounding variables and one for the parameters of scales."""
-        groups: list[dict[str, Any]] = []
-        if self.config.rounding and self.rounding_parameters:
-            rate = self.config.rounding.learning_rate
-            groups.append({"params": self.rounding_parameters, "lr": rate, "scales": False})
-        if self.config.scales and self.sources:
-            rate = self.config.scales.learning_rate
-            groups.append({"params": self.scale_parameters, "lr": rate, "scales": True})
+        parts = (self.config.rounding, self.rounding_parameters), (self.config.scales, self.scale_parameters)
+        groups = [
+            {"params": parameters, "lr": how.learning_rate, "scales": how is self.config.scales}
+            for how, parameters in parts
+            if how and parameters
+        ]
         return torch.optim.Adam(groups, fused=True)
-
-
-def unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters without repetition: tied quantizers share theirs."""
-    return list(dict.fromkeys(parameters))

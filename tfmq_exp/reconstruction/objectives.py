@@ -12,48 +12,29 @@ from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.units import Unit
 
+Values = Float[Tensor, "batch *rest"]
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 
 
-def lp_loss(
-    prediction: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"], p: float, dim: int = 1
-) -> Float[Tensor, ""]:
-    """|prediction - target|^p summed over the channels, averaged over everything else.
-
-    Args:
-        prediction: outputs of the quantized unit.
-        target: outputs of the float unit.
-        p: exponent, above 0.
-        dim: dimension of the channels, see `channel_dim`.
-    """
-    error = prediction - target
-    power = error.square() if p == 2 else error.abs().pow(p)
-    return power.mean() * target.shape[dim]
-
-
-def channel_dim(x: Tensor) -> int:
-    """Dimension of the channels: 1 for feature maps and features, the last one for tokens.
-
-    The releases sum over dimension 1 of tokens too, which ties the balance of the two terms to the resolution.
-    """
-    return 2 if x.dim() == 3 else 1
-
-
 class Objective:
-    """Error of one output of a unit, with an optional weight for each element."""
+    """Error of one output of a unit, |error|^p, with an optional weight for each element."""
+
+    p: float = 2.0
 
     def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
         """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
         return {}
 
-    def loss(
-        self,
-        prediction: Float[Tensor, "batch *rest"],
-        target: Float[Tensor, "batch *rest"],
-        importance: Float[Tensor, "batch *rest"] | None,
-    ) -> Float[Tensor, ""]:
-        """Error summed over channels, averaged over everything else."""
-        raise NotImplementedError
+    def loss(self, prediction: Values, target: Values, importance: Values | None) -> Float[Tensor, ""]:
+        """Error summed over channels, averaged over everything else.
+
+        Channels are dimension 1 of feature maps and features, the last one of tokens. The releases sum over dimension 1 of
+        tokens too, which ties the balance of the two terms to the resolution.
+        """
+        error = prediction - target
+        power = error.square() if self.p == 2 else error.abs().pow(self.p)
+        weighted = power if importance is None else power * importance
+        return weighted.mean() * target.shape[2 if target.dim() == 3 else 1]
 
 
 @dataclass(frozen=True)
@@ -65,19 +46,15 @@ class Lp(Objective):
     def __post_init__(self) -> None:
         check_fields(self, p=POWER)
 
-    def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
-        return lp_loss(prediction, target, self.p, channel_dim(target))
-
 
 @dataclass(frozen=True)
 class Fisher(Objective):
     """Squared error weighted by the diagonal of the Fisher information at the unit's output (BRECQ, arXiv 2102.05426, eq. 10).
 
-    A denoiser's likelihood is Gaussian around the predicted noise, so labels drawn from the model are that noise plus
-    standard normal v, and the gradient of the loss is J^T v with J the Jacobian from the unit's output to the
-    prediction: its square has the expectation diag(J^T J). One draw per calibration sample. The release takes a softmax
-    over the outputs instead, which means nothing for noise, and adds 1. Weights are scaled to a mean of 1 per unit, so that
-    the balance with the rounding penalty stays what it is without them. A unit that is driven by timesteps alone has none.
+    A denoiser's likelihood is Gaussian around the predicted noise: labels drawn from the model are that noise plus standard
+    normal v, and the gradient of the loss is J^T v with J the Jacobian from the unit's output to the prediction, whose square
+    has the expectation diag(J^T J). One draw per sample. The release takes a softmax over the outputs, which means nothing for
+    noise, and adds 1. A mean of 1 per unit keeps the balance with the rounding penalty. Units of timesteps alone have none.
     """
 
     seed: int = 0
@@ -87,11 +64,6 @@ class Fisher(Objective):
 
     def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
         return capture.squared_gradients(unet, units, torch.Generator().manual_seed(self.seed))
-
-    def loss(self, prediction: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
-        squared = (prediction - target).square()
-        weighted = squared if importance is None else squared * importance
-        return weighted.mean() * target.shape[channel_dim(target)]
 
 
 @dataclass(frozen=True)

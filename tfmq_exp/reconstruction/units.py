@@ -1,30 +1,32 @@
-"""Units of reconstruction, and partitions of a network into them."""
+"""Units of reconstruction: partitions of a network into them, and the inputs that they learn on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from operator import methodcaller
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from tfmq_exp.core.validate import SHARE, check_fields
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Kind, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
+from tfmq_exp.quant.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the network that is reconstructed as a whole.
-
-    Args:
-        sites: names of the layers whose rounding it learns. A unit may run layers that it does not learn.
-        driver: source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone.
-        module: network -> the unit's module in it (in the float one for targets, in the quantized one for learning).
-    """
+    """A part of the network that is reconstructed as a whole."""
 
     name: str
     kind: Kind
-    sites: tuple[str, ...]
+    sites: tuple[str, ...]  # layers whose rounding it learns; it may run others
+    # source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone
     driver: Literal["denoiser", "timesteps"]
+    # network -> the unit's module in it (in the float one for targets, in the quantized one for learning)
     module: Callable[[nn.Module], nn.Module]
 
 
@@ -37,11 +39,12 @@ class Blockwise:
     """Every block with all its layers, in execution order (BRECQ): an embedding projection is learned inside its block."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        units: list[Unit] = []
-        for block in structure.blocks:
-            if sites := tuple(site for site in block.sites if site in learnable):
-                units.append(Unit(block.name, block.kind, sites, "denoiser", methodcaller("get_submodule", block.name)))
-        return units
+        parts = [(block, tuple(site for site in block.sites if site in learnable)) for block in structure.blocks]
+        return [
+            Unit(block.name, block.kind, sites, "denoiser", methodcaller("get_submodule", block.name))
+            for block, sites in parts
+            if sites
+        ]
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,83 @@ class TemporalAware:
     """
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        def module(unet: nn.Module) -> nn.Module:
-            return TemporalInformationBlock(unet, structure)
-
         temporal = tuple(site for site in structure.temporal_sites if site in learnable)
-        first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", module)
+        block = partial(TemporalInformationBlock, structure=structure)
+        first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", block)
         return [*([first] if temporal else []), *TemporalFrozen()(structure, learnable)]
+
+
+@dataclass(frozen=True)
+class SingleUnit:
+    """One unit of a partition, for `debug=overfit`; all other layers stay float, so the network is not finished."""
+
+    partition: Partition  # cuts the network into units
+    unit: str | None = None  # name of the one; None: the one with the most layers, the first of them
+
+    def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
+        """The unit by itself; ValueError where there is none of that name."""
+        units = self.partition(structure, learnable)
+        if self.unit is None:
+            return [max(units, key=lambda unit: len(unit.sites))]
+        if chosen := [unit for unit in units if unit.name == self.unit]:
+            return chosen
+        raise ValueError(f"unit must be one of {', '.join(unit.name for unit in units)}, got {self.unit!r}")
+
+
+Origin = Literal["quantized", "float"]
+
+
+class UnitInputs:
+    """A choice of inputs: the networks in which they are captured, and how their batches become one."""
+
+    origins: ClassVar[tuple[Origin, ...]]
+
+    def combine(self, captured: Mapping[Origin, Any]) -> Any:
+        """One batch of inputs from those captured in each network."""
+        return captured[self.origins[0]]
+
+    def learning_context(self, quantizers: Sequence[Quantizer]) -> AbstractContextManager[None]:
+        """Context in which a unit with these activation quantizers learns."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class QuantizedInputs(UnitInputs):
+    """Inputs of the unit in the quantized network, so that it learns to repair the errors of earlier units."""
+
+    origins = ("quantized",)
+
+
+@dataclass(frozen=True)
+class FloatInputs(UnitInputs):
+    """Inputs of the unit in the float network, captured for many units in one pass (Q-Diffusion's learning of scales)."""
+
+    origins = ("float",)
+
+
+@dataclass(frozen=True)
+class MixedInputs(UnitInputs):
+    """QDrop (arXiv 2203.05740): elements of inputs, and of activations inside the unit, are quantized at random."""
+
+    quant_prob: float = 0.5  # probability that an element is quantized, 0 to 1 (the release calls it `drop_prob`)
+    origins = ("quantized", "float")
+
+    def __post_init__(self) -> None:
+        check_fields(self, quant_prob=SHARE)
+
+    def combine(self, captured: Mapping[Origin, Any]) -> Any:
+        return pytree.tree_map(self.mix, captured["quantized"], captured["float"])
+
+    @contextmanager
+    def learning_context(self, quantizers: Sequence[Quantizer]) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for quantizer in quantizers:
+                hook = quantizer.register_forward_hook(lambda _, args, output: self.mix(output, args[0]))
+                hooks.enter_context(hook)
+            yield
+
+    def mix(self, quantized: Any, original: Any) -> Any:
+        """Draw each element from one of two tensors; constants and integers (timesteps) are the same in both."""
+        if not (isinstance(quantized, Tensor) and quantized.is_floating_point()):
+            return quantized
+        return torch.where(torch.rand_like(quantized) < self.quant_prob, quantized, original)

@@ -20,13 +20,10 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampler, conditions, and how the noise is predicted.
+    """Sampler, conditions of the images, and how the noise is predicted.
 
-    Args:
-        sampler: timesteps and moves.
-        conditioning: condition of image i.
-        guidance: scale of classifier-free guidance (arXiv 2207.12598) as LDM and Stable Diffusion count it: 1 is none.
-        precision: of the network's products, by torch's autocast; the sampler itself works in float32.
+    `guidance` is the scale of classifier-free guidance (arXiv 2207.12598) as LDM and Stable Diffusion count it, 1 for none;
+    `precision` that of the network's products, by torch's autocast: the sampler itself works in float32.
     """
 
     sampler: Sampler
@@ -58,13 +55,7 @@ class Sampling:
         return replace(self, sampler=replace(sampler, num_inference_steps=num_inference_steps))
 
     def conditions(self, denoiser: Denoiser, seed: int, stream: str, indices: Sequence[int]) -> Conditions:
-        """Conditions of images of a stream, on the network's device.
-
-        Args:
-            denoiser: whose encoder makes them.
-            seed: of the choice of labels or captions.
-            stream: name of the random stream; images of different streams are independent.
-            indices: of the images in the stream.
+        """Conditions of images `indices` of a random stream, on the network's device; streams are independent.
 
         Raises:
             ValueError: guidance of a network that knows no unconditional mode, or a condition that is not finite.
@@ -103,7 +94,7 @@ class Sampling:
     def trajectory(
         self, predict: Predict, denoiser: Denoiser, *, seed: int, stream: str, indices: Sequence[int]
     ) -> Iterator[Step]:
-        """Denoise images `indices` of a stream, step by step, see `tfmq_exp.sampling.sampler.trajectory`.
+        """Denoise images of a stream, step by step, see `tfmq_exp.sampling.sampler.trajectory`.
 
         Args:
             predict: the network's prediction after guidance.
@@ -115,14 +106,10 @@ class Sampling:
         generators = image_generators(seed, stream, indices)
         x = initial_noise(generators, denoiser.sample_shape, denoiser.device)
         conditions = self.conditions(denoiser, seed, stream, indices)
-        steps = trajectory(predict, self.sampler, denoiser.schedule, x, generators, conditions)
-        return explained(steps) if self.precision == "float16" else steps
-
-
-def explained(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps of a trajectory in float16, whose largest number is 65504, with advice in the error of an overflow."""
-    try:
-        yield from steps
-    except NotFiniteError as error:
-        advice = "float16 overflows early: set model.sampling.precision to bfloat16 or float32"
-        raise NotFiniteError(f"{error}; {advice}") from error
+        try:
+            yield from trajectory(predict, self.sampler, denoiser.schedule, x, generators, conditions)
+        except NotFiniteError as error:
+            if self.precision != "float16":
+                raise
+            advice = "float16 overflows early: set model.sampling.precision to bfloat16 or float32"
+            raise NotFiniteError(f"{error}; {advice}") from error

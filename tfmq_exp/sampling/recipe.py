@@ -13,22 +13,14 @@ from torch import Tensor, nn
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import whole
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.denoisers.loading.scheduler_config import MOST_TIMESTEPS
+from tfmq_exp.denoisers.loading.scheduler_config import check_count
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Sampler, trajectory
-from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
+from tfmq_exp.sampling.sampler import trajectory
+from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
 from tfmq_exp.sampling.scheduler import Scheduler
 
 LARGEST = 2**16  # channels, or pixels of a side
 SAMPLERS: dict[str, Any] = {kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler)}
-
-
-def at_most(most: int, value: Any) -> int:
-    """The value; ValueError if it is no whole number from 1 to `most`."""
-    if not whole(value) or not 1 <= value <= most:
-        raise ValueError(f"expected a whole number from 1 to {most}, got {value!r}")
-    return value
 
 
 def required_conditions(network: nn.Module) -> list[str]:
@@ -40,13 +32,7 @@ def required_conditions(network: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of sampling without the network and its conditions.
-
-    Args:
-        sampling: sampler, guidance and precision, without conditions.
-        schedule: noise schedule of the network's training.
-        shape: channels, height and width of a sample.
-    """
+    """Sampling without its conditions, the noise schedule of the network's training, and the shape of a sample (C, H, W)."""
 
     sampling: Sampling
     schedule: Mapping[str, Any]
@@ -60,18 +46,13 @@ class Recipe:
         plain = Sampling(sampling.sampler, guidance=sampling.guidance, precision=sampling.precision)
         return cls(plain, denoiser.schedule, denoiser.sample_shape)
 
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler of `sampling`."""
-        return self.sampling.sampler
-
     def with_steps(self, num_inference_steps: int) -> "Recipe":
         """The same with another number of steps."""
         return dataclasses.replace(self, sampling=self.sampling.with_steps(num_inference_steps))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        sampler: Any = self.sampler
+        sampler: Any = self.sampling.sampler
         return {
             "sampler": type(sampler).__name__,
             "settings": dataclasses.asdict(sampler),
@@ -90,14 +71,16 @@ class Recipe:
                 raise ValueError(f"unknown sampler {kind!r}; known: {', '.join(SAMPLERS)}")
             sampler = SAMPLERS[kind](**data["settings"])
             sampling = Sampling(sampler, guidance=data["guidance"], precision=data["precision"])
-            channels, height, width = (at_most(LARGEST, size) for size in data["shape"])
+            channels, height, width = data["shape"]
+            for size in (channels, height, width):
+                if not whole(size) or not 1 <= size <= LARGEST:
+                    raise ValueError(f"expected a whole number from 1 to {LARGEST}, got {size!r}")
             schedule = dict(data["schedule"])
-            at_most(MOST_TIMESTEPS, schedule["num_train_timesteps"])
-            recipe = cls(sampling, schedule, (channels, height, width))
-            recipe.sampler.calls(recipe.schedule)
+            check_count(schedule["num_train_timesteps"])
+            sampler.calls(schedule)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no sampling recipe: {type(error).__name__} {error}") from error
-        return recipe
+        return cls(sampling, schedule, (channels, height, width))
 
     @torch.no_grad()
     def images(
@@ -123,10 +106,9 @@ class Recipe:
         """
         if conditions is None and (missing := required_conditions(network)):
             raise ValueError(f"this network is conditioned: give conditions= with {', '.join(missing)} of each image")
-        device = next(network.parameters()).device
-        generators = image_generators(seed, stream, indices)
-        x = initial_noise(generators, self.shape, device)
-        given = (conditions or Conditions()).to(device)
-        for step in trajectory(self.sampling.predictor(network), self.sampler, self.schedule, x, generators, given):
+        device, generators = next(network.parameters()).device, image_generators(seed, stream, indices)
+        x, given = initial_noise(generators, self.shape, device), (conditions or Conditions()).to(device)
+        predict, sampler = self.sampling.predictor(network), self.sampling.sampler
+        for step in trajectory(predict, sampler, self.schedule, x, generators, given):
             x = step.x_next
         return x

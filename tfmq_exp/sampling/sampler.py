@@ -1,31 +1,28 @@
-"""The sampling loop, and the protocol of the samplers that it takes."""
+"""The sampling loop, the protocol of its samplers, noise schedules of training, and the timesteps that a sampler visits."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.denoisers.denoiser import Conditions
 
+Spacing = Literal["uniform", "quadratic"]
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, t of every row, conditions) -> noise
 Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, eps, x, generators) -> next x
 
 
 class Moves(NamedTuple):
-    """Update rule of a sampler for one trajectory.
+    """Update rule of a sampler for one trajectory."""
 
-    Args:
-        move: from one x to the next.
-        input: (call, x) -> the network's input, which some samplers scale.
-        sigma: standard deviation of the noise that the trajectory starts from.
-    """
-
-    move: Move
+    move: Move  # from one x to the next
+    # (call, x) -> the network's input, which some samplers scale
     input: Callable[[int, Tensor], Tensor] = lambda call, x: x
-    sigma: float = 1.0
+    sigma: float = 1.0  # standard deviation of the noise that the trajectory starts from
 
 
 class Step(NamedTuple):
@@ -91,3 +88,62 @@ def trajectory(
         x = moves.move(index, eps, x, generators)
         require_finite(x, f"what the sampler makes of the network's output at step {index + 1}, timestep {t}")
         yield Step(index, t, given, eps, x)
+
+
+def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
+    """alpha-bar of every training timestep, in double precision as LDM computes it; ValueError for an unknown schedule.
+
+    `linear`; `scaled_linear`, which is linear in the square root of beta (LDM's "linear"); `squaredcos_cap_v2`, the cosine of
+    improved diffusion (arXiv 2102.09672, eq. 17), which has no start and end; or `trained_betas` in place of all settings.
+    """
+    if schedule.get("rescale_betas_zero_snr"):
+        raise ValueError("rescale_betas_zero_snr=True is not supported here, but by sampler=folder and dpm_solver")
+    count, kind = int(schedule["num_train_timesteps"]), schedule["beta_schedule"]
+    start, end = float(schedule["beta_start"]), float(schedule["beta_end"])
+    if (trained := schedule.get("trained_betas")) is not None:
+        betas = torch.tensor(trained, dtype=torch.float64)
+    elif kind == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float64)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
+    elif kind == "squaredcos_cap_v2":
+        time = torch.arange(count + 1, dtype=torch.float64) / count
+        kept = ((time + 0.008) / 1.008 * math.pi / 2).cos().square()
+        betas = (1 - kept[1:] / kept[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, got {kind!r}")
+    return (1 - betas).cumprod(0)
+
+
+def require_noise_prediction(schedule: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, beginning with `name`, for a schedule whose `prediction_type` is not epsilon (the default)."""
+    if (kind := schedule.get("prediction_type", "epsilon")) != "epsilon":
+        raise ValueError(f"{name} takes networks that predict noise; the folder's scheduler has prediction_type={kind}")
+
+
+def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int, ...]:
+    """Timesteps of `train` in the order of sampling, from the noisiest, each with `offset` added (1 in LDM, 0 in DDIM).
+
+    `uniform`: 0, c, 2c, ... below `train` with c = train // steps, which are more than `steps` where `steps` does not divide
+    `train` (400 of 1000 become 500, as in LDM). `quadratic`: the squares of `steps` equal parts of sqrt(0.8 train), rounded
+    down; some come more than once.
+
+    Raises:
+        ValueError: no steps, more than there are timesteps, or a rule that leaves the training range.
+    """
+    if not 1 <= steps <= train:
+        raise ValueError(f"{steps} sampler steps are not 1 to {train}")
+    if spacing == "uniform":
+        found = [t + offset for t in range(0, train, train // steps)]
+    elif spacing == "quadratic":
+        ends = torch.linspace(0, (0.8 * train) ** 0.5, steps, dtype=torch.float64).tolist()
+        found = [int(root**2) + offset for root in ends]
+    else:
+        raise ValueError(f"spacing must be uniform or quadratic, got {spacing!r}")
+    if max(found) >= train:
+        near = sorted((d for d in range(1, train) if train % d == 0), key=lambda d: abs(d - steps))[:3]
+        raise ValueError(
+            f"{steps} sampler steps would visit timestep {max(found)} of 0 .. {train - 1}; "
+            f"numbers near it that divide {train}: {', '.join(map(str, sorted(near)))}"
+        )
+    return tuple(reversed(found))

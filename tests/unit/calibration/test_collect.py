@@ -10,7 +10,7 @@ from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import trajectory
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 
 CPU = torch.device("cpu")
 NONE = Conditions()

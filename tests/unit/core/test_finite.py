@@ -21,20 +21,19 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.evaluation.features.inception import load_inception
 from tfmq_exp.methods.activations import CalibrateRanges
-from tfmq_exp.methods.noise_correction import NoiseCorrection
-from tfmq_exp.methods.noise_statistics import NoiseMoments
+from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer, SymmetricMSEObserver
 from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
 from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.inputs import FloatInputs
 from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
+from tfmq_exp.reconstruction.units import FloatInputs
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 
 pytestmark = pytest.mark.bad_input
 
@@ -182,14 +181,14 @@ def task_of(model: Any, data: CalibrationSet) -> Any:
     """All of a task that ranges are taken with."""
 
     class Watcher:
-        def progress(self, *_: Any) -> None:
+        def on_progress(self, *_: Any) -> None:
             pass
 
     class Task:
         pass
 
     task: Any = Task()
-    task.model, task.data, task.seed, task.watcher = model, data, 0, Watcher()
+    task.model, task.data, task.seed, task.progress = model, data, 0, Watcher()
     return task
 
 

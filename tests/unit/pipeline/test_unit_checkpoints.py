@@ -13,7 +13,7 @@ from tfmq_exp.pipeline.store import DamagedEntry, Store
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve, load_result, save_result, unit_reports
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
+from tfmq_exp.reconstruction.context import UnitReport, UnitResult
 
 REPORT = UnitReport("a", "residual", 2, 24, 0.5, 0.25, 1.0, 100.0)
 

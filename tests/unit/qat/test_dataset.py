@@ -16,10 +16,8 @@ from tfmq_exp.data.digits import DigitsImages, load_images
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
 from tfmq_exp.pipeline.stages.train_weights import label_inputs
-from tfmq_exp.qat.batches import NoisyBatches
 from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses, NoLabels
-from tfmq_exp.qat.dataset import TrainingSet, training_set_identity, write_training_set
-from tfmq_exp.qat.loss import noisy
+from tfmq_exp.qat.dataset import NoisyBatches, TrainingSet, noisy, training_set_identity, write_training_set
 
 
 class Halves:
@@ -218,3 +216,11 @@ def test_other_labels_of_the_same_images_are_another_training() -> None:
     assert len(set(keys)) == len(given)
     assert label_inputs([0, 1, 1]) == label_inputs((0, 1, 1))
     assert label_inputs(()) == {}, "where the network is unconditional, the key is that of the images"
+
+
+def test_rows_are_as_noisy_as_their_timesteps() -> None:
+    clean, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    alphas = torch.tensor([0.96, 0.36])
+    found = noisy(clean, noise, torch.tensor([1, 0]), alphas)
+    torch.testing.assert_close(found[0], 0.6 * clean[0] + 0.8 * noise[0])
+    torch.testing.assert_close(found[1], 0.96**0.5 * clean[1] + 0.2 * noise[1])

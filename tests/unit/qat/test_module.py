@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from tests.conftest import quantizable
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, ordered_sum
 from tfmq_exp.denoisers.denoiser import NoConditions
-from tfmq_exp.qat.batches import BatchRange, NoisyBatches
 from tfmq_exp.qat.conditioning import ConditionDropout
-from tfmq_exp.qat.dataset import TrainingSet
+from tfmq_exp.qat.dataset import BatchRange, NoisyBatches, TrainingSet
 from tfmq_exp.qat.model import TrainableParameters
-from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
+from tfmq_exp.qat.module import Norm, QuantizationAwareTraining, TrainingProtocol, loss, update_average
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.reconstruction.context import quiet_trainer
@@ -127,7 +126,7 @@ def test_every_group_learns_as_in_the_loop_that_is_written_down(
 def test_the_average_counts_the_start_and_every_later_state(
     module: QuantizationAwareTraining, written: Written
 ) -> None:
-    kept = list(module.ema.module.parameters())
+    kept = list(module.ema)
     for ours, theirs in zip(kept, [a for group in written.averages for a in group], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert any(not torch.equal(mean, last) for mean, last in zip(kept, module.trained, strict=True))
@@ -264,3 +263,40 @@ def norm_of(
 def test_a_protocol_names_what_is_wrong(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         replace(PROTOCOL, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        (0.9999, [1 * 2 / 11 + 2 * 9 / 11, (1 * 2 / 11 + 2 * 9 / 11) * 3 / 12 + 5 * 9 / 12]),
+        (0.2, [1 * 2 / 11 + 2 * 9 / 11, (1 * 2 / 11 + 2 * 9 / 11) * 0.2 + 5 * 0.8]),
+        (0.0, [2.0, 5.0]),
+    ],
+)
+def test_the_past_weighs_little_at_first_and_then_what_was_asked_for(decay: float, expected: list[float]) -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    mean = parameter.detach().clone()
+    found = []
+    for number, value in enumerate((2.0, 5.0), 1):
+        with torch.no_grad():
+            parameter.fill_(value)
+        update_average([mean], [parameter], number, decay)
+        found.append(float(mean[0]))
+    assert found == pytest.approx(expected)
+
+
+def values(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(2, 3, 4, 4, generator=generator).to(dtype) for _ in range(2))
+    return first, second
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_is_the_mean_over_values_in_float32(norm: Norm, dtype: torch.dtype) -> None:
+    predicted, noise = values(dtype)
+    pairs = zip(predicted.flatten().tolist(), noise.flatten().tolist(), strict=True)
+    errors = [abs(a - b) if norm == "l1" else (a - b) ** 2 for a, b in pairs]
+    found = loss(predicted, noise, norm)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(sum(errors) / len(errors), rel=1e-5)

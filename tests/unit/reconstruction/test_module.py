@@ -15,9 +15,9 @@ from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.module import BlockReconstruction, LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
+from tfmq_exp.reconstruction.units import QuantizedInputs
 
 
 @pytest.mark.parametrize(("iterations", "batch"), [(0, 8), (10, 0)])

@@ -38,7 +38,7 @@ def test_loss_sums_over_channels_and_averages_over_the_rest() -> None:
         )
         for p in (2.0, 2.4):
             expected = sum(abs(a - b) ** p for a, b, _ in pairs) / count
-            assert float(Lp(p).loss(prediction, target, importance)) == pytest.approx(expected)
+            assert float(Lp(p).loss(prediction, target, None)) == pytest.approx(expected)
         weighted = sum((a - b) ** 2 * weight for a, b, weight in pairs) / count
         assert float(Fisher().loss(prediction, target, importance)) == pytest.approx(weighted)
         assert float(Fisher().loss(prediction, target, None)) == pytest.approx(

@@ -7,7 +7,7 @@ from tests.helpers.sampling import SHAPE, predictor
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
-from tfmq_exp.sampling.samplers.ddim import DDIM
+from tfmq_exp.sampling.samplers import DDIM
 
 FOUR = Sampling(DDIM(4))
 

@@ -11,11 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.sampling.sampler import Sampler, trajectory
-from tfmq_exp.sampling.samplers import ddim
-from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.multistep import PLMS
-from tfmq_exp.sampling.schedule import Spacing, alphas_cumprod
+from tfmq_exp.sampling import samplers as sampler_classes
+from tfmq_exp.sampling.sampler import Sampler, Spacing, alphas_cumprod, trajectory
+from tfmq_exp.sampling.samplers import DDIM, PLMS
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 NONE = Conditions()
@@ -55,7 +53,7 @@ def test_trajectories_are_those_of_the_original_programs(
 ) -> None:
     goldens = load_file(GOLDENS / "samplers.safetensors")
     wanted, noise = goldens[f"{case['id']}.{suffix}"], iter(goldens.get(f"{case['id']}.noise", ()))
-    monkeypatch.setattr(ddim, "row_noise", lambda like, _: next(noise).to(like))
+    monkeypatch.setattr(sampler_classes, "row_noise", lambda like, _: next(noise).to(like))
     sampler, schedule = original(case)
     assert list(sampler.calls(schedule)) == case["model_call_timesteps"]
     x = goldens["x_T"].to(dtype)

@@ -13,8 +13,7 @@ from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.recipe import Recipe, required_conditions
 from tfmq_exp.sampling.sampler import Sampler
-from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
+from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
 from tfmq_exp.sampling.scheduler import Scheduler
 
 pytestmark = pytest.mark.bad_input

@@ -12,9 +12,8 @@ from tests.unit.sampling.folders import (
     put_scheduler,
 )
 from tfmq_exp.denoisers.loading.scheduler_config import training_noise
-from tfmq_exp.sampling.samplers.ddim import DDIM
-from tfmq_exp.sampling.samplers.multistep import PLMS, DPMSolver
-from tfmq_exp.sampling.schedule import alphas_cumprod
+from tfmq_exp.sampling.sampler import alphas_cumprod
+from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
 from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
 
 pytestmark = pytest.mark.bad_input
@@ -60,7 +59,7 @@ def test_training_noise_of_other_samplers(pixels: Model, settings: dict[str, Any
 @pytest.mark.parametrize(
     ("changes", "sampler", "message"),
     [
-        (V, DDIM(4), "DDIM takes networks that predict the noise; the folder's scheduler says prediction_type=v_pred"),
+        (V, DDIM(4), "DDIM takes networks that predict noise; the folder's scheduler has prediction_type=v_pred"),
         ({"rescale_betas_zero_snr": True}, DDIM(4), "rescale_betas_zero_snr=True is not supported"),
         ({"rescale_betas_zero_snr": True}, PLMS(4), "rescale_betas_zero_snr=True is not supported"),
         ({"beta_schedule": "sigmoid"}, DDIM(4), "beta_schedule must be linear"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.core.seeds import image_generators
-from tfmq_exp.sampling.samplers.ddim import DDIM, VarianceCalibrated
+from tfmq_exp.sampling.samplers import DDIM, VarianceCalibrated
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)

@@ -7,8 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tfmq_exp.methods.noise_correction import NoiseCorrection
-from tfmq_exp.methods.noise_statistics import NoiseStatistics
+from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.calibrate_activations import CalibrateActivations
 

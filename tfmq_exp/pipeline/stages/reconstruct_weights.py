@@ -10,8 +10,7 @@ from tfmq_exp.pipeline.learning import learning
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.collect_trajectory import CollectTrajectory
 from tfmq_exp.pipeline.unit_checkpoints import load_result, save_result
-from tfmq_exp.reconstruction.callbacks import UnitResult
-from tfmq_exp.reconstruction.context import ReconstructionContext
+from tfmq_exp.reconstruction.context import ReconstructionContext, UnitResult
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 FILE = "weights.safetensors"

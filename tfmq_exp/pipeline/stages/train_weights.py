@@ -11,15 +11,15 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tfmq_exp.methods.qat_method import QuantizationAwareTrain
+from tfmq_exp.methods.weights import QuantizationAwareTrain
 from tfmq_exp.pipeline.learning import learning
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingContext
 from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
-from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer
-from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
+from tfmq_exp.reconstruction.context import ProgressCallback, UnitCheckpointer
+from tfmq_exp.sampling.sampler import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 FILE = "trained.safetensors"

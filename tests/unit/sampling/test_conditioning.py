@@ -10,8 +10,7 @@ import pytest
 
 from tfmq_exp.core.text_files import read_lines
 from tfmq_exp.data.folder import read_listing
-from tfmq_exp.sampling.caption_files import read_captions, read_coco
-from tfmq_exp.sampling.conditioning import Captions
+from tfmq_exp.sampling.conditioning import Captions, read_captions, read_coco
 
 pytestmark = pytest.mark.bad_input
 

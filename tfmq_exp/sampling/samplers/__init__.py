@@ -1,1 +1,0 @@
-"""Samplers, one per file."""
