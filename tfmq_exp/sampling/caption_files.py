@@ -1,9 +1,10 @@
 """Captions from files: one per line, or COCO's annotations."""
 
 import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 from tfmq_exp.core.text_files import decode_text, read_lines
 
 INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # of Unicode's categories
-TABLES = (".jsonl", ".csv", ".tsv")  # whose lines hold more than a caption
+# Files that hold more than captions, by the end of their names.
+TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods")
+# The beginning of a row with an image's file before its caption, as in Flickr8k's captions.txt.
+ROW = re.compile(r"""["']?[^\s,;|]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)["']?(?:#\d+)?\s*[,;|\t]""", re.IGNORECASE)
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of pairs, which JSON can write
 
 
 @dataclass(frozen=True)
@@ -84,18 +89,37 @@ def read_captions(path: Path) -> tuple[str, ...]:
     if not path.exists():
         raise FileNotFoundError(f"no captions at {path}: give a text file with one a line, or COCO's captions_*.json")
     suffix = path.suffix.lower()
-    if suffix in TABLES:
+    found = () if suffix in TABLES else tuple(caption_of_every_image(path) if suffix == ".json" else read_lines(path))
+    if suffix in TABLES or (suffix != ".json" and is_table(found)):
         raise ValueError(
             f"{path} is a table: give a text file with one caption a line (.txt), or COCO's captions_*.json"
         )
-    found = tuple(caption_of_every_image(path) if suffix == ".json" else read_lines(path))
     if all(map(is_blank, found)):
         raise ValueError(f"{path} holds no captions")
+    if wrong := [number for number, caption in enumerate(found, 1) if NO_TEXT.search(caption)]:
+        raise ValueError(f"{path}: caption {wrong[0]} has a character that is in no text: {found[wrong[0] - 1]!r:.60}")
     if blank := [number for number, caption in enumerate(found, 1) if is_blank(caption)]:
         several = f"{len(blank)} lines are blank, first line {blank[0]}"
         lines = f"line {blank[0]} is blank" if len(blank) == 1 else several
         raise ValueError(f"{path}: {lines}: line i is the caption of image i; give it one, or delete the line")
     return found
+
+
+def is_table(lines: Sequence[str]) -> bool:
+    """Whether lines are JSON, in all or each, or rows that begin with the name of an image; the first may be a heading."""
+    rows = lines[1:] or lines
+    return is_json("\n".join(lines)) or (bool(rows) and all(ROW.match(row) or is_json(row) for row in rows))
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is a list or an object of JSON."""
+    if not text.startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def is_blank(caption: str) -> bool:
