@@ -57,8 +57,8 @@ KINDS: dict[Kind, str] = {
     one_of(*GOALS, DIAGNOSE, EXPORT): "until",
     SEED: "seed",
     SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
-    "protocol.qat.horizontal_flip",
-    COUNT: "eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
+    "protocol.qat.horizontal_flip data.grey",
+    COUNT: "data.size eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
     "diagnosis.samples diagnosis.trajectories " + protocol_keys(COUNTS),
     optional(COUNT): "runtime.threads engine.threads",
     ANY_COUNT: "protocol.qat.warmup",
@@ -68,7 +68,7 @@ KINDS: dict[Kind, str] = {
     AMOUNT: "model.sampling.guidance runtime.activation_cache_gib",
     MINUTES: "runtime.checkpoint_every_min",
     optional(TEXT): "runtime.activation_cache_dir",
-    PATH: "name path data.path model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "
+    PATH: "name path captions data.path data.listing model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "
     "paths.inception",
 }
 

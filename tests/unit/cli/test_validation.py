@@ -50,6 +50,16 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
         ("name", 7, "text, in quotes of its own"),
         ("data.path", ["x"], "text, in quotes of its own"),
         ("paths.store", 2024, "text, in quotes of its own"),
+        ("captions", ["a cat", "a dog"], "text, in quotes of its own"),
+        ("captions", 5, "text, in quotes of its own"),
+        ("data.listing", ["a.png"], "text, in quotes of its own"),
+        ("data.size", "16", "a whole number, at least 1"),
+        ("data.size", [16, 16], "a whole number, at least 1"),
+        ("data.size", -16, "a whole number, at least 1"),
+        ("data.size", 16.0, "a whole number, at least 1"),
+        ("data.grey", "perhaps", "true or false"),
+        ("data.grey", None, "true or false"),
+        ("data.grey", 1, "true or false"),
     ],
 )
 def test_a_value_that_cannot_be_right_is_named(right: DictConfig, key: str, value: object, right_ones: str) -> None:
@@ -73,7 +83,9 @@ def test_what_must_be_given_is_asked_for(right: DictConfig) -> None:
         real_images(cfg, current_run().folder)
 
 
-@pytest.mark.parametrize("key", ["path", "data.path", "paths.outputs", "model.denoiser.path"])
+@pytest.mark.parametrize(
+    "key", ["path", "captions", "data.path", "data.listing", "paths.outputs", "model.denoiser.path"]
+)
 def test_a_home_folder_that_no_shell_has_written_out_is_refused(
     right: DictConfig, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
