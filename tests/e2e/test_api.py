@@ -75,7 +75,7 @@ def test_settings_that_cannot_be_are_errors(wrong: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("wrong", ["digits", None, "the network alone"])
 def test_what_is_no_denoiser(wrong: Any) -> None:
-    given = tfmq_exp.load_denoiser("digits").unet if wrong == "the network alone" else wrong
+    given: Any = tfmq_exp.load_denoiser("digits").unet if wrong == "the network alone" else wrong
     with pytest.raises(ValueError, match="denoiser must be what load_denoiser returns, got"):
         tfmq_exp.quantize(given, 2)
 

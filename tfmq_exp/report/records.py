@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, get_origin, get_type_hints
 
 from tfmq_exp.core.files import read_record, write_atomically
+from tfmq_exp.core.text_files import decode_text
 
 SCHEMA = 1
 
@@ -68,16 +69,24 @@ def parse_record(row: Any) -> ScoreRecord:
             raise ValueError(f"{name} must be of {kind.__name__}, got {str(value)[:50]!r}")
     if wrong := [name for name, value in (record.scores | record.errors).items() if not is_number(value)]:
         raise ValueError(f"{', '.join(wrong)} of {record.method}: not a number")
+    if record.schema != SCHEMA:
+        raise ValueError(f"schema must be {SCHEMA}, got {record.schema}: another version's")
     if "name" not in record.evaluator:
         raise ValueError(f"the record of {record.method} names no evaluator")
     return record
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Records as plain data, from a `results.json` or from a file of `save_records`."""
+    """Records as plain data, from a `results.json` or from a file of `save_records`; blank lines are none."""
     if path.suffix == ".json":
         return read_record(path)["rows"]
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(decode_text(path).split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error.args[0]}") from error
+    return rows
 
 
 def read_records(*sources: Path) -> list[ScoreRecord]:

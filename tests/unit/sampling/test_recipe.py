@@ -63,8 +63,8 @@ def test_an_image_is_the_same_by_whatever_number(denoiser: Denoiser, indices: An
     recipe = Recipe(Sampling(DDIM(2)), SCHEDULE, (3, 8, 8))
     wanted = recipe.images(denoiser.unet, seed=3, indices=[2, 3])
     assert torch.equal(recipe.images(denoiser.unet, seed=3, indices=indices), wanted)
-    assert torch.equal(recipe.images(denoiser.unet, seed=torch.tensor(3).item(), indices=indices), wanted)
-    assert torch.equal(recipe.images(denoiser.unet, seed=np.int64(3), indices=indices), wanted)
+    assert torch.equal(recipe.images(denoiser.unet, seed=int(torch.tensor(3)), indices=indices), wanted)
+    assert torch.equal(recipe.images(denoiser.unet, **{"seed": np.int64(3)}, indices=indices), wanted)
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, 1.5, "0", None, True, 2**63, torch.tensor([1, 2]), math.nan], ids=str)
@@ -82,7 +82,8 @@ def test_what_is_no_number_of_an_image_or_a_seed(denoiser: Denoiser, value: Any)
 
 def test_conditions_are_those_of_the_images(denoiser: Denoiser, tiny_conditional_unet: nn.Module) -> None:
     recipe = Recipe(Sampling(DDIM(2)), SCHEDULE, (4, 8, 8))
-    width, name = tiny_conditional_unet.config["cross_attention_dim"], "encoder_hidden_states"
+    unet: Any = tiny_conditional_unet
+    width, name = unet.config["cross_attention_dim"], "encoder_hidden_states"
 
     def given(rows: int, key: str = name) -> Conditions:
         return Conditions({key: torch.ones(rows, 5, width)})
