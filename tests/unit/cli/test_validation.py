@@ -108,6 +108,21 @@ def test_every_process_has_a_part_where_gradients_are_scaled(right: DictConfig) 
     check(cfg)
 
 
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_more_processes_than_the_machine_can_run_are_refused(
+    right: DictConfig, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    cfg = right.copy()
+    OmegaConf.update(cfg, "runtime.processes", 4 * cores)
+    check(cfg)
+    OmegaConf.update(cfg, "runtime.processes", 4 * cores + 1)
+    with pytest.raises(
+        ValueError, match=rf"runtime\.processes must be at most {4 * cores}, 4 for each of the {cores} cor"
+    ):
+        check(cfg)
+
+
 def test_a_method_goes_by_the_name_of_its_file_or_by_one_of_no_other(right: DictConfig) -> None:
     cfg = right.copy()
     OmegaConf.update(cfg, "method.name", "brecq")
