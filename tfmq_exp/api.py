@@ -18,6 +18,7 @@ from tfmq_exp.cli.environment import pick_device, prepare
 from tfmq_exp.cli.make_run import make_run
 from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.validation import check_values
+from tfmq_exp.core.files import write_atomically
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.loggers.base import NullLogger
 from tfmq_exp.pipeline.experiment import Experiment
@@ -43,8 +44,16 @@ class QuantizedModel:
     recipe: Recipe | None
 
     def save(self, path: str | Path) -> int:
-        """Write one safetensors file with integers packed to their bit-width; returns its size in bytes."""
-        return serialization.save(self.unet, Path(path), self.recipe)
+        """Write one safetensors file with integers packed to their bit-width; returns its size in bytes.
+
+        Raises:
+            FileNotFoundError: no such folder.
+        """
+        file = Path(path)
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"no folder {file.parent} for {file.name}")
+        write_atomically(file, lambda partial: serialization.save(self.unet, partial, self.recipe))
+        return file.stat().st_size
 
 
 def load_denoiser(model: str = "digits", *overrides: str) -> Denoiser:
@@ -94,6 +103,10 @@ def quantize(
     Raises:
         ValueError: settings that cannot be.
     """
+    if not isinstance(denoiser, Denoiser):
+        raise ValueError(f"denoiser must be what load_denoiser returns, got {type(denoiser).__name__}")
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides must be a list of texts, such as [{overrides!r}], got one text")
     choices = [f"model={denoiser.name}", f"method={method}", f"quant={bits}", f"seed={seed}", f"device={device}"]
     choices += [] if calibration is None else [f"protocol.calibration.images={calibration}"]
     cfg = configuration(*choices, *overrides)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +99,32 @@ def test_values_are_looked_at_as_those_of_a_run() -> None:
 def test_settings_that_cannot_be_are_errors(wrong: dict[str, str]) -> None:
     with pytest.raises(Exception, match=next(iter(wrong.values()))):
         tfmq_exp.quantize(tfmq_exp.load_denoiser("digits"), **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["digits", None, "the network alone"])
+def test_what_is_no_denoiser(wrong: Any) -> None:
+    given: Any = tfmq_exp.load_denoiser("digits").unet if wrong == "the network alone" else wrong
+    with pytest.raises(ValueError, match="denoiser must be what load_denoiser returns, got"):
+        tfmq_exp.quantize(given, 2)
+
+
+def test_overrides_are_several_texts() -> None:
+    with pytest.raises(ValueError, match=r"overrides must be a list of texts, such as \['debug=smoke'\], got one text"):
+        tfmq_exp.quantize(tfmq_exp.load_denoiser("digits"), 2, overrides="debug=smoke")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    quick = {"overrides": ("debug=smoke",), "progress": False}
+    model = tfmq_exp.quantize(tfmq_exp.load_denoiser("digits"), 2, "nearest", **quick)  # type: ignore[arg-type]
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").write_text("")
+    for place, error in {
+        "nowhere/a.safetensors": FileNotFoundError,
+        "file/a.safetensors": FileNotFoundError,
+        "folder.safetensors": IsADirectoryError,
+    }.items():
+        with pytest.raises(error, match=re.escape(str(Path(place).parts[0]))):
+            model.save(tmp_path / place)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.safetensors", "file"}
+    size = model.save(str(tmp_path / "a.safetensors"))
+    assert size == (tmp_path / "a.safetensors").stat().st_size

@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tfmq_exp.cli.terminal import Terminal, say_error
 
@@ -21,16 +22,29 @@ class FolderCheck(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Before one job."""
-        stop_without_folders(config, config.hydra.run.dir)
+        stop_without_folders(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Before a sweep."""
-        stop_without_folders(config, config.hydra.sweep.dir)
+        stop_without_folders(config, "hydra.sweep.dir")
 
 
-def stop_without_folders(config: DictConfig, first: str) -> None:
-    """End the command where a folder that it writes to has no name, is something else, or cannot be made."""
+def stop_without_folders(config: DictConfig, key_of_first: str) -> None:
+    """End the command where a folder that it writes to has no name, is something else, or cannot be made.
+
+    Args:
+        config: of the command, with Hydra's part.
+        key_of_first: of the folder that Hydra would make before anything else.
+    """
     try:
+        for key in ("name", "paths.outputs", "paths.store", key_of_first):
+            check_references(config, key)
+        name = OmegaConf.select(config, "name")
+        if "/" in str(name):
+            raise ValueError(
+                f"name={name}: a run's folder is called so, and a slash would put it elsewhere; leave it out"
+            )
+        first = str(OmegaConf.select(config, key_of_first))
         for key in ("paths.outputs", "paths.store"):
             place = OmegaConf.select(config, key)
             if not isinstance(place, str) or not place.strip():  # which would be the root, or the working directory
@@ -45,6 +59,15 @@ def stop_without_folders(config: DictConfig, first: str) -> None:
     except ValueError as error:
         say_error(Terminal(stderr=True), str(error))
         raise SystemExit(1) from None
+
+
+def check_references(config: DictConfig, key: str) -> None:
+    """Raise ValueError where a value refers to a key that is not there, as a file's name with `${` seems to."""
+    try:
+        OmegaConf.select(config, key)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{key}: {reason}; a $ of a name before a brace needs a backslash before it: \\${{") from error
 
 
 def check_folders(cfg: DictConfig, run: Path, *, moves: bool) -> None:

@@ -23,8 +23,19 @@ SUGGESTIONS = 5
 
 
 def read_arguments(words: Sequence[str]) -> Namespace:
-    """The command line as Hydra's own parser takes it apart."""
-    return get_args_parser().parse_args(list(words))
+    """The command line as Hydra's own parser takes it apart.
+
+    Raises:
+        SystemExit: with status 2, for words that it does not know, with where they go.
+    """
+    parser = get_args_parser()
+    arguments, left = parser.parse_known_args(list(words))
+    if left:
+        order = "flags such as -m come before all overrides or after them, not between"
+        dashes = "overrides are KEY=VALUE, without dashes"
+        hint = dashes if left[0].startswith("-") else order
+        parser.error(f"unrecognized arguments: {' '.join(left)}; {hint}")
+    return arguments
 
 
 def unreadable(arguments: Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 Objects check their own numbers. Here are those that no object has, that several share, or whose object is made late.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from tfmq_exp.core.validate import (
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
 DIAGNOSE, EXPORT = "diagnose", "export"  # these branch off once the model is finished
+PROCESSES_PER_CORE = 4
 FEWEST_SCORED = 2  # images: one has no covariance
 BITS, FLOAT_BITS = range(2, 9), "32"  # the latter in a name, for what stays float
 MINUTES = Kind("a number from 0 to 525600, a year", lambda value: number(value) and 0 <= value <= 525600)
@@ -57,8 +59,8 @@ KINDS: dict[Kind, str] = {
     one_of(*GOALS, DIAGNOSE, EXPORT): "until",
     SEED: "seed",
     SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
-    "protocol.qat.horizontal_flip",
-    COUNT: "eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
+    "protocol.qat.horizontal_flip data.grey",
+    COUNT: "data.size eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
     "diagnosis.samples diagnosis.trajectories " + protocol_keys(COUNTS),
     optional(COUNT): "runtime.threads engine.threads protocol.calibration.num_inference_steps",
     ANY_COUNT: "protocol.qat.warmup",
@@ -68,7 +70,7 @@ KINDS: dict[Kind, str] = {
     AMOUNT: "model.sampling.guidance runtime.activation_cache_gib",
     MINUTES: "runtime.checkpoint_every_min",
     optional(TEXT): "runtime.activation_cache_dir",
-    PATH: "name path data.path model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "
+    PATH: "name path captions data.path data.listing model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "
     "paths.inception",
 }
 
@@ -109,7 +111,7 @@ def check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
             if kind is PATH and str(value).startswith("~"):
                 raise ValueError(f"{key} is {value}: ~ is not expanded here; write {Path(value).expanduser()}")
     check_bits(cfg, overrides)
-    check_microbatches(cfg)
+    check_processes(cfg)
     calibration_steps(cfg)
     if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
         raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
@@ -169,9 +171,20 @@ def calibration_steps(cfg: DictConfig) -> int | None:
     return steps
 
 
-def check_microbatches(cfg: DictConfig) -> None:
-    """Raise ValueError for processes without a microbatch where the scale of float16's gradients needs one."""
+def check_processes(cfg: DictConfig) -> None:
+    """Look at the number of processes.
+
+    Raises:
+        ValueError: so many that they only wait for one another and fill the memory; or one without a microbatch where the scale
+            of float16's gradients needs it.
+    """
     precision, runtime = OmegaConf.select(cfg, "method.weights.protocol.precision"), cfg.runtime
+    cores = os.cpu_count() or 1
+    if runtime.processes > (most := PROCESSES_PER_CORE * cores):
+        raise ValueError(
+            f"runtime.processes must be at most {most}, {PROCESSES_PER_CORE} for each of the {cores} cores here, got "
+            f"{runtime.processes}"
+        )
     if precision == "16-mixed" and runtime.processes > runtime.microbatches:
         raise ValueError(
             f"at precision 16-mixed every process needs a part of the batch: runtime.microbatches must be at least "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, get_origin, get_type_hints
 
 from tfmq_exp.core.files import read_record, write_atomically
+from tfmq_exp.core.text_files import decode_text
 
 SCHEMA = 1
 
@@ -55,20 +56,28 @@ def _parse(row: Any) -> ScoreRecord:
             raise ValueError(f"{name} must be of {kind.__name__}, got {str(value)[:50]!r}")
     if wrong := [name for name, value in (record.scores | record.errors).items() if not is_number(value)]:
         raise ValueError(f"{', '.join(wrong)} of {record.method}: not a number")
+    if record.schema != SCHEMA:
+        raise ValueError(f"schema must be {SCHEMA}, got {record.schema}: another version's")
     if "name" not in record.evaluator:
         raise ValueError(f"the record of {record.method} names no evaluator")
     return record
 
 
 def read_file(path: Path) -> tuple[ScoreRecord, ...]:
-    """The records of a `results.json` or of a file of `save_records`.
+    """The records of a `results.json` or of a file of `save_records`, whose blank lines are none.
 
     Raises:
         ValueError, KeyError, TypeError, RecursionError: no such file.
     """
     if path.suffix == ".json":
         return tuple(map(_parse, read_record(path)["rows"]))
-    return tuple(_parse(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+    records: list[ScoreRecord] = []
+    for number, line in enumerate(decode_text(path).split("\n"), 1):
+        try:
+            records += [_parse(json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error.args[0]}") from error
+    return tuple(records)
 
 
 def read_records(*sources: Path) -> list[ScoreRecord]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,11 @@ from tfmq_exp.core.validate import COUNT, check_fields, one_of
 Order = Literal["in_turn", "random"]
 ORDER = one_of("in_turn", "random")
 INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # of Unicode's categories
-TABLES = (".jsonl", ".csv", ".tsv")  # whose lines hold more than a caption
+# Files that hold more than captions, by the end of their names.
+TABLES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods")
+# The beginning of a row with an image's file before its caption, as in Flickr8k's captions.txt.
+ROW = re.compile(r"""["']?[^\s,;|]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)["']?(?:#\d+)?\s*[,;|\t]""", re.IGNORECASE)
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of pairs, which JSON can write
 
 
 class Conditioning(Protocol):
@@ -177,15 +182,34 @@ def read_captions(path: Path) -> tuple[str, ...]:
         if lacking := sorted(names.keys() - captions.keys()):
             raise ValueError(f"{path}: {len(lacking)} of {len(names)} images have no caption, first image {lacking[0]}")
         found = tuple(captions.values())
-    else:
-        found = tuple(read_lines(path))
+    elif _is_table(found := tuple(read_lines(path))):
+        raise ValueError(f"{path} is a table: {expected}")
     # no visible character: spaces, controls (as DOS ends files with) and invisible marks alone
     blank = [i for i, text in enumerate(found, 1) if all(unicodedata.category(sign) in INVISIBLE for sign in text)]
     if len(blank) == len(found):
         raise ValueError(f"{path} holds no captions")
+    if wrong := [number for number, caption in enumerate(found, 1) if NO_TEXT.search(caption)]:
+        raise ValueError(f"{path}: caption {wrong[0]} has a character that is in no text: {found[wrong[0] - 1]!r:.60}")
     if blank:
         lines = (
             f"line {blank[0]} is blank" if len(blank) == 1 else f"{len(blank)} lines are blank, first line {blank[0]}"
         )
         raise ValueError(f"{path}: {lines}: line i is the caption of image i; give it one, or delete the line")
     return found
+
+
+def _is_table(lines: Sequence[str]) -> bool:
+    """Whether lines are JSON, in all or each, or rows that begin with the name of an image; the first may be a heading."""
+    rows = lines[1:] or lines
+    return _is_json("\n".join(lines)) or (bool(rows) and all(ROW.match(row) or _is_json(row) for row in rows))
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a list or an object of JSON."""
+    if not text.startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
-from tfmq_exp.core.validate import whole
+from tfmq_exp.core.validate import SEED, whole
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.loading.scheduler_config import check_count
 from tfmq_exp.sampling.guidance import Sampling
@@ -21,6 +22,34 @@ from tfmq_exp.sampling.scheduler import Scheduler
 
 LARGEST = 2**16  # channels, or pixels of a side
 SAMPLERS: dict[str, Any] = {kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler)}
+
+
+def as_int(name: str, value: Any) -> int:
+    """A whole number of any library as an int, on whose text random streams depend; ValueError for another value."""
+    try:
+        number = operator.index(value)
+    except (TypeError, RuntimeError):  # of PyTorch, for a tensor of several
+        number = -1
+    if isinstance(value, bool) or not SEED.fits(number):
+        raise ValueError(f"{name} must be {SEED.right}, got {value!r:.60}")
+    return number
+
+
+def check_conditions(network: nn.Module, conditions: Any, count: int) -> None:
+    """ValueError unless the conditions are those of `count` images, by the names that the network takes."""
+    if missing := required_conditions(network):
+        required = f"this network is conditioned: give conditions= with {', '.join(missing)} of each image"
+        if conditions is None or (isinstance(conditions, Conditions) and not conditions.given.keys() >= {*missing}):
+            raise ValueError(required)
+    if conditions is None:
+        return
+    if not isinstance(conditions, Conditions):
+        made = "denoiser.encoder(captions) makes them"
+        raise ValueError(f"conditions must be Conditions, got {type(conditions).__name__}: {made}")
+    if unknown := conditions.given.keys() - inspect.signature(getattr(network, "unet", network).forward).parameters:
+        raise ValueError(f"conditions hold {min(unknown)}, which this network does not take")
+    if rows := [f"{len(value)} of {name}" for name, value in conditions.given.items() if len(value) != count]:
+        raise ValueError(f"conditions must have one row for each of {count} images, got {rows[0]}")
 
 
 def required_conditions(network: nn.Module) -> list[str]:
@@ -102,11 +131,13 @@ class Recipe:
             stream: of random numbers.
 
         Raises:
-            ValueError: a network that takes conditions, and none.
+            ValueError: no images, or conditions that are not theirs; a seed or an index that is no whole number.
         """
-        if conditions is None and (missing := required_conditions(network)):
-            raise ValueError(f"this network is conditioned: give conditions= with {', '.join(missing)} of each image")
-        device, generators = next(network.parameters()).device, image_generators(seed, stream, indices)
+        numbers = [as_int("indices", i) for i in indices]
+        if not numbers:
+            raise ValueError("indices are of no images: expected whole numbers, as range(16)")
+        check_conditions(network, conditions, len(numbers))
+        device, generators = next(network.parameters()).device, image_generators(as_int("seed", seed), stream, numbers)
         x, given = initial_noise(generators, self.shape, device), (conditions or Conditions()).to(device)
         predict, sampler = self.sampling.predictor(network), self.sampling.sampler
         for step in trajectory(predict, sampler, self.schedule, x, generators, given):

@@ -120,7 +120,8 @@ class Scheduler:
                     raise ValueError(f"it gives {float(x)} at timestep {t}")
         except Exception as error:  # diffusers does not check settings: they fail anywhere
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__
-            said = {key: value for key, value in self.settings.items() if key in DECISIVE}
+            usual = default_settings(self.kind)
+            said = {key: v for key, v in self.settings.items() if key in DECISIVE or v != usual.get(key)}
             raise ValueError(
                 f"a {self.kind} cannot sample {self.num_inference_steps} steps with eta={self.eta} and {said}: {reason}"
             ) from error

@@ -116,6 +116,35 @@ def test_folders_that_cannot_be(
     assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling", "loop"}
 
 
+def test_names_that_would_put_a_run_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/b", "../../x", "/tmp/x", "a/"):
+        folders = {"run": {"dir": f"out/runs/1-{name}"}, "sweep": {"dir": "out/sweeps/1"}}
+        config = {"name": name, "paths": {"outputs": "out", "store": "out/store"}, "hydra": folders}
+        for begin in (FolderCheck().on_run_start, FolderCheck().on_multirun_start):
+            with pytest.raises(SystemExit, match="1"):
+                begin(OmegaConf.create(config))
+            assert f"error: name={name}: a run's folder is called so" in " ".join(capfd.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["name", "paths.outputs", "paths.store", "hydra.run.dir"])
+@pytest.mark.parametrize("value", ["a/${x}", "${oc.env:NOT_THERE_AT_ALL}", "${unknown:x}"])
+def test_references_to_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], key: str, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {"run": {"dir": "out/runs/1"}, "sweep": {"dir": "out/sweeps/1"}}
+    config = OmegaConf.create({"name": "x", "paths": {"outputs": "out", "store": "out/store"}, "hydra": folders})
+    OmegaConf.update(config, key, value)
+    with pytest.raises(SystemExit, match="1"):
+        FolderCheck().on_run_start(config)
+    assert f"error: {key}: " in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_that_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     start(tmp_path, "out", "out/store", "out/runs/1")

@@ -69,6 +69,25 @@ def test_what_has_no_simple_remedy_is_named(word: str, said: str) -> None:
     assert said in misread(word, sweeping=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "method=tfmq -m seed=0,1",
+            "unrecognized arguments: seed=0,1; flags such as -m come before all overrides or after",
+        ),
+        ("quant=w4a8 --cfg job seed=1", "unrecognized arguments: seed=1; flags such as -m come before all overrides"),
+        ("--quant w4a8", "unrecognized arguments: --quant; overrides are KEY=VALUE, without dashes"),
+        ("--quant=w4a8 method=tfmq", "unrecognized arguments: --quant=w4a8; overrides are KEY=VALUE, without dashes"),
+        ("-seed 1", "unrecognized arguments: -seed; overrides are KEY=VALUE"),
+    ],
+)
+def test_words_in_the_wrong_place(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read_arguments(words.split())
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_hydra_reads_is_left_to_it() -> None:
     words = [
         "model=digits",

@@ -50,6 +50,16 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
         ("name", 7, "text, in quotes of its own"),
         ("data.path", ["x"], "text, in quotes of its own"),
         ("paths.store", 2024, "text, in quotes of its own"),
+        ("captions", ["a cat", "a dog"], "text, in quotes of its own"),
+        ("captions", 5, "text, in quotes of its own"),
+        ("data.listing", ["a.png"], "text, in quotes of its own"),
+        ("data.size", "16", "a whole number, at least 1"),
+        ("data.size", [16, 16], "a whole number, at least 1"),
+        ("data.size", -16, "a whole number, at least 1"),
+        ("data.size", 16.0, "a whole number, at least 1"),
+        ("data.grey", "perhaps", "true or false"),
+        ("data.grey", None, "true or false"),
+        ("data.grey", 1, "true or false"),
     ],
 )
 def test_a_value_that_cannot_be_right_is_named(right: DictConfig, key: str, value: object, right_ones: str) -> None:
@@ -73,7 +83,9 @@ def test_what_must_be_given_is_asked_for(right: DictConfig) -> None:
         real_images(cfg, current_run().folder)
 
 
-@pytest.mark.parametrize("key", ["path", "data.path", "paths.outputs", "model.denoiser.path"])
+@pytest.mark.parametrize(
+    "key", ["path", "captions", "data.path", "data.listing", "paths.outputs", "model.denoiser.path"]
+)
 def test_a_home_folder_that_no_shell_has_written_out_is_refused(
     right: DictConfig, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
@@ -94,6 +106,21 @@ def test_every_process_has_a_part_where_gradients_are_scaled(right: DictConfig) 
         check(cfg)
     OmegaConf.update(cfg, "runtime.microbatches", 2)
     check(cfg)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_more_processes_than_the_machine_can_run_are_refused(
+    right: DictConfig, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    cfg = right.copy()
+    OmegaConf.update(cfg, "runtime.processes", 4 * cores)
+    check(cfg)
+    OmegaConf.update(cfg, "runtime.processes", 4 * cores + 1)
+    with pytest.raises(
+        ValueError, match=rf"runtime\.processes must be at most {4 * cores}, 4 for each of the {cores} cor"
+    ):
+        check(cfg)
 
 
 def test_a_method_goes_by_the_name_of_its_file_or_by_one_of_no_other(right: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """Files of results that are no results are refused by their name."""
 
+import gzip
 import json
 import math
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def texts() -> Iterator[str]:
     for name in ("model", "quant", "method", "seed", "scores", "protocol", "evaluator", "weights_bytes"):
         yield json.dumps({"rows": [{key: value for key, value in ROW.items() if key != name}]})
     yield json.dumps({"rows": [ROW | {"novelty": 1}]})
+    yield from (json.dumps({"rows": [ROW | {"schema": schema}]}) for schema in (0, 2, 99))
 
 
 def test_what_are_no_results(tmp_path: Path) -> None:
@@ -50,3 +52,34 @@ def test_what_are_no_results(tmp_path: Path) -> None:
 def test_results_are_read(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"rows": [ROW, ROW | {"method": "qdiff"}]}))
     assert [record.method for record in read_records(tmp_path)] == ["tfmq", "qdiff"]
+
+
+LINES = [json.dumps(ROW | {"method": name}) for name in ("tfmq", "qdiff")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "\n".join(LINES).encode(),
+        ("\n".join(LINES) + "\n\n").encode(),
+        ("\r\n".join(LINES) + "\r\n").encode(),
+        ("\n \n".join(LINES) + "\n").encode("utf-8-sig"),
+        "\n".join(LINES).encode("utf-16"),
+    ],
+)
+def test_lines_are_read_as_other_programs_leave_them(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "records.jsonl").write_bytes(data)
+    assert [record.method for record in read_records(tmp_path / "records.jsonl")] == ["tfmq", "qdiff"]
+
+
+@pytest.mark.parametrize("line", ["<<<<<<< HEAD", "# results", LINES[0][:-9], LINES[0] + LINES[1], "null,"])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "records.jsonl").write_text("\n".join([LINES[0], "", line, LINES[1]]))
+    with pytest.raises(ValueError, match=r"records\.jsonl is not a results file of this program: line 3: "):
+        read_records(tmp_path / "records.jsonl")
+
+
+def test_a_packed_file_of_records_is_named(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_bytes(gzip.compress("\n".join(LINES).encode()))
+    with pytest.raises(ValueError, match="is a gzip archive: unpack it"):
+        read_records(tmp_path / "records.jsonl")

@@ -91,10 +91,56 @@ def test_what_could_shift_captions_is_refused(data: bytes, message: str, tmp_pat
     assert str(file) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,caption\n1000268201_69.jpg,A child in a pink dress\n1000268201_70.jpg,A girl\n",  # Flickr8k
+        "1000268201_69.jpg#0\tA child in a pink dress\n1000268201_69.jpg#1\tA girl\n",
+        "image| comment\n1.jpg| a cat\n1.jpg| a dog\n",  # Flickr30k
+        '"a b","c"\n"1.PNG","a cat"\n',
+        "a.webp;a cat\n",
+        '{"file_name": "1.png", "text": "a cat"}\n{"file_name": "2.png", "text": "a dog"}\n',
+        '{"text": "a cat"}\n',
+        '["a cat", "a dog"]',
+        '[\n  "a cat",\n  "a dog"\n]\n',
+        '{\n "annotations": []\n}\n',
+    ],
+)
+def test_tables_under_the_name_of_a_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"captions\.txt is a table: give a text file with one caption a line"):
+        read_captions(tmp_path / "captions.txt")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("a cat, logo.png, 4k", "a dog"),
+        ("a.png, as a painting", "a dog"),
+        ("[cat], best quality", "{dog}"),
+        ("[", "{"),
+        ('{"a": 1}', "a dog"),
+    ],
+)
+def test_captions_that_are_like_rows_of_tables(lines: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    assert read_captions(tmp_path / "captions.txt") == lines
+
+
+@pytest.mark.parametrize("sign", ["\0", "\ud83d"])
+def test_characters_of_no_text_in_json(sign: str, tmp_path: Path) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(coco((1, 1, "a cat"), (2, 2, f"a {sign} dog"))))
+    with pytest.raises(ValueError, match=r"captions\.json: caption 2 has a character that is in no text: 'a "):
+        read_captions(file)
+    file.write_text(json.dumps(coco((1, 1, "🦩"))))  # a pair in JSON
+    assert read_captions(file) == ("🦩",)
+
+
 def test_what_is_no_file_of_captions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder; expected a text file"):
         read_captions(tmp_path)
-    for name in ("a.csv", "a.tsv", "a.JSONL"):
+    for name in ("a.csv", "a.tsv", "a.JSONL", "a.parquet", "a.xlsx"):
         (tmp_path / name).write_text("1,a cat\n")
         with pytest.raises(ValueError, match=f"{name} is a table"):
             read_captions(tmp_path / name)

@@ -1,14 +1,16 @@
 """What a file says of sampling is read back as it was written, and anything else is refused."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.recipe import Recipe, required_conditions
@@ -51,6 +53,53 @@ def test_a_network_that_takes_conditions_asks_for_them(tiny_unet: nn.Module, tin
     assert required_conditions(tiny_unet) == []
     with pytest.raises(ValueError, match="give conditions= with encoder_hidden_states of each image"):
         recipe.images(tiny_conditional_unet, seed=0, indices=[0])
+
+
+@pytest.mark.parametrize(
+    "indices", [torch.arange(2, 4), np.arange(2, 4), [np.int64(2), torch.tensor(3)], (2, 3)], ids=str
+)
+def test_an_image_is_the_same_by_whatever_number(denoiser: Denoiser, indices: Any) -> None:
+    recipe = Recipe(Sampling(DDIM(2)), SCHEDULE, (3, 8, 8))
+    wanted, three = recipe.images(denoiser.unet, seed=3, indices=[2, 3]), np.int64(3)
+    assert torch.equal(recipe.images(denoiser.unet, seed=3, indices=indices), wanted)
+    assert torch.equal(recipe.images(denoiser.unet, seed=three, indices=indices), wanted)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, 1.5, "0", None, True, 2**63, torch.tensor([1, 2]), math.nan], ids=str)
+def test_what_is_no_number_of_an_image_or_a_seed(denoiser: Denoiser, value: Any) -> None:
+    recipe = Recipe(Sampling(DDIM(2)), SCHEDULE, (3, 8, 8))
+    for name, options in {
+        "indices": {"indices": [0, value], "seed": 0},
+        "seed": {"indices": [0], "seed": value},
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name} must be a whole number from 0 to 2\*\*63 - 1, got"):
+            recipe.images(denoiser.unet, **options)
+    with pytest.raises(ValueError, match="indices are of no images"):
+        recipe.images(denoiser.unet, seed=0, indices=[])
+
+
+def test_conditions_are_those_of_the_images(denoiser: Denoiser, tiny_conditional_unet: nn.Module) -> None:
+    recipe = Recipe(Sampling(DDIM(2)), SCHEDULE, (4, 8, 8))
+    unet: Any = tiny_conditional_unet
+    width, name = unet.config["cross_attention_dim"], "encoder_hidden_states"
+
+    def given(rows: int, key: str = name) -> Conditions:
+        return Conditions({key: torch.ones(rows, 5, width)})
+
+    def failure(network: nn.Module, conditions: Any) -> str:
+        with pytest.raises(ValueError, match=r"\S") as caught:
+            recipe.images(network, seed=0, indices=[0, 1], conditions=conditions)
+        return str(caught.value)
+
+    assert recipe.images(tiny_conditional_unet, seed=0, indices=[0, 1], conditions=given(2)).shape == (2, 4, 8, 8)
+    for rows in (1, 3, 4):
+        found = failure(tiny_conditional_unet, given(rows))
+        assert found == f"conditions must have one row for each of 2 images, got {rows} of {name}"
+    for conditions in (["a cat", "a dog"], torch.ones(2, 5, width), {name: torch.ones(2, 5, width)}, "a cat"):
+        assert "conditions must be Conditions, got" in failure(tiny_conditional_unet, conditions)
+    for conditions in (Conditions(), given(2, "class_labels")):
+        assert "give conditions= with encoder_hidden_states" in failure(tiny_conditional_unet, conditions)
+    assert "conditions hold encoder_hidden_states, which this network does not take" in failure(denoiser.unet, given(2))
 
 
 @dataclass(frozen=True)

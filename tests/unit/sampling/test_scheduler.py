@@ -248,3 +248,19 @@ def test_a_folder_without_scheduler(tmp_path: Path) -> None:
 def test_a_model_without_folder() -> None:
     with pytest.raises(ValueError, match="reads a folder of model=diffusers, and this model is none; sampler=ddim"):
         read_scheduler(None, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("UniPCMultistepScheduler", "predict_x0", False),
+        ("UniPCMultistepScheduler", "solver_type", "bh1"),
+        ("HeunDiscreteScheduler", "use_karras_sigmas", True),
+        ("DDIMScheduler", "steps_offset", 1.5),
+    ],
+)
+def test_the_setting_behind_a_failure_is_named(tmp_path: Path, kind: str, key: str, value: Any) -> None:
+    put_scheduler(tmp_path, kind, SD if kind == "DDIMScheduler" else SD | {key: value})
+    changes = {key: value} if kind == "DDIMScheduler" else {}
+    with pytest.raises(ValueError, match=f"cannot sample 4 steps .*'{key}': '?{value}"):
+        read_scheduler(str(tmp_path), 4, settings=changes)
