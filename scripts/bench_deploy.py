@@ -80,8 +80,8 @@ def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNet]
 
 def calibrated_on_noise(model: QuantizedUNet, denoiser: Denoiser) -> QuantizedUNet:
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     model.set_activations(Mode.OBSERVE)
     for i, t in enumerate(model.context.timesteps):
         model(**inputs_at(denoiser, 1, t, seed=i))

@@ -62,9 +62,9 @@ def plain(
     """Learn one unit as the papers write it: no gradient by hand, nothing frozen, nothing computed once."""
     module = unit.module(unet)
     prefix = "unet." if unit.driver == "timesteps" else ""
-    names = [prefix + site if prefix else site.removeprefix(unit.name).removeprefix(".") for site in unit.sites]
+    names = [prefix + layer if prefix else layer.removeprefix(unit.name).removeprefix(".") for layer in unit.layers]
     names = [f"{name}.weight".removeprefix(".") for name in names]
-    quantizers = model.weight_quantizers(unit.sites)
+    quantizers = model.weight_quantizers(unit.layers)
     originals = [module.get_parameter(name) for name in names]
     alphas = [
         inverse_rectified_sigmoid((w / q.scale - (w / q.scale).floor()).detach()).requires_grad_()
@@ -112,8 +112,8 @@ def plain_search(x: Tensor, bits: int) -> Tensor:
 @torch.no_grad()
 def plain_weight_grids(model: QuantizedUNet) -> None:
     """Channel by channel."""
-    for site in model.weight_layers():
-        for quantizer, weight in model.layer(site).weight_parts():
+    for layer in model.weight_layers():
+        for quantizer, weight in model.layer(layer).weight_parts():
             for channel in weight:
                 plain_search(channel, quantizer.spec.bits)
 
@@ -128,7 +128,7 @@ def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: Calibrati
 @torch.no_grad()
 def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> None:
     """Per sampling step: a search for every quantized input, then a pass that takes minimum and maximum instead."""
-    sites = [name for name, line in model.plan.sites.items() if line.input]
+    layers = [name for name, line in model.plan.layers.items() if line.input]
 
     def search(_: nn.Module, args: tuple[Tensor]) -> None:
         plain_search(args[0], bits)
@@ -138,7 +138,7 @@ def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> 
 
     for step in range(model.context.num_steps):
         for hook in (search, range_of):
-            with hooks([model.layer(site).register_forward_pre_hook(hook) for site in sites]):
+            with hooks([model.layer(layer).register_forward_pre_hook(hook) for layer in layers]):
                 model(**data[data.step == step].inputs(torch.device("cpu")))
 
 
@@ -201,8 +201,8 @@ def main() -> None:
         with watch.of("plain", "capture and learning"):
             plain_capture(model, unet, unit, data, recipe["batch_size"])
             plain(model, unit, learnable, inputs, view.outputs, learning)
-        for site in unit.sites:
-            model.freeze(site)
+        for layer in unit.layers:
+            model.freeze(layer)
     with watch.of("plain", "activation ranges"):
         plain_activations(model, data, recipe["a_bits"])
 

@@ -261,8 +261,8 @@ def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> i
     """Bytes of the artefact when our own default policy quantizes the same network."""
     model = build_quantized_unet(float_unet, plan, LpObserver(candidates=1))
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     CalibrateRanges(32, EveryKth()).ranges(model, data, 0)
     with tempfile.TemporaryDirectory() as folder:
         return serialization.save(model, Path(folder) / "quantized.safetensors")

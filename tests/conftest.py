@@ -96,8 +96,8 @@ def example_inputs(unet: nn.Module, timesteps: Sequence[int] = (1,), seed: int =
 def calibrated(model: QuantizedUNet, seed: int = 1) -> QuantizedUNet:
     """Freeze every weight to the nearest integers, take activation ranges from random inputs, switch everything on."""
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     model.set_activations(Mode.OBSERVE)
     with torch.no_grad():
         model(**example_inputs(model.unet, 2 * model.context.timesteps, seed))

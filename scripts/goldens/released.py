@@ -100,6 +100,6 @@ def input_quantizer(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors:
         ("scale", "zero_point"), qparams_from_range(*RELEASED(x, spec), spec), stored(tensors, key), strict=True
     ):
         group.compare(ours, golden)
-        getattr(quantizer.source, name).data.copy_(ours.flatten())
+        getattr(quantizer.scale_provider, name).data.copy_(ours.flatten())
     quantizer.mode = Mode.QUANTIZE
     return quantizer

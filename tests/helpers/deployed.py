@@ -72,7 +72,7 @@ def layer_inputs(model: QuantizedUNet, given: Mapping[str, Tensor]) -> dict[str,
     def keep(name: str) -> Any:
         return lambda _, args: seen.update({name: args[0]})
 
-    hooks = [model.layer(name).register_forward_pre_hook(keep(name)) for name in model.plan.sites]
+    hooks = [model.layer(name).register_forward_pre_hook(keep(name)) for name in model.plan.layers]
     with torch.no_grad():
         model(**given)
     for hook in hooks:

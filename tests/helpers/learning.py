@@ -43,8 +43,8 @@ def frozen(unet: nn.Module, **further: Any) -> QuantizedUNet:
     """Integer weights, activations still off."""
     model = quantizable(unet, **further)
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     return model
 
 
@@ -75,7 +75,7 @@ def learn(iterations: int, **further: Any) -> LearnRanges:
 
 def trainable(model: QuantizedUNet) -> dict[str, list[Tensor]]:
     quantizers = model.activation_quantizers().items()
-    return {name: [p.detach().clone() for p in quantizer.source.trainable()] for name, quantizer in quantizers}
+    return {name: [p.detach().clone() for p in quantizer.scale_provider.trainable()] for name, quantizer in quantizers}
 
 
 def same_state(one: QuantizedUNet, other: QuantizedUNet) -> bool:

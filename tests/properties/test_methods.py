@@ -81,15 +81,15 @@ def test_loaded_model_is_bit_equal(plain: Plain, tmp_path: Path, variant: str) -
 @pytest.mark.parametrize("scale", [GENERATED, THIN])
 def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Path, scale: TDQConfig) -> None:
     model = calibrated(quantizable(tiny_unet, scales=ScalePlan(scale, scale)))
-    assert all(isinstance(quantizer.source, TDQScale) for quantizer in model.activation_quantizers().values())
+    assert all(isinstance(quantizer.scale_provider, TDQScale) for quantizer in model.activation_quantizers().values())
     quantizers = model.activation_quantizers().items()
-    tables = {name: quantizer.source.table() for name, quantizer in quantizers}  # type: ignore[operator]
+    tables = {name: quantizer.scale_provider.table() for name, quantizer in quantizers}  # type: ignore[operator]
     loaded = reloaded(model, tmp_path)
     for name, quantizer in loaded.activation_quantizers().items():
-        assert isinstance(quantizer.source, PerStepScale)
-        assert torch.equal(quantizer.source.scale, tables[name].scale)
-        assert torch.equal(quantizer.source.zero_point, tables[name].zero_point)
-        assert len(quantizer.source.scale.unique()) == len(TIMESTEPS)
+        assert isinstance(quantizer.scale_provider, PerStepScale)
+        assert torch.equal(quantizer.scale_provider.scale, tables[name].scale)
+        assert torch.equal(quantizer.scale_provider.zero_point, tables[name].zero_point)
+        assert len(quantizer.scale_provider.scale.unique()) == len(TIMESTEPS)
     assert not any("mlp" in key for key in serialization.read(tmp_path / "model.safetensors")[1])
 
 

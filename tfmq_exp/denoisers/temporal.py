@@ -21,7 +21,7 @@ class TemporalInformationBlock(nn.Module):
 
     def __init__(self, unet: nn.Module, structure: UNetStructure) -> None:
         super().__init__()
-        self.names = tuple(site.name for site in structure.by_role(Role.TIME_PROJ))
+        self.names = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))
         self.unet = unet
 
     def forward(self, t: Shaped[Tensor, "steps"]) -> tuple[Float[Tensor, "steps channels"], ...]:
@@ -30,7 +30,7 @@ class TemporalInformationBlock(nn.Module):
         return tuple(self.unet.get_submodule(name)(embedding) for name in self.names)
 
 
-def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
+def measured_temporal_layers(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
     """Layers that depend on t alone, by measurement: same output for other inputs, another output for another t.
 
     Args:

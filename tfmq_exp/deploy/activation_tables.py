@@ -159,7 +159,7 @@ def activation_scale(quantizer: nn.Module, steps: int) -> ActivationScale:
         return ScaleTable(*(column[quantizer.at, torch.arange(steps)] for column in columns))
     if not isinstance(quantizer, AffineQuantizer):
         raise NotRepresentableError(f"a {type(quantizer).__name__} is no activation quantizer")
-    source = quantizer.source
+    source = quantizer.scale_provider
     if isinstance(source, DynamicScale | DynamicGeneratorScale):
         middle = source.spec.levels // 2 if source.spec.scheme == "affine" else 0
         return RuntimeScale(source, scale_table(quantizer, torch.ones(1), torch.full((1,), float(middle))))

@@ -88,12 +88,12 @@ class DeployedLayer:
 
 def deployed_layers(model: QuantizedUNet) -> tuple[DeployedLayer, ...]:
     """All quantized layers of a model. Weights must be frozen, scale sources merged."""
-    return tuple(deployed_layer(model, name) for name in model.plan.sites)
+    return tuple(deployed_layer(model, name) for name in model.plan.layers)
 
 
 def deployed_layer(model: QuantizedUNet, name: str) -> DeployedLayer:
     """One quantized layer of a model."""
-    layer, steps, split = model.layer(name), model.context.num_steps, model.plan.sites[name].split
+    layer, steps, split = model.layer(name), model.context.num_steps, model.plan.layers[name].split
     reasons: list[str] = []
 
     def attempt(convert: Callable[..., Result], *args: Any) -> Result | None:

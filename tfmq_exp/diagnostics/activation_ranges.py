@@ -150,7 +150,7 @@ class _Recorder:
         if switch is not None and int(switch.at[self.context.index[0]]) != choice:
             return
         stats = self.stats.setdefault(name, ActivationStats(quantizer.spec))
-        stats.add(inputs[0], quantizer.source(inputs[0]), self.max_values, self.generator)
+        stats.add(inputs[0], quantizer.scale_provider(inputs[0]), self.max_values, self.generator)
 
 
 def activation_name(quantizer: str) -> str:

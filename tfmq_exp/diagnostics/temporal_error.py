@@ -76,7 +76,7 @@ def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
 def _features(unet: nn.Module, structure: UNetStructure, t: Tensor) -> dict[str, Tensor]:
     block = TemporalInformationBlock(unet, structure)
     features = dict(zip(block.names, block(t), strict=True))
-    in_order = [layer for part in structure.blocks for layer in part.sites if layer in features]
+    in_order = [layer for part in structure.blocks for layer in part.layers if layer in features]
     return {EMBEDDING: time_embedding(unet, t), **{layer: features[layer] for layer in in_order}}
 
 

@@ -70,7 +70,7 @@ class CalibrateRanges:
             seed: of their order.
             progress: called with the number of samples done, and of all.
         """
-        sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
+        sources = [quantizer.scale_provider for quantizer in model.activation_quantizers().values()]
         if any(source.needs_data for source in sources):
             data = self.timesteps(data)
             if not all(source.per_step for source in sources if source.needs_data):
@@ -110,7 +110,7 @@ class LearnRanges:
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
         self.observe.ranges(model, context.data, context.seed)
-        units = self.partition(context.structure, frozenset(model.plan.sites))
+        units = self.partition(context.structure, frozenset(model.plan.layers))
         context = context.on(self.timesteps(context.data))
         if not model.activation_bits():
             reconstruct(context, units, self.recipe)

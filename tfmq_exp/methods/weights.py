@@ -25,8 +25,8 @@ class RoundToNearest:
 
     def __call__(self, context: ReconstructionContext) -> None:
         context.model.calibrate_weights()
-        for site in context.model.weight_layers():
-            context.model.freeze(site)
+        for layer in context.model.weight_layers():
+            context.model.freeze(layer)
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Reconstruct:
 
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
-        sites = model.weight_layers()
-        units = self.partition(context.structure, frozenset(sites))
-        learned = {site for unit in units for site in unit.sites}
-        rest = [site for site in sites if site not in learned]
+        layers = model.weight_layers()
+        units = self.partition(context.structure, frozenset(layers))
+        learned = {layer for unit in units for layer in unit.layers}
+        rest = [layer for layer in layers if layer not in learned]
         model.calibrate_weights(rest)
-        for site in rest:
-            model.freeze(site)
+        for layer in rest:
+            model.freeze(layer)
         reconstruct(context.on(self.timesteps(context.data)), units, self.recipe)
 
 

@@ -13,7 +13,7 @@ from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.denoisers.temporal import measured_temporal_sites
+from tfmq_exp.denoisers.temporal import measured_temporal_layers
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.methods.method import Method
@@ -166,7 +166,7 @@ class Run:
     @property
     def weight_inputs(self) -> dict[str, Any]:
         """Inputs of the weights' stage: the quantized weights with their specs, and the settings that learn them."""
-        layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.sites.items() if layer.weight}
+        layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.layers.items() if layer.weight}
         method = {"range": self.method.weight_observer, "weights": self.method.weights, "qat": self.resolved.trained}
         return {**self.network_inputs, "specs": layers, **method}
 
@@ -184,8 +184,8 @@ def measured_structure(denoiser: Denoiser, t: int) -> UNetStructure:
     example = denoiser.example()
     structure = read_structure(denoiser.unet, example)
     other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
-    measured = measured_temporal_sites(denoiser.unet, example, t, other)
-    if wrong := sorted(measured.symmetric_difference(structure.temporal_sites)):
+    measured = measured_temporal_layers(denoiser.unet, example, t, other)
+    if wrong := sorted(measured.symmetric_difference(structure.temporal_layers)):
         raise ValueError(
             f"by measurement {len(wrong)} layers of the network depend on t otherwise than their roles say, first {wrong[0]}: "
             "are its weights, or those before it, zeros?"

@@ -42,7 +42,7 @@ def ready(model: QuantizedUNet) -> None:
     Raises:
         RuntimeError: a quantizer without any data.
     """
-    sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
+    sources = [quantizer.scale_provider for quantizer in model.activation_quantizers().values()]
     for source in sources:
         if isinstance(source, EMARange):
             fill_missing(source)
@@ -72,7 +72,7 @@ def trainable(model: QuantizedUNet) -> TrainableParameters:
     ranges: list[nn.Parameter] = []
     generators: list[nn.Parameter] = []
     for quantizer in model.activation_quantizers().values():
-        (generators if quantizer.source.generates else ranges).extend(quantizer.source.trainable())
+        (generators if quantizer.scale_provider.generates else ranges).extend(quantizer.scale_provider.trainable())
     for quantizer in qat_quantizers(model):
         ranges.extend(quantizer.trainable())
     quantizers = [module for module in model.unet.modules() if isinstance(module, Quantizer)]
@@ -97,7 +97,7 @@ def qat_quantizers(model: QuantizedUNet) -> Iterator[TrainableQuantizer | Traina
 def clamp_parameters(model: QuantizedUNet) -> None:
     """Keep scales positive and the QAT functions' parameters in their intervals, after every step of an optimiser."""
     for quantizer in model.activation_quantizers().values():
-        quantizer.source.clamp_parameters()
+        quantizer.scale_provider.clamp_parameters()
     for quantizer in qat_quantizers(model):
         quantizer.clamp_parameters()
 
@@ -123,7 +123,7 @@ def scale_parameters(
     """All scales of a quantizer, or those that its network of the timestep generates; None if they depend on activations."""
     if isinstance(quantizer, TrainableWeightQuantizer):
         return quantizer.scale
-    source = quantizer.source
+    source = quantizer.scale_provider
     if isinstance(source, TDQScale):
         return generated[source] if source in generated else source.table().scale
     return source.scale if isinstance(source, EMARange) and not source.generates else None

@@ -170,7 +170,7 @@ def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     processes.check_same("what was trained", result)
     require_finite(result, "what was trained")
     errors = (error_before, prediction_error(module, batches, compute.batch))
-    layers, weights = len(model.plan.sites), sum(parameter.numel() for parameter in module.groups.weights)
+    layers, weights = len(model.plan.layers), sum(parameter.numel() for parameter in module.groups.weights)
     report = UnitReport(UNIT, "training", layers, weights, *errors, history.seconds(), peak_memory_mib())
     context.checkpointer.put(UNIT, UnitResult({}, {}), report)
     context.progress.on_unit_end(UNIT, report)

@@ -31,7 +31,9 @@ class TimestepContext(nn.Module):
         if len(timesteps) == 0:
             raise ValueError("a TimestepContext needs at least one timestep")
         self.timesteps = tuple(int(t) for t in timesteps)
-        table = torch.full((max(self.timesteps) + 1,), len(self.timesteps))  # no step: a table of scales has no such row
+        table = torch.full(
+            (max(self.timesteps) + 1,), len(self.timesteps)
+        )  # no step: a table of scales has no such row
         for step, t in reversed(list(enumerate(self.timesteps))):
             table[t] = step
         self.register_buffer("step_of_t", table, persistent=False)

@@ -37,13 +37,15 @@ class UnitData(NamedTuple):
 
 def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> dict[str, AffineQuantizer]:
     """Activation quantizers of a unit that the config learns."""
-    found = model.activation_quantizers_in(unit.name, unit.sites) if config.scales else {}
-    return {name: quantizer for name, quantizer in found.items() if any(True for _ in quantizer.source.trainable())}
+    found = model.activation_quantizers_in(unit.name, unit.layers) if config.scales else {}
+    return {
+        name: quantizer for name, quantizer in found.items() if any(True for _ in quantizer.scale_provider.trainable())
+    }
 
 
 def is_learnable(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> bool:
     """Whether a unit has weights or scales that the config learns."""
-    weights = set(unit.sites).intersection(model.weight_layers()) if config.rounding else set()
+    weights = set(unit.layers).intersection(model.weight_layers()) if config.rounding else set()
     return bool(weights or quantizers_of(model, unit, config))
 
 
@@ -68,9 +70,11 @@ def learn_unit(context: ReconstructionContext, unit: Unit, data: UnitData, confi
             "importance": data.importance.whole if data.importance else None,
         }
     )
-    roundings = [rounding for site in unit.sites for rounding in model.learn_rounding(site)] if config.rounding else []
-    sources = [quantizer.source for quantizer in quantizers_of(model, unit, config).values()]
-    quantizers = list(model.activation_quantizers_in(unit.name, unit.sites).values())
+    roundings = (
+        [rounding for layer in unit.layers for rounding in model.learn_rounding(layer)] if config.rounding else []
+    )
+    sources = [quantizer.scale_provider for quantizer in quantizers_of(model, unit, config).values()]
+    quantizers = list(model.activation_quantizers_in(unit.name, unit.layers).values())
     task = BlockReconstruction(
         module, model.context, roundings, sources, samples.structure, config, seed=seed, processes=processes
     )
@@ -111,9 +115,9 @@ def trainable_parameters(sources: Sequence[ScaleProvider], seed: int) -> Iterato
 def freeze_unit(model: QuantizedUNet, unit: Unit) -> None:
     """Turn the weights of a unit into integers."""
     layers = model.weight_layers()
-    for site in unit.sites:
-        if site in layers:
-            model.freeze(site)
+    for layer in unit.layers:
+        if layer in layers:
+            model.freeze(layer)
 
 
 def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> UnitResult:
@@ -124,4 +128,4 @@ def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) 
         for key, value in quantizer.state_dict().items()
     }
     integers = model.integers if config.rounding else {}
-    return UnitResult({site: integers[site] for site in unit.sites if site in integers}, activations)
+    return UnitResult({layer: integers[layer] for layer in unit.layers if layer in integers}, activations)

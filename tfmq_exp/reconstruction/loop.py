@@ -48,7 +48,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
         if captured := unit.driver == "denoiser" and "quantized" in inputs:
             inputs["quantized"] = quantized_inputs(context, unit, replay, storage)
         data = UnitData(inputs, activations.outputs, importance)
-        rounded = modes(model.weight_quantizers(unit.sites) if config.rounding else (), Mode.QUANTIZE)
+        rounded = modes(model.weight_quantizers(unit.layers) if config.rounding else (), Mode.QUANTIZE)
         with rounded, within(f"the quantized unit {unit.name}"):
             error_before = unit_error(context, unit, data)
             learn_unit(context, unit, data, config)
@@ -56,8 +56,8 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
             freeze_unit(model, unit)
         error_after = unit_error(context, unit, data, replay if captured else None)
         storage.clear()
-        weights = sum(context.structure.sites[site].weights for site in unit.sites)
-        size = (unit.name, unit.kind.value, len(unit.sites), weights)
+        weights = sum(context.structure.layers[layer].weights for layer in unit.layers)
+        size = (unit.name, unit.kind.value, len(unit.layers), weights)
         report = UnitReport(*size, error_before, error_after, time.perf_counter() - start, peak_memory_mib())
         context.checkpointer.put(unit.name, unit_result(model, unit, config), report)
         context.progress.on_unit_end(unit.name, report)
@@ -72,8 +72,8 @@ def restore_finished(
     for unit in units:
         if (result := context.checkpointer.get(unit.name)) is None:
             break
-        for site, integers in result.integers.items():
-            model.freeze(site, integers)
+        for layer, integers in result.integers.items():
+            model.freeze(layer, integers)
         model.load_activations(result.activations)
         context.progress.on_unit_end(unit.name, None)
         count += 1

@@ -27,7 +27,7 @@ class SingleUnit:
         """
         units = self.partition(structure, learnable)
         if self.unit is None:
-            return [max(units, key=lambda unit: len(unit.sites))]
+            return [max(units, key=lambda unit: len(unit.layers))]
         chosen = [unit for unit in units if unit.name == self.unit]
         if not chosen:
             raise ValueError(f"unit must be one of {', '.join(unit.name for unit in units)}, got {self.unit!r}")

@@ -16,14 +16,14 @@ class Unit:
     """A part of the network that is reconstructed as a whole.
 
     Args:
-        sites: names of the layers whose rounding it learns. A unit may run layers that it does not learn.
+        layers: names of the layers whose rounding it learns. A unit may run layers that it does not learn.
         driver: source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone.
         module: network -> the unit's module in it (in the float one for targets, in the quantized one for learning).
     """
 
     name: str
     kind: Kind
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
     driver: Literal["denoiser", "timesteps"]
     module: Callable[[nn.Module], nn.Module]
 
@@ -39,8 +39,10 @@ class Blockwise:
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
         units: list[Unit] = []
         for block in structure.blocks:
-            if sites := tuple(site for site in block.sites if site in learnable):
-                units.append(Unit(block.name, block.kind, sites, "denoiser", methodcaller("get_submodule", block.name)))
+            if layers := tuple(layer for layer in block.layers if layer in learnable):
+                units.append(
+                    Unit(block.name, block.kind, layers, "denoiser", methodcaller("get_submodule", block.name))
+                )
         return units
 
 
@@ -49,7 +51,7 @@ class TemporalFrozen:
     """Blocks without their temporal layers, which no unit learns: "Freeze" of TFMQ-DM's table 1."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        rest = frozenset(site for site in learnable if structure.sites[site].role not in TEMPORAL_ROLES)
+        rest = frozenset(layer for layer in learnable if structure.layers[layer].role not in TEMPORAL_ROLES)
         return Blockwise()(structure, rest)
 
 
@@ -65,6 +67,6 @@ class TemporalAware:
         def module(unet: nn.Module) -> nn.Module:
             return TemporalInformationBlock(unet, structure)
 
-        temporal = tuple(site for site in structure.temporal_sites if site in learnable)
+        temporal = tuple(layer for layer in structure.temporal_layers if layer in learnable)
         first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", module)
         return [*([first] if temporal else []), *TemporalFrozen()(structure, learnable)]

@@ -27,7 +27,7 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
         observer: of the ranges of weights.
     """
     model = QuantizedUNet(copy.deepcopy(unet).requires_grad_(False).eval(), plan)
-    for name, line in plan.sites.items():
+    for name, line in plan.layers.items():
         layer = model.unet.get_submodule(name)
         if type(layer) not in QUANT_LAYERS:
             raise TypeError(f"{name} is a {type(layer).__name__}, which has no quantized class")

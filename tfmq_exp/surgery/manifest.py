@@ -21,8 +21,8 @@ SOMETIMES = frozenset({"outside"})
 
 def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
     """All integer tensors by their names in the file: weights part by part, and cached temporal features."""
-    weights = {f"weights/{site}/{i}": part for site, parts in model.integers.items() for i, part in enumerate(parts)}
-    return weights | {f"cached/{site}": integers for site, integers in model.cached.items()}
+    weights = {f"weights/{layer}/{i}": part for layer, parts in model.integers.items() for i, part in enumerate(parts)}
+    return weights | {f"cached/{layer}": integers for layer, integers in model.cached.items()}
 
 
 def inside(zero_point: Tensor, spec: QuantSpec) -> bool:
@@ -40,7 +40,7 @@ def described(model: QuantizedUNet) -> dict[str, Any]:
         "config": {k: v for k, v in dict(model.unet.config).items() if k in known},
         "plan": resolved_to_json(model.plan),
         "shapes": {name: list(part.codes.shape) for name, part in integers.items()},
-        "cached": {site: dataclasses.asdict(integers.spec) for site, integers in model.cached.items()},
+        "cached": {layer: dataclasses.asdict(integers.spec) for layer, integers in model.cached.items()},
         "unneeded": [name for name, module in model.unet.named_modules() if isinstance(module, Unneeded)],
         # not always what the configuration says: the original networks have one number of heads at every width
         "heads": {name: module.heads for name, module in attentions(model.unet).items()},

@@ -71,16 +71,16 @@ class QuantizedUNet(nn.Module):
         self.context.require(timesteps)
         return partial(self, outside="unchecked")
 
-    def layer(self, site: str) -> QuantLayer:
+    def layer(self, name: str) -> QuantLayer:
         """A quantized layer by name."""
-        layer = self.unet.get_submodule(site)
+        layer = self.unet.get_submodule(name)
         if not isinstance(layer, QuantLayer):
-            raise KeyError(f"the layer {site!r} is not quantized")
+            raise KeyError(f"the layer {name!r} is not quantized")
         return layer
 
     def weight_layers(self) -> tuple[str, ...]:
         """Layers whose weight is, or will be, integer."""
-        return tuple(name for name, line in self.plan.sites.items() if line.weight)
+        return tuple(name for name, line in self.plan.layers.items() if line.weight)
 
     @property
     def integers(self) -> dict[str, tuple[QuantizedWeight, ...]]:
@@ -88,37 +88,37 @@ class QuantizedUNet(nn.Module):
         layers = {name: module for name, module in self.unet.named_modules() if isinstance(module, QuantLayer)}
         return {name: layer.quantized_weight() for name, layer in layers.items() if layer.integers}
 
-    def weight_quantizers(self, sites: Collection[str] | None = None) -> list[WeightQuantizer]:
+    def weight_quantizers(self, layers: Collection[str] | None = None) -> list[WeightQuantizer]:
         """Quantizers of the weights that are not frozen yet."""
-        names = self.weight_layers() if sites is None else [s for s in sites if s in self.plan.sites]
+        names = self.weight_layers() if layers is None else [name for name in layers if name in self.plan.layers]
         return [quantizer for name in names for quantizer, _ in self.layer(name).weight_parts()]
 
-    def calibrate_weights(self, sites: Collection[str] | None = None) -> None:
+    def calibrate_weights(self, layers: Collection[str] | None = None) -> None:
         """Set the scale and zero point of weight quantizers, of all by default, from their weights."""
-        for name in self.weight_layers() if sites is None else sites:
+        for name in self.weight_layers() if layers is None else layers:
             for quantizer, weight in self.layer(name).weight_parts():
                 with within(f"the weight of {name}"):
                     quantizer.observe(weight)
 
-    def learn_rounding(self, site: str) -> list[AdaRound]:
+    def learn_rounding(self, layer: str) -> list[AdaRound]:
         """Start AdaRound on a weight, on each of its parts; empty for a weight that stays float."""
-        if site not in self.plan.sites:
+        if layer not in self.plan.layers:
             return []
-        return [quantizer.learn_rounding(weight) for quantizer, weight in self.layer(site).weight_parts()]
+        return [quantizer.learn_rounding(weight) for quantizer, weight in self.layer(layer).weight_parts()]
 
-    def freeze(self, site: str, integers: tuple[QuantizedWeight, ...] | None = None) -> None:
+    def freeze(self, name: str, integers: tuple[QuantizedWeight, ...] | None = None) -> None:
         """Round a layer's weight to integers (default: with the quantizer's current rounding) and fix it."""
-        layer = self.layer(site)
+        layer = self.layer(name)
         layer.freeze_weight(integers or layer.quantized_weight())
 
     def activation_quantizers(self) -> dict[str, AffineQuantizer]:
         """Every activation quantizer by its name in the network."""
         return {name: module for name, module in self.unet.named_modules() if isinstance(module, AffineQuantizer)}
 
-    def activation_quantizers_in(self, block: str, sites: Collection[str]) -> dict[str, AffineQuantizer]:
+    def activation_quantizers_in(self, block: str, layers: Collection[str]) -> dict[str, AffineQuantizer]:
         """Activation quantizers of some layers, and of the attention operands inside a block."""
         inside = [name for name in self.plan.operands if name == block or name.startswith(f"{block}.")]
-        owners = (*(f"{site}." for site in sites), *(f"{name}.processor." for name in inside))
+        owners = (*(f"{layer}." for layer in layers), *(f"{name}.processor." for name in inside))
         return {name: q for name, q in self.activation_quantizers().items() if name.startswith(owners)}
 
     def set_activations(self, mode: Mode) -> None:
@@ -135,7 +135,7 @@ class QuantizedUNet(nn.Module):
     def require_calibrated(self) -> None:
         """Raise RuntimeError, with its name, if the scale of an activation has had no data at some step."""
         for name, quantizer in self.activation_quantizers().items():
-            if missing := quantizer.source.uncalibrated():
+            if missing := quantizer.scale_provider.uncalibrated():
                 raise RuntimeError(
                     f"{name} has seen no calibration data ({len(missing)} of its ranges, "
                     f"{self.context.num_steps} sampling steps)"
@@ -197,15 +197,15 @@ class QuantizedUNet(nn.Module):
                 require_finite(value, f"{part} of {name} after learning")
         self.plan = self.plan.tabulated()
 
-    def cache_feature(self, site: str, integers: QuantizedWeight) -> None:
+    def cache_feature(self, layer: str, integers: QuantizedWeight) -> None:
         """Replace an embedding projection by its stored features."""
-        self.cached[site] = integers
-        self._replace(site, CachedFeature(integers, self.context))
+        self.cached[layer] = integers
+        self._replace(layer, CachedFeature(integers, self.context))
 
-    def drop(self, site: str) -> None:
+    def drop(self, layer: str) -> None:
         """Take out a layer whose output is not read any more."""
-        self._replace(site, Unneeded())
+        self._replace(layer, Unneeded())
 
-    def _replace(self, site: str, module: nn.Module) -> None:
-        self.unet.set_submodule(site, module.to(next(self.unet.parameters()).device))
-        self.plan = replace(self.plan, sites={k: v for k, v in self.plan.sites.items() if k != site})
+    def _replace(self, layer: str, module: nn.Module) -> None:
+        self.unet.set_submodule(layer, module.to(next(self.unet.parameters()).device))
+        self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})

@@ -103,13 +103,13 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
 def fill_weights(model: QuantizedUNet, stored: StoredTensors) -> dict[str, Tensor]:
     """Freeze every weight of the plan to the stored integers; returns the real weights, by the names in the network."""
     state: dict[str, Tensor] = {}
-    for site in model.weight_layers():
-        parts = [(quantizer.spec, tuple(part.shape)) for quantizer, part in model.layer(site).weight_parts()]
-        found = [stored.integers(f"weights/{site}/{i}", spec, shape) for i, (spec, shape) in enumerate(parts)]
-        model.freeze(site, tuple(found))
-        layer = model.layer(site)
-        state |= {f"{site}.{name}": value for name, value in layer.integers.state_dict(prefix="integers.").items()}
-        state[f"{site}.weight"] = layer.weight
+    for name in model.weight_layers():
+        layer = model.layer(name)
+        parts = [(quantizer.spec, tuple(part.shape)) for quantizer, part in layer.weight_parts()]
+        found = [stored.integers(f"weights/{name}/{i}", spec, shape) for i, (spec, shape) in enumerate(parts)]
+        model.freeze(name, tuple(found))
+        state |= {f"{name}.{key}": value for key, value in layer.integers.state_dict(prefix="integers.").items()}
+        state[f"{name}.weight"] = layer.weight
     return state
 
 
@@ -127,16 +127,16 @@ def fill_features(
     Raises:
         ValueError: a layer that computes no temporal feature, or one that is still needed.
     """
-    for site, spec in manifest["cached"].items():
-        if known.get(site) is not Role.TIME_PROJ:
-            raise ValueError(f"{site!r} projects no temporal feature: it cannot be stored")
-        shape = (model.context.num_steps, model.unet.get_submodule(site).out_features)
-        model.cache_feature(site, stored.integers(f"cached/{site}", QuantSpec(**spec), shape))
-    computed = [site for site, role in known.items() if role is Role.TIME_PROJ and site not in manifest["cached"]]
-    for site in manifest["unneeded"]:
-        if known.get(site) is not Role.TIME_EMBED or computed:
-            raise ValueError(f"{site!r} is needed: it cannot be left out")
-        model.drop(site)
+    for layer, spec in manifest["cached"].items():
+        if known.get(layer) is not Role.TIME_PROJ:
+            raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
+        shape = (model.context.num_steps, model.unet.get_submodule(layer).out_features)
+        model.cache_feature(layer, stored.integers(f"cached/{layer}", QuantSpec(**spec), shape))
+    computed = [layer for layer, role in known.items() if role is Role.TIME_PROJ and layer not in manifest["cached"]]
+    for layer in manifest["unneeded"]:
+        if known.get(layer) is not Role.TIME_EMBED or computed:
+            raise ValueError(f"{layer!r} is needed: it cannot be left out")
+        model.drop(layer)
 
 
 def check_plan(plan: ResolvedConfig, numbers: int) -> None:
@@ -145,14 +145,14 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     if not steps or len(set(steps)) < len(steps) or not all(type(t) is int and 0 <= t < MOST_TIMESTEPS for t in steps):
         expected = f"different integers of 0 .. {MOST_TIMESTEPS - 1}"
         raise ValueError(f"'plan.timesteps' must be {expected}, got {str(steps)[:50]}")
-    for name, site in plan.sites.items():
-        if site.split is not None and not (type(site.split) is int and site.split > 0):
-            raise ValueError(f"'plan.sites.{name}.split' must be a number of channels")
+    for name, layer in plan.layers.items():
+        if layer.split is not None and not (type(layer.split) is int and layer.split > 0):
+            raise ValueError(f"'plan.layers.{name}.split' must be a number of channels")
     parts = {part for lines in plan.operands.values() for part in lines}
     if unknown := parts - {*OPERANDS, "probabilities"}:
         raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
-    sites = [line for site in plan.sites.values() for line in (site.input, site.output)]
-    for line in (*sites, *(line for parts in plan.operands.values() for line in parts.values())):
+    lines = [line for layer in plan.layers.values() for line in (layer.input, layer.output)]
+    for line in (*lines, *(line for parts in plan.operands.values() for line in parts.values())):
         scale = line.scale if line else None
         if isinstance(scale, DynamicGeneratorConfig):
             widths = (getattr(scale.encoding, "width", 1), *scale.hidden_dims, 1)
@@ -171,10 +171,10 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     fill_features(model, manifest, stored, roles(unet))
     for name, quantizer in model.activation_quantizers().items():
         for key in quantizer.state_dict():
-            part = f"activations/{name}/{key.removeprefix('source.')}"
-            if key == "source.scale":
+            part = f"activations/{name}/{key.removeprefix('scale_provider.')}"
+            if key == "scale_provider.scale":
                 state[f"{name}.{key}"] = stored.scale(part)
-            elif key == "source.zero_point":
+            elif key == "scale_provider.zero_point":
                 state[f"{name}.{key}"] = stored.zero_point(part, quantizer.spec)
             else:
                 state[f"{name}.{key}"] = stored.take(part, torch.float32)

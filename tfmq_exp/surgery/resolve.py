@@ -67,7 +67,7 @@ class ResolvedConfig:
     matters once learning is over.
     """
 
-    sites: Mapping[str, LayerConfig]
+    layers: Mapping[str, LayerConfig]
     operands: Mapping[str, Mapping[str, ActivationConfig]]
     timesteps: tuple[int, ...]
     tied: tuple[tuple[str, ...], ...] = ()
@@ -75,14 +75,14 @@ class ResolvedConfig:
 
     def tabulated(self) -> "ResolvedConfig":
         """The table after calibration and learning."""
-        sites = {
+        layers = {
             name: replace(
                 line, input=line.input and line.input.tabulated(), output=line.output and line.output.tabulated()
             )
-            for name, line in self.sites.items()
+            for name, line in self.layers.items()
         }
         operands = {name: {k: v.tabulated() for k, v in parts.items()} for name, parts in self.operands.items()}
-        return ResolvedConfig(sites, operands, self.timesteps)
+        return ResolvedConfig(layers, operands, self.timesteps)
 
 
 STORED = (ResolvedConfig, LayerConfig, ActivationConfig, QuantSpec, *STORED_SCALES, Lsq, Duq, Qil)
@@ -131,7 +131,7 @@ def resolve(
         return ActivationConfig(specs, scale, fn, offset) if specs else None
 
     table: dict[str, LayerConfig] = {}
-    for name, layer in structure.sites.items():
+    for name, layer in structure.layers.items():
         bits = config.bits_of(layer)
         if bits.weight or bits.input or bits.output:
             table[name] = LayerConfig(
@@ -155,8 +155,8 @@ def resolve(
 def check_patterns(config: QuantizationConfig, structure: UNetStructure) -> None:
     """Raise ValueError for a pattern that matches no layer."""
     for pattern in config.sites:
-        if not any(fnmatchcase(name, pattern) for name in structure.sites):
-            near = get_close_matches(pattern, structure.sites, n=3, cutoff=0.3) or list(structure.sites)[:3]
+        if not any(fnmatchcase(name, pattern) for name in structure.layers):
+            near = get_close_matches(pattern, structure.layers, n=3, cutoff=0.3) or list(structure.layers)[:3]
             raise ValueError(
                 f"the pattern {pattern!r} in surgery.sites matches no layer; layers are called {', '.join(near)}, ..."
             )
@@ -175,18 +175,18 @@ def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> t
 
 def coverage(table: ResolvedConfig, structure: UNetStructure) -> Mapping[str, Any]:
     """Quantized part of the network: shares of weights and of MACs, and the layers that stay float."""
-    weights = sum(layer.weights for layer in structure.sites.values())
-    macs = sum(layer.macs for layer in structure.sites.values())
-    lines = [(structure.sites[name], line) for name, line in table.sites.items()]
+    weights = sum(layer.weights for layer in structure.layers.values())
+    macs = sum(layer.macs for layer in structure.layers.values())
+    lines = [(structure.layers[name], line) for name, line in table.layers.items()]
     with_weight = {layer.name for layer, line in lines if line.weight}
     with_input = {layer.name for layer, line in lines if line.input}
     return {
-        "layers": len(structure.sites),
+        "layers": len(structure.layers),
         "weight_share": sum(layer.weights for layer, line in lines if line.weight) / weights,
         "mac_share_weights": sum(layer.macs for layer, line in lines if line.weight) / macs,
         "mac_share_weights_and_inputs": sum(layer.macs for layer, line in lines if line.weight and line.input) / macs,
         "mac_share_outputs": sum(layer.macs for layer, line in lines if line.output) / macs,
-        "float_weights": [name for name in structure.sites if name not in with_weight],
-        "float_inputs": [name for name in structure.sites if name not in with_input],
+        "float_weights": [name for name in structure.layers if name not in with_weight],
+        "float_inputs": [name for name in structure.layers if name not in with_input],
         "attention_operands": sorted({part for parts in table.operands.values() for part in parts}),
     }

@@ -49,7 +49,7 @@ def stored_tensors(model: QuantizedUNet) -> dict[str, Tensor]:
     quantizers = model.activation_quantizers()
     for name, quantizer in quantizers.items():
         for key, value in quantizer.state_dict().items():
-            part = key.removeprefix("source.")
+            part = key.removeprefix("scale_provider.")
             # tied quantizers share their memory
             tensors[f"activations/{name}/{part}"] = smallest(value) if part == "zero_point" else value.clone()
     elsewhere = tuple(f"{name}." for name in quantizers) + tuple(f"{name}.integers." for name in model.integers)

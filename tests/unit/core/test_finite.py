@@ -161,9 +161,9 @@ def test_a_range_is_not_taken_of_it(observer: Observer, scheme: Any, value: floa
 
 def test_calibration_names_layer_and_timestep(unet: nn.Module) -> None:
     model = quantizable(unet)
-    site = model.weight_layers()[len(model.weight_layers()) // 2]
+    name = model.weight_layers()[len(model.weight_layers()) // 2]
     data = example_inputs(unet, 2 * model.context.timesteps)
-    layer = model.unet.get_submodule(site)
+    layer = model.unet.get_submodule(name)
 
     def spoil(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         x = args[0].clone()
@@ -174,7 +174,7 @@ def test_calibration_names_layer_and_timestep(unet: nn.Module) -> None:
     conditions = {name: value for name, value in data.items() if name == "encoder_hidden_states"}
     steps = torch.arange(8) % 4
     samples = CalibrationSet(data["sample"], data["timestep"], steps, torch.arange(8) // 4, conditions)
-    with pytest.raises(NotFiniteError, match=rf"^{site}\.input_quantizer at timesteps 501: the range of an activation"):
+    with pytest.raises(NotFiniteError, match=rf"^{name}\.input_quantizer at timesteps 501: the range of an activation"):
         CalibrateRanges(8, EveryKth(1))(task_of(model, samples))
 
 
@@ -195,9 +195,9 @@ def task_of(model: Any, data: CalibrationSet) -> Any:
 
 def test_a_weight_without_a_range_is_named(tiny_unet: nn.Module) -> None:
     model = quantizable(tiny_unet)
-    site = model.weight_layers()[3]
-    model.layer(site).weight.data.view(-1)[0] = math.inf
-    with pytest.raises(NotFiniteError, match=f"^the weight of {site}: a range of MinMax is not finite"):
+    layer = model.weight_layers()[3]
+    model.layer(layer).weight.data.view(-1)[0] = math.inf
+    with pytest.raises(NotFiniteError, match=f"^the weight of {layer}: a range of MinMax is not finite"):
         model.calibrate_weights()
 
 
@@ -206,9 +206,11 @@ def test_scales_that_learning_has_spoiled_are_named(tiny_unet: nn.Module) -> Non
     quantizers: dict[str, Any] = dict(model.activation_quantizers())
     name, quantizer = list(quantizers.items())[2]
     for other in quantizers.values():
-        other.source.observe(torch.randn(1, 3)) if not other.source.per_step else other.source.scale.fill_(1.0)
-        other.source.zero_point.nan_to_num_()
-    quantizer.source.scale.fill_(math.inf)
+        other.scale_provider.observe(
+            torch.randn(1, 3)
+        ) if not other.scale_provider.per_step else other.scale_provider.scale.fill_(1.0)
+        other.scale_provider.zero_point.nan_to_num_()
+    quantizer.scale_provider.scale.fill_(math.inf)
     with pytest.raises(NotFiniteError, match=f"scale of {name} after learning is not finite"):
         model.tabulate_scales()
 

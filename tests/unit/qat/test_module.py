@@ -54,8 +54,8 @@ def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet,
         model(batch.clean, batch.t)
     for quantizer in (*model.weight_quantizers(), *model.activation_quantizers().values()):
         quantizer.mode = mode
-    scales: list[Any] = [quantizer.source.scale for quantizer in model.activation_quantizers().values()]
-    others = [p for name, p in model.unet.named_parameters() if not name.endswith("source.scale")]
+    scales: list[Any] = [quantizer.scale_provider.scale for quantizer in model.activation_quantizers().values()]
+    others = [p for name, p in model.unet.named_parameters() if not name.endswith("scale_provider.scale")]
     for parameter in (*scales, *others):
         parameter.requires_grad_(True)
     norms = [p for p in others if p.dim() == 1]

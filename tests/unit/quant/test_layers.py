@@ -71,7 +71,7 @@ def test_both_operands_are_quantized(layer_and_input):
     own.input_quantizer = switched_on(x)
     expected = copy.deepcopy(layer)
     expected.weight = nn.Parameter(own.weight_quantizer(layer.weight))
-    x_on_grid = fake_quantize(x, own.input_quantizer.source(x), QuantSpec(4))
+    x_on_grid = fake_quantize(x, own.input_quantizer.scale_provider(x), QuantSpec(4))
     assert torch.equal(own(x), expected(x_on_grid))
 
 
@@ -79,7 +79,7 @@ def test_the_output_is_quantized_with_its_bias(layer_and_input):
     layer, x = layer_and_input
     own, before = QUANT_LAYERS[type(layer)].from_float(layer), layer(x)
     own.output_quantizer = switched_on(before)
-    assert torch.equal(own(x), fake_quantize(before, own.output_quantizer.source(before), QuantSpec(4)))
+    assert torch.equal(own(x), fake_quantize(before, own.output_quantizer.scale_provider(before), QuantSpec(4)))
     assert not torch.equal(own(x), before)
 
 

@@ -26,7 +26,7 @@ def step(start: Observer, scheme: Scheme = "symmetric", bits: int = 4, kind: Int
         StaticScale(StaticConfig(observer=ScaledToIntRange(start, kind)), QuantSpec(bits, scheme)), form
     )
     quantizer.observe(activations())
-    return float(quantizer.source.scale)
+    return float(quantizer.scale_provider.scale)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

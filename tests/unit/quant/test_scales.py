@@ -172,12 +172,12 @@ def test_modes_of_a_quantizer():
     x = torch.randn(4, 5)
     quantizer = AffineQuantizer(StaticScale(StaticConfig(momentum=0.9), SPEC))
     assert quantizer(x) is x
-    assert quantizer.source.uncalibrated() == [0]
+    assert quantizer.scale_provider.uncalibrated() == [0]
     with modes([quantizer], Mode.OBSERVE):
         assert quantizer(x) is x
-    assert quantizer.source.uncalibrated() == []
+    assert quantizer.scale_provider.uncalibrated() == []
     with modes([quantizer], Mode.QUANTIZE):
-        assert torch.equal(quantizer(x), fake_quantize(x, quantizer.source(x), SPEC))
+        assert torch.equal(quantizer(x), fake_quantize(x, quantizer.scale_provider(x), SPEC))
     with pytest.raises(RuntimeError, match="inside"), modes([quantizer], Mode.QUANTIZE):
         raise RuntimeError("inside")
     assert quantizer.mode is Mode.OFF

@@ -95,8 +95,8 @@ def test_all_choices_observe(context: TimestepContext) -> None:
     with context.at(ROWS):
         assert torch.equal(made(x), x)
     for choice in made.choices:
-        assert float(choice.source.lo) == float(x.min())
-        assert float(choice.source.hi) == float(x.max())
+        assert float(choice.scale_provider.lo) == float(x.min())
+        assert float(choice.scale_provider.hi) == float(x.max())
 
 
 def test_switched_off_passes_everything(context: TimestepContext) -> None:
@@ -121,8 +121,8 @@ def test_gradient_reaches_the_scales_that_act(context: TimestepContext) -> None:
     made = switch(context)
     made.use((4, 4, 8, 8))
     for choice in made.choices:
-        choice.source.scale.requires_grad_(True)
+        choice.scale_provider.scale.requires_grad_(True)
     with context.at(ROWS):
         made(activations()).square().sum().backward()
-    reached = {choice.spec.bits: choice.source.scale.grad is not None for choice in made.choices}
+    reached = {choice.spec.bits: choice.scale_provider.scale.grad is not None for choice in made.choices}
     assert reached == {4: True, 6: False, 8: True}

@@ -114,7 +114,7 @@ def test_numbers_are_kept_in_their_intervals() -> None:
                 quantizer.clamp_parameters()  # type: ignore[union-attr]
                 bounds = form.extra_params()[name]
                 assert bounds.min <= float(quantizer.extra[name]) <= bounds.max + 1e-6  # type: ignore[union-attr, arg-type]
-            quantizer.get_parameter("scale" if quantizer is quantizers[1] else "source.scale").fill_(-1.0)
+            quantizer.get_parameter("scale" if quantizer is quantizers[1] else "scale_provider.scale").fill_(-1.0)
             quantizer.clamp_parameters()  # type: ignore[union-attr]
             assert all(float(parameter.min()) >= 0 for parameter in quantizer.parameters())
 
@@ -255,7 +255,7 @@ def test_merged_table_is_bit_identical_to_the_network(form: QATQuantizeFn) -> No
         quantizer.tabulate()
         assert torch.equal(quantizer(x), before)
     assert not any(isinstance(module, nn.Linear) for module in quantizer.modules())
-    assert sum(value.numel() for value in quantizer.source.state_dict().values()) == 2 * len(TIMESTEPS)
+    assert sum(value.numel() for value in quantizer.scale_provider.state_dict().values()) == 2 * len(TIMESTEPS)
 
 
 # networks of statistics

@@ -78,7 +78,7 @@ class TrainWeights(Stage):
         require_noise_prediction(self.run.denoiser.schedule, "training")
         model = self.run.quantized_unet()
         for name, quantizer in model.activation_quantizers().items():
-            source = quantizer.source
+            source = quantizer.scale_provider
             if source.per_step:
                 raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
             if isinstance(source, TimestepGroupScale) and source.unread:

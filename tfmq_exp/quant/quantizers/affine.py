@@ -14,25 +14,25 @@ from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
 class AffineQuantizer(Quantizer):
-    """Quantizes activations with the scale and zero point that its provider (`source`) gives."""
+    """Quantizes activations with the scale and zero point that its provider (`scale_provider`) gives."""
 
-    def __init__(self, source: ScaleProvider) -> None:
+    def __init__(self, scale_provider: ScaleProvider) -> None:
         super().__init__()
-        self.source = source
+        self.scale_provider = scale_provider
 
     @property
     def spec(self) -> QuantSpec:
-        return self.source.spec
+        return self.scale_provider.spec
 
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
-        self.source.observe(x.detach())
+        self.scale_provider.observe(x.detach())
 
     def quantize(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        return fake_quantize(x, self.source(x), self.spec)
+        return fake_quantize(x, self.scale_provider(x), self.spec)
 
     def tabulate(self) -> None:
         """Prepare for sampling: generated scales become a table."""
-        self.source = self.source.tabulated()
+        self.scale_provider = self.scale_provider.tabulated()
 
 
 class WeightQuantizer(Quantizer):

@@ -45,7 +45,7 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
     """Quantizes activations by a QAT function. Noise, where the function has any, acts in training mode alone.
 
     Args:
-        source: provider of the scale; its spec must have no zero point.
+        scale_provider: provider of the scale; its spec must have no zero point.
         fn: the arithmetic.
         offset: what is subtracted before and added after: `zero`; `silu`, the minimum of SiLU, for an unsigned range on its
             outputs; or `learned`, a number that starts at the mean of the first batch and is trained. NaN until then.
@@ -53,11 +53,11 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
 
     offset: nn.Parameter | None
 
-    def __init__(self, source: ScaleProvider, fn: QATQuantizeFn, offset: Offset = "zero") -> None:
-        super().__init__(source)
+    def __init__(self, scale_provider: ScaleProvider, fn: QATQuantizeFn, offset: Offset = "zero") -> None:
+        super().__init__(scale_provider)
         if offset not in get_args(Offset):
             raise ValueError(f"the offset must be zero, silu or learned, got {offset!r}")
-        self.set_fn(fn, source.spec)
+        self.set_fn(fn, scale_provider.spec)
         start = {"zero": None, "silu": SILU_MINIMUM, "learned": torch.nan}[offset]
         self.offset = None if start is None else nn.Parameter(torch.tensor(start), requires_grad=False)
         self.learns_offset = offset == "learned"
@@ -69,12 +69,12 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
         if self.offset is not None and bool(self.offset.isnan()):
             self.offset.copy_(x.mean())
-        self.source.observe(self.shifted(x.detach()))
+        self.scale_provider.observe(self.shifted(x.detach()))
 
     def quantize(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
         shifted = self.shifted(x)
         ints = self.ints._replace(num_values=x[0].numel())
-        out = self.acting_fn(shifted, self.source(shifted).scale, ints, dict(self.extra))
+        out = self.acting_fn(shifted, self.scale_provider(shifted).scale, ints, dict(self.extra))
         return out if self.offset is None else out + self.offset
 
     def trainable(self) -> Iterator[nn.Parameter]:
@@ -85,7 +85,7 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
 
     def clamp_parameters(self) -> None:
         """Called after every step of an optimiser."""
-        self.source.clamp_parameters()
+        self.scale_provider.clamp_parameters()
         self.clamp_extra()
 
     def tabulate(self) -> None:
