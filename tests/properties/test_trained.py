@@ -17,15 +17,10 @@ from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, penalty, ready, trainable
-from tfmq_exp.quant.qat.base import IntRangeKind, QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.nipq import Nipq
-from tfmq_exp.quant.qat.pact import Pact
-from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.observers import AbsMax
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.range_init import AbsMax
 from tfmq_exp.quant.scales.base import EMARange, ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
@@ -33,7 +28,7 @@ from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
 from tfmq_exp.quant.scales.static import StaticConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
-from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.spec import IntRangeKind, QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.surgery import serialization

@@ -13,9 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer

@@ -8,10 +8,7 @@ from typing import Any
 
 from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.quant.qat.base import QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.qat_functions import Duq, Lsq, QATQuantizeFn, Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer

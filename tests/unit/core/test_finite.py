@@ -24,8 +24,17 @@ from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.methods.noise_correction import NoiseCorrection
 from tfmq_exp.methods.noise_statistics import NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
-from tfmq_exp.quant.observers import LpObserver, MinMax, Observer, SymmetricMSEObserver
-from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
+from tfmq_exp.quant.observers import (
+    AbsMax,
+    Constant,
+    LpObserver,
+    LSQInit,
+    MeanStd,
+    MinMax,
+    Observer,
+    Percentile,
+    SymmetricMSEObserver,
+)
 from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree

@@ -21,12 +21,7 @@ from tfmq_exp.deploy.product_layers import ProductLayer
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row, signed_weight
 from tfmq_exp.quant.layers import QUANT_LAYERS, QuantLayer
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.qat.base import QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.nipq import Nipq
-from tfmq_exp.quant.qat.pact import Pact
-from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch

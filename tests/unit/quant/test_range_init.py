@@ -6,13 +6,11 @@ import statistics
 import pytest
 import torch
 
-from tfmq_exp.quant.observers import Observer
-from tfmq_exp.quant.qat.base import IntRangeKind, int_range
-from tfmq_exp.quant.qat.lsq import Lsq
+from tfmq_exp.quant.observers import AbsMax, Constant, LSQInit, MeanStd, Observer, Percentile, ScaledToIntRange
+from tfmq_exp.quant.qat_functions import Lsq
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile, ScaledToIntRange
 from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
-from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.spec import IntRangeKind, QuantSpec, Scheme, int_range
 
 
 def activations() -> torch.Tensor:

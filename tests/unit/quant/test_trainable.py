@@ -7,15 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.core.records import decode, encode
-from tfmq_exp.quant.qat.base import QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.nipq import Nipq
-from tfmq_exp.quant.qat.pact import Pact
-from tfmq_exp.quant.qat.qil import Qil
+from tfmq_exp.quant.observers import AbsMax, ScaledToIntRange
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.range_init import AbsMax, ScaledToIntRange
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
 from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig, DynamicGeneratorScale

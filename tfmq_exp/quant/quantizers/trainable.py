@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.observers import Observer
-from tfmq_exp.quant.qat.base import QATQuantizeFn, int_range
+from tfmq_exp.quant.qat_functions import QATQuantizeFn
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Quantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.base import ScaleProvider
-from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.spec import QParams, QuantSpec, int_range
 
 SILU_MINIMUM = -0.2785  # as TDQ's release has it; -0.27846454...
 

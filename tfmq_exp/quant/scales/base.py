@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.validate import DECAY, check_fields
 from tfmq_exp.quant.functional import SMALLEST_SCALE, qparams_from_range
-from tfmq_exp.quant.observers import MinMax, Observer, include_zero
-from tfmq_exp.quant.qat.base import IntRangeKind
-from tfmq_exp.quant.range_init import ScaledToIntRange
-from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.observers import MinMax, Observer, ScaledToIntRange, include_zero
+from tfmq_exp.quant.spec import IntRangeKind, QParams, QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
 DEFAULT_OBSERVER = MinMax(include_zero=False)  # the running range is widened to zero, not each batch's

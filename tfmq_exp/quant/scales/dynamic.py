@@ -9,9 +9,8 @@ from torch import Tensor
 from tfmq_exp.core.validate import check_fields, one_of
 from tfmq_exp.quant.functional import qparams_from_range
 from tfmq_exp.quant.observers import Observer, include_zero
-from tfmq_exp.quant.qat.base import IntRangeKind, range_ratio
 from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
-from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.spec import IntRangeKind, QParams, QuantSpec, range_ratio
 from tfmq_exp.quant.timestep_context import TimestepContext
 
 
