@@ -36,8 +36,7 @@ from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
-from tfmq_exp.quant.scales.per_step import PerStepConfig
-from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer

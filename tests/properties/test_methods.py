@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.helpers.sampling import output, reloaded
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.per_step import PerStepScale
+from tfmq_exp.quant.scales.running_range import EMARange, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Frequency, Normalised
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits
@@ -86,7 +85,8 @@ def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Pa
     tables = {name: quantizer.scale_provider.table() for name, quantizer in quantizers}  # type: ignore[operator]
     loaded = reloaded(model, tmp_path)
     for name, quantizer in loaded.activation_quantizers().items():
-        assert isinstance(quantizer.scale_provider, PerStepScale)
+        assert type(quantizer.scale_provider) is EMARange
+        assert quantizer.scale_provider.per_step
         assert torch.equal(quantizer.scale_provider.scale, tables[name].scale)
         assert torch.equal(quantizer.scale_provider.zero_point, tables[name].zero_point)
         assert len(quantizer.scale_provider.scale.unique()) == len(TIMESTEPS)

@@ -17,8 +17,7 @@ from tfmq_exp.quant.qat_functions import Duq, Lsq, Qil
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer
-from tfmq_exp.quant.scales.dynamic import DynamicScale
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorScale
+from tfmq_exp.quant.scales.dynamic import DynamicGeneratorScale, DynamicScale
 
 BYTE_VALUES = 256
 # Inference quantizers of QAT, each with those of its trained numbers that `ScaleTable` has.

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from tfmq_exp.quant.quantizers.base import Mode, Quantizer
 from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.scales.base import EMARange
-from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
-from tfmq_exp.quant.scales.tdq import TDQScale
+from tfmq_exp.quant.scales.running_range import EMARange
+from tfmq_exp.quant.scales.tdq import BatchedGenerators, TDQScale
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 PENALTY_TIMESTEPS = 64  # at which the penalty takes a network's scales; they are smooth in t

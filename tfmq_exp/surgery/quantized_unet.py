@@ -16,7 +16,7 @@ from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
+from tfmq_exp.quant.scales.tdq import BatchedGenerators
 from tfmq_exp.quant.timestep_context import Outside, TimestepContext
 from tfmq_exp.surgery.resolve import ResolvedConfig
 from tfmq_exp.surgery.temporal_cache import CachedFeature, Unneeded

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from tfmq_exp.core.records import encode
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Role
 from tfmq_exp.quant.scales.base import ScaleConfig
-from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
-from tfmq_exp.quant.scales.per_step import PerStepConfig
-from tfmq_exp.quant.scales.static import StaticConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
+from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.timestep_encoding import Frequency, Normalised, RandomFourier
 
 # Of a stored model: what is left after learning, and the encodings of networks that stay.

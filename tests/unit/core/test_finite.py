@@ -35,7 +35,7 @@ from tfmq_exp.quant.observers import (
     Percentile,
     SymmetricMSEObserver,
 )
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.inputs import FloatInputs
@@ -158,7 +158,7 @@ OBSERVERS: list[tuple[Observer, str]] = [
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize(("observer", "scheme"), OBSERVERS, ids=lambda x: type(x).__name__)
 def test_a_range_is_not_taken_of_it(observer: Observer, scheme: Any, value: float) -> None:
-    source = StaticScale(StaticConfig(observer=observer), QuantSpec(8, scheme))
+    source = EMARange(StaticConfig(observer=observer), QuantSpec(8, scheme))
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     source.observe(x)
     before = copy.deepcopy(source.state_dict())

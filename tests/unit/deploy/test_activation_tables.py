@@ -27,11 +27,8 @@ from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig
-from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
-from tfmq_exp.quant.scales.per_step import PerStepConfig
-from tfmq_exp.quant.scales.static import StaticConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
+from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency

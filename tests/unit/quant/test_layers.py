@@ -9,7 +9,7 @@ from tfmq_exp.quant.layers import QUANT_LAYERS
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 
 LAYERS = {
@@ -37,7 +37,7 @@ def quantized(layer, bits=4, scheme="affine"):
 
 def switched_on(x):
     """A quantizer of activations calibrated on `x`."""
-    quantizer = AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(4)))
+    quantizer = AffineQuantizer(EMARange(StaticConfig(), QuantSpec(4)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE
     return quantizer

@@ -7,8 +7,7 @@ from torch import Tensor
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -27,7 +26,7 @@ def switch(context: TimestepContext, source: str = "static", widths: tuple[int, 
     def choice(bits: int) -> AffineQuantizer:
         spec = QuantSpec(bits)
         return AffineQuantizer(
-            StaticScale(StaticConfig(), spec) if source == "static" else PerStepScale(PerStepConfig(), spec, context)
+            EMARange(StaticConfig(), spec) if source == "static" else EMARange(PerStepConfig(), spec, context)
         )
 
     made = StepSwitch([choice(bits) for bits in widths], context)
@@ -88,7 +87,7 @@ def test_order_of_the_choices_does_not_matter(context: TimestepContext) -> None:
 
 def test_all_choices_observe(context: TimestepContext) -> None:
     x = activations()
-    made = StepSwitch([AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(bits))) for bits in (4, 8)], context)
+    made = StepSwitch([AffineQuantizer(EMARange(StaticConfig(), QuantSpec(bits))) for bits in (4, 8)], context)
     made.use((4, 4, 4, 4))
     for choice in made.choices:
         choice.mode = Mode.OBSERVE

@@ -12,10 +12,9 @@ from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qi
 from tfmq_exp.quant.quantizers.base import Mode
 from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer, TrainableWeightQuantizer
 from tfmq_exp.quant.scales.base import ScaleProvider
-from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig, DynamicGeneratorScale
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
-from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
+from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig, DynamicGeneratorScale
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.tdq import BatchedGenerators, TDQConfig, TDQScale
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import (
@@ -50,7 +49,7 @@ def ready(source: ScaleProvider, form: QATQuantizeFn, centre: Offset = "zero") -
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
 def test_noise_acts_while_training_alone(form: QATQuantizeFn) -> None:
-    quantizer, x = ready(StaticScale(StaticConfig(), SIGNED), form), activations()
+    quantizer, x = ready(EMARange(StaticConfig(), SIGNED), form), activations()
     for_inference = quantizer(x)
     assert torch.equal(quantizer.train()(x), for_inference) is not isinstance(form, Nipq)
     assert torch.equal(quantizer.eval()(x), for_inference)
@@ -61,7 +60,7 @@ def test_noise_acts_while_training_alone(form: QATQuantizeFn) -> None:
 @pytest.mark.parametrize("centre", ["silu", "learned"])
 def test_a_centre_is_subtracted_before_and_added_after(centre: Offset) -> None:
     spec: Scheme = "unsigned" if centre == "silu" else "symmetric"
-    quantizer = ready(StaticScale(StaticConfig(observer=AbsMax()), QuantSpec(4, spec)), Lsq("narrow"), centre)
+    quantizer = ready(EMARange(StaticConfig(observer=AbsMax()), QuantSpec(4, spec)), Lsq("narrow"), centre)
     x = activations()
     middle = -0.2785 if centre == "silu" else float(x.mean())
     largest = float((x - middle).abs().max())
@@ -73,7 +72,7 @@ def test_a_centre_is_subtracted_before_and_added_after(centre: Offset) -> None:
 
 
 def test_a_learned_centre_keeps_the_first_mean_and_learns() -> None:
-    quantizer = ready(StaticScale(StaticConfig(), SIGNED), Lsq(), "learned")
+    quantizer = ready(EMARange(StaticConfig(), SIGNED), Lsq(), "learned")
     first = float(quantizer.offset)  # type: ignore[arg-type]
     quantizer.observe(activations() + 100)
     assert float(quantizer.offset) == first  # type: ignore[arg-type]
@@ -85,9 +84,9 @@ def test_a_learned_centre_keeps_the_first_mean_and_learns() -> None:
 
 def test_unfit_choices_are_named() -> None:
     with pytest.raises(ValueError, match="got affine"):
-        TrainableQuantizer(StaticScale(StaticConfig(), QuantSpec(4)), Lsq())
+        TrainableQuantizer(EMARange(StaticConfig(), QuantSpec(4)), Lsq())
     with pytest.raises(ValueError, match="zero, silu or learned, got 'mean'"):
-        TrainableQuantizer(StaticScale(StaticConfig(), SIGNED), Lsq(), "mean")  # type: ignore[arg-type]
+        TrainableQuantizer(EMARange(StaticConfig(), SIGNED), Lsq(), "mean")  # type: ignore[arg-type]
     weight = torch.ones(2, 2)
     with pytest.raises(TypeError, match="Lsq is trained"):
         TrainableWeightQuantizer(weight, SIGNED, AbsMax(), Lsq()).learn_rounding(weight)
@@ -99,7 +98,7 @@ def test_numbers_are_kept_in_their_intervals() -> None:
     for form, name in ((Duq(), "gain"), (Qil(), "pruned")):
         weight = activations()
         quantizers = [
-            ready(StaticScale(StaticConfig(), SIGNED), form),
+            ready(EMARange(StaticConfig(), SIGNED), form),
             TrainableWeightQuantizer(weight, SIGNED, AbsMax(), form),
         ]
         for quantizer in quantizers:

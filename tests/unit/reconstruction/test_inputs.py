@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.quant.quantizers.affine import AffineQuantizer
 from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.inputs import MixedInputs
 
@@ -55,7 +55,7 @@ def test_inputs_are_mixed_element_by_element(quant_prob: float) -> None:
 @pytest.mark.parametrize("quant_prob", [0.0, 0.5, 1.0])
 def test_activations_inside_the_unit_are_mixed_while_it_learns(quant_prob: float) -> None:
     torch.manual_seed(0)
-    x, quantizer = torch.randn(100, 100), AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(2)))
+    x, quantizer = torch.randn(100, 100), AffineQuantizer(EMARange(StaticConfig(), QuantSpec(2)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE
     quantized = quantizer(x)

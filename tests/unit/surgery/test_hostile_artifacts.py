@@ -16,8 +16,7 @@ from tests.conftest import calibrated, generic, quantizable
 from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.static import StaticConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
+from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

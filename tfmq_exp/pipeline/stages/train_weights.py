@@ -17,7 +17,7 @@ from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingContext
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
+from tfmq_exp.quant.scales.running_range import EMARange, TimestepGroupConfig
 from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer
 from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -81,10 +81,10 @@ class TrainWeights(Stage):
             source = quantizer.scale_provider
             if source.per_step:
                 raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
-            if isinstance(source, TimestepGroupScale) and source.unread:
-                few = len(source.scale)
+            config = source.config if isinstance(source, EMARange) else None
+            if isinstance(config, TimestepGroupConfig) and config.count > (few := len(source.scale)):
                 raise ValueError(
-                    f"{name} would be trained with {few + source.unread} intervals, and the sampler's "
+                    f"{name} would be trained with {config.count} intervals, and the sampler's "
                     f"{model.context.num_steps} steps fall into {few} of them: take fewer intervals, or more steps"
                 )
         return model

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.core.validate import COUNT, DECAY, SEED, check_fields, one_of, sequence_of
+from tfmq_exp.core.validate import COUNT, DECAY, SEED, sequence_of
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.scales.base import EMAConfig
-from tfmq_exp.quant.scales.static import StaticScale
+from tfmq_exp.quant.scales.running_range import EMAConfig, EMARange
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import TimeEncoding
@@ -35,15 +34,13 @@ class GeneratorConfig(EMAConfig):
     """
 
     encoding: TimeEncoding | None
-    hidden_dims: tuple[int, ...]
-    dropout: float = 0.0
+    hidden_dims: Annotated[tuple[int, ...], sequence_of(COUNT)]
+    dropout: Annotated[float, DECAY] = 0.0
     last_layer_init: LayerInit = "zero"
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, hidden_dims=sequence_of(COUNT), dropout=DECAY, seed=SEED)
-        check_fields(self, last_layer_init=one_of(*get_args(LayerInit)))
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
 
     def seeded_for(self, name: str) -> Self:
@@ -61,22 +58,17 @@ class GeneratorConfig(EMAConfig):
         return nn.Sequential(*layers, nn.Dropout(self.dropout), output).requires_grad_(False)
 
 
-class GeneratedScale(StaticScale):
+class GeneratedScale(EMARange):
     """A static range s_0 that is calibrated, and an MLP that is learned: s = softplus(MLP + softplus^-1(s_0)).
 
-    Args:
-        config: of the MLP and the calibrated range.
-        spec: of the quantizer.
-        context: timesteps of the rows at hand.
-        width: number of inputs of the MLP.
+    `width` is the number of inputs of the MLP.
     """
 
     generates = True
 
     def __init__(self, config: GeneratorConfig, spec: QuantSpec, context: TimestepContext, width: int) -> None:
-        super().__init__(config, spec)
-        self.context, self.generator, self.encoding = context, config, config.encoding
-        self.mlp = config.mlp(width)
+        super().__init__(config, spec, context)
+        self.generator, self.encoding, self.mlp = config, config.encoding, config.mlp(width)
 
     def trainable(self) -> Iterator[nn.Parameter]:
         return self.mlp.parameters()
