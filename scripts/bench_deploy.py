@@ -41,7 +41,7 @@ from tfmq_exp.deploy.openvino.export import export
 from tfmq_exp.deploy.openvino.parity import LayerParity, compare_layers
 from tfmq_exp.deploy.openvino.trace import trace
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

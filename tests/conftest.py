@@ -13,7 +13,7 @@ from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig
 from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig

@@ -12,7 +12,7 @@ from goldens.released import ESTIMATORS, Goldens, at, input_quantizer, on_grid, 
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.histogram_observers import HistogramPercentileObserver
 from tfmq_exp.quant.layers import QuantConv2d
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer
 from tfmq_exp.quant.rounding import rounding_penalty
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec

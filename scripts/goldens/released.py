@@ -12,8 +12,7 @@ from goldens.comparing import Group, Record, reading
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec

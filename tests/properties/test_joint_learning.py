@@ -13,7 +13,7 @@ from tests.helpers.reconstruction import ROUNDING, MemoryCheckpointer, RecordedP
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import KeepRanges
 from tfmq_exp.methods.weights import Reconstruct
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.units import Blockwise, TemporalAware

@@ -8,7 +8,7 @@ from tests.conftest import quantizable
 from tests.helpers.calibration import calibration
 from tests.helpers.learning import SHARDS, SOURCES, end_of_network, frozen, learn, run, same_state, trainable
 from tests.helpers.reconstruction import RecordedProgress, structure
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.inputs import QuantizedInputs
 from tfmq_exp.reconstruction.objectives import Fisher, Lp
 from tfmq_exp.reconstruction.units import TemporalAware

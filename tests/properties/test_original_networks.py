@@ -16,7 +16,7 @@ from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers.ddim import DDIM

@@ -13,7 +13,7 @@ from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.helpers.sampling import output
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.unet import read_structure
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer
 
 
 def parts_of(unet: nn.Module) -> UNetStructure:

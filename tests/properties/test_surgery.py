@@ -21,7 +21,7 @@ from tests.helpers.sampling import output
 from tfmq_exp.core.records import decode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig

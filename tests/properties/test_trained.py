@@ -19,8 +19,8 @@ from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, penalty, ready, trainable
 from tfmq_exp.quant.observers import AbsMax
 from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
 from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig, TimestepGroupConfig

@@ -20,7 +20,7 @@ from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.capture import sample_bytes
 from tfmq_exp.reconstruction.loop import is_learnable
 from tfmq_exp.surgery.build import build_quantized_unet

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row
 from tfmq_exp.quant.qat_functions import Duq, Lsq, Qil
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer
+from tfmq_exp.quant.qat_quantizers import TrainableQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorScale, DynamicScale
 
 BYTE_VALUES = 256

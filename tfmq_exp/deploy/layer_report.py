@@ -10,7 +10,7 @@ from tfmq_exp.denoisers.unet import LAYERS
 from tfmq_exp.deploy.activation_tables import ActivationScale, activation_scale, check_bytes
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, SignedWeight, signed_weight
 from tfmq_exp.quant.layers import QuantLayer
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ from torch import nn
 
 from tfmq_exp.denoisers.structure import Kind, UNetStructure
 from tfmq_exp.quant.layers import QuantLayer
-from tfmq_exp.quant.quantizers.base import Mode, Quantizer, modes
+from tfmq_exp.quant.quantizers import Mode, Quantizer, modes
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

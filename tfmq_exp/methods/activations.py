@@ -10,7 +10,7 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.validate import COUNT, check_fields
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.methods.activations import CalibrateRanges, CalibrationBudget
-from tfmq_exp.quant.quantizers.base import Mode, modes
+from tfmq_exp.quant.quantizers import Mode, modes
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig

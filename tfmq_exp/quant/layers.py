@@ -11,8 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tfmq_exp.quant.functional import dequantize
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer, WeightQuantizer
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.validate import SHARE, check_fields
-from tfmq_exp.quant.quantizers.base import Quantizer
+from tfmq_exp.quant.quantizers import Quantizer
 from tfmq_exp.reconstruction.capture import hooks
 
 Origin = Literal["quantized", "float"]

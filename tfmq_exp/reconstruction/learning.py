@@ -10,7 +10,7 @@ import torch
 from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.finite import DivergedError
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
 from tfmq_exp.reconstruction.callbacks import LossCallback, UnitResult

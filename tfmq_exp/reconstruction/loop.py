@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tfmq_exp.core.finite import relative, within
-from tfmq_exp.quant.quantizers.base import Mode, modes
+from tfmq_exp.quant.quantizers import Mode, modes
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.callbacks import UnitReport, peak_memory_mib
 from tfmq_exp.reconstruction.capture import Capture, UnitActivations, groups_within, sample_bytes

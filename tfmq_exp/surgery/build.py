@@ -9,9 +9,8 @@ from torch import nn
 from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.quant.layers import QUANT_LAYERS, QuantLayer
 from tfmq_exp.quant.observers import Observer
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
-from tfmq_exp.quant.quantizers.trainable import TrainableWeightQuantizer
+from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer, WeightQuantizer
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.attention import QuantAttnProcessor
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

@@ -7,7 +7,7 @@ from tfmq_exp.core.validate import SWITCH, check_fields, one_of
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_functions import QATQuantizeFn
-from tfmq_exp.quant.quantizers.trainable import Offset
+from tfmq_exp.quant.qat_quantizers import Offset
 from tfmq_exp.quant.spec import Scheme
 
 # Inputs of these layers come from SiLU: convolutions of residual blocks, embedding projections, the last layer.

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
 from tfmq_exp.quant.layers import QuantizedWeight, QuantLayer
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.tdq import BatchedGenerators
 from tfmq_exp.quant.timestep_context import Outside, TimestepContext

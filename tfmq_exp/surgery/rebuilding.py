@@ -13,7 +13,7 @@ from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, roles, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.build import build_quantized_unet

@@ -9,9 +9,8 @@ from typing import Any
 from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.quant.qat_functions import Duq, Lsq, QATQuantizeFn, Qil
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
+from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext

@@ -22,10 +22,8 @@ from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row, signed
 from tfmq_exp.quant.layers import QUANT_LAYERS, QuantLayer
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
+from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch, WeightQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
 from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.quantizers import WeightQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec

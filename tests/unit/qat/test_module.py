@@ -19,7 +19,7 @@ from tfmq_exp.qat.dataset import TrainingSet
 from tfmq_exp.qat.model import TrainableParameters
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.context import quiet_trainer
 from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

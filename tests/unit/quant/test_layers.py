@@ -7,8 +7,7 @@ from torch import nn
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.layers import QUANT_LAYERS
 from tfmq_exp.quant.observers import LpObserver
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, WeightQuantizer
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 

@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch
 from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext

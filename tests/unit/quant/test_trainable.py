@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tfmq_exp.core.records import decode, encode
 from tfmq_exp.quant.observers import AbsMax, ScaledToIntRange
 from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig, DynamicGeneratorScale
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig

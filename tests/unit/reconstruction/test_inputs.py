@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.inputs import MixedInputs

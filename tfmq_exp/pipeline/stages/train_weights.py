@@ -82,7 +82,8 @@ class TrainWeights(Stage):
             if source.per_step:
                 raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
             config = source.config if isinstance(source, EMARange) else None
-            if isinstance(config, TimestepGroupConfig) and config.count > (few := len(source.scale)):
+            few = sum(parameter.numel() for parameter in source.trainable())
+            if isinstance(config, TimestepGroupConfig) and config.count > few:
                 raise ValueError(
                     f"{name} would be trained with {config.count} intervals, and the sampler's "
                     f"{model.context.num_steps} steps fall into {few} of them: take fewer intervals, or more steps"

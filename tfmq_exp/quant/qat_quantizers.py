@@ -11,8 +11,7 @@ from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_functions import QATQuantizeFn
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Quantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, Quantizer, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.spec import QParams, QuantSpec, int_range
@@ -35,8 +34,13 @@ class QATQuantizer(Quantizer):
         """The function; in evaluation mode without noise."""
         return self.fn if self.training else self.fn.for_inference()
 
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """The function's own parameters, and those of the quantizer; scales of activations are the provider's."""
+        yield from self.extra.values()
+
     @torch.no_grad()
-    def clamp_extra(self) -> None:
+    def clamp_parameters(self) -> None:
+        """Called after every step of an optimiser."""
         for name, bounds in self.fn.extra_params().items():
             self.extra[name].clamp_(bounds.min, bounds.max)
 
@@ -78,15 +82,13 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
         return out if self.offset is None else out + self.offset
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """The function's own parameters, and a learned offset; scales are the provider's."""
-        yield from self.extra.values()
+        yield from super().trainable()
         if self.offset is not None and self.learns_offset:
             yield self.offset
 
     def clamp_parameters(self) -> None:
-        """Called after every step of an optimiser."""
         self.scale_provider.clamp_parameters()
-        self.clamp_extra()
+        super().clamp_parameters()
 
     def tabulate(self) -> None:
         super().tabulate()
@@ -130,12 +132,10 @@ class TrainableWeightQuantizer(WeightQuantizer, QATQuantizer):
         return self.acting_fn(x, self.scale, self.ints, dict(self.extra))
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """The scale, and the function's own parameters."""
         yield self.scale
-        yield from self.extra.values()
+        yield from super().trainable()
 
     @torch.no_grad()
     def clamp_parameters(self) -> None:
-        """Called after every step of an optimiser."""
         self.scale.clamp_(min=SMALLEST_SCALE)
-        self.clamp_extra()
+        super().clamp_parameters()
