@@ -29,10 +29,10 @@ from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, SchemeConfig
-from tfmq_exp.surgery.packing import pack, unpack
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.resolve import coverage, resolve, resolved_from_json, resolved_to_json
 from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
+from tfmq_exp.surgery.serialization import pack, unpack
 
 ALL_STEPS = 2 * TIMESTEPS
 OPERANDS = AttentionBits(operands=8, probabilities=16)

@@ -183,9 +183,7 @@ class Costs:
         seconds, peak, cached, samples = searches * self.weight_ranges(), self.call.bytes, 0.0, 0
         if protocol:
             seconds, peak = self.training(protocol, finished)
-        if observe and any(
-            quantizer.scale_provider.needs_data for quantizer in self.model.activation_quantizers().values()
-        ):
+        if observe and any(q.scale_provider.needs_data for q in self.model.activation_quantizers().values()):
             self.set_activations(Mode.OBSERVE)
             samples = self.rows_per_image * observe.budget(*budget).samples
             with torch.no_grad():
