@@ -43,8 +43,7 @@ from tfmq_exp.deploy.openvino.trace import trace
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
 
 LOAD = r"""

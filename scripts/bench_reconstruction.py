@@ -45,10 +45,9 @@ from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext
 from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import TemporalAware, Unit
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.config import ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
-from tfmq_exp.surgery.scales import ScalePlan
 
 
 def plain(

@@ -46,10 +46,9 @@ from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
+from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 from tfmq_exp.surgery.resolve import coverage, resolve
-from tfmq_exp.surgery.scales import ScalePlan
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:

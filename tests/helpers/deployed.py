@@ -11,8 +11,8 @@ from tests.conftest import calibrated, generic, quantizable
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.surgery.config import ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
 
 DYNAMIC = DynamicConfig("sample")
 # choices of `model_of` that every engine has to know

@@ -18,9 +18,8 @@ from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.inputs import MixedInputs
 from tfmq_exp.reconstruction.objectives import Lp
 from tfmq_exp.reconstruction.units import TemporalAware
-from tfmq_exp.surgery.config import Bits, LayerBits
+from tfmq_exp.surgery.config import Bits, LayerBits, ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
 
 INTERVALS = TimestepGroupConfig(2, 1000)
 

@@ -21,8 +21,7 @@ from tfmq_exp.deploy.product_layers import ProductLayer
 from tfmq_exp.methods.method import Method
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, qat_quantizers, ready, trainable
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

@@ -14,8 +14,7 @@ from tfmq_exp.quant.scales.running_range import EMARange, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
 from tfmq_exp.quant.timestep_encoding import Frequency, Normalised
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 
 INTERVALS = TimestepGroupConfig(2, 1000)
 GENERATED = TDQConfig(Frequency(32), (16, 16), 0.2, "default")

@@ -21,8 +21,8 @@ from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers.ddim import DDIM
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
 
 GOLDENS = Path(__file__).parents[1] / "goldens/compvis"

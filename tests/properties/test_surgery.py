@@ -28,10 +28,17 @@ from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfi
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, SchemeConfig
+from tfmq_exp.surgery.config import (
+    STORED_SCALES,
+    AttentionBits,
+    Bits,
+    LayerBits,
+    QuantizationConfig,
+    ScalePlan,
+    SchemeConfig,
+)
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.resolve import coverage, resolve, resolved_from_json, resolved_to_json
-from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
+from tfmq_exp.surgery.resolve import STORED, ResolvedConfig, coverage, resolve
 from tfmq_exp.surgery.serialization import pack, unpack
 
 ALL_STEPS = 2 * TIMESTEPS
@@ -242,7 +249,7 @@ def test_scope_says_who_has_a_scale_per_step(unet: nn.Module, per_step: str) -> 
 def test_resolved_plan_survives_json(unet: nn.Module, scales: str) -> None:
     sites = mixed_bits(unet) | {"conv_out": LayerBits(4, (4, 8))}
     plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.tabulated()
-    assert resolved_from_json(json.loads(json.dumps(resolved_to_json(plan)))) == plan
+    assert decode(json.loads(json.dumps(encode(plan, STORED))), ResolvedConfig, STORED) == plan
     assert plan.tabulated() == plan
 
 

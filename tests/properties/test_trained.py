@@ -29,12 +29,17 @@ from tfmq_exp.quant.spec import IntRangeKind, QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, SchemeConfig
-from tfmq_exp.surgery.qat_config import AFTER_SILU, QATConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.resolve import STORED, ActivationConfig, resolve, resolved_from_json, resolved_to_json
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import (
+    AFTER_SILU,
+    AttentionBits,
+    LayerBits,
+    QATConfig,
+    QuantizationConfig,
+    ScalePlan,
+    SchemeConfig,
+)
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.resolve import STORED, ActivationConfig, ResolvedConfig, resolve
 
 SYMMETRIC = SchemeConfig("symmetric", "channel", "symmetric")
 ANY_T = (3, 17, 500, 902)  # none of the sampler's
@@ -358,10 +363,10 @@ def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None
     plan = network(tiny_unet, FORMS[form], SCALES[scale], silu_offset=True).plan
     merged = plan.tabulated()
     assert merged.tabulated() == merged
-    assert resolved_from_json(json.loads(json.dumps(resolved_to_json(merged)))) == merged
+    assert decode(json.loads(json.dumps(encode(merged, STORED))), ResolvedConfig, STORED) == merged
     if form in ("pact", "nipq") or scale == "tdq":
         with pytest.raises(TypeError, match="cannot be stored; classes that can: "):
-            resolved_to_json(plan)
+            encode(plan, STORED)
 
 
 def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:

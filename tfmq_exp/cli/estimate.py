@@ -23,7 +23,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.capture import sample_bytes
 from tfmq_exp.reconstruction.loop import is_learnable
-from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 
 CODE_BYTES = 0.25  # of an integer weight, over those of the float32 weight that is kept with it
 TRAINING_COPIES = 5  # of what is trained: average, Adam's two moments, gradients, and these as one vector

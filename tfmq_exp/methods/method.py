@@ -9,8 +9,7 @@ from tfmq_exp.methods.qat_method import QuantizationAwareTrain
 from tfmq_exp.methods.temporal_features import CacheFeatures, ComputeFeatures
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
 from tfmq_exp.quant.observers import Observer
-from tfmq_exp.surgery.config import QuantizationConfig
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import QuantizationConfig, ScalePlan
 
 
 @dataclass(frozen=True)

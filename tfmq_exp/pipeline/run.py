@@ -20,8 +20,7 @@ from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 
 log = logging.getLogger(__name__)

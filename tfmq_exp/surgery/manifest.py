@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.loading.network_config import MOST_LAYERS, UNETS, empty_network
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.structure import Role
@@ -18,9 +19,8 @@ from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.resolve import OPERANDS, ResolvedConfig, resolved_from_json, resolved_to_json
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
 NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in UNETS}
@@ -50,7 +50,7 @@ def described(model: QuantizedUNet) -> dict[str, Any]:
     manifest = {
         "network": type(model.unet).__name__,
         "config": {k: v for k, v in dict(model.unet.config).items() if k in known},
-        "plan": resolved_to_json(model.plan),
+        "plan": encode(model.plan, STORED),
         "shapes": {name: list(part.codes.shape) for name, part in integers.items()},
         "cached": {layer: dataclasses.asdict(integers.spec) for layer, integers in model.cached.items()},
         "unneeded": [name for name, module in model.unet.named_modules() if isinstance(module, Unneeded)],
@@ -138,7 +138,7 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
 
     Stored temporal features stand in the place of the layers that compute them, which are no others.
     """
-    plan = resolved_from_json(manifest["plan"])
+    plan = decode(manifest["plan"], ResolvedConfig, STORED, "plan")
     check_plan(plan, sum(value.numel() for value in tensors.values()))
     unet = empty_unet(manifest, tensors)
     model, known = build_quantized_unet(unet, plan, MinMax()), roles(unet)

@@ -1,5 +1,6 @@
-"""The quantized UNet: the float network with some layers replaced by quantized ones."""
+"""The quantized UNet: the float network with some layers replaced by quantized ones, as a table says."""
 
+import copy
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,11 +12,16 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
-from tfmq_exp.quant.layers import QuantizedWeight, QuantLayer
-from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch, WeightQuantizer
+from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.quant.layers import QUANT_LAYERS, QuantizedWeight, QuantLayer
+from tfmq_exp.quant.observers import Observer
+from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, SplitQuantizer, StepSwitch, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.tdq import BatchedGenerators
+from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import Outside, TimestepContext
+from tfmq_exp.surgery.attention import QuantAttnProcessor
 from tfmq_exp.surgery.resolve import ResolvedConfig
 from tfmq_exp.surgery.temporal_cache import CachedFeature, Unneeded
 
@@ -83,8 +89,8 @@ class QuantizedUNet(nn.Module):
     @property
     def integers(self) -> dict[str, tuple[QuantizedWeight, ...]]:
         """Weights that are integers, by layer, in as many parts as they have quantizers."""
-        layers = {name: module for name, module in self.unet.named_modules() if isinstance(module, QuantLayer)}
-        return {name: layer.quantized_weight() for name, layer in layers.items() if layer.integers}
+        layers = [(name, layer) for name, layer in self.unet.named_modules() if isinstance(layer, QuantLayer)]
+        return {name: layer.quantized_weight() for name, layer in layers if layer.integers}
 
     def weight_quantizers(self, layers: Collection[str] | None = None) -> list[WeightQuantizer]:
         """Quantizers of the weights that are not frozen yet."""
@@ -106,8 +112,7 @@ class QuantizedUNet(nn.Module):
 
     def freeze(self, name: str, integers: tuple[QuantizedWeight, ...] | None = None) -> None:
         """Round a layer's weight to integers (default: with the quantizer's current rounding) and fix it."""
-        layer = self.layer(name)
-        layer.freeze_weight(integers or layer.quantized_weight())
+        self.layer(name).freeze_weight(integers or self.layer(name).quantized_weight())
 
     def activation_quantizers(self) -> dict[str, AffineQuantizer]:
         """Every activation quantizer by its name in the network."""
@@ -120,11 +125,7 @@ class QuantizedUNet(nn.Module):
         return {name: q for name, q in self.activation_quantizers().items() if name.startswith(owners)}
 
     def set_activations(self, mode: Mode) -> None:
-        """Set the mode of every activation quantizer.
-
-        Raises:
-            RuntimeError: to quantize while some scale has had no data at some step.
-        """
+        """Set the mode of every activation quantizer; RuntimeError to quantize while some scale has had no data at some step."""
         if mode is Mode.QUANTIZE:
             self.require_calibrated()
         for quantizer in self.activation_quantizers().values():
@@ -134,10 +135,8 @@ class QuantizedUNet(nn.Module):
         """Raise RuntimeError, with its name, if the scale of an activation has had no data at some step."""
         for name, quantizer in self.activation_quantizers().items():
             if missing := quantizer.scale_provider.uncalibrated():
-                raise RuntimeError(
-                    f"{name} has seen no calibration data ({len(missing)} of its ranges, "
-                    f"{self.context.num_steps} sampling steps)"
-                )
+                of = f"{len(missing)} of its ranges, {self.context.num_steps} sampling steps"
+                raise RuntimeError(f"{name} has seen no calibration data ({of})")
 
     @contextmanager
     def naming_activations(self) -> Generator[None]:
@@ -207,3 +206,46 @@ class QuantizedUNet(nn.Module):
     def _replace(self, layer: str, module: nn.Module) -> None:
         self.unet.set_submodule(layer, module.to(next(self.unet.parameters()).device))
         self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})
+
+
+def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observer) -> QuantizedUNet:
+    """A quantized copy of `unet` with exactly the quantizers of the table, which observe ranges of weights with `observer`."""
+
+    def weight_quantizer(part: Tensor, spec: QuantSpec) -> WeightQuantizer:
+        if plan.trained:
+            return TrainableWeightQuantizer(part, spec, observer, plan.trained)
+        return WeightQuantizer(part, spec, observer)
+
+    model = QuantizedUNet(copy.deepcopy(unet).requires_grad_(False).eval(), plan)
+    for name, line in plan.layers.items():
+        layer = model.unet.get_submodule(name)
+        if type(layer) not in QUANT_LAYERS:
+            raise TypeError(f"{name} is a {type(layer).__name__}, which has no quantized class")
+        own = QUANT_LAYERS[type(layer)].from_float(layer)
+        sizes = (line.split, own.weight.shape[1] - line.split) if line.split else ()  # trunk and skip
+        if spec := line.weight:
+            pieces = own.weight.split(sizes, dim=1) if sizes else (own.weight,)
+            parts = [weight_quantizer(piece, spec) for piece in pieces]
+            own.weight_quantizer = SplitQuantizer(parts, sizes) if sizes else parts[0]
+        if line.input:
+            inputs: list[Any] = [line.input.quantizer(model.context) for _ in sizes or (1,)]
+            own.input_quantizer = SplitQuantizer(inputs, sizes) if sizes else inputs[0]
+        if line.output:
+            own.output_quantizer = line.output.quantizer(model.context)
+        model.unet.set_submodule(name, own)
+    for names in plan.tied:
+        tie([model.layer(name).input_quantizer for name in names])
+    modules = attentions(model.unet)
+    for name, parts in plan.operands.items():
+        processor: Any = QuantAttnProcessor({part: line.quantizer(model.context) for part, line in parts.items()})
+        modules[name].set_processor(processor)
+    return model.to(next(unet.parameters()).device).eval()
+
+
+def tie(quantizers: Sequence[Any]) -> None:
+    """Give all of them the parameters of the first: what one of them learns, all do."""
+    for name, _ in list(quantizers[0].named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        shared = quantizers[0].get_parameter(name)
+        for other in quantizers[1:]:
+            setattr(other.get_submodule(owner), leaf, shared)

@@ -6,16 +6,14 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tfmq_exp.core.records import decode, encode
-from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.structure import LayerInfo, Role, UNetStructure
 from tfmq_exp.quant.qat_functions import Duq, Lsq, QATQuantizeFn, Qil
 from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.surgery.config import Bits, QuantizationConfig, widths
-from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
+from tfmq_exp.surgery.config import STORED_SCALES, Bits, QuantizationConfig, ScalePlan, widths
 
 OPERANDS = ("query", "key", "value")  # and "probabilities"
 
@@ -54,6 +52,10 @@ class LayerConfig:
     output: ActivationConfig | None = None
     split: int | None = None
 
+    def tabulated(self) -> "LayerConfig":
+        ends = {name: line and line.tabulated() for name, line in (("input", self.input), ("output", self.output))}
+        return replace(self, **ends)
+
 
 @dataclass(frozen=True)
 class ResolvedConfig:
@@ -71,27 +73,13 @@ class ResolvedConfig:
 
     def tabulated(self) -> "ResolvedConfig":
         """The table after calibration and learning."""
-        layers = {
-            name: replace(
-                line, input=line.input and line.input.tabulated(), output=line.output and line.output.tabulated()
-            )
-            for name, line in self.layers.items()
-        }
+        layers = {name: line.tabulated() for name, line in self.layers.items()}
         operands = {name: {k: v.tabulated() for k, v in parts.items()} for name, parts in self.operands.items()}
         return ResolvedConfig(layers, operands, self.timesteps)
 
 
+# of a tabulated table, as records are stored
 STORED = (ResolvedConfig, LayerConfig, ActivationConfig, QuantSpec, *STORED_SCALES, Lsq, Duq, Qil)
-
-
-def resolved_to_json(table: ResolvedConfig) -> dict[str, Any]:
-    """A tabulated table as plain data; TypeError for one that is not."""
-    return encode(table, STORED)
-
-
-def resolved_from_json(data: Any) -> ResolvedConfig:
-    """The inverse of `resolved_to_json`; ValueError for anything else."""
-    return decode(data, ResolvedConfig, STORED, "plan")
 
 
 def resolve(
@@ -113,7 +101,12 @@ def resolve(
     Raises:
         ValueError: a pattern that matches no layer, or a configuration that leaves everything float.
     """
-    check_patterns(config, structure)
+    for pattern in config.sites:
+        if not any(fnmatchcase(name, pattern) for name in structure.layers):
+            near = get_close_matches(pattern, structure.layers, n=3, cutoff=0.3) or list(structure.layers)[:3]
+            raise ValueError(
+                f"the pattern {pattern!r} in surgery.sites matches no layer; layers are called {', '.join(near)}, ..."
+            )
 
     def activation(
         name: str, bits: Bits | None, role: Role | None, scheme: Scheme = config.grids.activations
@@ -148,16 +141,6 @@ def resolve(
     return ResolvedConfig(table, operands, timesteps, tied, config.qat.weights if config.qat else None)
 
 
-def check_patterns(config: QuantizationConfig, structure: UNetStructure) -> None:
-    """Raise ValueError for a pattern that matches no layer."""
-    for pattern in config.sites:
-        if not any(fnmatchcase(name, pattern) for name in structure.layers):
-            near = get_close_matches(pattern, structure.layers, n=3, cutoff=0.3) or list(structure.layers)[:3]
-            raise ValueError(
-                f"the pattern {pattern!r} in surgery.sites matches no layer; layers are called {', '.join(near)}, ..."
-            )
-
-
 def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> tuple[tuple[str, ...], ...]:
     """Layers whose input quantizers learn together: q, k and v of every attention."""
     if structure.by_role(Role.FEED_FORWARD):
@@ -171,18 +154,23 @@ def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> t
 
 def coverage(table: ResolvedConfig, structure: UNetStructure) -> Mapping[str, Any]:
     """Quantized part of the network: shares of weights and of MACs, and the layers that stay float."""
-    weights = sum(layer.weights for layer in structure.layers.values())
-    macs = sum(layer.macs for layer in structure.layers.values())
+    everything = structure.layers.values()
     lines = [(structure.layers[name], line) for name, line in table.layers.items()]
-    with_weight = {layer.name for layer, line in lines if line.weight}
-    with_input = {layer.name for layer, line in lines if line.input}
+    with_weight = [layer for layer, line in lines if line.weight]
+    with_input = [layer for layer, line in lines if line.input]
+    with_both = [layer for layer, line in lines if line.weight and line.input]
+    with_output = [layer for layer, line in lines if line.output]
+
+    def mac_share(layers: list[LayerInfo]) -> float:
+        return sum(layer.macs for layer in layers) / sum(layer.macs for layer in everything)
+
     return {
-        "layers": len(structure.layers),
-        "weight_share": sum(layer.weights for layer, line in lines if line.weight) / weights,
-        "mac_share_weights": sum(layer.macs for layer, line in lines if line.weight) / macs,
-        "mac_share_weights_and_inputs": sum(layer.macs for layer, line in lines if line.weight and line.input) / macs,
-        "mac_share_outputs": sum(layer.macs for layer, line in lines if line.output) / macs,
-        "float_weights": [name for name in structure.layers if name not in with_weight],
-        "float_inputs": [name for name in structure.layers if name not in with_input],
+        "layers": len(everything),
+        "weight_share": sum(layer.weights for layer in with_weight) / sum(layer.weights for layer in everything),
+        "mac_share_weights": mac_share(with_weight),
+        "mac_share_weights_and_inputs": mac_share(with_both),
+        "mac_share_outputs": mac_share(with_output),
+        "float_weights": [layer.name for layer in everything if layer not in with_weight],
+        "float_inputs": [layer.name for layer in everything if layer not in with_input],
         "attention_operands": sorted({part for parts in table.operands.values() for part in parts}),
     }

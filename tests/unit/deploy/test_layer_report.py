@@ -13,8 +13,7 @@ from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfi
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.spec import QParams
 from tfmq_exp.quant.timestep_encoding import Normalised
-from tfmq_exp.surgery.config import LayerBits
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import LayerBits, ScalePlan
 
 
 def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.Module) -> None:

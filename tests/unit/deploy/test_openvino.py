@@ -18,10 +18,8 @@ from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import AttentionBits, ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.temporal_cache import cached
 
 pytest.importorskip("openvino", reason="openvino is not installed")

@@ -13,7 +13,7 @@ from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import ScalePlan
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.context import quiet_trainer
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 

@@ -24,9 +24,8 @@ from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
