@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.e2e.jobs import composed
 from tests.helpers.sampling import output
-from tfmq_exp.core.records import decode
+from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
 from tfmq_exp.quant.quantizers import Mode

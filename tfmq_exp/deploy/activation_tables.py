@@ -159,7 +159,7 @@ def activation_scale(quantizer: nn.Module, steps: int) -> ActivationScale:
     if isinstance(source, DynamicScale | DynamicGeneratorScale):
         middle = source.spec.levels // 2 if source.spec.scheme == "affine" else 0
         return RuntimeScale(source, scale_table(quantizer, torch.ones(1), torch.full((1,), float(middle))))
-    table = source.step_table(steps)
+    table = source.table()
     if table is None:
         raise NotRepresentableError(f"scales of a {type(source).__name__} source are no table over sampling steps")
     return scale_table(quantizer, *(column.detach() for column in table))

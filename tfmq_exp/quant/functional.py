@@ -44,14 +44,7 @@ def qparams_from_range(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"],
 def quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """Integer codes of `x` (as floats), clamped to the spec's range.
-
-    Args:
-        x: of any shape.
-        q: scale and zero point, which broadcast against `x`.
-        spec: the integer range.
-        rounding: of x / scale to integers.
-    """
+    """Integer codes of `x` (as floats), clamped to the spec's range; `q` broadcasts against `x`."""
     return (rounding(x / q.scale) + q.zero_point).clamp(spec.qmin, spec.qmax)
 
 
@@ -63,14 +56,7 @@ def dequantize(codes: Float[Tensor, "*shape"], q: QParams) -> Float[Tensor, "*sh
 def fake_quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """Simulated quantization: `dequantize` after `quantize`.
-
-    Args:
-        x: of any shape.
-        q: scale and zero point, which broadcast against `x`.
-        spec: the integer range.
-        rounding: of x / scale to integers; the default has straight-through gradients to `x` and to the scale.
-    """
+    """Simulated quantization: `dequantize` after `quantize`; straight-through gradients to `x` and to the scale by default."""
     if rounding is not round_ste:
         return dequantize(quantize(x, q, spec, rounding), q)
     if torch.is_grad_enabled() and (x.requires_grad or q.scale.requires_grad):
@@ -83,8 +69,7 @@ def fake_quantize(
 class _FakeQuantize(torch.autograd.Function):
     """Rounding to nearest with its straight-through gradients written out; autograd's graph takes twice the time.
 
-    To x: 1 inside the range, 0 outside. To the scale: round(x / s) - x / s inside, code - zero point outside (LSQ, arXiv
-    1902.08153, eq. 3, with a zero point).
+    To x: 1 inside the range, 0 outside. To the scale: round(x / s) - x / s inside, code - zero point outside (LSQ, eq. 3).
     """
 
     @staticmethod

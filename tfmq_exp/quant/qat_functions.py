@@ -33,9 +33,7 @@ class ExtraParam(NamedTuple):
 class QATQuantizeFn(Checked):
     """s * round(clip(x / s)) with straight-through gradients, unless a subclass says otherwise.
 
-    Args:
-        int_range: see `spec.int_range`.
-        decay: weight of the L2 penalty on the clip value s * qmax.
+    `decay` is the weight of the L2 penalty on the clip value s * qmax; `int_range` see `spec.int_range`.
     """
 
     int_range: IntRangeKind = "full"
@@ -54,14 +52,7 @@ class QATQuantizeFn(Checked):
         return scale
 
     def __call__(self, x: Tensor, scale: Tensor, ints: IntRange, extra: Extra) -> Tensor:
-        """Simulated quantization with the gradients of training.
-
-        Args:
-            x: of any shape.
-            scale: broadcasts against `x`.
-            ints: the integer range.
-            extra: present values of `extra_params`.
-        """
+        """Simulated quantization with the gradients of training; `scale` broadcasts against `x`, `extra` are `extra_params`."""
         return ste_quantize(x, scale, ints)
 
     def for_inference(self) -> "QATQuantizeFn":

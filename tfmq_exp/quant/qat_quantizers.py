@@ -48,11 +48,8 @@ class QATQuantizer(Quantizer):
 class TrainableQuantizer(AffineQuantizer, QATQuantizer):
     """Quantizes activations by a QAT function. Noise, where the function has any, acts in training mode alone.
 
-    Args:
-        scale_provider: provider of the scale; its spec must have no zero point.
-        fn: the arithmetic.
-        offset: what is subtracted before and added after: `zero`; `silu`, the minimum of SiLU, for an unsigned range on its
-            outputs; or `learned`, a number that starts at the mean of the first batch and is trained. NaN until then.
+    `offset` is subtracted before and added after: `zero`; `silu`, the minimum of SiLU, for an unsigned range on its outputs; or
+    `learned`, a number that starts at the mean of the first batch (NaN until then) and is trained. The spec has no zero point.
     """
 
     offset: nn.Parameter | None
@@ -66,17 +63,14 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
         self.offset = None if start is None else nn.Parameter(torch.tensor(start), requires_grad=False)
         self.learns_offset = offset == "learned"
 
-    def shifted(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        return x if self.offset is None else x - self.offset
-
     @torch.no_grad()
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
         if self.offset is not None and bool(self.offset.isnan()):
             self.offset.copy_(x.mean())
-        self.scale_provider.observe(self.shifted(x.detach()))
+        self.scale_provider.observe(x if self.offset is None else x - self.offset)
 
     def quantize(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        shifted = self.shifted(x)
+        shifted = x if self.offset is None else x - self.offset
         ints = self.ints._replace(num_values=x[0].numel())
         out = self.acting_fn(shifted, self.scale_provider(shifted).scale, ints, dict(self.extra))
         return out if self.offset is None else out + self.offset
@@ -96,13 +90,7 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
 
 
 class TrainableWeightQuantizer(WeightQuantizer, QATQuantizer):
-    """Quantizes a real-valued weight in every forward pass; its scale is trained with it.
-
-    Args:
-        weight, spec: the weight and its spec, which must have no zero point.
-        observer: initializes the range.
-        fn: the arithmetic.
-    """
+    """Quantizes a real-valued weight in every forward pass by a QAT function; its scale, without zero point, is trained too."""
 
     def __init__(
         self, weight: Float[Tensor, "out *rest"], spec: QuantSpec, observer: Observer, fn: QATQuantizeFn

@@ -83,13 +83,7 @@ class AffineQuantizer(Quantizer):
 
 
 class WeightQuantizer(Quantizer):
-    """Quantizes one weight, whose range is set from the weight itself and whose rounding may be learned.
-
-    Args:
-        weight: gives shape, type and device.
-        spec: of the integers.
-        observer: of the weight's range.
-    """
+    """Quantizes one weight, whose range is set from the weight itself by an observer and whose rounding may be learned."""
 
     scale: nn.Parameter
     zero_point: Tensor
@@ -103,11 +97,7 @@ class WeightQuantizer(Quantizer):
         self.rounding: AdaRound | None = None
 
     def observe(self, x: Float[Tensor, "out *rest"]) -> None:
-        """Set scale and zero point from this weight.
-
-        Raises:
-            ValueError: the observer's lo and hi have another shape than the scale, or are not finite.
-        """
+        """Set scale and zero point from this weight; ValueError for ends of another shape than the scale, or not finite."""
         lo, hi = self.observer(x.detach(), self.spec)
         name = type(self.observer).__name__
         if not lo.shape == hi.shape == self.scale.shape:

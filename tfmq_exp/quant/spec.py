@@ -16,10 +16,7 @@ class QuantSpec(Checked):
     """`2**bits` integers, and the axis along which every index has its own range (None: one range for the tensor).
 
     affine: 0 .. 2**bits - 1 with a zero point; symmetric: -2**(bits-1) .. 2**(bits-1) - 1, zero point 0;
-    unsigned: 0 .. 2**bits - 1, zero point 0, for values that are never negative (softmax).
-
-    Raises:
-        ValueError: bits outside 2..16, an unknown scheme, or an axis that is none.
+    unsigned: 0 .. 2**bits - 1, zero point 0, for values that are never negative (softmax). Bits are 2 .. 16.
     """
 
     bits: int
@@ -67,13 +64,10 @@ class IntRange(NamedTuple):
 
 
 def int_range(spec: QuantSpec, kind: IntRangeKind) -> IntRange:
-    """Integers that a QAT quantizer uses.
+    """Integers that a QAT quantizer uses; ValueError for a spec with a zero point, or without an integer above zero.
 
     full: all of the spec's; narrow: as many below zero as above; tdq_release: +-(2^(b-1) - 2), so 2^b - 3 codes (b = 4: -6..6);
     unsigned 0..2^b - 2 (0..14), as in TDQ's code.
-
-    Raises:
-        ValueError: a spec with a zero point, or one that has no integer above zero left.
     """
     if spec.scheme == "affine":
         raise ValueError("a trained range needs a symmetric or unsigned spec, got affine")

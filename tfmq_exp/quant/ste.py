@@ -52,8 +52,6 @@ def rounded(u: Tensor, ints: IntRange, noise: Tensor | None) -> Tensor:
 
 
 class _STEQuantize(torch.autograd.Function):
-    """(x, s, noise) -> quantized values."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, noise: Tensor | None, *settings: Any) -> Tensor:
         ctx.settings = settings

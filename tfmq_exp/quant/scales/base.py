@@ -29,8 +29,8 @@ class ScaleProvider(nn.Module):
         """The parameters to quantize `x` with, broadcastable against it."""
         raise NotImplementedError
 
-    def step_table(self, steps: int) -> QParams | None:
-        """Scale and zero point of every sampling step, shape [steps]; None where they depend on the tensor."""
+    def table(self) -> QParams | None:
+        """Scale and zero point of every step of the finite set, shape [steps]; None where they depend on the tensor."""
         return None
 
     def uncalibrated(self) -> list[int]:

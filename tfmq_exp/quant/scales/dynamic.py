@@ -19,12 +19,10 @@ STATISTICS = 4
 
 @dataclass(frozen=True)
 class DynamicConfig(ScaleConfig):
-    """Configuration of `DynamicScale`.
+    """Configuration of `DynamicScale`; the largest value falls on the largest code of a QAT quantizer's `int_range`.
 
-    Args:
-        granularity: `sample`, a range for each row of the batch; or `tensor`, one for all of them, which makes an image
-            depend on the other images of its batch.
-        int_range: integers of a QAT quantizer: the largest value falls on the largest used code.
+    `granularity`: `sample`, a range for each row of the batch; or `tensor`, one for all of them, which makes an image depend on
+    the other images of its batch.
     """
 
     kind: ClassVar[str] = "dynamic"
@@ -80,10 +78,7 @@ class DynamicGeneratorScale(GeneratedScale):
 
     s = softplus(MLP(min, max, mean, variance of the sample; encoding of t) + softplus^-1(s_0)). It needs the activation itself,
     so it stays a network while sampling. The paper does not say how the statistics are taken; here they are each sample's own, in
-    units of the calibrated range (squared for the variance), and pass no gradient on to the activation.
-
-    Raises:
-        ValueError: a spec with a zero point.
+    units of the calibrated range (squared for the variance), and pass no gradient on to the activation. No zero point.
     """
 
     def __init__(self, config: DynamicGeneratorConfig, spec: QuantSpec, context: TimestepContext) -> None:
@@ -108,5 +103,5 @@ class DynamicGeneratorScale(GeneratedScale):
             scale = per_row(softplus_scale(self.scale, self.mlp(inputs).squeeze(1)), x)
         return QParams(scale, torch.zeros_like(scale, requires_grad=False))
 
-    def step_table(self, steps: int) -> None:
+    def table(self) -> None:
         """None: the scale depends on the tensor."""

@@ -59,10 +59,7 @@ class GeneratorConfig(EMAConfig):
 
 
 class GeneratedScale(EMARange):
-    """A static range s_0 that is calibrated, and an MLP that is learned: s = softplus(MLP + softplus^-1(s_0)).
-
-    `width` is the number of inputs of the MLP.
-    """
+    """A static range s_0 that is calibrated, and an MLP of `width` inputs that is learned: s = softplus(MLP + softplus^-1(s_0))."""
 
     generates = True
 

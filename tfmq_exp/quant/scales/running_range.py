@@ -21,11 +21,9 @@ DEFAULT_OBSERVER = MinMax(include_zero=False)  # the running range is widened to
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig(ScaleConfig):
-    """Scales from ranges that are exponential moving averages.
+    """Scales from ranges, one `observer`'s for each batch, that are exponential moving averages.
 
-    Args:
-        momentum: weight of the past; 0.95 in Q-Diffusion and TFMQ-DM.
-        observer: of the range of one batch.
+    `momentum` is the weight of the past; 0.95 in Q-Diffusion and TFMQ-DM.
     """
 
     per_step: ClassVar[bool] = False
@@ -57,8 +55,7 @@ class StaticConfig(EMAConfig):
 class PerStepConfig(EMAConfig):
     """Finite Set Calibration (FSC): one range for each of the sampler's timesteps (TFMQ-DM, arXiv 2311.16503, section 4.3).
 
-    A temporal feature takes one value per step, so its range is exact after one batch. Other activations vary with the
-    image, and their ranges move as with `StaticConfig`.
+    A temporal feature takes one value per step, so its range is exact after one batch. Those of other activations move.
     """
 
     kind: ClassVar[str] = "per_step"
@@ -72,12 +69,8 @@ class PerStepConfig(EMAConfig):
 class TimestepGroupConfig(EMAConfig):
     """S_N: N ranges, each for an equal part of the training timesteps (TDQ, arXiv 2306.02316, supplement, section 5).
 
-    Timestep t reads range floor(t N / T); N = 1 is one static range. Groups without a step have no range.
-
-    Args:
-        count: N.
-        train_timesteps: T, of the schedule that the network was trained on.
-        momentum, observer: see `EMAConfig`.
+    Timestep t reads range floor(t N / T), N = `count`, T = `train_timesteps` of the schedule that the network was trained on;
+    N = 1 is one static range. Groups without a step have no range.
     """
 
     kind: ClassVar[str] = "timestep_groups"
@@ -105,11 +98,6 @@ class EMARange(ScaleProvider):
     The first batch sets a range, later ones move it: lo <- momentum * lo + (1 - momentum) * lo of the batch. Scales follow
     at once; only they are part of the state that is saved, and only they can be learned: zero points stay what
     calibration made them. NaN marks an entry without data.
-
-    Args:
-        config: of the average, and which range a step reads.
-        spec: of the integers.
-        context: the timesteps of the batch, where more than one range is read.
     """
 
     lo: Tensor
@@ -131,12 +119,7 @@ class EMARange(ScaleProvider):
         self.scale = nn.Parameter(torch.full((entries,), torch.nan), requires_grad=False)
 
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
-        """Move the ranges that the rows read.
-
-        Raises:
-            NotFiniteError: values, or the range that the observer finds, are NaN or infinite, which is no range; a moving
-                average would keep it for good.
-        """
+        """Move the ranges that the rows read; NotFiniteError for NaN or infinity, which an average would keep for good."""
         lo, hi = torch.full_like(self.lo, torch.inf), torch.full_like(self.hi, torch.inf)
         table = self.range_of_step
         read = torch.zeros(len(x), dtype=torch.long) if table is None else table[self.context.index]
@@ -167,10 +150,9 @@ class EMARange(ScaleProvider):
         entries = self.range_of_step[self.context.index]
         return QParams(per_row(self.scale[entries], x), per_row(self.zero_point[entries], x))
 
-    def step_table(self, steps: int) -> QParams | None:
-        if self.range_of_step is None:
-            return QParams(self.scale.expand(steps), self.zero_point.expand(steps))
-        return QParams(self.scale[self.range_of_step], self.zero_point[self.range_of_step])
+    def table(self) -> QParams | None:
+        entries = [0] * self.context.num_steps if self.range_of_step is None else self.range_of_step
+        return QParams(self.scale[entries], self.zero_point[entries])
 
     def uncalibrated(self) -> list[int]:
         return [int(i) for i in torch.nonzero(self.scale.isnan())]

@@ -44,12 +44,8 @@ class TDQScale(GeneratedScale):
         self.register_buffer("encoded", encoded, persistent=False)
 
     def table(self) -> QParams:
-        """Scale and zero point of every step of the finite set, shape [steps]."""
         scale = softplus_scale(self.scale, self.mlp(self.encoded).squeeze(1))
         return QParams(scale, self.zero_points(scale))
-
-    def step_table(self, steps: int) -> QParams:
-        return self.table()
 
     def zero_points(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Zero points that keep the lower end of the calibrated range."""
@@ -76,14 +72,11 @@ class TDQScale(GeneratedScale):
 
 
 class BatchedGenerators:
-    """Evaluates many TDQ networks at the timesteps of a batch, in a few batched products in place of hundreds of small ones.
+    """Evaluates all TDQ networks of a model at the timesteps of a batch, in a few batched products in place of many small ones.
 
     While learning, timesteps are drawn from all training timesteps, not from the finite set; a table of them all would be
     evaluated for a few rows. The scales keep their parameters, so what trains, saves or tabulates one of them is not concerned.
     Networks of one shape that read one encoding are stacked, layer by layer.
-
-    Args:
-        scales: must contain every TDQ scale of the network; those left out would be read from the table.
     """
 
     def __init__(self, scales: Sequence[TDQScale]) -> None:
