@@ -1,15 +1,15 @@
 """Encodings of the timestep for a network that reads it (TDQ, arXiv 2306.02316, section 4 and supplement, table 2)."""
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tfmq_exp.core.validate import COUNT, POSITIVE, SEED, Kind, check_fields, whole
+from tfmq_exp.core.checked import Checked
+from tfmq_exp.core.validate import COUNT, POSITIVE, SEED, Kind, whole
 
 # cosines and sines share it
 WIDTH = Kind(
@@ -17,11 +17,11 @@ WIDTH = Kind(
 )
 
 
-class TimeEncoding(ABC):
+class TimeEncoding(Checked):
     """Timesteps [steps] as vectors [steps, width]."""
 
-    @abstractmethod
-    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]: ...
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,7 @@ class Frequency(TimeEncoding):
     """[cos(t w_i), sin(t w_i)], w_i = 10000^(-2i / width): the encoding of the UNet itself; TDQ's choice."""
 
     kind: ClassVar[str] = "frequency"
-    width: int
-
-    def __post_init__(self) -> None:
-        check_fields(self, width=WIDTH)
+    width: Annotated[int, WIDTH]
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         half = self.width // 2
@@ -45,10 +42,7 @@ class Normalised(TimeEncoding):
     """t / T, one number: what TDQ_thin reads. T = 1 leaves raw timesteps, with which TDQ's training diverges."""
 
     kind: ClassVar[str] = "normalised"
-    train_timesteps: int
-
-    def __post_init__(self) -> None:
-        check_fields(self, train_timesteps=COUNT)
+    train_timesteps: Annotated[int, COUNT]
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps 1"]:
         return t.float()[:, None] / self.train_timesteps
@@ -59,13 +53,10 @@ class RandomFourier(TimeEncoding):
     """[cos 2 pi B t / T, sin 2 pi B t / T], B drawn once from N(0, sigma^2)."""
 
     kind: ClassVar[str] = "random_fourier"
-    width: int
-    sigma: float
-    train_timesteps: int
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, width=WIDTH, sigma=POSITIVE, train_timesteps=COUNT, seed=SEED)
+    width: Annotated[int, WIDTH]
+    sigma: Annotated[float, POSITIVE]
+    train_timesteps: Annotated[int, COUNT]
+    seed: Annotated[int, SEED] = 0
 
     def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
         generator = torch.Generator().manual_seed(self.seed)
