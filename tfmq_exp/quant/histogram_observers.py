@@ -48,7 +48,7 @@ class EntropyObserver(RowObserver):
         candidates: how many ranges.
         smallest: share of the range that the narrowest one has.
         epsilon: added to both densities, so that empty bins have a logarithm.
-        memory: bytes that the candidates may take at once; they are split into chunks that fit.
+        memory: bytes that the candidates may take at once.
     """
 
     candidates: Annotated[int, SEVERAL] = 50
@@ -91,13 +91,9 @@ class EntropyObserver(RowObserver):
 class HistogramPercentileObserver(RowObserver):
     """The range that clips only the largest magnitudes: the `hist` of TFMQ-DM.
 
-    It ends in the middle of the histogram bin that completes `mass`. The histogram of |x| has one bin per level, from
-    0 to the largest magnitude.
-
-    Args:
-        mass: share of the values that must lie at or below that bin.
-        positive_only: count positive values alone, as the release does, which fails where there are none. A range
-            without any then keeps its whole extent.
+    It ends in the middle of the bin at or below which a share `mass` of the values lies. The histogram of |x| has one bin per
+    level, from 0 to the largest magnitude. `positive_only` counts positive values alone, as the release does, which fails where
+    there are none; a range without any then keeps its whole extent.
     """
 
     mass: Annotated[float, POSITIVE_SHARE] = 0.99999

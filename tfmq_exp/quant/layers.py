@@ -37,8 +37,7 @@ class Integers(nn.Module):
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self.spec = weight.spec
-        tensors = {"codes": weight.codes, "scale": weight.qparams.scale, "zero_point": weight.qparams.zero_point}
-        for name, value in tensors.items():
+        for name, value in {"codes": weight.codes, **weight.qparams._asdict()}.items():
             self.register_buffer(name, value.detach())
 
     def weight(self) -> QuantizedWeight:
@@ -107,14 +106,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleV
     """y = Q(Q(W) * Q(x) + b)."""
 
     arguments = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
+        *("in_channels", "out_channels", "kernel_size", "stride"),
+        *("padding", "dilation", "groups", "padding_mode"),
     )
 
     def forward(self, input: Float[Tensor, "batch in height width"]) -> Float[Tensor, "batch out height2 width2"]:

@@ -84,7 +84,7 @@ class SymmetricMSEObserver(RowObserver):
         candidates: how many thresholds.
         max_values: evaluate candidates on at most that many values of each range, evenly spaced; None takes all, which for
             the activations of a large batch costs more than everything else in calibration.
-        memory: bytes that the candidates may take at once; they are tried in chunks that fit.
+        memory: bytes that the candidates may take at once.
     """
 
     p: Annotated[float, POWER] = 2.4
@@ -124,7 +124,7 @@ class LpObserver(RowObserver):
         shrink: share of the range by which each candidate is smaller than the one before.
         include_zero: widen the range to 0 before the search, which keeps the zero point inside the integers. The releases
             of Q-Diffusion and TFMQ-DM do not (False): a one-sided tensor then gets a zero point that no engine can store.
-        memory: bytes that the candidates may take at once; they are split into chunks that fit.
+        memory: bytes that the candidates may take at once.
     """
 
     p: Annotated[float, POWER] = 2.4
@@ -136,9 +136,9 @@ class LpObserver(RowObserver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shrink * (self.candidates - 1) >= 1:
+            most = f"shrink must be below {1 / (self.candidates - 1):.3g}"
             raise ValueError(
-                f"{self.candidates} candidates, each smaller by shrink={self.shrink}, must end above 0: "
-                f"shrink must be below {1 / (self.candidates - 1):.3g}"
+                f"{self.candidates} candidates, each smaller by shrink={self.shrink}, must end above 0: {most}"
             )
 
     def ends(self, rows: Float[Tensor, "ranges values"], spec: QuantSpec) -> Range:
@@ -207,10 +207,8 @@ class Percentile(MagnitudeObserver):
 class MeanStd(MagnitudeObserver):
     """Mean + k standard deviations of a sample's values, averaged over the batch: TDQ's release.
 
-    Args:
-        deviations: k for a symmetric spec.
-        unsigned_deviations: k for an unsigned spec.
-        signed_mean: add the mean with its sign, as the release does, where a negative mean shrinks the range.
+    k is `deviations`, for an unsigned spec `unsigned_deviations`. `signed_mean` adds the mean with its sign, as the release does,
+    where a negative mean shrinks the range.
     """
 
     deviations: Annotated[float, POSITIVE] = 3.0

@@ -49,13 +49,10 @@ def check_bits(bits: Bits | None, allowed: range, name: str) -> None:
 
 @dataclass(frozen=True)
 class SchemeConfig(Checked):
-    """Schemes of weights and activations.
+    """Schemes of weights and activations; weights have a range per output `channel`, or one per `tensor` (PTQD's release).
 
-    Args:
-        weights: `deployable` is what an integer engine executes exactly: 8 bits symmetric (an asymmetric code minus its zero
-            point would need 9 bits), fewer asymmetric with a zero point inside the integers. Or `affine`, `symmetric` always.
-        granularity: weights have a range per output `channel`, or one per `tensor` (PTQD's release).
-        activations: `affine`, or `symmetric` (some recipes of Q-Diffusion's release).
+    `deployable` weights are what an integer engine executes exactly: 8 bits symmetric (an asymmetric code minus its zero point
+    would need 9 bits), fewer asymmetric with a zero point inside the integers.
     """
 
     weights: Literal["deployable", "affine", "symmetric"] = "deployable"
@@ -87,9 +84,8 @@ class LayerBits:
             return given
         known = {} if given is None else given
         if not isinstance(known, Mapping) or set(known) - {"weight", "input", "output"}:
-            raise ValueError(
-                f"method.surgery.{key} must be null (all float) or bits such as {{weight: 8, input: null}}, got {given!r}"
-            )
+            expected = "null (all float) or bits such as {weight: 8, input: null}"
+            raise ValueError(f"method.surgery.{key} must be {expected}, got {given!r}")
         return cls(**known)
 
 
@@ -109,12 +105,8 @@ class QATConfig(Checked):
         activations: function of activations.
         weights: function of weights. Their ranges are initialized by the method's `weight_observer`.
         range_init: initializes activation ranges.
-        silu_offset: outputs of SiLU have an unsigned range that starts at SiLU's minimum. Padding is 0, which such a range
-            does not contain.
+        silu_offset: outputs of SiLU have an unsigned range that starts at SiLU's minimum. Padding is 0, outside such a range.
         other_offset: symmetric ranges lie about `zero`, or about a number that is `learned`.
-
-    Raises:
-        ValueError: an unknown choice, or a function for weights alone.
     """
 
     activations: QATQuantizeFn
@@ -140,11 +132,9 @@ class QuantizationConfig(Checked):
     """Bits for every role, and exceptions for layers by name.
 
     Args:
-        roles: every role of `Role` by its value; a role that is missing or unknown is an error, so the file that holds the
-            configuration says everything.
+        roles: every role of `Role` by its value, so that the file that holds the configuration says everything.
         attention: bits of attention's operands.
-        sites: shell patterns of layer names -> bits of those layers, later patterns win; one that matches nothing is an
-            error.
+        sites: shell patterns of layer names -> bits of those layers, later patterns win; each must match something.
         grids: schemes.
         split_shortcuts: give trunk and skip channels of every shortcut separate quantizers (Q-Diffusion).
         tie_qkv: one input quantizer for q, k and v of an attention, as where the original network has them in one layer
@@ -167,9 +157,7 @@ class QuantizationConfig(Checked):
             object.__setattr__(self, group, bits)
             named |= {f"{group}.{name}": value for name, value in bits.items()}
         if wrong := set(self.roles).symmetric_difference(role.value for role in Role):
-            raise ValueError(
-                f"method.surgery.roles names every role once; wrong or missing: {', '.join(sorted(wrong))}"
-            )
+            raise ValueError(f"method.surgery.roles names every role; wrong or missing: {', '.join(sorted(wrong))}")
         super().__post_init__()
         inputs = QAT_INPUT_BITS if self.qat else INPUT_BITS
         for name, bits in named.items():

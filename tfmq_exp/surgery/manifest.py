@@ -115,18 +115,15 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
 def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
     steps = plan.timesteps
-    if not steps or len(set(steps)) < len(steps) or not all(type(t) is int and 0 <= t < MOST_TIMESTEPS for t in steps):
+    if not steps or len(set(steps)) < len(steps) or not all(0 <= t < MOST_TIMESTEPS for t in steps):
         expected = f"different integers of 0 .. {MOST_TIMESTEPS - 1}"
         raise ValueError(f"'plan.timesteps' must be {expected}, got {str(steps)[:50]}")
-    for name, layer in plan.layers.items():
-        if layer.split is not None and not (type(layer.split) is int and layer.split > 0):
-            raise ValueError(f"'plan.layers.{name}.split' must be a number of channels")
-    parts = {part for lines in plan.operands.values() for part in lines}
-    if unknown := parts - {*OPERANDS, "probabilities"}:
-        raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
     lines = [line for layer in plan.layers.values() for line in (layer.input, layer.output)]
-    for line in (*lines, *(line for parts in plan.operands.values() for line in parts.values())):
-        scale = line.scale if line else None
+    for operands in plan.operands.values():
+        if unknown := operands.keys() - {*OPERANDS, "probabilities"}:
+            raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
+        lines += operands.values()
+    for scale in (line.scale for line in lines if line):
         if isinstance(scale, DynamicGeneratorConfig):
             widths = (getattr(scale.encoding, "width", 1), *scale.hidden_dims, 1)
             if min(widths) < 1 or sum(a * b for a, b in pairwise(widths)) > numbers:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
+from tfmq_exp.core.checked import Checked
+from tfmq_exp.core.validate import COUNT, optional
 from tfmq_exp.denoisers.structure import LayerInfo, Role, UNetStructure
 from tfmq_exp.quant.qat_functions import Duq, Lsq, QATQuantizeFn, Qil
 from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
@@ -44,13 +46,13 @@ class ActivationConfig:
 
 
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(Checked):
     """One line of the table. `split` input channels come from the trunk, the others from the skip."""
 
     weight: QuantSpec | None
     input: ActivationConfig | None
     output: ActivationConfig | None = None
-    split: int | None = None
+    split: Annotated[int | None, optional(COUNT)] = None
 
     def tabulated(self) -> "LayerConfig":
         ends = {name: line and line.tabulated() for name, line in (("input", self.input), ("output", self.output))}
@@ -61,8 +63,7 @@ class LayerConfig:
 class ResolvedConfig:
     """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set.
 
-    `tied` are layers with one input, whose input quantizers learn together; `trained` is the QAT function of weights. Neither
-    matters once learning is over.
+    `tied` input quantizers learn together; `trained` is the QAT function of weights. Neither matters once learning is over.
     """
 
     layers: Mapping[str, LayerConfig]

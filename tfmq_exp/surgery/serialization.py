@@ -109,12 +109,7 @@ def fill(model: QuantizedUNet, tensors: Mapping[str, Tensor], outside: Sequence[
 
 
 def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
-    """Write the artefact; returns its size in bytes.
-
-    Args:
-        model: all its weights are integers.
-        path: the file.
-        recipe: how the model is sampled, for `load_recipe`.
+    """Write the artefact, with how the model is sampled for `load_recipe`; returns its size in bytes.
 
     Raises:
         ValueError: some weight is not frozen to integers yet.
@@ -171,8 +166,7 @@ def load_with_recipe(path: Path) -> tuple[QuantizedUNet, Recipe | None]:
     """Build the model from the file alone, ready to be called at `model.context.timesteps`, and how it is sampled.
 
     Raises:
-        ValueError: not such a file, damaged, of another version, with tensors missing or left over, or with numbers or entries
-            that no model has.
+        ValueError: not such a file, damaged, of another version, or with tensors or entries that no model has.
     """
     manifest, tensors = read(path)
     with naming(path):

@@ -1,7 +1,5 @@
 """Temporal features looked up instead of computed (Temporal Feature Matters, arXiv 2407.19547: cache-based maintenance)."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,7 +21,7 @@ class CachedFeature(nn.Module):
         self.context = context
         self.register_buffer("table", integers.dequantize(), persistent=False)
 
-    def forward(self, embedding: Any) -> Float[Tensor, "batch channels"]:
+    def forward(self, embedding: Tensor) -> Float[Tensor, "batch channels"]:
         return self.table[self.context.index]
 
 
