@@ -24,9 +24,9 @@ from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
+from tfmq_exp.quant.scales.generator import Normalised
 from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
-from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import (
     STORED_SCALES,

@@ -11,8 +11,8 @@ from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import time_embedding
+from tfmq_exp.quant.layers import Unneeded
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.temporal_cache import Unneeded
 
 EMBEDDING = "time_embedding"
 DISTANCES = ("cosine_distance", "mse", "relative_mse")

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from tfmq_exp.quant.functional import dequantize
+from tfmq_exp.quant.functional import dequantize, qparams_from_range, quantize
+from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import SplitQuantizer, WeightQuantizer
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 
 class QuantizedWeight(NamedTuple):
@@ -116,3 +118,31 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleV
 
 
 QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+
+
+class CachedFeature(nn.Module):
+    """Replaces an embedding projection: returns the stored feature of each row's step, whatever its input.
+
+    Temporal Feature Matters, arXiv 2407.19547: cache-based maintenance.
+    """
+
+    table: Tensor
+
+    def __init__(self, integers: QuantizedWeight, context: TimestepContext) -> None:
+        super().__init__()
+        self.context = context
+        self.register_buffer("table", integers.dequantize(), persistent=False)
+
+    def forward(self, embedding: Tensor) -> Float[Tensor, "batch channels"]:
+        return self.table[self.context.index]
+
+
+class Unneeded(nn.Identity):
+    """Replaces a layer whose output is not read any more."""
+
+
+def cached(features: Float[Tensor, "steps channels"], bits: int) -> QuantizedWeight:
+    """Float temporal features as integers with one range for each step, by min and max."""
+    spec = QuantSpec(bits, "affine", axis=0)
+    qparams = qparams_from_range(*MinMax()(features, spec), spec)
+    return QuantizedWeight(quantize(features, qparams, spec).to(torch.uint8), qparams, spec)

@@ -13,9 +13,9 @@ from tfmq_exp.quant.qat_functions import QATQuantizeFn
 from tfmq_exp.quant.qat_quantizers import Offset
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
+from tfmq_exp.quant.scales.generator import Frequency, Normalised, RandomFourier
 from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
-from tfmq_exp.quant.timestep_encoding import Frequency, Normalised, RandomFourier
 
 WEIGHT_BITS = range(2, 9)
 INPUT_BITS = range(4, 9)

@@ -15,13 +15,12 @@ from tfmq_exp.denoisers.loading.network_config import MOST_LAYERS, UNETS, empty_
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, roles, set_heads
-from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
-from tfmq_exp.surgery.temporal_cache import Unneeded
 
 NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in UNETS}
 MOST_TIMESTEPS = 2**20

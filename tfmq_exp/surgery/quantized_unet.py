@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
 from tfmq_exp.denoisers.unet import attentions
-from tfmq_exp.quant.layers import QUANT_LAYERS, QuantizedWeight, QuantLayer
+from tfmq_exp.quant.layers import QUANT_LAYERS, CachedFeature, QuantizedWeight, QuantLayer, Unneeded
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, SplitQuantizer, StepSwitch, WeightQuantizer
@@ -23,7 +23,6 @@ from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import Outside, TimestepContext
 from tfmq_exp.surgery.attention import QuantAttnProcessor
 from tfmq_exp.surgery.resolve import ResolvedConfig
-from tfmq_exp.surgery.temporal_cache import CachedFeature, Unneeded
 
 
 class QuantizedUNet(nn.Module):

@@ -26,10 +26,10 @@ from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch, WeightQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
+from tfmq_exp.quant.scales.generator import Frequency
 from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import Frequency
 
 STEPS = torch.arange(len(TIMESTEPS))
 SCALES: dict[str, ScaleConfig] = {

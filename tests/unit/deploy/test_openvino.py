@@ -15,12 +15,12 @@ from torch import nn
 
 from tests.conftest import calibrated, example_inputs, quantizable
 from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
+from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
-from tfmq_exp.surgery.temporal_cache import cached
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 

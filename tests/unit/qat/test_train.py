@@ -20,8 +20,8 @@ from tfmq_exp.qat.model import trainable
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.qat.train import AtomicCheckpointIO, TrainingContext, last_checkpoint, train
 from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.scales.generator import Frequency
 from tfmq_exp.quant.scales.tdq import TDQConfig
-from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
 from tfmq_exp.surgery.config import ScalePlan

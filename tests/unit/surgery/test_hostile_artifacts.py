@@ -14,13 +14,13 @@ from torch import nn
 
 from tests.conftest import calibrated, generic, quantizable
 from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
+from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.temporal_cache import cached
 
 pytestmark = pytest.mark.bad_input
 

@@ -9,11 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tfmq_exp.quant.scales.base import ScaleConfig, per_row
-from tfmq_exp.quant.scales.generator import GeneratedScale, GeneratorConfig, softplus_scale
+from tfmq_exp.quant.scales.generator import GeneratedScale, GeneratorConfig, TimeEncoding, softplus_scale
 from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import TimeEncoding
 
 
 @dataclass(frozen=True)
