@@ -37,7 +37,7 @@ def executed_layers(unet: nn.Module) -> list[str]:
     return list(dict.fromkeys(order))
 
 
-def test_sites_are_the_layers_with_weights(unet: nn.Module, parts: UNetStructure) -> None:
+def test_layers_are_those_with_weights(unet: nn.Module, parts: UNetStructure) -> None:
     layers = {name for name, module in unet.named_modules() if isinstance(module, WEIGHTED)}
     assert set(parts.layers) == layers
     assert all(layer.name == name for name, layer in parts.layers.items())
@@ -56,7 +56,7 @@ def test_stem_runs_first_and_head_last(unet: nn.Module, parts: UNetStructure) ->
     assert [layer.name for layer in parts.by_role(Role.HEAD)] == convolutions[-1:]
 
 
-def test_blocks_partition_the_sites(parts: UNetStructure) -> None:
+def test_blocks_partition_the_layers(parts: UNetStructure) -> None:
     assert Counter(layer for block in parts.blocks for layer in block.layers) == dict.fromkeys(parts.layers, 1)
 
 
@@ -120,7 +120,7 @@ def test_temporal_information_block_follows_quantization(unet: nn.Module, parts:
     assert sorted_features(features) != sorted_features(TemporalInformationBlock(unet, parts)(t))
 
 
-def test_temporal_sites_are_those_that_depend_on_time_alone(unet: nn.Module, parts: UNetStructure) -> None:
+def test_temporal_layers_are_those_that_depend_on_time_alone(unet: nn.Module, parts: UNetStructure) -> None:
     measured = measured_temporal_layers(unet, example_inputs(unet), 1, 501)
     assert measured == set(parts.temporal_layers)
     assert len(measured) == 2 + sum(block.kind is Kind.RESIDUAL for block in parts.blocks)

@@ -155,7 +155,7 @@ def test_unit_changes_its_own_weights_only(unet: nn.Module, run: Run) -> None:
     assert not any(learned.activations for learned in shelf.results.values())
 
 
-def test_temporal_unit_learns_the_temporal_sites_first_and_alone(unet: nn.Module, run: Run) -> None:
+def test_temporal_unit_learns_the_temporal_layers_first_and_alone(unet: nn.Module, run: Run) -> None:
     _, shelf, log = run
     parts = structure(unet)
     assert log.new[0] == TEMPORAL_UNIT

@@ -16,6 +16,7 @@ from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
 from tfmq_exp.quant.scales.generator import Frequency, Normalised, RandomFourier
 from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.timestep_context import OutsideTimesteps
 
 WEIGHT_BITS = range(2, 9)
 INPUT_BITS = range(4, 9)
@@ -139,6 +140,8 @@ class QuantizationConfig(Checked):
         split_shortcuts: give trunk and skip channels of every shortcut separate quantizers (Q-Diffusion).
         tie_qkv: one input quantizer for q, k and v of an attention, as where the original network has them in one layer
             (unconditional LDM). Observed ranges are the same either way; learned scales are not.
+        outside_timesteps: what a timestep outside the calibrated finite set does: `error`, or `nearest`, which reads the
+            scales and stored features of the nearest one, so that a network calibrated with 20 steps can be sampled with 50.
         qat: how ranges and weights are trained, for methods of quantization-aware training; None for all others.
     """
 
@@ -148,6 +151,7 @@ class QuantizationConfig(Checked):
     grids: SchemeConfig = field(default_factory=SchemeConfig)
     split_shortcuts: bool = False
     tie_qkv: bool = False
+    outside_timesteps: OutsideTimesteps = "error"
     qat: QATConfig | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
-from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_context import OutsideTimesteps, TimestepContext
 from tfmq_exp.surgery.config import STORED_SCALES, Bits, QuantizationConfig, ScalePlan, widths
 
 OPERANDS = ("query", "key", "value")  # and "probabilities"
@@ -60,15 +60,17 @@ class LayerConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ResolvedConfig:
+class ResolvedConfig(Checked):
     """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set.
 
-    `tied` input quantizers learn together; `trained` is the QAT function of weights. Neither matters once learning is over.
+    `outside_timesteps` is what a timestep outside that set does. `tied` input quantizers learn together; `trained` is the QAT
+    function of weights. Neither matters once learning is over.
     """
 
     layers: Mapping[str, LayerConfig]
     operands: Mapping[str, Mapping[str, ActivationConfig]]
     timesteps: tuple[int, ...]
+    outside_timesteps: OutsideTimesteps
     tied: tuple[tuple[str, ...], ...] = ()
     trained: QATQuantizeFn | None = None
 
@@ -76,7 +78,7 @@ class ResolvedConfig:
         """The table after calibration and learning."""
         layers = {name: line.tabulated() for name, line in self.layers.items()}
         operands = {name: {k: v.tabulated() for k, v in parts.items()} for name, parts in self.operands.items()}
-        return ResolvedConfig(layers, operands, self.timesteps)
+        return ResolvedConfig(layers, operands, self.timesteps, self.outside_timesteps)
 
 
 # of a tabulated table, as records are stored
@@ -139,7 +141,8 @@ def resolve(
     if not table and not operands:
         raise ValueError("this configuration quantizes nothing: every role is float")
     tied = tied_layers(structure, table) if config.tie_qkv else ()
-    return ResolvedConfig(table, operands, timesteps, tied, config.qat.weights if config.qat else None)
+    trained = config.qat.weights if config.qat else None
+    return ResolvedConfig(table, operands, timesteps, config.outside_timesteps, tied, trained)
 
 
 def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> tuple[tuple[str, ...], ...]:

@@ -24,7 +24,7 @@ from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery.manifest import check_entries, described, difference, inside, rebuilt, stored_integers
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
-FORMAT, VERSION = "tfmq_exp.quantized_unet", 4
+FORMAT, VERSION = "tfmq_exp.quantized_unet", 5
 
 
 class StoredPart(NamedTuple):
