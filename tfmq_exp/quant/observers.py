@@ -14,7 +14,7 @@ from torch import Tensor
 from tfmq_exp.core.checked import Checked
 from tfmq_exp.core.validate import BYTES, COUNT, POSITIVE, POSITIVE_SHARE, POWER, SHARE, optional
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
-from tfmq_exp.quant.spec import IntRangeKind, QParams, QuantSpec, range_ratio
+from tfmq_exp.quant.spec import QParams, QuantSpec
 
 Range = tuple[Float[Tensor, "*range"], Float[Tensor, "*range"]]
 
@@ -231,16 +231,3 @@ class Constant(MagnitudeObserver):
 
     def reach(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Float[Tensor, "ranges"]:
         return x.new_full((len(per_range(x, spec)),), self.unsigned if spec.scheme == "unsigned" else self.signed)
-
-
-@dataclass(frozen=True)
-class ScaledToIntRange:
-    """An observer's range, widened so that its maximum falls on the largest used code, where that is not the largest of the spec."""
-
-    observer: Observer
-    int_range: IntRangeKind
-
-    def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        lo, hi = self.observer(x, spec)
-        ratio = range_ratio(spec, self.int_range)
-        return lo * ratio, hi * ratio

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.core.checked import Checked
 from tfmq_exp.core.validate import AMOUNT
-from tfmq_exp.quant.functional import round_ste
+from tfmq_exp.quant.functional import round_ste, ste_quantize, within_range
 from tfmq_exp.quant.spec import IntRange, IntRangeKind
-from tfmq_exp.quant.ste import error_noise, ste_quantize, within_range
 
 SMALLEST = 1e-12  # below it a power of QIL's transformed magnitude has no usable logarithm
+BINS = 256  # of NIPQ's histogram of rounding errors, in the release
+MAX_COUNTED = 65536  # errors
+QUANTILES = 4096  # at which the inverse of its distribution function is tabulated
 Extra = Mapping[str, Tensor]  # values of a function's own parameters, scalars
 
 
@@ -181,3 +184,30 @@ class Qil(QATQuantizeFn):
 
     def for_inference(self) -> "Qil":
         return Qil(self.int_range, learn_gamma=self.learn_gamma)
+
+
+def error_noise(errors: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Independent values with the distribution of `errors`: that of a histogram over [-1/2, 1/2], uniform in each bin.
+
+    Values outside that interval do not count; uniform where none is inside. Of many values, random ones are counted: a regular
+    stride would hit the same column of every image, or the same tap of every kernel. Draws from torch's generator of the device.
+    """
+    counted = errors.flatten()
+    if len(counted) > MAX_COUNTED:
+        counted = counted[torch.randint(len(counted), (MAX_COUNTED,), device=counted.device)]
+    counts = torch.histc(counted.float(), BINS, -0.5, 0.5)
+    values = quantiles(torch.where(counts.sum() > 0, counts, torch.ones_like(counts)))
+    # a table look-up: a search for each value takes longer than the rest of a training step
+    place = torch.rand(errors.numel(), device=errors.device).mul_(QUANTILES)
+    cell = place.int()
+    low, high = values[:-1].index_select(0, cell), values[1:].index_select(0, cell)
+    return torch.lerp(low, high, place.sub_(cell)).reshape(errors.shape).to(errors.dtype)
+
+
+def quantiles(counts: Float[Tensor, "bins"]) -> Float[Tensor, "quantiles"]:
+    """Values that equal shares of a histogram's mass lie below, from the lowest that has any to the highest."""
+    below = torch.nn.functional.pad(counts.double().cumsum(0), (1, 0))
+    mass = torch.linspace(0, 1, QUANTILES + 1, dtype=below.dtype, device=below.device) * below[-1]
+    bins = torch.searchsorted(below[1:].contiguous(), mass, right=False).clamp_(max=BINS - 1)
+    within = ((mass - below[bins]) / counts.double()[bins].clamp(min=1)).clamp(0, 1)
+    return ((bins + within) / BINS - 0.5).float()

@@ -81,4 +81,4 @@ def int_range(spec: QuantSpec, kind: IntRangeKind) -> IntRange:
 
 def range_ratio(spec: QuantSpec, kind: IntRangeKind) -> float:
     """qmax(full) / qmax(used): multiply a range by it so that its maximum falls on the largest used code."""
-    return spec.qmax / int_range(spec, kind).qmax
+    return 1.0 if kind == "full" else spec.qmax / int_range(spec, kind).qmax

@@ -79,7 +79,7 @@ class TimestepContext(nn.Module):
         t = t.long()
         if outside == "error":
             self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        elif outside == "nearest":  # larger timesteps come first in the set, and argmin takes the first of equals
+        elif outside != "unchecked":  # nearest: larger ones come first in the set, and argmin takes the first of equals
             return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         return self.step_of_t.to(t.device)[t]
 

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from tfmq_exp.quant.observers import AbsMax, Constant, LSQInit, MeanStd, Observer, Percentile, ScaledToIntRange
+from tfmq_exp.quant.observers import AbsMax, Constant, LSQInit, MeanStd, Observer, Percentile
 from tfmq_exp.quant.qat_functions import Lsq
 from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQuantizer
 from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
@@ -21,7 +21,7 @@ def step(start: Observer, scheme: Scheme = "symmetric", bits: int = 4, kind: Int
     """The step that an activation quantizer starts with."""
     form = Lsq(kind)
     quantizer = TrainableQuantizer(
-        EMARange(StaticConfig(observer=ScaledToIntRange(start, kind)), QuantSpec(bits, scheme)), form
+        EMARange(StaticConfig(observer=start, int_range=kind), QuantSpec(bits, scheme)), form
     )
     quantizer.observe(activations())
     return float(quantizer.scale_provider.scale)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from jaxtyping import Float
@@ -49,25 +49,30 @@ class ScaleProvider(nn.Module):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScaleConfig(Checked, ABC):
-    """Configuration of a scale provider. Kinds that a stored model may have after learning have a `kind`, their name in files."""
+    """Configuration of a scale provider. Kinds that a stored model may have after learning have a `kind`, their name in files.
+
+    The largest value of a range falls on the largest code of a QAT quantizer's `int_range`.
+    """
+
+    int_range: IntRangeKind = "full"
 
     @abstractmethod
     def build(self, spec: QuantSpec, context: TimestepContext) -> ScaleProvider:
         """A provider for one quantizer."""
 
-    @abstractmethod
     def tabulated(self) -> "ScaleConfig":
         """The configuration of `ScaleProvider.tabulated`, without settings of calibration and learning."""
+        return self
 
     def seeded_for(self, name: str) -> Self:
         """A copy seeded from an activation's name (only generated scales use random numbers)."""
         return self
 
     def for_qat(self, init: Observer, kind: IntRangeKind) -> Self:
-        """A copy for a QAT quantizer with this integer range, whose ranges are initialized by an observer."""
-        return self
+        """A copy for a QAT quantizer with this integer range, whose calibrated ranges are initialized by an observer."""
+        return replace(self, int_range=kind)
 
 
 def per_row(values: Float[Tensor, "rows"], x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "rows ..."]:

@@ -1,17 +1,17 @@
 """Dynamic quantization: the scale follows from the tensor that is being quantized, by its range or by a network of it."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.quant.functional import qparams_from_range
-from tfmq_exp.quant.observers import Observer, include_zero
+from tfmq_exp.quant.observers import include_zero
 from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider, per_row
 from tfmq_exp.quant.scales.generator import GeneratedScale, GeneratorConfig, softplus_scale
-from tfmq_exp.quant.spec import IntRangeKind, QParams, QuantSpec, range_ratio
+from tfmq_exp.quant.spec import QParams, QuantSpec, range_ratio
 from tfmq_exp.quant.timestep_context import TimestepContext
 
 STATISTICS = 4
@@ -19,7 +19,7 @@ STATISTICS = 4
 
 @dataclass(frozen=True)
 class DynamicConfig(ScaleConfig):
-    """Configuration of `DynamicScale`; the largest value falls on the largest code of a QAT quantizer's `int_range`.
+    """Configuration of `DynamicScale`.
 
     `granularity`: `sample`, a range for each row of the batch; or `tensor`, one for all of them, which makes an image depend on
     the other images of its batch.
@@ -27,16 +27,9 @@ class DynamicConfig(ScaleConfig):
 
     kind: ClassVar[str] = "dynamic"
     granularity: Literal["tensor", "sample"]
-    int_range: IntRangeKind = "full"
 
     def build(self, spec: QuantSpec, context: TimestepContext) -> "DynamicScale":
         return DynamicScale(self, spec)
-
-    def tabulated(self) -> ScaleConfig:
-        return self
-
-    def for_qat(self, init: Observer, kind: IntRangeKind) -> Self:
-        return replace(self, int_range=kind)
 
 
 class DynamicScale(ScaleProvider):
@@ -47,7 +40,7 @@ class DynamicScale(ScaleProvider):
     def __init__(self, config: DynamicConfig, spec: QuantSpec) -> None:
         super().__init__()
         self.config, self.spec = config, spec
-        self.ratio = 1.0 if config.int_range == "full" else range_ratio(spec, config.int_range)
+        self.ratio = range_ratio(spec, config.int_range)
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
         """Shape [batch, 1, ...], or [1, 1, ...] for the whole tensor."""

@@ -19,6 +19,7 @@ from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
 LayerInit = Literal["zero", "default", "he", "xavier", "gaussian"]
+INITS = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_, "gaussian": nn.init.normal_}
 # cosines and sines share it
 WIDTH = Kind(
     "an even whole number from 2 to 65536", lambda value: whole(value) and 2 <= value <= 2**16 and value % 2 == 0
@@ -129,19 +130,13 @@ class GeneratedScale(EMARange):
 
 def initialized(layer: nn.Linear, init: LayerInit, generator: torch.Generator) -> nn.Linear:
     """The layer with new weights. `default` is torch's for linear layers, bias included; else the bias starts at 0."""
-    bound = layer.in_features**-0.5
+    nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    if init == "zero":
-        nn.init.zeros_(layer.weight)
+    if init in INITS:
+        INITS[init](layer.weight, generator=generator)
     elif init == "default":
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-    elif init == "he":
-        nn.init.kaiming_normal_(layer.weight, generator=generator)
-    elif init == "xavier":
-        nn.init.xavier_normal_(layer.weight, generator=generator)
-    else:
-        nn.init.normal_(layer.weight, generator=generator)
+        for parameter in (layer.weight, layer.bias):
+            nn.init.uniform_(parameter, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=generator)
     return layer
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.validate import COUNT, DECAY, WrongValueError
 from tfmq_exp.quant.functional import SMALLEST_SCALE, qparams_from_range
-from tfmq_exp.quant.observers import MinMax, Observer, ScaledToIntRange, include_zero
+from tfmq_exp.quant.observers import MinMax, Observer, include_zero
 from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider, per_row
-from tfmq_exp.quant.spec import IntRangeKind, QParams, QuantSpec
+from tfmq_exp.quant.spec import IntRangeKind, QParams, QuantSpec, range_ratio
 from tfmq_exp.quant.timestep_context import TimestepContext
 
 DEFAULT_OBSERVER = MinMax(include_zero=False)  # the running range is widened to zero, not each batch's
@@ -41,7 +41,7 @@ class EMAConfig(ScaleConfig):
         return type(self)()
 
     def for_qat(self, init: Observer, kind: IntRangeKind) -> Self:
-        return replace(self, observer=ScaledToIntRange(init, kind))
+        return replace(self, observer=init, int_range=kind)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class EMARange(ScaleProvider):
             raise ValueError("activations have one range per tensor: spec.axis must be None")
         self.config, self.spec, self.per_step = config, spec, config.per_step
         self.context: Any = context
+        self.ratio = range_ratio(spec, config.int_range)
         read = config.range_of_step(context.timesteps) if context else None
         entries = 1 if read is None else max(read) + 1
         self.register_buffer("range_of_step", None if read is None else torch.tensor(read), persistent=False)
@@ -125,7 +126,7 @@ class EMARange(ScaleProvider):
         read = torch.zeros(len(x), dtype=torch.long) if table is None else table[self.context.index]
         for entry in sorted({int(i) for i in read}):
             rows = x[read.to(x.device) == entry]
-            ends = [end.reshape(()).double() for end in self.config.observer(rows, self.spec)]
+            ends = [(end * self.ratio).reshape(()).double() for end in self.config.observer(rows, self.spec)]
             # the extremes too: some observers look at a part of the values
             extremes = [end.double() for end in rows.aminmax()]
             require_finite(torch.stack([*ends, *extremes]), "the range of an activation")

@@ -1,13 +1,14 @@
 """Quantizers with a form: their modes, their parameters, and sources that are networks, alone and together."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tfmq_exp.core.records import decode, encode
-from tfmq_exp.quant.observers import AbsMax, ScaledToIntRange
+from tfmq_exp.quant.observers import AbsMax
 from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
 from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer, TrainableWeightQuantizer
 from tfmq_exp.quant.quantizers import Mode
@@ -253,8 +254,8 @@ def test_merged_table_is_bit_identical_to_the_network(form: QATQuantizeFn) -> No
 @pytest.mark.parametrize("encoding", [None, Frequency(8)], ids=repr)
 def test_statistics_of_every_sample_and_its_time_make_its_interval(encoding: TimeEncoding | None) -> None:
     context, x = TimestepContext(TIMESTEPS), activations()
-    start = ScaledToIntRange(AbsMax(), "narrow")
-    config = DynamicGeneratorConfig(encoding, (16, 16), dropout=0.2, last_layer_init="he", seed=3, observer=start)
+    start: dict[str, Any] = {"observer": AbsMax(), "int_range": "narrow"}
+    config = DynamicGeneratorConfig(encoding, (16, 16), dropout=0.2, last_layer_init="he", seed=3, **start)
     source = DynamicGeneratorScale(config, SIGNED, context).eval()
     source.observe(x)
     reach, network = float(x.abs().max()), copy.deepcopy(source.mlp).double()

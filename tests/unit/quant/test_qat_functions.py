@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.core.records import decode, encode
-from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil, error_noise
 from tfmq_exp.quant.spec import IntRange, IntRangeKind, QuantSpec, Scheme, int_range
-from tfmq_exp.quant.ste import error_noise
 
 STORED = (Lsq, Duq, Qil)
 FORMS: list[QATQuantizeFn] = [
