@@ -37,7 +37,7 @@ SCALES: dict[str, ScaleConfig] = {
     "per step": PerStepConfig(),
     "intervals": TimestepGroupConfig(2, 1000),
     "sample": DynamicConfig("sample"),
-    "sample, fewer levels": DynamicConfig("sample", "tdq_release"),
+    "sample, fewer levels": DynamicConfig("sample", int_range="tdq_release"),
     "tensor": DynamicConfig("tensor"),
     "statistics": DynamicGeneratorConfig(None, (8, 8), last_layer_init="default"),
     "statistics and time": DynamicGeneratorConfig(Frequency(8), (8,), last_layer_init="default"),
