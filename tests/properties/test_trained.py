@@ -376,7 +376,7 @@ def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module
     plain = canonical(quantizable(tiny_unet).plan.layers["conv_in"].input)
     assert plain["specs"] == [{"class": "QuantSpec", "bits": 8, "scheme": "affine", "axis": None}]
     assert plain.keys() == {"class", "specs", "scale", "fn", "offset"}
-    assert plain["scale"].keys() == {"class", "momentum", "observer"}
+    assert plain["scale"].keys() == {"class", "int_range", "momentum", "observer"}
 
 
 def test_few_bits_are_for_trained_ranges() -> None:
