@@ -41,10 +41,9 @@ from tfmq_exp.deploy.openvino.export import export
 from tfmq_exp.deploy.openvino.parity import LayerParity, compare_layers
 from tfmq_exp.deploy.openvino.trace import trace
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
 
 LOAD = r"""
@@ -80,8 +79,8 @@ def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNet]
 
 def calibrated_on_noise(model: QuantizedUNet, denoiser: Denoiser) -> QuantizedUNet:
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     model.set_activations(Mode.OBSERVE)
     for i, t in enumerate(model.context.timesteps):
         model(**inputs_at(denoiser, 1, t, seed=i))

@@ -33,7 +33,7 @@ from tfmq_exp.pipeline.stages.train_weights import TrainWeights
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer
 from tfmq_exp.qat.module import QuantizationAwareTraining
 from tfmq_exp.qat.train import prepare_training
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 METHODS = "lsq,lsq_tdq,pact,pact_tdq,nipq,nipq_tdq,qil,qil_tdq,duq,duq_tdq,lsq_dynamic,dynamic_generator,dynamic_generator_time"

@@ -39,17 +39,16 @@ from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
-from tfmq_exp.quant.scales.per_step import PerStepConfig
+from tfmq_exp.quant.scales.running_range import PerStepConfig
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import TemporalAware, Unit
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.config import ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
-from tfmq_exp.surgery.scales import ScalePlan
 
 
 def plain(
@@ -63,9 +62,9 @@ def plain(
     """Learn one unit as the papers write it: no gradient by hand, nothing frozen, nothing computed once."""
     module = unit.module(unet)
     prefix = "unet." if unit.driver == "timesteps" else ""
-    names = [prefix + site if prefix else site.removeprefix(unit.name).removeprefix(".") for site in unit.sites]
+    names = [prefix + layer if prefix else layer.removeprefix(unit.name).removeprefix(".") for layer in unit.layers]
     names = [f"{name}.weight".removeprefix(".") for name in names]
-    quantizers = model.weight_quantizers(unit.sites)
+    quantizers = model.weight_quantizers(unit.layers)
     originals = [module.get_parameter(name) for name in names]
     alphas = [
         inverse_rectified_sigmoid((w / q.scale - (w / q.scale).floor()).detach()).requires_grad_()
@@ -113,8 +112,8 @@ def plain_search(x: Tensor, bits: int) -> Tensor:
 @torch.no_grad()
 def plain_weight_grids(model: QuantizedUNet) -> None:
     """Channel by channel."""
-    for site in model.weight_layers():
-        for quantizer, weight in model.layer(site).weight_parts():
+    for layer in model.weight_layers():
+        for quantizer, weight in model.layer(layer).weight_parts():
             for channel in weight:
                 plain_search(channel, quantizer.spec.bits)
 
@@ -129,7 +128,7 @@ def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: Calibrati
 @torch.no_grad()
 def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> None:
     """Per sampling step: a search for every quantized input, then a pass that takes minimum and maximum instead."""
-    sites = [name for name, line in model.plan.sites.items() if line.input]
+    layers = [name for name, line in model.plan.layers.items() if line.input]
 
     def search(_: nn.Module, args: tuple[Tensor]) -> None:
         plain_search(args[0], bits)
@@ -140,8 +139,8 @@ def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> 
     for step in range(model.context.num_steps):
         for hook in (search, range_of):
             with contextlib.ExitStack() as hooks:
-                for site in sites:
-                    hooks.enter_context(model.layer(site).register_forward_pre_hook(hook))
+                for layer in layers:
+                    hooks.enter_context(model.layer(layer).register_forward_pre_hook(hook))
                 model(**data[data.step == step].inputs(torch.device("cpu")))
 
 
@@ -206,8 +205,8 @@ def main() -> None:
         with watch.of("plain", "capture and learning"):
             plain_capture(model, unet, unit, data, recipe["batch_size"])
             plain(model, unit, learnable, inputs, view.outputs, learning)
-        for site in unit.sites:
-            model.freeze(site)
+        for layer in unit.layers:
+            model.freeze(layer)
     with watch.of("plain", "activation ranges"):
         plain_activations(model, data, recipe["a_bits"])
 

@@ -36,8 +36,7 @@ from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
-from tfmq_exp.quant.scales.per_step import PerStepConfig
-from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.reconstruction.loop import reconstruct
@@ -45,10 +44,9 @@ from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
+from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 from tfmq_exp.surgery.resolve import coverage, resolve
-from tfmq_exp.surgery.scales import ScalePlan
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:
@@ -259,8 +257,8 @@ def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> i
     """Bytes of the artefact when our own default policy quantizes the same network."""
     model = build_quantized_unet(float_unet, plan, LpObserver(candidates=1))
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     CalibrateRanges(32, EveryKth()).ranges(model, data, 0)
     with tempfile.TemporaryDirectory() as folder:
         return serialization.save(model, Path(folder) / "quantized.safetensors")

@@ -13,14 +13,11 @@ from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.scales.per_step import PerStepConfig
-from tfmq_exp.quant.scales.static import StaticConfig
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.quant.quantizers import Mode
+from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig
+from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
-from tfmq_exp.surgery.scales import ScalePlan
 
 torch.set_num_threads(1)
 
@@ -96,8 +93,8 @@ def example_inputs(unet: nn.Module, timesteps: Sequence[int] = (1,), seed: int =
 def calibrated(model: QuantizedUNet, seed: int = 1) -> QuantizedUNet:
     """Freeze every weight to the nearest integers, take activation ranges from random inputs, switch everything on."""
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     model.set_activations(Mode.OBSERVE)
     with torch.no_grad():
         model(**example_inputs(model.unet, 2 * model.context.timesteps, seed))

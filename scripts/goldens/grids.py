@@ -12,9 +12,9 @@ from goldens.released import ESTIMATORS, Goldens, at, input_quantizer, on_grid, 
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.histogram_observers import HistogramPercentileObserver
 from tfmq_exp.quant.layers import QuantConv2d
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer
 from tfmq_exp.quant.rounding import rounding_penalty
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
@@ -58,7 +58,7 @@ def running(goldens: Goldens) -> Iterator[Group]:
     for record in goldens.meta["running"]:
         x, spec = goldens.tensors[record["x"]], spec_of(record, record["bits"], None)
         key, names = record["key"], ("x_min", "x_max", "delta", "zero_point")
-        source = StaticScale(StaticConfig(momentum=record["momentum"]), spec)
+        source = EMARange(StaticConfig(momentum=record["momentum"]), spec)
         for row, batch in enumerate((x[0], *x)):
             source.observe(batch)
             ours = {"x_min": source.lo, "x_max": source.hi, "delta": source.scale, "zero_point": source.zero_point}

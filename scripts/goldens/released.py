@@ -12,10 +12,9 @@ from goldens.comparing import Group, Record, reading
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 RELEASED = LpObserver(include_zero=False)
@@ -95,11 +94,11 @@ def place(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors: Record) -
 
 def input_quantizer(x: Tensor, spec: QuantSpec, group: Group, key: str, tensors: Record) -> AffineQuantizer:
     """A quantizer placed on an activation as the release does, compared with the golden scale and zero point."""
-    quantizer = AffineQuantizer(StaticScale(StaticConfig(), spec))
+    quantizer = AffineQuantizer(EMARange(StaticConfig(), spec))
     for name, ours, golden in zip(
         ("scale", "zero_point"), qparams_from_range(*RELEASED(x, spec), spec), stored(tensors, key), strict=True
     ):
         group.compare(ours, golden)
-        getattr(quantizer.source, name).data.copy_(ours.flatten())
+        getattr(quantizer.scale_provider, name).data.copy_(ours.flatten())
     quantizer.mode = Mode.QUANTIZE
     return quantizer

@@ -227,7 +227,7 @@ def test_changed_code_is_another_job_and_another_stage(lab: Path, tmp_path: Path
     assert {key for key in seen[0][1] if seen[0][1][key] != seen[1][1][key]} == {"code"}
     assert seen[0][1] | {"code": ""} == {
         "class": "EnvelopeConfig", "module": "ideas.envelope", "code": "", "radius": 1, "momentum": 0.95,
-        "observer": {"class": "MinMax", "include_zero": False},
+        "int_range": "full", "observer": {"class": "MinMax", "include_zero": False},
     }  # fmt: skip
 
 

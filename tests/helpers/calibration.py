@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from tests.conftest import TIMESTEPS, example_inputs
-from tfmq_exp.calibration.collect import collect_trajectories, join_by_step
-from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.calibration.dataset import CalibrationSet, collect_trajectories
 from tfmq_exp.core.batches import batches
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.guidance import Sampling
@@ -35,4 +34,4 @@ def collect(
         collect_trajectories(denoiser, sampling, indices, seed=seed, each_step=each_step)
         for indices in batches(images, batch)
     ]
-    return join_by_step(parts)
+    return CalibrationSet.join(parts, by_step=True)

@@ -11,8 +11,8 @@ from tests.conftest import calibrated, generic, quantizable
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.surgery.config import ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
 
 DYNAMIC = DynamicConfig("sample")
 # choices of `model_of` that every engine has to know
@@ -72,7 +72,7 @@ def layer_inputs(model: QuantizedUNet, given: Mapping[str, Tensor]) -> dict[str,
     def keep(name: str) -> Any:
         return lambda _, args: seen.update({name: args[0]})
 
-    hooks = [model.layer(name).register_forward_pre_hook(keep(name)) for name in model.plan.sites]
+    hooks = [model.layer(name).register_forward_pre_hook(keep(name)) for name in model.plan.layers]
     with torch.no_grad():
         model(**given)
     for hook in hooks:

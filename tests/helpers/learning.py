@@ -12,14 +12,13 @@ from tests.helpers.reconstruction import ROUNDING, Interruption, MemoryCheckpoin
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import CalibrateRanges, LearnRanges
 from tfmq_exp.methods.weights import ReconstructJointly
+from tfmq_exp.quant.scales.generator import Frequency
+from tfmq_exp.quant.scales.running_range import TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
-from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.objectives import Lp
 from tfmq_exp.reconstruction.units import MixedInputs, TemporalAware
 from tfmq_exp.surgery.config import Bits, LayerBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
 
 INTERVALS = TimestepGroupConfig(2, 1000)
 
@@ -42,8 +41,8 @@ def frozen(unet: nn.Module, **further: Any) -> QuantizedUNet:
     """Integer weights, activations still off."""
     model = quantizable(unet, **further)
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     return model
 
 
@@ -74,7 +73,7 @@ def learn(iterations: int, **further: Any) -> LearnRanges:
 
 def trainable(model: QuantizedUNet) -> dict[str, list[Tensor]]:
     quantizers = model.activation_quantizers().items()
-    return {name: [p.detach().clone() for p in quantizer.source.trainable()] for name, quantizer in quantizers}
+    return {name: [p.detach().clone() for p in quantizer.scale_provider.trainable()] for name, quantizer in quantizers}
 
 
 def same_state(one: QuantizedUNet, other: QuantizedUNet) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tfmq_exp.denoisers.structure import Kind, Role, UNetStructure
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.reconstruction.units import Blockwise, TemporalAware
 
@@ -37,31 +37,31 @@ def executed_layers(unet: nn.Module) -> list[str]:
     return list(dict.fromkeys(order))
 
 
-def test_sites_are_the_layers_with_weights(unet: nn.Module, parts: UNetStructure) -> None:
+def test_layers_are_those_with_weights(unet: nn.Module, parts: UNetStructure) -> None:
     layers = {name for name, module in unet.named_modules() if isinstance(module, WEIGHTED)}
-    assert set(parts.sites) == layers
-    assert all(site.name == name for name, site in parts.sites.items())
+    assert set(parts.layers) == layers
+    assert all(layer.name == name for name, layer in parts.layers.items())
     weights = sum(parameter.numel() for parameter in unet.parameters() if parameter.dim() > 1)
-    assert sum(site.weights for site in parts.sites.values()) == weights
+    assert sum(layer.weights for layer in parts.layers.values()) == weights
 
 
 def test_every_layer_has_exactly_one_role(parts: UNetStructure) -> None:
-    counts = Counter(site.name for role in Role for site in parts.by_role(role))
-    assert counts == dict.fromkeys(parts.sites, 1)
+    counts = Counter(layer.name for role in Role for layer in parts.by_role(role))
+    assert counts == dict.fromkeys(parts.layers, 1)
 
 
 def test_stem_runs_first_and_head_last(unet: nn.Module, parts: UNetStructure) -> None:
     convolutions = [name for name in executed_layers(unet) if isinstance(unet.get_submodule(name), nn.Conv2d)]
-    assert [site.name for site in parts.by_role(Role.STEM)] == convolutions[:1]
-    assert [site.name for site in parts.by_role(Role.HEAD)] == convolutions[-1:]
+    assert [layer.name for layer in parts.by_role(Role.STEM)] == convolutions[:1]
+    assert [layer.name for layer in parts.by_role(Role.HEAD)] == convolutions[-1:]
 
 
-def test_blocks_partition_the_sites(parts: UNetStructure) -> None:
-    assert Counter(site for block in parts.blocks for site in block.sites) == dict.fromkeys(parts.sites, 1)
+def test_blocks_partition_the_layers(parts: UNetStructure) -> None:
+    assert Counter(layer for block in parts.blocks for layer in block.layers) == dict.fromkeys(parts.layers, 1)
 
 
 def test_blocks_are_in_the_order_of_execution(unet: nn.Module, parts: UNetStructure) -> None:
-    block_of = {site: block.name for block in parts.blocks for site in block.sites}
+    block_of = {layer: block.name for block in parts.blocks for layer in block.layers}
     order = list(dict.fromkeys(block_of[name] for name in executed_layers(unet)))
     assert [block.name for block in parts.blocks] == order
 
@@ -80,10 +80,10 @@ def test_blocks_other_than_layers_are_what_papers_reconstruct(unet: nn.Module, p
 @pytest.mark.parametrize("partition", [Blockwise(), TemporalAware()])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_units_are_disjoint_and_cover_what_can_be_learned(parts: UNetStructure, partition: Any, stride: int) -> None:
-    learnable = frozenset(list(parts.sites)[::stride])
+    learnable = frozenset(list(parts.layers)[::stride])
     units = partition(parts, learnable)
-    assert Counter(site for unit in units for site in unit.sites) == dict.fromkeys(learnable, 1)
-    assert all(unit.sites for unit in units)
+    assert Counter(layer for unit in units for layer in unit.layers) == dict.fromkeys(learnable, 1)
+    assert all(unit.layers for unit in units)
 
 
 def inner_features(unet: nn.Module, model: nn.Module, t: Tensor) -> list[Tensor]:
@@ -120,9 +120,9 @@ def test_temporal_information_block_follows_quantization(unet: nn.Module, parts:
     assert sorted_features(features) != sorted_features(TemporalInformationBlock(unet, parts)(t))
 
 
-def test_temporal_sites_are_those_that_depend_on_time_alone(unet: nn.Module, parts: UNetStructure) -> None:
-    measured = measured_temporal_sites(unet, example_inputs(unet), 1, 501)
-    assert measured == set(parts.temporal_sites)
+def test_temporal_layers_are_those_that_depend_on_time_alone(unet: nn.Module, parts: UNetStructure) -> None:
+    measured = measured_temporal_layers(unet, example_inputs(unet), 1, 501)
+    assert measured == set(parts.temporal_layers)
     assert len(measured) == 2 + sum(block.kind is Kind.RESIDUAL for block in parts.blocks)
 
 
@@ -132,13 +132,13 @@ def test_measurement_sees_a_temporal_layer_that_depends_on_the_image(unet: nn.Mo
     leaky.conv_in.register_forward_hook(lambda _m, _a, out: leak.append(out.mean()))
     name = parts.by_role(Role.TIME_PROJ)[-1].name
     leaky.get_submodule(name).register_forward_pre_hook(lambda _m, args: (args[0] + leak[-1],))
-    assert set(parts.temporal_sites) - measured_temporal_sites(leaky, example_inputs(leaky), 1, 501) == {name}
+    assert set(parts.temporal_layers) - measured_temporal_layers(leaky, example_inputs(leaky), 1, 501) == {name}
 
 
 def test_measurement_sees_a_wrong_role(unet: nn.Module, parts: UNetStructure) -> None:
     wrong = dataclasses.replace(parts.by_role(Role.SHORTCUT)[0], role=Role.TIME_PROJ)
-    lie = dataclasses.replace(parts, sites={**parts.sites, wrong.name: wrong})
-    assert set(lie.temporal_sites) - measured_temporal_sites(unet, example_inputs(unet), 1, 501) == {wrong.name}
+    lie = dataclasses.replace(parts, layers={**parts.layers, wrong.name: wrong})
+    assert set(lie.temporal_layers) - measured_temporal_layers(unet, example_inputs(unet), 1, 501) == {wrong.name}
 
 
 def test_unknown_layer_is_named(unet: nn.Module) -> None:
@@ -149,8 +149,8 @@ def test_unknown_layer_is_named(unet: nn.Module) -> None:
 
 
 def test_costs_by_hand(tiny_unet: nn.Module, tiny_conditional_unet: nn.Module) -> None:
-    plain = read_structure(tiny_unet, example_inputs(tiny_unet)).sites
-    conditional = read_structure(tiny_conditional_unet, example_inputs(tiny_conditional_unet)).sites
+    plain = read_structure(tiny_unet, example_inputs(tiny_unet)).layers
+    conditional = read_structure(tiny_conditional_unet, example_inputs(tiny_conditional_unet)).layers
     assert plain["conv_in"].macs == (3 * 3 * 3) * 16 * (8 * 8)
     assert plain["down_blocks.0.downsamplers.0.conv"].macs == (16 * 3 * 3) * 16 * (4 * 4)
     assert plain["time_embedding.linear_1"].macs == 16 * 64

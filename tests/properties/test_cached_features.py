@@ -23,17 +23,17 @@ def parts_of(unet: nn.Module) -> UNetStructure:
     return read_structure(unet, example_inputs(unet))
 
 
-def scrambled(unet: nn.Module, sites: tuple[str, ...], model: QuantizedUNet) -> None:
+def scrambled(unet: nn.Module, layers: tuple[str, ...], model: QuantizedUNet) -> None:
     """Give some layers of a model other weights."""
     generator = torch.Generator().manual_seed(3)
-    for site in sites:
-        for parameter in model.unet.get_submodule(site).parameters():
+    for layer in layers:
+        for parameter in model.unet.get_submodule(layer).parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def mixed_temporal_bits(unet: nn.Module) -> dict[str, LayerBits]:
     """Embedding projections that are coarse and fine in turn, after a float time embedding."""
-    names = [site.name for site in parts_of(unet).by_role(Role.TIME_PROJ)]
+    names = [layer.name for layer in parts_of(unet).by_role(Role.TIME_PROJ)]
     fine = {name: LayerBits(8, 8) if i % 2 else LayerBits(2, 4) for i, name in enumerate(names)}
     return {"time_embedding.*": LayerBits(8, 8)} | fine
 
@@ -77,17 +77,17 @@ def test_stored_features_are_the_float_ones_on_a_grid_for_each_step(unet: nn.Mod
 
 def test_nothing_of_the_temporal_information_block_is_left_when_all_is_stored(unet: nn.Module, tmp_path: Path) -> None:
     reloaded(calibrated(quantizable(unet)), tmp_path)
-    temporal = parts_of(unet).temporal_sites
+    temporal = parts_of(unet).temporal_layers
     whole = serialization.read(tmp_path / "model.safetensors")[1]
     assert any("time_embedding" in key for key in whole)
     model = cached_model(unet, "always", 8)
     loaded = reloaded(model, tmp_path)
     stored = serialization.read(tmp_path / "model.safetensors")[1]
-    kept = [key for key in stored for site in temporal if site in key and not key.startswith("cached/")]
+    kept = [key for key in stored for layer in temporal if layer in key and not key.startswith("cached/")]
     assert not kept
-    assert not set(temporal).intersection(loaded.plan.sites)
-    assert set(loaded.cached) == {site.name for site in parts_of(unet).by_role(Role.TIME_PROJ)}
-    assert {key for key in whole if not any(site in key for site in temporal)} == {
+    assert not set(temporal).intersection(loaded.plan.layers)
+    assert set(loaded.cached) == {layer.name for layer in parts_of(unet).by_role(Role.TIME_PROJ)}
+    assert {key for key in whole if not any(layer in key for layer in temporal)} == {
         key for key in stored if not key.startswith("cached/")
     }
 
@@ -98,7 +98,7 @@ def test_outputs_do_not_depend_on_the_temporal_layers_when_all_is_stored(unet: n
         model = calibrated(quantizable(unet))
         computed = output(model, inputs)
         if change:
-            scrambled(unet, parts_of(unet).temporal_sites, model)
+            scrambled(unet, parts_of(unet).temporal_layers, model)
             assert not torch.allclose(output(model, inputs), computed, atol=1e-3)
         CacheFeatures(8, "always")(model, unet, parts_of(unet))
         outputs.append(output(model, inputs))
@@ -145,7 +145,7 @@ def test_selection_stores_where_that_disturbs_less(unet: nn.Module) -> None:
         mixed = TemporalInformationBlock(model.unet, parts)(t)
     for name, computed, now in zip(block.names, own, mixed, strict=True):
         assert torch.equal(computed, now) is (name not in expected)
-    assert "time_embedding.linear_1" in model.plan.sites
+    assert "time_embedding.linear_1" in model.plan.layers
 
 
 def test_computing_features_changes_nothing(tiny_unet: nn.Module) -> None:

@@ -21,8 +21,7 @@ from tfmq_exp.deploy.product_layers import ProductLayer
 from tfmq_exp.methods.method import Method
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, qat_quantizers, ready, trainable
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -146,8 +145,8 @@ def test_openvino_executes_what_training_leaves(model: QuantizedUNet, tmp_path: 
 
     given = inputs(501, 501)
     found = export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
-    assert set(found.products) == set(model.plan.sites)
-    seen = compare_layers(found, model, given, steps=(1, 3), layers=list(model.plan.sites), threads=1)
+    assert set(found.products) == set(model.plan.layers)
+    seen = compare_layers(found, model, given, steps=(1, 3), layers=list(model.plan.layers), threads=1)
     assert not [row for row in seen if row.unexplained]
     assert sum(row.beyond for row in seen) < 0.01 * sum(row.outputs for row in seen)
     assert max(row.error for row in seen) < 0.03

@@ -13,7 +13,7 @@ from tests.helpers.reconstruction import ROUNDING, MemoryCheckpointer, RecordedP
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import KeepRanges
 from tfmq_exp.methods.weights import Reconstruct
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.units import Blockwise, QuantizedInputs, TemporalAware
 from tfmq_exp.surgery.config import AttentionBits, LayerBits
@@ -27,7 +27,7 @@ def test_weight_phase_skips_units_without_weights(tiny_unet: nn.Module) -> None:
     without = {f"{attention}.*": LayerBits(None, 8), "conv_in": LayerBits(None, 8)}
     model = calibrated(quantizable(tiny_unet, attention=AttentionBits(8, 8), sites=without))
     fresh = quantizable(tiny_unet, attention=AttentionBits(8, 8), sites=without)
-    units = Blockwise()(parts, frozenset(parts.sites))
+    units = Blockwise()(parts, frozenset(parts.layers))
     names = [unit.name for unit in units]
     for learned, skipped in (
         (config(1, rate=None, rounding=ROUNDING), {attention, "conv_in"}),
@@ -42,7 +42,7 @@ def test_weight_phase_skips_units_without_weights(tiny_unet: nn.Module) -> None:
     assert (
         set(fresh.integers)
         == set(fresh.weight_layers())
-        == set(parts.sites) - {site for site in parts.sites if site.startswith(attention) or site == "conv_in"}
+        == set(parts.layers) - {layer for layer in parts.layers if layer.startswith(attention) or layer == "conv_in"}
     )
 
 
@@ -52,16 +52,16 @@ def test_joint_learning_moves_scales_and_rounds_all_weights(tiny_unet: nn.Module
     SHARDS.ranges(observed, calibration(tiny_unet), 0)
     shelf = run(jointly(6), model, tiny_unet)
     run(KeepRanges(), model, tiny_unet)
-    assert set(model.integers) == set(model.weight_layers()) == set(structure(tiny_unet).sites)
+    assert set(model.integers) == set(model.weight_layers()) == set(structure(tiny_unet).layers)
     assert not model.weight_quantizers()
     moved = 0
-    for site, (weight,) in model.integers.items():
-        exact = tiny_unet.get_submodule(site).weight
-        assert torch.equal(model.layer(site).weight, weight.dequantize())
+    for layer, (weight,) in model.integers.items():
+        exact = tiny_unet.get_submodule(layer).weight
+        assert torch.equal(model.layer(layer).weight, weight.dequantize())
         inside = exact.clamp(weight.dequantize().min(), weight.dequantize().max())
         assert ((weight.dequantize() - inside).abs() <= 1.001 * weight.qparams.scale).all()
-        assert torch.equal(weight.qparams.scale, observed.integers[site][0].qparams.scale)
-        moved += int((weight.codes != observed.integers[site][0].codes).sum())
+        assert torch.equal(weight.qparams.scale, observed.integers[layer][0].qparams.scale)
+        moved += int((weight.codes != observed.integers[layer][0].codes).sum())
     assert moved
     nearest, learned = trainable(observed), trainable(model)
     assert all(not torch.equal(nearest[name][0], learned[name][0]) for name in nearest)
@@ -88,10 +88,10 @@ def test_split_weights_learn_both_halves(tiny_unet: nn.Module) -> None:
         TemporalAware(), EveryKth(1), config(4, rate=None, rounding=ROUNDING, inputs=QuantizedInputs())
     )
     run(weights, model, tiny_unet)
-    split = [site for site, line in model.plan.sites.items() if line.split]
+    split = [layer for layer, line in model.plan.layers.items() if line.split]
     assert split
     for half in range(2):
-        pairs = [(model.integers[site][half].codes, nearest.integers[site][half].codes) for site in split]
+        pairs = [(model.integers[layer][half].codes, nearest.integers[layer][half].codes) for layer in split]
         assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
 
 

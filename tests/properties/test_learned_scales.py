@@ -8,7 +8,7 @@ from tests.conftest import quantizable
 from tests.helpers.calibration import calibration
 from tests.helpers.learning import SHARDS, SOURCES, end_of_network, frozen, learn, run, same_state, trainable
 from tests.helpers.reconstruction import RecordedProgress, structure
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.objectives import Fisher, Lp
 from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery.config import AttentionBits
@@ -24,12 +24,12 @@ def test_learning_scales_lowers_errors_and_leaves_weights_and_zero_points(tiny_u
     SHARDS.ranges(observed, data, 0)
     log = RecordedProgress()
     shelf = run(learn(5, rate=1e-2 if source == "generated" else 4e-3), model, tiny_unet, log=log)
-    for site, (weight,) in model.integers.items():
-        assert torch.equal(weight.codes, observed.integers[site][0].codes)
-        assert torch.equal(model.layer(site).weight, observed.layer(site).weight)
+    for layer, (weight,) in model.integers.items():
+        assert torch.equal(weight.codes, observed.integers[layer][0].codes)
+        assert torch.equal(model.layer(layer).weight, observed.layer(layer).weight)
     before, after = observed.activation_state(), model.activation_state()
     for name, value in after.items():
-        if name.endswith("zero_point") or (source == "generated" and name.endswith("source.scale")):
+        if name.endswith("zero_point") or (source == "generated" and name.endswith("scale_provider.scale")):
             assert torch.equal(value, before[name])
     start, end = trainable(observed), trainable(model)
     assert all(start.values())
@@ -39,7 +39,7 @@ def test_learning_scales_lowers_errors_and_leaves_weights_and_zero_points(tiny_u
         assert all(bool(new.isfinite().all()) for new in end[name])
     errors = [(report.error_before, report.error_after) for report in shelf.reports.values()]
     assert sum(after for _, after in errors) < sum(before for before, _ in errors)
-    units = TemporalAware()(structure(tiny_unet), frozenset(model.plan.sites))
+    units = TemporalAware()(structure(tiny_unet), frozenset(model.plan.layers))
     assert log.new == [unit.name for unit in units]
     assert log.expected == [len(units)]
     assert all(quantizer.mode is Mode.QUANTIZE for quantizer in model.activation_quantizers().values())
@@ -58,9 +58,9 @@ def test_tied_inputs_learn_as_one(tiny_unet: nn.Module, source: str) -> None:
         run(learn(5, rate=1e-2), model, tiny_unet)
         model.tabulate_scales()
         quantizers = [model.layer(name).input_quantizer for name in names]
-        scales[tied] = [quantizer.source.scale for quantizer in quantizers]
+        scales[tied] = [quantizer.scale_provider.scale for quantizer in quantizers]
         if source == "static":
-            ranges = [observed.layer(name).input_quantizer.source.scale for name in names]
+            ranges = [observed.layer(name).input_quantizer.scale_provider.scale for name in names]
             assert torch.equal(ranges[0], ranges[1])
             assert torch.equal(ranges[0], ranges[2])
             assert not torch.equal(ranges[0], scales[tied][0])

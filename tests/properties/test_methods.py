@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.helpers.sampling import output, reloaded
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.per_step import PerStepScale
+from tfmq_exp.quant.scales.generator import Frequency, Normalised
+from tfmq_exp.quant.scales.running_range import EMARange, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
-from tfmq_exp.quant.timestep_encoding import Frequency, Normalised
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 
 INTERVALS = TimestepGroupConfig(2, 1000)
 GENERATED = TDQConfig(Frequency(32), (16, 16), 0.2, "default")
@@ -81,15 +79,16 @@ def test_loaded_model_is_bit_equal(plain: Plain, tmp_path: Path, variant: str) -
 @pytest.mark.parametrize("scale", [GENERATED, THIN])
 def test_merging_leaves_tables_and_no_network(tiny_unet: nn.Module, tmp_path: Path, scale: TDQConfig) -> None:
     model = calibrated(quantizable(tiny_unet, scales=ScalePlan(scale, scale)))
-    assert all(isinstance(quantizer.source, TDQScale) for quantizer in model.activation_quantizers().values())
+    assert all(isinstance(quantizer.scale_provider, TDQScale) for quantizer in model.activation_quantizers().values())
     quantizers = model.activation_quantizers().items()
-    tables = {name: quantizer.source.table() for name, quantizer in quantizers}  # type: ignore[operator]
+    tables = {name: quantizer.scale_provider.table() for name, quantizer in quantizers}  # type: ignore[operator]
     loaded = reloaded(model, tmp_path)
     for name, quantizer in loaded.activation_quantizers().items():
-        assert isinstance(quantizer.source, PerStepScale)
-        assert torch.equal(quantizer.source.scale, tables[name].scale)
-        assert torch.equal(quantizer.source.zero_point, tables[name].zero_point)
-        assert len(quantizer.source.scale.unique()) == len(TIMESTEPS)
+        assert type(quantizer.scale_provider) is EMARange
+        assert quantizer.scale_provider.per_step
+        assert torch.equal(quantizer.scale_provider.scale, tables[name].scale)
+        assert torch.equal(quantizer.scale_provider.zero_point, tables[name].zero_point)
+        assert len(quantizer.scale_provider.scale.unique()) == len(TIMESTEPS)
     assert not any("mlp" in key for key in serialization.read(tmp_path / "model.safetensors")[1])
 
 

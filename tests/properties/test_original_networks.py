@@ -13,16 +13,16 @@ from tests.conftest import SCALES, TIMESTEPS
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
 
 GOLDENS = Path(__file__).parents[1] / "goldens/compvis"
@@ -59,11 +59,11 @@ def test_every_layer_has_a_role_and_the_temporal_ones_are_measured(name: str) ->
     unet = network(name)
     parts = read_structure(unet, inputs(unet, 1))
     layers = {n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)}
-    assert set(parts.sites) == layers
+    assert set(parts.layers) == layers
     assert len(parts.by_role(Role.TIME_PROJ)) == PROJECTIONS[name]
-    assert measured_temporal_sites(unet, inputs(unet, 1), 1, 751) == set(parts.temporal_sites)
-    units = TemporalAware()(parts, frozenset(parts.sites))
-    covered = [site for unit in units for site in unit.sites]
+    assert measured_temporal_layers(unet, inputs(unet, 1), 1, 751) == set(parts.temporal_layers)
+    units = TemporalAware()(parts, frozenset(parts.layers))
+    covered = [layer for unit in units for layer in unit.layers]
     assert sorted(covered) == sorted(layers)  # each in one unit
 
 
@@ -76,14 +76,14 @@ def test_the_whole_network_is_quantized_saved_and_read_back_bit_by_bit(name: str
         {role.value: LayerBits(4, 8) for role in Role}, AttentionBits(8, 8), split_shortcuts=True, tie_qkv=tie
     )
     resolved = resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS)
-    assert any(line.split for line in resolved.sites.values())
+    assert any(line.split for line in resolved.layers.values())
     model = build_quantized_unet(unet, resolved, MinMax())
     with torch.no_grad():
         wanted = unet(**inputs(unet, 4, 5)).sample
         torch.testing.assert_close(model(**inputs(unet, 4, 5)).sample, wanted, atol=1e-4, rtol=0)  # all is off yet
         model.calibrate_weights()
-        for site in model.weight_layers():
-            model.freeze(site)
+        for layer in model.weight_layers():
+            model.freeze(layer)
         model.set_activations(Mode.OBSERVE)
         model(**inputs(unet, 16, 1))
         model.set_activations(Mode.QUANTIZE)
@@ -108,8 +108,8 @@ def test_lower_precision_reaches_the_quantized_network_too() -> None:
     )
     with torch.no_grad():
         model.calibrate_weights()
-        for site in model.weight_layers():
-            model.freeze(site)
+        for layer in model.weight_layers():
+            model.freeze(layer)
         model.set_activations(Mode.OBSERVE)
         model(**inputs(unet, 16, 1))
         model.set_activations(Mode.QUANTIZE)

@@ -57,16 +57,18 @@ class Runs(RecordedProgress):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.until: dict[str, Counter[str]] = {}
-        for site in model.weight_layers():
+        for layer in model.weight_layers():
             # inside the layer: a layer that is a unit itself would also be seen by its own hooks when it is replayed
-            model.layer(site).input_quantizer.register_forward_hook(lambda *_, site=site: self.counts.update([site]))
+            model.layer(layer).input_quantizer.register_forward_hook(
+                lambda *_, layer=layer: self.counts.update([layer])
+            )
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         self.until[unit] = Counter(self.counts)
         super().on_unit_end(unit, report)
 
-    def after(self, unit: str, sites: Collection[str]) -> set[int]:
-        return {self.counts[site] - self.until[unit][site] for site in sites}
+    def after(self, unit: str, layers: Collection[str]) -> set[int]:
+        return {self.counts[layer] - self.until[unit][layer] for layer in layers}
 
 
 def parameters(model: QuantizedUNet) -> dict[str, Tensor]:
@@ -100,8 +102,8 @@ def learned(
 def same_integers(one: QuantizedUNet, other: QuantizedUNet) -> bool:
     return one.integers.keys() == other.integers.keys() and all(
         torch.equal(a.codes, b.codes) and torch.equal(a.dequantize(), b.dequantize())
-        for site in one.integers
-        for a, b in zip(one.integers[site], other.integers[site], strict=True)
+        for layer in one.integers
+        for a, b in zip(one.integers[layer], other.integers[layer], strict=True)
     )
 
 
@@ -118,15 +120,15 @@ def run(unet: nn.Module) -> Run:
 
 def test_every_weight_becomes_integer(unet: nn.Module, run: Run) -> None:
     model, shelf, log = run
-    sites = set(structure(unet).sites)
-    assert set(model.integers) == sites
+    layers = set(structure(unet).layers)
+    assert set(model.integers) == layers
     assert log.expected == [len(shelf.results)] == [len(log.new)]
     assert set(log.iterations) == set(shelf.results)
     assert not model.weight_quantizers()
-    for site, (integers,) in model.integers.items():
-        assert torch.equal(model.layer(site).weight, integers.dequantize())
+    for layer, (integers,) in model.integers.items():
+        assert torch.equal(model.layer(layer).weight, integers.dequantize())
         # each weight went to one of the two points beside it
-        exact = unet.get_submodule(site).weight.clamp(integers.dequantize().min(), integers.dequantize().max())
+        exact = unet.get_submodule(layer).weight.clamp(integers.dequantize().min(), integers.dequantize().max())
         assert ((integers.dequantize() - exact).abs() <= 1.001 * integers.qparams.scale).all()
 
 
@@ -147,18 +149,18 @@ def test_unit_changes_its_own_weights_only(unet: nn.Module, run: Run) -> None:
     _, shelf, log = run
     for unit, before, after in zip(log.new, shelf.snapshots, shelf.snapshots[1:], strict=False):
         changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-        assert changed == {f"{site}.weight" for site in shelf.results[unit].integers}
+        assert changed == {f"{layer}.weight" for layer in shelf.results[unit].integers}
     assert len(shelf.snapshots) == 1 + len(shelf.results)
     assert not any(learned.activations for learned in shelf.results.values())
 
 
-def test_temporal_unit_learns_the_temporal_sites_first_and_alone(unet: nn.Module, run: Run) -> None:
+def test_temporal_unit_learns_the_temporal_layers_first_and_alone(unet: nn.Module, run: Run) -> None:
     _, shelf, log = run
     parts = structure(unet)
     assert log.new[0] == TEMPORAL_UNIT
-    assert set(shelf.results[TEMPORAL_UNIT].integers) == set(parts.temporal_sites)
-    others = [site for unit, learned in shelf.results.items() if unit != TEMPORAL_UNIT for site in learned.integers]
-    assert not any("time" in site for site in others)
+    assert set(shelf.results[TEMPORAL_UNIT].integers) == set(parts.temporal_layers)
+    others = [layer for unit, learned in shelf.results.items() if unit != TEMPORAL_UNIT for layer in learned.integers]
+    assert not any("time" in layer for layer in others)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +212,7 @@ def test_data_at_a_timestep_that_was_not_calibrated_is_refused_before_a_unit_lea
     given = context(model, tiny_unet, moved, progress=progress)
     with pytest.raises(ValueError, match="is outside the calibrated finite set"):
         reconstruct(
-            given, TemporalAware()(structure(tiny_unet), frozenset(model.plan.sites)), config(2, rounding=ROUNDING)
+            given, TemporalAware()(structure(tiny_unet), frozenset(model.plan.layers)), config(2, rounding=ROUNDING)
         )
     assert progress.expected == []
 
@@ -222,10 +224,12 @@ def test_frozen_temporal_layers_are_rounded_to_nearest_and_the_others_learn(tiny
     method(context(model, tiny_unet, data))
     RoundToNearest()(context(nearest, tiny_unet, data))
     same = {
-        site: all(
-            torch.equal(a.codes, b.codes) for a, b in zip(model.integers[site], nearest.integers[site], strict=True)
+        layer: all(
+            torch.equal(a.codes, b.codes) for a, b in zip(model.integers[layer], nearest.integers[layer], strict=True)
         )
-        for site in model.weight_layers()
+        for layer in model.weight_layers()
     }
-    assert {site for site in same if site in parts.temporal_sites} <= {site for site, equal in same.items() if equal}
+    assert {layer for layer in same if layer in parts.temporal_layers} <= {
+        layer for layer, equal in same.items() if equal
+    }
     assert not all(same.values())

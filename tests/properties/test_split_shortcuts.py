@@ -13,7 +13,7 @@ from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.helpers.sampling import output
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.unet import read_structure
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer
 
 
 def parts_of(unet: nn.Module) -> UNetStructure:
@@ -40,36 +40,36 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, int]]]
 def test_split_is_where_trunk_and_skip_were_joined(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, fed = parts_of(unet), dict[str, Tensor]()
     handles = [
-        unet.get_submodule(site.name).register_forward_pre_hook(
-            lambda _m, args, name=site.name: fed.__setitem__(name, args[0])
+        unet.get_submodule(layer.name).register_forward_pre_hook(
+            lambda _m, args, name=layer.name: fed.__setitem__(name, args[0])
         )
-        for site in parts.by_role(Role.SHORTCUT)
+        for layer in parts.by_role(Role.SHORTCUT)
     ]
     with joins(monkeypatch) as seen, torch.no_grad():
         unet(**example_inputs(unet))
     for handle in handles:
         handle.remove()
     trunk = {name: [size for joined, size in seen if joined is x] for name, x in fed.items()}
-    assert {name: [parts.sites[name].split] if parts.sites[name].split else [] for name in fed} == trunk
+    assert {name: [parts.layers[name].split] if parts.layers[name].split else [] for name in fed} == trunk
     assert sum(bool(sizes) for sizes in trunk.values()) == sum(len(block.resnets) for block in unet.up_blocks)
-    assert all(site.split is None for site in parts.sites.values() if site.name not in fed)
+    assert all(layer.split is None for layer in parts.layers.values() if layer.name not in fed)
 
 
 def test_without_a_middle_the_trunk_comes_from_the_encoder(tiny_unet: nn.Module) -> None:
     bare = UNet2DModel.from_config({**tiny_unet.config, "mid_block_type": None}).eval()
     parts = read_structure(bare, example_inputs(bare))
-    first = parts.sites["up_blocks.0.resnets.0.conv_shortcut"]
+    first = parts.layers["up_blocks.0.resnets.0.conv_shortcut"]
     assert first.split == bare.down_blocks[-1].resnets[-1].out_channels
 
 
 def test_only_shortcuts_of_the_decoder_are_split(unet: nn.Module) -> None:
     model, parts = quantizable(unet, split=True), parts_of(unet)
-    for name in parts.sites:
-        layer, split = model.layer(name), parts.sites[name].split
+    for name in parts.layers:
+        layer, split = model.layer(name), parts.layers[name].split
         assert isinstance(layer.input_quantizer, SplitQuantizer) is (split is not None)
         assert isinstance(layer.weight_quantizer, SplitQuantizer) is (split is not None)
         assert len(layer.weight_parts()) == (2 if split else 1)
-    assert not any(line.split for line in quantizable(unet).plan.sites.values())
+    assert not any(line.split for line in quantizable(unet).plan.layers.values())
 
 
 def test_halves_with_the_grids_of_the_whole_are_the_unsplit_network(unet: nn.Module) -> None:
@@ -78,18 +78,18 @@ def test_halves_with_the_grids_of_the_whole_are_the_unsplit_network(unet: nn.Mod
     assert not torch.equal(output(split, inputs), output(whole, inputs))
     for name, quantizer in split.activation_quantizers().items():
         quantizer.load_state_dict(sources[name.split(".parts.")[0]].state_dict())
-    for site, line in split.plan.sites.items():
+    for layer, line in split.plan.layers.items():
         if line.split:
-            codes, grid, spec = whole.integers[site][0]
+            codes, grid, spec = whole.integers[layer][0]
             pieces = codes.split((line.split, codes.shape[1] - line.split), dim=1)
-            split.freeze(site, tuple(type(whole.integers[site][0])(piece, grid, spec) for piece in pieces))
+            split.freeze(layer, tuple(type(whole.integers[layer][0])(piece, grid, spec) for piece in pieces))
     assert torch.equal(output(split, inputs), output(whole, inputs))
 
 
 def test_split_halves_are_nearer_to_the_weight(unet: nn.Module) -> None:
     models = [calibrated(quantizable(unet, split=split)) for split in (False, True)]
-    for site, line in models[1].plan.sites.items():
+    for layer, line in models[1].plan.layers.items():
         if line.split:
-            weight = unet.get_submodule(site).weight
-            whole, halves = (float((m.layer(site).weight - weight).square().sum()) for m in models)
+            weight = unet.get_submodule(layer).weight
+            whole, halves = (float((m.layer(layer).weight - weight).square().sum()) for m in models)
             assert halves < whole

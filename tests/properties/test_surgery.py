@@ -18,22 +18,28 @@ from torch import Tensor, nn
 from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.e2e.jobs import composed
 from tests.helpers.sampling import output
-from tfmq_exp.core.records import decode
+from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.generator import Normalised
+from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
-from tfmq_exp.quant.timestep_encoding import Normalised
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, SchemeConfig
-from tfmq_exp.surgery.packing import pack, unpack
+from tfmq_exp.surgery.config import (
+    STORED_SCALES,
+    AttentionBits,
+    Bits,
+    LayerBits,
+    QuantizationConfig,
+    ScalePlan,
+    SchemeConfig,
+)
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.resolve import coverage, resolve, resolved_from_json, resolved_to_json
-from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
+from tfmq_exp.surgery.resolve import STORED, ResolvedConfig, coverage, resolve
+from tfmq_exp.surgery.serialization import pack, unpack
 
 ALL_STEPS = 2 * TIMESTEPS
 OPERANDS = AttentionBits(operands=8, probabilities=16)
@@ -54,7 +60,7 @@ def plan_of(
 def mixed_bits(unet: nn.Module) -> dict[str, LayerBits]:
     """Weights of 2 to 8 bits and float ones, activations of 4 to 8 bits and float ones, all in one network."""
     weights, inputs, outputs = [2, 3, 4, 5, 6, 7, 8, None], [4, 5, 6, 7, 8, None], [None, None, 8, None, 4]
-    layers = read_structure(unet, example_inputs(unet)).sites
+    layers = read_structure(unet, example_inputs(unet)).layers
     return {name: LayerBits(weights[i % 8], inputs[i % 6], outputs[i % 5]) for i, name in enumerate(layers)}
 
 
@@ -109,13 +115,13 @@ def test_missing_role_is_named() -> None:
     "pattern", ["mid.res.0.conv1", "mid_block.resnets.0.conv_1", "nothing like it", "*.*.*.*.*.*.x"]
 )
 def test_a_pattern_that_matches_no_layer_is_answered_with_names(pattern: str, tiny_unet: nn.Module) -> None:
-    sites = read_structure(tiny_unet, example_inputs(tiny_unet)).sites
+    layers = read_structure(tiny_unet, example_inputs(tiny_unet)).layers
     with pytest.raises(
         ValueError, match=rf"'{re.escape(pattern)}' in surgery.sites matches no layer; layers are"
     ) as caught:
         quantizable(tiny_unet, sites={pattern: LayerBits(8, 8)})
     named = str(caught.value).partition("layers are called ")[2].removesuffix(", ...").split(", ")
-    assert set(named) <= set(sites)
+    assert set(named) <= set(layers)
     assert "mid_block.resnets.0.conv1" in named or not pattern.startswith("mid")
 
 
@@ -184,8 +190,8 @@ def test_every_activation_and_weight_has_the_grid_of_the_plan(
     parts = read_structure(unet, example_inputs(unet))
     plan = plan_of(bits, 8, 6, attention=OPERANDS, grids=grids)
     resolved = resolve(plan, parts, tuple(attentions(unet)), SCALES["none"], TIMESTEPS)
-    lines = [line for site in resolved.sites.values() for line in (site.input, site.output)]
-    assert {(s.weight.bits, s.weight.scheme, s.weight.axis) for s in resolved.sites.values()} == {(bits, scheme, axis)}
+    lines = [line for layer in resolved.layers.values() for line in (layer.input, layer.output)]
+    assert {(s.weight.bits, s.weight.scheme, s.weight.axis) for s in resolved.layers.values()} == {(bits, scheme, axis)}
     assert {spec.scheme for line in lines for spec in line.specs} == {grids.activations}
     for operands in resolved.operands.values():
         schemes = {part: line.specs[0].scheme for part, line in operands.items()}
@@ -198,18 +204,18 @@ def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Mod
         sites={"down_blocks.*": LayerBits(3, 6), "down_blocks.0.*": LayerBits(2, None), "conv_out": LayerBits()},
     )
     bits = {
-        site: (line.weight.bits if line.weight else None, line.input.specs[0].bits if line.input else None)
-        for site, line in model.plan.sites.items()
+        layer: (line.weight.bits if line.weight else None, line.input.specs[0].bits if line.input else None)
+        for layer, line in model.plan.layers.items()
     }
-    for site in read_structure(unet, example_inputs(unet)).sites:
-        if site == "conv_out":
-            assert site not in bits
-        elif site.startswith("down_blocks.0."):
-            assert bits[site] == (2, None)
-        elif site.startswith("down_blocks."):
-            assert bits[site] == (3, 6)
+    for layer in read_structure(unet, example_inputs(unet)).layers:
+        if layer == "conv_out":
+            assert layer not in bits
+        elif layer.startswith("down_blocks.0."):
+            assert bits[layer] == (2, None)
+        elif layer.startswith("down_blocks."):
+            assert bits[layer] == (3, 6)
         else:
-            assert bits[site] == (4, 8)
+            assert bits[layer] == (4, 8)
 
 
 @pytest.mark.parametrize("words", [["method.surgery.roles.stem=null"], ["+method.surgery.sites={conv_in: null}"]])
@@ -232,29 +238,29 @@ def test_what_is_no_plan_of_a_layer_is_named(name: str, wrong: object) -> None:
 @pytest.mark.parametrize("per_step", SCALES)
 def test_scope_says_who_has_a_scale_per_step(unet: nn.Module, per_step: str) -> None:
     model = quantizable(unet, scales=per_step, output=8, attention=OPERANDS)
-    temporal = read_structure(unet, example_inputs(unet)).temporal_sites
+    temporal = read_structure(unet, example_inputs(unet)).temporal_layers
     for name, quantizer in model.activation_quantizers().items():
         is_temporal = name.removesuffix(".input_quantizer").removesuffix(".output_quantizer") in temporal
         expected = len(TIMESTEPS) if per_step == "all" or (per_step == "temporal" and is_temporal) else 1
-        assert quantizer.source.scale.shape == (expected,)
+        assert quantizer.scale_provider.scale.shape == (expected,)
 
 
 @pytest.mark.parametrize("scales", EVERY_SCALE)
 def test_resolved_plan_survives_json(unet: nn.Module, scales: str) -> None:
     sites = mixed_bits(unet) | {"conv_out": LayerBits(4, (4, 8))}
     plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.tabulated()
-    assert resolved_from_json(json.loads(json.dumps(resolved_to_json(plan)))) == plan
+    assert decode(json.loads(json.dumps(encode(plan, STORED))), ResolvedConfig, STORED) == plan
     assert plan.tabulated() == plan
 
 
 def test_coverage_by_hand(unet: nn.Module) -> None:
     parts = read_structure(unet, example_inputs(unet))
     model = quantizable(unet, sites={"conv_in": LayerBits(None, 8), "conv_out": LayerBits(4, None)})
-    stem, head = parts.sites["conv_in"], parts.sites["conv_out"]
-    weights = sum(unet.get_submodule(name).weight.numel() for name in parts.sites)
-    macs = sum(site.macs for site in parts.sites.values())
+    stem, head = parts.layers["conv_in"], parts.layers["conv_out"]
+    weights = sum(unet.get_submodule(name).weight.numel() for name in parts.layers)
+    macs = sum(layer.macs for layer in parts.layers.values())
     report = coverage(model.plan, parts)
-    assert report["layers"] == len(parts.sites)
+    assert report["layers"] == len(parts.layers)
     assert report["weight_share"] == pytest.approx(1 - stem.weights / weights, abs=1e-12)
     assert report["mac_share_weights"] == pytest.approx(1 - stem.macs / macs, abs=1e-12)
     assert report["mac_share_weights_and_inputs"] == pytest.approx(1 - (stem.macs + head.macs) / macs, abs=1e-12)
@@ -288,16 +294,16 @@ def test_integer_weights_are_signed_bytes_that_stand_for_the_weight(unet: nn.Mod
     wanted = mixed_bits(unet)
     model = calibrated(quantizable(unet, sites=wanted))
     assert set(model.integers) == {name for name, plan in wanted.items() if plan.weight}
-    for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
-        assert int(codes.max()) < 2 ** wanted[site].weight
+    for layer, ((codes, (scale, zero_point), spec),) in model.integers.items():
+        assert int(codes.max()) < 2 ** wanted[layer].weight
         signed = codes.double() + spec.qmin - zero_point.double()
         assert torch.equal(signed, signed.round())
         assert signed.min() >= -128
         assert signed.max() <= 127
-        weight = unet.get_submodule(site).weight
+        weight = unet.get_submodule(layer).weight
         # the grid of the whole range reaches every weight, up to the rounding of its zero point
         assert ((signed * scale - weight).abs() <= 1.001 * scale).all()
-        assert torch.equal(model.layer(site).weight, signed.float() * scale)
+        assert torch.equal(model.layer(layer).weight, signed.float() * scale)
 
 
 @pytest.mark.parametrize("per_step", ["temporal", "all"])
@@ -351,8 +357,8 @@ def test_saving_float_weights_is_refused(unet: nn.Module, tmp_path: Path) -> Non
 def test_saving_uncalibrated_activations_is_refused(unet: nn.Module, tmp_path: Path) -> None:
     model = quantizable(unet)
     model.calibrate_weights()
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     with pytest.raises(RuntimeError, match="has seen no calibration data"):
         serialization.save(model, tmp_path / "model.safetensors")
 
@@ -365,7 +371,7 @@ def test_size_is_bits_over_8_of_the_weights(unet: nn.Module, tmp_path: Path) -> 
     path, wanted = tmp_path / "model.safetensors", mixed_bits(unet)
     size = serialization.save(calibrated(quantizable(unet, sites=wanted)), path)
     assert size == path.stat().st_size
-    temporal = read_structure(unet, example_inputs(unet)).temporal_sites
+    temporal = read_structure(unet, example_inputs(unet)).temporal_layers
     expected = 4 * sum(parameter.numel() for parameter in unet.parameters() if parameter.dim() == 1)
     for name, plan in wanted.items():
         weight = unet.get_submodule(name).weight

@@ -17,32 +17,29 @@ from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, penalty, ready, trainable
-from tfmq_exp.quant.qat.base import IntRangeKind, QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.nipq import Nipq
-from tfmq_exp.quant.qat.pact import Pact
-from tfmq_exp.quant.qat.qil import Qil
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.range_init import AbsMax
-from tfmq_exp.quant.scales.base import EMARange, ScaleConfig
-from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
-from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
-from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.observers import AbsMax
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
+from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import Mode
+from tfmq_exp.quant.scales.base import ScaleConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
+from tfmq_exp.quant.scales.generator import Frequency
+from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
-from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.spec import IntRangeKind, QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, SchemeConfig
-from tfmq_exp.surgery.qat_config import AFTER_SILU, QATConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.resolve import STORED, ActivationConfig, resolve, resolved_from_json, resolved_to_json
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import (
+    AFTER_SILU,
+    AttentionBits,
+    LayerBits,
+    QATConfig,
+    QuantizationConfig,
+    ScalePlan,
+    SchemeConfig,
+)
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.resolve import STORED, ActivationConfig, ResolvedConfig, resolve
 
 SYMMETRIC = SchemeConfig("symmetric", "channel", "symmetric")
 ANY_T = (3, 17, 500, 902)  # none of the sampler's
@@ -177,11 +174,11 @@ def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn
 def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.Module) -> None:
     model = finish(trained(begun(network(tiny_unet, Lsq("tdq_release"), StaticConfig()))))
     assert set(model.integers) == set(model.weight_layers())
-    for site, ((codes, (scale, zero_point), spec),) in model.integers.items():
+    for layer, ((codes, (scale, zero_point), spec),) in model.integers.items():
         signed = codes.int() + spec.qmin
         assert -2 <= int(signed.min()) < int(signed.max()) <= 2
         assert not zero_point.any()
-        assert torch.equal(model.layer(site).weight, signed * scale)
+        assert torch.equal(model.layer(layer).weight, signed * scale)
 
 
 def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
@@ -189,12 +186,13 @@ def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
     assert model.generators is not None
     found = model.eval().generators.scales(torch.tensor(TIMESTEPS))  # type: ignore[union-attr]
     said = {id(source): rows.detach() for source, rows in found.items()}
-    names = {id(q.source): name for name, q in model.activation_quantizers().items()}
+    names = {id(q.scale_provider): name for name, q in model.activation_quantizers().items()}
     assert said.keys() == names.keys()
     finish(model)
     for key, name in names.items():
-        source = model.activation_quantizers()[name].source
-        assert isinstance(source, PerStepScale)
+        source = model.activation_quantizers()[name].scale_provider
+        assert type(source) is EMARange
+        assert source.per_step
         torch.testing.assert_close(source.scale.data, said[key], rtol=1e-6, atol=0)
         assert len(source.scale.unique()) == len(TIMESTEPS)
 
@@ -235,7 +233,7 @@ def test_intervals_follow_the_timesteps_of_the_batch_while_training(tiny_unet: n
     model = trained(begun(network(tiny_unet, Lsq(), TDQ))).eval()
     seen: dict[int, Tensor] = {}
     quantizer = model.activation_quantizers()["conv_in.input_quantizer"]
-    quantizer.register_forward_hook(lambda module, x, _: seen.update({0: module.source(x[0]).scale.flatten()}))
+    quantizer.register_forward_hook(lambda module, x, _: seen.update({0: module.scale_provider(x[0]).scale.flatten()}))
     steps = {}
     for t in (0, 500, 999):
         output(model, (t, t))
@@ -251,7 +249,7 @@ def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
     observe(model)
     with torch.no_grad():
         model(**example_inputs(tiny_unet, (740, 20)), outside="nearest")  # nearest to the first and the last step
-    source = model.activation_quantizers()["conv_in.input_quantizer"].source
+    source = model.activation_quantizers()["conv_in.input_quantizer"].scale_provider
     assert isinstance(source, EMARange)
     assert source.scale.isnan().tolist() == [False, True, True, False]
     first, last = float(source.scale[0]), float(source.scale[3])
@@ -269,17 +267,17 @@ def test_an_unobserved_network_is_not_ready(tiny_unet: nn.Module) -> None:
 
 def test_penalty_of_static_clip_values_by_hand(tiny_unet: nn.Module) -> None:
     model = begun(network(tiny_unet, Pact(decay=0.25), StaticConfig(), weights=Lsq()))
-    clips = [float(q.source.scale.detach()) * 3 for q in model.activation_quantizers().values()]  # type: ignore[arg-type]
+    clips = [float(q.scale_provider.scale.detach()) * 3 for q in model.activation_quantizers().values()]  # type: ignore[arg-type]
     assert penalty(model).item() == pytest.approx(0.25 * sum(clip**2 for clip in clips), rel=1e-5)
     penalty(model).backward()
     for quantizer in model.activation_quantizers().values():
-        expected = 0.25 * 2 * 9 * float(quantizer.source.scale.detach())  # type: ignore[arg-type]
-        assert float(quantizer.source.scale.grad) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type, union-attr]
+        expected = 0.25 * 2 * 9 * float(quantizer.scale_provider.scale.detach())  # type: ignore[arg-type]
+        assert float(quantizer.scale_provider.scale.grad) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type, union-attr]
 
 
 def test_penalty_of_generated_clip_values_is_their_mean_over_the_finite_set(tiny_unet: nn.Module) -> None:
     model = trained(begun(network(tiny_unet, Pact(decay=0.25), TDQ, weights=Lsq()))).eval()
-    tables = [q.source.table().scale for q in model.activation_quantizers().values()]  # type: ignore[operator]
+    tables = [q.scale_provider.table().scale for q in model.activation_quantizers().values()]  # type: ignore[operator]
     by_hand = sum(0.25 * (3 * table).double().square().mean().item() for table in tables)
     assert penalty(model).item() == pytest.approx(by_hand, rel=1e-5)
     assert penalty(model).requires_grad
@@ -293,7 +291,9 @@ def test_layers_that_are_one_in_the_original_are_penalised_once(tiny_unet: nn.Mo
             for tie in (True, False)
         )
         quantizers = free.activation_quantizers()
-        sources: list[Any] = [q.source for name, q in quantizers.items() if not {"to_k", "to_v"} & set(name.split("."))]
+        sources: list[Any] = [
+            q.scale_provider for name, q in quantizers.items() if not {"to_k", "to_v"} & set(name.split("."))
+        ]
         assert len(sources) < len(quantizers)
         clips = [float((s.table().scale if scale is TDQ else s.scale).detach().square().mean()) for s in sources]
         assert penalty(tied).item() == pytest.approx(0.25 * 9 * sum(clips), rel=1e-5)
@@ -305,7 +305,7 @@ def test_every_network_starts_on_its_own(tiny_unet: nn.Module) -> None:
         begun(network(tiny_unet, Lsq(), replace(TDQ, seed=seed), attention=AttentionBits(3, 4))) for seed in (0, 0, 1)
     )
     starts = [
-        [q.source.mlp[0].weight.detach() for q in model.activation_quantizers().values()]  # type: ignore[index, union-attr]
+        [q.scale_provider.mlp[0].weight.detach() for q in model.activation_quantizers().values()]  # type: ignore[index, union-attr]
         for model in (first, again, other)
     ]
     assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
@@ -340,7 +340,7 @@ def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
     parts = read_structure(unet, example_inputs(unet))
     for name, quantizer in model.activation_quantizers().items():
         assert isinstance(quantizer, TrainableQuantizer)
-        silu = parts.sites[name.removesuffix(".input_quantizer")].role in AFTER_SILU
+        silu = parts.layers[name.removesuffix(".input_quantizer")].role in AFTER_SILU
         assert quantizer.spec.scheme == ("unsigned" if silu else "symmetric")
         assert (quantizer.offset is not None) is silu
     observe(model)
@@ -361,22 +361,22 @@ def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None
     plan = network(tiny_unet, FORMS[form], SCALES[scale], silu_offset=True).plan
     merged = plan.tabulated()
     assert merged.tabulated() == merged
-    assert resolved_from_json(json.loads(json.dumps(resolved_to_json(merged)))) == merged
+    assert decode(json.loads(json.dumps(encode(merged, STORED))), ResolvedConfig, STORED) == merged
     if form in ("pact", "nipq") or scale == "tdq":
         with pytest.raises(TypeError, match="cannot be stored; classes that can: "):
-            resolved_to_json(plan)
+            encode(plan, STORED)
 
 
 def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:
     texts = {
-        name: json.dumps(canonical(network(tiny_unet, form, TDQ).plan.sites["conv_in"].input))
+        name: json.dumps(canonical(network(tiny_unet, form, TDQ).plan.layers["conv_in"].input))
         for name, form in FORMS.items()
     }
     assert len(set(texts.values())) == len(FORMS)
-    plain = canonical(quantizable(tiny_unet).plan.sites["conv_in"].input)
+    plain = canonical(quantizable(tiny_unet).plan.layers["conv_in"].input)
     assert plain["specs"] == [{"class": "QuantSpec", "bits": 8, "scheme": "affine", "axis": None}]
     assert plain.keys() == {"class", "specs", "scale", "fn", "offset"}
-    assert plain["scale"].keys() == {"class", "momentum", "observer"}
+    assert plain["scale"].keys() == {"class", "int_range", "momentum", "observer"}
 
 
 def test_few_bits_are_for_trained_ranges() -> None:
@@ -410,7 +410,7 @@ def test_weights_are_placed_by_the_weight_observer_and_float_when_off(tiny_unet:
     model = network(tiny_unet, Lsq("narrow"), StaticConfig(), bits=8)
     assert torch.allclose(output(model), output(tiny_unet), atol=2e-6)
     model.calibrate_weights()
-    for quantizer, weight in (part for site in model.weight_layers() for part in model.layer(site).weight_parts()):
+    for quantizer, weight in (part for layer in model.weight_layers() for part in model.layer(layer).weight_parts()):
         assert isinstance(quantizer, TrainableWeightQuantizer)
         assert quantizer.mode is Mode.OFF
         largest = weight.abs().flatten(1).amax(dim=1)

@@ -1,6 +1,10 @@
-"""Calibration data: inputs of a denoiser along its sampling trajectories."""
+"""Calibration data: inputs of a denoiser along its sampling trajectories, collected in one pass of the float model.
 
-from collections.abc import Mapping, Sequence
+Every step of every trajectory is taken, T denoiser calls for T steps. The releases restart from fresh noise for every captured
+step, T(T-1)/2 calls.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tfmq_exp.core.seeds import Stream
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.sampling.guidance import Sampling
 
 CONDITION = "condition."  # prefix of conditions in a file
 COLUMNS = ("x", "t", "step", "image", "condition")
@@ -61,18 +69,53 @@ class CalibrationSet:
         return cls(**columns, conditions={key.removeprefix(CONDITION): value for key, value in tensors.items()})
 
     @classmethod
-    def join(cls, parts: "Sequence[CalibrationSet]") -> "CalibrationSet":
-        """Several sets as one; parts with the same table of conditions go on sharing it."""
+    def join(cls, parts: "Sequence[CalibrationSet]", by_step: bool = False) -> "CalibrationSet":
+        """Several sets as one, ordered `by_step` or as given; parts with the same table of conditions go on sharing it."""
+        tables = {id(part.conditions): part.conditions for part in parts}
         first_rows: dict[int, int] = {}
-        tables: list[Mapping[str, Tensor]] = []
-        moved: list[CalibrationSet] = []
         rows = 0
-        for part in parts:
-            if id(part.conditions) not in first_rows:
-                first_rows[id(part.conditions)] = rows
-                tables.append(part.conditions)
-                rows += len(next(iter(part.conditions.values()), ()))
-            moved.append(replace(part, condition=part.condition + first_rows[id(part.conditions)]))
-        conditions = {name: torch.cat([table[name] for table in tables]) for name in parts[0].conditions}
+        for key, table in tables.items():
+            first_rows[key] = rows
+            rows += len(next(iter(table.values()), ()))
+        moved = [replace(part, condition=part.condition + first_rows[id(part.conditions)]) for part in parts]
         columns = {name: torch.cat([getattr(part, name) for part in moved]) for name in COLUMNS}
-        return cls(**columns, conditions=conditions)
+        conditions = {name: torch.cat([table[name] for table in tables.values()]) for name in parts[0].conditions}
+        whole = cls(**columns, conditions=conditions)
+        return whole[torch.argsort(whole.step, stable=True)] if by_step else whole
+
+
+def collect_trajectories(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    indices: range,
+    *,
+    seed: int,
+    each_step: Callable[[int], None] = lambda _: None,
+) -> CalibrationSet:
+    """All steps of the float model's trajectories `indices`, as one batch; their seeds are not those of sampled images.
+
+    Under guidance the network sees every state twice, with and without condition, and so does the set.
+
+    Args:
+        denoiser: the float model.
+        sampling: sampler, conditions and guidance.
+        indices: of the trajectories.
+        seed: of the run.
+        each_step: called with the index of each finished step.
+    """
+    n = len(indices)
+    conditions = sampling.conditions(denoiser, seed, Stream.CALIBRATION, indices).to(torch.device("cpu"))
+    table = dict(conditions.given)
+    rows = torch.arange(n) if table else torch.zeros(n, dtype=torch.long)
+    if sampling.guided:  # the last row of the table is that of no condition
+        table = {name: torch.cat([value, conditions.null[name]]) for name, value in table.items()}
+        rows = torch.cat([rows, torch.full((n,), n)])
+    repeats = len(rows) // n
+    image = torch.tensor(indices).repeat(repeats)
+    parts: list[CalibrationSet] = []
+    predict = sampling.predictor(denoiser.unet)
+    for step in sampling.trajectory(predict, denoiser, seed=seed, stream=Stream.CALIBRATION, indices=indices):
+        t, index = torch.full_like(rows, step.t), torch.full_like(rows, step.index)
+        parts.append(CalibrationSet(step.x.cpu().repeat(repeats, 1, 1, 1), t, index, image, table, rows))
+        each_step(step.index)
+    return CalibrationSet.join(parts)

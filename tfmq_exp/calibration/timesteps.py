@@ -1,14 +1,15 @@
 """Choices of the points of trajectories that a method learns from."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.core.validate import AMOUNT, COUNT, SEED, SHARE, SWITCH, check_fields
+from tfmq_exp.core.checked import Checked
+from tfmq_exp.core.validate import AMOUNT, COUNT, SEED, SHARE
 
 
 class TimestepPolicy(Protocol):
@@ -22,13 +23,10 @@ class TimestepPolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class EveryKth:
+class EveryKth(Checked):
     """Every k-th sampling step, the first included (Q-Diffusion, arXiv 2302.04304, section 3.2); k = 1 keeps all."""
 
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self, k=COUNT)
+    k: Annotated[int, COUNT] = 1
 
     def __call__(self, data: CalibrationSet) -> CalibrationSet:
         return data[data.step % self.k == 0]
@@ -38,7 +36,7 @@ class EveryKth:
 
 
 @dataclass(frozen=True)
-class NormallyDistributed:
+class NormallyDistributed(Checked):
     """Normally distributed timesteps, more of them near the image (NDTC of PTQ4DM, arXiv 2211.15736, section 3.3).
 
     Sample i is one point of one trajectory, at position floor(T N(mean, std)), clamped to 0 .. T - 1, with T sampling steps
@@ -53,14 +51,11 @@ class NormallyDistributed:
             image, so that a sample at position T - 2 - j gets the timestep of position j.
     """
 
-    samples: int
-    mean: float
-    std: float
-    seed: int = 0
+    samples: Annotated[int, COUNT]
+    mean: Annotated[float, SHARE]
+    std: Annotated[float, AMOUNT]
+    seed: Annotated[int, SEED] = 0
     released_labels: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, samples=COUNT, mean=SHARE, std=AMOUNT, seed=SEED, released_labels=SWITCH)
 
     def positions(self, steps: int) -> Int[Tensor, "samples"]:
         """The drawn positions, 0 next to the image."""

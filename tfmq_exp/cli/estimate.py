@@ -20,10 +20,10 @@ from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.capture import sample_bytes
 from tfmq_exp.reconstruction.loop import is_learnable
-from tfmq_exp.surgery.build import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 
 CODE_BYTES = 0.25  # of an integer weight, over those of the float32 weight that is kept with it
 TRAINING_COPIES = 5  # of what is trained: average, Adam's two moments, gradients, and these as one vector
@@ -138,7 +138,7 @@ class Costs:
         """Set all activation quantizers, also those without data, which the model's own method refuses."""
         for quantizer in self.model.activation_quantizers().values():
             quantizer.mode = mode
-            for value in quantizer.source.state_dict().values():
+            for value in quantizer.scale_provider.state_dict().values():
                 value.nan_to_num_(1.0)
 
     def prediction(self, network: nn.Module) -> Cost:
@@ -183,7 +183,7 @@ class Costs:
         seconds, peak, cached, samples = searches * self.weight_ranges(), self.call.bytes, 0.0, 0
         if protocol:
             seconds, peak = self.training(protocol, finished)
-        if observe and any(quantizer.source.needs_data for quantizer in self.model.activation_quantizers().values()):
+        if observe and any(q.scale_provider.needs_data for q in self.model.activation_quantizers().values()):
             self.set_activations(Mode.OBSERVE)
             samples = self.rows_per_image * observe.budget(*budget).samples
             with torch.no_grad():
@@ -200,8 +200,8 @@ class Costs:
 
     def weight_ranges(self) -> float:
         """Seconds of the range search for all weights, from some channels of the largest."""
-        specs = {name: layer.weight for name, layer in self.plan.sites.items() if layer.weight}
-        sizes = {name: self.run.structure.sites[name].weights for name in specs}
+        specs = {name: layer.weight for name, layer in self.plan.layers.items() if layer.weight}
+        sizes = {name: self.run.structure.layers[name].weights for name in specs}
         if not sizes:
             return 0.0
         spec = specs[largest := max(sizes, key=sizes.__getitem__)]
@@ -228,11 +228,11 @@ class Costs:
     def learning(self, name: str, phase: Any, samples: int, finished: int) -> tuple[float, float, float]:
         """Seconds, peak bytes and cached bytes of units that learn: one of each kind is measured, by the learning loop itself."""
         recipe, structure = phase.recipe, self.run.structure
-        learnable = frozenset(self.model.weight_layers() if name == "weights" else self.plan.sites)
+        learnable = frozenset(self.model.weight_layers() if name == "weights" else self.plan.layers)
         units = [unit for unit in phase.partition(structure, learnable) if is_learnable(self.model, unit, recipe)][
             finished:
         ]
-        macs = {unit.name: sum(structure.sites[layer].macs for layer in unit.sites) for unit in units}
+        macs = {unit.name: sum(structure.layers[layer].macs for layer in unit.layers) for unit in units}
         largest = {unit.kind: unit for unit in sorted(units, key=lambda unit: macs[unit.name])}
         rows = min(recipe.batch, samples)
         data = self.data(max(2, min(rows, int(BUDGET * self.batch / self.call.seconds))))

@@ -55,20 +55,20 @@ class Block:
 
     name: str
     kind: Kind
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class UNetStructure:
     """Every layer by name, and the blocks that partition them, in the order in which the network runs them."""
 
-    sites: Mapping[str, LayerInfo]
+    layers: Mapping[str, LayerInfo]
     blocks: tuple[Block, ...]
 
     def by_role(self, *roles: Role) -> tuple[LayerInfo, ...]:
-        return tuple(site for site in self.sites.values() if site.role in roles)
+        return tuple(layer for layer in self.layers.values() if layer.role in roles)
 
     @property
-    def temporal_sites(self) -> tuple[str, ...]:
+    def temporal_layers(self) -> tuple[str, ...]:
         """The Temporal Information Block's layers: time embedding first, then every embedding projection."""
-        return tuple(site.name for role in (Role.TIME_EMBED, Role.TIME_PROJ) for site in self.by_role(role))
+        return tuple(layer.name for role in (Role.TIME_EMBED, Role.TIME_PROJ) for layer in self.by_role(role))

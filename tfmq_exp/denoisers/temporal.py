@@ -20,7 +20,7 @@ class TemporalInformationBlock(nn.Module):
 
     def __init__(self, unet: nn.Module, structure: UNetStructure) -> None:
         super().__init__()
-        self.names = tuple(site.name for site in structure.by_role(Role.TIME_PROJ))
+        self.names = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))
         self.unet = unet
 
     def forward(self, t: Shaped[Tensor, "steps"]) -> tuple[Float[Tensor, "steps channels"], ...]:
@@ -29,7 +29,7 @@ class TemporalInformationBlock(nn.Module):
         return tuple(self.unet.get_submodule(name)(embedding) for name in self.names)
 
 
-def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
+def measured_temporal_layers(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
     """Layers that depend on t alone, by measurement: same output for inputs with noise, another output for another t."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, LAYERS)]
 

@@ -13,14 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.qil import Qil
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer
-from tfmq_exp.quant.scales.dynamic import DynamicScale
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorScale
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Qil
+from tfmq_exp.quant.qat_quantizers import TrainableQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
+from tfmq_exp.quant.scales.dynamic import DynamicGeneratorScale, DynamicScale
 
 BYTE_VALUES = 256
 # Inference quantizers of QAT, each with those of its trained numbers that `ScaleTable` has.
@@ -159,11 +155,11 @@ def activation_scale(quantizer: nn.Module, steps: int) -> ActivationScale:
         return ScaleTable(*(column[quantizer.at, torch.arange(steps)] for column in columns))
     if not isinstance(quantizer, AffineQuantizer):
         raise NotRepresentableError(f"a {type(quantizer).__name__} is no activation quantizer")
-    source = quantizer.source
+    source = quantizer.scale_provider
     if isinstance(source, DynamicScale | DynamicGeneratorScale):
         middle = source.spec.levels // 2 if source.spec.scheme == "affine" else 0
         return RuntimeScale(source, scale_table(quantizer, torch.ones(1), torch.full((1,), float(middle))))
-    table = source.step_table(steps)
+    table = source.table()
     if table is None:
         raise NotRepresentableError(f"scales of a {type(source).__name__} source are no table over sampling steps")
     return scale_table(quantizer, *(column.detach() for column in table))

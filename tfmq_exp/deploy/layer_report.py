@@ -10,7 +10,7 @@ from tfmq_exp.denoisers.unet import LAYERS
 from tfmq_exp.deploy.activation_tables import ActivationScale, activation_scale, check_bytes
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, SignedWeight, signed_weight
 from tfmq_exp.quant.layers import QuantLayer
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.quantizers import SplitQuantizer
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Result = TypeVar("Result")
@@ -88,12 +88,12 @@ class DeployedLayer:
 
 def deployed_layers(model: QuantizedUNet) -> tuple[DeployedLayer, ...]:
     """All quantized layers of a model. Weights must be frozen, scale sources merged."""
-    return tuple(deployed_layer(model, name) for name in model.plan.sites)
+    return tuple(deployed_layer(model, name) for name in model.plan.layers)
 
 
 def deployed_layer(model: QuantizedUNet, name: str) -> DeployedLayer:
     """One quantized layer of a model."""
-    layer, steps, split = model.layer(name), model.context.num_steps, model.plan.sites[name].split
+    layer, steps, split = model.layer(name), model.context.num_steps, model.plan.layers[name].split
     reasons: list[str] = []
 
     def attempt(convert: Callable[..., Result], *args: Any) -> Result | None:

@@ -20,8 +20,7 @@ from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.diagnostics.partial_quantization import float_units, quantized_units
 from tfmq_exp.diagnostics.trajectory_error import Row
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -150,7 +149,7 @@ class _Recorder:
         if switch is not None and int(switch.at[self.context.index[0]]) != choice:
             return
         stats = self.stats.setdefault(name, ActivationStats(quantizer.spec))
-        stats.add(inputs[0], quantizer.source(inputs[0]), self.max_values, self.generator)
+        stats.add(inputs[0], quantizer.scale_provider(inputs[0]), self.max_values, self.generator)
 
 
 def activation_name(quantizer: str) -> str:

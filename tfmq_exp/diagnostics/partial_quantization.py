@@ -8,7 +8,7 @@ from torch import nn
 
 from tfmq_exp.denoisers.structure import Kind, UNetStructure
 from tfmq_exp.quant.layers import QuantLayer
-from tfmq_exp.quant.quantizers.base import Mode, Quantizer, modes
+from tfmq_exp.quant.quantizers import Mode, Quantizer, modes
 from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -34,10 +34,10 @@ def quantized_units(model: QuantizedUNet, float_unet: nn.Module, structure: UNet
         return type(model.unet.get_submodule(layer)) is not type(float_unet.get_submodule(layer))
 
     units: list[QuantizedUnit] = []
-    for unit in TemporalAware()(structure, frozenset(structure.sites)):
+    for unit in TemporalAware()(structure, frozenset(structure.layers)):
         attentions = tuple(a for a in model.plan.operands if a == unit.name or a.startswith(f"{unit.name}."))
-        if attentions or any(replaced(layer) for layer in unit.sites):
-            units.append(QuantizedUnit(unit.name, unit.kind, unit.sites, attentions))
+        if attentions or any(replaced(layer) for layer in unit.layers):
+            units.append(QuantizedUnit(unit.name, unit.kind, unit.layers, attentions))
     return units
 
 

@@ -26,9 +26,9 @@ def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, structure: UNe
     """
     integers = model.integers
     return [
-        {"layer": layer, "role": structure.sites[layer].role.value, **_compared(integers[layer], float_unet, layer)}
+        {"layer": layer, "role": structure.layers[layer].role.value, **_compared(integers[layer], float_unet, layer)}
         for block in structure.blocks
-        for layer in block.sites
+        for layer in block.layers
         if layer in integers
     ]
 

@@ -11,8 +11,8 @@ from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import time_embedding
+from tfmq_exp.quant.layers import Unneeded
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.temporal_cache import Unneeded
 
 EMBEDDING = "time_embedding"
 DISTANCES = ("cosine_distance", "mse", "relative_mse")
@@ -76,7 +76,7 @@ def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
 def _features(unet: nn.Module, structure: UNetStructure, t: Tensor) -> dict[str, Tensor]:
     block = TemporalInformationBlock(unet, structure)
     features = dict(zip(block.names, block(t), strict=True))
-    in_order = [layer for part in structure.blocks for layer in part.sites if layer in features]
+    in_order = [layer for part in structure.blocks for layer in part.layers if layer in features]
     return {EMBEDDING: time_embedding(unet, t), **{layer: features[layer] for layer in in_order}}
 
 

@@ -11,7 +11,7 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.validate import COUNT, check_fields
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
@@ -59,7 +59,7 @@ class CalibrateRanges:
 
         `seed` is that of the samples' order; `progress` is called with the number of samples done, and of all.
         """
-        sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
+        sources = [quantizer.scale_provider for quantizer in model.activation_quantizers().values()]
         if any(source.needs_data for source in sources):
             data = self.timesteps(data)
             if not all(source.per_step for source in sources if source.needs_data):
@@ -93,7 +93,7 @@ class LearnRanges:
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
         self.observe.ranges(model, context.data, context.seed)
-        units = self.partition(context.structure, frozenset(model.plan.sites))
+        units = self.partition(context.structure, frozenset(model.plan.layers))
         context = replace(context, data=self.timesteps(context.data))
         if not model.activation_bits():
             reconstruct(context, units, self.recipe)

@@ -8,8 +8,7 @@ from tfmq_exp.methods.noise_correction import NoCorrection, NoiseCorrection
 from tfmq_exp.methods.temporal_features import CacheFeatures, ComputeFeatures
 from tfmq_exp.methods.weights import QuantizationAwareTrain, Reconstruct, RoundToNearest
 from tfmq_exp.quant.observers import Observer
-from tfmq_exp.surgery.config import QuantizationConfig
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import QuantizationConfig, ScalePlan
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tfmq_exp.core.validate import Kind, check_fields, one_of, whole
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
+from tfmq_exp.quant.layers import cached
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.temporal_cache import cached
 
 BITS = Kind("a whole number from 2 to 8", lambda value: whole(value) and 2 <= value <= 8)
 log = logging.getLogger(__name__)

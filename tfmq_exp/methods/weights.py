@@ -9,7 +9,7 @@ from tfmq_exp.methods.activations import CalibrateRanges, CalibrationBudget
 from tfmq_exp.qat.conditioning import Labels
 from tfmq_exp.qat.module import TrainingProtocol
 from tfmq_exp.qat.train import TrainingContext, train
-from tfmq_exp.quant.quantizers.base import Mode, modes
+from tfmq_exp.quant.quantizers import Mode, modes
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
@@ -28,8 +28,8 @@ class RoundToNearest:
 
     def __call__(self, context: ReconstructionContext) -> None:
         context.model.calibrate_weights()
-        for site in context.model.weight_layers():
-            context.model.freeze(site)
+        for layer in context.model.weight_layers():
+            context.model.freeze(layer)
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Reconstruct:
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
         units = self.partition(context.structure, frozenset(model.weight_layers()))
-        learned = {site for unit in units for site in unit.sites}
-        rest = [site for site in model.weight_layers() if site not in learned]
+        learned = {layer for unit in units for layer in unit.layers}
+        rest = [layer for layer in model.weight_layers() if layer not in learned]
         model.calibrate_weights(rest)
-        for site in rest:
-            model.freeze(site)
+        for layer in rest:
+            model.freeze(layer)
         reconstruct(replace(context, data=self.timesteps(context.data)), units, self.recipe)
 
 

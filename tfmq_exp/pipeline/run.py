@@ -13,15 +13,14 @@ from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.denoisers.temporal import measured_temporal_sites
+from tfmq_exp.denoisers.temporal import measured_temporal_layers
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 
 log = logging.getLogger(__name__)
@@ -188,7 +187,7 @@ class Run:
     @property
     def weight_inputs(self) -> dict[str, Any]:
         """Inputs of the weights' stage: the quantized weights with their specs, and the settings that learn them."""
-        layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.sites.items() if layer.weight}
+        layers = {name: (layer.weight, layer.split) for name, layer in self.resolved.layers.items() if layer.weight}
         method = {"range": self.method.weight_observer, "weights": self.method.weights, "qat": self.resolved.trained}
         return {**self.network_inputs, "specs": layers, **method}
 
@@ -206,8 +205,8 @@ def measured_structure(denoiser: Denoiser, t: int) -> UNetStructure:
     example = denoiser.example()
     structure = read_structure(denoiser.unet, example)
     other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
-    measured = measured_temporal_sites(denoiser.unet, example, t, other)
-    if wrong := sorted(measured.symmetric_difference(structure.temporal_sites)):
+    measured = measured_temporal_layers(denoiser.unet, example, t, other)
+    if wrong := sorted(measured.symmetric_difference(structure.temporal_layers)):
         raise ValueError(
             f"by measurement {len(wrong)} layers of the network depend on t otherwise than their roles say, first {wrong[0]}: "
             "are its weights, or those before it, zeros?"

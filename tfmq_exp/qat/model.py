@@ -5,11 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.quant.quantizers.base import Mode, Quantizer
-from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.scales.base import EMARange
-from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
-from tfmq_exp.quant.scales.tdq import TDQScale
+from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import Mode, Quantizer
+from tfmq_exp.quant.scales.running_range import EMARange
+from tfmq_exp.quant.scales.tdq import BatchedGenerators, TDQScale
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 PENALTY_TIMESTEPS = 64  # at which the penalty takes a network's scales; they are smooth in t
@@ -40,7 +39,7 @@ def ready(model: QuantizedUNet) -> None:
     Raises:
         RuntimeError: a quantizer without any data.
     """
-    sources = [quantizer.source for quantizer in model.activation_quantizers().values()]
+    sources = [quantizer.scale_provider for quantizer in model.activation_quantizers().values()]
     for source in (source for source in sources if isinstance(source, EMARange)):
         calibrated = torch.nonzero(~source.scale.isnan()).flatten()
         if len(calibrated):
@@ -64,7 +63,7 @@ def trainable(model: QuantizedUNet) -> TrainableParameters:
     ranges: list[nn.Parameter] = []
     generators: list[nn.Parameter] = []
     for quantizer in model.activation_quantizers().values():
-        (generators if quantizer.source.generates else ranges).extend(quantizer.source.trainable())
+        (generators if quantizer.scale_provider.generates else ranges).extend(quantizer.scale_provider.trainable())
     ranges.extend(parameter for quantizer in qat_quantizers(model) for parameter in quantizer.trainable())
     quantizers = [module for module in model.unet.modules() if isinstance(module, Quantizer)]
     others = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
@@ -82,7 +81,7 @@ def qat_quantizers(model: QuantizedUNet) -> list[TrainableQuantizer | TrainableW
 def clamp_parameters(model: QuantizedUNet) -> None:
     """Keep scales positive and the QAT functions' parameters in their intervals, after every step of an optimiser."""
     for quantizer in model.activation_quantizers().values():
-        quantizer.source.clamp_parameters()
+        quantizer.scale_provider.clamp_parameters()
     for quantizer in qat_quantizers(model):
         quantizer.clamp_parameters()
 
@@ -96,7 +95,7 @@ def penalty(model: QuantizedUNet) -> Tensor:
     times = torch.tensor(model.context.timesteps[::stride], device=total.device)
     generated = model.generators.scales(times) if model.generators and owners else {}
     for quantizer in owners.values():
-        owner = quantizer if isinstance(quantizer, TrainableWeightQuantizer) else quantizer.source
+        owner = quantizer if isinstance(quantizer, TrainableWeightQuantizer) else quantizer.scale_provider
         if isinstance(owner, TDQScale):
             scale = generated[owner] if owner in generated else owner.table().scale
         elif isinstance(owner, TrainableWeightQuantizer) or (isinstance(owner, EMARange) and not owner.generates):

@@ -147,7 +147,7 @@ def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     processes.check_same("what was trained", result)
     require_finite(result, "what was trained")
     error_after = prediction_error(module, batches, compute.batch)
-    size = len(model.plan.sites), sum(parameter.numel() for parameter in module.groups.weights)
+    size = len(model.plan.layers), sum(parameter.numel() for parameter in module.groups.weights)
     report = UnitReport(UNIT, "training", *size, error_before, error_after, history.seconds(), peak_memory_mib())
     context.checkpointer.put(UNIT, UnitResult({}, {}), report)
     context.progress.on_unit_end(UNIT, report)

@@ -1,6 +1,7 @@
 """Uniform quantization: range to (scale, zero point), reals to integers and back.
 
-TFMQ-DM (arXiv 2311.16503), eq. 4 and 5; rounding is half to even, as in every engine that executes such integers.
+TFMQ-DM (arXiv 2311.16503), eq. 4 and 5; rounding is half to even, as in every engine that executes such integers. Gradients of
+rounding, clip value and scale are straight-through estimators.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.spec import IntRange, QParams, QuantSpec
 
 SMALLEST_SCALE = 1e-8  # of an all-zero tensor, whose range is empty
 
@@ -44,14 +45,7 @@ def qparams_from_range(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"],
 def quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """Integer codes of `x` (as floats), clamped to the spec's range.
-
-    Args:
-        x: of any shape.
-        q: scale and zero point, which broadcast against `x`.
-        spec: the integer range.
-        rounding: of x / scale to integers.
-    """
+    """Integer codes of `x` (as floats), clamped to the spec's range; `q` broadcasts against `x`."""
     return (rounding(x / q.scale) + q.zero_point).clamp(spec.qmin, spec.qmax)
 
 
@@ -63,14 +57,7 @@ def dequantize(codes: Float[Tensor, "*shape"], q: QParams) -> Float[Tensor, "*sh
 def fake_quantize(
     x: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec, rounding: Rounding = round_ste
 ) -> Float[Tensor, "*shape"]:
-    """Simulated quantization: `dequantize` after `quantize`.
-
-    Args:
-        x: of any shape.
-        q: scale and zero point, which broadcast against `x`.
-        spec: the integer range.
-        rounding: of x / scale to integers; the default has straight-through gradients to `x` and to the scale.
-    """
+    """Simulated quantization: `dequantize` after `quantize`; straight-through gradients to `x` and to the scale by default."""
     if rounding is not round_ste:
         return dequantize(quantize(x, q, spec, rounding), q)
     if torch.is_grad_enabled() and (x.requires_grad or q.scale.requires_grad):
@@ -83,8 +70,7 @@ def fake_quantize(
 class _FakeQuantize(torch.autograd.Function):
     """Rounding to nearest with its straight-through gradients written out; autograd's graph takes twice the time.
 
-    To x: 1 inside the range, 0 outside. To the scale: round(x / s) - x / s inside, code - zero point outside (LSQ, arXiv
-    1902.08153, eq. 3, with a zero point).
+    To x: 1 inside the range, 0 outside. To the scale: round(x / s) - x / s inside, code - zero point outside (LSQ, eq. 3).
     """
 
     @staticmethod
@@ -103,3 +89,64 @@ class _FakeQuantize(torch.autograd.Function):
         inside, slope = ctx.saved_tensors
         to_scale = (grads[0] * slope).sum_to_size(ctx.scale_shape) if slope is not None else None
         return (grads[0] * inside if ctx.needs_input_grad[0] else None), to_scale, None, None
+
+
+def ste_quantize(
+    x: Float[Tensor, "*shape"],
+    scale: Tensor,
+    ints: IntRange,
+    noise: Float[Tensor, "*shape"] | None = None,
+    factor: float = 1.0,
+    only_clipped: bool = False,
+) -> Float[Tensor, "*shape"]:
+    """S round(clip(x / s)); with noise x + s noise inside the range, and its ends outside.
+
+    Gradient of x: 1 inside, 0 outside. Of s: round(x / s) - x / s or the noise inside, the end of the range outside.
+    Only `x` is saved for the backward pass; the network keeps it anyway.
+
+    Args:
+        x: values.
+        scale: broadcasts against `x`.
+        ints: the integer range.
+        noise: added to x / s in place of rounding.
+        factor: multiplies the scale's gradient.
+        only_clipped: only what is clipped moves the scale.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return _STEQuantize.apply(x, scale, noise, ints, factor, only_clipped)  # type: ignore[no-any-return]
+    return rounded(x / scale, ints, noise).mul_(scale)
+
+
+def within_range(u: Tensor, ints: IntRange) -> Tensor:
+    """Mask of the elements strictly inside the integer range (LSQ, arXiv 1902.08153, eq. 3)."""
+    return (u > ints.qmin) & (u < ints.qmax)
+
+
+def rounded(u: Tensor, ints: IntRange, noise: Tensor | None) -> Tensor:
+    """U = x / s clipped and rounded, or with noise, in a new tensor."""
+    clipped = u.clamp(ints.qmin, ints.qmax)
+    return clipped.round_() if noise is None else torch.where(within_range(u, ints), u + noise, clipped)
+
+
+class _STEQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, noise: Tensor | None, *settings: Any) -> Tensor:
+        ctx.settings = settings
+        ctx.save_for_backward(x, scale, noise)
+        return rounded(x / scale, settings[0], noise).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, noise = ctx.saved_tensors
+        ints, factor, only_clipped = ctx.settings
+        u = x / scale
+        within = within_range(u, ints)
+        to_x = grads[0] * within if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_x, *(None,) * 5
+        slope = u.clamp(ints.qmin, ints.qmax)
+        if only_clipped:
+            slope.masked_fill_(within, 0)
+        else:
+            slope = torch.where(within, u.round().sub_(u) if noise is None else noise, slope)
+        return to_x, (grads[0] * slope).sum_to_size(scale.shape) * factor, *(None,) * 4

@@ -1,13 +1,14 @@
 """Observers that look at histograms: the `kl` and `hist` of TFMQ-DM's release."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.core.validate import BYTES, POSITIVE, POSITIVE_SHARE, SWITCH, Kind, check_fields, whole
-from tfmq_exp.quant.observers import Range, chunks, include_zero, per_range, row_ends
+from tfmq_exp.core.validate import BYTES, POSITIVE, POSITIVE_SHARE, Kind, whole
+from tfmq_exp.quant.observers import Range, RowObserver, chunks, include_zero, row_ends
 from tfmq_exp.quant.spec import QuantSpec
 
 SEVERAL = Kind("a whole number, at least 2", lambda value: whole(value) and value >= 2)
@@ -35,7 +36,7 @@ def density(x: Float[Tensor, "*range values"], edges: Float[Tensor, "*range edge
 
 
 @dataclass(frozen=True)
-class EntropyObserver:
+class EntropyObserver(RowObserver):
     """The shrunken range whose clipped values have the density closest to that of all values: the `kl` of TFMQ-DM.
 
     `candidates` ranges s * [lo, hi], s from `smallest` to 1, are tried together; ties keep the narrowest. Both
@@ -47,28 +48,24 @@ class EntropyObserver:
         candidates: how many ranges.
         smallest: share of the range that the narrowest one has.
         epsilon: added to both densities, so that empty bins have a logarithm.
-        memory: bytes that the candidates may take at once; they are split into chunks that fit.
+        memory: bytes that the candidates may take at once.
     """
 
-    candidates: int = 50
-    smallest: float = 0.5
-    epsilon: float = 1e-5
-    memory: int = 2**28
+    candidates: Annotated[int, SEVERAL] = 50
+    smallest: Annotated[float, POSITIVE_SHARE] = 0.5
+    epsilon: Annotated[float, POSITIVE] = 1e-5
+    memory: Annotated[int, BYTES] = 2**28
 
-    def __post_init__(self) -> None:
-        check_fields(self, candidates=SEVERAL, smallest=POSITIVE_SHARE, epsilon=POSITIVE, memory=BYTES)
-
-    def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        rows, shape = per_range(x, spec).float(), spec.range_shape(x.shape)
+    def ends(self, rows: Float[Tensor, "ranges values"], spec: QuantSpec) -> Range:
+        rows = rows.float()
         lo, hi = row_ends(rows)
-        ends = torch.tensor([self.smallest, 1.0], dtype=torch.float64, device=x.device)
+        ends = torch.tensor([self.smallest, 1.0], dtype=torch.float64, device=rows.device)
         factors = bin_edges(ends[0], ends[1], self.candidates - 1)
-        at_once = self.memory // (32 * self.candidates * max(rows.shape[1], spec.levels))
-        parts = chunks(len(rows), at_once)
+        parts = chunks(len(rows), self.memory // (32 * self.candidates * max(rows.shape[1], spec.levels)))
         best = torch.cat([self.divergences(rows[part], factors, spec.levels).argmin(dim=1) for part in parts])
         # equal values have no density
         shrunk = torch.where(lo == hi, 1.0, factors[best])
-        return include_zero(*((end * shrunk).float().reshape(shape) for end in (lo, hi)))
+        return include_zero((lo * shrunk).float(), (hi * shrunk).float())
 
     def divergences(
         self, rows: Float[Tensor, "ranges values"], factors: Float[Tensor, "candidates"], levels: int
@@ -91,26 +88,19 @@ class EntropyObserver:
 
 
 @dataclass(frozen=True)
-class HistogramPercentileObserver:
+class HistogramPercentileObserver(RowObserver):
     """The range that clips only the largest magnitudes: the `hist` of TFMQ-DM.
 
-    It ends in the middle of the histogram bin that completes `mass`. The histogram of |x| has one bin per level, from
-    0 to the largest magnitude.
-
-    Args:
-        mass: share of the values that must lie at or below that bin.
-        positive_only: count positive values alone, as the release does, which fails where there are none. A range
-            without any then keeps its whole extent.
+    It ends in the middle of the bin at or below which a share `mass` of the values lies. The histogram of |x| has one bin per
+    level, from 0 to the largest magnitude. `positive_only` counts positive values alone, as the release does, which fails where
+    there are none; a range without any then keeps its whole extent.
     """
 
-    mass: float = 0.99999
+    mass: Annotated[float, POSITIVE_SHARE] = 0.99999
     positive_only: bool = False
 
-    def __post_init__(self) -> None:
-        check_fields(self, mass=POSITIVE_SHARE, positive_only=SWITCH)
-
-    def __call__(self, x: Float[Tensor, "*shape"], spec: QuantSpec) -> Range:
-        rows, shape = per_range(x, spec).float(), spec.range_shape(x.shape)
+    def ends(self, rows: Float[Tensor, "ranges values"], spec: QuantSpec) -> Range:
+        rows = rows.float()
         largest, (lo, hi) = rows.abs().amax(dim=1), row_ends(rows)
         edges = bin_edges(torch.zeros_like(largest), largest, spec.levels)
         counts = bin_counts(rows if self.positive_only else rows.abs(), edges)
@@ -118,4 +108,4 @@ class HistogramPercentileObserver:
         last = (counts.cumsum(dim=1) < self.mass * total[:, None]).sum(dim=1)
         clip = torch.where(total > 0, (last + 0.5) * (largest.double() / spec.levels), largest.double())
         lo, hi = torch.maximum(lo, -clip), torch.minimum(hi, clip)
-        return include_zero(lo.float().reshape(shape), hi.float().reshape(shape))
+        return include_zero(lo.float(), hi.float())

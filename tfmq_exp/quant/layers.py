@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from tfmq_exp.quant.functional import dequantize
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
+from tfmq_exp.quant.functional import dequantize, qparams_from_range, quantize
+from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.quantizers import SplitQuantizer, WeightQuantizer
 from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.timestep_context import TimestepContext
 
 
 class QuantizedWeight(NamedTuple):
@@ -38,8 +39,7 @@ class Integers(nn.Module):
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self.spec = weight.spec
-        tensors = {"codes": weight.codes, "scale": weight.qparams.scale, "zero_point": weight.qparams.zero_point}
-        for name, value in tensors.items():
+        for name, value in {"codes": weight.codes, **weight.qparams._asdict()}.items():
             self.register_buffer(name, value.detach())
 
     def weight(self) -> QuantizedWeight:
@@ -108,14 +108,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleV
     """y = Q(Q(W) * Q(x) + b)."""
 
     arguments = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
+        *("in_channels", "out_channels", "kernel_size", "stride"),
+        *("padding", "dilation", "groups", "padding_mode"),
     )
 
     def forward(self, input: Float[Tensor, "batch in height width"]) -> Float[Tensor, "batch out height2 width2"]:
@@ -124,3 +118,31 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleV
 
 
 QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+
+
+class CachedFeature(nn.Module):
+    """Replaces an embedding projection: returns the stored feature of each row's step, whatever its input.
+
+    Temporal Feature Matters, arXiv 2407.19547: cache-based maintenance.
+    """
+
+    table: Tensor
+
+    def __init__(self, integers: QuantizedWeight, context: TimestepContext) -> None:
+        super().__init__()
+        self.context = context
+        self.register_buffer("table", integers.dequantize(), persistent=False)
+
+    def forward(self, embedding: Tensor) -> Float[Tensor, "batch channels"]:
+        return self.table[self.context.index]
+
+
+class Unneeded(nn.Identity):
+    """Replaces a layer whose output is not read any more."""
+
+
+def cached(features: Float[Tensor, "steps channels"], bits: int) -> QuantizedWeight:
+    """Float temporal features as integers with one range for each step, by min and max."""
+    spec = QuantSpec(bits, "affine", axis=0)
+    qparams = qparams_from_range(*MinMax()(features, spec), spec)
+    return QuantizedWeight(quantize(features, qparams, spec).to(torch.uint8), qparams, spec)

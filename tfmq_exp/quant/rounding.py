@@ -1,7 +1,6 @@
 """Learned rounding of weights: AdaRound (Nagel et al. 2020, arXiv 2004.10568).
 
-The two functions that run in every iteration of every layer have their gradients written out: autograd's own graph of the
-same formulas takes several times as long.
+The two functions that run in every iteration have their gradients written out: autograd's own graph takes several times as long.
 """
 
 from typing import Any
@@ -73,9 +72,6 @@ class AdaRound(nn.Module):
 
     While soft it is below + h(V) (above - below), which starts at the weight itself wherever the integers reach it.
     `harden` decides: up where V >= 0.
-
-    Args:
-        weight, q, spec: the float weight, its scale and zero point, and its integers.
     """
 
     floor: Tensor

@@ -32,9 +32,8 @@ class TimestepContext(nn.Module):
         if len(timesteps) == 0:
             raise ValueError("a TimestepContext needs at least one timestep")
         self.timesteps = tuple(int(t) for t in timesteps)
-        table = torch.full(
-            (max(self.timesteps) + 1,), len(self.timesteps)
-        )  # no step: a table of scales has no such row
+        # no step: a table of scales has no such row
+        table = torch.full((max(self.timesteps) + 1,), len(self.timesteps))
         for step, t in reversed(list(enumerate(self.timesteps))):
             table[t] = step
         self.register_buffer("step_of_t", table, persistent=False)
@@ -80,9 +79,7 @@ class TimestepContext(nn.Module):
         t = t.long()
         if outside == "error":
             self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        elif (
-            outside != "unchecked"
-        ):  # the nearest: larger timesteps come first in the set, and argmin takes the first of equals
+        elif outside != "unchecked":  # nearest: larger ones come first in the set, and argmin takes the first of equals
             return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         return self.step_of_t.to(t.device)[t]
 

@@ -11,8 +11,7 @@ from pytorch_lightning.callbacks import LambdaCallback
 from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.finite import DivergedError, relative, within
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.base import Mode, modes
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, modes
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
 from tfmq_exp.reconstruction.capture import (
     Capture,
@@ -59,17 +58,17 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
             with replay.active(compute.batch), within(f"the inputs of {unit.name} in the quantized network"):
                 inputs["quantized"] = Capture(context.data, compute.batch, storage).inputs(model, module)
         activations = activations._replace(inputs=inputs)
-        rounded = modes(model.weight_quantizers(unit.sites) if config.rounding else (), Mode.QUANTIZE)
+        rounded = modes(model.weight_quantizers(unit.layers) if config.rounding else (), Mode.QUANTIZE)
         with rounded, within(f"the quantized unit {unit.name}"):
             error_before = unit_error(context, unit, activations)
             learn_unit(context, unit, activations, config)
-        for site in unit.sites:
-            if config.rounding and site in model.weight_layers():
-                model.freeze(site)
+        for layer in unit.layers:
+            if config.rounding and layer in model.weight_layers():
+                model.freeze(layer)
         error_after = unit_error(context, unit, activations, replay if captured else None)
         storage.clear()
-        weights = sum(context.structure.sites[site].weights for site in unit.sites)
-        size = (unit.name, unit.kind.value, len(unit.sites), weights)
+        weights = sum(context.structure.layers[layer].weights for layer in unit.layers)
+        size = (unit.name, unit.kind.value, len(unit.layers), weights)
         report = UnitReport(*size, error_before, error_after, time.perf_counter() - start, peak_memory_mib())
         context.checkpointer.put(unit.name, unit_result(model, unit, config), report)
         context.progress.on_unit_end(unit.name, report)
@@ -77,13 +76,15 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
 
 def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> dict[str, AffineQuantizer]:
     """Activation quantizers of a unit that the config learns."""
-    found = model.activation_quantizers_in(unit.name, unit.sites) if config.scales else {}
-    return {name: quantizer for name, quantizer in found.items() if any(True for _ in quantizer.source.trainable())}
+    found = model.activation_quantizers_in(unit.name, unit.layers) if config.scales else {}
+    return {
+        name: quantizer for name, quantizer in found.items() if any(True for _ in quantizer.scale_provider.trainable())
+    }
 
 
 def is_learnable(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> bool:
     """Whether a unit has weights or scales that the config learns."""
-    weights = set(unit.sites).intersection(model.weight_layers()) if config.rounding else set()
+    weights = set(unit.layers).intersection(model.weight_layers()) if config.rounding else set()
     return bool(weights or quantizers_of(model, unit, config))
 
 
@@ -95,7 +96,7 @@ def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) 
         for key, value in quantizer.state_dict().items()
     }
     integers = model.integers if config.rounding else {}
-    return UnitResult({site: integers[site] for site in unit.sites if site in integers}, activations)
+    return UnitResult({layer: integers[layer] for layer in unit.layers if layer in integers}, activations)
 
 
 def restore_finished(
@@ -150,8 +151,10 @@ def learn_unit(
     importance = activations.importance.whole if activations.importance else None
     captured = {origin: tree.whole for origin, tree in activations.inputs.items()}
     samples = TensorTree({"inputs": captured, "targets": activations.outputs.whole, "importance": importance})
-    roundings = [rounding for site in unit.sites for rounding in model.learn_rounding(site)] if config.rounding else []
-    sources = [quantizer.source for quantizer in quantizers_of(model, unit, config).values()]
+    roundings = (
+        [rounding for layer in unit.layers for rounding in model.learn_rounding(layer)] if config.rounding else []
+    )
+    sources = [quantizer.scale_provider for quantizer in quantizers_of(model, unit, config).values()]
     task = BlockReconstruction(
         module, model.context, roundings, sources, samples.structure, config, seed=seed, processes=processes
     )
@@ -174,7 +177,7 @@ def learn_unit(
 
     batches = RandomBatches(samples.tensors, config.batch, config.iterations, seed)
     trainer = context.compute.trainer(max_epochs=1, callbacks=[LambdaCallback(on_train_batch_end=report_loss)])
-    quantizers = list(model.activation_quantizers_in(unit.name, unit.sites).values())
+    quantizers = list(model.activation_quantizers_in(unit.name, unit.layers).values())
     with torch.enable_grad(), torch.random.fork_rng(), config.inputs.learning_context(quantizers):
         torch.manual_seed(seed)
         set_training(True)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.core.validate import SHARE, check_fields
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Kind, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.quant.quantizers.base import Quantizer
+from tfmq_exp.quant.quantizers import Quantizer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Unit:
 
     name: str
     kind: Kind
-    sites: tuple[str, ...]  # layers whose rounding it learns; it may run others
+    layers: tuple[str, ...]  # layers whose rounding it learns; it may run others
     # source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone
     driver: Literal["denoiser", "timesteps"]
     # network -> the unit's module in it (in the float one for targets, in the quantized one for learning)
@@ -39,11 +39,11 @@ class Blockwise:
     """Every block with all its layers, in execution order (BRECQ): an embedding projection is learned inside its block."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        parts = [(block, tuple(site for site in block.sites if site in learnable)) for block in structure.blocks]
+        parts = [(block, tuple(layer for layer in block.layers if layer in learnable)) for block in structure.blocks]
         return [
-            Unit(block.name, block.kind, sites, "denoiser", methodcaller("get_submodule", block.name))
-            for block, sites in parts
-            if sites
+            Unit(block.name, block.kind, layers, "denoiser", methodcaller("get_submodule", block.name))
+            for block, layers in parts
+            if layers
         ]
 
 
@@ -52,7 +52,7 @@ class TemporalFrozen:
     """Blocks without their temporal layers, which no unit learns: "Freeze" of TFMQ-DM's table 1."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        rest = frozenset(site for site in learnable if structure.sites[site].role not in TEMPORAL_ROLES)
+        rest = frozenset(layer for layer in learnable if structure.layers[layer].role not in TEMPORAL_ROLES)
         return Blockwise()(structure, rest)
 
 
@@ -65,7 +65,7 @@ class TemporalAware:
     """
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        temporal = tuple(site for site in structure.temporal_sites if site in learnable)
+        temporal = tuple(layer for layer in structure.temporal_layers if layer in learnable)
         block = partial(TemporalInformationBlock, structure=structure)
         first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", block)
         return [*([first] if temporal else []), *TemporalFrozen()(structure, learnable)]
@@ -82,7 +82,7 @@ class SingleUnit:
         """The unit by itself; ValueError where there is none of that name."""
         units = self.partition(structure, learnable)
         if self.unit is None:
-            return [max(units, key=lambda unit: len(unit.sites))]
+            return [max(units, key=lambda unit: len(unit.layers))]
         if chosen := [unit for unit in units if unit.name == self.unit]:
             return chosen
         raise ValueError(f"unit must be one of {', '.join(unit.name for unit in units)}, got {self.unit!r}")

@@ -9,12 +9,9 @@ from torch import Tensor, nn
 
 
 class QuantAttnProcessor(nn.Module):
-    """softmax(Q(q) Q(k)^T / sqrt(d)) Q(v), with the probabilities quantized too where a quantizer is given.
+    """softmax(Q(q) Q(k)^T / sqrt(d)) Q(v), with quantizers by operand: `query`, `key`, `value`, `probabilities`, or none.
 
     Quantizers take tensors with the batch first (q, k, v before the heads are split off), so that per-step scales work.
-
-    Args:
-        quantizers: by operand: `query`, `key`, `value`, `probabilities`; those that are left out stay float.
     """
 
     def __init__(self, quantizers: Mapping[str, nn.Module]) -> None:
@@ -39,11 +36,8 @@ class QuantAttnProcessor(nn.Module):
             attn: module whose layers are used.
             hidden_states: [batch, tokens, channels] or [batch, channels, height, width].
             encoder_hidden_states: context of cross-attention; None for self-attention.
-            attention_mask: must be None.
+            attention_mask: must be None; ValueError for a mask, or a module with a spatial norm.
             temb: not used; diffusers looks for this name, and only spatial norms would read it.
-
-        Raises:
-            ValueError: a mask, or a module with a spatial norm.
         """
         assert attn.to_k is not None and attn.to_v is not None and attn.to_out is not None  # noqa: PT018
         if attention_mask is not None or attn.spatial_norm is not None:
@@ -66,6 +60,4 @@ class QuantAttnProcessor(nn.Module):
             out = layer(out)
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor
+        return (out + residual if attn.residual_connection else out) / attn.rescale_output_factor

@@ -1,20 +1,34 @@
-"""Quantization configuration: bits for every role of a layer, and exceptions by name."""
+"""Quantization configuration: bits for every role of a layer and exceptions by name, scales, and how ranges are trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from tfmq_exp.core.validate import SWITCH, check_fields, one_of
-from tfmq_exp.denoisers.structure import LayerInfo, Role
-from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.core.checked import Checked
+from tfmq_exp.core.records import encode
+from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, LayerInfo, Role
+from tfmq_exp.quant.observers import Observer
+from tfmq_exp.quant.qat_functions import QATQuantizeFn
+from tfmq_exp.quant.qat_quantizers import Offset
+from tfmq_exp.quant.scales.base import ScaleConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
+from tfmq_exp.quant.scales.generator import Frequency, Normalised, RandomFourier
+from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import OutsideTimesteps
-from tfmq_exp.surgery.qat_config import QATConfig
 
 WEIGHT_BITS = range(2, 9)
 INPUT_BITS = range(4, 9)
 QAT_INPUT_BITS = range(2, 9)  # ranges that are trained serve fewer levels than observed ones
 PROBABILITY_BITS = range(4, 17)
+# Inputs of these layers come from SiLU: convolutions of residual blocks, embedding projections, the last layer.
+AFTER_SILU = frozenset({Role.RES_CONV, Role.TIME_PROJ, Role.HEAD})
+# Of a stored model: what is left after learning, and the encodings of networks that stay.
+STORED_SCALES = (
+    *(StaticConfig, PerStepConfig, TimestepGroupConfig, DynamicConfig, DynamicGeneratorConfig),
+    *(Frequency, Normalised, RandomFourier),
+)
 
 Bits = int | Sequence[int]  # several activation widths: which acts is chosen per sampling step
 
@@ -35,23 +49,16 @@ def check_bits(bits: Bits | None, allowed: range, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class SchemeConfig:
-    """Schemes of weights and activations.
+class SchemeConfig(Checked):
+    """Schemes of weights and activations; weights have a range per output `channel`, or one per `tensor` (PTQD's release).
 
-    Args:
-        weights: `deployable` is what an integer engine executes exactly: 8 bits symmetric (an asymmetric code minus its zero
-            point would need 9 bits), fewer asymmetric with a zero point inside the integers. Or `affine`, `symmetric` always.
-        granularity: weights have a range per output `channel`, or one per `tensor` (PTQD's release).
-        activations: `affine`, or `symmetric` (some recipes of Q-Diffusion's release).
+    `deployable` weights are what an integer engine executes exactly: 8 bits symmetric (an asymmetric code minus its zero point
+    would need 9 bits), fewer asymmetric with a zero point inside the integers.
     """
 
     weights: Literal["deployable", "affine", "symmetric"] = "deployable"
     granularity: Literal["channel", "tensor"] = "channel"
     activations: Literal["affine", "symmetric"] = "affine"
-
-    def __post_init__(self) -> None:
-        check_fields(self, weights=one_of("deployable", "affine", "symmetric"))
-        check_fields(self, granularity=one_of("channel", "tensor"), activations=one_of("affine", "symmetric"))
 
     def weight(self, bits: int | None) -> QuantSpec | None:
         """Spec of a weight."""
@@ -71,17 +78,16 @@ class LayerBits:
     input: Bits | None = None
     output: Bits | None = None
 
-
-def as_layer_bits(given: Any, key: str) -> LayerBits:
-    """Bits from plain data: a mapping, or None for a layer that stays float altogether; `key` is its place, for errors."""
-    if isinstance(given, LayerBits):
-        return given
-    known = {} if given is None else given
-    if not isinstance(known, Mapping) or set(known) - {"weight", "input", "output"}:
-        raise ValueError(
-            f"method.surgery.{key} must be null (all float) or bits such as {{weight: 8, input: null}}, got {given!r}"
-        )
-    return LayerBits(**known)
+    @classmethod
+    def of(cls, given: Any, key: str) -> "LayerBits":
+        """Bits from plain data: a mapping, or None for a layer that stays float altogether; `key` is its place, for errors."""
+        if isinstance(given, LayerBits):
+            return given
+        known = {} if given is None else given
+        if not isinstance(known, Mapping) or set(known) - {"weight", "input", "output"}:
+            expected = "null (all float) or bits such as {weight: 8, input: null}"
+            raise ValueError(f"method.surgery.{key} must be {expected}, got {given!r}")
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,43 @@ class AttentionBits:
 
 
 @dataclass(frozen=True)
-class QuantizationConfig:
+class QATConfig(Checked):
+    """Quantizers of one method of quantization-aware training.
+
+    Args:
+        activations: function of activations.
+        weights: function of weights. Their ranges are initialized by the method's `weight_observer`.
+        range_init: initializes activation ranges.
+        silu_offset: outputs of SiLU have an unsigned range that starts at SiLU's minimum. Padding is 0, outside such a range.
+        other_offset: symmetric ranges lie about `zero`, or about a number that is `learned`.
+    """
+
+    activations: QATQuantizeFn
+    weights: QATQuantizeFn
+    range_init: Observer
+    silu_offset: bool = False
+    other_offset: Literal["zero", "learned"] = "zero"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "gamma" in self.activations.extra_params():
+            raise ValueError("an activation's interval cannot be bent by gamma: learn_gamma is for weights")
+
+    def offset(self, role: Role | None, scheme: Scheme) -> tuple[Scheme, Offset]:
+        """Scheme and offset of an input of a layer with this role (None: an operand of attention)."""
+        if role in AFTER_SILU and self.silu_offset:
+            return "unsigned", "silu"
+        return scheme, "zero" if scheme == "unsigned" else self.other_offset
+
+
+@dataclass(frozen=True)
+class QuantizationConfig(Checked):
     """Bits for every role, and exceptions for layers by name.
 
     Args:
-        roles: every role of `Role` by its value; a role that is missing or unknown is an error, so the file that holds the
-            configuration says everything.
+        roles: every role of `Role` by its value, so that the file that holds the configuration says everything.
         attention: bits of attention's operands.
-        sites: shell patterns of layer names -> bits of those layers, later patterns win; one that matches nothing is an
-            error.
+        sites: shell patterns of layer names -> bits of those layers, later patterns win; each must match something.
         grids: schemes.
         split_shortcuts: give trunk and skip channels of every shortcut separate quantizers (Q-Diffusion).
         tie_qkv: one input quantizer for q, k and v of an attention, as where the original network has them in one layer
@@ -121,18 +155,15 @@ class QuantizationConfig:
     qat: QATConfig | None = None
 
     def __post_init__(self) -> None:
+        named: dict[str, LayerBits] = {}
         for group in ("roles", "sites"):  # YAML gives plain mappings
-            bits = {k: as_layer_bits(v, f"{group}.{k}") for k, v in getattr(self, group).items()}
+            bits = {k: LayerBits.of(v, f"{group}.{k}") for k, v in getattr(self, group).items()}
             object.__setattr__(self, group, bits)
-        wrong = set(self.roles).symmetric_difference(role.value for role in Role)
-        if wrong:
-            raise ValueError(
-                f"method.surgery.roles names every role once; wrong or missing: {', '.join(sorted(wrong))}"
-            )
-        outside = one_of(*get_args(OutsideTimesteps))
-        check_fields(self, split_shortcuts=SWITCH, tie_qkv=SWITCH, outside_timesteps=outside)
+            named |= {f"{group}.{name}": value for name, value in bits.items()}
+        if wrong := set(self.roles).symmetric_difference(role.value for role in Role):
+            raise ValueError(f"method.surgery.roles names every role; wrong or missing: {', '.join(sorted(wrong))}")
+        super().__post_init__()
         inputs = QAT_INPUT_BITS if self.qat else INPUT_BITS
-        named = {f"{group}.{name}": bits for group in ("roles", "sites") for name, bits in getattr(self, group).items()}
         for name, bits in named.items():
             if not (bits.weight is None or type(bits.weight) is int):
                 raise ValueError(f"{name}.weight must be one number of bits, or null (float), got {bits.weight!r}")
@@ -149,3 +180,21 @@ class QuantizationConfig:
         """Bits of one layer."""
         matching = [bits for pattern, bits in self.sites.items() if fnmatchcase(layer.name, pattern)]
         return matching[-1] if matching else self.roles[layer.role.value]
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """Scales of the Temporal Information Block's activations, and of all others."""
+
+    temporal: ScaleConfig
+    default: ScaleConfig
+
+    def __post_init__(self) -> None:
+        for name, scale in vars(self).items():
+            if not isinstance(scale, ScaleConfig):
+                raise ValueError(f"scales.{name} must be a ScaleConfig, such as StaticConfig, got {scale!r}")
+            encode(scale.tabulated(), STORED_SCALES)  # refuse what could not be stored before anything is computed
+
+    def of(self, role: Role | None) -> ScaleConfig:
+        """Scale config of a layer with this role (None: attention's operands)."""
+        return self.temporal if role in TEMPORAL_ROLES else self.default

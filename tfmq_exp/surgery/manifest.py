@@ -1,19 +1,30 @@
-"""The manifest of a stored model: everything but its numbers, as plain data, and comparison with one that was read."""
+"""The manifest of a stored model: everything but its numbers, as plain data; and the model that a manifest describes."""
 
 import dataclasses
 import inspect
 import json
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tfmq_exp.denoisers.unet import attentions
-from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.resolve import resolved_to_json
-from tfmq_exp.surgery.temporal_cache import Unneeded
+from tfmq_exp.core.records import decode, encode
+from tfmq_exp.denoisers.loading.network_config import MOST_LAYERS, UNETS, empty_network
+from tfmq_exp.denoisers.loading.scheduler_config import default_settings
+from tfmq_exp.denoisers.structure import Role
+from tfmq_exp.denoisers.unet import attentions, roles, set_heads
+from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
+from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
+from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
 
+NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in UNETS}
+MOST_TIMESTEPS = 2**20
+WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 # network, its configuration, what is quantized, shapes of the integers, numbers of heads, and how the model is sampled
 ENTRIES = frozenset({"network", "config", "plan", "shapes", "cached", "unneeded", "heads", "recipe"})
 SOMETIMES = frozenset({"outside"})
@@ -21,8 +32,8 @@ SOMETIMES = frozenset({"outside"})
 
 def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
     """All integer tensors by their names in the file: weights part by part, and cached temporal features."""
-    weights = {f"weights/{site}/{i}": part for site, parts in model.integers.items() for i, part in enumerate(parts)}
-    return weights | {f"cached/{site}": integers for site, integers in model.cached.items()}
+    weights = {f"weights/{layer}/{i}": part for layer, parts in model.integers.items() for i, part in enumerate(parts)}
+    return weights | {f"cached/{layer}": integers for layer, integers in model.cached.items()}
 
 
 def inside(zero_point: Tensor, spec: QuantSpec) -> bool:
@@ -38,9 +49,9 @@ def described(model: QuantizedUNet) -> dict[str, Any]:
     manifest = {
         "network": type(model.unet).__name__,
         "config": {k: v for k, v in dict(model.unet.config).items() if k in known},
-        "plan": resolved_to_json(model.plan),
+        "plan": encode(model.plan, STORED),
         "shapes": {name: list(part.codes.shape) for name, part in integers.items()},
-        "cached": {site: dataclasses.asdict(integers.spec) for site, integers in model.cached.items()},
+        "cached": {layer: dataclasses.asdict(integers.spec) for layer, integers in model.cached.items()},
         "unneeded": [name for name, module in model.unet.named_modules() if isinstance(module, Unneeded)],
         # not always what the configuration says: the original networks have one number of heads at every width
         "heads": {name: module.heads for name, module in attentions(model.unet).items()},
@@ -77,3 +88,75 @@ def difference(given: Any, written: Any, place: str = "") -> str | None:
     else:
         return None if given == written else f"{place} is {str(given)[:50]!r} instead of {str(written)[:50]!r}"
     return next((wrong for wrong in found if wrong), None)
+
+
+def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The float network that a manifest describes, if its tensors can fill it, with nothing in its parameters yet."""
+    if manifest["network"] not in NETWORKS:
+        raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
+    kind, config = NETWORKS[manifest["network"]], manifest["config"]
+    if unknown := config.keys() - default_settings(kind).keys():
+        raise ValueError(f"config.{min(unknown)} is unknown")
+    available = WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values())
+    unet: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
+    unet.to_empty(device="cpu")
+    modules = attentions(unet)
+    if manifest["heads"].keys() != modules.keys():
+        raise ValueError("its numbers of heads are not those of its attentions")
+    for name, attention in modules.items():
+        heads = manifest["heads"][name]
+        if type(heads) is not int or heads < 1 or attention.inner_dim % heads:
+            raise ValueError(f"heads of {name!r} must divide {attention.inner_dim}, got {heads!r}")
+        set_heads(attention, heads)
+    return unet
+
+
+def check_plan(plan: ResolvedConfig, numbers: int) -> None:
+    """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
+    steps = plan.timesteps
+    if not steps or len(set(steps)) < len(steps) or not all(0 <= t < MOST_TIMESTEPS for t in steps):
+        expected = f"different integers of 0 .. {MOST_TIMESTEPS - 1}"
+        raise ValueError(f"'plan.timesteps' must be {expected}, got {str(steps)[:50]}")
+    lines = [line for layer in plan.layers.values() for line in (layer.input, layer.output)]
+    for operands in plan.operands.values():
+        if unknown := operands.keys() - {*OPERANDS, "probabilities"}:
+            raise ValueError(f"'plan.operands' has an unknown operand {min(unknown)!r}")
+        lines += operands.values()
+    for scale in (line.scale for line in lines if line):
+        if isinstance(scale, DynamicGeneratorConfig):
+            widths = (getattr(scale.encoding, "width", 1), *scale.hidden_dims, 1)
+            if min(widths) < 1 or sum(a * b for a, b in pairwise(widths)) > numbers:
+                raise ValueError(f"a network of statistics with layers of {widths[1:]} is not in the file")
+
+
+def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
+    """The model that a manifest describes, all its numbers still to be filled in; any error where there is none.
+
+    Stored temporal features stand in the place of the layers that compute them, which are no others.
+    """
+    plan = decode(manifest["plan"], ResolvedConfig, STORED, "plan")
+    check_plan(plan, sum(value.numel() for value in tensors.values()))
+    unet = empty_unet(manifest, tensors)
+    model, known = build_quantized_unet(unet, plan, MinMax()), roles(unet)
+    for name in model.weight_layers():
+        parts = model.layer(name).weight_parts()
+        model.freeze(name, tuple(empty_integers(q.spec, tuple(part.shape), name) for q, part in parts))
+    for layer, spec in manifest["cached"].items():
+        if known.get(layer) is not Role.TIME_PROJ:
+            raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
+        shape = (model.context.num_steps, model.unet.get_submodule(layer).out_features)
+        model.cache_feature(layer, empty_integers(QuantSpec(**spec), shape, layer))
+    computed = [layer for layer, role in known.items() if role is Role.TIME_PROJ and layer not in manifest["cached"]]
+    for layer in manifest["unneeded"]:
+        if known.get(layer) is not Role.TIME_EMBED or computed:
+            raise ValueError(f"{layer!r} is needed: it cannot be left out")
+        model.drop(layer)
+    return model
+
+
+def empty_integers(spec: QuantSpec, shape: tuple[int, ...], name: str) -> QuantizedWeight:
+    """Integers without content."""
+    if spec.bits > 8:
+        raise ValueError(f"{name!r} must have at most 8 bits, got {spec.bits}")
+    scale = torch.ones(spec.range_shape(shape))
+    return QuantizedWeight(torch.zeros(shape, dtype=torch.uint8), QParams(scale, torch.zeros_like(scale)), spec)

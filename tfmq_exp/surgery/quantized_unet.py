@@ -1,5 +1,6 @@
-"""The quantized UNet: the float network with some layers replaced by quantized ones."""
+"""The quantized UNet: the float network with some layers replaced by quantized ones, as a table says."""
 
+import copy
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,15 +12,17 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
-from tfmq_exp.quant.layers import QuantizedWeight, QuantLayer
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.quant.layers import QUANT_LAYERS, CachedFeature, QuantizedWeight, QuantLayer, Unneeded
+from tfmq_exp.quant.observers import Observer
+from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, SplitQuantizer, StepSwitch, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
+from tfmq_exp.quant.scales.tdq import BatchedGenerators
+from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import Outside, TimestepContext
+from tfmq_exp.surgery.attention import QuantAttnProcessor
 from tfmq_exp.surgery.resolve import ResolvedConfig
-from tfmq_exp.surgery.temporal_cache import CachedFeature, Unneeded
 
 
 class QuantizedUNet(nn.Module):
@@ -63,72 +66,63 @@ class QuantizedUNet(nn.Module):
             return self.unet(sample, t, **conditions)
 
     def for_timesteps(self, timesteps: Sequence[int]) -> Callable[..., Any]:
-        """The network as a sampler calls it, whose timesteps are checked here once and no more at each call.
-
-        Raises:
-            ValueError: a timestep outside the finite set where that is an error.
-        """
+        """The network as a sampler calls it, whose timesteps are checked here once (ValueError) and no more at each call."""
         if self.plan.outside_timesteps != "error":
             return self
         self.context.require(timesteps)
         return partial(self, outside="unchecked")
 
-    def layer(self, site: str) -> QuantLayer:
+    def layer(self, name: str) -> QuantLayer:
         """A quantized layer by name."""
-        layer = self.unet.get_submodule(site)
+        layer = self.unet.get_submodule(name)
         if not isinstance(layer, QuantLayer):
-            raise KeyError(f"the layer {site!r} is not quantized")
+            raise KeyError(f"the layer {name!r} is not quantized")
         return layer
 
     def weight_layers(self) -> tuple[str, ...]:
         """Layers whose weight is, or will be, integer."""
-        return tuple(name for name, line in self.plan.sites.items() if line.weight)
+        return tuple(name for name, line in self.plan.layers.items() if line.weight)
 
     @property
     def integers(self) -> dict[str, tuple[QuantizedWeight, ...]]:
         """Weights that are integers, by layer, in as many parts as they have quantizers."""
-        layers = {name: module for name, module in self.unet.named_modules() if isinstance(module, QuantLayer)}
-        return {name: layer.quantized_weight() for name, layer in layers.items() if layer.integers}
+        layers = [(name, layer) for name, layer in self.unet.named_modules() if isinstance(layer, QuantLayer)]
+        return {name: layer.quantized_weight() for name, layer in layers if layer.integers}
 
-    def weight_quantizers(self, sites: Collection[str] | None = None) -> list[WeightQuantizer]:
+    def weight_quantizers(self, layers: Collection[str] | None = None) -> list[WeightQuantizer]:
         """Quantizers of the weights that are not frozen yet."""
-        names = self.weight_layers() if sites is None else [s for s in sites if s in self.plan.sites]
+        names = self.weight_layers() if layers is None else [name for name in layers if name in self.plan.layers]
         return [quantizer for name in names for quantizer, _ in self.layer(name).weight_parts()]
 
-    def calibrate_weights(self, sites: Collection[str] | None = None) -> None:
+    def calibrate_weights(self, layers: Collection[str] | None = None) -> None:
         """Set the scale and zero point of weight quantizers, of all by default, from their weights."""
-        for name in self.weight_layers() if sites is None else sites:
+        for name in self.weight_layers() if layers is None else layers:
             for quantizer, weight in self.layer(name).weight_parts():
                 with within(f"the weight of {name}"):
                     quantizer.observe(weight)
 
-    def learn_rounding(self, site: str) -> list[AdaRound]:
+    def learn_rounding(self, layer: str) -> list[AdaRound]:
         """Start AdaRound on a weight, on each of its parts; empty for a weight that stays float."""
-        if site not in self.plan.sites:
+        if layer not in self.plan.layers:
             return []
-        return [quantizer.learn_rounding(weight) for quantizer, weight in self.layer(site).weight_parts()]
+        return [quantizer.learn_rounding(weight) for quantizer, weight in self.layer(layer).weight_parts()]
 
-    def freeze(self, site: str, integers: tuple[QuantizedWeight, ...] | None = None) -> None:
+    def freeze(self, name: str, integers: tuple[QuantizedWeight, ...] | None = None) -> None:
         """Round a layer's weight to integers (default: with the quantizer's current rounding) and fix it."""
-        layer = self.layer(site)
-        layer.freeze_weight(integers or layer.quantized_weight())
+        self.layer(name).freeze_weight(integers or self.layer(name).quantized_weight())
 
     def activation_quantizers(self) -> dict[str, AffineQuantizer]:
         """Every activation quantizer by its name in the network."""
         return {name: module for name, module in self.unet.named_modules() if isinstance(module, AffineQuantizer)}
 
-    def activation_quantizers_in(self, block: str, sites: Collection[str]) -> dict[str, AffineQuantizer]:
+    def activation_quantizers_in(self, block: str, layers: Collection[str]) -> dict[str, AffineQuantizer]:
         """Activation quantizers of some layers, and of the attention operands inside a block."""
         inside = [name for name in self.plan.operands if name == block or name.startswith(f"{block}.")]
-        owners = (*(f"{site}." for site in sites), *(f"{name}.processor." for name in inside))
+        owners = (*(f"{layer}." for layer in layers), *(f"{name}.processor." for name in inside))
         return {name: q for name, q in self.activation_quantizers().items() if name.startswith(owners)}
 
     def set_activations(self, mode: Mode) -> None:
-        """Set the mode of every activation quantizer.
-
-        Raises:
-            RuntimeError: to quantize while some scale has had no data at some step.
-        """
+        """Set the mode of every activation quantizer; RuntimeError to quantize while some scale has had no data at some step."""
         if mode is Mode.QUANTIZE:
             self.require_calibrated()
         for quantizer in self.activation_quantizers().values():
@@ -137,11 +131,9 @@ class QuantizedUNet(nn.Module):
     def require_calibrated(self) -> None:
         """Raise RuntimeError, with its name, if the scale of an activation has had no data at some step."""
         for name, quantizer in self.activation_quantizers().items():
-            if missing := quantizer.source.uncalibrated():
-                raise RuntimeError(
-                    f"{name} has seen no calibration data ({len(missing)} of its ranges, "
-                    f"{self.context.num_steps} sampling steps)"
-                )
+            if missing := quantizer.scale_provider.uncalibrated():
+                of = f"{len(missing)} of its ranges, {self.context.num_steps} sampling steps"
+                raise RuntimeError(f"{name} has seen no calibration data ({of})")
 
     @contextmanager
     def naming_activations(self) -> Generator[None]:
@@ -199,15 +191,58 @@ class QuantizedUNet(nn.Module):
                 require_finite(value, f"{part} of {name} after learning")
         self.plan = self.plan.tabulated()
 
-    def cache_feature(self, site: str, integers: QuantizedWeight) -> None:
+    def cache_feature(self, layer: str, integers: QuantizedWeight) -> None:
         """Replace an embedding projection by its stored features."""
-        self.cached[site] = integers
-        self._replace(site, CachedFeature(integers, self.context))
+        self.cached[layer] = integers
+        self._replace(layer, CachedFeature(integers, self.context))
 
-    def drop(self, site: str) -> None:
+    def drop(self, layer: str) -> None:
         """Take out a layer whose output is not read any more."""
-        self._replace(site, Unneeded())
+        self._replace(layer, Unneeded())
 
-    def _replace(self, site: str, module: nn.Module) -> None:
-        self.unet.set_submodule(site, module.to(next(self.unet.parameters()).device))
-        self.plan = replace(self.plan, sites={k: v for k, v in self.plan.sites.items() if k != site})
+    def _replace(self, layer: str, module: nn.Module) -> None:
+        self.unet.set_submodule(layer, module.to(next(self.unet.parameters()).device))
+        self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})
+
+
+def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observer) -> QuantizedUNet:
+    """A quantized copy of `unet` with exactly the quantizers of the table, which observe ranges of weights with `observer`."""
+
+    def weight_quantizer(part: Tensor, spec: QuantSpec) -> WeightQuantizer:
+        if plan.trained:
+            return TrainableWeightQuantizer(part, spec, observer, plan.trained)
+        return WeightQuantizer(part, spec, observer)
+
+    model = QuantizedUNet(copy.deepcopy(unet).requires_grad_(False).eval(), plan)
+    for name, line in plan.layers.items():
+        layer = model.unet.get_submodule(name)
+        if type(layer) not in QUANT_LAYERS:
+            raise TypeError(f"{name} is a {type(layer).__name__}, which has no quantized class")
+        own = QUANT_LAYERS[type(layer)].from_float(layer)
+        sizes = (line.split, own.weight.shape[1] - line.split) if line.split else ()  # trunk and skip
+        if spec := line.weight:
+            pieces = own.weight.split(sizes, dim=1) if sizes else (own.weight,)
+            parts = [weight_quantizer(piece, spec) for piece in pieces]
+            own.weight_quantizer = SplitQuantizer(parts, sizes) if sizes else parts[0]
+        if line.input:
+            inputs: list[Any] = [line.input.quantizer(model.context) for _ in sizes or (1,)]
+            own.input_quantizer = SplitQuantizer(inputs, sizes) if sizes else inputs[0]
+        if line.output:
+            own.output_quantizer = line.output.quantizer(model.context)
+        model.unet.set_submodule(name, own)
+    for names in plan.tied:
+        tie([model.layer(name).input_quantizer for name in names])
+    modules = attentions(model.unet)
+    for name, parts in plan.operands.items():
+        processor: Any = QuantAttnProcessor({part: line.quantizer(model.context) for part, line in parts.items()})
+        modules[name].set_processor(processor)
+    return model.to(next(unet.parameters()).device).eval()
+
+
+def tie(quantizers: Sequence[Any]) -> None:
+    """Give all of them the parameters of the first: what one of them learns, all do."""
+    for name, _ in list(quantizers[0].named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        shared = quantizers[0].get_parameter(name)
+        for other in quantizers[1:]:
+            setattr(other.get_submodule(owner), leaf, shared)

@@ -4,23 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Annotated, Any
 
-from tfmq_exp.core.records import decode, encode
-from tfmq_exp.core.validate import check_fields, one_of
-from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.quant.qat.base import QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.qil import Qil
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
+from tfmq_exp.core.checked import Checked
+from tfmq_exp.core.validate import COUNT, optional
+from tfmq_exp.denoisers.structure import LayerInfo, Role, UNetStructure
+from tfmq_exp.quant.qat_functions import Duq, Lsq, QATQuantizeFn, Qil
+from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import OutsideTimesteps, TimestepContext
-from tfmq_exp.surgery.config import Bits, QuantizationConfig, widths
-from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
+from tfmq_exp.surgery.config import STORED_SCALES, Bits, QuantizationConfig, ScalePlan, widths
 
 OPERANDS = ("query", "key", "value")  # and "probabilities"
 
@@ -51,56 +46,43 @@ class ActivationConfig:
 
 
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(Checked):
     """One line of the table. `split` input channels come from the trunk, the others from the skip."""
 
     weight: QuantSpec | None
     input: ActivationConfig | None
     output: ActivationConfig | None = None
-    split: int | None = None
+    split: Annotated[int | None, optional(COUNT)] = None
+
+    def tabulated(self) -> "LayerConfig":
+        ends = {name: line and line.tabulated() for name, line in (("input", self.input), ("output", self.output))}
+        return replace(self, **ends)
 
 
 @dataclass(frozen=True)
-class ResolvedConfig:
+class ResolvedConfig(Checked):
     """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set.
 
-    `outside_timesteps` is what a timestep outside that set does. `tied` are layers with one input, whose input quantizers learn together; `trained` is the QAT function of weights. Neither
-    matters once learning is over.
+    `outside_timesteps` is what a timestep outside that set does. `tied` input quantizers learn together; `trained` is the QAT
+    function of weights. Neither matters once learning is over.
     """
 
-    sites: Mapping[str, LayerConfig]
+    layers: Mapping[str, LayerConfig]
     operands: Mapping[str, Mapping[str, ActivationConfig]]
     timesteps: tuple[int, ...]
     outside_timesteps: OutsideTimesteps
     tied: tuple[tuple[str, ...], ...] = ()
     trained: QATQuantizeFn | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self, outside_timesteps=one_of(*get_args(OutsideTimesteps)))
-
     def tabulated(self) -> "ResolvedConfig":
         """The table after calibration and learning."""
-        sites = {
-            name: replace(
-                line, input=line.input and line.input.tabulated(), output=line.output and line.output.tabulated()
-            )
-            for name, line in self.sites.items()
-        }
+        layers = {name: line.tabulated() for name, line in self.layers.items()}
         operands = {name: {k: v.tabulated() for k, v in parts.items()} for name, parts in self.operands.items()}
-        return ResolvedConfig(sites, operands, self.timesteps, self.outside_timesteps)
+        return ResolvedConfig(layers, operands, self.timesteps, self.outside_timesteps)
 
 
+# of a tabulated table, as records are stored
 STORED = (ResolvedConfig, LayerConfig, ActivationConfig, QuantSpec, *STORED_SCALES, Lsq, Duq, Qil)
-
-
-def resolved_to_json(table: ResolvedConfig) -> dict[str, Any]:
-    """A tabulated table as plain data; TypeError for one that is not."""
-    return encode(table, STORED)
-
-
-def resolved_from_json(data: Any) -> ResolvedConfig:
-    """The inverse of `resolved_to_json`; ValueError for anything else."""
-    return decode(data, ResolvedConfig, STORED, "plan")
 
 
 def resolve(
@@ -122,7 +104,12 @@ def resolve(
     Raises:
         ValueError: a pattern that matches no layer, or a configuration that leaves everything float.
     """
-    check_patterns(config, structure)
+    for pattern in config.sites:
+        if not any(fnmatchcase(name, pattern) for name in structure.layers):
+            near = get_close_matches(pattern, structure.layers, n=3, cutoff=0.3) or list(structure.layers)[:3]
+            raise ValueError(
+                f"the pattern {pattern!r} in surgery.sites matches no layer; layers are called {', '.join(near)}, ..."
+            )
 
     def activation(
         name: str, bits: Bits | None, role: Role | None, scheme: Scheme = config.grids.activations
@@ -136,7 +123,7 @@ def resolve(
         return ActivationConfig(specs, scale, fn, offset) if specs else None
 
     table: dict[str, LayerConfig] = {}
-    for name, layer in structure.sites.items():
+    for name, layer in structure.layers.items():
         bits = config.bits_of(layer)
         if bits.weight or bits.input or bits.output:
             table[name] = LayerConfig(
@@ -158,16 +145,6 @@ def resolve(
     return ResolvedConfig(table, operands, timesteps, config.outside_timesteps, tied, trained)
 
 
-def check_patterns(config: QuantizationConfig, structure: UNetStructure) -> None:
-    """Raise ValueError for a pattern that matches no layer."""
-    for pattern in config.sites:
-        if not any(fnmatchcase(name, pattern) for name in structure.sites):
-            near = get_close_matches(pattern, structure.sites, n=3, cutoff=0.3) or list(structure.sites)[:3]
-            raise ValueError(
-                f"the pattern {pattern!r} in surgery.sites matches no layer; layers are called {', '.join(near)}, ..."
-            )
-
-
 def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> tuple[tuple[str, ...], ...]:
     """Layers whose input quantizers learn together: q, k and v of every attention."""
     if structure.by_role(Role.FEED_FORWARD):
@@ -181,18 +158,23 @@ def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> t
 
 def coverage(table: ResolvedConfig, structure: UNetStructure) -> Mapping[str, Any]:
     """Quantized part of the network: shares of weights and of MACs, and the layers that stay float."""
-    weights = sum(layer.weights for layer in structure.sites.values())
-    macs = sum(layer.macs for layer in structure.sites.values())
-    lines = [(structure.sites[name], line) for name, line in table.sites.items()]
-    with_weight = {layer.name for layer, line in lines if line.weight}
-    with_input = {layer.name for layer, line in lines if line.input}
+    everything = structure.layers.values()
+    lines = [(structure.layers[name], line) for name, line in table.layers.items()]
+    with_weight = [layer for layer, line in lines if line.weight]
+    with_input = [layer for layer, line in lines if line.input]
+    with_both = [layer for layer, line in lines if line.weight and line.input]
+    with_output = [layer for layer, line in lines if line.output]
+
+    def mac_share(layers: list[LayerInfo]) -> float:
+        return sum(layer.macs for layer in layers) / sum(layer.macs for layer in everything)
+
     return {
-        "layers": len(structure.sites),
-        "weight_share": sum(layer.weights for layer, line in lines if line.weight) / weights,
-        "mac_share_weights": sum(layer.macs for layer, line in lines if line.weight) / macs,
-        "mac_share_weights_and_inputs": sum(layer.macs for layer, line in lines if line.weight and line.input) / macs,
-        "mac_share_outputs": sum(layer.macs for layer, line in lines if line.output) / macs,
-        "float_weights": [name for name in structure.sites if name not in with_weight],
-        "float_inputs": [name for name in structure.sites if name not in with_input],
+        "layers": len(everything),
+        "weight_share": sum(layer.weights for layer in with_weight) / sum(layer.weights for layer in everything),
+        "mac_share_weights": mac_share(with_weight),
+        "mac_share_weights_and_inputs": mac_share(with_both),
+        "mac_share_outputs": mac_share(with_output),
+        "float_weights": [layer.name for layer in everything if layer not in with_weight],
+        "float_inputs": [layer.name for layer in everything if layer not in with_input],
         "attention_operands": sorted({part for parts in table.operands.values() for part in parts}),
     }

@@ -23,9 +23,18 @@ from tfmq_exp.evaluation.features.inception import load_inception
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
-from tfmq_exp.quant.observers import LpObserver, MinMax, Observer, SymmetricMSEObserver
-from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.observers import (
+    AbsMax,
+    Constant,
+    LpObserver,
+    LSQInit,
+    MeanStd,
+    MinMax,
+    Observer,
+    Percentile,
+    SymmetricMSEObserver,
+)
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig
@@ -148,7 +157,7 @@ OBSERVERS: list[tuple[Observer, str]] = [
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize(("observer", "scheme"), OBSERVERS, ids=lambda x: type(x).__name__)
 def test_a_range_is_not_taken_of_it(observer: Observer, scheme: Any, value: float) -> None:
-    source = StaticScale(StaticConfig(observer=observer), QuantSpec(8, scheme))
+    source = EMARange(StaticConfig(observer=observer), QuantSpec(8, scheme))
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     source.observe(x)
     before = copy.deepcopy(source.state_dict())
@@ -160,9 +169,9 @@ def test_a_range_is_not_taken_of_it(observer: Observer, scheme: Any, value: floa
 
 def test_calibration_names_layer_and_timestep(unet: nn.Module) -> None:
     model = quantizable(unet)
-    site = model.weight_layers()[len(model.weight_layers()) // 2]
+    name = model.weight_layers()[len(model.weight_layers()) // 2]
     data = example_inputs(unet, 2 * model.context.timesteps)
-    layer = model.unet.get_submodule(site)
+    layer = model.unet.get_submodule(name)
 
     def spoil(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         x = args[0].clone()
@@ -173,7 +182,7 @@ def test_calibration_names_layer_and_timestep(unet: nn.Module) -> None:
     conditions = {name: value for name, value in data.items() if name == "encoder_hidden_states"}
     steps = torch.arange(8) % 4
     samples = CalibrationSet(data["sample"], data["timestep"], steps, torch.arange(8) // 4, conditions)
-    with pytest.raises(NotFiniteError, match=rf"^{site}\.input_quantizer at timesteps 501: the range of an activation"):
+    with pytest.raises(NotFiniteError, match=rf"^{name}\.input_quantizer at timesteps 501: the range of an activation"):
         CalibrateRanges(8, EveryKth(1))(task_of(model, samples))
 
 
@@ -194,9 +203,9 @@ def task_of(model: Any, data: CalibrationSet) -> Any:
 
 def test_a_weight_without_a_range_is_named(tiny_unet: nn.Module) -> None:
     model = quantizable(tiny_unet)
-    site = model.weight_layers()[3]
-    model.layer(site).weight.data.view(-1)[0] = math.inf
-    with pytest.raises(NotFiniteError, match=f"^the weight of {site}: a range of MinMax is not finite"):
+    layer = model.weight_layers()[3]
+    model.layer(layer).weight.data.view(-1)[0] = math.inf
+    with pytest.raises(NotFiniteError, match=f"^the weight of {layer}: a range of MinMax is not finite"):
         model.calibrate_weights()
 
 
@@ -205,9 +214,11 @@ def test_scales_that_learning_has_spoiled_are_named(tiny_unet: nn.Module) -> Non
     quantizers: dict[str, Any] = dict(model.activation_quantizers())
     name, quantizer = list(quantizers.items())[2]
     for other in quantizers.values():
-        other.source.observe(torch.randn(1, 3)) if not other.source.per_step else other.source.scale.fill_(1.0)
-        other.source.zero_point.nan_to_num_()
-    quantizer.source.scale.fill_(math.inf)
+        other.scale_provider.observe(
+            torch.randn(1, 3)
+        ) if not other.scale_provider.per_step else other.scale_provider.scale.fill_(1.0)
+        other.scale_provider.zero_point.nan_to_num_()
+    quantizer.scale_provider.scale.fill_(math.inf)
     with pytest.raises(NotFiniteError, match=f"scale of {name} after learning is not finite"):
         model.tabulate_scales()
 

@@ -21,25 +21,15 @@ from tfmq_exp.deploy.product_layers import ProductLayer
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row, signed_weight
 from tfmq_exp.quant.layers import QUANT_LAYERS, QuantLayer
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.qat.base import QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.nipq import Nipq
-from tfmq_exp.quant.qat.pact import Pact
-from tfmq_exp.quant.qat.qil import Qil
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
+from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch, WeightQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig
-from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig
-from tfmq_exp.quant.scales.per_step import PerStepConfig
-from tfmq_exp.quant.scales.static import StaticConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
+from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
+from tfmq_exp.quant.scales.generator import Frequency
+from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import Frequency
 
 STEPS = torch.arange(len(TIMESTEPS))
 SCALES: dict[str, ScaleConfig] = {
@@ -47,7 +37,7 @@ SCALES: dict[str, ScaleConfig] = {
     "per step": PerStepConfig(),
     "intervals": TimestepGroupConfig(2, 1000),
     "sample": DynamicConfig("sample"),
-    "sample, fewer levels": DynamicConfig("sample", "tdq_release"),
+    "sample, fewer levels": DynamicConfig("sample", int_range="tdq_release"),
     "tensor": DynamicConfig("tensor"),
     "statistics": DynamicGeneratorConfig(None, (8, 8), last_layer_init="default"),
     "statistics and time": DynamicGeneratorConfig(Frequency(8), (8,), last_layer_init="default"),

@@ -9,13 +9,11 @@ from tests.helpers.deployed import model_of
 from tfmq_exp.deploy.activation_tables import RuntimeScale, ScaleTable, activation_scale
 from tfmq_exp.deploy.layer_report import deployed_layers, layer_report
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.static import StaticConfig
+from tfmq_exp.quant.scales.generator import Normalised
+from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
 from tfmq_exp.quant.spec import QParams
-from tfmq_exp.quant.timestep_encoding import Normalised
-from tfmq_exp.surgery.config import LayerBits
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import LayerBits, ScalePlan
 
 
 def test_every_layer_has_a_line_and_a_reason_where_it_stays_float(tiny_unet: nn.Module) -> None:

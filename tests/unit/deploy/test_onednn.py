@@ -44,5 +44,5 @@ def test_the_simulation_is_left_as_it_was(unet: nn.Module) -> None:
         opened = OneDNN().open(model, Path(), batch=2)
         found = opened(**given).sample
         assert torch.equal(model(**given).sample, before)
-    assert sum(isinstance(module, ProductLayer) for module in opened.modules()) == len(model.plan.sites)
+    assert sum(isinstance(module, ProductLayer) for module in opened.modules()) == len(model.plan.layers)
     assert 0 < (found - before).square().mean() / before.square().mean() < 1e-3

@@ -15,14 +15,12 @@ from torch import nn
 
 from tests.conftest import calibrated, example_inputs, quantizable
 from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
+from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
-from tfmq_exp.surgery.temporal_cache import cached
+from tfmq_exp.surgery.config import AttentionBits, ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 
@@ -75,8 +73,8 @@ def found(model: QuantizedUNet, folder: Path) -> ConvertedModel:
 
 def check_agreement(found: ConvertedModel, model: QuantizedUNet, given: Mapping[str, torch.Tensor]) -> None:
     """Differences beyond 1e-5 of the largest output only where a number lies at a tie between two codes."""
-    rows = compare_layers(found, model, given, steps=(1, 3), layers=list(model.plan.sites), threads=1)
-    assert len(rows) == 2 * len(model.plan.sites)
+    rows = compare_layers(found, model, given, steps=(1, 3), layers=list(model.plan.layers), threads=1)
+    assert len(rows) == 2 * len(model.plan.layers)
     assert not [row for row in rows if row.unexplained]
     assert sum(row.beyond for row in rows) < 0.01 * sum(row.outputs for row in rows)
     assert max(row.error for row in rows) < 0.03
@@ -84,7 +82,7 @@ def check_agreement(found: ConvertedModel, model: QuantizedUNet, given: Mapping[
 
 def test_tables_for_all_layers(found: ConvertedModel, model: QuantizedUNet, folder: Path) -> None:
     check_agreement(found, model, inputs(501))
-    assert set(found.products) == set(model.plan.sites)
+    assert set(found.products) == set(model.plan.layers)
     assert {row["executed"] for row in manifest_of(folder)["layers"]} == {"int8"}
 
 
@@ -95,7 +93,7 @@ def test_every_layer_agrees_with_its_simulation(tmp_path: Path, unet: nn.Module,
         model.use_bits([4, 8, 6, 4])
     given = inputs(501, 501)
     found = export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
-    manifest, count = manifest_of(tmp_path), 0 if case == "outputs" else len(model.plan.sites)
+    manifest, count = manifest_of(tmp_path), 0 if case == "outputs" else len(model.plan.layers)
     assert sum(row["executed"] == "int8" for row in manifest["layers"]) == count
     assert len(found.products) == count
     assert any(kernel.endswith("8") for kernel in manifest["kernels"]) == (case != "outputs")
@@ -141,8 +139,8 @@ def relative(x: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_bytes_on_the_disk(model: QuantizedUNet, found: ConvertedModel, folder: Path) -> None:
     stored = manifest_of(folder)["bytes"]
-    weights = sum(model.layer(name).weight.numel() for name in model.plan.sites)
-    channels = sum(len(model.layer(name).weight) for name in model.plan.sites)
+    weights = sum(model.layer(name).weight.numel() for name in model.plan.layers)
+    channels = sum(len(model.layer(name).weight) for name in model.plan.layers)
     assert stored["u4"] == weights // 2
     assert stored["i8"] <= channels  # zero points
     assert stored["f32"] < 4 * (6 * channels + 3000)  # scales, sums, biases, norms, tables
@@ -150,9 +148,9 @@ def test_bytes_on_the_disk(model: QuantizedUNet, found: ConvertedModel, folder: 
 
 def test_conditional_networks_and_stored_features(tmp_path: Path, tiny_conditional_unet: nn.Module) -> None:
     model = model_of(tiny_conditional_unet, scales="all")
-    site = "down_blocks.0.resnets.0.time_emb_proj"
-    width = len(model.layer(site).weight)
-    model.cache_feature(site, cached(torch.randn(4, width, generator=torch.Generator().manual_seed(0)), 8))
+    layer = "down_blocks.0.resnets.0.time_emb_proj"
+    width = len(model.layer(layer).weight)
+    model.cache_feature(layer, cached(torch.randn(4, width, generator=torch.Generator().manual_seed(0)), 8))
     given = example_inputs(tiny_conditional_unet, (251, 251))
     export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
     opened = OpenVINO(1, "f32", None).open(model, tmp_path, batch=2)
@@ -175,8 +173,8 @@ def test_eight_bits_with_a_zero_point_need_another_channel(tmp_path: Path, unet:
 def asymmetric(unet: nn.Module) -> QuantizedUNet:
     """Eight-bit affine weights, as some releases have them."""
     plan = quantizable(unet, weight=8, scales="all").plan
-    sites = {name: replace(line, weight=QuantSpec(8, "affine", axis=0)) for name, line in plan.sites.items()}
-    return calibrated(build_quantized_unet(unet, replace(plan, sites=sites), MinMax()))
+    layers = {name: replace(line, weight=QuantSpec(8, "affine", axis=0)) for name, line in plan.layers.items()}
+    return calibrated(build_quantized_unet(unet, replace(plan, layers=layers), MinMax()))
 
 
 def test_a_layer_in_floating_point_is_an_error_that_names_it() -> None:

@@ -42,7 +42,7 @@ def test_statistics_are_those_of_the_whole_tensors(subject: Subject) -> None:
             low, high = x.quantile(0.01), x.quantile(0.99)
             assert (row["q01"], row["q99"]) == pytest.approx((float(low), float(high)), abs=1e-4)
             with subject.model.context.at(torch.full((len(x),), int(row["t"]))):
-                on_grid, q = quantizer.quantize(x), quantizer.source(x)
+                on_grid, q = quantizer.quantize(x), quantizer.scale_provider(x)
             scale = float(q.scale.flatten()[0])
             assert row["interval"] == pytest.approx(scale)
             assert row["grid_max"] - row["grid_min"] == pytest.approx(255 * scale, rel=1e-5)

@@ -38,9 +38,9 @@ def test_an_error_inside_leaves_nothing_float(subject: Subject) -> None:
 
 def test_parts_hold_every_layer_once_and_the_attentions(subject: Subject) -> None:
     parts = quantized_units(subject.model, subject.unet, subject.structure)
-    assert sorted(site for part in parts for site in part.layers) == sorted(subject.structure.sites)
+    assert sorted(layer for part in parts for layer in part.layers) == sorted(subject.structure.layers)
     assert sorted(name for part in parts for name in part.attentions) == sorted(subject.model.plan.operands)
-    assert parts[0].layers == subject.structure.temporal_sites
+    assert parts[0].layers == subject.structure.temporal_layers
 
 
 def test_a_float_layer_is_no_part(tiny_unet: nn.Module) -> None:
@@ -55,7 +55,7 @@ def test_stored_features_make_room_for_their_layers(tiny_unet: nn.Module) -> Non
     CacheFeatures(8, "always")(subject.model, subject.unet, subject.structure)
     temporal, *others = quantized_units(subject.model, subject.unet, subject.structure)
     assert set(temporal.layers) == {
-        *(site.name for site in subject.structure.by_role(Role.TIME_PROJ, Role.TIME_EMBED)),
+        *(layer.name for layer in subject.structure.by_role(Role.TIME_PROJ, Role.TIME_EMBED)),
     }
     stored = out(subject.model, subject.unet)
     with float_units(subject.model, subject.unet, [temporal, *others]):

@@ -12,7 +12,7 @@ from tfmq_exp.diagnostics.rounding_changes import rounding_changes
 
 def test_nearest_rounding_changes_nothing(subject: Subject) -> None:
     rows = rounding_changes(subject.model, subject.unet, subject.structure)
-    order = [site for block in subject.structure.blocks for site in block.sites]
+    order = [layer for block in subject.structure.blocks for layer in block.layers]
     assert [row["layer"] for row in rows] == order
     assert {(row["changed"], row["up"], row["largest_steps"], row["mse_ratio"]) for row in rows} == {(0, 0, 0, 1)}
 
@@ -49,8 +49,8 @@ def test_learned_rounding_is_one_step_away_where_it_was_told_to_turn(tiny_unet: 
         rounding.harden()
         outside = (rounding.gap == 0).flatten()[:50]  # neighbours that are one point of the grid
         turned += 50 - int(outside.sum())
-    for site in model.weight_layers():
-        model.freeze(site)
+    for layer in model.weight_layers():
+        model.freeze(layer)
     assert len(model.integers[shortcut]) == 2
     example = {"sample": torch.zeros(1, 3, 8, 8), "timestep": torch.tensor([1])}
     rows = {row["layer"]: row for row in rounding_changes(model, tiny_unet, read_structure(tiny_unet, example))}

@@ -54,7 +54,7 @@ def test_the_probe_is_the_float_network(subject: Subject) -> None:
 def test_alone_and_others_are_two_sides(subject: Subject) -> None:
     units, probe = probe_of(subject)
     whole = probe.error()["relative_error"]
-    one = QuantizedUnit("all", Kind.LAYER, tuple(subject.structure.sites), tuple(subject.model.plan.operands))
+    one = QuantizedUnit("all", Kind.LAYER, tuple(subject.structure.layers), tuple(subject.model.plan.operands))
     as_one = dataclasses.replace(probe, units=[one])
     everything = as_one.unit_error(one, alone=True)
     assert everything["relative_error"] == whole > 0

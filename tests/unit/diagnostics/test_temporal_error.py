@@ -25,7 +25,7 @@ def seen(network: nn.Module, layers: nn.Module, name: str, inputs: dict[str, Ten
 
 def test_rows_are_what_layers_return_inside_the_network(subject: Subject) -> None:
     rows = feature_errors(subject.model, subject.unet, subject.structure)
-    projections = [site.name for site in subject.structure.by_role(Role.TIME_PROJ)]
+    projections = [layer.name for layer in subject.structure.by_role(Role.TIME_PROJ)]
     assert sorted({row["layer"] for row in rows}) == sorted([EMBEDDING, *projections])
     assert len(rows) == len(TIMESTEPS) * (1 + len(projections))
     inputs, name = example_inputs(subject.unet, TIMESTEPS), projections[-1]

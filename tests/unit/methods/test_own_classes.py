@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
+from tfmq_exp.quant.quantizers import WeightQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import ScalePlan
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Stubborn(ScaleConfig):
     """Has no stored form."""
 
     def build(self, spec: QuantSpec, context: TimestepContext) -> ScaleProvider:
-        return StaticScale(StaticConfig(), spec)
+        return EMARange(StaticConfig(), spec)
 
     def tabulated(self) -> ScaleConfig:
         return self

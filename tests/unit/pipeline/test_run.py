@@ -32,7 +32,7 @@ def denoiser(tmp_path: Path) -> Denoiser:
 
 @pytest.mark.parametrize("last", [0, 7, 19])
 def test_any_timestep_may_be_the_last(denoiser: Denoiser, last: int) -> None:
-    assert measured_structure(denoiser, last).temporal_sites
+    assert measured_structure(denoiser, last).temporal_layers
 
 
 def test_a_layer_of_zeros_is_named(denoiser: Denoiser) -> None:

@@ -25,7 +25,7 @@ def weight(bits: int, seed: int) -> QuantizedWeight:
 
 
 def learned(seed: int = 0) -> UnitResult:
-    state = {"conv.input_quantizer.source.scale": torch.tensor([0.5 + seed]), "conv.other": torch.arange(3.0)}
+    state = {"conv.input_quantizer.scale_provider.scale": torch.tensor([0.5 + seed]), "conv.other": torch.arange(3.0)}
     return UnitResult({"conv": (weight(4, seed),), "conv_shortcut": (weight(4, seed), weight(8, seed + 1))}, state)
 
 
@@ -34,8 +34,8 @@ def same(one: UnitResult, other: UnitResult) -> bool:
         return False
     weights = [
         a.spec == b.spec and torch.equal(a.codes, b.codes) and all(map(torch.equal, a.qparams, b.qparams))
-        for site in one.integers
-        for a, b in zip(one.integers[site], other.integers[site], strict=True)
+        for layer in one.integers
+        for a, b in zip(one.integers[layer], other.integers[layer], strict=True)
     ]
     return all(weights) and all(torch.equal(x, other.activations[name]) for name, x in one.activations.items())
 

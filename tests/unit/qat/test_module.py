@@ -18,10 +18,9 @@ from tfmq_exp.qat.dataset import BatchRange, NoisyBatches, TrainingSet
 from tfmq_exp.qat.model import TrainableParameters
 from tfmq_exp.qat.module import Norm, QuantizationAwareTraining, TrainingProtocol, loss, update_average
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.context import quiet_trainer
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
@@ -53,8 +52,8 @@ def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet,
         model(batch.clean, batch.t)
     for quantizer in (*model.weight_quantizers(), *model.activation_quantizers().values()):
         quantizer.mode = mode
-    scales: list[Any] = [quantizer.source.scale for quantizer in model.activation_quantizers().values()]
-    others = [p for name, p in model.unet.named_parameters() if not name.endswith("source.scale")]
+    scales: list[Any] = [quantizer.scale_provider.scale for quantizer in model.activation_quantizers().values()]
+    others = [p for name, p in model.unet.named_parameters() if not name.endswith("scale_provider.scale")]
     for parameter in (*scales, *others):
         parameter.requires_grad_(True)
     norms = [p for p in others if p.dim() == 1]

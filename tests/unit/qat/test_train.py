@@ -20,12 +20,11 @@ from tfmq_exp.qat.model import trainable
 from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol
 from tfmq_exp.qat.train import AtomicCheckpointIO, TrainingContext, last_checkpoint, train
 from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.scales.generator import Frequency
 from tfmq_exp.quant.scales.tdq import TDQConfig
-from tfmq_exp.quant.timestep_encoding import Frequency
 from tfmq_exp.reconstruction.context import ComputeConfig, UnitReport, UnitResult, quiet_trainer
-from tfmq_exp.surgery.build import build_quantized_unet
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
+from tfmq_exp.surgery.config import ScalePlan
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 

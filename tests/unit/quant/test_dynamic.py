@@ -10,9 +10,12 @@ from torch import Tensor
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicScale
-from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig, TimestepGroupScale
+from tfmq_exp.quant.scales.running_range import (
+    EMARange,
+    PerStepConfig,
+    StaticConfig,
+    TimestepGroupConfig,
+)
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -106,7 +109,7 @@ def shown(source: ScaleProvider, context: TimestepContext) -> Tensor:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10, 999, 1000])
 def test_timestep_reads_interval_floor_of_t_n_over_t(count: int) -> None:
     context, spec = TimestepContext(TIMESTEPS), QuantSpec(8)
-    quantized = shown(TimestepGroupScale(TimestepGroupConfig(count, TRAIN), spec, context), context)
+    quantized = shown(EMARange(TimestepGroupConfig(count, TRAIN), spec, context), context)
     x, t = rows()
     part = [math.floor(Fraction(int(when) * count, TRAIN)) for when in t]
     for i in range(len(x)):
@@ -119,7 +122,7 @@ def test_timestep_reads_interval_floor_of_t_n_over_t(count: int) -> None:
 @pytest.mark.parametrize(("count", "entries"), [(1, 1), (2, 2), (4, 4), (10, 7), (1000, 8)])
 def test_parts_without_steps_have_no_entry(count: int, entries: int) -> None:
     context = TimestepContext(TIMESTEPS)
-    source = TimestepGroupScale(TimestepGroupConfig(count, TRAIN), QuantSpec(8), context)
+    source = EMARange(TimestepGroupConfig(count, TRAIN), QuantSpec(8), context)
     assert len(source.uncalibrated()) == len(source.scale) == entries
     shown(source, context)
     assert source.uncalibrated() == []
@@ -129,8 +132,8 @@ def test_parts_without_steps_have_no_entry(count: int, entries: int) -> None:
 def test_one_interval_is_static(momentum: float) -> None:
     context, spec = TimestepContext(TIMESTEPS), QuantSpec(8)
     one, static = (
-        TimestepGroupScale(TimestepGroupConfig(1, TRAIN, momentum=momentum), spec, context),
-        StaticScale(StaticConfig(), spec),
+        EMARange(TimestepGroupConfig(1, TRAIN, momentum=momentum), spec, context),
+        EMARange(StaticConfig(), spec),
     )
     assert torch.equal(shown(one, context), shown(static, context))
 
@@ -141,8 +144,8 @@ def test_an_interval_for_every_step_is_per_step(count: int, timesteps: tuple[int
     t = torch.tensor(timesteps).repeat(2)
     x, quantized = random(len(t), 4), []
     for source in (
-        TimestepGroupScale(TimestepGroupConfig(count, TRAIN), spec, context),
-        PerStepScale(PerStepConfig(), spec, context),
+        EMARange(TimestepGroupConfig(count, TRAIN), spec, context),
+        EMARange(PerStepConfig(), spec, context),
     ):
         with context.at(t):
             source.observe(x)

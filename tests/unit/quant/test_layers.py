@@ -7,9 +7,8 @@ from torch import nn
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.layers import QUANT_LAYERS
 from tfmq_exp.quant.observers import LpObserver
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, WeightQuantizer
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 
 LAYERS = {
@@ -37,7 +36,7 @@ def quantized(layer, bits=4, scheme="affine"):
 
 def switched_on(x):
     """A quantizer of activations calibrated on `x`."""
-    quantizer = AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(4)))
+    quantizer = AffineQuantizer(EMARange(StaticConfig(), QuantSpec(4)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE
     return quantizer
@@ -71,7 +70,7 @@ def test_both_operands_are_quantized(layer_and_input):
     own.input_quantizer = switched_on(x)
     expected = copy.deepcopy(layer)
     expected.weight = nn.Parameter(own.weight_quantizer(layer.weight))
-    x_on_grid = fake_quantize(x, own.input_quantizer.source(x), QuantSpec(4))
+    x_on_grid = fake_quantize(x, own.input_quantizer.scale_provider(x), QuantSpec(4))
     assert torch.equal(own(x), expected(x_on_grid))
 
 
@@ -79,7 +78,7 @@ def test_the_output_is_quantized_with_its_bias(layer_and_input):
     layer, x = layer_and_input
     own, before = QUANT_LAYERS[type(layer)].from_float(layer), layer(x)
     own.output_quantizer = switched_on(before)
-    assert torch.equal(own(x), fake_quantize(before, own.output_quantizer.source(before), QuantSpec(4)))
+    assert torch.equal(own(x), fake_quantize(before, own.output_quantizer.scale_provider(before), QuantSpec(4)))
     assert not torch.equal(own(x), before)
 
 

@@ -6,13 +6,11 @@ import statistics
 import pytest
 import torch
 
-from tfmq_exp.quant.observers import Observer
-from tfmq_exp.quant.qat.base import IntRangeKind, int_range
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.quantizers.trainable import TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.range_init import AbsMax, Constant, LSQInit, MeanStd, Percentile, ScaledToIntRange
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
-from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.observers import AbsMax, Constant, LSQInit, MeanStd, Observer, Percentile
+from tfmq_exp.quant.qat_functions import Lsq
+from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.spec import IntRangeKind, QuantSpec, Scheme, int_range
 
 
 def activations() -> torch.Tensor:
@@ -23,10 +21,10 @@ def step(start: Observer, scheme: Scheme = "symmetric", bits: int = 4, kind: Int
     """The step that an activation quantizer starts with."""
     form = Lsq(kind)
     quantizer = TrainableQuantizer(
-        StaticScale(StaticConfig(observer=ScaledToIntRange(start, kind)), QuantSpec(bits, scheme)), form
+        EMARange(StaticConfig(observer=start, int_range=kind), QuantSpec(bits, scheme)), form
     )
     quantizer.observe(activations())
-    return float(quantizer.source.scale)
+    return float(quantizer.scale_provider.scale)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

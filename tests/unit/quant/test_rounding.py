@@ -5,8 +5,7 @@ import torch
 
 from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize
 from tfmq_exp.quant.observers import LpObserver, MinMax
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
 from tfmq_exp.quant.spec import QParams, QuantSpec
 

@@ -3,10 +3,8 @@ import torch
 
 from tfmq_exp.quant.functional import SMALLEST_SCALE, fake_quantize, qparams_from_range
 from tfmq_exp.quant.observers import MinMax, SymmetricMSEObserver
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.base import Mode, modes
-from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, modes
+from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -30,8 +28,8 @@ def test_a_shuffled_mixed_batch_equals_one_step_at_a_time(context):
     x, t = rows_per_step()
     order = torch.randperm(len(t), generator=torch.Generator().manual_seed(1))
     mixed, single = (
-        PerStepScale(PerStepConfig(momentum=0.95), SPEC, context),
-        PerStepScale(PerStepConfig(momentum=0.95), SPEC, context),
+        EMARange(PerStepConfig(momentum=0.95), SPEC, context),
+        EMARange(PerStepConfig(momentum=0.95), SPEC, context),
     )
     with context.at(t[order]):
         mixed.observe(x[order])
@@ -49,7 +47,7 @@ def test_a_shuffled_mixed_batch_equals_one_step_at_a_time(context):
 
 def test_every_step_has_the_range_of_its_own_rows(context):
     x, t = rows_per_step()
-    source = PerStepScale(PerStepConfig(momentum=0.95), SPEC, context)
+    source = EMARange(PerStepConfig(momentum=0.95), SPEC, context)
     with context.at(t):
         source.observe(x)
     for step, timestep in enumerate(TIMESTEPS):
@@ -61,8 +59,8 @@ def test_every_step_has_the_range_of_its_own_rows(context):
 def test_equal_tables_quantize_like_static(context):
     x, t = rows_per_step()
     static, table = (
-        StaticScale(StaticConfig(momentum=0.95), SPEC),
-        PerStepScale(PerStepConfig(momentum=0.95), SPEC, context),
+        EMARange(StaticConfig(momentum=0.95), SPEC),
+        EMARange(PerStepConfig(momentum=0.95), SPEC, context),
     )
     static.observe(x)
     table.scale.fill_(float(static.scale))
@@ -74,7 +72,7 @@ def test_equal_tables_quantize_like_static(context):
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95])
 def test_static_is_a_moving_average(momentum):
     batches = torch.randn(6, 4, 7, generator=torch.Generator().manual_seed(2))
-    source = StaticScale(StaticConfig(momentum=momentum), SPEC)
+    source = EMARange(StaticConfig(momentum=momentum), SPEC)
     lo = hi = None
     for batch in batches:
         source.observe(batch)
@@ -89,8 +87,8 @@ def test_static_is_a_moving_average(momentum):
 def test_the_estimator_gives_the_range_of_every_batch(context):
     x, t = rows_per_step()
     observer = SymmetricMSEObserver(candidates=20)
-    static = StaticScale(StaticConfig(momentum=0.5, observer=observer), SPEC)
-    table = PerStepScale(PerStepConfig(momentum=0.5, observer=observer), SPEC, context)
+    static = EMARange(StaticConfig(momentum=0.5, observer=observer), SPEC)
+    table = EMARange(PerStepConfig(momentum=0.5, observer=observer), SPEC, context)
     for batch in (x, 3 * x):
         static.observe(batch)
         with context.at(t):
@@ -103,7 +101,7 @@ def test_the_estimator_gives_the_range_of_every_batch(context):
 
 def test_scales_alone_can_be_learned_and_stay_positive(context):
     x, t = rows_per_step()
-    for source in (StaticScale(StaticConfig(), SPEC), PerStepScale(PerStepConfig(), SPEC, context)):
+    for source in (EMARange(StaticConfig(), SPEC), EMARange(PerStepConfig(), SPEC, context)):
         with context.at(t):
             source.observe(x)
             assert [parameter is source.scale for parameter in source.trainable()] == [True]
@@ -119,7 +117,7 @@ def test_scales_alone_can_be_learned_and_stay_positive(context):
 
 def test_steps_that_a_batch_lacks_stay_as_they_were(context):
     x, t = rows_per_step()
-    source = PerStepScale(PerStepConfig(momentum=0.95), SPEC, context)
+    source = EMARange(PerStepConfig(momentum=0.95), SPEC, context)
     with context.at(t[t != 251]):
         source.observe(x[t != 251])
     assert source.uncalibrated() == [2]
@@ -135,8 +133,8 @@ def test_steps_that_a_batch_lacks_stay_as_they_were(context):
 def test_parameters_broadcast_over_any_shape(context, shape):
     x = torch.randn(shape)
     for source in (
-        StaticScale(StaticConfig(momentum=0.9), SPEC),
-        PerStepScale(PerStepConfig(momentum=0.9), SPEC, context),
+        EMARange(StaticConfig(momentum=0.9), SPEC),
+        EMARange(PerStepConfig(momentum=0.9), SPEC, context),
     ):
         with context.at(torch.tensor(TIMESTEPS)):
             source.observe(x)
@@ -144,14 +142,14 @@ def test_parameters_broadcast_over_any_shape(context, shape):
 
 
 def test_only_scales_are_saved(context):
-    source = PerStepScale(PerStepConfig(momentum=0.95), SPEC, context)
+    source = EMARange(PerStepConfig(momentum=0.95), SPEC, context)
     assert set(source.state_dict()) == {"scale", "zero_point"}
     assert source.scale.shape == (4,)
 
 
 def test_one_sided_and_zero_batches_keep_zero_on_the_grid():
     for x in (torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), -5.0)):
-        source = StaticScale(StaticConfig(momentum=0.9), SPEC)
+        source = EMARange(StaticConfig(momentum=0.9), SPEC)
         source.observe(x)
         assert 0 <= float(source.zero_point) <= 255
         torch.testing.assert_close(fake_quantize(x, source(x), SPEC), x)
@@ -160,24 +158,24 @@ def test_one_sided_and_zero_batches_keep_zero_on_the_grid():
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_momentum_outside_its_range_raises(momentum):
     with pytest.raises(ValueError, match="momentum"):
-        StaticScale(StaticConfig(momentum=momentum), SPEC)
+        EMARange(StaticConfig(momentum=momentum), SPEC)
 
 
 def test_ranges_per_channel_are_refused():
     with pytest.raises(ValueError, match="axis"):
-        StaticScale(StaticConfig(), QuantSpec(8, axis=1))
+        EMARange(StaticConfig(), QuantSpec(8, axis=1))
 
 
 def test_modes_of_a_quantizer():
     x = torch.randn(4, 5)
-    quantizer = AffineQuantizer(StaticScale(StaticConfig(momentum=0.9), SPEC))
+    quantizer = AffineQuantizer(EMARange(StaticConfig(momentum=0.9), SPEC))
     assert quantizer(x) is x
-    assert quantizer.source.uncalibrated() == [0]
+    assert quantizer.scale_provider.uncalibrated() == [0]
     with modes([quantizer], Mode.OBSERVE):
         assert quantizer(x) is x
-    assert quantizer.source.uncalibrated() == []
+    assert quantizer.scale_provider.uncalibrated() == []
     with modes([quantizer], Mode.QUANTIZE):
-        assert torch.equal(quantizer(x), fake_quantize(x, quantizer.source(x), SPEC))
+        assert torch.equal(quantizer(x), fake_quantize(x, quantizer.scale_provider(x), SPEC))
     with pytest.raises(RuntimeError, match="inside"), modes([quantizer], Mode.QUANTIZE):
         raise RuntimeError("inside")
     assert quantizer.mode is Mode.OFF

@@ -6,10 +6,8 @@ from torch import Tensor, nn
 
 from tfmq_exp.quant.layers import QuantConv2d
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode, Quantizer, modes
-from tfmq_exp.quant.quantizers.split import SplitQuantizer
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, Quantizer, SplitQuantizer, WeightQuantizer, modes
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 
 SIZES = (3, 5)
@@ -21,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def activation_quantizer(spec: QuantSpec, shown: Tensor) -> AffineQuantizer:
-    quantizer = AffineQuantizer(StaticScale(StaticConfig(), spec))
+    quantizer = AffineQuantizer(EMARange(StaticConfig(), spec))
     quantizer.observe(shown)
     quantizer.mode = Mode.QUANTIZE
     return quantizer
@@ -50,7 +48,7 @@ def test_equal_parts_quantize_activations_like_one(spec: QuantSpec, shape: tuple
 @pytest.mark.parametrize("sizes", [(3, 5), (7, 1), (2, 2, 4)])
 def test_every_part_observes_and_quantizes_its_own_channels(sizes: tuple[int, ...]) -> None:
     x = random(4, 8, 3, 3) * torch.logspace(-2, 2, 8)[:, None, None]
-    split = SplitQuantizer([AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(8))) for _ in sizes], sizes)
+    split = SplitQuantizer([AffineQuantizer(EMARange(StaticConfig(), QuantSpec(8))) for _ in sizes], sizes)
     with modes(list(split.parts), Mode.OBSERVE):  # type: ignore[arg-type]
         assert torch.equal(split(x), x)
     with modes(list(split.parts), Mode.QUANTIZE):  # type: ignore[arg-type]
@@ -119,13 +117,13 @@ def test_own_grids_fit_a_quiet_skip_better_than_a_shared_one() -> None:
 
 @pytest.mark.parametrize("sizes", [(8,), (3, 3, 2), (0, 8), (-1, 9)])
 def test_sizes_that_do_not_fit_the_parts_are_refused(sizes: tuple[int, ...]) -> None:
-    parts: list[Quantizer] = [AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(8))) for _ in range(2)]
+    parts: list[Quantizer] = [AffineQuantizer(EMARange(StaticConfig(), QuantSpec(8))) for _ in range(2)]
     with pytest.raises(ValueError, match="2 quantizers cannot share channels"):
         SplitQuantizer(parts, sizes)
 
 
 @pytest.mark.parametrize("channels", [7, 9])
 def test_other_numbers_of_channels_are_refused(channels: int) -> None:
-    split = SplitQuantizer([AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(8))) for _ in SIZES], SIZES)
+    split = SplitQuantizer([AffineQuantizer(EMARange(StaticConfig(), QuantSpec(8))) for _ in SIZES], SIZES)
     with pytest.raises(RuntimeError, match="split"):
         split(random(2, channels, 3, 3))

@@ -4,11 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
-from tfmq_exp.quant.scales.per_step import PerStepConfig, PerStepScale
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch
+from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -27,7 +24,7 @@ def switch(context: TimestepContext, source: str = "static", widths: tuple[int, 
     def choice(bits: int) -> AffineQuantizer:
         spec = QuantSpec(bits)
         return AffineQuantizer(
-            StaticScale(StaticConfig(), spec) if source == "static" else PerStepScale(PerStepConfig(), spec, context)
+            EMARange(StaticConfig(), spec) if source == "static" else EMARange(PerStepConfig(), spec, context)
         )
 
     made = StepSwitch([choice(bits) for bits in widths], context)
@@ -88,15 +85,15 @@ def test_order_of_the_choices_does_not_matter(context: TimestepContext) -> None:
 
 def test_all_choices_observe(context: TimestepContext) -> None:
     x = activations()
-    made = StepSwitch([AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(bits))) for bits in (4, 8)], context)
+    made = StepSwitch([AffineQuantizer(EMARange(StaticConfig(), QuantSpec(bits))) for bits in (4, 8)], context)
     made.use((4, 4, 4, 4))
     for choice in made.choices:
         choice.mode = Mode.OBSERVE
     with context.at(ROWS):
         assert torch.equal(made(x), x)
     for choice in made.choices:
-        assert float(choice.source.lo) == float(x.min())
-        assert float(choice.source.hi) == float(x.max())
+        assert float(choice.scale_provider.lo) == float(x.min())
+        assert float(choice.scale_provider.hi) == float(x.max())
 
 
 def test_switched_off_passes_everything(context: TimestepContext) -> None:
@@ -121,8 +118,8 @@ def test_gradient_reaches_the_scales_that_act(context: TimestepContext) -> None:
     made = switch(context)
     made.use((4, 4, 8, 8))
     for choice in made.choices:
-        choice.source.scale.requires_grad_(True)
+        choice.scale_provider.scale.requires_grad_(True)
     with context.at(ROWS):
         made(activations()).square().sum().backward()
-    reached = {choice.spec.bits: choice.source.scale.grad is not None for choice in made.choices}
+    reached = {choice.spec.bits: choice.scale_provider.scale.grad is not None for choice in made.choices}
     assert reached == {4: True, 6: False, 8: True}

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.quant.functional import fake_quantize
-from tfmq_exp.quant.scales.generator import LayerInit, softplus_inverse
+from tfmq_exp.quant.scales.generator import (
+    Frequency,
+    LayerInit,
+    Normalised,
+    RandomFourier,
+    TimeEncoding,
+    softplus_inverse,
+)
 from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import Frequency, Normalised, RandomFourier, TimeEncoding
 
 TIMESTEPS = tuple(range(991, 0, -10))
 ENCODINGS: list[TimeEncoding] = [Frequency(128), Normalised(1000), RandomFourier(32, 4.0, 1000)]

@@ -70,7 +70,7 @@ def test_captured_inputs_are_those_of_a_whole_forward(unet: nn.Module) -> None:
 @pytest.mark.parametrize("with_inputs", [False, True])
 def test_what_the_float_network_does_is_what_a_whole_forward_does(unet: nn.Module, with_inputs: bool) -> None:
     data, parts = calibration(unet, each=3), structure(unet)
-    units = Blockwise()(parts, frozenset(parts.sites))
+    units = Blockwise()(parts, frozenset(parts.layers))
     modules = {unit.name: unit.module(unet) for unit in units}
     views = Capture(data, 5, SpillAllocator(2**30)).activations(unet, units, with_inputs=with_inputs)
     inputs, outputs = recorded(unet, modules, data, 5)
@@ -85,7 +85,7 @@ def test_what_the_float_network_does_is_what_a_whole_forward_does(unet: nn.Modul
 
 def test_capture_stops_where_everything_was_seen(unet: nn.Module) -> None:
     data, parts = calibration(unet, each=1), structure(unet)
-    units = [unit for unit in Blockwise()(parts, frozenset(parts.sites)) if unit.name.startswith("down_blocks")]
+    units = [unit for unit in Blockwise()(parts, frozenset(parts.layers)) if unit.name.startswith("down_blocks")]
     beyond: list[int] = []
     handle = unet.mid_block.register_forward_hook(lambda *_: beyond.append(1))
     Capture(data, 2, SpillAllocator(2**30)).inputs(unet, units[-1].module(unet))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from tests.helpers.reconstruction import config
 from tfmq_exp.quant.layers import QuantLinear
 from tfmq_exp.quant.observers import MinMax
-from tfmq_exp.quant.quantizers.affine import WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
+from tfmq_exp.quant.quantizers import Mode, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext

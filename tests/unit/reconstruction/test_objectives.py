@@ -55,7 +55,7 @@ def drawn(unet: nn.Module, data: CalibrationSet, batch: int, seed: int) -> Tenso
 
 
 def importance(unet: nn.Module, data: CalibrationSet, seed: int = 0) -> dict[str, list[Tensor]]:
-    units = TemporalAware()(structure(unet), frozenset(structure(unet).sites))
+    units = TemporalAware()(structure(unet), frozenset(structure(unet).layers))
     found = Fisher(seed).importance(unet, units, Capture(data, 5, SpillAllocator(2**30)))
     assert set(found) == {unit.name for unit in units if unit.driver == "denoiser"}
     return {name: leaves.tensors for name, leaves in found.items()}
@@ -111,5 +111,5 @@ def test_draws_of_importance_depend_on_the_seed(tiny_unet: nn.Module) -> None:
 
 
 def test_temporal_units_have_no_importance(tiny_unet: nn.Module) -> None:
-    temporal = TemporalAware()(structure(tiny_unet), frozenset(structure(tiny_unet).sites))[:1]
+    temporal = TemporalAware()(structure(tiny_unet), frozenset(structure(tiny_unet).layers))[:1]
     assert Fisher().importance(tiny_unet, temporal, Capture(calibration(tiny_unet), 8, SpillAllocator(2**30))) == {}

@@ -9,25 +9,24 @@ from torch.utils import _pytree as pytree
 
 from tests.helpers.reconstruction import structure
 from tfmq_exp.denoisers.structure import Kind, Role
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.units import Blockwise, MixedInputs, TemporalAware
 
 
 def test_blockwise_learns_embedding_projections_inside_their_blocks(unet: nn.Module) -> None:
     parts = structure(unet)
-    units = {unit.name: unit for unit in Blockwise()(parts, frozenset(parts.sites))}
-    for site in parts.by_role(Role.TIME_PROJ):
-        block = site.name.removesuffix(".time_emb_proj")
+    units = {unit.name: unit for unit in Blockwise()(parts, frozenset(parts.layers))}
+    for layer in parts.by_role(Role.TIME_PROJ):
+        block = layer.name.removesuffix(".time_emb_proj")
         assert units[block].kind is Kind.RESIDUAL
-        assert site.name in units[block].sites
+        assert layer.name in units[block].layers
 
 
 def test_units_without_anything_to_learn_do_not_appear(tiny_conditional_unet: nn.Module) -> None:
     parts = structure(tiny_conditional_unet)
-    learnable = frozenset(site.name for site in parts.by_role(Role.ATTN_QKV, Role.ATTN_OUT))
+    learnable = frozenset(layer.name for layer in parts.by_role(Role.ATTN_QKV, Role.ATTN_OUT))
     units = TemporalAware()(parts, learnable)
     assert {unit.kind for unit in units} == {Kind.ATTENTION}
     assert all("attentions" in unit.name for unit in units)
@@ -74,7 +73,7 @@ def test_inputs_are_mixed_element_by_element(quant_prob: float) -> None:
 @pytest.mark.parametrize("quant_prob", [0.0, 0.5, 1.0])
 def test_activations_inside_the_unit_are_mixed_while_it_learns(quant_prob: float) -> None:
     torch.manual_seed(0)
-    x, quantizer = torch.randn(100, 100), AffineQuantizer(StaticScale(StaticConfig(), QuantSpec(2)))
+    x, quantizer = torch.randn(100, 100), AffineQuantizer(EMARange(StaticConfig(), QuantSpec(2)))
     quantizer.observe(x)
     quantizer.mode = Mode.QUANTIZE
     quantized = quantizer(x)

@@ -14,14 +14,14 @@ class Content(NamedTuple):
     manifest: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def site(self) -> dict[str, Any]:
-        return self.manifest["plan"]["sites"]["conv_out"]
+    def layer(self) -> dict[str, Any]:
+        return self.manifest["plan"]["layers"]["conv_out"]
 
     def config(self) -> dict[str, Any]:
         return self.manifest["config"]
 
     def scale(self) -> dict[str, Any]:
-        return self.site()["input"]["scale"]
+        return self.layer()["input"]["scale"]
 
 
 Change = Callable[[Content], Any]
@@ -96,43 +96,43 @@ CHANGES: dict[str, Change] = {
     "activation scale of another shape": tensor(f"{INPUT}/scale", lambda x: x.repeat(2)),
     "codes too few": tensor("weights/conv_out/0/codes", lambda x: x[:-1]),
     **{
-        f"bits {b}": entry("plan/sites/conv_out/weight/bits", b)
+        f"bits {b}": entry("plan/layers/conv_out/weight/bits", b)
         for b in (0, -1, 1, 3, 9, 16, 10**9, 2**70, 4.0, "4", None, [4], True)
     },
     **{
-        f"scheme {x}": entry("plan/sites/conv_out/weight/scheme", x)
+        f"scheme {x}": entry("plan/layers/conv_out/weight/scheme", x)
         for x in ("symmetric", "other", None, ["affine"], 3)
     },
-    **{f"axis {x}": entry("plan/sites/conv_out/weight/axis", x) for x in (None, 1, -1, 7, True, "0", 0.0)},
-    **{f"input bits {b}": entry("plan/sites/conv_out/input/specs", [{"bits": b}]) for b in (0, 99, "8")},
-    **{f"specs {x}": entry("plan/sites/conv_out/input/specs", x) for x in ([], {}, None, "x", [3], [[]], 10**9)},
-    **{f"split {x}": entry("plan/sites/conv_out/split", x) for x in (0, 1, -1, 10**9, "1", [1], 0.5)},
+    **{f"axis {x}": entry("plan/layers/conv_out/weight/axis", x) for x in (None, 1, -1, 7, True, "0", 0.0)},
+    **{f"input bits {b}": entry("plan/layers/conv_out/input/specs", [{"bits": b}]) for b in (0, 99, "8")},
+    **{f"specs {x}": entry("plan/layers/conv_out/input/specs", x) for x in ([], {}, None, "x", [3], [[]], 10**9)},
+    **{f"split {x}": entry("plan/layers/conv_out/split", x) for x in (0, 1, -1, 10**9, "1", [1], 0.5)},
     **{
-        f"scale kind {x}": entry("plan/sites/conv_out/input/scale/kind", x)
+        f"scale kind {x}": entry("plan/layers/conv_out/input/scale/kind", x)
         for x in ("other", None, 3, [], {}, "dynamic", "timestep_groups", "per_step", "tdq", "lsq", "frequency")
     },
-    "a default that is written": entry("plan/sites/conv_out/output", None),
+    "a default that is written": entry("plan/layers/conv_out/output", None),
     **{
-        f"function {x}": entry("plan/sites/conv_out/input/fn", x)
+        f"function {x}": entry("plan/layers/conv_out/input/fn", x)
         for x in ("lsq", 3, [], {}, {"kind": "pact"}, {"kind": "static"})
     },
-    **{f"offset {x}": entry("plan/sites/conv_out/input/offset", x) for x in ("sometimes", 3, None, [], "learned")},
-    **{f"momentum {x}": entry("plan/sites/conv_out/input/scale/momentum", x) for x in (-1, "0.5", None, True, [])},
-    "observer": entry("plan/sites/conv_out/input/scale/observer", {"kind": "minmax"}),
-    "scale with an unknown key": entry("plan/sites/conv_out/input/scale/novelty", 1),
-    "spec with an unknown key": entry("plan/sites/conv_out/weight/novelty", 1),
-    "site with an unknown key": entry("plan/sites/conv_out/novelty", 1),
+    **{f"offset {x}": entry("plan/layers/conv_out/input/offset", x) for x in ("sometimes", 3, None, [], "learned")},
+    **{f"momentum {x}": entry("plan/layers/conv_out/input/scale/momentum", x) for x in (-1, "0.5", None, True, [])},
+    "observer": entry("plan/layers/conv_out/input/scale/observer", {"kind": "minmax"}),
+    "scale with an unknown key": entry("plan/layers/conv_out/input/scale/novelty", 1),
+    "spec with an unknown key": entry("plan/layers/conv_out/weight/novelty", 1),
+    "site with an unknown key": entry("plan/layers/conv_out/novelty", 1),
     "plan with an unknown key": entry("plan/novelty", 1),
     "manifest with an unknown key": entry("novelty", 1),
     "configuration with an unknown key": entry("config/novelty", 1),
     "configuration with a private key": entry("config/_attn_implementation", "x/y"),
     "heads of something unknown": entry("heads/novelty", 1),
     "shape of something unknown": entry("shapes/novelty", [1]),
-    "site that is unknown": lambda c: c.manifest["plan"]["sites"].update(novelty=c.site()),
-    "site that is no layer": lambda c: c.manifest["plan"]["sites"].update(mid_block=c.site()),
-    "site that is the network": lambda c: c.manifest["plan"]["sites"].update({"": c.site()}),
+    "site that is unknown": lambda c: c.manifest["plan"]["layers"].update(novelty=c.layer()),
+    "site that is no layer": lambda c: c.manifest["plan"]["layers"].update(mid_block=c.layer()),
+    "site that is the network": lambda c: c.manifest["plan"]["layers"].update({"": c.layer()}),
     "operands of something unknown": lambda c: c.manifest["plan"]["operands"].update(novelty={}),
-    "site removed": entry("plan/sites/conv_out", ...),
+    "site removed": entry("plan/layers/conv_out", ...),
     **{
         f"without {place}": entry(place, ...)
         for place in [
@@ -145,17 +145,17 @@ CHANGES: dict[str, Change] = {
                 "unneeded",
                 "heads",
                 "recipe",
-                "plan/sites",
+                "plan/layers",
                 "plan/operands",
             ),
             *(
                 "plan/timesteps",
-                "plan/sites/conv_out/weight",
-                "plan/sites/conv_out/weight/bits",
+                "plan/layers/conv_out/weight",
+                "plan/layers/conv_out/weight/bits",
                 "shapes/weights~conv_out~0",
             ),
-            *("plan/sites/conv_out/weight/axis", "plan/sites/conv_out/input", "plan/sites/conv_out/input/specs"),
-            *("plan/sites/conv_out/input/scale", "plan/sites/conv_out/input/scale/kind"),
+            *("plan/layers/conv_out/weight/axis", "plan/layers/conv_out/input", "plan/layers/conv_out/input/specs"),
+            *("plan/layers/conv_out/input/scale", "plan/layers/conv_out/input/scale/kind"),
             *("config/block_out_channels", "config/norm_num_groups", "config/freq_shift", "config/layers_per_block"),
         ]
     },
@@ -169,13 +169,13 @@ CHANGES: dict[str, Change] = {
             "cached",
             "unneeded",
             "heads",
-            "plan/sites",
+            "plan/layers",
             "plan/operands",
             "plan/timesteps",
         )
         for value in (None, "text", [1], {"a": 1})
     },
-    **{f"sites {v!r}": entry("plan/sites/conv_out", v) for v in (None, 3, "text", [], {})},
+    **{f"layers {v!r}": entry("plan/layers/conv_out", v) for v in (None, 3, "text", [], {})},
     **{
         f"timesteps {t}": entry("plan/timesteps", t)
         for t in (

@@ -14,15 +14,13 @@ from torch import nn
 
 from tests.conftest import calibrated, generic, quantizable
 from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
+from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.static import StaticConfig
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupConfig
+from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.config import AttentionBits
+from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.scales import ScalePlan
-from tfmq_exp.surgery.temporal_cache import cached
 
 pytestmark = pytest.mark.bad_input
 
@@ -119,7 +117,7 @@ STATIC = {"scale": {"kind": "static"}}
 def test_quantizers_that_are_none(quantizer: dict[str, Any], scheme: str, content: Content, tmp_path: Path) -> None:
     def change(copy: Content) -> None:
         spec = {"bits": 8} if scheme == "affine" else {"bits": 8, "scheme": scheme}
-        copy.site()["input"] = {"specs": [spec], **quantizer}
+        copy.layer()["input"] = {"specs": [spec], **quantizer}
 
     refusal(changed(content, change, tmp_path / "model.safetensors"))
 
@@ -148,7 +146,7 @@ def test_messages_name_the_entry(content: Content, tmp_path: Path) -> None:
         f"{INPUT}/zero_point 256": f"'{INPUT}/zero_point' must lie within the grid 0 .. 255",
         "weights/conv_out/0/codes as torch.float32": "'weights/conv_out/0/codes' must be torch.uint8, got torch.float32",
         "bias nan": "'float/conv_in.bias' has numbers that are not finite",
-        "site with an unknown key": "plan.sites.conv_out.novelty is unknown",
+        "site with an unknown key": "plan.layers.conv_out.novelty is unknown",
         "configuration with an unknown key": "config.novelty is unknown",
         "manifest with an unknown key": "unknown entry 'novelty'",
         "without heads": "lacks 'heads'",
@@ -200,11 +198,11 @@ def with_features(
         model.unet.conv_out.weight_quantizer.observer = LpObserver(include_zero=False)
     model = calibrated(model)
     if store:
-        for site in [name for name in model.plan.sites if name.endswith("time_emb_proj")]:
-            width = model.unet.get_submodule(site).out_features
-            model.cache_feature(site, cached(torch.randn(model.context.num_steps, width), 8))
-        for site in ("time_embedding.linear_1", "time_embedding.linear_2"):
-            model.drop(site)
+        for layer in [name for name in model.plan.layers if name.endswith("time_emb_proj")]:
+            width = model.unet.get_submodule(layer).out_features
+            model.cache_feature(layer, cached(torch.randn(model.context.num_steps, width), 8))
+        for layer in ("time_embedding.linear_1", "time_embedding.linear_2"):
+            model.drop(layer)
     return model
 
 
@@ -232,16 +230,16 @@ def test_stored_features_that_are_needed_are_refused(tiny_unet: nn.Module, tmp_p
     path = tmp_path / "a.safetensors"
     serialization.save(with_features(tiny_unet, StaticConfig(), StaticConfig(), store=True), path)
     stored = Content(*serialization.read(path))
-    site = next(iter(stored.manifest["cached"]))
+    layer = next(iter(stored.manifest["cached"]))
     changes: dict[str, Change] = {
         "steps": lambda c: c.manifest["plan"]["timesteps"].pop(),
-        "bits": entry(f"cached/{site}", {"bits": 16, "scheme": "affine", "axis": 0}),
-        "axis": entry(f"cached/{site}", {"bits": 8, "scheme": "affine", "axis": 1}),
+        "bits": entry(f"cached/{layer}", {"bits": 16, "scheme": "affine", "axis": 0}),
+        "axis": entry(f"cached/{layer}", {"bits": 8, "scheme": "affine", "axis": 1}),
         "unneeded again": lambda c: c.manifest["unneeded"].append("time_embedding.linear_1"),
         "needed": lambda c: c.manifest["unneeded"].pop(),
-        "scale": number(f"cached/{site}/scale", -1),
-        "zero point": number(f"cached/{site}/zero_point", 300),
-        "outside": entry("outside", [f"cached/{site}"]),
+        "scale": number(f"cached/{layer}/scale", -1),
+        "zero point": number(f"cached/{layer}/zero_point", 300),
+        "outside": entry("outside", [f"cached/{layer}"]),
     }
     for change in changes.values():
         refusal(changed(stored, change, tmp_path / "b.safetensors"))

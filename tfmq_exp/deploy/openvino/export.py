@@ -22,10 +22,9 @@ from tfmq_exp.deploy.openvino.fake_quantize import GraphQuantizer, Node, constan
 from tfmq_exp.deploy.openvino.graph import layer_columns, layer_graph
 from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet, compile_settings
 from tfmq_exp.deploy.openvino.trace import GraphReplacement, trace
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer
-from tfmq_exp.quant.quantizers.step_switch import StepSwitch
+from tfmq_exp.quant.layers import CachedFeature
+from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-from tfmq_exp.surgery.temporal_cache import CachedFeature
 
 
 @dataclass(frozen=True)

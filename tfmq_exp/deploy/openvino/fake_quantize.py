@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.activation_tables import ActivationScale, RuntimeScale, varies
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.scales.dynamic import DynamicScale
-from tfmq_exp.quant.scales.dynamic_generator import STATISTICS, DynamicGeneratorScale
+from tfmq_exp.quant.scales.dynamic import STATISTICS, DynamicGeneratorScale, DynamicScale
 from tfmq_exp.quant.scales.generator import softplus_inverse
 
 Node = Any  # openvino's nodes and outputs

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from tfmq_exp.calibration.collect import collect_trajectories, join_by_step
-from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.calibration.dataset import CalibrationSet, collect_trajectories
 from tfmq_exp.core.files import intact, write_checked
 from tfmq_exp.core.finite import within
 from tfmq_exp.pipeline.pipeline import Stage
@@ -46,7 +45,7 @@ class CollectTrajectory(Stage):
                 write_checked(files[indices], part.save)
         group.barrier()
         if group.is_main:
-            whole = join_by_step([CalibrationSet.load(file) for file in files.values()])
+            whole = CalibrationSet.join([CalibrationSet.load(file) for file in files.values()], by_step=True)
             write_checked(folder / FILE, whole.save)
             shutil.rmtree(parts)
 

@@ -122,7 +122,7 @@ class UnitSensitivity(Diagnosis):
         return {**super().inputs(), **data, "samples": plan.samples, "sensitivity": plan.sensitivity}
 
     def count(self) -> int:
-        units = len(TemporalAware()(self.run.structure, frozenset(self.run.resolved.sites)))
+        units = len(TemporalAware()(self.run.structure, frozenset(self.run.resolved.layers)))
         left = units + 2 - len(list((self.entry.path / "units").glob("*.json")))  # and both whole networks
         return left * -(-self.run.diagnosis.samples // (2 if self.run.sampling.guided else 1))
 
@@ -149,7 +149,7 @@ class UnitSensitivity(Diagnosis):
         for unit in units:
             error = json.loads(files[unit.name].read_text(encoding="utf-8"))
             ratio = error["relative_error"] / whole if whole else 0.0
-            weights = sum(structure.sites[layer].weights for layer in unit.layers)
+            weights = sum(structure.layers[layer].weights for layer in unit.layers)
             named = {"unit": unit.name, "kind": unit.kind.value, "layers": len(unit.layers), "weights": weights}
             rows.append({**named, **error, "share": ratio if alone else 1 - ratio})
         return rows

@@ -71,8 +71,8 @@ class ExportEngine(Stage):
 
     def layers(self) -> list[dict[str, Any]]:
         """Role and execution of every layer; `float` ones with the reason."""
-        sites, rows = self.run.structure.sites, read_manifest(self.result())["layers"]
-        return [{"site": (site := row.pop("layer")), "role": sites[site].role.value, **row} for row in rows]
+        layers, rows = self.run.structure.layers, read_manifest(self.result())["layers"]
+        return [{"site": (name := row.pop("layer")), "role": layers[name].role.value, **row} for row in rows]
 
     def attention_products(self) -> list[dict[str, Any]]:
         """Rows of the same table for the products of every attention, which no engine executes in integers."""

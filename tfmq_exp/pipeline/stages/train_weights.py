@@ -17,7 +17,7 @@ from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingContext
-from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
+from tfmq_exp.quant.scales.running_range import EMARange, TimestepGroupConfig
 from tfmq_exp.reconstruction.context import ProgressCallback, UnitCheckpointer
 from tfmq_exp.sampling.sampler import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -78,13 +78,14 @@ class TrainWeights(Stage):
         require_noise_prediction(self.run.denoiser.schedule, "training")
         model = self.run.quantized_unet()
         for name, quantizer in model.activation_quantizers().items():
-            source = quantizer.source
+            source = quantizer.scale_provider
             if source.per_step:
                 raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
-            if isinstance(source, TimestepGroupScale) and source.unread:
-                few = len(source.scale)
+            config = source.config if isinstance(source, EMARange) else None
+            few = sum(parameter.numel() for parameter in source.trainable())
+            if isinstance(config, TimestepGroupConfig) and config.count > few:
                 raise ValueError(
-                    f"{name} would be trained with {few + source.unread} intervals, and the sampler's "
+                    f"{name} would be trained with {config.count} intervals, and the sampler's "
                     f"{model.context.num_steps} steps fall into {few} of them: take fewer intervals, or more steps"
                 )
         return model

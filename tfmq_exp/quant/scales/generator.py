@@ -1,24 +1,77 @@
-"""The small network (MLP) that generates a scale: its configuration, initialization and output (TDQ, arXiv 2306.02316)."""
+"""The small network (MLP) that generates a scale, and the encodings of the timestep that it may read (TDQ, arXiv 2306.02316)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from tfmq_exp.core.checked import Checked
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.core.validate import COUNT, DECAY, SEED, check_fields, one_of, sequence_of
+from tfmq_exp.core.validate import COUNT, DECAY, POSITIVE, SEED, Kind, sequence_of, whole
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.scales.base import EMAConfig
-from tfmq_exp.quant.scales.static import StaticScale
+from tfmq_exp.quant.scales.running_range import EMAConfig, EMARange
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import TimeEncoding
 
 LayerInit = Literal["zero", "default", "he", "xavier", "gaussian"]
+INITS = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_, "gaussian": nn.init.normal_}
+# cosines and sines share it
+WIDTH = Kind(
+    "an even whole number from 2 to 65536", lambda value: whole(value) and 2 <= value <= 2**16 and value % 2 == 0
+)
+
+
+class TimeEncoding(Checked):
+    """Timesteps [steps] as vectors [steps, width]."""
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Frequency(TimeEncoding):
+    """[cos(t w_i), sin(t w_i)], w_i = 10000^(-2i / width): the encoding of the UNet itself; TDQ's choice."""
+
+    kind: ClassVar[str] = "frequency"
+    width: Annotated[int, WIDTH]
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        half = self.width // 2
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@dataclass(frozen=True)
+class Normalised(TimeEncoding):
+    """t / T, one number: what TDQ_thin reads. T = 1 leaves raw timesteps, with which TDQ's training diverges."""
+
+    kind: ClassVar[str] = "normalised"
+    train_timesteps: Annotated[int, COUNT]
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps 1"]:
+        return t.float()[:, None] / self.train_timesteps
+
+
+@dataclass(frozen=True)
+class RandomFourier(TimeEncoding):
+    """[cos 2 pi B t / T, sin 2 pi B t / T], B drawn once from N(0, sigma^2)."""
+
+    kind: ClassVar[str] = "random_fourier"
+    width: Annotated[int, WIDTH]
+    sigma: Annotated[float, POSITIVE]
+    train_timesteps: Annotated[int, COUNT]
+    seed: Annotated[int, SEED] = 0
+
+    def __call__(self, t: Int[Tensor, "steps"]) -> Float[Tensor, "steps width"]:
+        generator = torch.Generator().manual_seed(self.seed)
+        b = self.sigma * torch.randn(self.width // 2, generator=generator).to(t.device)
+        angles = 2 * math.pi * (t.float()[:, None] / self.train_timesteps) * b
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 @dataclass(frozen=True)
@@ -35,15 +88,13 @@ class GeneratorConfig(EMAConfig):
     """
 
     encoding: TimeEncoding | None
-    hidden_dims: tuple[int, ...]
-    dropout: float = 0.0
+    hidden_dims: Annotated[tuple[int, ...], sequence_of(COUNT)]
+    dropout: Annotated[float, DECAY] = 0.0
     last_layer_init: LayerInit = "zero"
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, hidden_dims=sequence_of(COUNT), dropout=DECAY, seed=SEED)
-        check_fields(self, last_layer_init=one_of(*get_args(LayerInit)))
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))
 
     def seeded_for(self, name: str) -> Self:
@@ -61,22 +112,14 @@ class GeneratorConfig(EMAConfig):
         return nn.Sequential(*layers, nn.Dropout(self.dropout), output).requires_grad_(False)
 
 
-class GeneratedScale(StaticScale):
-    """A static range s_0 that is calibrated, and an MLP that is learned: s = softplus(MLP + softplus^-1(s_0)).
-
-    Args:
-        config: of the MLP and the calibrated range.
-        spec: of the quantizer.
-        context: timesteps of the rows at hand.
-        width: number of inputs of the MLP.
-    """
+class GeneratedScale(EMARange):
+    """A static range s_0 that is calibrated, and an MLP of `width` inputs that is learned: s = softplus(MLP + softplus^-1(s_0))."""
 
     generates = True
 
     def __init__(self, config: GeneratorConfig, spec: QuantSpec, context: TimestepContext, width: int) -> None:
-        super().__init__(config, spec)
-        self.context, self.generator, self.encoding = context, config, config.encoding
-        self.mlp = config.mlp(width)
+        super().__init__(config, spec, context)
+        self.generator, self.encoding, self.mlp = config, config.encoding, config.mlp(width)
 
     def trainable(self) -> Iterator[nn.Parameter]:
         return self.mlp.parameters()
@@ -87,19 +130,13 @@ class GeneratedScale(StaticScale):
 
 def initialized(layer: nn.Linear, init: LayerInit, generator: torch.Generator) -> nn.Linear:
     """The layer with new weights. `default` is torch's for linear layers, bias included; else the bias starts at 0."""
-    bound = layer.in_features**-0.5
+    nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    if init == "zero":
-        nn.init.zeros_(layer.weight)
+    if init in INITS:
+        INITS[init](layer.weight, generator=generator)
     elif init == "default":
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-    elif init == "he":
-        nn.init.kaiming_normal_(layer.weight, generator=generator)
-    elif init == "xavier":
-        nn.init.xavier_normal_(layer.weight, generator=generator)
-    else:
-        nn.init.normal_(layer.weight, generator=generator)
+        for parameter in (layer.weight, layer.bias):
+            nn.init.uniform_(parameter, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=generator)
     return layer
 
 

@@ -12,7 +12,7 @@ from tests.conftest import example_inputs, generic, quantizable
 from tfmq_exp.denoisers.denoiser import Conditions, DenoiserParts, NoConditions, Pixels, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_forward, check_timesteps
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_sites
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.surgery.config import AttentionBits
 
@@ -104,11 +104,13 @@ def test_settings_that_are_the_networks(conditional: bool, settings: dict[str, A
     check_forward(parts(unet))
     inputs = example_inputs(unet, (751, 1))
     found = read_structure(unet, example_inputs(unet))
-    assert measured_temporal_sites(unet, example_inputs(unet), 1, 2) == set(found.temporal_sites)
+    assert measured_temporal_layers(unet, example_inputs(unet), 1, 2) == set(found.temporal_layers)
     features: dict[str, torch.Tensor] = {}
     handles = [
-        unet.get_submodule(site.name).register_forward_hook(lambda _m, _a, out, n=site.name: features.update({n: out}))
-        for site in found.by_role(Role.TIME_PROJ)
+        unet.get_submodule(layer.name).register_forward_hook(
+            lambda _m, _a, out, n=layer.name: features.update({n: out})
+        )
+        for layer in found.by_role(Role.TIME_PROJ)
     ]
     with torch.no_grad():
         wanted = unet(**inputs).sample

@@ -1,34 +1,24 @@
 """Quantizers with a form: their modes, their parameters, and sources that are networks, alone and together."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tfmq_exp.core.records import decode, encode
-from tfmq_exp.quant.qat.base import QATQuantizeFn
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.nipq import Nipq
-from tfmq_exp.quant.qat.pact import Pact
-from tfmq_exp.quant.qat.qil import Qil
-from tfmq_exp.quant.quantizers.base import Mode
-from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.range_init import AbsMax, ScaledToIntRange
+from tfmq_exp.quant.observers import AbsMax
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil
+from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer, TrainableWeightQuantizer
+from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleProvider
-from tfmq_exp.quant.scales.batched_generators import BatchedGenerators
-from tfmq_exp.quant.scales.dynamic_generator import DynamicGeneratorConfig, DynamicGeneratorScale
-from tfmq_exp.quant.scales.static import StaticConfig, StaticScale
-from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
+from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig, DynamicGeneratorScale
+from tfmq_exp.quant.scales.generator import Frequency, Normalised, RandomFourier, TimeEncoding
+from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.tdq import BatchedGenerators, TDQConfig, TDQScale
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.quant.timestep_encoding import (
-    Frequency,
-    Normalised,
-    RandomFourier,
-    TimeEncoding,
-)
 
 ENCODINGS = (Frequency, Normalised, RandomFourier)
 FORMS: list[QATQuantizeFn] = [Lsq(), Pact(), Nipq(), Duq(), Qil()]
@@ -55,7 +45,7 @@ def ready(source: ScaleProvider, form: QATQuantizeFn, centre: Offset = "zero") -
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
 def test_noise_acts_while_training_alone(form: QATQuantizeFn) -> None:
-    quantizer, x = ready(StaticScale(StaticConfig(), SIGNED), form), activations()
+    quantizer, x = ready(EMARange(StaticConfig(), SIGNED), form), activations()
     for_inference = quantizer(x)
     assert torch.equal(quantizer.train()(x), for_inference) is not isinstance(form, Nipq)
     assert torch.equal(quantizer.eval()(x), for_inference)
@@ -66,7 +56,7 @@ def test_noise_acts_while_training_alone(form: QATQuantizeFn) -> None:
 @pytest.mark.parametrize("centre", ["silu", "learned"])
 def test_a_centre_is_subtracted_before_and_added_after(centre: Offset) -> None:
     spec: Scheme = "unsigned" if centre == "silu" else "symmetric"
-    quantizer = ready(StaticScale(StaticConfig(observer=AbsMax()), QuantSpec(4, spec)), Lsq("narrow"), centre)
+    quantizer = ready(EMARange(StaticConfig(observer=AbsMax()), QuantSpec(4, spec)), Lsq("narrow"), centre)
     x = activations()
     middle = -0.2785 if centre == "silu" else float(x.mean())
     largest = float((x - middle).abs().max())
@@ -78,7 +68,7 @@ def test_a_centre_is_subtracted_before_and_added_after(centre: Offset) -> None:
 
 
 def test_a_learned_centre_keeps_the_first_mean_and_learns() -> None:
-    quantizer = ready(StaticScale(StaticConfig(), SIGNED), Lsq(), "learned")
+    quantizer = ready(EMARange(StaticConfig(), SIGNED), Lsq(), "learned")
     first = float(quantizer.offset)  # type: ignore[arg-type]
     quantizer.observe(activations() + 100)
     assert float(quantizer.offset) == first  # type: ignore[arg-type]
@@ -90,9 +80,9 @@ def test_a_learned_centre_keeps_the_first_mean_and_learns() -> None:
 
 def test_unfit_choices_are_named() -> None:
     with pytest.raises(ValueError, match="got affine"):
-        TrainableQuantizer(StaticScale(StaticConfig(), QuantSpec(4)), Lsq())
+        TrainableQuantizer(EMARange(StaticConfig(), QuantSpec(4)), Lsq())
     with pytest.raises(ValueError, match="zero, silu or learned, got 'mean'"):
-        TrainableQuantizer(StaticScale(StaticConfig(), SIGNED), Lsq(), "mean")  # type: ignore[arg-type]
+        TrainableQuantizer(EMARange(StaticConfig(), SIGNED), Lsq(), "mean")  # type: ignore[arg-type]
     weight = torch.ones(2, 2)
     with pytest.raises(TypeError, match="Lsq is trained"):
         TrainableWeightQuantizer(weight, SIGNED, AbsMax(), Lsq()).learn_rounding(weight)
@@ -104,7 +94,7 @@ def test_numbers_are_kept_in_their_intervals() -> None:
     for form, name in ((Duq(), "gain"), (Qil(), "pruned")):
         weight = activations()
         quantizers = [
-            ready(StaticScale(StaticConfig(), SIGNED), form),
+            ready(EMARange(StaticConfig(), SIGNED), form),
             TrainableWeightQuantizer(weight, SIGNED, AbsMax(), form),
         ]
         for quantizer in quantizers:
@@ -114,7 +104,7 @@ def test_numbers_are_kept_in_their_intervals() -> None:
                 quantizer.clamp_parameters()  # type: ignore[union-attr]
                 bounds = form.extra_params()[name]
                 assert bounds.min <= float(quantizer.extra[name]) <= bounds.max + 1e-6  # type: ignore[union-attr, arg-type]
-            quantizer.get_parameter("scale" if quantizer is quantizers[1] else "source.scale").fill_(-1.0)
+            quantizer.get_parameter("scale" if quantizer is quantizers[1] else "scale_provider.scale").fill_(-1.0)
             quantizer.clamp_parameters()  # type: ignore[union-attr]
             assert all(float(parameter.min()) >= 0 for parameter in quantizer.parameters())
 
@@ -255,7 +245,7 @@ def test_merged_table_is_bit_identical_to_the_network(form: QATQuantizeFn) -> No
         quantizer.tabulate()
         assert torch.equal(quantizer(x), before)
     assert not any(isinstance(module, nn.Linear) for module in quantizer.modules())
-    assert sum(value.numel() for value in quantizer.source.state_dict().values()) == 2 * len(TIMESTEPS)
+    assert sum(value.numel() for value in quantizer.scale_provider.state_dict().values()) == 2 * len(TIMESTEPS)
 
 
 # networks of statistics
@@ -264,8 +254,8 @@ def test_merged_table_is_bit_identical_to_the_network(form: QATQuantizeFn) -> No
 @pytest.mark.parametrize("encoding", [None, Frequency(8)], ids=repr)
 def test_statistics_of_every_sample_and_its_time_make_its_interval(encoding: TimeEncoding | None) -> None:
     context, x = TimestepContext(TIMESTEPS), activations()
-    start = ScaledToIntRange(AbsMax(), "narrow")
-    config = DynamicGeneratorConfig(encoding, (16, 16), dropout=0.2, last_layer_init="he", seed=3, observer=start)
+    start: dict[str, Any] = {"observer": AbsMax(), "int_range": "narrow"}
+    config = DynamicGeneratorConfig(encoding, (16, 16), dropout=0.2, last_layer_init="he", seed=3, **start)
     source = DynamicGeneratorScale(config, SIGNED, context).eval()
     source.observe(x)
     reach, network = float(x.abs().max()), copy.deepcopy(source.mlp).double()

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.observers import Observer
-from tfmq_exp.quant.qat.base import QATQuantizeFn, int_range
-from tfmq_exp.quant.quantizers.affine import AffineQuantizer, WeightQuantizer
-from tfmq_exp.quant.quantizers.base import Quantizer
+from tfmq_exp.quant.qat_functions import QATQuantizeFn
+from tfmq_exp.quant.quantizers import AffineQuantizer, Quantizer, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.base import ScaleProvider
-from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.spec import QParams, QuantSpec, int_range
 
 SILU_MINIMUM = -0.2785  # as TDQ's release has it; -0.27846454...
 
@@ -35,8 +34,13 @@ class QATQuantizer(Quantizer):
         """The function; in evaluation mode without noise."""
         return self.fn if self.training else self.fn.for_inference()
 
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """The function's own parameters, and those of the quantizer; scales of activations are the provider's."""
+        yield from self.extra.values()
+
     @torch.no_grad()
-    def clamp_extra(self) -> None:
+    def clamp_parameters(self) -> None:
+        """Called after every step of an optimiser."""
         for name, bounds in self.fn.extra_params().items():
             self.extra[name].clamp_(bounds.min, bounds.max)
 
@@ -44,49 +48,41 @@ class QATQuantizer(Quantizer):
 class TrainableQuantizer(AffineQuantizer, QATQuantizer):
     """Quantizes activations by a QAT function. Noise, where the function has any, acts in training mode alone.
 
-    Args:
-        source: provider of the scale; its spec must have no zero point.
-        fn: the arithmetic.
-        offset: what is subtracted before and added after: `zero`; `silu`, the minimum of SiLU, for an unsigned range on its
-            outputs; or `learned`, a number that starts at the mean of the first batch and is trained. NaN until then.
+    `offset` is subtracted before and added after: `zero`; `silu`, the minimum of SiLU, for an unsigned range on its outputs; or
+    `learned`, a number that starts at the mean of the first batch (NaN until then) and is trained. The spec has no zero point.
     """
 
     offset: nn.Parameter | None
 
-    def __init__(self, source: ScaleProvider, fn: QATQuantizeFn, offset: Offset = "zero") -> None:
-        super().__init__(source)
+    def __init__(self, scale_provider: ScaleProvider, fn: QATQuantizeFn, offset: Offset = "zero") -> None:
+        super().__init__(scale_provider)
         if offset not in get_args(Offset):
             raise ValueError(f"the offset must be zero, silu or learned, got {offset!r}")
-        self.set_fn(fn, source.spec)
+        self.set_fn(fn, scale_provider.spec)
         start = {"zero": None, "silu": SILU_MINIMUM, "learned": torch.nan}[offset]
         self.offset = None if start is None else nn.Parameter(torch.tensor(start), requires_grad=False)
         self.learns_offset = offset == "learned"
-
-    def shifted(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        return x if self.offset is None else x - self.offset
 
     @torch.no_grad()
     def observe(self, x: Float[Tensor, "batch *rest"]) -> None:
         if self.offset is not None and bool(self.offset.isnan()):
             self.offset.copy_(x.mean())
-        self.source.observe(self.shifted(x.detach()))
+        self.scale_provider.observe(x if self.offset is None else x - self.offset)
 
     def quantize(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        shifted = self.shifted(x)
+        shifted = x if self.offset is None else x - self.offset
         ints = self.ints._replace(num_values=x[0].numel())
-        out = self.acting_fn(shifted, self.source(shifted).scale, ints, dict(self.extra))
+        out = self.acting_fn(shifted, self.scale_provider(shifted).scale, ints, dict(self.extra))
         return out if self.offset is None else out + self.offset
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """The function's own parameters, and a learned offset; scales are the provider's."""
-        yield from self.extra.values()
+        yield from super().trainable()
         if self.offset is not None and self.learns_offset:
             yield self.offset
 
     def clamp_parameters(self) -> None:
-        """Called after every step of an optimiser."""
-        self.source.clamp_parameters()
-        self.clamp_extra()
+        self.scale_provider.clamp_parameters()
+        super().clamp_parameters()
 
     def tabulate(self) -> None:
         super().tabulate()
@@ -94,13 +90,7 @@ class TrainableQuantizer(AffineQuantizer, QATQuantizer):
 
 
 class TrainableWeightQuantizer(WeightQuantizer, QATQuantizer):
-    """Quantizes a real-valued weight in every forward pass; its scale is trained with it.
-
-    Args:
-        weight, spec: the weight and its spec, which must have no zero point.
-        observer: initializes the range.
-        fn: the arithmetic.
-    """
+    """Quantizes a real-valued weight in every forward pass by a QAT function; its scale, without zero point, is trained too."""
 
     def __init__(
         self, weight: Float[Tensor, "out *rest"], spec: QuantSpec, observer: Observer, fn: QATQuantizeFn
@@ -130,12 +120,10 @@ class TrainableWeightQuantizer(WeightQuantizer, QATQuantizer):
         return self.acting_fn(x, self.scale, self.ints, dict(self.extra))
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """The scale, and the function's own parameters."""
         yield self.scale
-        yield from self.extra.values()
+        yield from super().trainable()
 
     @torch.no_grad()
     def clamp_parameters(self) -> None:
-        """Called after every step of an optimiser."""
         self.scale.clamp_(min=SMALLEST_SCALE)
-        self.clamp_extra()
+        super().clamp_parameters()

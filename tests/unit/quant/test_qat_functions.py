@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.core.records import decode, encode
-from tfmq_exp.quant.qat.base import IntRange, IntRangeKind, QATQuantizeFn, int_range
-from tfmq_exp.quant.qat.duq import Duq
-from tfmq_exp.quant.qat.lsq import Lsq
-from tfmq_exp.quant.qat.nipq import Nipq, error_noise
-from tfmq_exp.quant.qat.pact import Pact
-from tfmq_exp.quant.qat.qil import Qil
-from tfmq_exp.quant.spec import QuantSpec, Scheme
+from tfmq_exp.quant.qat_functions import Duq, Lsq, Nipq, Pact, QATQuantizeFn, Qil, error_noise
+from tfmq_exp.quant.spec import IntRange, IntRangeKind, QuantSpec, Scheme, int_range
 
 STORED = (Lsq, Duq, Qil)
 FORMS: list[QATQuantizeFn] = [

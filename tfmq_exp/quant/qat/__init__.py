@@ -1,1 +1,0 @@
-"""Quantizer functions of quantization-aware training."""

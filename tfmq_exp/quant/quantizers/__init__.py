@@ -1,1 +1,0 @@
-"""Quantizers, with an explicit mode."""
