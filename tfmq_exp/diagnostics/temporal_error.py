@@ -1,7 +1,6 @@
 """Errors of a quantized network's temporal features against the float ones, timestep by timestep."""
 
 from statistics import fmean
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,12 +10,12 @@ from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import time_embedding
+from tfmq_exp.diagnostics.rows import Row, grouped
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.temporal_cache import Unneeded
 
 EMBEDDING = "time_embedding"
 DISTANCES = ("cosine_distance", "mse", "relative_mse")
-Row = dict[str, Any]
 
 
 @torch.no_grad()
@@ -47,10 +46,11 @@ def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, structur
     """
     rows = [row for row in feature_errors(model, float_unet, structure) if row["layer"] != EMBEDDING]
     errors: list[Row] = []
-    for step, group in _grouped(rows, "step").items():
+    for step, group in grouped(rows, "step").items():
         distance, mse, relative_mse = (fmean(row[key] for row in group) for key in DISTANCES)
-        row = {"step": step, "t": group[0]["t"], "cosine": 1 - distance, "mse": mse, "relative_mse": relative_mse}
-        errors.append(row)
+        errors.append(
+            {"step": step, "t": group[0]["t"], "cosine": 1 - distance, "mse": mse, "relative_mse": relative_mse}
+        )
     return errors
 
 
@@ -62,15 +62,8 @@ def features_by_layer(rows: list[Row]) -> list[Row]:
             **{key: fmean(row[key] for row in group) for key in DISTANCES},
             "at_t": max(group, key=lambda row: row["relative_mse"])["t"],
         }
-        for layer, group in _grouped(rows, "layer").items()
+        for layer, group in grouped(rows, "layer").items()
     ]
-
-
-def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
 
 
 def _features(unet: nn.Module, structure: UNetStructure, t: Tensor) -> dict[str, Tensor]:

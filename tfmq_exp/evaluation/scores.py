@@ -1,22 +1,80 @@
-"""Scores of generated images against a reference, from features that are extracted once, as images come."""
+"""Metrics to compute (`conf/eval/`), and scores of images against a reference, from features extracted as images come."""
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from tfmq_exp.core.finite import NotFiniteError
-from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.metrics.fid import FrechetDistance
-from tfmq_exp.evaluation.metrics.inception_score import SPLITS, inception_score, inception_score_adm
-from tfmq_exp.evaluation.metrics.kid_prdc import NEIGHBOUR, kernel_distance, precision_recall
-from tfmq_exp.evaluation.references import ReferenceStatistics
+from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
+from tfmq_exp.data.image_dataset import ImageDataset
+from tfmq_exp.evaluation import metrics
+from tfmq_exp.evaluation.features.extractor import Extractor
+from tfmq_exp.evaluation.metrics import NEIGHBOUR, SPLITS, FrechetDistance
+from tfmq_exp.evaluation.references import NpzReference, ReferenceStatistics
 
 log = logging.getLogger(__name__)
+
+
+class CaptionMetric(Protocol):
+    """A measure of how well images fit their captions, such as `ClipScore`."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """All that the scores depend on: plain JSON data."""
+        ...
+
+    def __call__(
+        self, images: UInt8[Tensor, "batch channels height width"], captions: Sequence[str]
+    ) -> Float[Tensor, "batch"]:
+        """Score each pair of image and caption, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Feature extractor, reference, and which metrics to compute beside FID, sFID and IS.
+
+    Args:
+        name: part of every score's name, so that scores of different extractors are never confused.
+        extract: images to features.
+        reference: real images, or their statistics.
+        kid: also the kernel distance, for which the pooled features of all images are kept.
+        precision_recall: also precision and recall, likewise.
+        clip: also how well images fit the captions that they were made from.
+        manifold_images: images of the reference for KID, precision and recall; guided-diffusion's files hold 10,000.
+    """
+
+    name: str
+    extract: Extractor
+    reference: ImageDataset | NpzReference
+    kid: bool = False
+    precision_recall: bool = False
+    clip: CaptionMetric | None = None
+    manifold_images: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_fields(self, kid=SWITCH, precision_recall=SWITCH, manifold_images=COUNT)
+
+    @property
+    def kept(self) -> int:
+        """Number of reference images whose pooled features the metrics need."""
+        return self.manifold_images if self.kid or self.precision_recall else 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that scores depend on besides images and reference: plain JSON data."""
+        return {
+            **{"name": self.name, **self.extract.identity},
+            **{"kid": self.kid, "precision_recall": self.precision_recall},
+            **({"manifold_images": self.manifold_images} if self.kept else {}),
+            **({"clip": dict(self.clip.identity)} if self.clip else {}),
+        }
 
 
 class ImageRows(NamedTuple):
@@ -112,12 +170,12 @@ class Scores:
         self._warn_of_few(count)
         scores = {name: float(metric.compute()) for name, metric in self.distances.items()}
         if count >= SPLITS:
-            scores |= {"is": inception_score(rows.logits), "is_adm": inception_score_adm(rows.logits)}
+            scores |= {"is": metrics.inception_score(rows.logits), "is_adm": metrics.inception_score_adm(rows.logits)}
         real, generated = self.reference.manifold[: evaluator.kept].to(device), rows.pooled.to(device)
         if evaluator.kid and min(len(real), count) >= 2:
-            scores["kid"] = kernel_distance(real, generated)
+            scores["kid"] = metrics.kernel_distance(real, generated)
         if evaluator.precision_recall and min(len(real), count) > NEIGHBOUR:
-            scores["precision"], scores["recall"] = precision_recall(real, generated)
+            scores["precision"], scores["recall"] = metrics.precision_recall(real, generated)
         if evaluator.clip is not None:
             scores["clip"] = max(float(rows.clip.double().mean()), 0.0)  # in this order, nan stays
         for name, value in scores.items():

@@ -15,7 +15,7 @@ from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_sites
 from tfmq_exp.denoisers.unet import attentions, read_structure
-from tfmq_exp.evaluation.evaluator import Evaluator
+from tfmq_exp.evaluation.scores import Evaluator
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling

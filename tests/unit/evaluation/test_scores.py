@@ -12,12 +12,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.helpers.evaluation import TensorDataset, frechet, linear_extractor, measured, pictures, score
-from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.features.digit_classifier import digits_extractor
-from tfmq_exp.evaluation.features.extractor import Features
-from tfmq_exp.evaluation.metrics.fid import GaussianStatistics
+from tfmq_exp.evaluation.features.extractor import Features, digits_extractor
+from tfmq_exp.evaluation.metrics import GaussianStatistics
 from tfmq_exp.evaluation.references import ReferenceStatistics
-from tfmq_exp.evaluation.scores import Scores
+from tfmq_exp.evaluation.scores import Evaluator, Scores
 
 SHAPE = (1, 6, 6)
 REAL, GENERATED = pictures(300, 6, 0, channels=1), pictures(250, 6, 1, channels=1)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tests.helpers.evaluation import TensorDataset, frechet_of_few, measured, pictures, score
-from tfmq_exp.evaluation.evaluator import Evaluator
 from tfmq_exp.evaluation.features.inception import inception_extractor
+from tfmq_exp.evaluation.scores import Evaluator
 
 COUNT = 12  # KID's subsets are then all images on both sides, whatever the random numbers
 OPTIONS = {"cuda": False, "batch_size": COUNT, "cache": False, "save_cpu_ram": True, "verbose": False}

@@ -1,4 +1,4 @@
-"""Feature extractors of images: one forward pass gives the features of all scores."""
+"""Feature extractors of images: one forward pass gives the features of all scores. That of the shipped digit classifier."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tfmq_exp.core.finite import NotFiniteError
 from tfmq_exp.core.validate import COUNT, check_fields
+from tfmq_exp.denoisers.digits import load_classifier
 
 
 class Features(NamedTuple):
@@ -54,3 +55,19 @@ class Extractor:
             if wrong := int((~values.isfinite().all(1)).sum()):
                 raise NotFiniteError(f"the {name} features of {wrong} of {len(values)} images are not finite")
         return features
+
+
+def digits_extractor() -> Extractor:
+    """Features of the shipped classifier of gray 16x16 images: no download, and scores not comparable with Inception's."""
+    classifier, sha256 = load_classifier()
+
+    def features(images: UInt8[Tensor, "batch 1 16 16"]) -> Features:
+        channels, height, width = images.shape[1:]
+        if (channels, height, width) != (1, 16, 16):
+            raise ValueError(
+                f"eval=digits scores gray images of 16x16 pixels, these have {channels} channels of {height}x{width} pixels; "
+                "eval=inception takes any"
+            )
+        return Features(*classifier(images))
+
+    return Extractor(features, (64, 112), {"extractor_sha256": sha256}, batch_size=512)

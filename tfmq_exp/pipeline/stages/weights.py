@@ -1,33 +1,74 @@
-"""Weights and activation scales by quantization-aware training on images."""
+"""Integer weights: rounded to nearest, reconstructed unit by unit, or trained on images."""
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from tfmq_exp.methods.qat_method import QuantizationAwareTrain
-from tfmq_exp.pipeline.learning import learning
+from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
+from tfmq_exp.pipeline.learning import finished_units, learning, load_result, save_result
 from tfmq_exp.pipeline.pipeline import Stage
-from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
+from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingContext
 from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
-from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer
+from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer, UnitResult
+from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
-FILE = "trained.safetensors"
+RECONSTRUCTED, TRAINED = "weights.safetensors", "trained.safetensors"
+
+
+@dataclass(eq=False)
+class ReconstructWeights(Stage):
+    """Weights turned into integers; depends on data only where the method learns, on activations only where it learns both."""
+
+    method: RoundToNearest | Reconstruct
+    trajectory: CollectTrajectory
+    stored_as = "weights"
+
+    @property
+    def joint(self) -> bool:
+        """Whether activation scales are learned together with the weights."""
+        return "activations" in self.method.learns
+
+    def inputs(self) -> Mapping[str, Any]:
+        data = {"trajectory": self.trajectory.key, "seed": self.run.seed} if self.method.learns else {}
+        return {**self.run.weight_inputs, **data, **(self.run.layer_inputs if self.joint else {})}
+
+    def compute(self, folder: Path) -> None:
+        run, model, data = self.run, self.run.quantized_unet(), self.trajectory.samples_if_needed()
+        with learning(self.pipeline, self.name, folder) as callbacks:
+            network = model, run.denoiser.unet, run.structure
+            self.method(ReconstructionContext(*network, data, run.compute, run.seed, *callbacks))
+        if self.pipeline.group.is_main:
+            state = model.activation_state() if self.joint else {}
+            save_result(folder / RECONSTRUCTED, UnitResult(model.integers, state), {})
+
+    def count(self) -> int:
+        return finished_units(self.entry.path)
+
+    def model(self) -> QuantizedUNet:
+        """The network with integer weights; its activations are still float, or learned if that was done jointly."""
+        result, _ = load_result(self.result() / RECONSTRUCTED)
+        model = self.run.quantized_unet()
+        for layer, weight in result.integers.items():
+            model.freeze(layer, weight)
+        model.load_activations(result.activations)
+        return model
 
 
 @dataclass(eq=False)
 class TrainWeights(Stage):
-    """The trained network. It knows no timesteps of a sampler: another sampler needs no other training."""
+    """The network trained on images. It knows no timesteps of a sampler: another sampler needs no other training."""
 
     method: QuantizationAwareTrain
     examples: EncodeExamples
@@ -48,7 +89,7 @@ class TrainWeights(Stage):
             task = self.task(folder / "checkpoints", *callbacks)
             self.method(task)
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in task.model.state_dict().items()}
-        self.pipeline.store.write(folder / FILE, lambda path: save_file(tensors, path))
+        self.pipeline.store.write(folder / TRAINED, partial(save_file, tensors))
         if self.pipeline.group.is_main:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -58,10 +99,7 @@ class TrainWeights(Stage):
     def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingContext:
         """The training: a quantized copy of the network that knows all timesteps of the noise schedule, and its data.
 
-        Args:
-            folder: of Lightning's checkpoints.
-            units: keeps the report.
-            callback: shows progress.
+        `folder` is of Lightning's checkpoints; `units` keeps the report.
         """
         run, alphas = self.run, alphas_cumprod(self.run.denoiser.schedule)
         model = run.quantized_unet(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
@@ -92,7 +130,7 @@ class TrainWeights(Stage):
     def model(self) -> QuantizedUNet:
         """The trained network at the sampler's timesteps, its weights turned into integers."""
         model = self.sampled_model()
-        model.load_state_dict(load_file(self.result() / FILE))
+        model.load_state_dict(load_file(self.result() / TRAINED))
         return finish(model)
 
 

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.learning import LoggingCallback
+from tfmq_exp.pipeline.learning import (
+    FileUnitCheckpointer,
+    LoggingCallback,
+    LossCurve,
+    load_result,
+    save_result,
+    unit_reports,
+)
 from tfmq_exp.pipeline.store import DamagedEntry, Store
-from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve, load_result, save_result, unit_reports
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
@@ -51,7 +57,7 @@ def test_everything_learned_and_its_note_survive_the_file(tmp_path: Path) -> Non
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     save_result(tmp_path / "file", learned(), {})
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"file is damaged.*delete it"):
+    with pytest.raises(ValueError, match=r"file is not readable \(damaged"):
         load_result(tmp_path / "file")
 
 
