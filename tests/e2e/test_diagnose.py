@@ -118,4 +118,4 @@ def test_all_but_one_unit(first: Path, tmp_path: Path) -> None:
 def test_a_wrong_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job(tmp_path, *SMALL, "diagnosis.sensitivity=none")
-    assert "diagnosis.sensitivity must be alone or others, got 'none'" in capsys.readouterr().out
+    assert "diagnosis.sensitivity must be one of alone, others, got 'none'" in capsys.readouterr().out

@@ -37,11 +37,7 @@ class ActivationStats:
     drawn: list[Tensor] = field(default_factory=list)  # values that quantiles are computed of
 
     def add(self, x: Tensor, q: QParams, max_values: int, generator: torch.Generator) -> None:
-        """Add a batch; NotFiniteError for a NaN or an infinity in it.
-
-        `q` is of its quantizer for this batch. At most `max_values` are kept for quantiles, sampled with replacement by the
-        generator, which is on the CPU.
-        """
+        """Add a batch with its quantizer's parameters; at most `max_values` are kept, drawn with replacement, for quantiles."""
         x, qmin, qmax = x.detach().float(), self.spec.qmin, self.spec.qmax
         low, high = x.aminmax()
         require_finite(torch.stack([low, high]), "an activation while sampling")  # which no comparison would show

@@ -30,21 +30,13 @@ class StepPair(NamedTuple):
 
 @dataclass(frozen=True)
 class TrajectoryPair:
-    """Sampling with the quantized and with the float network, step by step from the same noise.
+    """Sampling with the quantized and with the float network, step by step from the same noise."""
 
-    Args:
-        predict: the quantized network's prediction.
-        quantized: its sampling.
-        denoiser: the float network.
-        sampling: its sampling.
-        seed: of the noise.
-    """
-
-    predict: Predict
-    quantized: Sampling
-    denoiser: Denoiser
-    sampling: Sampling
-    seed: int
+    predict: Predict  # the quantized network's
+    quantized: Sampling  # that goes with it
+    denoiser: Denoiser  # the float network
+    sampling: Sampling  # that goes with it
+    seed: int  # of the noise
 
     def steps(self, indices: Sequence[int]) -> Iterator[StepPair]:
         """The steps of the images with these indices, which run as one batch."""

@@ -73,27 +73,17 @@ def frechet_distance(
     features it saves most of the time: the eigenvalues of S_r S_g are those within the range of S_g.
     """
     if rank is not None and 2 * rank < len(real.mean):
-        real, generated, outside = within_range(real, generated, rank)
-        return frechet_distance(real, generated) + outside
+        # Outside of that range the generated distribution is a point: means differ by their distance, and all variance of
+        # the real one counts. The range by arXiv 0909.4061, algorithm 4.1: exact where the rank is so low.
+        probes = torch.randn(len(real.mean), rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        basis, _ = torch.linalg.qr(generated.covariance @ probes)
+        one, other = (GaussianStatistics(basis.t() @ mean, basis.t() @ cov @ basis) for mean, cov in (real, generated))
+        apart, near = real.mean - generated.mean, one.mean - other.mean
+        outside = apart.dot(apart) - near.dot(near) + real.covariance.trace() - one.covariance.trace()
+        return frechet_distance(one, other) + outside
     means = (real.mean - generated.mean).square().sum(dim=-1)
     traces = real.covariance.trace() + generated.covariance.trace()
     return means + traces - 2 * torch.linalg.eigvals(real.covariance @ generated.covariance).sqrt().real.sum(dim=-1)
-
-
-def within_range(
-    real: GaussianStatistics, generated: GaussianStatistics, rank: int
-) -> tuple[GaussianStatistics, GaussianStatistics, Float[Tensor, ""]]:
-    """Project both onto a subspace with the range of the generated covariance; also return the distance outside of it.
-
-    Outside, the generated distribution is a point: means differ by their distance, and all variance of the real one counts.
-    """
-    probes = torch.randn(len(real.mean), rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    # arXiv 0909.4061, algorithm 4.1: exact where the rank is so low
-    basis, _ = torch.linalg.qr(generated.covariance @ probes)
-    inside = [GaussianStatistics(basis.t() @ mean, basis.t() @ cov @ basis) for mean, cov in (real, generated)]
-    apart, apart_inside = real.mean - generated.mean, inside[0].mean - inside[1].mean
-    outside = apart.dot(apart) - apart_inside.dot(apart_inside) + real.covariance.trace() - inside[0].covariance.trace()
-    return inside[0], inside[1], outside
 
 
 def inception_score(logits: Rows) -> float:

@@ -30,12 +30,7 @@ Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether in Fortran's o
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a `.npz` for reading.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged or of another kind, which is named; or any ValueError of the block.
-    """
+    """Open a `.npz` for reading; ValueErrors name the file, also those of the block, and the kind of another file."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head.startswith(b"PK"):
@@ -77,11 +72,7 @@ def has_images(path: Path) -> bool:
 
 
 class NpzImages:
-    """The images of a `.npz` as an image dataset: guided-diffusion's samples and reference batches.
-
-    Raises:
-        ValueError: no `arr_0`, or one that holds no uint8 images or unpacks to too much.
-    """
+    """The images of a `.npz` as an image dataset: guided-diffusion's samples and reference batches."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -121,12 +112,9 @@ class NpzImages:
 def write_npz(
     path: Path, count: int, shape: tuple[int, int, int], shards: Iterable[UInt8[Tensor, "batch channels height width"]]
 ) -> None:
-    """Write `count` images of a shape (channels, height, width) as `arr_0`, as they come.
+    """Write images as `arr_0`, as they come; ValueError for others than `count` of a shape (channels, height, width).
 
     Alone: if a sample file has statistics, guided-diffusion's evaluator reads only them.
-
-    Raises:
-        ValueError: `shards` has other images than announced.
     """
     channels, height, width = shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
@@ -144,11 +132,7 @@ def write_npz(
 
 
 def read_statistics(path: Path, widths: tuple[int, int]) -> tuple[GaussianStatistics, GaussianStatistics]:
-    """Read mean and covariance of pooled and of spatial features, in float64; `widths` are their numbers of features.
-
-    Raises:
-        ValueError: not a `.npz`, a key missing, another shape, or values that are no mean and covariance.
-    """
+    """Read mean and covariance of pooled and of spatial features, of these numbers, in float64; ValueError for others."""
     with open_npz(path) as archive:
         found = [name.removesuffix(".npy") for name in archive.namelist()]
         if missing := [key for key in STATISTICS if key not in found]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tfmq_exp.core.files import sha256_of
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.data.image_dataset import ImageDataset
-from tfmq_exp.evaluation.features.extractor import Extractor
+from tfmq_exp.evaluation.features import Extractor
 from tfmq_exp.evaluation.metrics import FeatureMoments, GaussianStatistics
 from tfmq_exp.evaluation.npz import NpzImages, has_images, read_statistics
 
@@ -79,18 +79,11 @@ class ReferenceStatistics:
 def reference_statistics(
     reference: ImageDataset | NpzReference, extract: Extractor, keep: int, progress: Progress
 ) -> ReferenceStatistics:
-    """Compute the statistics of images in one pass, or read them from a file.
+    """Compute the statistics of images in one pass, or read them from a file; ValueError for what cannot be a reference.
 
-    Args:
-        reference: images, or a file of statistics.
-        extract: images to features.
-        keep: how many images' pooled features to keep, for KID, precision and recall: evenly spaced images, since the
-            first ones of a folder may all be of one class. Of a file of statistics the first, as its own evaluator does.
-        progress: called after every batch with the number of images that are done, and of all.
-
-    Raises:
-        FileNotFoundError: no such file of statistics.
-        ValueError: fewer than two images, or all the same; images or statistics that are damaged or of another kind.
+    The pooled features of `keep` images are kept, for KID, precision and recall: evenly spaced images, since the first ones of
+    a folder may all be of one class; of a file of statistics the first, as its own evaluator does. `progress` is called after
+    every batch with the number of images that are done, and of all.
     """
     given = extract, keep, progress
     statistics = (

@@ -6,36 +6,21 @@ from typing import Any, NamedTuple
 from tfmq_exp.deploy.engine import Engine
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
 from tfmq_exp.pipeline.run import Run
-from tfmq_exp.pipeline.stages import diagnose
+from tfmq_exp.pipeline.stages import diagnose, evaluation, network
 from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
-from tfmq_exp.pipeline.stages.evaluation import (
-    ComputeReference,
-    MeasureErrors,
-    SampledNetwork,
-    SampleImages,
-    ScoreImages,
-)
 from tfmq_exp.pipeline.stages.export_engine import ExportEngine
-from tfmq_exp.pipeline.stages.network import CalibrateActivations, FitCorrection, QuantizedNetwork
-from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
 
 
 class Evaluation(NamedTuple):
     """Stages that evaluate one quantized network."""
 
-    images: SampleImages
-    scores: ScoreImages
-    errors: MeasureErrors
+    images: evaluation.SampleImages
+    scores: evaluation.ScoreImages
+    errors: evaluation.MeasureErrors
 
 
 class Experiment:
-    """The stages of a run.
-
-    Args:
-        run: the configuration.
-        pipeline: that computes them.
-        engine: executes the finished network as well, and is evaluated like the simulation.
-    """
+    """The stages of a run. An engine executes the finished network as well, and is evaluated like the simulation."""
 
     def __init__(self, run: Run, pipeline: Pipeline, engine: Engine | None = None) -> None:
         self.run, self.pipeline = run, pipeline
@@ -45,13 +30,15 @@ class Experiment:
         weights, correction = run.method.weights, run.method.correction
         if weights.trains is True:
             self.examples = EncodeExamples(*given, weights.protocol.horizontal_flip)
-            self.weights = TrainWeights(*given, weights, self.examples)
+            self.weights = network.TrainWeights(*given, weights, self.examples)
         else:
-            self.weights = ReconstructWeights(*given, weights, self.trajectory)
-        self.activations = CalibrateActivations(*given, self.trajectory, self.weights)
-        self.correction = FitCorrection(*given, correction, self.activations) if correction.measures is True else None
-        self.quantized = QuantizedNetwork(run.sampling, self.activations, self.correction)
-        self.reference = ComputeReference(*given)
+            self.weights = network.ReconstructWeights(*given, weights, self.trajectory)
+        self.activations = network.CalibrateActivations(*given, self.trajectory, self.weights)
+        self.correction = (
+            network.FitCorrection(*given, correction, self.activations) if correction.measures is True else None
+        )
+        self.quantized = network.QuantizedNetwork(run.sampling, self.activations, self.correction)
+        self.reference = evaluation.ComputeReference(*given)
         float_sampler = run.sampling.predictor(run.denoiser.unet), run.sampling
         self.float_images, self.float_scores, _ = self._evaluation("float ", None, lambda: float_sampler)
         self.simulated = self._evaluation("", self.quantized.stage, self.quantized.sampler)
@@ -62,11 +49,11 @@ class Experiment:
         diagnoses = [kind(*given, self.quantized, self.trajectory) for kind in kinds]
         self.diagnoses: dict[str, diagnose.Diagnosis] = {stage.name: stage for stage in diagnoses}
 
-    def _evaluation(self, prefix: str, *network: Any) -> Evaluation:
-        given, sampled = (self.run, self.pipeline), SampledNetwork(*network)
-        images = SampleImages(*given, sampled, prefix=prefix)
-        scores = ScoreImages(*given, images, self.reference, prefix=prefix)
-        return Evaluation(images, scores, MeasureErrors(*given, sampled, self.quantized, prefix=prefix))
+    def _evaluation(self, prefix: str, *sampled_as: Any) -> Evaluation:
+        given, sampled = (self.run, self.pipeline), evaluation.SampledNetwork(*sampled_as)
+        images = evaluation.SampleImages(*given, sampled, prefix=prefix)
+        scores = evaluation.ScoreImages(*given, images, self.reference, prefix=prefix)
+        return Evaluation(images, scores, evaluation.MeasureErrors(*given, sampled, self.quantized, prefix=prefix))
 
     def data(self, goal: str) -> list[Stage]:
         """Stages with the data that weights (`goal` is weights) or the whole network are made from."""
@@ -100,9 +87,7 @@ class Experiment:
 
     def make_network(self, goal: str) -> None:
         """Compute what a goal needs of the network, and have the data behind it in the store, even if that was deleted."""
-        if goal == "trajectory":
-            self.pipeline.get(self.trajectory)
-            return
-        self.pipeline.get(self.weights if goal == "weights" else self.activations)
-        for stage in (self.weights, *self.data(goal)):
+        last: dict[str, Stage] = {"trajectory": self.trajectory, "weights": self.weights}
+        self.pipeline.get(last.get(goal, self.activations))
+        for stage in () if goal == "trajectory" else (self.weights, *self.data(goal)):
             self.pipeline.require(stage)

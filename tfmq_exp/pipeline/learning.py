@@ -19,28 +19,17 @@ from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 
 CURVE_POINTS = 100  # kept of a loss curve; the first iteration may add one
 PARTS = ("codes", "scale", "zero_point")
+Row = dict[str, Any]
 Write = Callable[[Path, Callable[[Path], object]], None]
 
 
-@dataclasses.dataclass
-class LossCurve:
-    """Loss of a unit over its iterations, thinned. `phase` has a number where the units are learned more than once."""
-
-    phase: str
-    unit: str
-    points: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-
-    def add(self, number: int, of: int, loss: float) -> bool:
-        """Keep the first point, and the first one in each hundredth of the iterations; returns whether it was kept."""
-        keep = not self.points or number * CURVE_POINTS // of > self.points[-1][0] * CURVE_POINTS // of
-        if keep:
-            self.points.append((number, loss))
-        return keep
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each point."""
-        names = {"phase": self.phase, "unit": self.unit}
-        return [{**names, "iteration": iteration, "loss": loss} for iteration, loss in self.points]
+def add_point(curve: list[Row], point: Row, of: int) -> bool:
+    """Add the loss of one of so many iterations to a curve: the first, and the first in each hundredth; was it added?"""
+    part = point["iteration"] * CURVE_POINTS // of
+    kept = not curve or part > curve[-1]["iteration"] * CURVE_POINTS // of
+    if kept:
+        curve.append(point)
+    return kept
 
 
 def save_result(path: Path, result: UnitResult, note: Mapping[str, Any], write: Write = write_checked) -> None:
@@ -75,15 +64,12 @@ def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
 
 
 class FileUnitCheckpointer:
-    """Writes every learned unit to a file, so that a killed run goes on after the last one.
+    """Writes every learned unit to a file in a folder, so that a killed run goes on after the last one.
 
-    Args:
-        folder: of the files.
-        curves: loss curves of this process, by unit; each is written with its unit.
-        write: writes a file.
+    Each is written with its loss curve, of those of this process by unit.
     """
 
-    def __init__(self, folder: Path, curves: Mapping[str, LossCurve], write: Write = write_checked) -> None:
+    def __init__(self, folder: Path, curves: Mapping[str, list[Row]], write: Write = write_checked) -> None:
         self.folder, self.curves, self.write = folder, curves, write
         folder.mkdir(exist_ok=True)
 
@@ -101,17 +87,16 @@ class FileUnitCheckpointer:
 
     def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
         """Write a unit with its report and its loss curve."""
-        curve = self.curves.get(unit)
-        note = {**dataclasses.asdict(report), "curve": dataclasses.asdict(curve) if curve else None}
+        note = {**dataclasses.asdict(report), "curve": self.curves.get(unit, [])}
         save_result(self.path(unit), learned, note, self.write)
 
     def write_reports(self, folder: Path) -> None:
         """Write the reports of all units as `units.json` and their loss curves as `losses.json`, in the order of learning."""
         files = sorted(self.folder.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
         notes = [load_result(path)[1] for path in files]
-        curves = [LossCurve(**curve) for note in notes if (curve := note.pop("curve"))]
+        losses = [row for note in notes for row in note.pop("curve")]
         write_json(folder / "units.json", [dataclasses.asdict(UnitReport(**note)) for note in notes])
-        write_json(folder / "losses.json", [row for curve in curves for row in curve.rows()])
+        write_json(folder / "losses.json", losses)
 
 
 def finished_units(folder: Path) -> int:
@@ -119,9 +104,9 @@ def finished_units(folder: Path) -> int:
     return len(list(folder.glob("units/*.safetensors")))
 
 
-def unit_reports(entries: Iterable[Entry], name: str) -> list[dict[str, Any]]:
+def unit_reports(entries: Iterable[Entry], name: str) -> list[Row]:
     """Rows of `units.json` or `losses.json` of some entries with the phase; none where nothing was learned."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for entry in entries:
         if entry.done and name in entry.manifest["files"]:
             entry.verify(name)
@@ -139,7 +124,7 @@ class LoggingCallback:
     def __init__(self, advance: Advance, logger: Logger, phase: str) -> None:
         self.advance, self.logger, self.phase = advance, logger, phase
         self.finished_units, self.total, self.passes = 0, 0, 0
-        self.curves: dict[str, LossCurve] = {}
+        self.curves: dict[str, list[Row]] = {}
         self.shown: set[str] = set()
 
     def on_start(self, units: int) -> None:
@@ -155,11 +140,11 @@ class LoggingCallback:
     def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
         """Show the loss of iteration `iteration` of `iterations`, from 1, without the rounding penalty."""
         self.advance((self.finished_units + iteration / iterations) / self.total, f"{unit}  loss {loss:.2e}")
-        again = f" {self.passes}" if self.passes > 1 else ""
-        curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))
-        if curve.add(iteration, iterations, loss):
-            self.shown.add(f"{curve.phase}/{unit}")
-            self.logger.log_loss(f"{curve.phase}/{unit}", iteration, loss)
+        phase = f"{self.phase} {self.passes}" if self.passes > 1 else self.phase
+        point = {"phase": phase, "unit": unit, "iteration": iteration, "loss": loss}
+        if add_point(self.curves.setdefault(unit, []), point, iterations):
+            self.shown.add(f"{phase}/{unit}")
+            self.logger.log_loss(f"{phase}/{unit}", iteration, loss)
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         """Show the errors of a unit; no report: it was learned by an earlier attempt."""

@@ -52,10 +52,7 @@ class Stage(ABC):
         """Fill the folder, together with the other processes; what an interrupted attempt has left there is used."""
 
     def count(self) -> int | None:
-        """Amount of work for the cost estimate: images that are left, trajectories, passes of one image.
-
-        For weights and activations, what an interrupted attempt has finished.
-        """
+        """Amount of work for the cost estimate, see `cli/estimate.py`; of learned units, those that are finished."""
         return None
 
     @cached_property
@@ -80,14 +77,8 @@ class Stage(ABC):
 class Pipeline:
     """Computes stages through the store and records how that went.
 
-    Args:
-        store: of the results, for this process or for several.
-        progress: display.
-        logger: dashboard.
-
-    Attributes:
-        stage_log: name of a stage -> its record, as in `artifacts.json`.
-        shown_losses: loss curves that the logger has got while they grew.
+    `stage_log` has the record of each stage by its name, as in `artifacts.json`; `shown_losses` names the loss curves that the
+    logger has got while they grew.
     """
 
     def __init__(self, store: Store, progress: Progress, logger: Logger) -> None:
@@ -103,11 +94,7 @@ class Pipeline:
         return self.store.group
 
     def get(self, stage: Stage) -> Path:
-        """Folder of a stage's result. It is computed if it is not there, else verified the first time.
-
-        Raises:
-            DamagedEntry: a file is not what was written.
-        """
+        """Folder of a stage's result, which is computed if it is not there; else, the first time, `DamagedEntry` may arise."""
         entry = stage.entry
         if entry.path in self._finished:
             return entry.path
@@ -128,10 +115,7 @@ class Pipeline:
     ) -> None:
         """Write those files that an interrupted attempt has not, shared among the processes; all are there afterwards.
 
-        Args:
-            files: by what they are of.
-            make: computes a file and returns what writes it; gets a display of its own, which counts to 1.
-            advance: display of all, which counts to 1.
+        `make` computes a file and returns what writes it. Its display counts to 1, and so does that of all, `advance`.
         """
         share = self.group.shard([*files])
         for i, item in enumerate(share):

@@ -26,6 +26,7 @@ from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.files import HASH, sha256_of
 
 SCHEMA = 4  # part of every key: raise it when the meaning of stored files changes
+MANIFEST = "manifest.json"  # its presence means that an entry is finished
 MANIFEST_KEYS = {"stage", "key", "seconds", "files"}  # besides the manifest's own hash
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,9 @@ class DamagedEntry(ValueError):  # noqa: N818
 
 
 def canonical(value: Any) -> Any:
-    """Plain data that identifies a value: dataclasses with their class name, mappings and sequences element by element.
+    """Plain data that identifies a value: dataclasses with their class name; TypeError for what is neither.
 
     A class from outside the program counts with its module and the hash of its code, which `SCHEMA` does not follow.
-
-    Raises:
-        TypeError: a value that is neither plain data nor a dataclass.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         module = type(value).__module__
@@ -86,14 +84,9 @@ class Entry:
     inputs: Mapping[str, Any]
 
     @property
-    def manifest_path(self) -> Path:
-        """The file whose presence means that the entry is finished."""
-        return self.path / "manifest.json"
-
-    @property
     def done(self) -> bool:
         """Whether the entry is finished."""
-        return self.manifest_path.is_file()
+        return (self.path / MANIFEST).is_file()
 
     @property
     def seconds(self) -> float | None:
@@ -102,16 +95,12 @@ class Entry:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Content of the manifest.
-
-        Raises:
-            DamagedEntry: it is no manifest, not what was written, or another entry's.
-        """
+        """Content of the manifest; DamagedEntry for another file, another entry's, or one that has changed."""
         with suppress(ValueError):
-            manifest = files.read_record(self.manifest_path)
+            manifest = files.read_record(self.path / MANIFEST)
             if set(manifest) == MANIFEST_KEYS and manifest["key"] == self.key:
                 return manifest
-        raise self._damaged(self.manifest_path.name)
+        raise self._damaged(MANIFEST)
 
     @property
     def complete(self) -> bool:
@@ -119,11 +108,7 @@ class Entry:
         return self.done and all((self.path / name).is_file() for name in self.manifest["files"])
 
     def verify(self, *names: str) -> None:
-        """Compare files with their hashes: the named ones, or all.
-
-        Raises:
-            DamagedEntry: a file is missing or changed; names it and says how to have it made again.
-        """
+        """Compare the named files, or all, with their hashes; DamagedEntry names one that is missing or changed."""
         hashes = self.manifest["files"]
         for name in names or hashes:
             path = self.path / name
@@ -136,22 +121,18 @@ class Entry:
         )
 
     def finish(self, seconds: float | None = None) -> None:
-        """Write the manifest.
-
-        Raises:
-            DamagedEntry: a file with a hash of its own has changed since it was written.
-        """
+        """Write the manifest; DamagedEntry where a file with a hash of its own has changed since it was written."""
         for path in self.path.rglob("*.partial"):  # of a process that was killed while it wrote
             path.unlink()
         hashes = {}
         for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
-            if path.suffix == HASH or path == self.manifest_path:
+            if path.suffix == HASH or path == self.path / MANIFEST:
                 continue
             if files.hash_path(path).is_file() and not files.unchanged(path):
                 raise DamagedEntry(f"{path} has changed since it was written: the next run makes it again")
             hashes[path.relative_to(self.path).as_posix()] = sha256_of(path)
-        record = {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes}
-        files.write_record(self.manifest_path, record)
+        manifest = {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes}
+        files.write_record(self.path / MANIFEST, manifest)
         self.remove_file_hashes()
 
     def remove_file_hashes(self) -> None:
@@ -196,15 +177,10 @@ class Store:
     def get_or_compute(
         self, entry: Entry, compute: Callable[[Path], None], seconds: Callable[[], float | None] = lambda: None
     ) -> bool:
-        """Make sure that the entry is finished and unchanged; returns whether it had to be computed.
+        """Make sure that the entry is finished and unchanged (else DamagedEntry); returns whether it had to be computed.
 
-        Args:
-            entry: place of the result.
-            compute: fills the folder, in all processes of the group; finds there what an interrupted attempt has left.
-            seconds: gives the time of the computation, asked afterwards.
-
-        Raises:
-            DamagedEntry: it is finished, and some file is not what was written.
+        `compute` fills the folder, in all processes of the group, and finds there what an interrupted attempt has left.
+        `seconds` gives the time that it took, and is asked afterwards.
         """
         if self._found(entry):
             return False

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.helpers.evaluation import TensorDataset, frechet, linear_extractor, measured, pictures, score
-from tfmq_exp.evaluation.features.extractor import Features, digits_extractor
+from tfmq_exp.evaluation.features import Features, digits_extractor
 from tfmq_exp.evaluation.metrics import GaussianStatistics
 from tfmq_exp.evaluation.references import ReferenceStatistics
 from tfmq_exp.evaluation.scores import Evaluator, Scores
@@ -110,7 +110,7 @@ def test_rows_are_kept_only_where_a_score_reads_them(evaluator: Evaluator) -> No
     assert len(statistics.manifold) == 0
     scores = Scores(plain, statistics)
     scores.update(GENERATED, 0)
-    assert scores.rows[0].pooled.numel() == 0
+    assert scores.rows[0]["pooled"].numel() == 0
     assert scores.compute().keys() == {"fid", "sfid", "is", "is_adm"}
     with pytest.raises(ValueError, match="none were kept"):
         Scores(evaluator, statistics)
@@ -202,7 +202,7 @@ def test_a_score_that_is_not_finite_is_named(evaluator: Evaluator, reference: Re
     scores = Scores(wrong, reference)
     scores.update(GENERATED, 0, ["a caption"] * len(GENERATED))
     for value in (math.inf, math.nan):
-        scores.rows[0].clip[3] = value
+        scores.rows[0]["clip"][3] = value
         with pytest.raises(ValueError, match=f"the score clip of 250 images is {value}"):
             scores.compute()
 

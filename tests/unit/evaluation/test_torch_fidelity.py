@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tests.helpers.evaluation import TensorDataset, frechet_of_few, measured, pictures, score
-from tfmq_exp.evaluation.features.inception import inception_extractor
+from tfmq_exp.evaluation.features import inception_extractor
 from tfmq_exp.evaluation.scores import Evaluator
 
 COUNT = 12  # KID's subsets are then all images on both sides, whatever the random numbers

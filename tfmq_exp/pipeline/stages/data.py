@@ -10,6 +10,7 @@ import torch
 
 from tfmq_exp.calibration.collect import collect_trajectories, join_by_step
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.files import write_checked
 from tfmq_exp.core.finite import within
 from tfmq_exp.pipeline.pipeline import Advance, Stage
@@ -39,7 +40,8 @@ class CollectTrajectory(Stage):
                 ).save
 
         parts.mkdir(exist_ok=True)
-        files = {indices: parts / f"{indices.start:06d}.safetensors" for indices in run.calibration.batches()}
+        together = batches(run.calibration.images, run.calibration.batch)
+        files = {indices: parts / f"{indices.start:06d}.safetensors" for indices in together}
         with self.pipeline.progress(self.name, 1) as advance:
             self.pipeline.compute_files(files, make, advance)
         if self.pipeline.group.is_main:

@@ -1,31 +1,134 @@
-"""The finished quantized network: activation ranges, and the correction of its noise."""
+"""The quantized network: integer weights, activation ranges, and the correction of its noise."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tfmq_exp.core.files import write_checked
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.methods.noise_correction import NoiseCorrection
 from tfmq_exp.methods.noise_statistics import NoiseStatistics
-from tfmq_exp.pipeline.learning import finished_units, learning
+from tfmq_exp.methods.qat_method import QuantizationAwareTrain
+from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
+from tfmq_exp.pipeline.learning import finished_units, learning, load_result, save_result
 from tfmq_exp.pipeline.pipeline import Stage
-from tfmq_exp.pipeline.stages.data import CollectTrajectory
-from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
+from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
+from tfmq_exp.qat.model import finish
+from tfmq_exp.qat.train import TrainingContext
+from tfmq_exp.quant.scales.timestep_groups import TimestepGroupScale
+from tfmq_exp.reconstruction.callbacks import ProgressCallback, UnitCheckpointer, UnitResult
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict
+from tfmq_exp.sampling.schedule import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
+RECONSTRUCTED, TRAINED = "weights.safetensors", "trained.safetensors"
 ARTEFACT, STATISTICS = "quantized.safetensors", "statistics.safetensors"
 log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class ReconstructWeights(Stage):
+    """Weights turned into integers; depends on data only where the method learns, on activations only where it learns both."""
+
+    method: RoundToNearest | Reconstruct
+    trajectory: CollectTrajectory
+    stored_as = "weights"
+
+    def inputs(self) -> Mapping[str, Any]:
+        data = {"trajectory": self.trajectory.key, "seed": self.run.seed} if self.method.learns else {}
+        joint = self.run.layer_inputs if "activations" in self.method.learns else {}
+        return {**self.run.weight_inputs, **data, **joint}
+
+    def compute(self, folder: Path) -> None:
+        run, model, data = self.run, self.run.quantized_unet(), self.trajectory.samples_if_needed()
+        with learning(self.pipeline, self.name, folder) as callbacks:
+            network = model, run.denoiser.unet, run.structure
+            self.method(ReconstructionContext(*network, data, run.compute, run.seed, *callbacks))
+        state = model.activation_state() if "activations" in self.method.learns else {}
+        save_result(folder / RECONSTRUCTED, UnitResult(model.integers, state), {}, self.pipeline.store.write)
+
+    def count(self) -> int:
+        return finished_units(self.entry.path)
+
+    def model(self) -> QuantizedUNet:
+        """The network with integer weights; its activations are still float, or learned if that was done jointly."""
+        result, _ = load_result(self.result() / RECONSTRUCTED)
+        model = self.run.quantized_unet()
+        for layer, weight in result.integers.items():
+            model.freeze(layer, weight)
+        model.load_activations(result.activations)
+        return model
+
+
+@dataclass(eq=False)
+class TrainWeights(Stage):
+    """The network trained on images. It knows no timesteps of a sampler: another sampler needs no other training."""
+
+    method: QuantizationAwareTrain
+    examples: EncodeExamples
+    stored_as = "weights"
+
+    @cached_property
+    def labels(self) -> Sequence[Any]:
+        """Class or caption of every training image; none for an unconditional network."""
+        return self.method.labels.of(self.run.training_images)
+
+    def inputs(self) -> Mapping[str, Any]:
+        data = {"examples": self.examples.key, "schedule": dict(self.run.denoiser.schedule), "seed": self.run.seed}
+        return {**self.run.weight_inputs, **self.run.layer_inputs, **data, **label_inputs(self.labels)}
+
+    def compute(self, folder: Path) -> None:
+        self.sampled_model()  # what cannot be sampled is refused before the training
+        with learning(self.pipeline, self.name, folder, "training") as callbacks:
+            task = self.task(folder / "checkpoints", *callbacks)
+            self.method(task)
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in task.model.state_dict().items()}
+        self.pipeline.store.write(folder / TRAINED, partial(save_file, tensors))
+        if self.pipeline.group.is_main:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def count(self) -> int:
+        return max((int(path.stem) for path in self.entry.path.glob("checkpoints/*.ckpt")), default=0)
+
+    def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingContext:
+        """The training, of a quantized network at all timesteps of the schedule; `folder` is of Lightning's checkpoints."""
+        run, alphas = self.run, alphas_cumprod(self.run.denoiser.schedule)
+        model = run.quantized_unet(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
+        data = self.examples.examples(), self.labels, run.denoiser.encoder, alphas.float().to(run.denoiser.device)
+        return TrainingContext(model, *data, run.compute, run.seed, folder, units, callback)
+
+    def sampled_model(self) -> QuantizedUNet:
+        """The untrained network at the sampler's timesteps; ValueError where it cannot be trained at all timesteps."""
+        require_noise_prediction(self.run.denoiser.schedule, "training")
+        model = self.run.quantized_unet()
+        for name, quantizer in model.activation_quantizers().items():
+            source = quantizer.source
+            if source.per_step:
+                raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
+            if isinstance(source, TimestepGroupScale) and source.unread:
+                few = len(source.scale)
+                raise ValueError(
+                    f"{name} would be trained with {few + source.unread} intervals, and the sampler's "
+                    f"{model.context.num_steps} steps fall into {few} of them: take fewer intervals, or more steps"
+                )
+        return model
+
+    def model(self) -> QuantizedUNet:
+        """The trained network at the sampler's timesteps, its weights turned into integers."""
+        model = self.sampled_model()
+        model.load_state_dict(load_file(self.result() / TRAINED))
+        return finish(model)
 
 
 @dataclass(eq=False)
@@ -48,9 +151,8 @@ class CalibrateActivations(Stage):
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks))
         run.method.temporal(*network)
         model.tabulate_scales()
-        if self.pipeline.group.is_main:
-            recipe = Recipe.of(run.sampling, run.denoiser)
-            write_checked(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe))
+        recipe = Recipe.of(run.sampling, run.denoiser)
+        self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe))
 
     def count(self) -> int:
         return finished_units(self.entry.path)
@@ -128,3 +230,8 @@ class QuantizedNetwork:
         if self.correction is None:
             return predict, self.sampling
         return self.correction.correction(predict, self.sampling, self.correction.statistics)
+
+
+def label_inputs(labels: Sequence[Any]) -> dict[str, str]:
+    """Identity of the labels; nothing where there are none."""
+    return {"labels_sha256": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()} if labels else {}

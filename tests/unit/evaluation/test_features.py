@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from tests.helpers.evaluation import pictures
-from tfmq_exp.evaluation.features.inception import InceptionFeatures, inception_extractor, load_inception
+from tfmq_exp.evaluation.features import InceptionFeatures, inception_extractor, load_inception
 
 
 def test_features_are_those_of_torch_fidelity(inception_file: Path) -> None:
