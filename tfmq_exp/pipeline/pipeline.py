@@ -52,7 +52,7 @@ class Stage(ABC):
         """Fill the folder, together with the other processes; what an interrupted attempt has left there is used."""
 
     def count(self) -> int | None:
-        """Amount of work for the cost estimate, see `cli/estimate.py`; of learned units, those that are finished."""
+        """Images that are left, trajectories, passes of one image, or finished units, for the estimate of the cost."""
         return None
 
     @cached_property
