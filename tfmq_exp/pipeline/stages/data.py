@@ -25,19 +25,20 @@ class CollectTrajectory(Stage):
     stored_as = "trajectory"
 
     def inputs(self) -> Mapping[str, Any]:
-        return {**self.run.model_inputs, "calibration": self.run.calibration, "seed": self.run.seed}
+        run = self.run
+        data = {"sampling": run.calibration_sampling, "calibration": run.calibration, "seed": run.seed}
+        return {**run.model_inputs, **data}
 
     def compute(self, folder: Path) -> None:
-        run, calls, parts = self.run, len(self.run.calls), folder / "parts"
+        run, calls, parts = self.run, len(self.run.calibration_calls), folder / "parts"
 
         def make(indices: range, advance: Advance) -> Callable[[Path], object]:
             def each_step(step: int) -> None:
                 advance((step + 1) / calls, f"step {step + 1}")
 
+            given = run.denoiser, run.calibration_sampling, indices
             with within("calibration trajectories of the float network"):
-                return collect_trajectories(
-                    run.denoiser, run.sampling, indices, seed=run.seed, each_step=each_step
-                ).save
+                return collect_trajectories(*given, seed=run.seed, each_step=each_step).save
 
         parts.mkdir(exist_ok=True)
         together = batches(run.calibration.images, run.calibration.batch)

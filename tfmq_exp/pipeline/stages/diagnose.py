@@ -122,7 +122,7 @@ class UnitSensitivity(Diagnosis):
         network = self.network.model, run.denoiser.unet
         data = spread_over_steps(self.trajectory.samples(), run.diagnosis.samples, run.seed)
         batch, units = min(run.compute.batch, len(data)), quantized_units(*network, structure)
-        probe = PredictionProbe(*network, units, data, steps=len(run.calls), batch=batch)
+        probe = PredictionProbe(*network, units, data, steps=len(run.calibration_calls), batch=batch)
         whole = probe.error()["relative_error"]
 
         def make(unit: QuantizedUnit, advance: Advance) -> Callable[[Path], object]:

@@ -151,7 +151,7 @@ class CalibrateActivations(Stage):
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks))
         run.method.temporal(*network)
         model.tabulate_scales()
-        recipe = Recipe.of(run.sampling, run.denoiser)
+        recipe = Recipe.of(run.calibration_sampling, run.denoiser)
         self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe))
 
     def count(self) -> int:
