@@ -18,6 +18,7 @@ from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.callbacks import UnitReport, UnitResult
 
 CURVE_POINTS = 100  # kept of a loss curve; the first iteration may add one
+LOSSES = ("phase", "unit", "iteration", "loss")  # columns
 PARTS = ("codes", "scale", "zero_point")
 Row = dict[str, Any]
 Write = Callable[[Path, Callable[[Path], object]], None]
@@ -94,7 +95,7 @@ class FileUnitCheckpointer:
         """Write the reports of all units as `units.json` and their loss curves as `losses.json`, in the order of learning."""
         files = sorted(self.folder.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
         notes = [load_result(path)[1] for path in files]
-        losses = [row for note in notes for row in note.pop("curve")]
+        losses = [{column: row[column] for column in LOSSES} for note in notes for row in note.pop("curve")]
         write_json(folder / "units.json", [dataclasses.asdict(UnitReport(**note)) for note in notes])
         write_json(folder / "losses.json", losses)
 
