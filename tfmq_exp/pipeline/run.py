@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tfmq_exp.core.seeds import Stream
-from tfmq_exp.core.validate import COUNT, check_fields, one_of, optional
+from tfmq_exp.core.validate import COUNT, check_fields, optional
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
@@ -47,7 +47,9 @@ class DiagnosisPlan:
     sensitivity: Literal["alone", "others"]  # quantize each unit alone, or all the others and leave it float
 
     def __post_init__(self) -> None:
-        check_fields(self, samples=COUNT, trajectories=COUNT, sensitivity=one_of("alone", "others"))
+        check_fields(self, samples=COUNT, trajectories=COUNT)
+        if self.sensitivity not in ("alone", "others"):
+            raise ValueError(f"diagnosis.sensitivity must be alone or others, got {self.sensitivity!r}")
 
 
 @dataclass(frozen=True, eq=False)
