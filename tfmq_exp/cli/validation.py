@@ -160,7 +160,7 @@ def calibration_steps(cfg: DictConfig) -> int | None:
     if steps is None or steps == cfg.sampler.get("num_inference_steps"):
         return None
     outside = cfg.method.surgery.outside_timesteps
-    if outside != "nearest":
+    if outside == "error":
         raise ValueError(f"{key}={steps} needs method.surgery.outside_timesteps=nearest, got {outside}")
     if cfg.engine is not None:
         raise ValueError(f"{key}={steps} needs engine=none: engines run the calibrated timesteps alone")

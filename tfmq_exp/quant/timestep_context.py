@@ -78,10 +78,12 @@ class TimestepContext(nn.Module):
     def step_indices(self, t: Shaped[Tensor, "batch"], outside: Outside = "error") -> Int[Tensor, "batch"]:
         """Step of each timestep. `error` waits for the device of `t`; the other choices do not."""
         t = t.long()
-        if outside == "nearest":  # the set's larger timesteps come first, and argmin takes the first of equals
-            return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         if outside == "error":
             self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        elif (
+            outside != "unchecked"
+        ):  # the nearest: larger timesteps come first in the set, and argmin takes the first of equals
+            return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         return self.step_of_t.to(t.device)[t]
 
     @contextmanager

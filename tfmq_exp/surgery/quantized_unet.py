@@ -68,7 +68,7 @@ class QuantizedUNet(nn.Module):
         Raises:
             ValueError: a timestep outside the finite set where that is an error.
         """
-        if self.plan.outside_timesteps == "nearest":
+        if self.plan.outside_timesteps != "error":
             return self
         self.context.require(timesteps)
         return partial(self, outside="unchecked")
