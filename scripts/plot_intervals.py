@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from tfmq_exp.cli.terminal import Terminal, standard_streams
-from tfmq_exp.report.figures import scales_over_time
+from tfmq_exp.report import scales_over_time
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -38,7 +38,7 @@ from tfmq_exp.denoisers.digits import (
     build_unet,
     load_denoiser,
 )
-from tfmq_exp.report.figures.errors import mosaic
+from tfmq_exp.report.figures import mosaic
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.samplers.ddim import DDIM

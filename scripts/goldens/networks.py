@@ -16,7 +16,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, DenoiserParts
 from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
-from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
+from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.schedule import alphas_cumprod

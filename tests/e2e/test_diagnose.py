@@ -65,7 +65,7 @@ def test_tables_and_figures_are_there(first: Path) -> None:
 def test_what_it_says_of_rounding_to_nearest(first: Path) -> None:
     assert {row["changed"] for row in read(first, "weight_rounding")} == {"0.0"}
     calls = {row["call"] for row in read(first, "activation_ranges")}
-    assert len(read(first, "activation_ranges")) == len(calls) * 63  # of 64 layers; the first reads floats
+    assert len(read(first, "activation_ranges")) == len(calls) * 63  # the first layer's input is float
     units = read(first, "unit_sensitivity")
     assert units[0]["unit"] == "temporal_information_block"
     assert all(float(row["relative_error"]) > 0 for row in units)

@@ -16,9 +16,7 @@ from tfmq_exp.diagnostics.sensitivity import THIRDS
 from tfmq_exp.diagnostics.temporal_error import features_by_layer
 from tfmq_exp.diagnostics.trajectory_error import ERRORS
 from tfmq_exp.pipeline.experiment import Experiment
-from tfmq_exp.report.figures import diagnosis as figures
-from tfmq_exp.report.figures.canvas import short_name
-from tfmq_exp.report.figures.errors import accumulation_lines
+from tfmq_exp.report import figures
 
 Row = dict[str, Any]
 Draw = Callable[[Path, str], None]
@@ -68,7 +66,7 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
     steps = diagnoses["accumulation"]()
     yield Finding(
         {"error_accumulation": steps},
-        {"error_accumulation": partial(accumulation_lines, steps)},
+        {"error_accumulation": partial(figures.error_curves, "accumulation", steps)},
         "trajectory: steps with the largest error of their own",
         worst(steps, "eps_error"),
         ("step", "t", *ERRORS),
@@ -140,4 +138,4 @@ def print_finding(finding: Finding, console: Console) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return short_name(value) if isinstance(value, str) else str(value)
+    return figures.short_name(value) if isinstance(value, str) else str(value)

@@ -21,7 +21,7 @@ from tfmq_exp.pipeline.learning import unit_reports
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.evaluation import SampleImages
 from tfmq_exp.pipeline.stages.export_engine import FLOAT
-from tfmq_exp.report.figures import errors as figures
+from tfmq_exp.report import figures
 from tfmq_exp.report.records import ScoreRecord
 from tfmq_exp.report.tables import executed_dtypes
 
@@ -125,7 +125,7 @@ class RunOutputs:
         pair = _first(self.experiment.float_images.images()), _first(images.images())
         method = self.experiment.run.method.name
         title = f"{method}, executed by {executed_by}" if executed_by else f"quantized: {method}"
-        figures.side_by_side(*pair, self.folder / f"{name}.png", ("float", title))
+        figures.side_by_side(pair, self.folder / f"{name}.png", ("float", title))
         self.logger.log_image(name, self.folder / f"{name}.png")
 
     def save_deployed(self) -> None:
@@ -147,12 +147,11 @@ class RunOutputs:
 
     def save_errors(self, title: str) -> None:
         """The two error curves of the quantized network, as CSV and as plots."""
-        plots = {"temporal": figures.temporal_error, "trajectory": figures.trajectory_error}
         axes = {"temporal": ("timestep", "t"), "trajectory": ("step", "step")}
         for curve, rows in self.experiment.simulated.errors.errors().items():
             name, (axis, column) = f"{curve}_error", axes[curve]
             self.table(name, rows)
-            plots[curve](rows, self.folder / f"{name}.png", f"{curve} error, {title}")
+            figures.error_curves(curve, rows, self.folder / f"{name}.png", f"{curve} error, {title}")
             self.logger.log_curve(name, axis, points(rows, column))
             self.logger.log_image(name, self.folder / f"{name}.png")
 

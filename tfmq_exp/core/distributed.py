@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # torch is imported where it is needed: a store is opened, and a finished job found, without it
     from jaxtyping import Float
@@ -30,9 +32,8 @@ class ProcessGroup:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(
-                f"the rank of one of {self.world_size} processes is 0 to {self.world_size - 1}, got {self.rank}"
-            )
+            right = f"the rank of one of {self.world_size} processes is 0 to {self.world_size - 1}"
+            raise ValueError(f"{right}, got {self.rank}")
 
     @property
     def is_main(self) -> bool:
@@ -43,21 +44,22 @@ class ProcessGroup:
         """This rank's share of items that all ranks know."""
         return items[self.rank :: self.world_size]
 
-    def broadcast(self, value: T) -> T:
-        """The value of rank 0."""
-        values: list[Any] = [value]
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        values = [value] * self.world_size
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0."""
+        return self.gather(value)[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            dist.all_gather_object([None] * self.world_size, None)
+        self.gather(None)
 
     def ordered_all_reduce(self, own: Sequence[Float[Tensor, "n"]], count: int) -> Float[Tensor, "n"]:
         """Sum of `count` vectors in index order, regardless of which rank holds them: bit-identical for any world size.
@@ -65,9 +67,7 @@ class ProcessGroup:
         The mean over ranks that DistributedDataParallel takes depends on their number in the last bits, and the gradients of
         learned scales, which jump, amplify that.
 
-        Args:
-            own: vectors of this rank, as `shard` distributes them; one that is not counted where it has no share.
-            count: number of vectors on all ranks.
+        `own` are the vectors of this rank, as `shard` distributes them; one that is not counted where it has no share.
         """
         if self.world_size == 1:
             return ordered_sum(own[:count])
@@ -83,16 +83,9 @@ class ProcessGroup:
 
     def check_same(self, what: str, values: Float[Tensor, "n"]) -> None:
         """Raise RuntimeError where the values of some rank differ from those of another, as on machines of several kinds."""
-        mine = (float(values.double().sum()), float(values.double().square().sum()))
-        gathered: list[Any] = [mine] * self.world_size
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            dist.all_gather_object(gathered, mine)
+        gathered = self.gather((float(values.double().sum()), float(values.double().square().sum())))
         if any(other != gathered[0] for other in gathered):
-            raise RuntimeError(
-                f"{what} differs between processes: {gathered}; use machines of one kind, or one process"
-            )
+            raise RuntimeError(f"{what} differs between processes: {gathered}; use machines of one kind")
 
 
 ALONE = ProcessGroup()
@@ -100,10 +93,7 @@ ALONE = ProcessGroup()
 
 def ordered_sum(vectors: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
     """Sum from the first vector to the last."""
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = total + vector
-    return total
+    return reduce(operator.add, vectors)
 
 
 def set_gradients(
@@ -111,14 +101,8 @@ def set_gradients(
 ) -> Tensor:
     """Set `.grad` of the parameters to the sum over all microbatches, in their order for any number of processes.
 
-    Args:
-        parameters: all that are learned.
-        count: number of microbatches, none of them empty.
-        processes: ranks that share the microbatches.
-        compute: index of a microbatch -> gradient of every parameter and, last, its share of the loss.
-
-    Returns:
-        The loss of the batch, without gradient.
+    `compute` gives, for one of `count` microbatches, the gradient of every parameter and, last, its share of the loss; returned
+    is the loss of the batch, without gradient.
     """
     import torch
 

@@ -45,6 +45,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def as_json(data: Any) -> str:
+    """The text of a JSON file; ValueError for a NaN or an infinity."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON in UTF-8; ValueError for a NaN or an infinity.
 
@@ -57,20 +62,20 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
-def as_json(data: Any) -> str:
-    """The text of a JSON file; ValueError for a NaN or an infinity."""
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_record(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object with its own hash as the key `sha256`."""
-    write_json(path, hashed(data))
+def hash_of_json(data: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys; values that JSON does not have count as their text."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hashed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data with its own hash."""
+    """Plain data with its own hash as the key `sha256`."""
     plain = json.loads(json.dumps(data))  # as it will be read: keys are texts, tuples lists
     return {**plain, "sha256": hash_of_json(plain)}
+
+
+def write_record(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own hash."""
+    write_json(path, hashed(data))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -81,15 +86,15 @@ def read_record(path: Path) -> dict[str, Any]:
     return data
 
 
-def hash_of_json(data: Any) -> str:
-    """SHA-256 of plain data, whatever the order of its keys; values that JSON does not have count as their text."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_path(path: Path) -> Path:
+    """The file that holds the hash of a file."""
+    return path.with_name(path.name + HASH)
 
 
 def write_checked(path: Path, write: Callable[[Path], object]) -> None:
@@ -101,11 +106,6 @@ def write_checked(path: Path, write: Callable[[Path], object]) -> None:
         write_atomically(hash_path(path), lambda other: other.write_text(digest, encoding="ascii"))
 
     write_atomically(path, hash_first)
-
-
-def hash_path(path: Path) -> Path:
-    """The file that holds the hash of a file."""
-    return path.with_name(path.name + HASH)
 
 
 def unchanged(path: Path) -> bool:

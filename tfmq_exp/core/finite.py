@@ -27,18 +27,9 @@ class DivergedError(NotFiniteError):
         super().__init__(f"{what} diverged: its loss is {loss} at iteration {iteration} of {of}; lower {named}")
         self.what, self.iteration, self.of, self.loss, self.rates = what, iteration, of, loss, rates
 
-    def under(self, key: str) -> "DivergedError":
-        """The same error with the rates' keys below a key."""
-        rates = {f"{key}.{name}": value for name, value in self.rates.items()}
-        return DivergedError(self.what, self.iteration, self.of, self.loss, rates)
-
 
 def require_finite(x: Tensor, what: str) -> Tensor:
-    """Return a tensor whose values are all finite; one reduction, and on a GPU one synchronisation.
-
-    Raises:
-        NotFiniteError: some value is NaN or infinite; counts them, and calls the tensor `what`.
-    """
+    """Return a tensor whose values are all finite; else NotFiniteError, which counts the others and calls it `what`."""
     if not bool(torch.isfinite(x).all()):
         nans, infinities = int(x.isnan().sum()), int(x.isinf().sum())
         kinds = [f"{count} {name}" for count, name in ((nans, "NaN"), (infinities, "infinite")) if count]
@@ -53,16 +44,7 @@ def require_finite_weights(network: nn.Module, what: str) -> None:
 
 
 def relative(error: Tensor, scale: Tensor, what: str) -> Tensor:
-    """Divide an error by the size of the exact values, element by element; no error is 0, whatever the size.
-
-    Args:
-        error: at least 0.
-        scale: variance or mean square of the exact values, of the same shape.
-        what: has the error, for the message.
-
-    Raises:
-        NotFiniteError: either is not finite, or there is an error and its scale is 0.
-    """
+    """Divide an error by the size of the exact values; no error is 0, whatever the size. NotFiniteError for x / 0 and NaN."""
     return require_finite(torch.where((error == 0) & (scale == 0), 0, error / scale), f"the relative error of {what}")
 
 
@@ -82,5 +64,6 @@ def naming_rates(key: str) -> Iterator[None]:
     """Put a key of the configuration before the learning rates that a `DivergedError` names."""
     try:
         yield
-    except DivergedError as error:
-        raise error.under(key) from error
+    except DivergedError as e:
+        rates = {f"{key}.{name}": value for name, value in e.rates.items()}
+        raise DivergedError(e.what, e.iteration, e.of, e.loss, rates) from e

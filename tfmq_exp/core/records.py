@@ -26,13 +26,7 @@ def encode(value: Any, classes: Sequence[type]) -> Any:
 
 
 def decode(data: Any, hint: Any, classes: Sequence[type], place: str = "it") -> Any:
-    """The inverse of `encode`.
-
-    Args:
-        data: plain data.
-        hint: the type that is expected, as a field of a dataclass is annotated.
-        classes: of records that may occur.
-        place: of `data`, for errors.
+    """The inverse of `encode`, for a field that is annotated with `hint`; errors call it by its `place`.
 
     Raises:
         ValueError: a value of another type, an unknown kind, an unknown or missing field, or a value that its class refuses.
@@ -46,9 +40,8 @@ def decode(data: Any, hint: Any, classes: Sequence[type], place: str = "it") -> 
         return tuple(decode(item, args[0], classes, f"{place}[{i}]") for i, item in enumerate(data))
     if origin is Mapping and type(data) is dict:
         return {name: decode(item, args[1], classes, f"{place}.{name}") for name, item in data.items()}
-    if (origin is Literal and data in args) or (hint in (int, str, bool) and type(data) is hint):
-        return data
-    if hint is float and type(data) in (int, float):
+    plain = type(data) is hint if hint in (int, str, bool) else hint is float and type(data) in (int, float)
+    if plain or (origin is Literal and data in args):
         return data
     if not isinstance(hint, type) or getattr(hint, "_is_protocol", False) or type(data) is not dict:
         raise ValueError(f"{place} must be {getattr(hint, '__name__', hint)}, got {str(data)[:50]!r}")

@@ -19,11 +19,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the header and the tensors of a file of `write_tensor_file`.
-
-    Raises:
-        ValueError: missing, damaged, truncated, something else, or a header that is no JSON object; names the file.
-    """
+    """Read the header and the tensors of a file of `write_tensor_file`; ValueError, naming it, for any other."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))

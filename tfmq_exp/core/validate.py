@@ -15,14 +15,7 @@ class Kind:
 
 
 class WrongValueError(ValueError):
-    """A field of a record with a value that it cannot have.
-
-    Args:
-        record: name of the record's class.
-        field: name of the field.
-        right: description of the values that it can have.
-        value: the wrong one.
-    """
+    """A field of a record with a value that it cannot have; `right` describes those that it can."""
 
     def __init__(self, record: str, field: str, right: str, value: Any) -> None:
         super().__init__(f"{record}.{field} must be {right}, got {value!r}")

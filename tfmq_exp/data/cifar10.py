@@ -1,7 +1,9 @@
 """CIFAR-10's 50,000 training images (Krizhevsky 2009), from either archive that is published."""
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from tfmq_exp.data.cifar10_pickle import read_record
 from tfmq_exp.data.decoding import check_batch
 from tfmq_exp.data.hashes import hash_file
 
@@ -27,6 +28,11 @@ PYTHON_FILES = {
     "data_batch_4": "634d18415352ddfa80567beed471001a",
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
 }
+# by which NumPy before 2 (core) and since (_core) pickles an array
+ARRAY_PARTS: dict[str, Any] = {
+    **{f"numpy.{core}.multiarray._reconstruct": np.zeros(0).__reduce__()[0] for core in ("core", "_core")},
+    **{"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype},
+}
 ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
@@ -39,14 +45,11 @@ class CIFAR10:
     def __init__(self, path: str) -> None:
         found = [name for name in (BINARY, PYTHON) if Path(path, name).is_dir()]
         if not found:
-            raise FileNotFoundError(
-                f"no CIFAR-10 at {path}: expected {BINARY}/ or {PYTHON}/ there, as the archives of {ORIGIN} unpack "
-                "(nothing is downloaded)"
-            )
+            expected = f"expected {BINARY}/ or {PYTHON}/ there, of {ORIGIN} (nothing is downloaded)"
+            raise FileNotFoundError(f"no CIFAR-10 at {path}: {expected}")
         self.version, folder = found[0], Path(path, found[0])
         self.files = [folder / name for name in (BINARY_FILES if self.version == BINARY else PYTHON_FILES)]
-        missing = [file.name for file in self.files if not file.is_file()]
-        if missing:
+        if missing := [file.name for file in self.files if not file.is_file()]:
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; unpack the archive of {ORIGIN} again")
         self.shape = SHAPE
         self.identity: Mapping[str, Any] = {
@@ -61,34 +64,49 @@ class CIFAR10:
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch 3 32 32"]]:
         """Read all images, `size` at a time; ValueError names a file that is not the published one."""
         check_batch(size)
-        read = read_binary if self.version == BINARY else read_python
-        return iter(torch.from_numpy(np.concatenate([read(file) for file in self.files])).split(size))
+        return iter(torch.from_numpy(np.concatenate([read_images(file) for file in self.files])).split(size))
 
 
-def read_binary(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
-    """Read a file of the binary version: for each image a byte with the label, then red, green and blue planes."""
-    data = np.fromfile(path, dtype=np.uint8)
-    if data.size != PER_FILE * (1 + PIXELS):
-        expected = f"expected {PER_FILE * (1 + PIXELS)}: it is truncated or another file"
-        raise ValueError(f"{path} has {data.size} bytes, {expected}")
-    rows = data.reshape(PER_FILE, 1 + PIXELS)
-    return _checked(path, rows[:, 1:], rows[:, 0])
-
-
-def read_python(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
-    """Read a file of the python version, a pickle that cannot run anything."""
-    content, expected = path.read_bytes(), PYTHON_FILES[path.name]
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != expected:
-        raise ValueError(f"{path} is damaged or not the published file: its md5 is {found}, expected {expected}")
-    images, labels = read_record(path, content)
-    return _checked(path, images, np.asarray(labels))
-
-
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> UInt8[np.ndarray, "images 3 32 32"]:
+def read_images(path: Path) -> UInt8[np.ndarray, "images 3 32 32"]:
+    """Read a file of either version; ValueError for one that is not the published one."""
+    images, labels = read_binary(path) if path.suffix == ".bin" else read_python(path)
     if images.shape != (PER_FILE, PIXELS) or len(labels) != PER_FILE:
         counts = f"expected {(PER_FILE, PIXELS)} and {PER_FILE}"
         raise ValueError(f"{path} holds images {images.shape} and {len(labels)} labels, {counts}")
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, expected 0 to 9")
     return images.reshape(-1, *SHAPE)
+
+
+def read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a file with, for each image, a byte with the label, then red, green and blue planes."""
+    data = np.fromfile(path, dtype=np.uint8)
+    if data.size != (expected := PER_FILE * (1 + PIXELS)):
+        raise ValueError(f"{path} has {data.size} bytes, expected {expected}: it is truncated or another file")
+    rows = data.reshape(PER_FILE, 1 + PIXELS)
+    return rows[:, 1:], rows[:, 0]
+
+
+class BatchUnpickler(pickle.Unpickler):
+    """Reads a pickle of a dict with an array, labels and names; nothing else that it names is looked up."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (part := ARRAY_PARTS.get(f"{module}.{name}")) is None:
+            raise pickle.UnpicklingError(f"refuses to load '{module}.{name}': it is no part of an array")
+        return part
+
+
+def read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a pickle, which is the published one or is not read."""
+    content, expected = path.read_bytes(), PYTHON_FILES[path.name]
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise ValueError(f"{path} is damaged or not the published file: its md5 is {found}, expected {expected}")
+    try:
+        batch = BatchUnpickler(BytesIO(content), encoding="bytes").load()  # Python 2 wrote it: its strings are bytes
+        images, labels = batch[b"data"], np.asarray(batch[b"labels"], dtype=np.int64)
+        if images.dtype != np.uint8:
+            raise TypeError(f"its images are of type {images.dtype}, expected bytes")
+    except Exception as error:  # another pickle fails in any way
+        raise ValueError(f"{path} is no batch of CIFAR-10 ({type(error).__name__}: {error})") from error
+    return images, labels

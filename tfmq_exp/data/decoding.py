@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import islice
 from typing import Any, TypeVar
@@ -30,47 +30,42 @@ def decode(name: str, content: bytes, size: int, preparation: Preparation) -> Pi
     As training loaders do, transparency, orientation tags and colour profiles are ignored, and colours of 16 bits per
     channel keep their upper 8.
 
-    Args:
-        name: of the file, for errors. One that ends in `.tga` may be a TGA, whose content has no mark of its own.
-        content: the bytes of the file, in one of `FORMATS`, whatever its name.
-        size: of the result, in pixels.
-        preparation: makes the image a square.
+    Raises:
+        ValueError: no picture, a damaged one, too large, of more than 8 bits per channel, or of another size once prepared.
     """
     rgb = to_rgb(name, content)
     try:
         pixels = preparation(rgb, size)
     except ValueError as error:
         raise ValueError(f"{name}, {rgb.width}x{rgb.height} pixels: {error}") from error
-    if pixels.shape != (size, size, 3):
-        height, width = pixels.shape[:2]
-        raise ValueError(
-            f"{name} is {width}x{height} after {type(preparation).__name__}, expected {size}x{size}: images of one set "
-            "have one size; choose a preparation that resizes, or their size"
-        )
+    height, width = pixels.shape[:2]
+    if (height, width) != (size, size):
+        found = f"{width}x{height} after {type(preparation).__name__}, expected {size}x{size}"
+        advice = "images of one set have one size; choose a preparation that resizes, or their size"
+        raise ValueError(f"{name} is {found}: {advice}")
     return pixels
 
 
 def to_rgb(name: str, content: bytes) -> Image.Image:
-    """Decode an image as RGB, after a look at its size and mode; errors are those of `decode`."""
+    # a TGA's content has no mark of its own
     formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
     try:
         image = Image.open(BytesIO(content), formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded: at most {MAX_PIXELS} pixels ({error})") from error
     except Exception as error:  # damaged bytes can raise anything
-        kind = content_of(content[:HEAD])
-        reason = "it begins as a picture, and is damaged" if kind == PICTURE else f"it {kind}"
-        if kind is None:
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = f"no {', '.join(formats)}, or damaged" if unknown else f"{type(error).__name__}: {error}"
+        kind, reason = content_of(content[:HEAD]), f"{type(error).__name__}: {error}"
+        if kind is not None:
+            reason = "it begins as a picture, and is damaged" if kind == PICTURE else f"it {kind}"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = f"no {', '.join(formats)}, or damaged"
         raise ValueError(f"{name} cannot be read as an image ({reason})") from error
     if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width}x{image.height}"
-        raise ValueError(f"{name} is too large to be decoded: {size}, at most {MAX_PIXELS} pixels")
+        found = f"{image.width}x{image.height}"
+        raise ValueError(f"{name} is too large to be decoded: {found}, at most {MAX_PIXELS} pixels")
     if image.mode not in MODES:
-        raise ValueError(
-            f"{name} has pixels of mode {image.mode}, of unknown range; expected at most 8 bits per channel"
-        )
+        expected = "expected at most 8 bits per channel"
+        raise ValueError(f"{name} has pixels of mode {image.mode}, of unknown range; {expected}")
     image.info.pop("transparency", None)  # of a palette, of which Pillow would warn
     try:
         return image.convert("RGB")
@@ -80,22 +75,18 @@ def to_rgb(name: str, content: bytes) -> Image.Image:
 
 def in_order(function: Callable[[Item], Pixels], items: Iterable[Item]) -> Iterator[Pixels]:
     """Apply a function to every item in threads; results in the order of the items."""
-    with ThreadPoolExecutor() as pool:
-        waiting: deque[Future[Pixels]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) == WAITING:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    pool, remaining = ThreadPoolExecutor(), iter(items)
+    try:
+        waiting = deque(pool.submit(function, item) for item in islice(remaining, WAITING))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(remaining, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_batch(size: int) -> None:
-    """Raise a ValueError for a batch without images."""
+    """ValueError for a batch without images."""
     if size < 1:
         raise ValueError(f"a batch holds at least one image, got {size}")
 

@@ -27,10 +27,8 @@ class DigitsImages:
     """All 1,797 digits as an image dataset of one channel."""
 
     def __init__(self) -> None:
-        self.images, _ = load_images()
-        self.shape = (1, IMAGE_SIZE, IMAGE_SIZE)
-        identity = {"set": "scikit-learn digits", "images": len(self.images), "size": IMAGE_SIZE}
-        self.identity: Mapping[str, Any] = identity
+        self.images, self.shape = load_images()[0], (1, IMAGE_SIZE, IMAGE_SIZE)
+        self.identity: Mapping[str, Any] = {"set": "scikit-learn digits", "images": len(self), "size": IMAGE_SIZE}
 
     def __len__(self) -> int:
         return len(self.images)

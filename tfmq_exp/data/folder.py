@@ -26,10 +26,7 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx", ".tga", ".qoi"),
 )
 # Files of systems whose names do not begin with a dot.
-SYSTEM = frozenset(
-    {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"}
-)
-DIGEST = hashlib.sha256().digest_size
+SYSTEM = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 log = logging.getLogger(__name__)
 
 
@@ -40,23 +37,35 @@ def find_images(root: Path) -> tuple[list[str], dict[str, int]]:
     """
     names, left_out, broken = list[str](), Counter[str](), list[str]()
     for name, kind in files_below(root, lambda name: name.startswith(".") or name.lower() in SYSTEM):
+        suffix = PurePosixPath(name).suffix.lower()
         if kind == "broken link":
             broken.append(name)
         elif kind == "file" and name.lower().endswith(SUFFIXES):
             names.append(name)
         else:
-            left_out[_suffix_of(name) if kind == "file" else kind] += 1
+            plain = suffix if re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) else "no suffix"
+            left_out[plain if kind == "file" else kind] += 1
     if broken:
-        raise FileNotFoundError(
-            f"{len(broken)} links in {root} lead nowhere, the first is {min(broken)}: a disk that is not mounted? "
-            "Remove them, or mend what they point to"
-        )
+        found = f"{len(broken)} links in {root} lead nowhere, the first is {min(broken)}"
+        raise FileNotFoundError(f"{found}: a disk that is not mounted? Remove them, or mend what they point to")
     return sorted(names), dict(sorted(left_out.items()))
 
 
-def _suffix_of(name: str) -> str:
-    suffix = PurePosixPath(name).suffix.lower()
-    return suffix if re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) else "no suffix"
+def read_listing(path: Path, root: Path) -> list[str]:
+    """The paths in a text file, sorted, each once; all are files below `root`."""
+    if not path.exists():
+        expected = f"expected a text file with a path relative to {root} on each line"
+        raise FileNotFoundError(f"no listing at {path}; {expected}")
+    lines = [line for line in read_lines(path) if line]
+    names = sorted({posixpath.normpath(name) for name in lines})
+    if outside := [name for name in lines if re.match(r"/|\.\.(/|$)", posixpath.normpath(name))]:
+        raise ValueError(f"{outside[0]!r} in {path} leads out of the folder of images; expected paths relative to it")
+    if len(names) < len(lines):
+        log.warning("%d lines of %s name an image again; each counts once", len(lines) - len(names), path)
+    if missing := [name for name in names if not (root / name).is_file()]:
+        found = f"{len(missing)} of {len(names)} images listed in {path}"
+        raise FileNotFoundError(f"{found} are not in {root}: {missing[0]}")
+    return names
 
 
 class ImageFolder:
@@ -117,34 +126,9 @@ class ImageFolder:
         try:
             content = path.read_bytes()
         except OSError as error:
-            when = "was there when the folder was looked through"
-            raise ValueError(f"{path} {when}, and cannot be read now: {error.strerror}") from error
-        if hashlib.sha256(content).digest() != self.hashes[i * DIGEST : (i + 1) * DIGEST]:
+            before = "was there when the folder was looked through"
+            raise ValueError(f"{path} {before}, and cannot be read now: {error.strerror}") from error
+        if hashlib.sha256(content).digest() != self.hashes[32 * i : 32 * (i + 1)]:
             raise ValueError(f"{path} has changed since the folder was looked through; start again once it is complete")
         pixels = decode(str(path), content, self.shape[1], self.preparation)
         return np.asarray(Image.fromarray(pixels).convert("L"))[..., None] if self.grey else pixels
-
-
-def read_listing(path: Path, root: Path) -> list[str]:
-    """The paths in a text file, sorted, each once; all are files below `root`."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no listing at {path}; expected a text file with a path relative to {root} on each line"
-        )
-    lines = [line for line in read_lines(path) if line]
-    names = sorted({_normalized(name, path) for name in lines})
-    if len(names) < len(lines):
-        log.warning("%d lines of %s name an image again; each counts once", len(lines) - len(names), path)
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} images listed in {path} are not in {root}: {missing[0]}"
-        )
-    return names
-
-
-def _normalized(name: str, listing: Path) -> str:
-    path = posixpath.normpath(name)
-    if path.startswith(("/", "../")) or path == "..":
-        raise ValueError(f"{name!r} in {listing} leads out of the folder of images; expected paths relative to it")
-    return path

@@ -16,40 +16,26 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 from tfmq_exp.core.files import sha256_of
 
 PART = 1024  # files that are hashed before they are added to the index
-YOUNG = (
-    2_000_000_000  # ns: a file may change twice within a tick of the file system's clock, so young ones are not added
-)
+YOUNG = 2e9  # ns: a file may change twice within a tick of the file system's clock, so young ones are not added
 NOTICE, MUCH = 30.0, 2**32  # progress is logged after so many seconds, or before so many bytes
 WAIT = 10.0  # seconds for other jobs that write to the index
 TABLE = "CREATE TABLE IF NOT EXISTS states (state BLOB PRIMARY KEY, sha256 BLOB, crc32 INTEGER) WITHOUT ROWID"
+State: TypeAlias = bytes  # of a file: all that changes when it or its content changes
 log = logging.getLogger(__name__)
 
 
-class FileState(NamedTuple):
-    """All that changes when a file or its content changes."""
-
-    device: int
-    inode: int
-    size: int  # bytes
-    modified: int  # ns
-    changed: int  # time of the status, ns
-
-    @classmethod
-    def of(cls, path: Path) -> "FileState":
-        with _naming(path):
-            found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe, a socket, a device: reading would wait
-            raise ValueError(f"{path} is no regular file")
-        return cls(found.st_dev % 2**64, found.st_ino % 2**64, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    @property
-    def key(self) -> bytes:
-        return struct.pack("<QQQqq", *self)
+def _state_of(path: Path) -> tuple[State, os.stat_result]:
+    with _naming(path):
+        found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe, a socket, a device: reading would wait
+        raise ValueError(f"{path} is no regular file")
+    place = found.st_dev % 2**64, found.st_ino % 2**64, found.st_size
+    return struct.pack("<QQQqq", *place, found.st_mtime_ns, found.st_ctime_ns), found
 
 
 class HashIndex:
@@ -76,25 +62,24 @@ class HashIndex:
                 for path in (self.path, self.path.with_name(f"{self.path.name}-journal")):
                     path.unlink(missing_ok=True)
 
-    def find(self, states: Collection[FileState]) -> dict[FileState, bytes]:
+    def find(self, states: Collection[State]) -> dict[State, bytes]:
         """The hashes of those files that are known."""
-        known: dict[bytes, bytes] = {}
         query = f"SELECT state, sha256, crc32 FROM states WHERE state IN ({','.join('?' * len(states))})"
+        found: dict[State, bytes] = {}
         with self._tolerant():
-            if self.database is not None:
-                rows = self.database.execute(query, [state.key for state in states])
-                known = {key: sha256 for key, sha256, crc32 in rows if _crc32(key, sha256) == crc32}
-        return {state: known[state.key] for state in states if state.key in known}
+            rows = self.database.execute(query, list(states)) if self.database else ()
+            found = {state: sha256 for state, sha256, crc32 in rows if _crc32(state, sha256) == crc32}
+        return {state: found[state] for state in states if state in found}
 
-    def add(self, hashes: Iterable[tuple[FileState, bytes]]) -> None:
-        rows = [(state.key, sha256, _crc32(state.key, sha256)) for state, sha256 in hashes]
+    def add(self, hashes: Iterable[tuple[State, bytes]]) -> None:
+        rows = [(state, sha256, _crc32(state, sha256)) for state, sha256 in hashes]
         with self._tolerant():
-            if self.database is not None:
+            if self.database:
                 with self.database:
                     self.database.executemany("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
-        if self.database is not None:
+        if self.database:
             self.database.close()
             self.database = None
 
@@ -121,20 +106,20 @@ def hash_files(root: Path, names: Sequence[str], index: Path | None = None) -> I
     with closing(HashIndex(index or default_index())) as known, ThreadPoolExecutor() as pool:
         for start in range(0, len(names), PART):
             part = [root / name for name in names[start : start + PART]]
-            began, states = time.time_ns(), {path: FileState.of(path) for path in part}
-            remembered = known.find(states.values())
-            missing = {path: state for path, state in states.items() if state not in remembered}
-            much = sum(state.size for state in missing.values()) > MUCH
+            began, found = time.time_ns(), {path: _state_of(path) for path in part}
+            hashes = known.find([state for state, _ in found.values()])
+            missing = [path for path, (state, _) in found.items() if state not in hashes]
+            much = sum(found[path][1].st_size for path in missing) > MUCH
             if missing and (much or time.monotonic() - logged > NOTICE):
                 logged = time.monotonic()
                 log.warning("hashing files of %s, once: %d of %d are done", root, start, len(names))
-            found = dict(zip(missing.values(), pool.map(_hash, missing), strict=True))
-            for path, state in missing.items():
-                if FileState.of(path) != state:
+            hashes |= dict(zip((found[path][0] for path in missing), pool.map(_hash, missing), strict=True))
+            for path in missing:
+                if _state_of(path)[0] != found[path][0]:
                     raise ValueError(f"{path} was written to while it was read")
-            known.add((state, sha256) for state, sha256 in found.items() if began - state.changed > YOUNG)
-            hashes = remembered | found
-            yield from (hashes[states[path]] for path in part)
+            old = [found[path] for path in missing if began - found[path][1].st_ctime_ns > YOUNG]
+            known.add((state, hashes[state]) for state, _ in old)
+            yield from (hashes[found[path][0]] for path in part)
 
 
 def hash_file(path: Path) -> str:

@@ -16,13 +16,8 @@ from tfmq_exp.data.preparation import CropThenResize, Pixels, Preparation
 class LSUN:
     """The images of an LMDB folder, whose values are WebP or JPEG files, in the order of their keys.
 
-    A database can be open once in a process, so its batches are read by one reader at a time.
-
-    Args:
-        path: the folder with `data.mdb`, such as `church_outdoor_train_lmdb`.
-        size: pixels of a side after preparation.
-        preparation: makes an image a square; None for latent-diffusion's.
-        origin: where the data set is published, for the message if it is missing.
+    A database can be open once in a process, so its batches are read by one reader at a time. `size` is that of a side after
+    preparation, which is latent-diffusion's by default; `origin` is where the data set is published.
     """
 
     def __init__(
@@ -55,12 +50,11 @@ class LSUN:
         return stacked(self._images(), size)
 
     def _images(self) -> Iterator[Pixels]:
-        with open_database(self.path) as database, database.begin() as transaction:
-            yield from in_order(self._decode, transaction.cursor())
+        def decoded(entry: tuple[bytes, bytes]) -> Pixels:
+            return decode(f"{self.path}: {entry[0]!r}", entry[1], self.shape[1], self.preparation)
 
-    def _decode(self, entry: tuple[bytes, bytes]) -> Pixels:
-        key, value = entry
-        return decode(f"{self.path}: {key!r}", value, self.shape[1], self.preparation)
+        with open_database(self.path) as database, database.begin() as transaction:
+            yield from in_order(decoded, transaction.cursor())
 
 
 def open_database(path: Path) -> lmdb.Environment:

@@ -15,11 +15,7 @@ from tfmq_exp.core.validate import check_fields, one_of
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 Pixels: TypeAlias = UInt8[np.ndarray, "height width 3"]
-FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 MAX_PIXELS = 89_478_485  # of an image, and of what it is enlarged to: Pillow's own limit, 268 MB of RGB
 FIXED_POINT = 2048  # OpenCV's weights are multiples of 1/2048
 
@@ -36,10 +32,11 @@ def crop_centre(pixels: Pixels, size: int) -> Pixels:
     return pixels[top : top + size, left : left + size]
 
 
-def check_enlarged(width: int, height: int) -> None:
-    """Raise a ValueError for an image so narrow that it fills the memory once its short side has the right length."""
+def check_enlarged(width: int, height: int) -> tuple[int, int]:
+    """Return a size; ValueError for that of an image so narrow that it fills the memory once its short side is resized."""
     if width * height > MAX_PIXELS:
         raise ValueError(f"its short side resized, it would have {width}x{height}; at most {MAX_PIXELS} pixels")
+    return width, height
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,7 @@ class ResizeThenCrop:
 
     def __call__(self, image: Image.Image, size: int) -> Pixels:
         short = min(image.size)
-        width, height = (size if length == short else int(size * length / short) for length in image.size)
-        check_enlarged(width, height)
+        width, height = check_enlarged(*(int(size * length / short) for length in image.size))
         resized = image if short == size else image.resize((width, height), FILTERS[self.interpolation])
         top, left = round((height - size) / 2), round((width - size) / 2)
         return np.asarray(resized)[top : top + size, left : left + size]
@@ -89,9 +85,8 @@ class HalveThenResizeThenCrop:
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = size / min(image.size)
-        width, height = round(image.width * scale), round(image.height * scale)
-        check_enlarged(width, height)
-        return crop_centre(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), size)
+        shape = check_enlarged(round(image.width * scale), round(image.height * scale))
+        return crop_centre(np.asarray(image.resize(shape, Image.Resampling.BICUBIC)), size)
 
 
 @dataclass(frozen=True)
@@ -103,11 +98,9 @@ class AliasedResizeThenCrop:
     """
 
     def __call__(self, image: Image.Image, size: int) -> Pixels:
-        scale = size / min(image.size)
-        pixels = np.asarray(image)
+        scale, pixels = size / min(image.size), np.asarray(image)
         if scale != 1:
-            width, height = round(image.width * scale), round(image.height * scale)
-            check_enlarged(width, height)
+            width, height = check_enlarged(round(image.width * scale), round(image.height * scale))
             pixels = resize_as_opencv(pixels, height, width)
         return crop_centre(pixels, size)
 

@@ -26,16 +26,11 @@ def files_below(root: Path, is_skipped: Callable[[str], bool] = lambda _: False)
             place = os.path.relpath(folder, root)
             folders[:] = [name for name in folders if not is_skipped(name)]
             links += [os.path.normpath(f"{place}/{name}") for name in folders if os.path.islink(f"{folder}/{name}")]
-            for name in files:
-                if not is_skipped(name):
-                    yield os.path.normpath(f"{place}/{name}"), _kind(f"{folder}/{name}")
+            for name in (name for name in files if not is_skipped(name)):
+                path = f"{folder}/{name}"
+                other: Kind = "no regular file" if os.path.exists(path) else "broken link"
+                yield os.path.normpath(f"{place}/{name}"), "file" if os.path.isfile(path) else other
 
 
 def _raise(error: OSError) -> NoReturn:
     raise type(error)(f"cannot list the folder {error.filename}: {error.strerror}") from error
-
-
-def _kind(path: str) -> Kind:
-    if os.path.isfile(path):
-        return "file"
-    return "no regular file" if os.path.exists(path) else "broken link"

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of the rows of a batch, as further keyword arguments of the UNet.
+    """Conditions of the rows of a batch, as further keyword arguments of the UNet by their names.
 
-    Args:
-        given: by name, row by row.
-        null: the same for no condition at all (the other half of classifier-free guidance), one row, which is that of all;
-            empty where the network has no such mode.
+    `null` is one row for no condition at all, the other half of classifier-free guidance; empty where a network has no such mode.
     """
 
     given: Mapping[str, Tensor] = field(default_factory=dict)
@@ -30,13 +27,9 @@ class Conditions:
 class ConditionEncoder(Protocol):
     """Turns labels or captions into arguments of the UNet."""
 
-    def __call__(self, choices: Sequence[Any]) -> Conditions:
-        """Conditions of as many rows as there are choices."""
-        ...
+    def __call__(self, choices: Sequence[Any]) -> Conditions: ...
 
-    def example(self) -> Conditions:
-        """Conditions of one row, to trace the network with."""
-        ...
+    def example(self) -> Conditions: ...  # of one row, to trace the network with
 
     def to(self, device: torch.device) -> None: ...
 
@@ -47,10 +40,8 @@ class NoConditions:
     def __call__(self, choices: Sequence[Any]) -> Conditions:
         """Empty conditions; ValueError if there are any choices, which the network would ignore."""
         if choices:
-            raise ValueError(
-                f"this network is conditioned on nothing, neither class nor caption: got {choices[0]!r:.60}; leave out "
-                "captions, model.sampling.conditioning and labels"
-            )
+            given = f"got {choices[0]!r:.60}; leave out captions, model.sampling.conditioning and labels"
+            raise ValueError(f"this network is conditioned on nothing, neither class nor caption: {given}")
         return Conditions()
 
     def example(self) -> Conditions:
@@ -61,11 +52,9 @@ class NoConditions:
 
 
 class FirstStage(Protocol):
-    """Maps between the denoiser's space and images."""
+    """Maps the denoiser's space to images, nominally in [-1, 1]."""
 
-    def decode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch 3 height width"]:
-        """Images, nominally in [-1, 1]."""
-        ...
+    def decode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch 3 height width"]: ...
 
 
 class Pixels:

@@ -60,12 +60,11 @@ class DigitClassifier(nn.Module):
         super().__init__()
         widths = (1, 32, 32, 64, 64)
         strides = (1, 2, 1, 2)
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 3, stride=s, padding=1), nn.GroupNorm(8, b), nn.SiLU())
-                for a, b, s in zip(widths, widths[1:], strides, strict=False)
-            )
+        blocks = (
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=s, padding=1), nn.GroupNorm(8, b), nn.SiLU())
+            for a, b, s in zip(widths, widths[1:], strides, strict=False)
         )
+        self.stages = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(64, 10)
 
@@ -78,16 +77,10 @@ class DigitClassifier(nn.Module):
 
 
 def read_weights(network: nn.Module, path: Path) -> str:
-    """Load a file of weights into a network, strictly; returns the file's sha256.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, not this network's weights, or weights that are not finite.
-    """
+    """Load a file of weights into a network, strictly; returns its sha256. ValueError for other weights, or such with NaN."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"no weights at {path}{why_missing(path)}; make them with `python scripts/train_digits.py all`"
-        )
+        advice = "make them with `python scripts/train_digits.py all`"
+        raise FileNotFoundError(f"no weights at {path}{why_missing(path)}; {advice}")
     try:
         network.load_state_dict(read_tensors(path), strict=True)
     except RuntimeError as error:

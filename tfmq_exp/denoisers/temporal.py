@@ -1,7 +1,6 @@
 """The Temporal Information Block (TFMQ-DM, arXiv 2311.16503, section 4.1): all that depends on the timestep alone."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.unet import LAYERS, time_embedding
+from tfmq_exp.denoisers.unet import LAYERS, after_each, time_embedding
 
 
 class TemporalInformationBlock(nn.Module):
@@ -31,29 +30,13 @@ class TemporalInformationBlock(nn.Module):
 
 
 def measured_temporal_sites(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
-    """Layers that depend on t alone, by measurement: same output for other inputs, another output for another t.
-
-    Args:
-        unet: the network.
-        example: keyword arguments of a forward pass; noise on the floating-point ones shows what depends on them.
-        t: one timestep.
-        other_t: another one.
-    """
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, LAYERS)}
+    """Layers that depend on t alone, by measurement: same output for inputs with noise, another output for another t."""
+    layers = [name for name, module in unet.named_modules() if isinstance(module, LAYERS)]
 
     def run(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
-
-        def keep(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
-            outputs[name] = output
-
-        handles = [module.register_forward_hook(partial(keep, name)) for name, module in layers.items()]
-        try:
-            with torch.no_grad():
-                unet(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with after_each(unet, layers, lambda name, _module, _args, output: outputs.update({name: output})):
+            unet(**inputs)
         return outputs
 
     generator = torch.Generator().manual_seed(0)

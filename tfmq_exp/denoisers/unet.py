@@ -1,6 +1,7 @@
 """Structure of diffusers' UNets: the only file that knows their attribute names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,41 +21,29 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 # Roles of the layers inside a module of a known class, by the layer's path within it.
 ROLES_WITHIN: dict[type[nn.Module], dict[str, Role]] = {
     ResnetBlock2D: {
-        "conv1": Role.RES_CONV,
-        "conv2": Role.RES_CONV,
-        "conv_shortcut": Role.SHORTCUT,
-        "time_emb_proj": Role.TIME_PROJ,
+        **{"conv1": Role.RES_CONV, "conv2": Role.RES_CONV},
+        **{"conv_shortcut": Role.SHORTCUT, "time_emb_proj": Role.TIME_PROJ},
     },
-    Attention: {
-        **dict.fromkeys(("to_q", "to_k", "to_v"), Role.ATTN_QKV),
-        "to_out.0": Role.ATTN_OUT,
-    },
+    Attention: {**dict.fromkeys(("to_q", "to_k", "to_v"), Role.ATTN_QKV), "to_out.0": Role.ATTN_OUT},
     BasicTransformerBlock: {"ff.net.0.proj": Role.FEED_FORWARD, "ff.net.2": Role.FEED_FORWARD},
     Transformer2DModel: {"proj_in": Role.PROJECTION, "proj_out": Role.PROJECTION},
     Downsample2D: {"conv": Role.DOWNSAMPLE},
     Upsample2D: {"conv": Role.UPSAMPLE},
 }
 ROLES_AT_TOP = {
-    "conv_in": Role.STEM,
-    "conv_out": Role.HEAD,
-    "time_embedding.linear_1": Role.TIME_EMBED,
-    "time_embedding.linear_2": Role.TIME_EMBED,
+    **{"conv_in": Role.STEM, "conv_out": Role.HEAD},
+    **dict.fromkeys(("time_embedding.linear_1", "time_embedding.linear_2"), Role.TIME_EMBED),
 }
 
 
 def roles(unet: nn.Module) -> dict[str, Role]:
-    """The role of every layer with weights.
-
-    Raises:
-        ValueError: a layer that has no role here (a kind of network this project does not know).
-    """
+    """The role of every layer with weights; ValueError for one that has none here, of a kind of network not known here."""
     found = dict(ROLES_AT_TOP)
     for name, module in unet.named_modules():
         for path, role in ROLES_WITHIN.get(type(module), {}).items():
             found[f"{name}.{path}"] = role
     layers = [name for name, module in unet.named_modules() if isinstance(module, LAYERS)]
-    unknown = [name for name in layers if name not in found]
-    if unknown:
+    if unknown := [name for name in layers if name not in found]:
         raise ValueError(f"no role is known for {len(unknown)} layers of {type(unet).__name__}, first {unknown[0]!r}")
     return {name: found[name] for name in layers}
 
@@ -62,16 +51,20 @@ def roles(unet: nn.Module) -> dict[str, Role]:
 def block_modules(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
     """Modules that are reconstructed as a whole; a layer inside none of them is a block of its own."""
     yield "time_embedding", Kind.TEMPORAL
-    outer = ""
+    outer = "."
     for name, module in unet.named_modules():
-        if outer and name.startswith(outer):
-            continue
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(module, ResnetBlock2D | BasicTransformerBlock | Attention) and not name.startswith(outer):
             outer = f"{name}."
-            yield name, Kind.RESIDUAL
-        elif isinstance(module, BasicTransformerBlock | Attention):
-            outer = f"{name}."
-            yield name, Kind.ATTENTION
+            yield name, Kind.RESIDUAL if isinstance(module, ResnetBlock2D) else Kind.ATTENTION
+
+
+@contextmanager
+def after_each(unet: nn.Module, names: Iterable[str], visit: Callable[..., None]) -> Iterator[None]:
+    """In passes without gradients, call `visit(name, module, inputs, output)` after each of these modules has run."""
+    with torch.no_grad(), ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(unet.get_submodule(name).register_forward_hook(partial(visit, name)))
+        yield
 
 
 def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure:
@@ -80,37 +73,27 @@ def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure
     The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions
     before the resnets that feed them), hence the trace.
 
-    Args:
-        unet: the network.
-        example: keyword arguments of one forward pass, with a batch of one.
+    `example` has the keyword arguments of one forward pass, with a batch of one.
     """
     role_of = roles(unet)
     blocks = dict(block_modules(unet))
     inside = {layer: block for block in blocks for layer in role_of if layer.startswith(f"{block}.")}
     blocks |= {layer: Kind.LAYER for layer in role_of if layer not in inside}
-    order: dict[str, None] = {}
-    macs: dict[str, int] = {}
-
-    def note_order(name: str, *_: Any) -> None:
-        order.setdefault(name)
-
-    def count_macs(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
-        channels = output.shape[1] if isinstance(layer, nn.Conv1d | nn.Conv2d) else output.shape[-1]
-        macs[name] = macs.get(name, 0) + output.numel() // channels * layer.get_parameter("weight").numel()
-
-    handles = [unet.get_submodule(name).register_forward_pre_hook(partial(note_order, name)) for name in blocks]
-    handles += [unet.get_submodule(name).register_forward_hook(partial(count_macs, name)) for name in role_of]
-    try:
-        with torch.no_grad():
-            unet(**example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    splits = shortcut_splits(unet)
     sizes = {name: unet.get_submodule(name).get_parameter("weight").numel() for name in role_of}
+    macs, order = dict.fromkeys(role_of, 0), dict[str, tuple[str, ...]]()
+
+    def count(name: str, layer: nn.Module, _: Any, output: Any) -> None:
+        if name in role_of:
+            channels = output.shape[1] if isinstance(layer, nn.Conv1d | nn.Conv2d) else output.shape[-1]
+            macs[name] += output.numel() // channels * sizes[name]
+        if name in blocks:
+            order[name] = tuple(layer for layer in role_of if inside.get(layer, layer) == name)
+
+    with after_each(unet, {**role_of, **blocks}, count):
+        unet(**example)
+    splits = shortcut_splits(unet)
     layers = {name: LayerInfo(name, role, sizes[name], macs[name], splits.get(name)) for name, role in role_of.items()}
-    members = {block: tuple(layer for layer in role_of if inside.get(layer, layer) == block) for block in order}
-    return UNetStructure(layers, tuple(Block(name, blocks[name], members[name]) for name in order))
+    return UNetStructure(layers, tuple(Block(name, blocks[name], members) for name, members in order.items()))
 
 
 def shortcut_splits(unet: Any) -> dict[str, int]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from tfmq_exp.core.file_kind import kind_of
 from tfmq_exp.core.files import read_json, sha256_of
 from tfmq_exp.core.finite import require_finite_weights
+from tfmq_exp.denoisers.loading.condition_encoders import check_tokenizer
 from tfmq_exp.denoisers.loading.network_config import check_code
-from tfmq_exp.denoisers.loading.text_encoder import check_tokenizer
 
 
 class ClipScore:

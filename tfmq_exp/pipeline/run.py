@@ -10,7 +10,7 @@ from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, check_fields, optional
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
+from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_sites
 from tfmq_exp.denoisers.unet import attentions, read_structure

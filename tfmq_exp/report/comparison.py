@@ -2,57 +2,36 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tfmq_exp.report.comparability import comparison_key, group_by, setting_key
-from tfmq_exp.report.protocol_match import IMAGE_SCORES, is_of_row, protocol_differences, unstated_fields
-from tfmq_exp.report.published_tables import PublishedRow
+from tfmq_exp.report.comparability import FLOAT, bits_order, comparison_key, group_by, join, setting_key
+from tfmq_exp.report.protocol_match import INCEPTION, is_of_row, protocol_differences, unstated_fields
+from tfmq_exp.report.published_tables import VERIFIED, PublishedRow
 from tfmq_exp.report.records import ScoreRecord
-from tfmq_exp.report.tables import FLOAT, bits_order, render
+from tfmq_exp.report.tables import cell, render
 
-SCORE_TITLES = {
+CHANGE = "change of "  # a published difference from a baseline
+PLAIN_TITLES = {
     **{"fid": "FID ↓", "sfid": "sFID ↓", "is": "IS ↑", "clip": "CLIP ↑", "precision": "precision ↑"},
     **{"gpu_hours": "GPU hours ↓", "memory_mb": "memory, MB ↓", "size_mb": "size, MB ↓", "latency_s": "latency, s ↓"},
     "speedup": "speed-up ↑",
 }
-CHANGE = "change of "  # a published difference from a baseline
-# mark and meaning of `PublishedRow.verified`; capitals were seen where they are printed first
-MARKS = {
-    "poster": ("P", "the authors' poster"),
-    "page": ("A", "the authors' page or abstract"),
-    "supplement": ("S", "the paper's supplement"),
-    "code": ("C", "the authors' code"),
-    "full_text": ("T", "text of the paper that prints the row"),
-    "image": ("I", "image of the table, from its authors"),
-    "secondary": ("q", "quoted by others"),
-    "secondary_notes": ("n", "reading notes, which a machine may have written"),
-    "derived": ("d", "arithmetic on such numbers"),
-    "memory": ("m", "from memory, unverified: no target"),
-}
+SCORE_TITLES = PLAIN_TITLES | {CHANGE + name: CHANGE + title for name, title in PLAIN_TITLES.items()}
 CSV_COLUMNS = ("paper", "verified", "ours", "std", "seeds", "difference", "notes")
 NONE = "—"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One score of one model.
+class Cell(NamedTuple):
+    """One score of one model."""
 
-    Args:
-        paper: the printed number, if there is one. `spread` is the number after its plus-minus sign.
-        verified: how the published number was seen; see `PublishedRow`.
-        ours: the score of every seed; empty where nothing was measured.
-        difference: mean of ours less the paper's, where the protocols match.
-        notes: on either number, for the reader.
-    """
-
-    paper: float | None = None
-    spread: float | None = None
+    paper: float | None = None  # the printed number, if there is one
+    spread: float | None = None  # the number after its plus-minus sign
     verified: str = ""
-    ours: tuple[float, ...] = ()
-    difference: float | None = None
-    notes: tuple[str, ...] = ()
+    ours: tuple[float, ...] = ()  # of every seed; empty where nothing was measured
+    difference: float | None = None  # mean of ours less the paper's, where the protocols match
+    notes: tuple[str, ...] = ()  # on either number, for the reader
 
 
 class Comparison(NamedTuple):
@@ -62,12 +41,6 @@ class Comparison(NamedTuple):
     columns: list[tuple[str, str]]
     lines: list[tuple[str, str, list[Cell]]]
     notes: list[str]
-
-
-def score_title(score: str) -> str:
-    """The heading of a published column."""
-    plain = score.removeprefix(CHANGE)
-    return f"{CHANGE if plain != score else ''}{SCORE_TITLES[plain]}"
 
 
 def _numbers(row: PublishedRow) -> dict[str, float | None]:
@@ -102,20 +75,15 @@ def _nearest_experiment(
     row: PublishedRow, score: str, records: Sequence[ScoreRecord]
 ) -> tuple[list[ScoreRecord], list[str], list[str]]:
     """The seeds of the experiment nearest to a published row, how its protocol differs, and notes."""
-
-    def distance(experiment: Sequence[ScoreRecord]) -> tuple[int, int]:
-        first = experiment[0]
-        return len(protocol_differences(row, first, score)), -first.protocol.get("images", 0)
-
-    experiments = group_by(records, lambda record: (comparison_key(record), setting_key(record)))
-    chosen, *others = sorted(experiments.values(), key=distance)
-    notes: list[str] = []
-    if alike := sum(distance(other)[0] == distance(chosen)[0] for other in others):
-        notes.append(f"one of {alike + 1} experiments of ours, which differ in coverage, effort or protocol")
-    seeds = {record.seed: record for record in chosen}
-    if len(seeds) < len(chosen):
-        notes.append("of several runs with one seed, the last")
-    return list(seeds.values()), protocol_differences(row, chosen[0], score), notes
+    experiments = list(group_by(records, lambda record: (comparison_key(record), setting_key(record))).values())
+    differences = [protocol_differences(row, experiment[0], score) for experiment in experiments]
+    order = range(len(experiments))
+    nearest = min(order, key=lambda i: (len(differences[i]), -experiments[i][0].protocol.get("images", 0)))
+    alike = sum(len(each) == len(differences[nearest]) for each in differences)
+    notes = [f"one of {alike} experiments of ours, which differ in coverage, effort or protocol"] if alike > 1 else []
+    seeds = {record.seed: record for record in experiments[nearest]}
+    notes += ["of several runs with one seed, the last"] if len(seeds) < len(experiments[nearest]) else []
+    return list(seeds.values()), differences[nearest], notes
 
 
 def _cell(row: PublishedRow, score: str, records: Sequence[ScoreRecord], *, ablation: bool, variant: bool) -> Cell:
@@ -137,29 +105,25 @@ def _cell(row: PublishedRow, score: str, records: Sequence[ScoreRecord], *, abla
         ours = [value / 100 if paper <= 1 else value * 100 for value in ours]
     if differences:
         notes.append("; ".join(differences))
-    elif score in IMAGE_SCORES and (unstated := unstated_fields(row)):
+    elif score in INCEPTION | {"clip"} and (unstated := unstated_fields(row)):
         notes.append(f"the paper's {', '.join(unstated)} not known")
     protocol = comparison_key(seeds[0])
     if row.method != FLOAT and not any(r.method == FLOAT and comparison_key(r) == protocol for r in records):
         notes.append("no float row of ours under this protocol and evaluator")
     difference = None if differences else statistics.mean(ours) - paper
-    return replace(empty, ours=tuple(ours), difference=difference, notes=tuple(notes))
+    return empty._replace(ours=tuple(ours), difference=difference, notes=tuple(notes))
 
 
 def compare(rows: Sequence[PublishedRow], records: Sequence[ScoreRecord], model: str | None = None) -> Comparison:
-    """Compare one published table with the records of runs. The float network comes first.
+    """Compare a published table (of `find_table`) with the records of runs. The float network comes first.
 
-    Args:
-        rows: of `find_table`.
-        records: of any model.
-        model: whose records are compared with the numbers of all of the paper's models, with lines for bits that the
-            paper does not print; None for each of them its own.
+    `model` is the one whose records are compared with the numbers of all of the paper's models, with lines for bits that
+    the paper does not print; None for each of them its own.
     """
     models = dict.fromkeys(row.model for row in rows)
     own = {name: [record for record in records if record.model == (model or name)] for name in models}
     printed = {(row.model, name) for row in rows for name in _numbers(row)}
-    order = [*SCORE_TITLES, *(CHANGE + name for name in SCORE_TITLES)]
-    columns = [(name, score) for name in models for score in order if (name, score) in printed]
+    columns = [(name, score) for name in models for score in SCORE_TITLES if (name, score) in printed]
     ablation = any(row.method == "tiar" for row in rows)
     lines: list[tuple[str, str, list[Cell]]] = []
     for bits, label, members, variant in [*_lines(rows), *_lines(_unprinted(rows, own) if model else [])]:
@@ -183,31 +147,50 @@ def _unprinted(rows: Sequence[PublishedRow], own: Mapping[str, Sequence[ScoreRec
         replace(row, bits=bits, scores=dict.fromkeys(row.scores), deltas=dict.fromkeys(row.deltas), verified="")
         for bits in sorted(measured - set(printed), key=bits_order)
         for row in rows
-        if row.bits == printed[0]
+        if row.bits in printed[:1]
     ]
 
 
-def _printed_parts(cell: Cell) -> tuple[str, str, str, str, str]:
-    """Paper, ours, standard deviation, seeds, difference; empty where there is none.
+def published_rows(
+    records: Sequence[ScoreRecord], published: Sequence[PublishedRow]
+) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Published numbers of these records' model beside ours, the float network's last; and rows without ours, by table."""
+    rows: list[dict[str, Any]] = []
+    unmeasured: dict[str, list[str]] = {}
+    own = [row for row in published if row.model == records[0].model]
+    for (paper, name, reference), table in group_by(own, lambda row: (row.paper, row.table, row.reference)).items():
+        source = f"{paper}{reference and f' ({reference})'}, table {name}"
+        comparison = compare(table, records)
+        for bits, method, cells in comparison.lines:
+            for (_, score), of in zip(comparison.columns, cells, strict=True):
+                if of.ours:
+                    row = {"bits": bits, "method": method, "score": SCORE_TITLES[score], "source": source}
+                    row |= {"n": len(of.ours), "verified": VERIFIED[of.verified][1], "notes": of.notes}
+                    row["ours"] = cell(of.ours, 2 if abs(statistics.mean(of.ours)) >= 1 else 3)
+                    row["paper"] = " ± ".join(f"{number:g}" for number in (of.paper, of.spread) if number is not None)
+                    row["difference"] = "" if of.difference is None else f"{of.difference:+.2f}"
+                    rows.append(row)
+            unmeasured.setdefault(source, []).extend([] if any(of.ours for of in cells) else [f"{bits} {method}"])
+    rows.sort(key=lambda row: (row["method"] == FLOAT, bits_order(row["bits"]), row["method"], row["score"]))
+    return rows, unmeasured
 
-    All have as many decimals as the paper prints, two at least; trailing zeros are not known.
-    """
+
+def _printed_parts(cell: Cell) -> tuple[str, str, str, str, str]:
+    """Paper, ours, deviation, seeds, difference with the paper's decimals, two at least; empty where there is none."""
     known = f"{cell.paper:.6f}".rstrip("0") if cell.paper is not None else ""
     digits = max(2, len(known.partition(".")[2]))
     paper = "" if cell.paper is None else f"{cell.paper:.{digits}f}"
-    if cell.spread is not None:
-        paper += f" ± {cell.spread:.2f}"
+    paper += "" if cell.spread is None else f" ± {cell.spread:.2f}"
     if not cell.ours:
         return paper, "", "", "", ""
-    mean = f"{statistics.mean(cell.ours):.{digits}f}"
     deviation = f"{statistics.stdev(cell.ours):.{digits}f}" if len(cell.ours) > 1 else ""
     difference = "" if cell.difference is None else f"{cell.difference:+.{digits}f}"
-    return paper, mean, deviation, str(len(cell.ours)), difference
+    return paper, f"{statistics.mean(cell.ours):.{digits}f}", deviation, str(len(cell.ours)), difference
 
 
 def comparison_csv(comparison: Comparison) -> str:
     """The comparison with a column for every part of a cell."""
-    header = [f"{model} {score_title(score)} {part}" for model, score in comparison.columns for part in CSV_COLUMNS]
+    header = [f"{model} {SCORE_TITLES[score]} {part}" for model, score in comparison.columns for part in CSV_COLUMNS]
 
     def parts(cell: Cell) -> tuple[str, ...]:
         paper, *ours = _printed_parts(cell)
@@ -228,17 +211,16 @@ def comparison_markdown(comparison: Comparison) -> str:
         spread = f" ± {deviation}" if deviation else ""
         ours = f"{mean}{spread} ({seeds} seed{'s' if seeds != '1' else ''})" if mean else NONE
         notes = "".join(f"[{numbers.setdefault(note, len(numbers) + 1)}]" for note in cell.notes)
-        theirs = f"{paper} {MARKS[cell.verified][0]}" if paper else NONE
+        theirs = f"{paper} {VERIFIED[cell.verified][0]}" if paper else NONE
         return f"{theirs} \\| {ours} \\| {difference or NONE} {notes}".rstrip()
 
-    header = ["bits", "method", *(f"{model} {score_title(score)}" for model, score in comparison.columns)]
+    header = ["bits", "method", *(f"{model} {SCORE_TITLES[score]}" for model, score in comparison.columns)]
     rows = [[bits, method, *map(text, cells)] for bits, method, cells in comparison.lines]
     first = comparison.first
-    source = ", ".join(filter(None, (first.paper, first.reference)))
     verified = {cell.verified for _, _, cells in comparison.lines for cell in cells}
-    legend = ", ".join(f"{mark} {meaning}" for name, (mark, meaning) in MARKS.items() if name in verified)
+    legend = ", ".join(f"{mark} {meaning}" for name, (mark, meaning) in VERIFIED.items() if name in verified)
     lines = [
-        f"**{source}. Table {first.table}: {first.title}**",
+        f"**{join(first.paper, first.reference)}. Table {first.table}: {first.title}**",
         "",
         "paper \\| ours ± standard deviation over seeds \\| ours less the paper's, where both were made alike",
         "",

@@ -1,18 +1,17 @@
 """Match of records with published rows: the same method, and the same value in every protocol field that both name."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from tfmq_exp.report.comparability import FLOAT, changed_choices
 from tfmq_exp.report.published_tables import PublishedRow
 from tfmq_exp.report.records import ScoreRecord
-from tfmq_exp.report.tables import FLOAT, changed_choices
 
 TIMESTEPS = 1000  # of every network in the published tables
 SAMPLERS = {"DDIM": "ddim", "PLMS": "plms", "DPMSolver": "dpm_solver_{order}"}
 SPACINGS = {"quad": "quadratic", "uniform": "uniform"}
 INCEPTION = frozenset({"fid", "sfid", "is", "precision"})  # scores that the papers take from Inception's features
-IMAGE_SCORES = INCEPTION | {"clip"}
 COSTS = frozenset({"gpu_hours", "latency_s", "speedup", "memory_mb"})
 
 # TFMQ-DM's table 5 in the choices of the preset that makes it; the baseline has the same surgery as the other cells
@@ -27,30 +26,20 @@ COMPLETE = {method for (method, *_), name in ABLATION.items() if name == method}
 # the method of TDQ's paper and its baseline, under training: LSQ with another source of scales
 AS_PRINTED = {"lsq_tdq": "tdq", "lsq_dynamic": "dynamic"}
 
-Field = tuple[str, Any, Any]  # a field of the protocol, its value in the paper and here
 
-
-def published_name(record: ScoreRecord, *, ablation: bool) -> str | None:
-    """The published name of a record's method; None for variants that no table has.
+def is_of_row(record: ScoreRecord, row: PublishedRow, *, ablation: bool) -> bool:
+    """Whether a record has the bits and the method of a published row, with exactly the changes that the row names.
 
     In an ablation a record's choices say which part of the method it has; elsewhere it may have no choices of its own.
     """
-    choices = changed_choices(record)
+    choices, name = changed_choices(record), AS_PRINTED.get(record.method, record.method)
+    if record.quant != row.bits or row.choices:
+        return record.quant == row.bits and name == row.method and choices == row.choices
     if choices.keys() == {PARTITION, SCALES}:
-        name = ABLATION.get((record.method, choices[PARTITION], choices[SCALES]))
-        return name if ablation or name == record.method else None
-    if choices or (ablation and record.method not in {FLOAT} | COMPLETE):
-        return None
-    return AS_PRINTED.get(record.method, record.method)
-
-
-def is_of_row(record: ScoreRecord, row: PublishedRow, *, ablation: bool) -> bool:
-    """Whether a record has the bits and the method of a published row, with exactly the changes that the row names."""
-    if record.quant != row.bits:
-        return False
-    if row.choices:
-        return AS_PRINTED.get(record.method, record.method) == row.method and changed_choices(record) == row.choices
-    return published_name(record, ablation=ablation) == row.method
+        part = ABLATION.get((record.method, choices[PARTITION], choices[SCALES]))
+        return part == row.method and (ablation or part == record.method)
+    plain = not choices and not (ablation and record.method not in {FLOAT} | COMPLETE)
+    return plain and name == row.method
 
 
 def published_calls(protocol: Mapping[str, Any]) -> int | None:
@@ -66,21 +55,18 @@ def published_calls(protocol: Mapping[str, Any]) -> int | None:
     return len(range(0, TIMESTEPS, TIMESTEPS // steps)) + (sampler == "plms")
 
 
-def _steps(row: PublishedRow, record: ScoreRecord) -> Field:
-    """Steps, compared by the network calls that they become."""
+def _steps(row: PublishedRow, record: ScoreRecord) -> tuple[Any, Any]:
+    """Steps in the paper and here, compared by the network calls that they become."""
     theirs, ours = row.protocol.get("steps"), record.protocol.get("sampler", {}).get("num_inference_steps")
     published, calls = published_calls(row.protocol), record.protocol.get("network_calls")
     if theirs is None or ours is None or calls is None:
-        return "steps", theirs, ours
+        return theirs, ours
     if published is None:  # a paper that names no sampler may count either
-        return "steps", theirs, theirs if theirs in (ours, calls) else ours
+        return theirs, theirs if theirs in (ours, calls) else ours
     if published == calls:
-        return "steps", theirs, theirs
-
-    def counted(steps: int, calls: int) -> str:
-        return str(steps) if steps == calls else f"{steps} in {calls} calls"
-
-    return "steps", counted(theirs, published), counted(ours, calls)
+        return theirs, theirs
+    theirs, ours = (str(n) if n == made else f"{n} in {made} calls" for n, made in ((theirs, published), (ours, calls)))
+    return theirs, ours
 
 
 def evaluator_family(name: str) -> str:
@@ -94,47 +80,43 @@ def clip_network(folder: str | None) -> str | None:
     return f"ViT-{found[1].upper()}/{found[2]}" if found else folder
 
 
-def _training(quantized: bool) -> str:
-    return "with quantization" if quantized else "before quantization"
-
-
-def _fields(row: PublishedRow, record: ScoreRecord, score: str) -> Iterator[Field]:
-    theirs, ours = row.protocol, record.protocol
-    sampler: Mapping[str, Any] = ours.get("sampler", {})
-    kind = sampler.get("class")
-    yield "model", row.model, record.model
-    if row.method != FLOAT:
-        yield "training", _training("QAT" in row.title), _training(record.cost.get("training_images") is not None)
-    yield "sampler", theirs.get("sampler"), SAMPLERS[kind].format(**sampler) if kind in SAMPLERS else kind
-    yield _steps(row, record)
-    yield "spacing", SPACINGS.get(theirs.get("skip", "")), sampler.get("timestep_spacing")
-    yield "eta", theirs.get("eta"), sampler.get("eta")
-    yield "guidance", theirs.get("cfg"), ours.get("guidance")
-    yield "images", theirs.get("images"), ours.get("images")
-    if score in INCEPTION:
-        yield "evaluator", theirs.get("evaluator", "Inception"), evaluator_family(record.evaluator["name"])
-        yield "reference", theirs.get("reference"), record.evaluator.get("reference")
-    if score == "clip":
-        yield "CLIP network", theirs.get("clip"), clip_network(record.evaluator.get("clip", {}).get("model"))
-    if score in COSTS:
-        yield "device", theirs.get("device"), record.environment.get("device")
-
-
 def protocol_differences(row: PublishedRow, record: ScoreRecord, score: str) -> list[str]:
     """Differences between the protocols, in words; fields that only one side names are not compared."""
+    theirs, ours, evaluator = row.protocol, record.protocol, record.evaluator
+    sampler: Mapping[str, Any] = ours.get("sampler", {})
+    kind = sampler.get("class")
+    when = ("before quantization", "with quantization")
+    training = when["QAT" in row.title], when[record.cost.get("training_images") is not None]
+    # of every field its value in the paper and here
+    fields: dict[str, tuple[Any, Any]] = {
+        "model": (row.model, record.model),
+        "training": training if row.method != FLOAT else (None, None),
+        "sampler": (theirs.get("sampler"), SAMPLERS[kind].format(**sampler) if kind in SAMPLERS else kind),
+        "steps": _steps(row, record),
+        "spacing": (SPACINGS.get(theirs.get("skip", "")), sampler.get("timestep_spacing")),
+        "eta": (theirs.get("eta"), sampler.get("eta")),
+        "guidance": (theirs.get("cfg"), ours.get("guidance")),
+        "images": (theirs.get("images"), ours.get("images")),
+    }
+    if score in INCEPTION:
+        fields["evaluator"] = theirs.get("evaluator", "Inception"), evaluator_family(evaluator["name"])
+        fields["reference"] = theirs.get("reference"), evaluator.get("reference")
+    if score == "clip":
+        fields["CLIP network"] = theirs.get("clip"), clip_network(evaluator.get("clip", {}).get("model"))
+    if score in COSTS:
+        fields["device"] = theirs.get("device"), record.environment.get("device")
 
     def plain(value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
     return [
-        f"{name} {theirs} in the paper, {ours} here"
-        for name, theirs, ours in _fields(row, record, score)
-        if theirs is not None and ours is not None and plain(theirs) != plain(ours)
+        f"{name} {paper} in the paper, {here} here"
+        for name, (paper, here) in fields.items()
+        if paper is not None and here is not None and plain(paper) != plain(here)
     ]
 
 
 def unstated_fields(row: PublishedRow) -> list[str]:
     """Fields of sampling that are not known of the published side."""
     eta = {"eta": 0} if row.protocol.get("sampler") == "plms" else {}  # PLMS has none
-    protocol = row.protocol | eta
-    return [name for name in ("sampler", "steps", "eta", "images") if protocol.get(name) is None]
+    return [name for name in ("sampler", "steps", "eta", "images") if (row.protocol | eta).get(name) is None]

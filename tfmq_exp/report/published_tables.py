@@ -1,7 +1,7 @@
 """Published tables as their papers print them, read from the data files in `published/`; every row says how it was verified."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,40 +10,43 @@ import yaml
 
 FOLDER = Path(__file__).parent / "published"
 SCORES = "fid fid_spread sfid is clip precision gpu_hours memory_mb speedup size_mb latency_s"
+# how a number was seen: mark and meaning; capitals were seen where they are printed first
 VERIFIED = {
-    *("poster", "page", "supplement", "code", "full_text", "image", "secondary", "secondary_notes", "derived", "memory")
+    "poster": ("P", "the authors' poster"),
+    "page": ("A", "the authors' page or abstract"),
+    "supplement": ("S", "the paper's supplement"),
+    "code": ("C", "the authors' code"),
+    "full_text": ("T", "text of the paper that prints the row"),
+    "image": ("I", "image of the table, from its authors"),
+    "secondary": ("q", "quoted by others"),
+    "secondary_notes": ("n", "reading notes, which a machine may have written"),
+    "derived": ("d", "arithmetic on such numbers"),
+    "memory": ("m", "from memory, unverified: no target"),
 }
+KINDS = {str: "text", dict: "a mapping", list: "a list"}
+FILE = {"paper": str, "reference": str, "tables": dict}
+TABLE = {"title": str, "rows": list, "protocol": dict, "paper": str, "reference": str}
+DEFAULTS: dict[str, Any] = {"note": "", "scores": {}, "deltas": {}, "protocol": {}, "choices": {}}  # of a row
+ROW = dict.fromkeys(("model", "bits", "method", "verified"), str) | {name: type(of) for name, of in DEFAULTS.items()}
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One row of a published table. `method` is "float" for the unquantized network.
+    """One row of a published table."""
 
-    Args:
-        paper: that prints the row; in a table of another paper than its file's, that paper.
-        scores: as printed, None where it is printed that there is none; `fid_spread` is the number after the plus-minus sign.
-        deltas: differences from a baseline, where the paper gives those alone.
-        verified: how the number was seen. "poster", "page" (an official page or abstract), "supplement" and "code" are
-            the authors' own; "full_text" and "image" are read in the paper that prints the row; "secondary" quotes it,
-            "secondary_notes" are reading notes that a machine may have written; "derived" is arithmetic on such
-            numbers; "memory" is unverified, and no target.
-        protocol: of the table and of this row: sampler, steps, eta, images.
-        choices: what has to be changed inside the method here to make the row, as on the command line.
-    """
-
-    paper: str
+    paper: str  # that prints the row; in a table of another paper than its file's, that paper
     reference: str
     table: str
     title: str
     model: str
     bits: str
-    method: str
-    scores: dict[str, float | None]
-    deltas: dict[str, float | None]
-    verified: str
-    protocol: dict[str, Any]
+    method: str  # "float" for the unquantized network
+    scores: dict[str, float | None]  # None: it is printed that there is none; `fid_spread` follows the plus-minus sign
+    deltas: dict[str, float | None]  # differences from a baseline, where the paper gives those alone
+    verified: str  # of `VERIFIED`
+    protocol: dict[str, Any]  # of the table and of this row: sampler, steps, eta, images
     note: str
-    choices: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)  # what to change in the method here, as on the command line
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -57,45 +60,36 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _mapping(value: Any, where: str, required: str = "", optional: str | None = None) -> dict[str, Any]:
-    """A mapping with all required keys, and no others but the optional ones; None allows any."""
+def _checked(value: Any, where: str, kinds: Mapping[str, type], optional: str = "") -> dict[str, Any]:
+    """A mapping with these keys of these kinds, of which optional ones may be absent."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{where}: {value!r} is not a mapping with text for keys")
-    if optional is not None and (unknown := value.keys() - {*required.split(), *optional.split()}):
-        raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}")
-    if missing := set(required.split()) - value.keys():
-        raise ValueError(f"{where}: no {', '.join(sorted(missing))}")
+    unknown, missing = value.keys() - kinds, kinds.keys() - value.keys() - {*optional.split()}
+    if wrong := unknown or missing:
+        raise ValueError(f"{where}: {'unknown' if unknown else 'no'} {', '.join(sorted(wrong))}")
+    for name, each in value.items():
+        if not isinstance(each, kinds[name]):
+            raise ValueError(f"{where}: {name} {each!r} is not {KINDS[kinds[name]]}")
     return value
 
 
-def _texts(values: dict[str, Any], where: str) -> dict[str, str]:
-    for key, value in values.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{where}, {key}: {value!r} is not text")
-    return values
-
-
-def _numbers(value: Any, where: str) -> dict[str, float | None]:
-    """Scores by name; null for one of which the paper prints that there is none."""
-    scores = _mapping(value, where, optional=SCORES)
-    for name, number in scores.items():
-        finite = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-        if not finite and number is not None:
-            raise ValueError(f"{where}: {name} is {number!r}, not a number")
-    return {name: None if number is None else float(number) for name, number in scores.items()}
-
-
-def _row(row: Any, where: str, table: dict[str, str], protocol: dict[str, Any]) -> PublishedRow:
-    row = {"note": ""} | _mapping(row, where, "model bits method verified", "scores deltas protocol note choices")
-    text = _texts({name: row[name] for name in ("model", "bits", "method", "verified", "note")}, where)
-    if text["verified"] not in VERIFIED:
-        raise ValueError(f"{where}: verified is {text['verified']!r}, not one of {', '.join(sorted(VERIFIED))}")
-    scores, deltas = (_numbers(row.get(name, {}), f"{where}, {name}") for name in ("scores", "deltas"))
-    if bool(scores) == bool(deltas):
+def _row(given: Any, where: str, table: dict[str, str], protocol: dict[str, Any]) -> PublishedRow:
+    row = DEFAULTS | _checked(given, where, ROW, " ".join(DEFAULTS))
+    if row["verified"] not in VERIFIED:
+        raise ValueError(f"{where}: verified is {row['verified']!r}, not one of {', '.join(sorted(VERIFIED))}")
+    if bool(row["scores"]) == bool(row["deltas"]):
         raise ValueError(f"{where}: a row has either scores or deltas")
-    own, choices = (_mapping(row.get(name, {}), f"{where}, {name}") for name in ("protocol", "choices"))
-    choices = _texts(choices, f"{where}, choices")
-    return PublishedRow(**table, **text, scores=scores, deltas=deltas, protocol=protocol | own, choices=choices)
+    for part in ("scores", "deltas"):
+        known: dict[str, type] = {name: object for name in SCORES.split()}
+        for name, number in _checked(row[part], f"{where}, {part}", known, SCORES).items():
+            finite = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+            if not finite and number is not None:
+                raise ValueError(f"{where}, {part}: {name} is {number!r}, not a number")
+        row[part] = {name: None if number is None else float(number) for name, number in row[part].items()}
+    row["choices"] = {**_checked(row["choices"], f"{where}, choices", dict.fromkeys(row["choices"], str))}
+    row["protocol"] = protocol | row["protocol"]
+    _checked(row["protocol"], f"{where}, protocol", dict.fromkeys(row["protocol"], object))
+    return PublishedRow(**table, **row)
 
 
 def _read(path: Path) -> Iterator[tuple[str, PublishedRow]]:
@@ -104,18 +98,14 @@ def _read(path: Path) -> Iterator[tuple[str, PublishedRow]]:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    file = _mapping(content, str(path), "paper reference tables", "")
-    for name, table in _mapping(file["tables"], f"{path}, tables").items():
-        where = f"{path}, table {name}"
-        table = _mapping(table, where, "title rows", "protocol paper reference")
+    file = _checked(content, str(path), FILE)
+    for name, given in _checked(file["tables"], f"{path}, tables", dict.fromkeys(file["tables"], object)).items():
+        table = _checked(given, f"{path}, table {name}", TABLE, "protocol paper reference")
         source = {"reference": ""} | table if "paper" in table else file | table
-        texts = _texts({key: source[key] for key in ("paper", "reference", "title")}, where) | {"table": name}
-        protocol = _mapping(table.get("protocol", {}), f"{where}, protocol")
-        if not isinstance(table["rows"], list):
-            raise ValueError(f"{where}: rows is not a list")
+        texts = {key: source[key] for key in ("paper", "reference", "title")} | {"table": name}
         for number, row in enumerate(table["rows"], 1):
-            place = f"{where}, row {number}"
-            yield place, _row(row, place, texts, protocol)
+            place = f"{path}, table {name}, row {number}"
+            yield place, _row(row, place, texts, table.get("protocol", {}))
 
 
 def read_published(folder: Path = FOLDER) -> list[PublishedRow]:
@@ -146,7 +136,7 @@ def tables_by_paper(rows: Sequence[PublishedRow]) -> dict[str, dict[str, str]]:
 
 
 def _plain(text: str) -> str:
-    return "".join(c for c in text.lower() if c.isalnum())
+    return "".join(filter(str.isalnum, text.lower()))
 
 
 def find_paper(rows: Sequence[PublishedRow], name: str) -> str:

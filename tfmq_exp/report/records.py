@@ -15,35 +15,23 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ScoreRecord:
-    """One row of a table. `method` is "float" for the unquantized network.
-
-    Args:
-        choices: the config group choices that make the row what it is.
-        protocol: network (hash of its weights, settings, noise schedule), sampler, images, uint8 rule, precision: rows with
-            different protocols are not comparable.
-        evaluator: name and provenance of feature extractor and reference.
-        scores: fid, sfid, is.
-        errors: mean temporal-feature error and trajectory error against the float network; empty for the float row.
-        quantized: shares of weights and MACs that are integer.
-        cost: seconds by stage, peak memory, calibration samples, iterations.
-        settings: `hash` of all that the method is made of but the seed, and `named`, what a preset and the command line
-            changed outside the choices. Rows that differ here are no repetitions of each other.
-    """
+    """One row of a table. Rows of other protocols or evaluators are not comparable; of other settings, no repetitions."""
 
     model: str
     quant: str
-    method: str
+    method: str  # "float" for the unquantized network
     seed: int
-    scores: dict[str, float]
-    protocol: dict[str, Any]
-    evaluator: dict[str, Any]
+    scores: dict[str, float]  # fid, sfid, is
+    protocol: dict[str, Any]  # network (hash of its weights, settings, noise schedule), sampler, images, precision
+    evaluator: dict[str, Any]  # name and provenance of feature extractor and reference
     weights_bytes: int
-    choices: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    quantized: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)  # of config groups, that make the row what it is
+    errors: dict[str, float] = field(default_factory=dict)  # means against the float network, whose row has none
+    quantized: dict[str, Any] = field(default_factory=dict)  # shares of weights and MACs that are integer
+    cost: dict[str, Any] = field(default_factory=dict)  # seconds by stage, peak memory, calibration samples, iterations
     keys: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    # `hash` of all that the method is made of but the seed; `named`: what was changed in it outside the choices
     settings: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -59,8 +47,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def parse_record(row: Any) -> ScoreRecord:
-    """A record from plain data; ValueError or TypeError for a value that is not of its field's kind."""
+def _parse(row: Any) -> ScoreRecord:
     record = ScoreRecord(**row)
     for name, kind in KINDS.items():
         value = getattr(record, name)
@@ -73,11 +60,15 @@ def parse_record(row: Any) -> ScoreRecord:
     return record
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Records as plain data, from a `results.json` or from a file of `save_records`."""
+def read_file(path: Path) -> tuple[ScoreRecord, ...]:
+    """The records of a `results.json` or of a file of `save_records`.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: no such file.
+    """
     if path.suffix == ".json":
-        return read_record(path)["rows"]
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return tuple(map(_parse, read_record(path)["rows"]))
+    return tuple(_parse(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def read_records(*sources: Path) -> list[ScoreRecord]:
@@ -91,7 +82,7 @@ def read_records(*sources: Path) -> list[ScoreRecord]:
     found: dict[str, ScoreRecord] = {}
     for path in chain(*([s] if s.is_file() else sorted(s.rglob("results.json")) for s in sources)):
         try:
-            found |= {_identity(record): record for record in map(parse_record, read_rows(path))}
+            found |= {_identity(record): record for record in read_file(path)}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} is not a results file of this program: {reason}") from error
@@ -106,15 +97,11 @@ def _identity(record: ScoreRecord) -> str:
 
 
 def save_records(records: Sequence[ScoreRecord], path: Path) -> None:
-    """Write one record per line, so that a table can be made where the run folders are gone.
+    """Write one record per line, without paths into one machine's store and without the command line."""
 
-    Paths into one machine's store and the command line are left out.
-    """
-
-    def portable(record: ScoreRecord) -> dict[str, Any]:
+    def portable(record: ScoreRecord) -> str:
         cost = {key: value for key, value in record.cost.items() if key != "stages"}
         environment = {key: value for key, value in record.environment.items() if key != "command"}
-        return record.to_json() | {"cost": cost, "environment": environment}
+        return json.dumps(record.to_json() | {"cost": cost, "environment": environment}, sort_keys=True) + "\n"
 
-    text = "".join(json.dumps(portable(record), sort_keys=True) + "\n" for record in records)
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda partial: partial.write_text("".join(map(portable, records)), encoding="utf-8"))

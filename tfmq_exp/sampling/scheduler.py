@@ -22,9 +22,8 @@ from tfmq_exp.denoisers.loading.scheduler_config import (
     USUAL,
     check_count,
     check_former_names,
-    pipeline_class,
-    scheduler_class,
-    scheduler_defaults,
+    default_settings,
+    listed_classes,
     scheduler_file,
 )
 from tfmq_exp.sampling.sampler import Moves, Sampler
@@ -78,7 +77,7 @@ class Scheduler:
         for key, choices in CHOICES.items():
             if (value := self.settings.get(key, choices[0])) not in choices:
                 raise ValueError(f"{key} must be one of {', '.join(map(str, choices))}, got {value!r}{OTHERS}")
-        defaults = scheduler_defaults(self.kind)
+        defaults = default_settings(self.kind)
         for key, value in self.settings.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key} must be a finite number, got {value}")
@@ -184,16 +183,16 @@ def read_scheduler(
     if (file := scheduler_file(folder)) is None:
         cache = "; it is a cache: give the folder below its snapshots/" if (folder / "snapshots").is_dir() else OTHERS
         raise FileNotFoundError(f"sampler=folder reads scheduler/{CONFIG}, and there is none in {path}{cache}")
-    raw, pipeline = read_json(file), pipeline_class(folder)
+    raw, (pipeline, listed) = read_json(file), listed_classes(folder)
     own = raw.get("_class_name")
-    kind = CONVERTED.get(pipeline or "", scheduler_class(folder) or own)
+    kind = CONVERTED.get(pipeline or "", listed or own)
     try:
         check_former_names(raw | dict(settings or {}))
         if kind not in KINDS:
             raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {kind!r}{OTHERS}")
         if kind != own:
             log.warning("%s describes a %s; it is sampled as a %s, as model_index.json has it", file, own, kind)
-        defaults = scheduler_defaults(kind)
+        defaults = default_settings(kind)
         if unknown := sorted(set(settings or {}) - set(defaults)):
             raise ValueError(f"sampler.settings.{unknown[0]}: a {kind} has no such setting")
         given = {key: value for key, value in raw.items() if not key.startswith("_")} | dict(settings or {})

@@ -22,8 +22,8 @@ from tfmq_exp.core.file_kind import instead_of_text
 from tfmq_exp.core.files import read_json
 from tfmq_exp.denoisers.digits import load_denoiser as load_digits
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
+from tfmq_exp.denoisers.loading.condition_encoders import read_tokenizer
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser, read_architecture
-from tfmq_exp.denoisers.loading.text_encoder import read_tokenizer
 from tfmq_exp.evaluation.features import load_inception
 
 pytestmark = pytest.mark.bad_input

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torchvision import datasets
 
 from tfmq_exp.data import cifar10
 from tfmq_exp.data.cifar10 import BINARY, CIFAR10, PYTHON
-from tfmq_exp.data.cifar10_pickle import read_record
 
 PER_FILE = 4
 
@@ -94,13 +94,25 @@ def test_the_pickles_of_these_tests_are_what_numpy_reads() -> None:
     assert batch[b"labels"] == [1, 2, 3, 4]
 
 
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], np.ndarray]:
+    """Reads the content of a file whose md5 is the published one."""
+
+    def read(content: bytes) -> np.ndarray:
+        (tmp_path / "batch").write_bytes(content)
+        sums = {"batch": hashlib.md5(content, usedforsecurity=False).hexdigest()}
+        monkeypatch.setattr(cifar10, "PYTHON_FILES", sums)
+        monkeypatch.setattr(cifar10, "PER_FILE", PER_FILE)
+        return cifar10.read_images(tmp_path / "batch")
+
+    return read
+
+
 @pytest.mark.parametrize("protocol", [3, 4])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_as_numpy_pickles_them_today_are_read(protocol: int, order: Any) -> None:
-    content = pickle.dumps({b"data": np.array(rows(1), order=order), b"labels": [1, 2]}, protocol=protocol)
-    images, labels = read_record(Path("batch"), content)
-    assert np.array_equal(images, rows(1))
-    assert labels == [1, 2]
+def test_arrays_as_numpy_pickles_them_today_are_read(protocol: int, order: Any, read: Callable[..., Any]) -> None:
+    images = read(pickle.dumps({b"data": np.array(rows(1), order=order), b"labels": [1, 2, 3, 4]}, protocol=protocol))
+    assert np.array_equal(images.reshape(PER_FILE, -1), rows(1))
 
 
 def test_the_binary_version_is_preferred(python: Path, binary: Path) -> None:
@@ -135,12 +147,10 @@ def attacks(marker: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("place", attacks(Path("marker")))
-def test_code_in_a_batch_is_refused_and_does_not_run(place: str, tmp_path: Path) -> None:
+def test_code_in_a_batch_is_refused_and_does_not_run(place: str, tmp_path: Path, read: Callable[..., Any]) -> None:
     marker = tmp_path / "marker"
-    with pytest.raises(
-        ValueError, match=r"data_batch_1 is no batch of CIFAR-10 \(RefusedError: refuses to load '\w+\.\w+'"
-    ):
-        read_record(Path("data_batch_1"), attacks(marker)[place])
+    with pytest.raises(ValueError, match=r"batch is no batch of CIFAR-10 \(\w+: refuses to load '\w+\.\w+'"):
+        read(attacks(marker)[place])
     assert not marker.exists()
 
 
@@ -160,35 +170,33 @@ def test_a_batch_with_code_in_it_is_refused_by_the_source_too(python: Path, monk
         CIFAR10(str(python)).batches(5)
     sums = cifar10.PYTHON_FILES | {"data_batch_3": hashlib.md5(content, usedforsecurity=False).hexdigest()}
     monkeypatch.setattr(cifar10, "PYTHON_FILES", sums)
-    with pytest.raises(
-        ValueError, match=r"data_batch_3 is no batch of CIFAR-10 \(RefusedError: refuses to load 'os\.system'"
-    ):
+    with pytest.raises(ValueError, match=r"data_batch_3 is no batch of CIFAR-10 \(\w+: refuses to load 'os\.system'"):
         CIFAR10(str(python)).batches(5)
     assert not marker.exists()
 
 
-def test_a_pickle_cannot_change_what_the_next_one_is_given(tmp_path: Path) -> None:
+def test_a_pickle_cannot_change_what_the_next_one_is_given(read: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="no batch"):
-        read_record(Path("a"), b"\x80\x02cnumpy\ndtype\nN}(X\x08\x00\x00\x00__init__Nu\x86b.")
-    images, _ = read_record(Path("b"), python2(rows(1), [1, 2, 3, 4]))
-    assert np.array_equal(images, rows(1))
+        read(b"\x80\x02cnumpy\ndtype\nN}(X\x08\x00\x00\x00__init__Nu\x86b.")
+    assert np.array_equal(read(python2(rows(1), [1, 2, 3, 4])).reshape(PER_FILE, -1), rows(1))
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "EOFError"),
-        (b"no pickle", "KeyError"),
+        (b"no pickle", "UnpicklingError"),
         (python2(rows(1), [1])[:-9], "EOFError|UnpicklingError"),
         (pickle.dumps({b"labels": [1]}), "KeyError"),
         (pickle.dumps([1]), "TypeError"),
-        (pickle.dumps({b"data": rows(1).astype(np.float32), b"labels": [1]}, protocol=3), "are of type 'f4'"),
-        (python2(rows(1), [1]).replace(struct.pack("<i", 3072), struct.pack("<i", 3073), 1), "cannot reshape"),
+        (pickle.dumps({b"data": [1], b"labels": [1]}), "AttributeError"),
+        (pickle.dumps({b"data": rows(1).astype(np.float32), b"labels": [1]}, protocol=3), "are of type float32"),
+        (python2(rows(1), [1]).replace(struct.pack("<i", 3072), struct.pack("<i", 3073), 1), "size"),
     ],
 )
-def test_damaged_batches_are_refused(content: bytes, reason: str) -> None:
+def test_damaged_batches_are_refused(content: bytes, reason: str, read: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=rf"batch is no batch of CIFAR-10 \(.*({reason})"):
-        read_record(Path("batch"), content)
+        read(content)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from tfmq_exp.report.comparability import flatten
-from tfmq_exp.report.html.charts import MAX_POINTS, thinned
-from tfmq_exp.report.html.config_diff import config_diffs
+from tfmq_exp.report.html.charts import MAX_POINTS, METHODS, styles, thinned
+from tfmq_exp.report.html.configurations import config_diffs
 from tfmq_exp.report.html.run_reader import Run
 from tfmq_exp.report.html.score_charts import bit_operations, front, labelled_points
-from tfmq_exp.report.html.theme import METHODS, styles
 from tfmq_exp.report.records import ScoreRecord
 
 ROOT = Path(__file__).parents[3]
@@ -71,7 +70,7 @@ def test_targets_are_named_inside_the_project() -> None:
     found = config_diffs(
         [Run(name, Path(name), "done", config=config) for name, config in zip("ab", configs, strict=True)]
     )
-    assert found[0].rows == ((("quant._target_",), ("quant.A, quant.B",)),)
+    assert found[0]["rows"] == [(["quant._target_"], ("quant.A, quant.B",))]
 
 
 def test_leaves_of_a_configuration_by_dotted_keys() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from scripts.make_tables import arguments, make_tables
+from tfmq_exp.report.comparability import scored_by
 from tfmq_exp.report.html.grouping import group_runs
 from tfmq_exp.report.html.run_reader import Run
 from tfmq_exp.report.records import ScoreRecord, read_records, save_records
-from tfmq_exp.report.tables import by_protocol, devices, pivot, scored_by, table
+from tfmq_exp.report.tables import by_protocol, devices, pivot, table
 
 pytestmark = pytest.mark.bad_input
 
@@ -123,9 +124,9 @@ def test_two_records_that_differ_in_one_thing_are_never_averaged(field: str, pat
     assert sorted(row[2] for row in rows) == ["1.000", "3.000"]
     assert [row[-1] for row in rows] == ["1", "1"]
     found = group_runs([Run("r", Path(), "done", records=(record,)) for record in pair])
-    assert [len(variant.members) for group in found for variant in group.variants] == [1, 1]
+    assert [len(variant.records) for group in found for variant in group.variants] == [1, 1]
     headings = [
-        f"{g.model} {g.title} {scored_by(g.first)} {variant.bits} {variant.label}"
+        f"{g.first.model} {g.title} {scored_by(g.first)} {variant.bits} {variant.label}"
         for g in found
         for variant in g.variants
     ]

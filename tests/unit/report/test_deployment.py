@@ -11,9 +11,8 @@ from PIL import Image
 from tests.helpers.run_folders import Reader, read, row, run, table
 from tfmq_exp.report.html.deployment import deployments
 from tfmq_exp.report.html.grouping import group_runs
-from tfmq_exp.report.html.run_charts import series
+from tfmq_exp.report.html.run_charts import series, stage_rows
 from tfmq_exp.report.html.run_reader import read_runs
-from tfmq_exp.report.html.time_charts import stage_rows
 
 SIMULATED = {0: 3.0, 1: 3.5, 2: 4.0}
 DEPLOYED = {"one": {0: 3.1, 1: 3.7, 2: 4.3}, "two": {0: 3.2}}
@@ -129,7 +128,7 @@ def test_curves_pictures_and_looks_are_each_its_own(root: Path, seen: Reader) ->
 
 def test_stages_are_counted_where_they_were_needed(root: Path) -> None:
     (group,) = group_runs(read_runs([root]))
-    found = {(line.variant, line.stage): (line.computed, line.found, line.seconds) for line in stage_rows(group)}
+    found = {(r["variant"].name, r["stage"]): (r["computed"], r["found"], r["seconds"]) for r in stage_rows(group)}
     assert found["w4a8 a", "images"] == (3, 0, 5.0)
     assert found["w4a8 a (executed by one)", "export"] == (3, 0, 2.0)
     assert found["w4a8 a (executed by two)", "images"] == (1, 0, 4.0)

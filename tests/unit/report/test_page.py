@@ -10,10 +10,10 @@ import pytest
 
 from tests.helpers.run_folders import EVALUATOR, FID, PROTOCOL, Reader, read, row, run
 from tfmq_exp.report.html import pictures
-from tfmq_exp.report.html.grouping import Group, Member, Variant
-from tfmq_exp.report.html.run_charts import error_charts
+from tfmq_exp.report.html.charts import styles
+from tfmq_exp.report.html.grouping import Group, Variant
+from tfmq_exp.report.html.run_charts import error_curves
 from tfmq_exp.report.html.run_reader import Run
-from tfmq_exp.report.html.theme import styles
 from tfmq_exp.report.published_tables import PublishedRow
 from tfmq_exp.report.records import ScoreRecord
 
@@ -183,10 +183,9 @@ def test_seeds_that_are_far_apart_are_lines_of_their_own() -> None:
         Run("", Path(), "done", tables={"temporal_error.csv": ({"t": 1, "relative_mse": value},)})
         for value in (1.0, 20.0)
     ]
-    variants = [Variant("w4a8", "a", tuple(Member(ScoreRecord(**row("a", "w4a8", 0, 1.0)), run) for run in runs))]
-    chart, *_ = error_charts(Group(tuple(variants)), styles(["a"]))
-    assert chart is not None
-    figure = chart.views[0][1].to_plotly_json()
+    variant = Variant("w4a8", "a", [ScoreRecord(**row("a", "w4a8", 0, 1.0))] * 2, runs)
+    views = error_curves(Group((variant,)), styles(["a"]), "temporal")
+    figure = views["w4a8"].to_plotly_json()
     assert [list(trace["y"]) for trace in figure["data"]] == [[1.0], [20.0], [10.5]]
 
 

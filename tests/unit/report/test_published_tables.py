@@ -99,7 +99,7 @@ def test_refuses_what_is_no_table(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=says):
             read_published(tmp_path)
     one_file(tmp_path, table="title: T")
-    with pytest.raises(ValueError, match="rows is not a list"):
+    with pytest.raises(ValueError, match="rows None is not a list"):
         read_published(tmp_path)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfmq_exp.report.figures.scales_over_time import (
+from tfmq_exp.report.scales_over_time import (
     FILE,
     RunScales,
     correlations,

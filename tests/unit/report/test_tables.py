@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfmq_exp.report.figures.errors import mosaic
+from tfmq_exp.report.figures import mosaic
 from tfmq_exp.report.records import ScoreRecord, read_records, save_records
 from tfmq_exp.report.tables import by_protocol, cell, execution, pivot, render, table
 

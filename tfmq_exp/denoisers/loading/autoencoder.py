@@ -10,33 +10,25 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, VQModel
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_exp.core.validate import COUNT, POSITIVE
-from tfmq_exp.denoisers.loading.compvis_unet import ddim_key
-from tfmq_exp.denoisers.loading.state_dict import assign_weights
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights
+from tfmq_exp.denoisers.loading.compvis_unet import DDIM_SETTINGS, block_types, ddim_key, renamed
 
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
 
 
 class LatentDecoder:
-    """First stage of a denoiser whose samples are the latents of an autoencoder, times a scale.
+    """First stage of a denoiser whose samples are the latents of an autoencoder, times a scale that gives them unit variance.
 
-    Args:
-        network: the autoencoder; it moves to the device of its inputs.
-        scale: gives the latents about unit variance: 1 for VQ models, 0.18215 for Stable Diffusion, a number in the
-            checkpoint for LSUN-Churches.
-        rows: images that go through the network together; a decoder needs far more memory than a denoiser.
-
-    Raises:
-        ValueError: a scale or a number of rows that is not positive.
+    The network moves to the device of its inputs; `rows` images go through it together.
     """
 
     def __init__(self, network: AutoencoderKL | VQModel, scale: float, rows: int = 8) -> None:
-        if not POSITIVE.fits(scale):
-            raise ValueError(f"the latents' scale factor must be {POSITIVE.right}, got {scale!r}")
-        if not COUNT.fits(rows):
-            raise ValueError(f"decode_rows must be {COUNT.right}, got {rows!r}")
+        for name, value, kind in (("the latents' scale factor", scale, POSITIVE), ("decode_rows", rows, COUNT)):
+            if not kind.fits(value):
+                raise ValueError(f"{name} must be {kind.right}, got {value!r}")
         self.network: Any = network
         self.scale, self.rows = scale, rows
 
@@ -69,18 +61,15 @@ def build_autoencoder(config: Mapping[str, Any], scale: float) -> AutoencoderKL 
     parts, latent = params["ddconfig"], params["ddconfig"]["z_channels"]
     kl = kind == "AutoencoderKL"
     if bool(parts["double_z"]) != kl or (kl and params["embed_dim"] != latent):
+        found = f"double_z={parts['double_z']}, z_channels={latent}, embed_dim={params['embed_dim']}"
         raise ValueError(
-            f"{kind} with double_z={parts['double_z']}, z_channels={latent}, embed_dim={params['embed_dim']}: expected "
-            "double_z and embed_dim = z_channels of AutoencoderKL, and no double_z of VQModel"
+            f"{kind} with {found}: expected double_z and embed_dim = z_channels if AutoencoderKL, else neither"
         )
     attends = [parts["resolution"] // 2**level in parts["attn_resolutions"] for level in range(len(parts["ch_mult"]))]
-    down = tuple("AttnDownEncoderBlock2D" if attend else "DownEncoderBlock2D" for attend in attends)
-    up = tuple("AttnUpDecoderBlock2D" if attend else "UpDecoderBlock2D" for attend in reversed(attends))
     shared: dict[str, Any] = {
-        **{"in_channels": parts["in_channels"], "out_channels": parts["out_ch"]},
-        **{"down_block_types": down, "up_block_types": up},
+        **block_types(attends, sides=("DownEncoder", "UpDecoder")),
+        **{ours: parts[theirs] for ours, theirs in DDIM_SETTINGS.items()},
         "block_out_channels": tuple(parts["ch"] * m for m in parts["ch_mult"]),
-        "layers_per_block": parts["num_res_blocks"],
         "latent_channels": latent,
         **{"norm_num_groups": 32, "sample_size": parts["resolution"], "scaling_factor": scale},
     }
@@ -89,25 +78,8 @@ def build_autoencoder(config: Mapping[str, Any], scale: float) -> AutoencoderKL 
     return VQModel(**shared, num_vq_embeddings=params["n_embed"], vq_embed_dim=params["embed_dim"])
 
 
-def convert_autoencoder(state: Mapping[str, Tensor], network: nn.Module, levels: int) -> dict[str, Tensor]:
-    """A state dict for `network` from one with original keys; losses of its training are dropped."""
-    matrices = {name for name, value in network.state_dict().items() if value.dim() == 2}
-    converted: dict[str, Tensor] = {}
-    for key, value in state.items():
-        side, _, inner = key.partition(".")
-        if side != "loss":
-            name = f"{side}.{ddim_key(inner, levels)}" if side in ("encoder", "decoder") else key
-            converted[name] = value.flatten(1) if name in matrices and value.dim() > 1 else value
-    return converted
-
-
 def load_autoencoder(config: Mapping[str, Any], state: Mapping[str, Tensor], scale: float) -> AutoencoderKL | VQModel:
-    """Build the autoencoder of an LDM `first_stage_config` and load its weights, strictly; it takes them over.
-
-    Args:
-        config: `target` and `params` with `ddconfig`, as in the original file.
-        state: parameters by their original names below `first_stage_model.`.
-        scale: of the latents; the network does not use it, its configuration keeps it.
+    """Build the autoencoder of an LDM `first_stage_config` and load its weights, by their original names, strictly.
 
     Raises:
         ValueError: an architecture that is not known here, or weights that do not fit it.
@@ -117,5 +89,12 @@ def load_autoencoder(config: Mapping[str, Any], state: Mapping[str, Tensor], sca
             network = build_autoencoder(config, scale)
     except KeyError as error:
         raise ValueError(f"the architecture of the first stage lacks {error}") from error
-    assign_weights(network, convert_autoencoder(state, network, len(config["params"]["ddconfig"]["ch_mult"])))
+    levels = len(config["params"]["ddconfig"]["ch_mult"])
+
+    def name_of(key: str) -> str:
+        side, _, inner = key.partition(".")
+        return f"{side}.{ddim_key(inner, levels)}" if side in ("encoder", "decoder") else key
+
+    kept = {key: value for key, value in state.items() if not key.startswith("loss.")}  # losses of its training
+    assign_weights(network, renamed(kept, network, name_of))
     return network

@@ -1,17 +1,16 @@
-"""Checkpoint files: the named tensors of safetensors or of `torch.save`, whichever the bytes are; a suffix says nothing."""
+"""Checkpoint files: the named tensors of safetensors or of `torch.save`, whichever the bytes are; and weights into a network."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq_exp.core.file_kind import is_safetensors, kind_of, why_missing, why_unreadable
-from tfmq_exp.core.safe_pickle import RefusedError
 from tfmq_exp.denoisers.loading.torch_checkpoint import build_tensors, open_torch
-from tfmq_exp.denoisers.loading.torch_pickle import TensorRecord
+from tfmq_exp.denoisers.loading.torch_pickle import RefusedError, TensorRecord
 
 EMA = "model_ema."
 
@@ -22,8 +21,8 @@ class Checkpoint:
         with Checkpoint(path) as file:
             unet = file.read("model.diffusion_model.", ema=True)
 
-    Optimizer states, settings and everything else that is not a tensor of the state dict are left out. EMA copies in the list
-    of the DDIM program are named as LDM does: `model_ema.` + name without dots.
+    Everything that is not a tensor of the state dict is left out. EMA copies in the list of the DDIM program are named as LDM
+    does: `model_ema.` + name without dots.
 
     Raises:
         FileNotFoundError: on entering, no such file.
@@ -68,14 +67,10 @@ class Checkpoint:
             return self._read(self._names if names is None else names)
 
     def read(self, prefix: str = "", *, ema: bool = False) -> dict[str, Tensor]:
-        """Read the weights of one network, by their names below a prefix; with `ema` the averages that training kept.
-
-        Raises:
-            ValueError: damaged, nothing below the prefix, or no EMA copies of its weights.
-        """
+        """Read the weights of one network by their names below a prefix, with `ema` the averages; ValueError without them."""
         with self._naming():
             sources = select_names(self._names, prefix, ema)
-        tensors = self.tensors(sources.values())
+            tensors = self._read(sources.values())
         return {name: tensors[source] for name, source in sources.items()}
 
     @contextmanager
@@ -97,15 +92,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return file.tensors()
 
 
-def tensors_of(state: Any) -> dict[str, TensorRecord]:
-    """The named tensors of a dict, without the `module.` of DataParallel; none of anything else."""
-    # by the method of dict itself: a pickle may give an OrderedDict another one
-    items = dict.items(state) if isinstance(state, dict) else ()
-    named = {name: value for name, value in items if isinstance(name, str) and isinstance(value, TensorRecord)}
-    parallel = all(name.startswith("module.") for name in named)
-    return {name.removeprefix("module.") if parallel else name: value for name, value in named.items()}
-
-
 def state_of(root: Any) -> dict[str, TensorRecord]:
     """The tensors of Lightning's state dict, a bare one, or DDIM's list: state, optimizer, epoch, step (, EMA copies)."""
     if not isinstance(root, list):
@@ -113,6 +99,14 @@ def state_of(root: Any) -> dict[str, TensorRecord]:
     state, averages = (tensors_of(root[place] if place < len(root) else None) for place in (0, 4))
     copies = ema_names(averages)
     return {**state, **{copies[name]: value for name, value in averages.items()}}
+
+
+def tensors_of(state: Any) -> dict[str, TensorRecord]:
+    """The named tensors of a dict, without the `module.` of DataParallel; none of anything else."""
+    items = state.items() if isinstance(state, dict) else ()
+    named = {name: value for name, value in items if isinstance(name, str) and isinstance(value, TensorRecord)}
+    parallel = all(name.startswith("module.") for name in named)
+    return {name.removeprefix("module.") if parallel else name: value for name, value in named.items()}
 
 
 def ema_names(names: Iterable[str]) -> dict[str, str]:
@@ -135,3 +129,38 @@ def select_names(present: Collection[str], prefix: str, ema: bool) -> dict[str, 
         lacking = f"{len(missing)} of {len(names)} weights below {prefix!r}, such as {missing[0]!r}"
         raise RefusedError(f"no EMA copy ({EMA}*) of {lacking}; set ema=false for the weights themselves")
     return {name.removeprefix(prefix): sources[name] for name in names}
+
+
+def differences(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The reasons why a state dict is not this network's: names that are missing or unknown, and other shapes."""
+    expected = network.state_dict()
+    shapes = {name: (tuple(state[name].shape), tuple(expected[name].shape)) for name in expected if name in state}
+    kinds = {
+        "missing": [name for name in expected if name not in state],
+        "not in the architecture": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {given} instead of {own}" for name, (given, own) in shapes.items() if given != own
+        ],
+    }
+    return [f"{len(names)} {kind}, first {names[0]}" for kind, names in kinds.items() if names]
+
+
+def assign_weights(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make these tensors a network's own, as float32; it may have been built on the meta device.
+
+    They are taken over, not copied, where they are contiguous float32 already. The network is left in evaluation mode and
+    without gradients.
+
+    Raises:
+        ValueError: the tensors are not exactly those of the architecture, or no real numbers: integers of a quantized
+            file mean nothing without its scales.
+    """
+    if problems := differences(network, state):
+        raise ValueError(f"the weights do not fit the architecture: {'; '.join(problems)}")
+    expected = network.state_dict()
+    if wrong := [n for n in expected if expected[n].is_floating_point() and not state[n].is_floating_point()]:
+        kind = str(state[wrong[0]].dtype).removeprefix("torch.")
+        found = f"{len(wrong)} weights are no floating point numbers, first {wrong[0]} ({kind})"
+        raise ValueError(f"{found}: quantized by others?")
+    network.load_state_dict({name: value.float().contiguous() for name, value in state.items()}, assign=True)
+    network.eval().requires_grad_(False)

@@ -4,16 +4,22 @@ Outputs agree with the originals to float32 rounding.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.loading.state_dict import assign_weights
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
+# diffusers' names of settings -> LDM's, and DDIM's.
+SETTINGS = {
+    **{"sample_size": "image_size", "in_channels": "in_channels"},
+    **{"out_channels": "out_channels", "layers_per_block": "num_res_blocks"},
+}
+DDIM_SETTINGS = {"in_channels": "in_channels", "out_channels": "out_ch", "layers_per_block": "num_res_blocks"}
 # LDM's names of layers within a block -> diffusers'.
 INNER = {
     **{"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"},
@@ -24,50 +30,55 @@ TOP = {
     **{"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"},
     **{"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"},
 }
+# Parts of DDIM's names -> diffusers', one after the other.
 DDIM_PARTS = {
-    **{
-        "temb.dense.0": "time_embedding.linear_1",
-        "temb.dense.1": "time_embedding.linear_2",
-        "norm_out": "conv_norm_out",
-    },
-    **{
-        "mid.block_1": "mid_block.resnets.0",
-        "mid.block_2": "mid_block.resnets.1",
-        "mid.attn_1": "mid_block.attentions.0",
-    },
+    r"^temb\.dense\.0\.": "time_embedding.linear_1.",
+    r"^temb\.dense\.1\.": "time_embedding.linear_2.",
+    r"^norm_out\.": "conv_norm_out.",
+    r"^mid\.block_1\.": "mid_block.resnets.0.",
+    r"^mid\.block_2\.": "mid_block.resnets.1.",
+    r"^mid\.attn_1\.": "mid_block.attentions.0.",
+    r"^(down|up)\.": r"\1_blocks.",
+    r"\.block\.": ".resnets.",
+    r"\.attn\.": ".attentions.",
+    r"\.(down|up)sample\.": r".\1samplers.0.",
+    r"(attentions\..*)\.norm\.": r"\1.group_norm.",
+    r"(attentions\..*)\.([qkv])\.": r"\1.to_\2.",
+    r"(attentions\..*)\.proj_out\.": r"\1.to_out.0.",
+    r"temb_proj": "time_emb_proj",
+    r"nin_shortcut": "conv_shortcut",
 }
-DDIM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-
+RESAMPLING = {"DownBlock2D": "ResnetDownsampleBlock2D", "UpBlock2D": "ResnetUpsampleBlock2D"}
 # q, k, v in another order; conditions that are added to the time embedding; linear layers for projections
 UNSUPPORTED = ("use_new_attention_order", "num_classes", "use_linear_in_transformer", "n_embed")
+
+
+def block_types(
+    attends: Sequence[bool], attention: str = "Attn", sides: tuple[str, str] = ("Down", "Up")
+) -> dict[str, tuple[str, ...]]:
+    """Diffusers' types of blocks, from whether the levels have attention, from the largest on."""
+    down, up = ([f"{attention * attend}{side}Block2D" for attend in attends] for side in sides)
+    return {"down_block_types": tuple(down), "up_block_types": tuple(reversed(up))}
 
 
 def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
     """The diffusers network of an LDM `UNetModel` with these constructor arguments; ValueError for unsupported ones."""
     if other := [option for option in UNSUPPORTED if kwargs.get(option)]:
         raise ValueError(f"UNetModel's option {other[0]}={kwargs[other[0]]!r} is not supported")
-    multipliers: Sequence[int] = kwargs["channel_mult"]
-    channels = [kwargs["model_channels"] * m for m in multipliers]
+    channels = [kwargs["model_channels"] * m for m in kwargs["channel_mult"]]
     attends = [2**level in kwargs["attention_resolutions"] for level in range(len(channels))]
     conditional, updown = bool(kwargs.get("use_spatial_transformer")), bool(kwargs.get("resblock_updown"))
     width, heads = kwargs.get("num_head_channels", -1), kwargs.get("num_heads", -1)
-    # the last level has no downsampler and the first no upsampler
-    resample = ["Resnet{}sampleBlock2D" if updown else "{}Block2D"] * (len(channels) - 1)
-    blocks_down, blocks_up = [*resample, "{}Block2D"], ["{}Block2D", *resample]
-    attention = ("CrossAttn" if conditional else "Attn") + "{}Block2D"
-    down = [(attention if attend else block).format("Down") for attend, block in zip(attends, blocks_down, strict=True)]
-    up = [(attention if attend else block).format("Up") for attend, block in zip(attends, blocks_up, strict=True)]
+    types = block_types(attends, "CrossAttn" if conditional else "Attn")
+    if updown:  # the last block of either side does not resample
+        for side, (*names, last) in types.items():
+            types[side] = (*(RESAMPLING.get(name, name) for name in names), last)
     shared: dict[str, Any] = {
-        "sample_size": kwargs["image_size"],
-        "in_channels": kwargs["in_channels"],
-        "out_channels": kwargs["out_channels"],
+        **{ours: kwargs[theirs] for ours, theirs in SETTINGS.items()},
         "block_out_channels": tuple(channels),
-        "layers_per_block": kwargs["num_res_blocks"],
-        "down_block_types": tuple(down),
-        "up_block_types": tuple(reversed(up)),
         "resnet_time_scale_shift": "scale_shift" if kwargs.get("use_scale_shift_norm") else "default",
-        **{"norm_eps": 1e-5, "norm_num_groups": 32},
-        **{"flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
+        **{"norm_eps": 1e-5, "norm_num_groups": 32, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
+        **types,
     }
     if conditional:
         count: Any = heads if width == -1 else [c // width for c in channels]
@@ -78,16 +89,11 @@ def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
             attention_head_dim=count,  # diffusers calls the number of heads by this name
             use_linear_projection=False,
         )
-    unet = UNet2DModel(
-        **shared,
-        attention_head_dim=None if width == -1 else width,
-        attn_norm_num_groups=32,
-        downsample_type="resnet" if updown else "conv",
-        upsample_type="resnet" if updown else "conv",
-    )
-    if width == -1:
-        for module in attentions(unet).values():
-            set_heads(module, heads)
+    resample: dict[str, Any] = dict.fromkeys(("downsample_type", "upsample_type"), "resnet" if updown else "conv")
+    head_width = None if width == -1 else width
+    unet = UNet2DModel(**shared, **resample, attention_head_dim=head_width, attn_norm_num_groups=32)
+    for module in attentions(unet).values() if width == -1 else ():
+        set_heads(module, heads)
     return unet
 
 
@@ -95,21 +101,14 @@ def ddim_unet(config: Mapping[str, Any]) -> nn.Module:
     """The diffusers network of a DDIM model with this configuration (sections `model` and `data`)."""
     model, size = config["model"], config["data"]["image_size"]
     attends = [size // 2**level in model["attn_resolutions"] for level in range(len(model["ch_mult"]))]
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=model["in_channels"],
-        out_channels=model["out_ch"],
-        block_out_channels=tuple(model["ch"] * m for m in model["ch_mult"]),
-        layers_per_block=model["num_res_blocks"],
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        downsample_padding=0,
-        dropout=model.get("dropout", 0.0),
-    )
+    settings: dict[str, Any] = {
+        "sample_size": size,
+        **{ours: model[theirs] for ours, theirs in DDIM_SETTINGS.items()},
+        "block_out_channels": tuple(model["ch"] * m for m in model["ch_mult"]),
+        **{"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
+        **block_types(attends),
+    }
+    return UNet2DModel(**settings, attention_head_dim=None, dropout=model.get("dropout", 0.0))
 
 
 def openai_key(key: str, layers_per_block: int, keys: frozenset[str]) -> str:
@@ -137,47 +136,38 @@ def openai_key(key: str, layers_per_block: int, keys: frozenset[str]) -> str:
 
 def ddim_key(key: str, levels: int) -> str:
     """The diffusers name of one parameter of a DDIM UNet."""
-    for original, ours in DDIM_PARTS.items():
-        if key.startswith(original + "."):
-            key = ours + key[len(original) :]
-    key = re.sub(r"^up\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", key)
-    key = re.sub(r"^down\.(\d+)", r"down_blocks.\1", key)
-    key = key.replace(".block.", ".resnets.").replace(".attn.", ".attentions.")
-    key = key.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
-    if "attentions" in key:
-        for original, ours in DDIM_ATTENTION.items():
-            key = key.replace(f".{original}.", f".{ours}.")
-    return key.replace("temb_proj", "time_emb_proj").replace("nin_shortcut", "conv_shortcut")
+    for part, name in DDIM_PARTS.items():
+        key = re.sub(part, name, key)
+    return re.sub(r"^up_blocks\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", key)
 
 
-def split_qkv(fused: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of LDM's fused projection, whose rows are grouped by head as [q, k, v]."""
-    rows = fused.flatten(1) if fused.dim() > 1 else fused
-    grouped = rows.reshape(heads, 3, -1, *rows.shape[1:])
-    q, k, v = (grouped[:, i].flatten(0, 1) for i in range(3))
-    return q, k, v
+def renamed(state: Mapping[str, Tensor], network: nn.Module, name_of: Callable[[str], str]) -> dict[str, Tensor]:
+    """A state dict by the names of `network`, whose matrices may have been convolutions of size 1."""
+    matrices = {name for name, value in network.state_dict().items() if value.dim() == 2}
+    named = ((name_of(key), value) for key, value in state.items())
+    return {name: value.flatten(1) if name in matrices and value.dim() > 1 else value for name, value in named}
 
 
 def convert_unet(state: Mapping[str, Tensor], unet: Any, *, ddim: bool) -> dict[str, Tensor]:
     """A state dict for `unet` from one with original key names (bare UNet keys); what it has no place for keeps its name."""
-    keys = frozenset(state)
-    layers = unet.config["layers_per_block"]
-    heads = {name: module.heads for name, module in attentions(unet).items()}
-    matrices = {name for name, value in unet.state_dict().items() if value.dim() == 2}
-    converted: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = ddim_key(key, len(unet.config["block_out_channels"])) if ddim else openai_key(key, layers, keys)
-        module, fused, parameter = name.partition(".qkv.")
-        if fused and module in heads and len(value) % (3 * heads[module]) == 0:
-            parts = zip(("to_q", "to_k", "to_v"), split_qkv(value, heads[module]), strict=True)
-            converted |= {f"{module}.{part}.{parameter}": rows for part, rows in parts}
-        else:  # a matrix may have been a convolution of size 1
-            converted[name] = value.flatten(1) if name in matrices and value.dim() > 1 else value
+    if ddim:
+        levels = len(unet.config["block_out_channels"])
+        return renamed(state, unet, lambda key: ddim_key(key, levels))
+    layers, keys = unet.config["layers_per_block"], frozenset(state)
+    converted = renamed(state, unet, lambda key: openai_key(key, layers, keys))
+    for name, attention in attentions(unet).items():
+        for parameter in ("weight", "bias"):
+            fused = converted.get(f"{name}.qkv.{parameter}")
+            if fused is not None and len(fused) % (3 * attention.heads) == 0:
+                del converted[f"{name}.qkv.{parameter}"]
+                # LDM's rows are grouped by head as [q, k, v]
+                rows = (fused.flatten(1) if fused.dim() > 1 else fused).unflatten(0, (attention.heads, 3, -1))
+                converted |= {f"{name}.to_{q}.{parameter}": rows[:, i].flatten(0, 1) for i, q in enumerate("qkv")}
     return converted
 
 
 def build_unet(architecture: Mapping[str, Any]) -> nn.Module:
-    """The diffusers UNet of an original architecture, as `load_unet` takes it, with random weights."""
+    """The UNet of an architecture as `load_unet` takes it, with random weights."""
     try:
         return ddim_unet(architecture["config"]) if "config" in architecture else openai_unet(architecture["kwargs"])
     except KeyError as error:
@@ -185,11 +175,9 @@ def build_unet(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def load_unet(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
-    """Build a diffusers UNet of an original architecture and load its weights, strictly.
+    """Build a diffusers UNet of an original architecture and load its weights, strictly; it takes them over.
 
-    Args:
-        architecture: `kwargs` of an LDM UNetModel, or the `config` of a DDIM model.
-        state: parameters of the UNet alone, by their original names. The network takes them over, without a copy.
+    The architecture has the `kwargs` of an LDM UNetModel, or the `config` of a DDIM model; `state` the UNet's original names.
 
     Raises:
         ValueError: an architecture that is not known here, or weights that do not fit it.

@@ -1,7 +1,6 @@
 """A denoiser from a folder of diffusers' layout: a whole pipeline, or a UNet with its scheduler's configuration."""
 
-from collections.abc import Collection, Mapping
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,57 +13,50 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, DenoiserParts, FirstStage, NoConditions, Pixels
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights, differences
 from tfmq_exp.denoisers.loading.compvis_checkpoint import training_schedule, unet_architecture
 from tfmq_exp.denoisers.loading.compvis_unet import build_unet
+from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, assign_text_weights, read_tokenizer
 from tfmq_exp.denoisers.loading.network_config import AUTOENCODERS, TEXT_MODELS, UNETS, checked_network, sides
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, read_index, scheduler_file, training_noise
-from tfmq_exp.denoisers.loading.state_dict import assign_weights, differences
-from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, assign_text_weights, read_tokenizer
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 from tfmq_exp.denoisers.unet import attentions, set_heads
 
 # Names of autoencoders' attention layers in older versions of diffusers -> today's.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CLASSES = {"unet": UNETS, "first_stage": AUTOENCODERS, "text_encoder": TEXT_MODELS}
-SUBFOLDERS = {"first_stage": ("vqvae", "vae"), "text_encoder": ("text_encoder",)}
+SUBFOLDERS = {"unet": ("unet",), "first_stage": ("vqvae", "vae"), "text_encoder": ("text_encoder",)}
 # What a pipeline may list, too: tokenizer and scheduler are read elsewhere, the others change no image of text or noise.
-OTHERS = frozenset({"tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder"})
+OTHERS = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
 
 
-def unet_folder(path: Path) -> Path:
-    """The folder of the UNet: `unet/`, or the folder itself; FileNotFoundError without it."""
-    if (path / "unet").is_dir():
-        return path / "unet"
-    if not (path / "config.json").is_file():
-        names = sorted(f"{file.name}/" if file.is_dir() else file.name for file in path.iterdir())
-        raise FileNotFoundError(
-            f"no unet/ in {path}, and no config.json in it: expected a folder of diffusers' layout, or the path of a "
-            f"checkpoint; there is {', '.join(names[:12]) or 'nothing'}"
-        )
-    return path
-
-
 def component_folders(path: Path) -> dict[str, Path]:
-    """The folders of the networks that are read; FileNotFoundError for one that the pipeline's index lists alone."""
-    found, index = {"unet": unet_folder(path)}, read_index(path)
-    for name, choices in SUBFOLDERS.items():
-        if present := [path / choice for choice in choices if (path / choice).is_dir()]:
-            found[name] = present[0]
-        elif listed := [choice for choice in choices if (index.get(choice) or [None])[0] is not None]:
-            raise FileNotFoundError(f"{path} lacks the folder {listed[0]}/, which its model_index.json lists")
-    return found
+    """The folders of the networks that are read.
 
-
-def check_index(path: Path) -> None:
-    """ValueError if the index of the pipeline lists a network that is not read, such as a ControlNet: images would lack it."""
+    Raises:
+        FileNotFoundError: no UNet, in `unet/` or in the folder itself, or a network that the pipeline's index lists alone.
+        ValueError: the index lists a network that is not read, such as a ControlNet: images would lack it.
+    """
     index = read_index(path)
-    known = OTHERS | {"unet", *SUBFOLDERS["first_stage"], *SUBFOLDERS["text_encoder"]}
-    listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    for name, (_, kind) in listed.items():
-        if name not in known and kind is not None:
+    listed = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    for name, kind in listed.items():
+        if kind is not None and name not in (*OTHERS, *sum(SUBFOLDERS.values(), ())):
             pipeline = f"{path / 'model_index.json'}: {name} ({kind}) of a {index.get('_class_name')}"
             raise ValueError(f"{pipeline} is not supported; without it the images would be others")
+    found: dict[str, Path] = {}
+    for component, names in SUBFOLDERS.items():
+        if present := [path / name for name in names if (path / name).is_dir()]:
+            found[component] = present[0]
+        elif component == "unet" and (path / "config.json").is_file():
+            found[component] = path
+        elif component == "unet":
+            entries = sorted(f"{file.name}/" if file.is_dir() else file.name for file in path.iterdir())
+            there = f"expected a folder of diffusers' layout; there is {', '.join(entries[:12]) or 'nothing'}"
+            raise FileNotFoundError(f"no unet/ in {path}, and no config.json in it: {there}")
+        elif lacking := [name for name in names if (index.get(name) or [None])[0] is not None]:
+            raise FileNotFoundError(f"{path} lacks the folder {lacking[0]}/, which its model_index.json lists")
+    return found
 
 
 class Component(NamedTuple):
@@ -74,31 +66,12 @@ class Component(NamedTuple):
     config: Mapping[str, Any]
     network: Any
 
-    @classmethod
-    def read(cls, name: str, folder: Path) -> "Component":
-        if (folder / ADAPTER).exists():
-            raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
-        file = folder / "config.json"
-        available = sum(weights.stat().st_size for weights in weight_files(folder))
-        config = read_json(file)
-        return cls(folder, config, checked_network(file, config, CLASSES[name], available))
-
-
-def present_name(name: str, expected: Collection[str]) -> str:
-    """The name that a parameter has today, where the network knows it by another than the file."""
-    outer, _, leaf = name.rpartition(".")
-    outer, _, layer = outer.rpartition(".")
-    present = f"{outer}.{FORMER_NAMES.get(layer, layer)}.{leaf}"
-    return present if name not in expected and present in expected else name
-
 
 class DiffusersFolder:
     """A folder with `unet/`, and where the model has them `vqvae/` or `vae/`, `scheduler/`, `text_encoder/`, `tokenizer/`.
 
-    Or the UNet's `config.json` and `scheduler_config.json` in the folder itself.
-
-    Args:
-        path: the folder; its configurations are checked before weights are read.
+    Or the UNet's `config.json` and `scheduler_config.json` in the folder itself. Its configurations are checked before weights
+    are read.
 
     Raises:
         FileNotFoundError: a component lacks its configuration or its weights.
@@ -106,11 +79,17 @@ class DiffusersFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        check_index(path)
         self.path = path
-        self.components = {name: Component.read(name, folder) for name, folder in component_folders(path).items()}
+        self.components: dict[str, Component] = {}
+        for name, folder in component_folders(path).items():
+            if (folder / ADAPTER).exists():
+                raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
+            available = sum(weights.stat().st_size for weights in weight_files(folder))
+            config = read_json(folder / "config.json")
+            network = checked_network(folder / "config.json", config, CLASSES[name], available)
+            self.components[name] = Component(folder, config, network)
 
-    @cached_property
+    @property
     def architecture(self) -> dict[str, Any]:
         """The configurations of the networks, without what the libraries note about themselves."""
         return {
@@ -127,7 +106,11 @@ class DiffusersFolder:
                 assign_text_weights(network, state)
             else:
                 expected = network.state_dict().keys()
-                assign_weights(network, {present_name(name, expected): value for name, value in state.items()})
+                for key in [key for key in state if key not in expected]:
+                    *outer, layer, leaf = ["", *key.split(".")]
+                    if (present := ".".join([*outer, FORMER_NAMES.get(layer, layer), leaf])[1:]) in expected:
+                        state[present] = state.pop(key)
+                assign_weights(network, state)
             if computed := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
                 raise ValueError(f"it has numbers that are in no file ({computed[0]}), which is not supported")
         except Exception as error:  # unfit configurations fail in any way
@@ -137,12 +120,7 @@ class DiffusersFolder:
         return network
 
     def load(self, config: Mapping[str, Any] | None, *, tokenizer: Path | None, decode_rows: int) -> DenoiserParts:
-        """Read the folder.
-
-        Args:
-            config: architecture in the layout of the original program, for numbers of heads; None trusts the folder.
-            tokenizer: another folder of CLIP's vocabulary than the one inside.
-            decode_rows: images that the first stage decodes together.
+        """Read the folder; numbers of heads are those of `config`, an architecture of the original program, if it is given.
 
         Raises:
             FileNotFoundError: something that the model needs is not there.
@@ -155,25 +133,24 @@ class DiffusersFolder:
         unet = self.network("unet")
         if config is not None:
             apply_heads(unet, config)
-        encoder, stage = self.encoder(unet, tokenizer), self.first_stage(decode_rows)
+        encoder, stage = self._encoder(unet, tokenizer), self._first_stage(decode_rows)
         shape = (unet.config["in_channels"], *sides(unet.config["sample_size"]))
         return DenoiserParts(unet, shape, noise, encoder, stage)
 
-    def encoder(self, unet: Any, tokenizer: Path | None) -> ConditionEncoder:
-        """The encoder of the conditions of the UNet."""
+    def _encoder(self, unet: Any, tokenizer: Path | None) -> ConditionEncoder:
         if isinstance(unet, UNet2DModel):
             return NoConditions()
         if "text_encoder" not in self.components:
-            raise FileNotFoundError(
-                f"no text_encoder/ in {self.path}, which its UNet2DConditionModel is conditioned with"
-            )
+            raise FileNotFoundError(f"no text_encoder/ in {self.path}, which its UNet2DConditionModel needs")
         words = read_tokenizer(tokenizer or self.path / "tokenizer")
         return TextEncoder(self.network("text_encoder"), words)
 
-    def first_stage(self, decode_rows: int) -> FirstStage:
-        """A VQ model or a KL autoencoder, or nothing where there is none."""
+    def _first_stage(self, decode_rows: int) -> FirstStage:
         if "first_stage" not in self.components:
-            check_no_autoencoder(self.path)
+            for file in sorted(self.path.glob("*/config.json")):  # its latents would pass for pixels
+                if str(read_json(file).get("_class_name")).startswith(("Autoencoder", "VQModel")):
+                    expected = "expected it in vqvae/ or vae/: rename the folder"
+                    raise ValueError(f"{file.parent} holds an autoencoder; {expected}")
             return Pixels()
         folder, config, _ = self.components["first_stage"]
         network = self.network("first_stage")
@@ -193,10 +170,3 @@ def apply_heads(unet: nn.Module, config: Mapping[str, Any]) -> None:
     modules = attentions(unet)
     for name, attention in attentions(expected).items():
         set_heads(modules[name], attention.heads)
-
-
-def check_no_autoencoder(path: Path) -> None:
-    """ValueError if a subfolder holds an autoencoder under a name that is not looked for: latents would pass for pixels."""
-    for file in sorted(path.glob("*/config.json")):
-        if str(read_json(file).get("_class_name")).startswith(("Autoencoder", "VQModel")):
-            raise ValueError(f"{file.parent} holds an autoencoder; expected it in vqvae/ or vae/: rename the folder")

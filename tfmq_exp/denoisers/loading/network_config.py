@@ -5,12 +5,13 @@ a setting with which this program would not compute what the network's own progr
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
@@ -29,33 +30,27 @@ BLOCKS = ("{}Block2D", "Attn{}Block2D", "CrossAttn{}Block2D", "Resnet{}sampleBlo
 NONE, OFF = frozenset({None}), frozenset({False, None})
 # The supported values of settings, where not everything that diffusers has is supported.
 UNET_CHOICES: dict[str, frozenset[Any]] = {
-    **dict.fromkeys(
-        ("down_block_types", "up_block_types"), frozenset(b.format(side) for b in BLOCKS for side in SIDES)
-    ),
+    **dict.fromkeys(("down_block_types", "up_block_types"), frozenset(b.format(s) for b in BLOCKS for s in SIDES)),
     "mid_block_type": frozenset({None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"}),
     "resnet_time_scale_shift": frozenset({"default", "scale_shift"}),
     "time_embedding_type": frozenset({"positional", "fourier", "learned"}),
     "attention_type": frozenset({"default"}),
-    **dict.fromkeys(
-        ("dual_cross_attention", "class_embeddings_concat"), OFF
-    ),  # the installed diffusers cannot run the first
+    "dual_cross_attention": OFF,  # the installed diffusers cannot run it
+    "class_embeddings_concat": OFF,
     **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type"), NONE),
     **dict.fromkeys(("encoder_hid_dim_type", "encoder_hid_dim", "time_cond_proj_dim"), NONE),
 }
-# Of a first stage: its latents are what the decoder takes but for one factor, and it makes images.
+# The latents of a first stage are what its decoder takes but for one factor, and it makes images.
 STAGE_CHOICES = {"latents_mean": NONE, "latents_std": NONE, "out_channels": frozenset({1, 3})}
-# Of a text model: the UNet is conditioned on all of its words.
-TEXT_CHOICES = {"use_attention_mask": OFF}
 CHOICES: dict[Any, tuple[Mapping[str, frozenset[Any]], str]] = {
     **dict.fromkeys(UNETS, (UNET_CHOICES, "a UNet")),
     **dict.fromkeys(AUTOENCODERS, (STAGE_CHOICES, "a first stage")),
-    **dict.fromkeys(TEXT_MODELS, (TEXT_CHOICES, "a text model")),
+    # the UNet is conditioned on all of its words
+    **dict.fromkeys(TEXT_MODELS, ({"use_attention_mask": OFF}, "a text model")),
 }
 LAYERS = (
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "reverse_transformer_layers_per_block",
-    "num_hidden_layers",
+    *("layers_per_block", "num_hidden_layers"),
+    *("transformer_layers_per_block", "reverse_transformer_layers_per_block"),
 )
 MOST_LAYERS = 1024  # in all; the largest published networks have about a hundred
 MOST_LEVELS = 16
@@ -64,18 +59,9 @@ LARGEST_SIDE = 8192  # of a sample, in pixels or latents
 WIDE, LARGE = 2**20, 2**30  # channels or words of one layer; weights of a network
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """The values in nested lists."""
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from leaves(part)
-    else:
-        yield value
-
-
 def numbers(value: Any) -> list[float]:
     """The numbers in nested lists; truth values are none."""
-    return [leaf for leaf in leaves(value) if isinstance(leaf, int | float) and not isinstance(leaf, bool)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, int | float) and not isinstance(leaf, bool)]
 
 
 def check_code(file: Path, config: Mapping[str, Any]) -> None:
@@ -97,12 +83,12 @@ def check_sizes(kind: Any, config: Mapping[str, Any], available: int, most_layer
         default = defaults.get(key)
         wrong = any(not 0 <= number <= limit for number in numbers(value)) and not key.endswith("_token_id")
         nested = isinstance(value, list) and any(isinstance(part, list) for part in value) and key not in LAYERS
-        switch = isinstance(default, bool) and not all(leaf is None or type(leaf) is bool for leaf in leaves(value))
+        switch = isinstance(default, bool) and not all(isinstance(leaf, bool | None) for leaf in tree_leaves(value))
         real = isinstance(default, float) and type(value) not in (int, float)
         if wrong or nested or switch or real or isinstance(value, Mapping):
             right = "true or false" if switch else f"numbers from 0 to {limit}"
             raise ValueError(f"{key}={value!r:.80} cannot be: expected {right}")
-    levels = len([*leaves(config.get("down_block_types", 0))])
+    levels = len(tree_leaves(config.get("down_block_types", 0)))
     counts = {key: config[key] for key in LAYERS if key in config}
     layers = levels * math.prod(max([1, *numbers(value)]) for value in counts.values())
     if layers > most_layers:
@@ -136,10 +122,8 @@ def empty_network(
     if needed > max(available, tolerated):
         sizes = {key: max(numbers(value), default=0) for key, value in config.items() if not key.endswith("_token_id")}
         largest = max(sizes, key=sizes.__getitem__)
-        raise ValueError(
-            f"its settings describe {needed} weights, their files have room for {available}; the largest setting is "
-            f"{largest}={config[largest]!r:.80}"
-        )
+        found = f"its settings describe {needed} weights, their files have room for {available}"
+        raise ValueError(f"{found}; the largest setting is {largest}={config[largest]!r:.80}")
     return network
 
 
@@ -180,13 +164,7 @@ def sides(size: Any) -> tuple[int, int]:
 
 
 def checked_network(file: Path, config: Mapping[str, Any], classes: tuple[Any, ...], available: int) -> Any:
-    """Check a network's configuration file, and build the network on the meta device.
-
-    Args:
-        file: the configuration.
-        config: its content.
-        classes: that the network may be of.
-        available: bytes of its weights, none of which takes less than one.
+    """Check the content of a network's configuration file, and build it on the meta device; `available` bytes are its weights.
 
     Raises:
         ValueError: another class, or a setting that is not safe, cannot be, or is not supported; by its key.

@@ -10,11 +10,22 @@ from tfmq_exp.core.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.core.files import hash_of_json, sha256_of
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.compvis_checkpoint import load_compvis
+from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, tokenizer_files
 from tfmq_exp.denoisers.loading.diffusers_folder import DiffusersFolder, component_folders
-from tfmq_exp.denoisers.loading.download_hints import where_to_find
 from tfmq_exp.denoisers.loading.forward_check import check_forward
-from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, tokenizer_files
 from tfmq_exp.denoisers.loading.weight_files import weight_files
+
+LDM = "the model zoo of github.com/CompVis/latent-diffusion"
+# Model -> the file, and its publisher, for the message when it is missing. docs/checkpoints.md has the same with mirrors.
+PUBLISHED = {
+    "ddim_cifar10": ("model-790000.ckpt of ema_diffusion_cifar10_model", "github.com/pesser/pytorch_diffusion"),
+    "ldm_bedroom": ("model.ckpt of lsun_bedrooms.zip", LDM),
+    "ldm_church": ("model.ckpt of lsun_churches.zip", LDM),
+    "ldm_celebahq": ("model.ckpt of celeba.zip", f"{LDM}, as diffusers folder huggingface.co/CompVis/ldm-celebahq-256"),
+    "ldm_ffhq": ("model.ckpt of ffhq.zip", LDM),
+    "ldm_imagenet": ("model.ckpt of cin256-v2", LDM),
+    "sd_v1_4": ("sd-v1-4.ckpt", "huggingface.co/CompVis/stable-diffusion-v-1-4-original"),
+}
 
 
 def hash_weights(path: Path) -> str:
@@ -65,13 +76,16 @@ def load_denoiser(
         decode_rows: images that the first stage decodes together; bounds its memory.
 
     Raises:
-        FileNotFoundError: the checkpoint or something else that the model needs does not exist; the message says where it
-            is published.
+        FileNotFoundError: something that the model needs does not exist; the message says where it is published.
         ValueError: damaged, of another model, with other weights than expected, or not supported.
     """
     path, words = Path(path), None if tokenizer is None else Path(tokenizer)
     if not path.exists():
-        raise FileNotFoundError(f"no weights of {name} at {path}{why_missing(path)}: {where_to_find(name)}")
+        source = (
+            "expected {}, published at {}, or".format(*PUBLISHED[name]) if name in PUBLISHED else "give a checkpoint or"
+        )
+        advice = f"{source} a diffusers folder (docs/checkpoints.md); nothing is downloaded"
+        raise FileNotFoundError(f"no weights of {name} at {path}{why_missing(path)}: {advice}")
     if not path.is_dir() and (kind := kind_of(path)):
         raise ValueError(f"{path}: {kind}")
     architecture = read_architecture(config)

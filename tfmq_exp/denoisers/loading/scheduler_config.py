@@ -35,17 +35,12 @@ def read_index(path: Path) -> dict[str, Any]:
     return read_json(index) if index.is_file() else {}
 
 
-def pipeline_class(path: Path) -> str | None:
-    """The class of the pipeline that the folder's index names; None without one."""
-    name = read_index(path).get("_class_name")
-    return name if isinstance(name, str) else None
-
-
-def scheduler_class(path: Path) -> str | None:
-    """The class of the scheduler that the folder's index lists, and diffusers loads; None where it lists none."""
-    listed = read_index(path).get("scheduler")
-    name = listed[-1] if isinstance(listed, list) and listed else None
-    return name if isinstance(name, str) else None
+def listed_classes(path: Path) -> tuple[str | None, str | None]:
+    """The classes of the pipeline and of its scheduler that the folder's index names; None where it names none."""
+    index = read_index(path)
+    pipeline, scheduler = index.get("_class_name"), index.get("scheduler")
+    last = scheduler[-1] if isinstance(scheduler, list) and scheduler else None
+    return (pipeline if isinstance(pipeline, str) else None, last if isinstance(last, str) else None)
 
 
 def check_former_names(config: Mapping[str, Any]) -> None:
@@ -54,33 +49,25 @@ def check_former_names(config: Mapping[str, Any]) -> None:
         raise ValueError("predict_epsilon=False is what diffusers now calls prediction_type=sample: write that instead")
 
 
-def default_settings(kind: type) -> dict[str, Any]:
-    """All settings of a class of diffusers, with their default values."""
-    arguments = inspect.signature(kind.__init__).parameters
+def default_settings(kind: type | str) -> dict[str, Any]:
+    """All settings of a class of diffusers, itself or by its name, with their default values."""
+    found = getattr(diffusers, kind) if isinstance(kind, str) else kind
+    arguments = inspect.signature(found.__init__).parameters
     return {name: argument.default for name, argument in arguments.items() if name != "self"}
 
 
-def scheduler_defaults(kind: str) -> dict[str, Any]:
-    """`default_settings` of a scheduler by the name of its class."""
-    return default_settings(getattr(diffusers, kind))
-
-
 def training_noise(file: Path) -> dict[str, Any]:
-    """The noise that a network was trained on, as arguments of diffusers' schedulers; ValueError for impossible betas.
-
-    Args:
-        file: a scheduler's configuration. A setting that is not in it has the default of its class.
-    """
+    """The noise that a network was trained on, as arguments of diffusers' schedulers; ValueError for impossible betas."""
     config = read_json(file)
     name = config.get("_class_name")
-    defaults = scheduler_defaults(name) if name in KINDS else {}
+    defaults = default_settings(name) if name in KINDS else {}
     found: dict[str, Any] = {key: config.get(key, defaults.get(key)) for key in (*NOISE, *USUAL)}
     if lacking := [key for key in NOISE if found[key] is None]:
         raise ValueError(f"{file} lacks {lacking[0]!r}: expected a scheduler of {', '.join(NOISE)}, got a {name!r}")
     try:
         check_former_names(config)
         check_count(found["num_train_timesteps"])
-        check_betas(found, found["num_train_timesteps"])
+        check_betas(found)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return {key: value for key, value in found.items() if key not in USUAL or value not in (None, USUAL[key])}
@@ -92,15 +79,13 @@ def check_count(count: Any) -> None:
         raise ValueError(f"num_train_timesteps must be a whole number from 1 to {MOST_TIMESTEPS}, got {count!r}")
 
 
-def check_betas(noise: Mapping[str, Any], count: int) -> None:
+def check_betas(noise: Mapping[str, Any]) -> None:
     """ValueError unless betas lie between 0 and 1, as many as there are timesteps."""
-    betas = noise["trained_betas"]
-    if betas is None:
-        for key in ("beta_start", "beta_end"):
-            if not INNER_SHARE.fits(noise[key]):
-                raise ValueError(f"{key} must be {INNER_SHARE.right}, got {noise[key]!r}")
-    elif not isinstance(betas, list) or len(betas) != count:
+    betas, count = noise["trained_betas"], noise["num_train_timesteps"]
+    if betas is not None and (not isinstance(betas, list) or len(betas) != count):
         given = len(betas) if isinstance(betas, list) else repr(betas)
         raise ValueError(f"trained_betas must be {count} numbers, as num_train_timesteps says, got {given}")
-    elif wrong := [beta for beta in betas if not INNER_SHARE.fits(beta)]:
-        raise ValueError(f"trained_betas must be above 0 and below 1, got {wrong[0]!r}")
+    given = [(key, noise[key]) for key in ("beta_start", "beta_end")] if betas is None else []
+    for key, beta in [*given, *(("trained_betas", beta) for beta in betas or ())]:
+        if not INNER_SHARE.fits(beta):
+            raise ValueError(f"{key} must be {INNER_SHARE.right}, got {beta!r}")

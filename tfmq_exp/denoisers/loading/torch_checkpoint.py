@@ -1,16 +1,15 @@
 """Files of `torch.save`: a zip file, or (before torch 1.6) pickles followed by storages; nothing that they ask for is run."""
 
-import io
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from io import BytesIO
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tfmq_exp.core.safe_pickle import RefusedError
-from tfmq_exp.denoisers.loading.torch_pickle import StorageRecord, TensorRecord, load_pickle
+from tfmq_exp.denoisers.loading.torch_pickle import RefusedError, StorageRecord, TensorRecord, load_pickle
 
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # magic number and version, as torch.serialization has them
 LONGEST_PICKLE = 2**25  # bytes; checkpoints have some hundred for each of some thousand tensors
@@ -22,22 +21,19 @@ def open_torch(file: BinaryIO) -> tuple[Any, ReadStorage]:
     """The content of a file, with records in the place of tensors, and a function that reads their storages.
 
     Raises:
-        RefusedError: names of code, more memory or time than a checkpoint needs, or another kind of file.
-        Exception: any, of a damaged file.
+        RefusedError: names of code, more memory or time than a checkpoint needs, or another kind; others, of damaged files.
     """
-    start = file.read(4)
-    file.seek(0)
-    return open_zip(file) if start == b"PK\x03\x04" else open_legacy(file)
+    length, start = file.seek(0, 2), file.seek(0)
+    is_zip = file.read(4) == b"PK\x03\x04"
+    file.seek(start)
+    return open_zip(file, length) if is_zip else open_legacy(file, length)
 
 
-def open_zip(file: BinaryIO) -> tuple[Any, ReadStorage]:
-    length = file.seek(0, 2)
+def open_zip(file: BinaryIO, length: int) -> tuple[Any, ReadStorage]:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
-        raise RefusedError(
-            f"is truncated or damaged: a zip file without its end ({error}); download it again"
-        ) from error
+        raise RefusedError(f"is truncated or damaged: a zip file without its end ({error})") from error
     infos = archive.infolist()
     records = {info.filename: info for info in infos}
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -60,7 +56,7 @@ def open_zip(file: BinaryIO) -> tuple[Any, ReadStorage]:
         with archive.open(name) as record:
             return read_bytes(record, storage.size)
 
-    return load_pickle(io.BytesIO(archive.read(pickles[0])))[0], read
+    return load_pickle(BytesIO(archive.read(pickles[0])))[0], read
 
 
 def kind_of_zip(names: Iterable[str]) -> str:
@@ -72,23 +68,22 @@ def kind_of_zip(names: Iterable[str]) -> str:
     return "a zip file or a TorchScript program"
 
 
-def open_legacy(file: BinaryIO) -> tuple[Any, ReadStorage]:
-    pickles = io.BytesIO(file.read(LONGEST_PICKLE))
+def open_legacy(file: BinaryIO, length: int) -> tuple[Any, ReadStorage]:
+    pickles = BytesIO(file.read(LONGEST_PICKLE))
     magic, version, machine = (load_pickle(pickles)[0] for _ in range(3))
     if (magic, version) != LEGACY or not machine["little_endian"]:
         raise RefusedError("is not a checkpoint: expected a file of torch.save, with little-endian numbers")
     root, storages = load_pickle(pickles)
     keys: list[str] = load_pickle(pickles)[0]
-    start, end = pickles.tell(), file.seek(0, 2)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise RefusedError("is damaged: the keys of its storages are no text")
-    places: dict[str, int] = {}
+    start, places = pickles.tell(), dict[str, int]()
     for key in keys:  # the storages follow each other, each after the number of its elements
         file.seek(start)
         size = int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize
         places[key] = start + 8
         start += 8 + size
-        if start > end or size != storages[key].size:
+        if start > length or size != storages[key].size:
             raise RefusedError("is truncated or damaged: a storage is not as long as its tensors say")
 
     def read(storage: StorageRecord) -> Tensor:
@@ -108,11 +103,9 @@ def read_bytes(file: Any, count: int) -> Tensor:
 def build_tensors(records: Mapping[str, TensorRecord], read: ReadStorage, length: int) -> dict[str, Tensor]:
     """Read tensors; those that shared a storage in the file share it in memory.
 
-    None may be larger than `length`, the bytes of the whole file: one number can be any number of elements of a tensor, and a
-    copy of it would fill the memory.
+    None may be larger than the whole file: one number can be any number of elements, and a copy of it would fill the memory.
     """
-    storages: dict[str, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
+    storages, tensors = dict[str, Tensor](), dict[str, Tensor]()
     for name, (storage, dtype, offset, size, stride) in records.items():
         if storage.key not in storages:
             storages[storage.key] = read(storage)

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightSet(NamedTuple):
-    """One of the sets of weights of a network that a folder may hold; smaller ones are preferred.
-
-    Weights without a variant before those of one, such as fp16, which are read where there are no others; safetensors before
-    pickles.
-    """
+    """A set of weights that a folder may hold. Smaller ones are preferred: without a variant such as fp16, then safetensors."""
 
     rank: int
     variant: str
@@ -44,8 +39,7 @@ def set_of(name: str) -> tuple[WeightSet, int, bool] | None:
     if match is None:
         return None
     stem, before, _, shards, after, kind, index = match.groups()
-    within = "" if index is None else index.removesuffix(".json").replace(".index", "").strip(".")
-    variant = before or after or within
+    variant = before or after or (index or "").removesuffix(".json").replace(".index", "").strip(".")
     rank = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
     weights = WeightSet(rank, variant, FORMATS.index(kind), STEMS.index(stem))
     return weights, int(shards or 0), index is not None
@@ -64,13 +58,6 @@ def shards_of(index: Path) -> list[Path]:
     return [index.with_name(name) for name in sorted(named)]
 
 
-def counted(shards: Mapping[Path, int]) -> list[Path]:
-    """Every shard of a set, from the names of some: `name-00001-of-00003` and so on."""
-    first, count = next(iter(shards.items()))
-    before, digits, after = re.split(r"-(\d+)(?=-of-)", first.name, maxsplit=1)
-    return [first.with_name(f"{before}-{i:0{len(digits)}}{after}") for i in range(1, count + 1)]
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files of the preferred set of weights in one component's folder, all of which exist.
 
@@ -80,25 +67,26 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: no weights, or not all shards; a link that leads nowhere.
         ValueError: a damaged index; a folder, a pipe or a device in the place of a file, which would be read for ever.
     """
-    found: dict[WeightSet, dict[Path, int]] = {}
-    indices: dict[WeightSet, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if (known := set_of(file.name)) is not None:
-            weights, shards, is_index = known
-            if is_index:
-                indices[weights] = file
-            else:
-                found.setdefault(weights, {})[file] = shards
-    if not found and not indices:
-        raise FileNotFoundError(f"no weights in {folder}: expected {EXPECTED}{others(folder)}")
-    weights = min({*found, *indices})
-    if not (files := [file for file, shards in found.get(weights, {}).items() if not shards]):
-        index = indices.get(weights)
-        files = shards_of(index) if index else counted(found[weights])
+    known = [(found, file) for file in sorted(folder.iterdir()) if (found := set_of(file.name)) is not None]
+    if not known:
+        names = [file for file in sorted(folder.iterdir()) if not file.name.endswith((".json", ".txt", ".md"))]
+        kind = kind_of(names[0]) if names and names[0].is_file() else None
+        there = (f"; there is {names[0].name}" if names else "") + (f", which {kind}" if kind else "")
+        raise FileNotFoundError(f"no weights in {folder}: expected {EXPECTED}{there}")
+    preferred = min(weights for (weights, _, _), _ in known)
+    shards = {file: count for (weights, count, is_index), file in known if weights == preferred and not is_index}
+    indices = [file for (weights, _, is_index), file in known if weights == preferred and is_index]
+    if not (files := [file for file, count in shards.items() if not count]):
+        if indices:
+            files, source = shards_of(indices[-1]), f"its {indices[-1].name}"
+        else:  # name-00001-of-00003 and so on
+            first, count = next(iter(shards.items()))
+            before, digits, after = re.split(r"-(\d+)(?=-of-)", first.name, maxsplit=1)
+            files = [first.with_name(f"{before}-{i:0{len(digits)}}{after}") for i in range(1, count + 1)]
+            source = "the other shards' names"
         if missing := [file for file in files if not file.exists()]:
-            source = f"its {index.name}" if index else "the other shards' names"
-            count = f"{len(missing)} of {len(files)} shards that {source} speak of"
-            raise FileNotFoundError(f"{folder} lacks {missing[0].name}, {count}{why_missing(missing[0])}")
+            lacking = f"{missing[0].name}, {len(missing)} of {len(files)} shards that {source} speak of"
+            raise FileNotFoundError(f"{folder} lacks {lacking}{why_missing(missing[0])}")
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"no weights at {file}{why_missing(file)}")
@@ -107,21 +95,11 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def others(folder: Path) -> str:
-    """The first file in a folder without weights, and its kind."""
-    files = sorted(file for file in folder.iterdir() if not file.name.endswith((".json", ".txt", ".md")))
-    if not files:
-        return ""
-    kind = kind_of(files[0]) if files[0].is_file() else None
-    return f"; there is {files[0].name}" + (f", which {kind}" if kind else "")
-
-
 def read_state(folder: Path) -> dict[str, Tensor]:
     """Read all weights in a component's folder, by name; errors are those of `weight_files` and `Checkpoint`."""
-    files = weight_files(folder)
+    files, state = weight_files(folder), dict[str, Tensor]()
     if (known := set_of(files[0].name)) and known[0].variant:
         log.info("%s has weights of the variant %s alone: %s", folder, known[0].variant, files[0].name)
-    state: dict[str, Tensor] = {}
     for file in files:
         tensors = read_tensors(file)
         if twice := state.keys() & tensors.keys():

@@ -1,7 +1,6 @@
 """The page: everything about some runs in one HTML file that loads nothing else."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,24 +9,24 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from plotly.utils import PlotlyJSONEncoder
 
-from tfmq_exp.report.html.config_diff import config_diffs
-from tfmq_exp.report.html.coverage import missing_seeds
+from tfmq_exp.report.comparability import bits_order, scored_by
+from tfmq_exp.report.comparison import published_rows
+from tfmq_exp.report.html.charts import LIMITS, MANY_CURVES, Style, Views, styles
+from tfmq_exp.report.html.configurations import config_diffs, missing_seeds
 from tfmq_exp.report.html.deployment import deployments
 from tfmq_exp.report.html.grouping import Group, group_runs
-from tfmq_exp.report.html.pictures import albums, diagnosis_folders, sample_files
-from tfmq_exp.report.html.published_rows import compared_rows, unmeasured_rows
-from tfmq_exp.report.html.run_charts import error_charts, losses, unit_errors
+from tfmq_exp.report.html.pictures import albums, diagnosis_folders
+from tfmq_exp.report.html.run_charts import ERRORS, error_curves, losses, stage_rows, stage_times, unit_errors
 from tfmq_exp.report.html.run_reader import GOOD_STATES, SITES, STATES, Run
 from tfmq_exp.report.html.score_charts import pareto, scores_by_bits
-from tfmq_exp.report.html.score_ranking import score_table
-from tfmq_exp.report.html.theme import Style, styles
-from tfmq_exp.report.html.time_charts import stage_rows, stage_times
-from tfmq_exp.report.html.warnings import is_smoke, warnings
+from tfmq_exp.report.html.score_table import score_table, warnings
 from tfmq_exp.report.published_tables import PublishedRow
-from tfmq_exp.report.tables import bits_order, execution, scored_by
+from tfmq_exp.report.tables import execution
 
 TEMPLATES = PackageLoader("tfmq_exp.report.html", "templates")
+YAML = {"sort_keys": False, "allow_unicode": True, "width": 110}
 
 
 def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
@@ -35,47 +34,59 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
     groups = group_runs(runs)
     style = styles(variant.label for group in groups for variant in group.quantized)
     problems: list[str] = []  # of files that are read here
-    files, count = sample_files(groups, runs)
-    samples = albums(files, problems)
+    samples, pictures_left_out = albums(groups, runs, problems)
     diagnoses, undiagnosed = diagnosis_folders(runs, problems)
-    return (
-        environment()
-        .get_template("page.html.j2")
-        .render(
-            good=GOOD_STATES,
-            summary=summary(runs, groups),
-            views=[group_view(group, published, style) for group in groups],
-            samples=samples,
-            pictures_left_out=count - len(files),
-            diagnoses=diagnoses,
-            undiagnosed=undiagnosed,
-            deployments=deployments(runs),
-            config_diffs=config_diffs(runs),
-            runs=[(run, _as_yaml(run.config)) for run in runs],
-            missing=missing_seeds(runs),
-            unmeasured=unmeasured_rows(groups, published),
-            published_models={row.model for row in published},
-            problems=problems,
-            plotly=Markup(get_plotlyjs()),
-        )
+    views = [group_view(group, published, style) for group in groups]
+    unmeasured: dict[str, dict[str, list[str]]] = {}  # by model and published table: rows that no group has a run of
+    for view in views:
+        tables = unmeasured.setdefault(view["model"], view["unmeasured"])
+        tables |= {name: [row for row in rows if row in tables[name]] for name, rows in view["unmeasured"].items()}
+    # templates escape all text of files, and fail on an unknown name
+    environment = Environment(
+        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["embedded"] = embedded
+    environment.filters["source"] = lambda name: Markup(TEMPLATES.get_source(environment, name)[0])
+    return environment.get_template("page.html.j2").render(
+        good=GOOD_STATES,
+        limits=LIMITS,
+        wide=len(style) > MANY_CURVES,
+        summary=summary(runs, groups),
+        views=views,
+        samples=samples,
+        pictures_left_out=pictures_left_out,
+        diagnoses=diagnoses,
+        undiagnosed=undiagnosed,
+        deployments=deployments(runs),
+        config_diffs=config_diffs(runs),
+        runs=[(run, yaml.safe_dump(dict(run.config), **YAML) if run.config else "") for run in runs],
+        missing=missing_seeds(runs),
+        unmeasured={model: {k: v for k, v in tables.items() if v} for model, tables in unmeasured.items()},
+        published_models={row.model for row in published},
+        problems=problems,
+        plotly=Markup(get_plotlyjs()),
     )
 
 
 def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[str, Style]) -> dict[str, Any]:
     """The contents of a group's section."""
-    table = score_table(group)
-    scores = [scores_by_bits(group, style), pareto(group, style)]
-    charts = [*scores, *error_charts(group, style), unit_errors(group, style), losses(group)]
+    (columns, lines), stages = score_table(group), stage_rows(group)
+    compared, unmeasured = published_rows(group.records, published)
+    charts = {"scores": scores_by_bits(group, style), "pareto": pareto(group, style)}
+    charts |= {name: error_curves(group, style, name) for name in ERRORS}
     return {
         "group": group,
+        "model": group.first.model,
         "scored_by": scored_by(group.first),
         "execution": execution(group.records),
-        "warnings": warnings(group, table),
-        "table": table,
-        "published": compared_rows(group, published),
-        "charts": [chart for chart in charts if chart.views],
-        "time": stage_times(group),
-        "stages": stage_rows(group),
+        "warnings": list(warnings(group, columns, lines)),
+        "columns": columns,
+        "lines": lines,
+        "published": compared,
+        "unmeasured": unmeasured,
+        "charts": charts | {"units": unit_errors(group, style), "losses": losses(group)},
+        "time": stage_times(stages),
+        "stages": stages,
     }
 
 
@@ -85,23 +96,19 @@ def summary(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
     states = Counter(run.state for run in folders)
     variants = [variant for group in groups for variant in group.quantized]
     records = [record for variant in variants for record in variant.records]
-
-    def configured(group: str) -> list[str]:
-        return list(dict.fromkeys(run.configured(group) for run in folders if run.config))
-
+    kinds = ("model", "quant", "method")
+    models, quants, methods = ([run.configured(kind) for run in folders if run.config] for kind in kinds)
     first = [group.first for group in groups]
-    scored = list(dict.fromkeys(record.model for record in first))
+    scored = dict.fromkeys(record.model for record in first)
     engines = {variant.engine for variant in variants} | {run.engine for run in runs if SITES in run.tables}
     return {
-        "models": scored or configured("model"),
-        "unscored": [name for name in configured("model") if scored and name not in scored],
-        "smoke": sum(map(is_smoke, folders)),
-        "bits": sorted({*(record.quant for record in records), *configured("quant")}, key=bits_order),
-        "methods": sorted({*(record.method for record in records), *configured("method")}),
+        "models": list(scored or dict.fromkeys(models)),
+        "unscored": [name for name in dict.fromkeys(models) if scored and name not in scored],
+        "smoke": sum(run.is_smoke for run in folders),
+        "bits": sorted({*(record.quant for record in records), *quants}, key=bits_order),
+        "methods": sorted({*(record.method for record in records), *methods}),
         "seeds": sorted({str(record.seed) for record in records}, key=lambda seed: (len(seed), seed)),
-        "images": list(
-            dict.fromkeys(str(record.protocol["images"]) for record in first if "images" in record.protocol)
-        ),
+        "images": list(dict.fromkeys(str(r.protocol["images"]) for r in first if "images" in r.protocol)),
         "evaluators": list(dict.fromkeys(map(scored_by, first))),
         "engines": sorted(engines - {""}),
         "states": {state: states[state] for state in STATES},
@@ -109,30 +116,8 @@ def summary(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _as_yaml(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110) if config else ""
-
-
-def environment() -> Environment:
-    """Templates that escape all text of files, and fail on an unknown name."""
-    made = Environment(
-        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    made.filters["embedded"] = embedded
-    made.filters["source"] = lambda name: Markup(TEMPLATES.get_source(made, name)[0])
-    return made
-
-
-def embedded(data: Any) -> Markup:
-    """JSON inside a script element: nothing in it can end the element."""
-    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+def embedded(views: Views) -> Markup:
+    """JSON inside a script element: nothing in it can end the element; null for numbers that JSON does not have."""
+    data = {"views": [{"name": name, "figure": figure} for name, figure in views.items()]}
+    text = json.dumps(data, cls=PlotlyJSONEncoder, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
-
-
-def _finite(data: Any) -> Any:
-    """The data with null for numbers that JSON does not have: a chart leaves these points out."""
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -4,9 +4,9 @@ import base64
 import csv
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from PIL import Image, ImageChops
 
@@ -20,19 +20,11 @@ QUALITY = 82  # of WebP
 MAX_DIAGNOSES = 12  # runs whose `diagnosis/` folders are shown
 MAX_FILES = 24  # of one such folder
 MAX_LINES = 40  # of a table
-
-
-class Picture(NamedTuple):
-    """A picture with its caption; `uri` holds all of it."""
-
-    title: str
-    uri: str
-    width: int
-    height: int
+Picture = dict[str, Any]  # title, uri with all of it, width, height
 
 
 def inline_picture(path: Path, title: str) -> Picture:
-    """Read a file as a picture of the page: the smaller of WebP and the file itself.
+    """Read a file as a picture of the page without its even border: the smaller of WebP and the file itself.
 
     Raises:
         OSError: no picture.
@@ -40,7 +32,9 @@ def inline_picture(path: Path, title: str) -> Picture:
     original = path.read_bytes()
     with Image.open(io.BytesIO(original)) as image:
         image.load()
-        kind, whole, small = image.format, image.size, cropped(image.convert("RGB"))
+        kind, small = image.format, image.convert("RGB")
+        whole, paper = small.size, Image.new("RGB", small.size, small.getpixel((0, 0)))  # type: ignore[arg-type]
+    small = small.crop(ImageChops.difference(small, paper).getbbox())  # all of it where nothing differs
     small.thumbnail((MAX_WIDTH, 8 * MAX_WIDTH))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=QUALITY, method=4)
@@ -49,56 +43,33 @@ def inline_picture(path: Path, title: str) -> Picture:
         found["image/png"] = original
     mime, smallest = min(found.items(), key=lambda item: len(item[1]))
     uri = f"data:{mime};base64,{base64.b64encode(smallest).decode()}"
-    return Picture(title, uri, small.width, small.height)
+    return {"title": title, "uri": uri, "width": small.width, "height": small.height}
 
 
-def cropped(image: Image.Image) -> Image.Image:
-    """The picture without its even border."""
-    paper = Image.new("RGB", image.size, image.getpixel((0, 0)))  # type: ignore[arg-type]
-    box = ImageChops.difference(image, paper).getbbox()
-    return image.crop(box) if box else image
-
-
-class SampleFile(NamedTuple):
-    """A file with a grid of samples, its caption, and the heading of all grids of its method."""
-
-    heading: str
-    title: str
-    path: Path
-
-
-def sample_files(groups: Sequence[Group], runs: Sequence[Run]) -> tuple[list[SampleFile], int]:
-    """The grids of samples to show, and how many there are.
+def albums(groups: Sequence[Group], runs: Sequence[Run], problems: list[str]) -> tuple[dict[str, list[Picture]], int]:
+    """The grids of samples under their headings (a method's bits and seeds together), and how many are left out.
 
     Where there are too many, those of a variant's first seed come before those of any second seed, and those of runs
     without scores last.
     """
-    files = [(turn, file) for turn, file in _sample_files(groups, runs) if file.path.is_file()]
-    first = sorted(range(len(files)), key=lambda i: files[i][0])[:MAX_PICTURES]
-    return [files[i][1] for i in sorted(first)], len(files)
-
-
-def _sample_files(groups: Sequence[Group], runs: Sequence[Run]) -> Iterator[tuple[int, SampleFile]]:
+    files: list[tuple[int, str, str, Path]] = []  # turn, heading, title
     for group in groups:
-        model = f"{group.model} ({group.distinction})" if group.distinction else group.model
+        model = f"{group.first.model} ({group.distinction})" if group.distinction else group.first.model
         for variant in group.quantized:
             name = "samples_deployed.png" if variant.engine else "samples.png"
-            for turn, member in enumerate(variant.members):
-                title = f"{model} {variant.name}, seed {member.record.seed}"
-                yield turn, SampleFile(f"{model} {variant.label}", title, member.run.folder / name)
-    for run in runs:
-        if not run.records:
-            yield len(runs), SampleFile("runs without scores", run.name, run.folder / "samples.png")
+            for turn, (record, run) in enumerate(zip(variant.records, variant.runs, strict=True)):
+                title = f"{model} {variant.name}, seed {record.seed}"
+                files.append((turn, f"{model} {variant.label}", title, run.folder / name))
+    alone = [run for run in runs if not run.records]
+    files += [(len(runs), "runs without scores", run.name, run.folder / "samples.png") for run in alone]
+    files = [file for file in files if file[3].is_file()]
+    first = sorted(range(len(files)), key=lambda i: files[i][0])[:MAX_PICTURES]
+    headings = group_by((files[i] for i in sorted(first)), lambda file: file[1])
+    found = {name: gallery([file[2:] for file in same], problems) for name, same in headings.items()}
+    return {name: pictures for name, pictures in found.items() if pictures}, len(files) - len(first)
 
 
-def albums(files: Iterable[SampleFile], problems: list[str]) -> dict[str, list[Picture]]:
-    """Pictures of samples under their headings: a method's bits and seeds together."""
-    headings = group_by(files, lambda file: file.heading)
-    found = {name: gallery([(f.title, f.path) for f in same], problems) for name, same in headings.items()}
-    return {name: pictures for name, pictures in found.items() if pictures}
-
-
-def gallery(files: Sequence[tuple[str, Path]], problems: list[str]) -> list[Picture]:
+def gallery(files: Iterable[tuple[str, Path]], problems: list[str]) -> list[Picture]:
     """The files as pictures; a damaged one is named among the problems."""
     pictures: list[Picture] = []
     for title, path in files:
@@ -109,50 +80,31 @@ def gallery(files: Sequence[tuple[str, Path]], problems: list[str]) -> list[Pict
     return pictures
 
 
-class TableHead(NamedTuple):
-    """The first lines of a CSV file; `more` says whether there are others."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    more: bool
-
-
-class DiagnosisFolder(NamedTuple):
-    """Plots and tables of one run."""
-
-    name: str
-    pictures: list[Picture]
-    tables: list[TableHead]
-    left_out: int
-
-
-def diagnosis_folders(runs: Sequence[Run], problems: list[str]) -> tuple[list[DiagnosisFolder], int]:
-    """The folders of the first runs that have one, and how many more do; damaged files are named among the problems."""
+def diagnosis_folders(runs: Sequence[Run], problems: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """Plots and tables of the first runs that have some, and how many more do; damaged files are among the problems."""
     own = [run for run in runs if run.state != "found" and not run.saved and (run.folder / "diagnosis").is_dir()]
-    return [_read_folder(run, problems) for run in own[:MAX_DIAGNOSES]], max(0, len(own) - MAX_DIAGNOSES)
+    found: list[dict[str, Any]] = []
+    for run in own[:MAX_DIAGNOSES]:
+        folder = run.folder / "diagnosis"
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".csv"))
+        kinds = group_by(files[:MAX_FILES], lambda path: path.suffix.lower())
+        pictures = gallery([(str(path.relative_to(folder)), path) for path in kinds.get(".png", ())], problems)
+        tables = [head for path in kinds.get(".csv", ()) if (head := _head(path, problems))]
+        left_out = max(0, len(files) - MAX_FILES)
+        found.append({"name": run.name, "pictures": pictures, "tables": tables, "left_out": left_out})
+    return found, max(0, len(own) - MAX_DIAGNOSES)
 
 
-def _read_folder(run: Run, problems: list[str]) -> DiagnosisFolder:
-    folder = run.folder / "diagnosis"
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".csv"))
-    plots = [(str(path.relative_to(folder)), path) for path in files[:MAX_FILES] if path.suffix.lower() == ".png"]
-    pictures = gallery(plots, problems)
-    tables = [head for path in files[:MAX_FILES] if path.suffix.lower() == ".csv" and (head := _head(path, problems))]
-    return DiagnosisFolder(run.name, pictures, tables, max(0, len(files) - MAX_FILES))
-
-
-def _head(path: Path, problems: list[str]) -> TableHead | None:
+def _head(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The first lines of a CSV file, and whether there are more; empty without any."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(itertools.islice(csv.reader(file), MAX_LINES + 2))
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path} cannot be read: {error}")
-        return None
-    if not lines:
-        return None
-    header, *rows = lines
-    return TableHead(path.name, header, [list(map(_short, row)) for row in rows[:MAX_LINES]], len(rows) > MAX_LINES)
+        return {}
+    rows = [list(map(_short, row)) for row in lines[1 : MAX_LINES + 1]]
+    return {"title": path.name, "header": lines[0], "rows": rows, "more": lines[MAX_LINES + 1 :]} if lines else {}
 
 
 def _short(text: str) -> str:

@@ -5,14 +5,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from tfmq_exp.report.records import ScoreRecord, parse_record, read_rows
+from tfmq_exp.report.records import ScoreRecord, read_file
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -37,31 +39,20 @@ GOOD_STATES = ("done", "found", "planned")
 
 @dataclass(frozen=True)
 class Run:
-    """One job, or a file of saved records.
+    """One job, or a file of saved records."""
 
-    Args:
-        name: its path below the given folder.
-        state: one of `STATES`.
-        reason: why it failed, or which folder it was found in; empty otherwise.
-        records: those of `results.json`, the float network's first.
-        tables: rows of the files in `TABLES`, by file name; only complete ones.
-        choices: the files of the configuration's groups, such as runtime: smoke; empty where Hydra left no record of them.
-        problems: files that are missing or damaged, in words.
-        saved: whether this is a file of saved records, which has no folder.
-    """
-
-    name: str
+    name: str  # its path below the given folder
     folder: Path
-    state: str
-    reason: str = ""
-    records: tuple[ScoreRecord, ...] = ()
+    state: str  # one of `STATES`
+    reason: str = ""  # why it failed, or which folder it was found in; empty otherwise
+    records: tuple[ScoreRecord, ...] = ()  # those of `results.json`, the float network's first
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Row] = field(default_factory=dict)
-    tables: Mapping[str, Rows] = field(default_factory=dict)
-    choices: Mapping[str, str] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    saved: bool = False
+    tables: Mapping[str, Rows] = field(default_factory=dict)  # rows of the files in `TABLES`; only complete ones
+    choices: Mapping[str, str] = field(default_factory=dict)  # of config groups, such as runtime: smoke
+    problems: tuple[str, ...] = ()  # files that are missing or damaged, in words
+    saved: bool = False  # a file of saved records, which has no folder
 
     def configured(self, group: str, otherwise: str = "?") -> str:
         """The name of its model, quant or method in the configuration."""
@@ -75,8 +66,14 @@ class Run:
         target = str(node.get("_target_", "")) if isinstance(node, Mapping) else ""
         return self.choices.get("engine", target.rpartition(".")[2].lower()) if target else ""
 
+    @property
+    def is_smoke(self) -> bool:
+        """Whether it was made with `debug=smoke`, to see that it runs."""
+        command = str(self.environment.get("command", "")).split()
+        return self.choices.get("runtime") == "smoke" or "debug=smoke" in command
 
-def run_folders(root: Path) -> list[Path]:
+
+def _run_folders(root: Path) -> list[Path]:
     """Folders of runs at or below a folder, in the order of their numbers; nothing below a run is another run."""
     found: list[Path] = []
     for place, folders, files in os.walk(root):
@@ -85,13 +82,8 @@ def run_folders(root: Path) -> list[Path]:
             found.append(Path(place))
         if present & (RUN_FILES | STORE_FILES):
             folders.clear()
-    return sorted(found, key=lambda path: [_natural(part) for part in path.parts])
-
-
-def _natural(text: str) -> tuple[int, str]:
-    """Sort key: 10-name comes after 9-name."""
-    digits = text.partition("-")[0]
-    return (int(digits) if digits.isdecimal() else -1, text)
+    numbers = [[(int(n) if (n := part.partition("-")[0]).isdecimal() else -1, part) for part in p.parts] for p in found]
+    return [path for _, path in sorted(zip(numbers, found, strict=True))]  # 10-name comes after 9-name
 
 
 def read_runs(sources: Sequence[Path]) -> list[Run]:
@@ -105,9 +97,13 @@ def read_runs(sources: Sequence[Path]) -> list[Run]:
     runs: dict[Path, Run] = {}
     for source in sources:
         if source.is_file():
-            runs[source.resolve()] = _read_saved(source)
+            problems: list[str] = []
+            records = _read(source, partial(_records, problems), (), problems)
+            state = "done" if records else "failed"
+            run = Run(source.name, source, state, records=records, problems=tuple(problems), saved=True)
+            runs[source.resolve()] = run
             continue
-        for folder in run_folders(source):
+        for folder in _run_folders(source):
             name = str(folder.relative_to(source)) if folder != source else folder.resolve().name
             runs.setdefault(folder.resolve(), _read_run(folder, name))
     if not runs:
@@ -115,110 +111,78 @@ def read_runs(sources: Sequence[Path]) -> list[Run]:
     return list(runs.values())
 
 
-def _read_saved(path: Path) -> Run:
-    problems: list[str] = []
-    records = tuple(_finite(record, problems) for record in _read(path, _records, (), problems))
-    return Run(path.name, path, "done" if records else "failed", "", records, problems=tuple(problems), saved=True)
-
-
 def _read_run(folder: Path, name: str) -> Run:
     problems: list[str] = []
 
-    def read(file: str, parse: Callable[[Path], Any], default: Any) -> Any:
-        return _read(folder / file, parse, default, problems) if (folder / file).is_file() else default
+    def read(file: str, parse: Callable[[Path], Any] = _mapping, default: Any = None) -> Any:
+        return _read(folder / file, parse, {} if default is None else default, problems)
 
-    records = tuple(_finite(record, problems) for record in read("results.json", _records, ()))
-    config = read("config.yaml", _mapping, {}) or read(".hydra/config.yaml", _mapping, {})
-    stages = read("artifacts.json", _mapping_of_mappings, {})
-    tables = {file: read(file, _rows, ()) for file in TABLES}
-    state, reason = _state(folder, read("status.json", _mapping, {}), config, stages)
+    records = read("results.json", partial(_records, problems), ())
+    config = read("config.yaml") or read(".hydra/config.yaml")
+    stages = read("artifacts.json", partial(_mapping, kind=dict))
+    tables = {file: rows for file in TABLES if (rows := read(file, _rows, ()))}
+    state, reason = _state(folder, read("status.json"), config, stages)
     if state in ("done", "found"):
         expected = ["config.yaml", "environment.json", "artifacts.json"]
         if config.get("until", "scores") == "scores":
             expected += ["results.json", TEMPORAL, TRAJECTORY]
         if absent := [file for file in expected if not (folder / file).is_file()]:
             problems.append(f"no {', '.join(absent)}")
-    return Run(
-        name,
-        folder,
-        state,
-        reason,
-        records,
-        config,
-        environment=read("environment.json", _mapping, {}),
-        stages=stages,
-        tables={file: rows for file, rows in tables.items() if rows},
-        choices=read(".hydra/hydra.yaml", _choices, {}),
-        problems=tuple(problems),
+    environment, choices = (
+        read("environment.json"),
+        read(".hydra/hydra.yaml", _choices),
     )
+    return Run(name, folder, state, reason, records, config, environment, stages, tables, choices, tuple(problems))
 
 
 def _state(folder: Path, status: Row, config: Row, stages: Mapping[str, Row]) -> tuple[str, str]:
     """State and reason from the status file, or else from the other files: stages are written when the goal is reached."""
-    state = str(status.get("state", ""))
-    if state == "running" and _is_abandoned(folder / ".running.lock"):
-        process = f"process {status.get('pid', '?')} on {status.get('host', '?')}"
-        return "died", f"{process} is gone: killed, or out of memory"
+    state, lock = str(status.get("state", "")), folder / ".running.lock"
+    if state == "running" and lock.is_file():
+        # no process holds the lock; one that cannot be opened for writing may be held
+        with suppress(Timeout, OSError), FileLock(lock).acquire(timeout=0):
+            process = f"process {status.get('pid', '?')} on {status.get('host', '?')}"
+            return "died", f"{process} is gone: killed, or out of memory"
     if state in STATES:
         return state, str(status.get("reason") or "")
     ended = bool(stages) and config.get("until", "scores") != "scores"
     return "done" if ended or (folder / "results.json").is_file() else "unfinished", ""
 
 
-def _is_abandoned(lock: Path) -> bool:
-    """Whether no process holds an existing lock. One that cannot be opened for writing may be held."""
-    if not lock.is_file():
-        return False
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            return True
-    except (Timeout, OSError):
-        return False
-
-
 def _read(path: Path, parse: Callable[[Path], Any], default: Any, problems: list[str]) -> Any:
-    """Parse a file; the default and a problem where it cannot be read."""
+    """Parse a file; the default where there is none, and a problem where it cannot be read."""
     try:
-        return parse(path)
+        return parse(path) if path.is_file() else default
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         problems.append(f"{path.name} cannot be read: {text[:200] or type(error).__name__}")
         return default
 
 
-def _records(path: Path) -> tuple[ScoreRecord, ...]:
-    if not (rows := read_rows(path)):
+def _records(problems: list[str], path: Path) -> tuple[ScoreRecord, ...]:
+    """The records without numbers that no mean can take; what diverged is named."""
+    found: list[ScoreRecord] = []
+    for record in read_file(path):
+        odd = {name: value for name, value in (record.scores | record.errors).items() if not math.isfinite(value)}
+        problems += [f"{name} of {record.quant} {record.method}, seed {record.seed}, is {odd[name]}" for name in odd]
+        scores, errors = ({k: v for k, v in of.items() if k not in odd} for of in (record.scores, record.errors))
+        found.append(replace(record, scores=scores, errors=errors))
+    if not found:
         raise ValueError("no records")
-    return tuple(map(parse_record, rows))
+    return tuple(found)
 
 
-def _finite(record: ScoreRecord, problems: list[str]) -> ScoreRecord:
-    """The record without numbers that no mean can take; what diverged is named."""
-    parts = (record.scores, record.errors)
-    odd = {name: value for part in parts for name, value in part.items() if not math.isfinite(value)}
-    problems += [f"{name} of {record.quant} {record.method}, seed {record.seed}, is {odd[name]}" for name in odd]
-    scores, errors = ({name: value for name, value in part.items() if name not in odd} for part in parts)
-    return replace(record, scores=scores, errors=errors)
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """A mapping of a JSON or YAML file."""
+def _mapping(path: Path, kind: type = object) -> dict[str, Any]:
+    """A mapping of a JSON or YAML file, with values of one kind."""
     text = path.read_text(encoding="utf-8")
     found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(found, dict):
-        raise ValueError("not a mapping")
+    if not isinstance(found, dict) or not all(isinstance(value, kind) for value in found.values()):
+        raise ValueError("not a mapping" if kind is object else f"not a mapping to values of {kind.__name__}")
     return found
 
 
 def _choices(path: Path) -> dict[str, str]:
     return {str(group): str(file) for group, file in _mapping(path)["hydra"]["runtime"]["choices"].items()}
-
-
-def _mapping_of_mappings(path: Path) -> dict[str, dict[str, Any]]:
-    found = _mapping(path)
-    if not all(isinstance(value, dict) for value in found.values()):
-        raise ValueError("not a mapping of mappings")
-    return found
 
 
 def _rows(path: Path) -> tuple[Row, ...]:

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from tfmq_exp.report.columns import Column, Reader
-from tfmq_exp.report.comparability import group_by
-from tfmq_exp.report.html.charts import Chart, axis, figure, is_wide, log_axis, score_axis
+from tfmq_exp.report.comparability import FLOAT, group_by
+from tfmq_exp.report.html.charts import NEUTRAL, Style, Views, axis, figure, log_axis, score_axis
 from tfmq_exp.report.html.grouping import Group
-from tfmq_exp.report.html.score_ranking import measured_scores
-from tfmq_exp.report.html.theme import NEUTRAL, Style
+from tfmq_exp.report.html.score_table import measured_scores
 from tfmq_exp.report.records import ScoreRecord
-from tfmq_exp.report.tables import FLOAT
+from tfmq_exp.report.tables import Column, Reader
 
 FLOAT_BITS = 32
 LABEL_ROOM = 0.05  # of an axis, between points of cost that both have their bits as a label
@@ -23,15 +21,9 @@ LEAST_SCORE = 1e-12  # whose logarithm is taken; FID may be zero
 Point = tuple[float, float]
 
 
-def scores_by_bits(group: Group, styles: Mapping[str, Style]) -> Chart:
+def scores_by_bits(group: Group, styles: Mapping[str, Style]) -> Views:
     """Every score against bits, one curve for each method; a dashed line for the float network."""
-    note = (
-        "Mean over seeds; bars are one standard deviation, and a point names its seeds' scores. The dashed line is the float "
-        "network."
-    )
-    columns = measured_scores(group) if group.quantized else []
-    views = [(column.title, _by_bits(group, styles, column)) for column in columns]
-    return Chart("Scores against bits", note, views, wide=is_wide(styles))
+    return {column.title: _by_bits(group, styles, column) for column in measured_scores(group) if group.quantized}
 
 
 def _by_bits(group: Group, styles: Mapping[str, Style], column: Column) -> go.Figure:
@@ -45,21 +37,14 @@ def _by_bits(group: Group, styles: Mapping[str, Style], column: Column) -> go.Fi
         means = {bits: statistics.mean(values) for bits, values in found.items()}
         seeds = {bits: ", ".join(f"{value:.4g}" for value in values) for bits, values in found.items()}
         deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
-        trace = go.Scatter(
-            name=label,
-            x=[places[bits] + shift for bits in found],
-            y=list(means.values()),
-            text=[f"{bits}: {means[bits]:.4g}<br>seeds {seeds[bits]}" for bits in found],
-            hovertemplate=f"{label}<br>%{{text}}<extra></extra>",
-            error_y={"array": deviations, "thickness": 1, "width": 3},
-            mode="lines+markers",
-            line=styles[label].line(1.8),
-            marker=styles[label].marker(8),
-        )
-        traces.append(trace)
+        texts = [f"{bits}: {means[bits]:.4g}<br>seeds {seeds[bits]}" for bits in found]
+        points = {"x": [places[bits] + shift for bits in found], "y": list(means.values()), "text": texts}
+        bars = {"array": deviations, "thickness": 1, "width": 3}
+        look = {"line": styles[label].line(1.8), "marker": styles[label].marker(8), "mode": "lines+markers"}
+        template = f"{label}<br>%{{text}}<extra></extra>"
+        traces.append(go.Scatter(name=label, error_y=bars, hovertemplate=template, **points, **look))
         drawn += means.values()
-    floats = [value for variant in group.variants if variant.is_float for value in variant.values(column.read)]
-    if floats:
+    if floats := [value for each in group.variants if each.is_float for value in each.values(column.read)]:
         line = {"color": NEUTRAL, "dash": "dash", "width": 1.5}
         ends = [-METHOD_SPREAD, len(places) - 1 + METHOD_SPREAD]
         drawn.append(statistics.mean(floats))
@@ -68,61 +53,54 @@ def _by_bits(group: Group, styles: Mapping[str, Style], column: Column) -> go.Fi
     return figure(traces, x, score_axis(column.heading, drawn))
 
 
-def pareto(group: Group, styles: Mapping[str, Style]) -> Chart:
-    """FID against size and against bit-operations."""
-    note = (
-        "The line joins the variants that no other beats in both. Bit-operations are computed: the product of the nominal "
-        "widths where both operands are integers, else 32 × 32."
-    )
-    costs: tuple[tuple[str, str, Reader], ...] = (
-        ("size", "file of the network, MB", lambda record: record.weights_bytes / 1e6),
-        ("bit-operations", "bit-operations / float network's", bit_operations),
-    )
-    fid = [column for column in measured_scores(group) if column.title == "FID" and len(group.variants) > 1]
-    drawn = [(name, _pareto(group, styles, column, title, read)) for column in fid for name, title, read in costs]
-    views = [(name, made) for name, made in drawn if made is not None]
-    return Chart("Quality against cost", note, views, wide=is_wide(styles))
+def pareto(group: Group, styles: Mapping[str, Style]) -> Views:
+    """FID against size and against bit-operations, with the front of the variants that no other beats in both."""
+    costs: dict[str, tuple[str, Reader]] = {
+        "size": ("file of the network, MB", lambda record: record.weights_bytes / 1e6),
+        "bit-operations": ("bit-operations / float network's", bit_operations),
+    }
+    views: Views = {}
+    fid = next((column for column in measured_scores(group) if column.title == "FID"), None)
+    if fid is None or len(group.variants) < 2:
+        return views
+    for name, (title, read) in costs.items():
+        points: dict[str, list[tuple[Point, str]]] = {}
+        for variant in group.variants:
+            if (found := variant.values(read)) and (scores := variant.values(fid.read)):
+                point = (statistics.mean(found), statistics.mean(scores))
+                points.setdefault(FLOAT if variant.is_float else variant.label, []).append((point, variant.bits))
+        if points:
+            views[name] = _pareto(points, styles, f"{title} ↓", fid.heading)
+    return views
 
 
-def _pareto(group: Group, styles: Mapping[str, Style], column: Column, title: str, cost: Reader) -> go.Figure | None:
-    points: dict[str, list[tuple[Point, str]]] = {}
-    for variant in group.variants:
-        costs, scores = variant.values(cost), variant.values(column.read)
-        if costs and scores:
-            point = (statistics.mean(costs), statistics.mean(scores))
-            points.setdefault(FLOAT if variant.is_float else variant.label, []).append((point, variant.bits))
-    if not points:
-        return None
+def _pareto(
+    points: Mapping[str, Sequence[tuple[Point, str]]], styles: Mapping[str, Style], cost: str, score: str
+) -> go.Figure:
     every = [point for same in points.values() for point, _ in same]
     x, y = zip(*front(every), strict=True)
     line = {"color": NEUTRAL, "width": 1.5, "shape": "hv"}
     traces = [go.Scatter(name="front", x=x, y=y, mode="lines", line=line, hoverinfo="skip")]
     labelled = labelled_points(every)
     for name, same in points.items():
-        trace = go.Scatter(
-            name=name,
-            x=[x for (x, _), _ in same],
-            y=[y for (_, y), _ in same],
-            customdata=[bits for _, bits in same],
-            text=[bits if point in labelled else "" for point, bits in same],
-            mode="markers+text",
-            textposition="top center",
-            textfont={"size": 10},
-            cliponaxis=False,
-            marker=styles.get(name, Style(NEUTRAL, "", "circle-open")).marker(10),
-            hovertemplate=f"%{{customdata}} {name}<br>%{{x:.4g}}, %{{y:.4g}}<extra></extra>",
-        )
-        traces.append(trace)
+        texts = {
+            "text": [bits if point in labelled else "" for point, bits in same],
+            "customdata": [bits for _, bits in same],
+            "hovertemplate": f"%{{customdata}} {name}<br>%{{x:.4g}}, %{{y:.4g}}<extra></extra>",
+            **{"textposition": "top center", "textfont": {"size": 10}, "mode": "markers+text", "cliponaxis": False},
+        }
+        marker = styles.get(name, Style(NEUTRAL, "", "circle-open")).marker(10)
+        x, y = zip(*(point for point, _ in same), strict=True)
+        traces.append(go.Scatter(name=name, x=x, y=y, marker=marker, **texts))
     x, y = zip(*every, strict=True)
-    return figure(traces, log_axis(f"{title} ↓", x), score_axis(column.heading, y))
+    return figure(traces, log_axis(cost, x), score_axis(score, y))
 
 
 def front(points: Sequence[Point]) -> list[Point]:
     """The Pareto front, where less is better in both; from the smallest first number on."""
-    best, found = float("inf"), []
+    found: list[Point] = []
     for first, second in sorted(set(points)):
-        if second < best:
-            best = second
+        if not found or second < found[-1][1]:
             found.append((first, second))
     return found
 
@@ -131,13 +109,10 @@ def labelled_points(points: Sequence[Point]) -> set[Point]:
     """Points with room for a label: the front first, then any that is not near one that has a label."""
     logs = {point: [math.log(max(value, LEAST_SCORE)) for value in point] for point in points}
     rooms = [LABEL_ROOM * (max(values) - min(values)) for values in zip(*logs.values(), strict=True)]
-
-    def is_near(point: Point, other: Point) -> bool:
-        return all(abs(a - b) <= room for a, b, room in zip(logs[point], logs[other], rooms, strict=True))
-
     found: list[Point] = []
     for point in dict.fromkeys([*front(points), *points]):
-        if not any(is_near(point, other) for other in found):
+        near = (all(abs(a - b) <= c for a, b, c in zip(logs[point], logs[o], rooms, strict=True)) for o in found)
+        if not any(near):
             found.append(point)
     return set(found)
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.helpers.checkpoints import tensor_names
-from tfmq_exp.core.safe_pickle import MOST_INSTRUCTIONS
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
+from tfmq_exp.denoisers.loading.torch_pickle import MOST_INSTRUCTIONS
 
 pytestmark = pytest.mark.bad_input
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.helpers.originals import word
+from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, read_tokenizer
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser
-from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, read_tokenizer
 
 pytestmark = pytest.mark.bad_input
 

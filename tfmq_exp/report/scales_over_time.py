@@ -5,40 +5,28 @@ As figures 1 to 3 of TDQ's supplement (arXiv 2306.02316), where a scale is calle
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from matplotlib.lines import Line2D
 
 from tfmq_exp.report.comparability import group_by
-from tfmq_exp.report.figures.canvas import TIME, save_figure, short_name
+from tfmq_exp.report.figures import PLOTTED_ACTIVATIONS, TIME, saved_figure, short_name
 
 Row = dict[str, Any]
 FILE = Path("diagnosis/activation_ranges.csv")
-PLOTTED_ACTIVATIONS = 6
 
 
-@dataclass(frozen=True)
-class RunScales:
-    """One run: for every activation its scale and the standard deviation of its values, call after call.
+class RunScales(NamedTuple):
+    """One run: for every activation its scale and the standard deviation of its values, call after call."""
 
-    Args:
-        name: bits and method.
-        seed: of the run.
-        t: timestep of every call.
-        interval: the scale at every call, by activation.
-        deviation: likewise.
-    """
-
-    name: str
+    name: str  # bits and method
     seed: int
-    t: np.ndarray
-    interval: Mapping[str, np.ndarray]
+    t: np.ndarray  # timestep of every call
+    interval: Mapping[str, np.ndarray]  # the scale at every call, by activation
     deviation: Mapping[str, np.ndarray]
 
     @property
@@ -58,28 +46,23 @@ def read_scales(run: Path) -> RunScales:
     with (run / FILE).open(newline="", encoding="utf-8") as file:
         activations = group_by(csv.DictReader(file), lambda row: row["activation"])
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-
-    def numbers(column: str) -> dict[str, np.ndarray]:
-        return {name: np.array([float(row[column]) for row in rows]) for name, rows in activations.items()}
-
     t = np.array([int(row["t"]) for row in next(iter(activations.values()))])
-    return RunScales(config["name"], config["seed"], t, numbers("interval"), numbers("std"))
-
-
-def _activations(runs: Sequence[RunScales]) -> Iterator[tuple[RunScales, str, Row]]:
-    """Every activation of every run, with the columns that name it in a table."""
-    for run in runs:
-        for name in run.interval:
-            yield run, name, {"run": run.name, "seed": run.seed, "activation": name}
+    interval, deviation = (
+        {name: np.array([float(row[column]) for row in rows]) for name, rows in activations.items()}
+        for column in ("interval", "std")
+    )
+    return RunScales(config["name"], config["seed"], t, interval, deviation)
 
 
 def scale_rows(runs: Sequence[RunScales]) -> list[Row]:
     """Scale and deviation of every activation at every timestep of every run."""
-    return [
-        key | {"t": int(t), "interval": float(interval), "deviation": float(deviation)}
-        for run, name, key in _activations(runs)
-        for t, interval, deviation in zip(run.t, run.interval[name], run.deviation[name], strict=True)
-    ]
+    rows: list[Row] = []
+    for run in runs:
+        for name, intervals in run.interval.items():
+            key = {"run": run.name, "seed": run.seed, "activation": name}
+            for t, interval, deviation in zip(run.t, intervals, run.deviation[name], strict=True):
+                rows.append(key | {"t": int(t), "interval": float(interval), "deviation": float(deviation)})
+    return rows
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -89,25 +72,23 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def correlations(runs: Sequence[RunScales]) -> list[Row]:
     """Pearson's r of each activation's deviation with the timestep, and of its scale with its deviation, for every run."""
-    rows: list[Row] = []
-    for run, name, key in _activations(runs):
-        with_t = correlation(run.t, run.deviation[name])
-        following = correlation(run.interval[name], run.deviation[name])
-        rows.append(key | {"deviation_with_t": with_t, "interval_with_deviation": following})
-    return rows
+    return [
+        {
+            **{"run": run.name, "seed": run.seed, "activation": name},
+            "deviation_with_t": correlation(run.t, run.deviation[name]),
+            "interval_with_deviation": correlation(interval, run.deviation[name]),
+        }
+        for run in runs
+        for name, interval in run.interval.items()
+    ]
 
 
 def summary(runs: Sequence[RunScales]) -> list[Row]:
-    """Share of activations that change with the timestep, and of scales that follow them, for every run.
-
-    Correlations that are not defined count as 0.
-    """
+    """Share of activations that change with the timestep, and of scales that follow; undefined ones count as 0."""
     found: list[Row] = []
     for run in runs:
         rows = correlations([run])
-        with_t, following = (
-            np.array([row[k] for row in rows]) for k in ("deviation_with_t", "interval_with_deviation")
-        )
+        with_t, following = (np.array([row[k] for row in rows]) for k in [*rows[0]][3:])
         shares = {f"|r| > {least}": np.abs(with_t) > least for least in (0.5, 0.7)}
         shares["intervals follow, r > 0.5"] = following > 0.5
         found.append({"run": run.label} | {name: float(np.mean(share)) for name, share in shares.items()})
@@ -142,30 +123,24 @@ def most_changing(runs: Sequence[RunScales], count: int = PLOTTED_ACTIVATIONS) -
 
 
 def draw(runs: Sequence[RunScales], path: Path) -> None:
-    """Draw the scales of some activations in every run, and the deviation of the first run's values.
-
-    Seeds of one method share its colour. Both axes begin at zero, so that small changes look small.
-    """
+    """Draw some scales in every run, seeds of a method in one colour, and a run's deviation; axes begin at zero."""
     names = most_changing(runs)
     methods = group_by(runs, lambda run: run.name)
     colours = {name: f"C{index}" for index, name in enumerate(methods)}
-    figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.2 * len(names)), squeeze=False, layout="constrained")
-    for name, left in zip(names, axes[:, 0], strict=True):
-        right = left.twinx()
-        for run in runs:
-            left.plot(run.t, run.interval[name], color=colours[run.name])
-        right.plot(runs[0].t, runs[0].deviation[name], color="0.6", linestyle="--")
-        left.set_title(short_name(name), fontsize=9)
-        for axis, label in ((left, "interval"), (right, "deviation")):
-            axis.set_ylabel(label)
-            axis.set_ylim(0, 1.1 * axis.dataLim.y1)
-        left.invert_xaxis()
-    axes[-1, 0].set_xlabel(TIME)
-    lines = [
-        *(Line2D([], [], color=colour) for colour in colours.values()),
-        Line2D([], [], color="0.6", linestyle="--"),
-    ]
-    labels = [f"{name}, seed {', '.join(str(run.seed) for run in group)}" for name, group in methods.items()]
-    labels.append(f"deviation of values, {runs[0].label}")
-    figure.legend(lines, labels, loc="outside upper center", ncols=2, fontsize=8)
-    save_figure(figure, path)
+    grey: Row = {"color": "0.6", "linestyle": "--"}
+    with saved_figure(path, "", (8, 2.2 * len(names)), (len(names), 1)) as (figure, axes):
+        for name, left in zip(names, axes, strict=True):
+            right = left.twinx()
+            for run in runs:
+                left.plot(run.t, run.interval[name], color=colours[run.name])
+            right.plot(runs[0].t, runs[0].deviation[name], **grey)
+            left.set_title(short_name(name), fontsize=9)
+            for axis, label in ((left, "interval"), (right, "deviation")):
+                axis.set_ylabel(label)
+                axis.set_ylim(0, 1.1 * axis.dataLim.y1)
+            left.invert_xaxis()
+        axes[-1].set_xlabel(TIME)
+        lines = [*(Line2D([], [], color=colour) for colour in colours.values()), Line2D([], [], **grey)]
+        labels = [f"{name}, seed {', '.join(str(run.seed) for run in group)}" for name, group in methods.items()]
+        labels.append(f"deviation of values, {runs[0].label}")
+        figure.legend(lines, labels, loc="outside upper center", ncols=2, fontsize=8)

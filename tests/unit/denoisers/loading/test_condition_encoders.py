@@ -8,8 +8,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.helpers.originals import caption, read_original, word
-from tfmq_exp.denoisers.loading.class_embedder import ClassEmbedder
-from tfmq_exp.denoisers.loading.text_encoder import TextEncoder, load_text_model, read_tokenizer
+from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder, TextEncoder, load_text_model, read_tokenizer
 
 STATES = "encoder_hidden_states"
 

@@ -1,4 +1,4 @@
-"""Captions as conditions: CLIP's text model, as Stable Diffusion uses it (LDM's FrozenCLIPEmbedder)."""
+"""Class labels (LDM's ClassEmbedder) and captions (its FrozenCLIPEmbedder: CLIP's text model) as conditions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from tfmq_exp.core.file_kind import instead_of_text
 from tfmq_exp.core.files import read_json
 from tfmq_exp.core.validate import number
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.loading.state_dict import assign_weights
+from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 
 # ViT-L/14, https://huggingface.co/openai/clip-vit-large-patch14
 VIT_L_14 = {
@@ -24,20 +24,37 @@ VIT_L_14 = {
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 COMPILED = "tokenizer.json"  # both in one file, as newer versions of transformers write it
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-SHORTEST = 3  # tokens
+SHORTEST = 3  # tokens: start, a word, end
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", None)
 # Settings of a tokenizer that would name code, or files elsewhere.
 ELSEWHERE = ("auto_map", "init_inputs", "tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")
 
 
-class TextEncoder:
-    """The last hidden states of CLIP's text model. No caption is the empty caption.
+class ClassEmbedder:
+    """One learned vector for each class, and last one of no class, as a sequence of length one for cross-attention."""
 
-    Args:
-        model: the text model; it runs on its own device.
-        tokenizer: of the same CLIP.
-        rows: captions that go through the model together.
-    """
+    def __init__(self, embedding: Float[Tensor, "classes channels"]) -> None:
+        self.embedding = embedding
+
+    def __call__(self, choices: Sequence[Any]) -> Conditions:
+        """Conditions of these labels; ValueError for no label, or one that is no class."""
+        count = len(self.embedding) - 1
+        wrong = [label for label in choices if type(label) is not int or not 0 <= label < count]
+        if wrong or not choices:
+            given = f"got {wrong[0]!r}" if wrong else "got none"
+            raise ValueError(f"this network is conditioned on a class for each image, 0 .. {count - 1}: {given}")
+        given, null = self.embedding[list(choices)], self.embedding[-1:]
+        return Conditions({"encoder_hidden_states": given[:, None]}, {"encoder_hidden_states": null[:, None]})
+
+    def example(self) -> Conditions:
+        return self([0])
+
+    def to(self, device: torch.device) -> None:
+        self.embedding = self.embedding.to(device)
+
+
+class TextEncoder:
+    """The last hidden states of CLIP's text model, `rows` captions at a time. No caption is the empty caption."""
 
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, rows: int = 64) -> None:
         self.model: Any = model
@@ -87,27 +104,27 @@ class TextEncoder:
 def tokenizer_files(folder: Path | None) -> list[Path]:
     """The files of a tokenizer and its settings; FileNotFoundError without the former."""
     names = (*TOKENIZER_FILES, COMPILED, *TOKENIZER_SETTINGS)
-    files = [folder / name for name in names if (folder / name).is_file()] if folder else []
-    found = {file.name for file in files}
-    if COMPILED not in found and (missing := [name for name in TOKENIZER_FILES if name not in found]):
-        raise FileNotFoundError(
-            f"no tokenizer: expected {' and '.join(missing)} in the folder that `tokenizer` names, got {folder}; Stable "
-            "Diffusion's are those of openai/clip-vit-large-patch14 (docs/checkpoints.md); nothing is downloaded"
+    files = {name: folder / name for name in names if (folder / name).is_file()} if folder else {}
+    if COMPILED not in files and (missing := [name for name in TOKENIZER_FILES if name not in files]):
+        where = (
+            f"in the folder that `tokenizer` names, got {folder}; docs/checkpoints.md says which; nothing is downloaded"
         )
-    return files
+        raise FileNotFoundError(f"no tokenizer: expected {' and '.join(missing)} {where}")
+    return list(files.values())
 
 
 def check_tokenizer(file: Path) -> None:
     """ValueError for a `tokenizer_config.json` of another tokenizer, or one that names code or files elsewhere."""
     settings = read_json(file) if file.is_file() else {}
+    length, wrong = settings.get("model_max_length"), ""
     if settings.get("tokenizer_class") not in TOKENIZERS:
-        raise ValueError(f"{file}: tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}")
-    if named := [f"{key}={settings[key]!r:.80}" for key in ELSEWHERE if settings.get(key)]:
-        raise ValueError(f"{file}: {named[0]} is refused: the tokenizer is what is in its folder")
-    length = settings.get("model_max_length")
-    if length is not None and not (number(length) and length >= SHORTEST and length == int(length)):
-        expected = f"a whole number, at least {SHORTEST} (start, a word, end)"
-        raise ValueError(f"{file}: model_max_length must be {expected}, got {length!r:.80}")
+        wrong = f"tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}"
+    elif named := [f"{key}={settings[key]!r:.80}" for key in ELSEWHERE if settings.get(key)]:
+        wrong = f"{named[0]} is refused: the tokenizer is what is in its folder"
+    elif length is not None and not (number(length) and length >= SHORTEST and length == int(length)):
+        wrong = f"model_max_length must be a whole number, at least {SHORTEST}, got {length!r:.80}"
+    if wrong:
+        raise ValueError(f"{file}: {wrong}")
 
 
 def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
@@ -125,12 +142,7 @@ def read_tokenizer(folder: Path | None) -> CLIPTokenizer:
 
 
 def load_text_model(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> CLIPTextModel:
-    """Build CLIP's text model and load its weights, strictly; it takes them over.
-
-    Args:
-        config: of transformers' CLIPTextConfig; `VIT_L_14` for Stable Diffusion 1.
-        state: parameters by the names they have in the original file, below `cond_stage_model.transformer.`.
-    """
+    """Build CLIP's text model and load its weights, by their names below `cond_stage_model.transformer.`, strictly."""
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig(**config))
     assign_text_weights(model, state)
@@ -140,9 +152,9 @@ def load_text_model(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> C
 def assign_text_weights(model: CLIPTextModel, state: Mapping[str, Tensor]) -> None:
     """`assign_weights` to a text model on the meta device."""
     # the level that the names begin with is in transformers 4 and not in 5
-    nested = any(name.startswith("text_model.") for name in model.state_dict())
-    names = {name: name if nested else name.removeprefix("text_model.") for name in state}
-    assign_weights(model, {names[n]: value for n, value in state.items() if not n.endswith("embeddings.position_ids")})
+    level = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
+    kept = {name: value for name, value in state.items() if not name.endswith("embeddings.position_ids")}
+    assign_weights(model, {name.removeprefix(level): value for name, value in kept.items()})
     for name, buffer in list(model.named_buffers()):  # positions 0, 1, ..: computed, not stored
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape))
