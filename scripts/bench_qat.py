@@ -28,9 +28,8 @@ from tfmq_exp.cli.environment import pick_device, prepare
 from tfmq_exp.cli.progress import ProgressBars
 from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.loggers.base import NullLogger
-from tfmq_exp.pipeline.learning import LoggingCallback
-from tfmq_exp.pipeline.stages.train_weights import TrainWeights
-from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer
+from tfmq_exp.pipeline.learning import FileUnitCheckpointer, LoggingCallback
+from tfmq_exp.pipeline.stages.network import TrainWeights
 from tfmq_exp.qat.module import QuantizationAwareTraining
 from tfmq_exp.qat.train import prepare_training
 from tfmq_exp.quant.quantizers import Mode

@@ -172,7 +172,7 @@ def test_a_manifest_that_is_no_json_is_damage(tmp_path: Path) -> None:
     store.get_or_compute(
         entry, lambda folder: save_file({"x": load_file(WEIGHTS / "classifier.safetensors")["head.bias"]}, folder / "x")
     )
-    entry.manifest_path.write_text("{")
+    (entry.path / "manifest.json").write_text("{")
     with pytest.raises(DamagedEntry, match=r"manifest\.json"):
         store.get_or_compute(entry, lambda folder: None)
 

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.features.extractor import Extractor, Features
+from tfmq_exp.evaluation.features import Extractor, Features
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
-from tfmq_exp.evaluation.scores import Scores
+from tfmq_exp.evaluation.scores import Evaluator, Scores
 
 
 class TensorDataset:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.helpers.sampling import SCHEDULE, SHAPE, predictor
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.diagnostics.trajectory_error import trajectory_error
+from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.sampler import Sampler, finite_set, trajectory
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
@@ -139,7 +139,7 @@ def test_dpm_solver_is_that_of_diffusers() -> None:
 def test_error_along_the_trajectory(denoiser: Denoiser, eta: float) -> None:
     sampling = Sampling(DDIM(4, eta))
     exact = sampling.predictor(denoiser.unet)
-    same = trajectory_error(exact, sampling, denoiser, sampling, images=3, seed=2)
+    same = TrajectoryPair(exact, sampling, denoiser, sampling, seed=2).error(3)
     assert [(row["step"], row["t"]) for row in same] == [(0, 751), (1, 501), (2, 251), (3, 1)]
     assert all(row["eps_error"] == row["x_error"] == 0 for row in same)  # both add the same noise, if any
 
@@ -147,8 +147,8 @@ def test_error_along_the_trajectory(denoiser: Denoiser, eta: float) -> None:
         eps = exact(x, t, conditions)
         return eps + 0.1 * eps.std()
 
-    wrong = trajectory_error(shifted, sampling, denoiser, sampling, images=3, seed=2)
+    wrong = TrajectoryPair(shifted, sampling, denoiser, sampling, seed=2).error(3)
     assert [row["eps_error"] for row in wrong] == pytest.approx([0.01] * 4, rel=1e-4)
     assert all(row["x_error"] > 0 for row in wrong)
-    other = trajectory_error(exact, Sampling(DDIM(4, 1 - eta)), denoiser, sampling, images=3, seed=2)
+    other = TrajectoryPair(exact, Sampling(DDIM(4, 1 - eta)), denoiser, sampling, seed=2).error(3)
     assert all(row["eps_error"] == 0 < row["x_error"] for row in other)  # errors of one step are on the float path

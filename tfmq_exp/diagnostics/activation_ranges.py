@@ -10,17 +10,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.diagnostics.partial_quantization import float_units, quantized_units
-from tfmq_exp.diagnostics.trajectory_error import Row
+from tfmq_exp.diagnostics.rows import Row, grouped
+from tfmq_exp.diagnostics.sensitivity import float_units, quantized_units
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
+from tfmq_exp.quant.quantizers import AffineQuantizer
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -37,17 +37,7 @@ class ActivationStats:
     drawn: list[Tensor] = field(default_factory=list)  # values that quantiles are computed of
 
     def add(self, x: Tensor, q: QParams, max_values: int, generator: torch.Generator) -> None:
-        """Add a batch.
-
-        Args:
-            x: the activation, of any shape.
-            q: scale and zero point of its quantizer for this batch; both broadcast against `x`.
-            max_values: number of values that are kept for quantiles; more are sampled with replacement.
-            generator: of that sample, on the CPU.
-
-        Raises:
-            NotFiniteError: a NaN or an infinity in `x`.
-        """
+        """Add a batch with its quantizer's parameters; at most `max_values` are kept, drawn with replacement, for quantiles."""
         x, qmin, qmax = x.detach().float(), self.spec.qmin, self.spec.qmax
         low, high = x.aminmax()
         require_finite(torch.stack([low, high]), "an activation while sampling")  # which no comparison would show
@@ -71,8 +61,7 @@ class ActivationStats:
             **{"min": min(low), "q01": q01, "mean": mean, "q99": q99, "max": max(high)},
             "std": max(0.0, sum(squares) / sum(count) - mean**2) ** 0.5,
             **{"grid_min": min(grid_low), "grid_max": max(grid_high)},
-            "interval": sum(scale) / sum(rows),
-            "clipped": sum(outside) / sum(count),
+            **{"interval": sum(scale) / sum(rows), "clipped": sum(outside) / sum(count)},
         }
 
 
@@ -107,49 +96,36 @@ def activation_ranges(
         of values beyond those ends.
     """
     parts, calls = batches(images, batch), sampling.calls(denoiser)
+    generator = torch.Generator().manual_seed(seed)
+    choices = {choice: (switch, i) for switch in model.switches() for i, choice in enumerate(switch.choices)}
+    stats: dict[str, ActivationStats] = {}
+    max_values = MAX_VALUES
+
+    def record(name: str, quantizer: AffineQuantizer, inputs: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of a quantizer; of several bit-widths only the one that this step uses counts."""
+        switch, choice = choices.get(quantizer, (None, 0))
+        if switch is None or int(switch.at[model.context.index[0]]) == choice:
+            x = inputs[0]
+            own = stats.setdefault(name, ActivationStats(quantizer.spec))
+            own.add(x, quantizer.scale_provider(x), max_values, generator)
+
     rows: list[Row] = []
-    recorder = _Recorder(model, seed)
     with ExitStack() as stack:
-        units = quantized_units(model, denoiser.unet, structure)
-        stack.enter_context(float_units(model, denoiser.unet, units))
+        stack.enter_context(float_units(model, denoiser.unet, quantized_units(model, denoiser.unet, structure)))
         for name, quantizer in model.activation_quantizers().items():
-            stack.enter_context(quantizer.register_forward_pre_hook(partial(recorder.record, activation_name(name))))
+            stack.enter_context(quantizer.register_forward_pre_hook(partial(record, activation_name(name))))
         predict = sampling.predictor(model.for_timesteps(calls))
-        trajectories = [
-            sampling.trajectory(predict, denoiser, seed=seed, stream=Stream.DIAGNOSTICS, indices=part) for part in parts
-        ]
+        start: dict[str, Any] = {"seed": seed, "stream": Stream.DIAGNOSTICS}
+        trajectories = [sampling.trajectory(predict, denoiser, **start, indices=part) for part in parts]
         for call, t in enumerate(calls):
-            recorder.stats = {}
+            stats.clear()
             for part, steps in zip(parts, trajectories, strict=True):
-                recorder.max_values = max(1, MAX_VALUES * len(part) // images)
+                max_values = max(1, MAX_VALUES * len(part) // images)
                 next(steps)
-            rows += [
-                {"activation": name, "bits": stats.spec.bits, "call": call, "t": t, **stats.columns()}
-                for name, stats in recorder.stats.items()
-            ]
+            for name, own in stats.items():
+                rows.append({"activation": name, "bits": own.spec.bits, "call": call, "t": t, **own.columns()})
             each_call(call + 1)
     return rows
-
-
-class _Recorder:
-    """Statistics of every activation of the present network call."""
-
-    def __init__(self, model: QuantizedUNet, seed: int) -> None:
-        self.stats: dict[str, ActivationStats] = {}
-        self.max_values = MAX_VALUES
-        self.generator = torch.Generator().manual_seed(seed)
-        self.context = model.context
-        self.choices: dict[nn.Module, tuple[StepSwitch, int]] = {
-            choice: (switch, i) for switch in model.switches() for i, choice in enumerate(switch.choices)
-        }
-
-    def record(self, name: str, quantizer: AffineQuantizer, inputs: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of a quantizer; of several bit-widths only the one that this step uses counts."""
-        switch, choice = self.choices.get(quantizer, (None, 0))
-        if switch is not None and int(switch.at[self.context.index[0]]) != choice:
-            return
-        stats = self.stats.setdefault(name, ActivationStats(quantizer.spec))
-        stats.add(inputs[0], quantizer.scale_provider(inputs[0]), self.max_values, self.generator)
 
 
 def activation_name(quantizer: str) -> str:
@@ -168,14 +144,10 @@ def range_changes(rows: list[Row]) -> list[Row]:
         `same_as`, an earlier activation with the same values on the same grids (all embedding projections read one
         tensor), or an empty text.
     """
-    by_name: dict[str, list[Row]] = {}
-    for row in rows:
-        by_name.setdefault(row["activation"], []).append(row)
     first: dict[tuple[Any, ...], str] = {}
     changes: list[Row] = []
-    for name, group in by_name.items():
-        # all but the quantiles, which are drawn
-        exact = ("bits", "min", "max", "mean", "std", "grid_min", "grid_max")
+    for name, group in grouped(rows, "activation").items():
+        exact = ("bits", "min", "max", "mean", "std", "grid_min", "grid_max")  # quantiles are drawn
         same = first.setdefault(tuple(row[key] for row in group for key in exact), name)
         changes.append({"activation": name, **_change(group), "same_as": same if same != name else ""})
     return sorted(changes, key=lambda row: row["width_change"], reverse=True)

@@ -1,17 +1,15 @@
 """Effect of learning on the rounding of weights: how many left the nearest integer, how far, and at what cost."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.diagnostics.rows import Row
 from tfmq_exp.quant.functional import dequantize, quantize
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
-
-Row = dict[str, Any]
 
 
 @torch.no_grad()
@@ -35,7 +33,7 @@ def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, structure: UNe
 
 def _compared(operands: Sequence[QuantizedWeight], float_unet: nn.Module, layer: str) -> Row:
     """One layer, whose weight may be split along the input channels into operands with grids of their own."""
-    weight = float_unet.get_submodule(layer).get_parameter("weight").detach()
+    weight = float_unet.get_parameter(f"{layer}.weight").detach()
     changed = up = largest = 0
     error = nearest_error = 0.0
     for operand, part in zip(operands, weight.split([q.codes.shape[1] for q in operands], dim=1), strict=True):
@@ -43,20 +41,15 @@ def _compared(operands: Sequence[QuantizedWeight], float_unet: nn.Module, layer:
         nearest = quantize(part, qparams, operand.spec)
         chosen = operand.codes.to(nearest) + operand.spec.qmin
         steps = chosen - nearest
-        changed += int((steps != 0).sum())
-        up += int((steps > 0).sum())
+        changed, up = changed + int((steps != 0).sum()), up + int((steps > 0).sum())
         largest = max(largest, int(steps.abs().max()))
         error += _squared_error(dequantize(chosen, qparams), part)
         nearest_error += _squared_error(dequantize(nearest, qparams), part)
-    power = float(weight.double().square().sum()) or 1.0  # a weight of zeros has no error either
+    count, power = weight.numel(), float(weight.double().square().sum()) or 1.0  # zeros have no error either
     return {
-        "bits": operands[0].spec.bits,
-        "weights": weight.numel(),
-        "changed": changed / weight.numel(),
-        "up": up / weight.numel(),
-        "largest_steps": largest,
-        "relative_mse": error / power,
-        "nearest_relative_mse": nearest_error / power,
+        **{"bits": operands[0].spec.bits, "weights": count},
+        **{"changed": changed / count, "up": up / count, "largest_steps": largest},
+        **{"relative_mse": error / power, "nearest_relative_mse": nearest_error / power},
         "mse_ratio": error / nearest_error if nearest_error else 1.0,
     }
 

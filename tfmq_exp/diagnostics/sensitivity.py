@@ -1,6 +1,7 @@
 """Sensitivity of the prediction to the quantization of single units: quantize one of them, or all but one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,70 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.diagnostics.partial_quantization import QuantizedUnit, float_units
-from tfmq_exp.diagnostics.trajectory_error import Row
+from tfmq_exp.denoisers.structure import Kind, UNetStructure
+from tfmq_exp.diagnostics.rows import Row
+from tfmq_exp.quant.layers import QuantLayer
+from tfmq_exp.quant.quantizers import Mode, Quantizer, modes
+from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 THIRDS = ("first_third", "second_third", "last_third")
 Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class QuantizedUnit:
+    """A unit of the network: its layers, and the attentions inside it whose operands are quantized."""
+
+    name: str
+    kind: Kind
+    layers: tuple[str, ...]
+    attentions: tuple[str, ...]
+
+
+def quantized_units(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[QuantizedUnit]:
+    """The units with anything quantized in them, in execution order, the Temporal Information Block first.
+
+    That block is one unit whatever the method learns together: where its features are stored, the time embedding is gone,
+    and no projection could be made float by itself.
+    """
+
+    def replaced(layer: str) -> bool:
+        return type(model.unet.get_submodule(layer)) is not type(float_unet.get_submodule(layer))
+
+    units: list[QuantizedUnit] = []
+    for unit in TemporalAware()(structure, frozenset(structure.layers)):
+        attentions = tuple(a for a in model.plan.operands if a == unit.name or a.startswith(f"{unit.name}."))
+        if attentions or any(replaced(layer) for layer in unit.layers):
+            units.append(QuantizedUnit(unit.name, unit.kind, unit.layers, attentions))
+    return units
+
+
+@contextmanager
+def float_units(model: QuantizedUNet, float_unet: nn.Module, units: Collection[QuantizedUnit]) -> Generator[None]:
+    """Make units float for the duration of a block.
+
+    A quantized layer gets the float weight and its quantizers are off, but still run their hooks; a module in the place of
+    a layer (a stored feature) is exchanged for the layer. No memory is taken: weights are those of `float_unet`.
+    """
+    unet, before = model.unet, [(layer, model.unet.get_submodule(layer)) for unit in units for layer in unit.layers]
+    quantized = [(layer, module, module.weight) for layer, module in before if isinstance(module, QuantLayer)]
+    exchanged = [(layer, module) for layer, module in before if not isinstance(module, QuantLayer)]
+    attentions = [f"{name}.processor." for unit in units for name in unit.attentions]
+    prefixes = *(f"{layer}." for layer, _ in before), *attentions
+    quantizers = [m for name, m in unet.named_modules() if isinstance(m, Quantizer) and name.startswith(prefixes)]
+    try:
+        for layer, module, _ in quantized:
+            module.weight = nn.Parameter(float_unet.get_parameter(f"{layer}.weight"), requires_grad=False)
+        for layer, _ in exchanged:
+            unet.set_submodule(layer, float_unet.get_submodule(layer))
+        with modes(quantizers, Mode.OFF):
+            yield
+    finally:
+        for _, module, weight in quantized:
+            module.weight = weight
+        for layer, module in exchanged:
+            unet.set_submodule(layer, module)
 
 
 def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> CalibrationSet:
@@ -31,36 +90,12 @@ def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> Calibrat
     return data[torch.cat(rows)]
 
 
-@torch.no_grad()
-def predictions(
-    model: nn.Module, data: CalibrationSet, batch: int, each_batch: Progress = lambda _: None
-) -> Float[Tensor, "samples ..."]:
-    """Predict the noise of every sample, without guidance.
-
-    Args:
-        model: the float or the quantized network.
-        data: the samples.
-        batch: samples of a forward pass.
-        each_batch: called after each with the share of samples that is done, 0 to 1.
-    """
-    device, found = next(model.parameters()).device, []
-    for start in range(0, len(data), batch):
-        inputs = data[slice(start, start + batch)].inputs(device)
-        found.append(noise_of(model(**inputs).sample, inputs["sample"]).float().cpu())
-        each_batch(min(1.0, (start + batch) / len(data)))
-    return torch.cat(found)
-
-
 def prediction_errors(
     predicted: Float[Tensor, "samples ..."], exact: Float[Tensor, "samples ..."], step: Tensor, steps: int
 ) -> Row:
     """Squared error over the power of the exact prediction: of all samples, and of each third of the sampling steps.
 
-    Args:
-        predicted: predictions of the quantized network.
-        exact: those of the float one.
-        step: the sampling step of each sample.
-        steps: number of sampling steps; a third without samples is None.
+    `step` is the sampling step of each sample, of so many `steps`; a third without samples is None.
     """
     error = (predicted.double() - exact.double()).square().flatten(1).sum(1)
     power = exact.double().square().flatten(1).sum(1)
@@ -85,17 +120,25 @@ class PredictionProbe:
 
     def __post_init__(self) -> None:
         # by the quantized network's operations: where nothing is quantized the error is exactly 0
-        self.exact = self._predict(self.units)
+        self.exact = self.predictions(self.units)
 
-    def _predict(self, as_float: Sequence[QuantizedUnit], each_batch: Progress = lambda _: None) -> Tensor:
+    @torch.no_grad()
+    def predictions(
+        self, as_float: Sequence[QuantizedUnit], each_batch: Progress = lambda _: None
+    ) -> Float[Tensor, "samples ..."]:
+        """Noise predicted for every sample, without guidance; `each_batch` is called with the share that is done."""
+        device, found = next(self.model.parameters()).device, []
         with float_units(self.model, self.float_unet, as_float):
-            return predictions(self.model, self.data, self.batch, each_batch)
+            for start in range(0, len(self.data), self.batch):
+                inputs = self.data[slice(start, start + self.batch)].inputs(device)
+                found.append(noise_of(self.model(**inputs).sample, inputs["sample"]).float().cpu())
+                each_batch(min(1.0, (start + self.batch) / len(self.data)))
+        return torch.cat(found)
 
     def error(self, as_float: Sequence[QuantizedUnit] = (), each_batch: Progress = lambda _: None) -> Row:
         """Errors with these units float; `each_batch` is called with the share of samples that is done."""
-        return prediction_errors(self._predict(as_float, each_batch), self.exact, self.data.step, self.steps)
+        return prediction_errors(self.predictions(as_float, each_batch), self.exact, self.data.step, self.steps)
 
     def unit_error(self, unit: QuantizedUnit, *, alone: bool, each_batch: Progress = lambda _: None) -> Row:
         """Errors with this unit quantized and the others float (`alone`), or the reverse."""
-        others = [other for other in self.units if other is not unit]
-        return self.error(others if alone else [unit], each_batch)
+        return self.error([other for other in self.units if other is not unit] if alone else [unit], each_batch)

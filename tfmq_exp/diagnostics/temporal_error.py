@@ -1,7 +1,6 @@
 """Errors of a quantized network's temporal features against the float ones, timestep by timestep."""
 
 from statistics import fmean
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,24 +10,21 @@ from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import time_embedding
+from tfmq_exp.diagnostics.rows import Row, grouped
 from tfmq_exp.quant.layers import Unneeded
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 EMBEDDING = "time_embedding"
 DISTANCES = ("cosine_distance", "mse", "relative_mse")
-Row = dict[str, Any]
 
 
 @torch.no_grad()
 def feature_errors(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
     """Distances of every temporal feature to the float one, for every timestep of the finite set.
 
-    The time embedding comes first (after its activation, as every projection reads it), then the projections' features in
-    execution order. The embedding is left out where all features are stored and nothing computes it.
-
-    Returns:
-        rows with `cosine_distance` = 1 - cosine similarity, `mse`, and `relative_mse`, the mse over the float feature's mean
-        square.
+    The time embedding comes first (after its activation, as every projection reads it; left out where all features are stored
+    and nothing computes it), then the projections' features in execution order. Rows have `cosine_distance` = 1 - cosine
+    similarity, `mse`, and `relative_mse`, the mse over the float feature's mean square.
     """
     t = torch.tensor(model.context.timesteps, device=next(float_unet.parameters()).device)
     with model.context.at(t):
@@ -40,37 +36,22 @@ def feature_errors(model: QuantizedUNet, float_unet: nn.Module, structure: UNetS
 
 
 def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
-    """Errors of the temporal features at every timestep, averaged over the layers (TFMQ-DM, arXiv 2311.16503, figure 2).
-
-    Returns:
-        rows with `cosine` similarity, `mse`, and `relative_mse`.
-    """
+    """`cosine` similarity, `mse` and `relative_mse` at every timestep, averaged over layers (arXiv 2311.16503, figure 2)."""
     rows = [row for row in feature_errors(model, float_unet, structure) if row["layer"] != EMBEDDING]
-    errors: list[Row] = []
-    for step, group in _grouped(rows, "step").items():
-        distance, mse, relative_mse = (fmean(row[key] for row in group) for key in DISTANCES)
-        row = {"step": step, "t": group[0]["t"], "cosine": 1 - distance, "mse": mse, "relative_mse": relative_mse}
-        errors.append(row)
-    return errors
+    steps = ((step, group[0]["t"], _means(group)) for step, group in grouped(rows, "step").items())
+    return [{"step": step, "t": t, "cosine": 1 - means.pop("cosine_distance"), **means} for step, t, means in steps]
 
 
 def features_by_layer(rows: list[Row]) -> list[Row]:
     """Rows of `feature_errors` averaged over the timesteps, and `at_t`, where the relative error is largest."""
     return [
-        {
-            "layer": layer,
-            **{key: fmean(row[key] for row in group) for key in DISTANCES},
-            "at_t": max(group, key=lambda row: row["relative_mse"])["t"],
-        }
-        for layer, group in _grouped(rows, "layer").items()
+        {"layer": layer, **_means(group), "at_t": max(group, key=lambda row: row["relative_mse"])["t"]}
+        for layer, group in grouped(rows, "layer").items()
     ]
 
 
-def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
+def _means(rows: list[Row]) -> Row:
+    return {key: fmean(row[key] for row in rows) for key in DISTANCES}
 
 
 def _features(unet: nn.Module, structure: UNetStructure, t: Tensor) -> dict[str, Tensor]:

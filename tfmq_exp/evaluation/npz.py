@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from tfmq_exp.core.file_kind import HEAD, content_of
-from tfmq_exp.evaluation.metrics.fid import GaussianStatistics
+from tfmq_exp.evaluation.metrics import GaussianStatistics
 
 IMAGES = "arr_0.npy"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -25,25 +25,12 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 MAX_RATIO, UNCHECKED_BYTES = 200, 2**30
 MAX_SIDE = 4096  # pixels
 ROUNDING = 1e-5  # of the largest eigenvalue: as far below 0 as float32 may take another
-
-
-class Header(NamedTuple):
-    """The description of an array in a `.npz`."""
-
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype
-    start: int  # of the values, in the uncompressed record
+Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether in Fortran's order, type
 
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a `.npz` for reading.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged or of another kind, which is named; or any ValueError of the block.
-    """
+    """Open a `.npz` for reading; ValueErrors name the file, also those of the block, and the kind of another file."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head.startswith(b"PK"):
@@ -59,8 +46,9 @@ def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def read_header(archive: zipfile.ZipFile, name: str) -> Header:
-    """Read the header of an array, not its values; ValueError for one that numpy would not write."""
+@contextmanager
+def open_array(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[IO[bytes], Header]]:
+    """Open an array at its values, behind its header; ValueError for one that numpy would not write."""
     with archive.open(name) as file:
         version = np.lib.format.read_magic(file)
         if version not in HEADERS:
@@ -69,30 +57,18 @@ def read_header(archive: zipfile.ZipFile, name: str) -> Header:
             shape, fortran, dtype = HEADERS[version](file)
         except ValueError as error:
             raise ValueError(f"{name} has no header of numpy ({error})") from error
-        start = file.tell()
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds Python objects, which are not read: a pickle is a program")
-    if archive.getinfo(name).file_size - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-        raise ValueError(f"{name} is not as long as its shape {shape} says")
-    return Header(shape, fortran, dtype, start)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which are not read: a pickle is a program")
+        size = archive.getinfo(name).file_size - file.tell()
+        if size != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+            raise ValueError(f"{name} is not as long as its shape {shape} says")
+        yield file, (shape, fortran, dtype)
 
 
-def find_images(path: Path) -> tuple[Header, zipfile.ZipInfo] | None:
-    """Read the header of `arr_0`, None if there is none; ValueError for what are no uint8 images, or unpack to too much."""
+def has_images(path: Path) -> bool:
+    """Whether a `.npz` has `arr_0`."""
     with open_npz(path) as archive:
-        if IMAGES not in archive.namelist():
-            return None
-        header, info = read_header(archive, IMAGES), archive.getinfo(IMAGES)
-        shape, fortran, dtype, _ = header
-        if dtype != np.uint8 or len(shape) != 4 or fortran or shape[3] not in (1, 3):
-            raise ValueError(f"arr_0 is {dtype} {shape}; expected uint8 images (N, height, width, 1 or 3)")
-        if 0 in shape:
-            raise ValueError(f"arr_0 {shape} holds no images")
-        if max(shape[1:3]) > MAX_SIDE:
-            raise ValueError(f"arr_0 holds images of {shape[2]}x{shape[1]} pixels; at most {MAX_SIDE} a side")
-        if info.file_size > max(UNCHECKED_BYTES, MAX_RATIO * info.compress_size):
-            raise ValueError(f"arr_0 has {info.compress_size} bytes that unpack to {info.file_size}: no images do")
-    return header, info
+        return IMAGES in archive.namelist()
 
 
 class NpzImages:
@@ -100,47 +76,45 @@ class NpzImages:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        found = find_images(self.path)
-        if found is None:
+        if not has_images(self.path):
             raise ValueError(f"{path} holds no images: there is no arr_0 in it")
-        self.header, info = found
-        count, height, width, channels = self.header.shape
+        with open_npz(self.path) as archive, open_array(archive, IMAGES) as (_, (shape, fortran, dtype)):
+            info = archive.getinfo(IMAGES)
+            if dtype != np.uint8 or len(shape) != 4 or fortran or shape[3] not in (1, 3):
+                raise ValueError(f"arr_0 is {dtype} {shape}; expected uint8 images (N, height, width, 1 or 3)")
+            if 0 in shape:
+                raise ValueError(f"arr_0 {shape} holds no images")
+            if max(shape[1:3]) > MAX_SIDE:
+                raise ValueError(f"arr_0 holds images of {shape[2]}x{shape[1]} pixels; at most {MAX_SIDE} a side")
+            if info.file_size > max(UNCHECKED_BYTES, MAX_RATIO * info.compress_size):
+                raise ValueError(f"arr_0 has {info.compress_size} bytes that unpack to {info.file_size}: no images do")
+        self.count, height, width, channels = shape
         self.shape = (channels, height, width)
-        self.identity: Mapping[str, Any] = {
-            **{"file": self.path.name, "images": count},
-            **{"crc32": f"{info.CRC:08x}", "bytes": info.file_size},
-        }
+        content = {"crc32": f"{info.CRC:08x}", "bytes": info.file_size}
+        self.identity: Mapping[str, Any] = {"file": self.path.name, "images": self.count, **content}
 
     def __len__(self) -> int:
-        return self.header.shape[0]
+        return self.count
 
     def batches(self, size: int) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """Read all images, `size` at a time; ValueError for a damaged file."""
-        each = math.prod(self.shape)
-        with open_npz(self.path) as archive, archive.open(IMAGES) as file:
-            file.read(self.header.start)
-            for start in range(0, len(self), size):
-                rows = min(size, len(self) - start)
+        (channels, *sides), each = self.shape, math.prod(self.shape)
+        with open_npz(self.path) as archive, open_array(archive, IMAGES) as (file, _):
+            for start in range(0, self.count, size):
+                rows = min(size, self.count - start)
                 data = bytearray(file.read(rows * each))
                 if len(data) != rows * each:
                     raise ValueError(f"arr_0 ends in image {start + len(data) // each}")
-                images = torch.frombuffer(data, dtype=torch.uint8).view(rows, *self.header.shape[1:])
+                images = torch.frombuffer(data, dtype=torch.uint8).view(rows, *sides, channels)
                 yield images.permute(0, 3, 1, 2).contiguous()
 
 
 def write_npz(
     path: Path, count: int, shape: tuple[int, int, int], shards: Iterable[UInt8[Tensor, "batch channels height width"]]
 ) -> None:
-    """Write `arr_0` alone, as images come: if a sample file has statistics, guided-diffusion's evaluator reads only them.
+    """Write images as `arr_0`, as they come; ValueError for others than `count` of a shape (channels, height, width).
 
-    Args:
-        path: the file, which is made anew.
-        count: number of all images.
-        shape: their channels, height, width.
-        shards: the images.
-
-    Raises:
-        ValueError: `shards` has other images than announced.
+    Alone: if a sample file has statistics, guided-diffusion's evaluator reads only them.
     """
     channels, height, width = shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
@@ -158,48 +132,24 @@ def write_npz(
 
 
 def read_statistics(path: Path, widths: tuple[int, int]) -> tuple[GaussianStatistics, GaussianStatistics]:
-    """Read mean and covariance of pooled and of spatial features, in float64; `widths` are their numbers of features.
-
-    Raises:
-        ValueError: not a `.npz`, a key missing, another shape, or values that are no mean and covariance.
-    """
+    """Read mean and covariance of pooled and of spatial features, of these numbers, in float64; ValueError for others."""
     with open_npz(path) as archive:
-        _check_keys([name.removesuffix(".npy") for name in archive.namelist()])
-        pooled, spatial = (
-            GaussianStatistics(
-                _read_array(archive, f"mu{suffix}", (width,)), _read_array(archive, f"sigma{suffix}", (width, width))
-            )
-            for suffix, width in zip(("", "_s"), widths, strict=True)
-        )
-        _check_covariance("sigma", pooled.covariance)
-        _check_covariance("sigma_s", spatial.covariance)
-    return pooled, spatial
+        found = [name.removesuffix(".npy") for name in archive.namelist()]
+        if missing := [key for key in STATISTICS if key not in found]:
+            kind = "no statistics of guided-diffusion"
+            if set(found) == {"mu", "sigma"}:
+                kind = (
+                    "statistics of pytorch-fid or clean-fid, whose images are resized otherwise and which have no sFID"
+                )
+            elif "arr_0" in found:
+                kind = "samples without statistics; those of a folder of images come from data=image_folder"
+            raise ValueError(f"there is no {', '.join(missing)}, only {', '.join(found[:9])}: {kind}")
+        return _gaussian(archive, "", widths[0]), _gaussian(archive, "_s", widths[1])
 
 
-def _check_keys(found: list[str]) -> None:
-    missing = [key for key in STATISTICS if key not in found]
-    if not missing:
-        return
-    kind = "no statistics of guided-diffusion"
-    if set(found) == {"mu", "sigma"}:
-        kind = "statistics of pytorch-fid or clean-fid, whose images are resized otherwise and which have no sFID"
-    elif "arr_0" in found:
-        kind = "samples without statistics; those of a folder of images come from data=image_folder"
-    raise ValueError(f"there is no {', '.join(missing)}, only {', '.join(found[:9])}: {kind}")
-
-
-def _read_array(archive: zipfile.ZipFile, key: str, shape: tuple[int, ...]) -> Tensor:
-    header = read_header(archive, f"{key}.npy")
-    if header.shape != shape or header.dtype.kind != "f" or header.dtype.itemsize < 4:
-        raise ValueError(f"{key} is {header.dtype} {header.shape}; expected float32 or float64 {shape}")
-    with archive.open(f"{key}.npy") as file:
-        values = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{key} has values that are not finite")
-    return torch.from_numpy(np.ascontiguousarray(values))
-
-
-def _check_covariance(key: str, matrix: Tensor) -> None:
+def _gaussian(archive: zipfile.ZipFile, suffix: str, width: int) -> GaussianStatistics:
+    mean = _read_array(archive, f"mu{suffix}", (width,))
+    key, matrix = f"sigma{suffix}", _read_array(archive, f"sigma{suffix}", (width, width))
     if not torch.allclose(matrix, matrix.t(), rtol=1e-4, atol=1e-6 * float(matrix.abs().max())):
         raise ValueError(f"{key} is not symmetric: no covariance")
     if (least := float(matrix.diagonal().min())) < 0:
@@ -207,3 +157,14 @@ def _check_covariance(key: str, matrix: Tensor) -> None:
     least, most = torch.linalg.eigvalsh((matrix + matrix.t()) / 2)[[0, -1]].tolist()
     if least < -ROUNDING * most:
         raise ValueError(f"{key} has eigenvalues from {least:.3g} to {most:.3g}: no covariance, which has none below 0")
+    return GaussianStatistics(mean, matrix)
+
+
+def _read_array(archive: zipfile.ZipFile, key: str, shape: tuple[int, ...]) -> Tensor:
+    with open_array(archive, f"{key}.npy") as (file, (found, fortran, dtype)):
+        if found != shape or dtype.kind != "f" or dtype.itemsize < 4:
+            raise ValueError(f"{key} is {dtype} {found}; expected float32 or float64 {shape}")
+        values = np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C").astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{key} has values that are not finite")
+    return torch.from_numpy(np.ascontiguousarray(values))

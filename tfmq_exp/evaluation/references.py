@@ -13,10 +13,11 @@ from torch import Tensor
 from tfmq_exp.core.files import sha256_of
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.data.image_dataset import ImageDataset
-from tfmq_exp.evaluation.features.extractor import Extractor
-from tfmq_exp.evaluation.metrics.fid import FeatureMoments, GaussianStatistics
-from tfmq_exp.evaluation.npz import NpzImages, find_images, read_statistics
+from tfmq_exp.evaluation.features import Extractor
+from tfmq_exp.evaluation.metrics import FeatureMoments, GaussianStatistics
+from tfmq_exp.evaluation.npz import NpzImages, has_images, read_statistics
 
+PARTS = ("pooled", "spatial")
 ALIKE = 1e-9  # variance over squared mean, which sums in double precision leave where nothing varies
 Progress = Callable[[int, int], None]
 
@@ -60,55 +61,39 @@ class ReferenceStatistics:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, with shape and provenance as JSON in its header."""
-        gaussians = {"pooled": self.pooled, "spatial": self.spatial}
-        tensors = {
-            f"{name}.{part}": x for name, gaussian in gaussians.items() for part, x in gaussian._asdict().items()
-        }
+        tensors = {f"{part}.{name}": x for part in PARTS for name, x in getattr(self, part)._asdict().items()}
         header = {"shape": self.shape, "provenance": dict(self.provenance)}
         write_tensor_file(path, {**tensors, "manifold": self.manifold}, header)
 
     @classmethod
     def load(cls, path: Path) -> "ReferenceStatistics":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: a damaged file.
-        """
+        """Read what `save` wrote; ValueError for a damaged file."""
         header, tensors = read_tensor_file(path)
-        try:
-            gaussians = [
-                GaussianStatistics(tensors[f"{part}.mean"], tensors[f"{part}.covariance"])
-                for part in ("pooled", "spatial")
-            ]
-            shape = None if header["shape"] is None else tuple(header["shape"])
-            return cls(gaussians[0], gaussians[1], tensors["manifold"], shape, header["provenance"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no reference statistics: {error}") from error
+        pooled, spatial = (
+            GaussianStatistics(*(tensors[f"{part}.{name}"] for name in GaussianStatistics._fields)) for part in PARTS
+        )
+        shape = header["shape"] and tuple(header["shape"])
+        return cls(pooled, spatial, tensors["manifold"], shape, header["provenance"])
 
 
 def reference_statistics(
     reference: ImageDataset | NpzReference, extract: Extractor, keep: int, progress: Progress
 ) -> ReferenceStatistics:
-    """Compute the statistics of images in one pass, or read them from a file.
+    """Compute the statistics of images in one pass, or read them from a file; ValueError for what cannot be a reference.
 
-    Args:
-        reference: images, or a file of statistics.
-        extract: images to features.
-        keep: how many images' pooled features to keep, for KID, precision and recall: evenly spaced images, since the
-            first ones of a folder may all be of one class. Of a file of statistics the first, as its own evaluator does.
-        progress: called after every batch with the number of images that are done, and of all.
-
-    Raises:
-        FileNotFoundError: no such file of statistics.
-        ValueError: fewer than two images, or all the same; images or statistics that are damaged or of another kind.
+    The pooled features of `keep` images are kept, for KID, precision and recall: evenly spaced images, since the first ones of
+    a folder may all be of one class; of a file of statistics the first, as its own evaluator does. `progress` is called after
+    every batch with the number of images that are done, and of all.
     """
-    compute = _from_npz if isinstance(reference, NpzReference) else _from_images
-    statistics = compute(reference, extract, keep, progress)  # type: ignore[arg-type]
-    for features in ("pooled", "spatial"):
-        mean, covariance = getattr(statistics, features)
+    given = extract, keep, progress
+    statistics = (
+        _from_npz(reference, *given) if isinstance(reference, NpzReference) else _from_images(reference, *given)
+    )
+    for part in PARTS:
+        mean, covariance = getattr(statistics, part)
         if float(covariance.trace()) <= ALIKE * float(mean.square().sum()):
             raise ValueError(
-                f"all images of the reference ({statistics.title}) have the same {features} features: are they one image?"
+                f"all images of the reference ({statistics.title}) have the same {part} features: are they one image?"
             )
     return statistics
 
@@ -138,7 +123,7 @@ def _from_images(dataset: ImageDataset, extract: Extractor, keep: int, progress:
     if done != count:
         raise ValueError(f"the reference announces {count} images and gives {done}")
     provenance = {**dataset.identity, "images": count, "pixels_sha256": pixels.hexdigest()}
-    return ReferenceStatistics(pooled.statistics(), spatial.statistics(), torch.cat(kept), dataset.shape, provenance)
+    return ReferenceStatistics(pooled.compute(), spatial.compute(), torch.cat(kept), dataset.shape, provenance)
 
 
 def _from_npz(reference: NpzReference, extract: Extractor, keep: int, progress: Progress) -> ReferenceStatistics:
@@ -146,7 +131,7 @@ def _from_npz(reference: NpzReference, extract: Extractor, keep: int, progress: 
     provenance, path = reference.identity, Path(reference.path)
     statistics = read_statistics(path, extract.widths)
     kept = [torch.zeros(0, extract.widths[0])]
-    if find_images(path) is None:
+    if not has_images(path):
         if not reference.any_size:
             raise ValueError(
                 f"{path} holds no images (arr_0), so it does not say of which size they were; set any_size=true "

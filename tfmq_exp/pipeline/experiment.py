@@ -1,82 +1,59 @@
 """All stages of a run, each connected with those whose results it reads."""
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tfmq_exp.deploy.engine import Engine
-from tfmq_exp.pipeline.networks import QuantizedNetwork, SampledNetwork
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
 from tfmq_exp.pipeline.run import Run
-from tfmq_exp.pipeline.stages.calibrate_activations import CalibrateActivations
-from tfmq_exp.pipeline.stages.collect_trajectory import CollectTrajectory
-from tfmq_exp.pipeline.stages.diagnose import (
-    ActivationRanges,
-    Diagnosis,
-    ErrorAccumulation,
-    TemporalFeatures,
-    UnitSensitivity,
-    WeightRounding,
-)
-from tfmq_exp.pipeline.stages.encode_examples import EncodeExamples
+from tfmq_exp.pipeline.stages import diagnose, evaluation, network
+from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
 from tfmq_exp.pipeline.stages.export_engine import ExportEngine
-from tfmq_exp.pipeline.stages.fit_correction import FitCorrection
-from tfmq_exp.pipeline.stages.measure_errors import MeasureErrors
-from tfmq_exp.pipeline.stages.reconstruct_weights import ReconstructWeights
-from tfmq_exp.pipeline.stages.sample_images import SampleImages
-from tfmq_exp.pipeline.stages.score_images import ComputeReference, ScoreImages
-from tfmq_exp.pipeline.stages.train_weights import TrainWeights
 
 
 class Evaluation(NamedTuple):
     """Stages that evaluate one quantized network."""
 
-    images: SampleImages
-    scores: ScoreImages
-    errors: MeasureErrors
+    images: evaluation.SampleImages
+    scores: evaluation.ScoreImages
+    errors: evaluation.MeasureErrors
 
 
 class Experiment:
-    """The stages of a run.
-
-    Args:
-        run: the configuration.
-        pipeline: that computes them.
-        engine: executes the finished network as well, and is evaluated like the simulation.
-    """
+    """The stages of a run. An engine executes the finished network as well, and is evaluated like the simulation."""
 
     def __init__(self, run: Run, pipeline: Pipeline, engine: Engine | None = None) -> None:
         self.run, self.pipeline = run, pipeline
-        self.trajectory = CollectTrajectory(run, pipeline)
+        given = run, pipeline
+        self.trajectory = CollectTrajectory(*given)
         self.examples: EncodeExamples | None = None
-        weights = run.method.weights
+        weights, correction = run.method.weights, run.method.correction
         if weights.trains is True:
-            self.examples = EncodeExamples(run, pipeline, weights.protocol.horizontal_flip)
-            self.weights = TrainWeights(run, pipeline, weights, self.examples)
+            self.examples = EncodeExamples(*given, weights.protocol.horizontal_flip)
+            self.weights = network.TrainWeights(*given, weights, self.examples)
         else:
-            self.weights = ReconstructWeights(run, pipeline, weights, self.trajectory)
-        self.activations = CalibrateActivations(run, pipeline, self.trajectory, self.weights)
-        self.correction: FitCorrection | None = None
-        if (correction := run.method.correction).measures is True:
-            self.correction = FitCorrection(run, pipeline, correction, self.activations)
-        self.quantized = QuantizedNetwork(run.sampling, self.activations, self.correction)
-        self.reference = ComputeReference(run, pipeline)
+            self.weights = network.ReconstructWeights(*given, weights, self.trajectory)
+        self.activations = network.CalibrateActivations(*given, self.trajectory, self.weights)
+        self.correction = (
+            network.FitCorrection(*given, correction, self.activations) if correction.measures is True else None
+        )
+        self.quantized = network.QuantizedNetwork(run.sampling, self.activations, self.correction)
+        self.reference = evaluation.ComputeReference(*given)
         float_sampler = run.sampling.predictor(run.denoiser.unet), run.sampling
-        self.float_images = SampleImages(run, pipeline, SampledNetwork("float ", None, lambda: float_sampler))
-        self.float_scores = ScoreImages(run, pipeline, self.float_images, self.reference)
-        self.simulated = self._evaluation(SampledNetwork("", self.quantized.stage, self.quantized.sampler))
-        self.export = ExportEngine(run, pipeline, engine, self.quantized) if engine else None
-        self.deployed: Evaluation | None = None
-        if self.export:
-            self.deployed = self._evaluation(SampledNetwork(f"{self.export.name} ", self.export, self.export.sampler))
-        given = run, pipeline, self.quantized
-        cheap_first = (WeightRounding, TemporalFeatures, ErrorAccumulation, ActivationRanges)
-        diagnoses = [*(kind(*given) for kind in cheap_first), UnitSensitivity(*given, self.trajectory)]
-        self.diagnoses: dict[str, Diagnosis] = {stage.name: stage for stage in diagnoses}
+        self.float_images, self.float_scores, _ = self._evaluation("float ", None, lambda: float_sampler)
+        self.simulated = self._evaluation("", self.quantized.stage, self.quantized.sampler)
+        self.export = export = ExportEngine(*given, engine, self.quantized) if engine else None
+        self.deployed = self._evaluation(f"{export.name} ", export, export.sampler) if export else None
+        kinds = diagnose.WeightRounding, diagnose.TemporalFeatures, diagnose.ErrorAccumulation
+        kinds = *kinds, diagnose.ActivationRanges, diagnose.UnitSensitivity  # the cheap ones first
+        diagnoses = [kind(*given, self.quantized, self.trajectory) for kind in kinds]
+        self.diagnoses: dict[str, diagnose.Diagnosis] = {stage.name: stage for stage in diagnoses}
 
-    def _evaluation(self, network: SampledNetwork) -> Evaluation:
-        given = self.run, self.pipeline
-        images, errors = SampleImages(*given, network), MeasureErrors(*given, network, self.quantized)
-        return Evaluation(images, ScoreImages(*given, images, self.reference), errors)
+    def _evaluation(self, prefix: str, *sampled_as: Any) -> Evaluation:
+        given, sampled = (self.run, self.pipeline), evaluation.SampledNetwork(*sampled_as)
+        images = evaluation.SampleImages(*given, sampled, prefix=prefix)
+        scores = evaluation.ScoreImages(*given, images, self.reference, prefix=prefix)
+        return Evaluation(images, scores, evaluation.MeasureErrors(*given, sampled, self.quantized, prefix=prefix))
 
     def data(self, goal: str) -> list[Stage]:
         """Stages with the data that weights (`goal` is weights) or the whole network are made from."""
@@ -110,9 +87,7 @@ class Experiment:
 
     def make_network(self, goal: str) -> None:
         """Compute what a goal needs of the network, and have the data behind it in the store, even if that was deleted."""
-        if goal == "trajectory":
-            self.pipeline.get(self.trajectory)
-            return
-        self.pipeline.get(self.weights if goal == "weights" else self.activations)
-        for stage in (self.weights, *self.data(goal)):
+        last: dict[str, Stage] = {"trajectory": self.trajectory, "weights": self.weights}
+        self.pipeline.get(last.get(goal, self.activations))
+        for stage in () if goal == "trajectory" else (self.weights, *self.data(goal)):
             self.pipeline.require(stage)

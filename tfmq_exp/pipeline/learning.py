@@ -1,14 +1,119 @@
-"""Callbacks of a learning phase: progress bar, loss curves, unit checkpoints and reports."""
+"""A learning phase: a file for each unit that has been learned, with its report and loss curve, and the progress shown."""
 
-from collections.abc import Iterator
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.core.finite import naming_rates
+from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.pipeline import Advance, Pipeline
-from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve
-from tfmq_exp.reconstruction.context import UnitReport
+from tfmq_exp.pipeline.store import Entry
+from tfmq_exp.quant.layers import QuantizedWeight
+from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.reconstruction.context import UnitReport, UnitResult
+
+CURVE_POINTS = 100  # kept of a loss curve; the first iteration may add one
+LOSSES = ("phase", "unit", "iteration", "loss")  # columns
+PARTS = ("codes", "scale", "zero_point")
+Row = dict[str, Any]
+Write = Callable[[Path, Callable[[Path], object]], None]
+
+
+def add_point(curve: list[Row], point: Row, of: int) -> bool:
+    """Add the loss of one of so many iterations to a curve: the first, and the first in each hundredth; was it added?"""
+    part = point["iteration"] * CURVE_POINTS // of
+    kept = not curve or part > curve[-1]["iteration"] * CURVE_POINTS // of
+    if kept:
+        curve.append(point)
+    return kept
+
+
+def save_result(path: Path, result: UnitResult, note: Mapping[str, Any], write: Write = write_checked) -> None:
+    """Write the result of a unit as safetensors, with plain data as a note in the header.
+
+    `write` calls its second argument with a temporary path and moves the file to its first.
+    """
+    tensors = {f"activations/{name}": value.cpu().clone() for name, value in result.activations.items()}
+    for layer, parts in result.integers.items():
+        for i, (codes, qparams, _) in enumerate(parts):
+            for part, value in zip(PARTS, (codes, *qparams), strict=True):
+                tensors[f"weights/{layer}/{i}/{part}"] = value.cpu().contiguous()
+    specs = {layer: [dataclasses.asdict(part.spec) for part in parts] for layer, parts in result.integers.items()}
+    write(path, lambda target: write_tensor_file(target, tensors, {"specs": specs, "note": note}))
+
+
+def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
+    """Result and note from a file of `save_result`; ValueError for a damaged one."""
+    header, tensors = read_tensor_file(path)
+
+    def weight(name: str, spec: Mapping[str, Any]) -> QuantizedWeight:
+        codes, scale, zero_point = (tensors[f"weights/{name}/{part}"] for part in PARTS)
+        return QuantizedWeight(codes, QParams(scale, zero_point), QuantSpec(**spec))
+
+    integers = {
+        layer: tuple(weight(f"{layer}/{i}", spec) for i, spec in enumerate(specs))
+        for layer, specs in header["specs"].items()
+    }
+    prefix = "activations/"
+    activations = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    return UnitResult(integers, activations), header["note"]
+
+
+class FileUnitCheckpointer:
+    """Writes every learned unit to a file in a folder, so that a killed run goes on after the last one.
+
+    Each is written with its loss curve, of those of this process by unit.
+    """
+
+    def __init__(self, folder: Path, curves: Mapping[str, list[Row]], write: Write = write_checked) -> None:
+        self.folder, self.curves, self.write = folder, curves, write
+        folder.mkdir(exist_ok=True)
+
+    def scoped(self, name: str) -> "FileUnitCheckpointer":
+        """Checkpoints of another pass over the same units, in a subfolder."""
+        return FileUnitCheckpointer(self.folder / name, self.curves, self.write)
+
+    def path(self, unit: str) -> Path:
+        """File of a unit."""
+        return self.folder / f"{unit}.safetensors"
+
+    def get(self, unit: str) -> UnitResult | None:
+        """Result of a learned unit; None where its file is missing or not what was written."""
+        return load_result(self.path(unit))[0] if intact(self.path(unit)) else None
+
+    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
+        """Write a unit with its report and its loss curve."""
+        note = {**dataclasses.asdict(report), "curve": self.curves.get(unit, [])}
+        save_result(self.path(unit), learned, note, self.write)
+
+    def write_reports(self, folder: Path) -> None:
+        """Write the reports of all units as `units.json` and their loss curves as `losses.json`, in the order of learning."""
+        files = sorted(self.folder.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        notes = [load_result(path)[1] for path in files]
+        losses = [{column: row[column] for column in LOSSES} for note in notes for row in note.pop("curve")]
+        write_json(folder / "units.json", [dataclasses.asdict(UnitReport(**note)) for note in notes])
+        write_json(folder / "losses.json", losses)
+
+
+def finished_units(folder: Path) -> int:
+    """Number of units in the folder of a stage."""
+    return len(list(folder.glob("units/*.safetensors")))
+
+
+def unit_reports(entries: Iterable[Entry], name: str) -> list[Row]:
+    """Rows of `units.json` or `losses.json` of some entries with the phase; none where nothing was learned."""
+    rows: list[Row] = []
+    for entry in entries:
+        if entry.done and name in entry.manifest["files"]:
+            entry.verify(name)
+            found = json.loads((entry.path / name).read_text(encoding="utf-8"))
+            rows += ({"phase": entry.stage, **row} for row in found)
+    return rows
 
 
 class LoggingCallback:
@@ -20,7 +125,7 @@ class LoggingCallback:
     def __init__(self, advance: Advance, logger: Logger, phase: str) -> None:
         self.advance, self.logger, self.phase = advance, logger, phase
         self.finished_units, self.total, self.passes = 0, 0, 0
-        self.curves: dict[str, LossCurve] = {}
+        self.curves: dict[str, list[Row]] = {}
         self.shown: set[str] = set()
 
     def on_start(self, units: int) -> None:
@@ -34,20 +139,13 @@ class LoggingCallback:
         self.advance(done / total, name)
 
     def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
-        """Show the loss of an iteration of a unit.
-
-        Args:
-            unit: its name.
-            iteration: number of iterations so far, from 1.
-            iterations: of the unit altogether.
-            loss: of this iteration, without the rounding penalty.
-        """
+        """Show the loss of iteration `iteration` of `iterations`, from 1, without the rounding penalty."""
         self.advance((self.finished_units + iteration / iterations) / self.total, f"{unit}  loss {loss:.2e}")
-        again = f" {self.passes}" if self.passes > 1 else ""
-        curve = self.curves.setdefault(unit, LossCurve(f"{self.phase}{again}", unit))
-        if curve.add(iteration, iterations, loss):
-            self.shown.add(f"{curve.phase}/{unit}")
-            self.logger.log_loss(f"{curve.phase}/{unit}", iteration, loss)
+        phase = f"{self.phase} {self.passes}" if self.passes > 1 else self.phase
+        point = {"phase": phase, "unit": unit, "iteration": iteration, "loss": loss}
+        if add_point(self.curves.setdefault(unit, []), point, iterations):
+            self.shown.add(f"{phase}/{unit}")
+            self.logger.log_loss(f"{phase}/{unit}", iteration, loss)
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
         """Show the errors of a unit; no report: it was learned by an earlier attempt."""
@@ -62,11 +160,7 @@ def learning(
 ) -> Iterator[tuple[FileUnitCheckpointer, LoggingCallback]]:
     """Unit checkpoints and progress callback of a phase; `units.json` and `losses.json` are written afterwards.
 
-    Args:
-        pipeline: with progress display and logger.
-        phase: `weights` or `activations`, the part of the method that errors name.
-        folder: of the stage.
-        title: of the bar, if it is not the phase.
+    `phase` is `weights` or `activations`, the part of the method that errors name; `title` that of the bar, if another.
     """
     with pipeline.progress(title or phase, 1) as advance:
         callback = LoggingCallback(advance, pipeline.logger, phase)

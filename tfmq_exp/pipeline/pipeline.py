@@ -5,18 +5,20 @@ import logging
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from tfmq_exp.core.distributed import ProcessGroup
+from tfmq_exp.core.files import intact, write_checked
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.store import Entry, Store
 
+T = TypeVar("T", bound=Hashable)
 log = logging.getLogger(__name__)
 
 Advance = Callable[[float, str], None]  # takes the amount that is done, and a note
@@ -28,17 +30,18 @@ class Stage(ABC):
     """One step of an experiment. The store keeps its result under a key of its inputs.
 
     A stage reads the results of others by their own methods, which compute what is not there. `stored_as` is its folder of the
-    store.
+    store; `prefix` tells apart the names of stages that evaluate several networks.
     """
 
     run: Run
     pipeline: "Pipeline"
+    prefix: str = field(default="", kw_only=True)
     stored_as: ClassVar[str]
 
     @property
     def name(self) -> str:
         """Name in the run's records and on the progress bar."""
-        return self.stored_as
+        return f"{self.prefix}{self.stored_as}"
 
     @abstractmethod
     def inputs(self) -> Mapping[str, Any]:
@@ -49,10 +52,7 @@ class Stage(ABC):
         """Fill the folder, together with the other processes; what an interrupted attempt has left there is used."""
 
     def count(self) -> int | None:
-        """Amount of work for the cost estimate: images that are left, trajectories, passes of one image.
-
-        For weights and activations, what an interrupted attempt has finished.
-        """
+        """Images that are left, trajectories, passes of one image, or finished units, for the estimate of the cost."""
         return None
 
     @cached_property
@@ -77,14 +77,8 @@ class Stage(ABC):
 class Pipeline:
     """Computes stages through the store and records how that went.
 
-    Args:
-        store: of the results, for this process or for several.
-        progress: display.
-        logger: dashboard.
-
-    Attributes:
-        stage_log: name of a stage -> its record, as in `artifacts.json`.
-        shown_losses: loss curves that the logger has got while they grew.
+    `stage_log` has the record of each stage by its name, as in `artifacts.json`; `shown_losses` names the loss curves that the
+    logger has got while they grew.
     """
 
     def __init__(self, store: Store, progress: Progress, logger: Logger) -> None:
@@ -100,11 +94,7 @@ class Pipeline:
         return self.store.group
 
     def get(self, stage: Stage) -> Path:
-        """Folder of a stage's result. It is computed if it is not there, else verified the first time.
-
-        Raises:
-            DamagedEntry: a file is not what was written.
-        """
+        """Folder of a stage's result, which is computed if it is not there; else, the first time, `DamagedEntry` may arise."""
         entry = stage.entry
         if entry.path in self._finished:
             return entry.path
@@ -119,6 +109,21 @@ class Pipeline:
         self._inner_seconds = outer + time.perf_counter() - began
         self._finished.add(entry.path)
         return entry.path
+
+    def compute_files(
+        self, files: Mapping[T, Path], make: Callable[[T, Advance], Callable[[Path], object]], advance: Advance
+    ) -> None:
+        """Write those files that an interrupted attempt has not, shared among the processes; all are there afterwards.
+
+        `make` computes a file and returns what writes it. Its display counts to 1, and so does that of all, `advance`.
+        """
+        share = self.group.shard([*files])
+        for i, item in enumerate(share):
+            if not intact(files[item]):
+                own: Advance = lambda done, note, i=i: advance((i + done) / len(share), note)  # noqa: E731
+                write_checked(files[item], make(item, own))
+            advance((i + 1) / len(share), "")
+        self.group.barrier()
 
     def require(self, stage: Stage) -> None:
         """Compute a stage unless all its files are there, which are not read: that takes long where they are large."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from tfmq_exp.core.batches import batches
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, check_fields, optional
 from tfmq_exp.data.image_dataset import ImageDataset
@@ -15,7 +14,7 @@ from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_layers
 from tfmq_exp.denoisers.unet import attentions, read_structure
-from tfmq_exp.evaluation.evaluator import Evaluator
+from tfmq_exp.evaluation.scores import Evaluator
 from tfmq_exp.methods.method import Method
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
@@ -28,39 +27,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """Float-model trajectories that calibration sees.
+    """Float-model trajectories that calibration sees."""
 
-    Args:
-        images: their number.
-        batch: how many run together.
-        num_inference_steps: of their sampler, where it is not that of the images.
-    """
-
-    images: int
-    batch: int
-    num_inference_steps: int | None = None
+    images: int  # their number
+    batch: int  # how many run together
+    num_inference_steps: int | None = None  # of their sampler, where it is not that of the images
 
     def __post_init__(self) -> None:
         check_fields(self, images=COUNT, batch=COUNT, num_inference_steps=optional(COUNT))
 
-    def batches(self) -> list[range]:
-        """Trajectories that run together."""
-        return batches(self.images, self.batch)
-
 
 @dataclass(frozen=True)
 class DiagnosisPlan:
-    """Size of a diagnosis.
+    """Size of a diagnosis."""
 
-    Args:
-        samples: calibration samples, spread over the sampling steps, on which every unit's sensitivity is measured.
-        trajectories: those whose activations and errors are followed.
-        sensitivity: quantize each unit `alone`, or all the `others` and leave it float.
-    """
-
-    samples: int
-    trajectories: int
-    sensitivity: Literal["alone", "others"]
+    samples: int  # of calibration, spread over the sampling steps, on which every unit's sensitivity is measured
+    trajectories: int  # whose activations and errors are followed
+    sensitivity: Literal["alone", "others"]  # quantize each unit alone, or all the others and leave it float
 
     def __post_init__(self) -> None:
         check_fields(self, samples=COUNT, trajectories=COUNT)
@@ -70,33 +53,19 @@ class DiagnosisPlan:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Configuration of one experiment.
+    """Configuration of one experiment."""
 
-    Args:
-        denoiser: the float network with its noise schedule, condition encoder and first stage.
-        sampling: sampler, guidance and conditions.
-        method: the quantization method.
-        images: number, seed and batch size of the images that are scored.
-        calibration: size of the calibration set.
-        diagnostics: number of trajectories on which the quantized network is compared with the float one.
-        diagnosis: size of a diagnosis.
-        compute: batch size, cache, trainer and processes.
-        seed: of all random numbers but those of the images.
-        make_evaluator: loads feature extractor and reference; called when scores are needed.
-        make_training_images: opens the images of quantization-aware training; called when they are needed.
-    """
-
-    denoiser: Denoiser
-    sampling: Sampling
-    method: Method
-    images: ImagePlan
+    denoiser: Denoiser  # the float network with its noise schedule, condition encoder and first stage
+    sampling: Sampling  # sampler, guidance and conditions
+    method: Method  # of quantization
+    images: ImagePlan  # number, seed and batch size of the images that are scored
     calibration: CalibrationPlan
-    diagnostics: int
+    diagnostics: int  # trajectories on which the quantized network is compared with the float one
     diagnosis: DiagnosisPlan
-    compute: ComputeConfig
-    seed: int
-    make_evaluator: Callable[[], Evaluator]
-    make_training_images: Callable[[], ImageDataset]
+    compute: ComputeConfig  # batch size, cache, trainer and processes
+    seed: int  # of all random numbers but those of the images
+    make_evaluator: Callable[[], Evaluator]  # loads feature extractor and reference, when scores are needed
+    make_training_images: Callable[[], ImageDataset]  # opens those of quantization-aware training, when they are needed
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -116,9 +85,9 @@ class Run:
     @cached_property
     def calls(self) -> tuple[int, ...]:
         """Timesteps of the network calls for one image."""
-        calls, sampler = self.sampling.calls(self.denoiser), self.sampling.sampler
-        distinct = len(set(calls))
-        log.info("%s: %d network calls at %d timesteps, %d .. %d", sampler, len(calls), distinct, calls[0], calls[-1])
+        calls = self.sampling.calls(self.denoiser)
+        numbers = len(calls), len(set(calls)), calls[0], calls[-1]
+        log.info("%s: %d network calls at %d timesteps, %d .. %d", self.sampling.sampler, *numbers)
         return calls
 
     @cached_property
@@ -130,11 +99,7 @@ class Run:
     @cached_property
     def calibration_calls(self) -> tuple[int, ...]:
         """Timesteps of the network calls for one calibration trajectory."""
-        return (
-            self.calls
-            if self.calibration.num_inference_steps is None
-            else self.calibration_sampling.calls(self.denoiser)
-        )
+        return self.calibration_sampling.calls(self.denoiser)
 
     @cached_property
     def resolved(self) -> ResolvedConfig:
@@ -193,11 +158,7 @@ class Run:
 
 
 def measured_structure(denoiser: Denoiser, t: int) -> UNetStructure:
-    """The network's structure, its temporal layers compared with those that react to a change of the timestep.
-
-    Args:
-        denoiser: whose network is read.
-        t: a timestep that the network knows.
+    """The network's structure, its temporal layers compared with those that react to a change of the timestep `t`.
 
     Raises:
         ValueError: a layer depends on t otherwise than its role says.

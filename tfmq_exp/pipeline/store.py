@@ -14,26 +14,19 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tfmq_exp.core import files
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
-from tfmq_exp.core.files import (
-    HASH,
-    hash_path,
-    read_record,
-    sha256_of,
-    unchanged,
-    write_checked,
-    write_json,
-    write_record,
-)
+from tfmq_exp.core.files import HASH, sha256_of
 
 SCHEMA = 4  # part of every key: raise it when the meaning of stored files changes
+MANIFEST = "manifest.json"  # its presence means that an entry is finished
 MANIFEST_KEYS = {"stage", "key", "seconds", "files"}  # besides the manifest's own hash
 log = logging.getLogger(__name__)
 
@@ -43,16 +36,16 @@ class DamagedEntry(ValueError):  # noqa: N818
 
 
 def canonical(value: Any) -> Any:
-    """Plain data that identifies a value: dataclasses with their class name, mappings and sequences element by element.
+    """Plain data that identifies a value: dataclasses with their class name; TypeError for what is neither.
 
     A class from outside the program counts with its module and the hash of its code, which `SCHEMA` does not follow.
-
-    Raises:
-        TypeError: a value that is neither plain data nor a dataclass.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        module = type(value).__module__
+        package, own = module.split(".")[0], __name__.split(".")[0]
+        origin = {} if package == own else {"module": module, "code": code_of(package)}
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class": type(value).__name__, **_origin(type(value)), **fields}
+        return {"class": type(value).__name__, **origin, **fields}
     if isinstance(value, Mapping):
         return {str(k): canonical(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -62,26 +55,16 @@ def canonical(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be part of a key: make it a frozen dataclass")
 
 
-def _origin(kind: type) -> dict[str, str]:
-    package = kind.__module__.split(".")[0]
-    if package == __name__.split(".")[0]:
-        return {}
-    code = code_of(package)
-    return {"module": kind.__module__} | ({"code": code} if code else {})
-
-
 def code_of(package: str) -> str | None:
     """Hash of the Python files of a module or package; None for an installed one, or one without files."""
     spec = None if package == "__main__" else importlib.util.find_spec(package)
     if spec is None:
         return None
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
-    if not folders and spec.origin:
-        files = [Path(spec.origin)]
-    if any(part in ("site-packages", "dist-packages") for file in files for part in file.parts):
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))] or [Path(spec.origin or "")]
+    if any({"site-packages", "dist-packages"}.intersection(path.parts) for path in paths):
         return None
-    existing = [file.read_bytes() for file in files if file.is_file()]
+    existing = [path.read_bytes() for path in paths if path.is_file()]
     return hashlib.sha256(b"\0".join(existing)).hexdigest()[:16] if existing else None
 
 
@@ -101,14 +84,9 @@ class Entry:
     inputs: Mapping[str, Any]
 
     @property
-    def manifest_path(self) -> Path:
-        """The file whose presence means that the entry is finished."""
-        return self.path / "manifest.json"
-
-    @property
     def done(self) -> bool:
         """Whether the entry is finished."""
-        return self.manifest_path.is_file()
+        return (self.path / MANIFEST).is_file()
 
     @property
     def seconds(self) -> float | None:
@@ -117,18 +95,12 @@ class Entry:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Content of the manifest.
-
-        Raises:
-            DamagedEntry: it is no manifest, not what was written, or another entry's.
-        """
-        try:
-            manifest = read_record(self.manifest_path)
-        except ValueError as error:
-            raise self._damaged(self.manifest_path.name) from error
-        if set(manifest) != MANIFEST_KEYS or manifest["key"] != self.key:
-            raise self._damaged(self.manifest_path.name)
-        return manifest
+        """Content of the manifest; DamagedEntry for another file, another entry's, or one that has changed."""
+        with suppress(ValueError):
+            manifest = files.read_record(self.path / MANIFEST)
+            if set(manifest) == MANIFEST_KEYS and manifest["key"] == self.key:
+                return manifest
+        raise self._damaged(MANIFEST)
 
     @property
     def complete(self) -> bool:
@@ -136,11 +108,7 @@ class Entry:
         return self.done and all((self.path / name).is_file() for name in self.manifest["files"])
 
     def verify(self, *names: str) -> None:
-        """Compare files with their hashes: the named ones, or all.
-
-        Raises:
-            DamagedEntry: a file is missing or changed; names it and says how to have it made again.
-        """
+        """Compare the named files, or all, with their hashes; DamagedEntry names one that is missing or changed."""
         hashes = self.manifest["files"]
         for name in names or hashes:
             path = self.path / name
@@ -153,21 +121,18 @@ class Entry:
         )
 
     def finish(self, seconds: float | None = None) -> None:
-        """Write the manifest.
-
-        Raises:
-            DamagedEntry: a file with a hash of its own has changed since it was written.
-        """
+        """Write the manifest; DamagedEntry where a file with a hash of its own has changed since it was written."""
         for path in self.path.rglob("*.partial"):  # of a process that was killed while it wrote
             path.unlink()
-        files = [p for p in sorted(self.path.rglob("*")) if p.is_file() and p != self.manifest_path]
-        checked = {path for path in files if path.suffix == HASH}
-        results = [path for path in files if path.suffix != HASH]
-        for path in results:
-            if hash_path(path) in checked and not unchanged(path):
+        hashes = {}
+        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            if path.suffix == HASH or path == self.path / MANIFEST:
+                continue
+            if files.hash_path(path).is_file() and not files.unchanged(path):
                 raise DamagedEntry(f"{path} has changed since it was written: the next run makes it again")
-        hashes = {path.relative_to(self.path).as_posix(): sha256_of(path) for path in results}
-        write_record(self.manifest_path, {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes})
+            hashes[path.relative_to(self.path).as_posix()] = sha256_of(path)
+        manifest = {"stage": self.stage, "key": self.key, "seconds": seconds, "files": hashes}
+        files.write_record(self.path / MANIFEST, manifest)
         self.remove_file_hashes()
 
     def remove_file_hashes(self) -> None:
@@ -176,19 +141,14 @@ class Entry:
             with suppress(OSError):
                 path.unlink()
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the entry's lock; wait while another process holds it. A dead process's lock is gone with it."""
+    def locked(self) -> AbstractContextManager[Any]:
+        """Take the entry's lock for a block; wait while another process holds it. A dead process's lock is gone with it."""
         lock = FileLock(self.path.with_suffix(".lock"))
         try:
-            lock.acquire(timeout=0.1)
+            return lock.acquire(timeout=0.1)
         except Timeout:
             log.warning("another process is making this %s (%s); waiting for it", self.stage, self.key)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+            return lock.acquire()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,25 +167,20 @@ class Store:
     def write(self, path: Path, write: Callable[[Path], object]) -> None:
         """Write a file with its hash beside it, from the main process alone."""
         if self.group.is_main:
-            write_checked(path, write)
+            files.write_checked(path, write)
 
     def write_json(self, path: Path, data: Any) -> None:
         """Write JSON from the main process alone."""
         if self.group.is_main:
-            write_json(path, data)
+            files.write_json(path, data)
 
     def get_or_compute(
         self, entry: Entry, compute: Callable[[Path], None], seconds: Callable[[], float | None] = lambda: None
     ) -> bool:
-        """Make sure that the entry is finished and unchanged; returns whether it had to be computed.
+        """Make sure that the entry is finished and unchanged (else DamagedEntry); returns whether it had to be computed.
 
-        Args:
-            entry: place of the result.
-            compute: fills the folder, in all processes of the group; finds there what an interrupted attempt has left.
-            seconds: gives the time of the computation, asked afterwards.
-
-        Raises:
-            DamagedEntry: it is finished, and some file is not what was written.
+        `compute` fills the folder, in all processes of the group, and finds there what an interrupted attempt has left.
+        `seconds` gives the time that it took, and is asked afterwards.
         """
         if self._found(entry):
             return False

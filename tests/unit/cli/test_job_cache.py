@@ -214,7 +214,8 @@ def test_a_job_is_found_again_once_its_stage_is_there_again(tmp_path: Path, what
     assert take(store, record, folder) == folder
     gone = weights.path if what == "folder" else weights.path / what
     if what == "turned":
-        weights.manifest_path.write_text(weights.manifest_path.read_text().replace("weights", "weighty"))
+        manifest = weights.path / "manifest.json"
+        manifest.write_text(manifest.read_text().replace("weights", "weighty"))
     else:
         gone.rename(tmp_path / "away")
     assert take(store, record, folder) is None

@@ -24,7 +24,7 @@ from tfmq_exp.denoisers.digits import load_denoiser as load_digits
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 from tfmq_exp.denoisers.loading.condition_encoders import read_tokenizer
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser, read_architecture
-from tfmq_exp.evaluation.features.inception import load_inception
+from tfmq_exp.evaluation.features import load_inception
 
 pytestmark = pytest.mark.bad_input
 

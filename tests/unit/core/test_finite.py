@@ -19,7 +19,7 @@ from tfmq_exp.core.files import write_json
 from tfmq_exp.core.finite import DivergedError, NotFiniteError, naming_rates, relative, require_finite, within
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
-from tfmq_exp.evaluation.features.inception import load_inception
+from tfmq_exp.evaluation.features import load_inception
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver

@@ -6,26 +6,21 @@ from torch import Tensor
 
 from tests.helpers.diagnosis import Subject
 from tfmq_exp.core.seeds import Stream
-from tfmq_exp.diagnostics.trajectory_error import ERRORS, error_accumulation, trajectory_error
-from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.diagnostics.trajectory_error import ERRORS, TrajectoryPair
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).square().mean() / expected.var())
 
 
+def pair_of(subject: Subject) -> TrajectoryPair:
+    sampling = subject.sampling
+    return TrajectoryPair(sampling.predictor(subject.model), sampling, subject.denoiser, sampling, seed=0)
+
+
 def accumulated(subject: Subject, batch: int) -> list[dict[str, float]]:
-    sampling, steps = subject.sampling, []
-    found = error_accumulation(
-        sampling.predictor(subject.model),
-        sampling,
-        subject.denoiser,
-        sampling,
-        images=3,
-        seed=0,
-        batch=batch,
-        each_step=steps.append,
-    )
+    steps: list[int] = []
+    found = pair_of(subject).accumulation(3, batch, steps.append)
     assert steps == list(range(1, 1 + 4 * -(-3 // batch)))
     return found
 
@@ -51,10 +46,7 @@ def test_errors_are_those_of_two_whole_trajectories(subject: Subject) -> None:
 
 def test_batches_make_no_difference_and_runs_report_the_same(subject: Subject) -> None:
     together, apart = accumulated(subject, 3), accumulated(subject, 2)
-    sampling: Sampling = subject.sampling
-    reported = trajectory_error(
-        sampling.predictor(subject.model), sampling, subject.denoiser, sampling, images=3, seed=0
-    )
+    reported = pair_of(subject).error(3)
     for a, b, c in zip(together, apart, reported, strict=True):
         assert [a[key] for key in ERRORS] == pytest.approx([b[key] for key in ERRORS], rel=1e-3)
         assert (a["eps_error"], a["x_error"]) == pytest.approx((c["eps_error"], c["x_error"]), rel=1e-4)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.evaluation import TensorDataset, linear_extractor, pictures
-from tfmq_exp.evaluation.features.extractor import Extractor
+from tfmq_exp.evaluation.features import Extractor
 from tfmq_exp.evaluation.npz import NpzImages, read_statistics
 from tfmq_exp.evaluation.references import reference_statistics
 

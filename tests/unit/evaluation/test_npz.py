@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.evaluation import pictures
-from tfmq_exp.evaluation.npz import NpzImages, find_images, write_npz
+from tfmq_exp.evaluation.npz import NpzImages, has_images, write_npz
 
 
 def last(images: Tensor) -> np.ndarray:
@@ -101,7 +101,7 @@ def test_files_that_are_damaged_or_something_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
         NpzImages(path)
     np.savez(path, mu=np.zeros(3))
-    assert find_images(path) is None
+    assert not has_images(path)
     with pytest.raises(ValueError, match="no arr_0"):
         NpzImages(path)
     np.savez(path, last(pictures(5, 16, 0)))

@@ -12,12 +12,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.helpers.evaluation import TensorDataset, frechet, linear_extractor, measured, pictures, score
-from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.features.digit_classifier import digits_extractor
-from tfmq_exp.evaluation.features.extractor import Features
-from tfmq_exp.evaluation.metrics.fid import GaussianStatistics
+from tfmq_exp.evaluation.features import Features, digits_extractor
+from tfmq_exp.evaluation.metrics import GaussianStatistics
 from tfmq_exp.evaluation.references import ReferenceStatistics
-from tfmq_exp.evaluation.scores import Scores
+from tfmq_exp.evaluation.scores import Evaluator, Scores
 
 SHAPE = (1, 6, 6)
 REAL, GENERATED = pictures(300, 6, 0, channels=1), pictures(250, 6, 1, channels=1)
@@ -112,7 +110,7 @@ def test_rows_are_kept_only_where_a_score_reads_them(evaluator: Evaluator) -> No
     assert len(statistics.manifold) == 0
     scores = Scores(plain, statistics)
     scores.update(GENERATED, 0)
-    assert scores.rows[0].pooled.numel() == 0
+    assert scores.rows[0]["pooled"].numel() == 0
     assert scores.compute().keys() == {"fid", "sfid", "is", "is_adm"}
     with pytest.raises(ValueError, match="none were kept"):
         Scores(evaluator, statistics)
@@ -204,7 +202,7 @@ def test_a_score_that_is_not_finite_is_named(evaluator: Evaluator, reference: Re
     scores = Scores(wrong, reference)
     scores.update(GENERATED, 0, ["a caption"] * len(GENERATED))
     for value in (math.inf, math.nan):
-        scores.rows[0].clip[3] = value
+        scores.rows[0]["clip"][3] = value
         with pytest.raises(ValueError, match=f"the score clip of 250 images is {value}"):
             scores.compute()
 

@@ -1,4 +1,6 @@
-"""All scores of one evaluation against torch-fidelity's own program and, for sFID, which it has not, the definition."""
+"""All scores of one evaluation against torch-fidelity's own program; FID, for which it takes long, and sFID, which it has not,
+against the definition.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tests.helpers.evaluation import TensorDataset, frechet_of_few, measured, pictures, score
-from tfmq_exp.evaluation.evaluator import Evaluator
-from tfmq_exp.evaluation.features.inception import inception_extractor
+from tfmq_exp.evaluation.features import inception_extractor
+from tfmq_exp.evaluation.scores import Evaluator
 
 COUNT = 12  # KID's subsets are then all images on both sides, whatever the random numbers
 OPTIONS = {"cuda": False, "batch_size": COUNT, "cache": False, "save_cpu_ram": True, "verbose": False}
@@ -39,16 +41,16 @@ def test_scores_are_those_of_torch_fidelity(inception_file: Path) -> None:
     real, generated = pictures(COUNT, 32, seed=0), pictures(COUNT, 32, seed=2, noise=60)
     extract = inception_extractor(str(inception_file), batch_size=COUNT, device="cpu")
     evaluator = Evaluator("Inception", extract, TensorDataset(real), kid=True, precision_recall=True)
-    reference = measured(evaluator)
-    spatial: list[Tensor] = []
-    block = extract.network.network.Mixed_6d
-    with block.register_forward_hook(lambda _module, _inputs, output: spatial.append(output[:, :7])):
-        ours = score(evaluator, reference, shards(generated))
+    port, spatial, pooled = extract.network.network, list[Tensor](), list[Tensor]()
+    with (
+        port.Mixed_6d.register_forward_hook(lambda _module, _inputs, output: spatial.append(output[:, :7])),
+        port.AvgPool.register_forward_hook(lambda _module, _inputs, output: pooled.append(output)),
+    ):
+        ours = score(evaluator, measured(evaluator), shards(generated))
     theirs = torch_fidelity.calculate_metrics(
         input1=Bytes(generated),
         input2=Bytes(real),
         isc=True,
-        fid=True,
         kid=True,
         prc=True,
         kid_subset_size=COUNT,
@@ -58,7 +60,6 @@ def test_scores_are_those_of_torch_fidelity(inception_file: Path) -> None:
         **OPTIONS,
     )
     pairs = {
-        "fid": "frechet_inception_distance",
         "kid": "kernel_inception_distance_mean",
         "precision": "precision",
         "recall": "recall",
@@ -70,6 +71,6 @@ def test_scores_are_those_of_torch_fidelity(inception_file: Path) -> None:
     assert excess == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
     assert abs(ours["kid"]) > 0.01
     assert 0 < ours["precision"] < 1 or 0 < ours["recall"] < 1
-    generated_maps = torch.cat(spatial).permute(0, 2, 3, 1).flatten(1).double().numpy()
-    real_maps = evaluator.extract(real).spatial.double().numpy()
-    assert ours["sfid"] == pytest.approx(frechet_of_few(real_maps, generated_maps), rel=1e-3)
+    for name, parts in (("fid", pooled), ("sfid", spatial)):
+        rows = torch.cat(parts).permute(0, 2, 3, 1).flatten(1).double().numpy()
+        assert ours[name] == pytest.approx(frechet_of_few(rows[:COUNT], rows[COUNT:]), rel=1e-3)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
-from tfmq_exp.pipeline.networks import QuantizedNetwork
 from tfmq_exp.pipeline.pipeline import Stage
+from tfmq_exp.pipeline.stages.network import QuantizedNetwork
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.sampler import Predict

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.evaluation import pictures
-from tfmq_exp.evaluation.features.clip import ClipScore
+from tfmq_exp.evaluation.clip import ClipScore
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,5 +1,6 @@
-"""The Inception network of 2015-12-05 that published FID, sFID and IS are computed with, by torch-fidelity's port of it.
+"""Feature extractors of images: one forward pass gives the features of all scores.
 
+Published FID, sFID and IS are computed with the Inception network of 2015-12-05, here torch-fidelity's port of it.
 guided-diffusion's evaluator reads the nodes `pool_3`, `mixed_6/conv` and the logits without bias from the same graph;
 in the port these are the output of `AvgPool`, of `Mixed_6d.branch1x1`, and `logits_unbiased`.
 """
@@ -7,7 +8,10 @@ in the port these are the output of `AvgPool`, of `Mixed_6d.branch1x1`, and `log
 import importlib.metadata
 import io
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,14 +20,63 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from tfmq_exp.core.file_kind import why_missing
 from tfmq_exp.core.files import sha256_of
-from tfmq_exp.core.finite import require_finite_weights
+from tfmq_exp.core.finite import NotFiniteError, require_finite_weights
+from tfmq_exp.core.validate import COUNT, check_fields
+from tfmq_exp.denoisers.digits import load_classifier
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
-from tfmq_exp.evaluation.features.extractor import Extractor, Features
 
 RELEASED = "weights-inception-2015-12-05-6726825d.pth"
 RELEASED_SHA256 = "6726825d"  # how the hash begins, by the file's own name
 POOLED, CHANNELS, SIDE = 2048, 7, 17  # sFID reads the first 7 channels of 17x17 (arXiv 2103.03841, as guided-diffusion)
 log = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    """Pooled features (FID, KID, precision, recall), spatial features (sFID) and logits (IS)."""
+
+    pooled: Float[Tensor, "batch pooled"]
+    spatial: Float[Tensor, "batch spatial"]
+    logits: Float[Tensor, "batch classes"]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network that turns images into features."""
+
+    network: Callable[[UInt8[Tensor, "batch channels height width"]], Features]  # moves images to its own device
+    widths: tuple[int, int]  # number of pooled and of spatial features
+    identity: Mapping[str, Any] = field(default_factory=dict)  # all that features depend on: plain JSON data
+    batch_size: int = 64
+    device: str = "cpu"  # where features of all images are compared with each other
+
+    def __post_init__(self) -> None:
+        check_fields(self, batch_size=COUNT)
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "images channels height width"]) -> Features:
+        """Extract features of any number of images: float32, on the CPU; NotFiniteError for others than finite ones."""
+        batches = [self.network(batch) for batch in images.split(self.batch_size)]
+        features = Features(*(torch.cat(part).float().cpu() for part in zip(*batches, strict=True)))
+        for name, values in features._asdict().items():
+            if wrong := int((~values.isfinite().all(1)).sum()):
+                raise NotFiniteError(f"the {name} features of {wrong} of {len(values)} images are not finite")
+        return features
+
+
+def digits_extractor() -> Extractor:
+    """Features of the shipped classifier of gray 16x16 images: no download, and scores not comparable with Inception's."""
+    classifier, sha256 = load_classifier()
+
+    def features(images: UInt8[Tensor, "batch 1 16 16"]) -> Features:
+        channels, height, width = images.shape[1:]
+        if (channels, height, width) != (1, 16, 16):
+            raise ValueError(
+                f"eval=digits scores gray images of 16x16 pixels, these have {channels} channels of {height}x{width} pixels; "
+                "eval=inception takes any"
+            )
+        return Features(*classifier(images))
+
+    return Extractor(features, (64, 112), {"extractor_sha256": sha256}, batch_size=512)
 
 
 def load_inception(path: Path) -> FeatureExtractorInceptionV3:
@@ -65,15 +118,10 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
-        """Extract 2048 pooled features, 17x17x7 = 2023 spatial ones (flattened H, W, C as ADM's), 1008 logits without bias.
-
-        Raises:
-            ValueError: images of another type or shape.
-        """
+        """Extract 2048 pooled features, 17x17x7 = 2023 spatial ones (flattened H, W, C as ADM's), 1008 logits without bias."""
         if images.dtype is not torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"Inception takes uint8 images (batch, 3, height, width), got {images.dtype} {tuple(images.shape)}"
-            )
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"Inception takes uint8 images (batch, 3, height, width), got {found}")
         maps: list[Float[Tensor, "batch 7 17 17"]] = []
         branch = self.network.Mixed_6d.branch1x1
         with branch.register_forward_hook(lambda _module, _inputs, output: maps.append(output[:, :CHANNELS])):

@@ -34,8 +34,8 @@ class ClipScore:
         weights = root / "model.safetensors"
         if not weights.is_file():
             raise FileNotFoundError(
-                f"no CLIP model at {weights}: nothing is downloaded; put a model there as transformers saves it, such as "
-                "openai/clip-vit-large-patch14, with config.json, model.safetensors, tokenizer and preprocessor_config.json"
+                f"no CLIP model at {weights}: nothing is downloaded; put a model there as transformers saves it, with "
+                "tokenizer and preprocessor_config.json, such as openai/clip-vit-large-patch14"
             )
         if kind := kind_of(weights):
             raise ValueError(f"{weights} {kind}")
@@ -51,11 +51,8 @@ class ClipScore:
         settings = hashlib.sha256()  # of the model, the tokenizer and the image processor
         for path in sorted(path for path in root.iterdir() if path.suffix in (".json", ".txt") and path.is_file()):
             settings.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        self.identity: Mapping[str, Any] = {
-            "model": root.resolve().name,
-            "sha256": sha256_of(weights),
-            "settings_sha256": settings.hexdigest(),
-        }
+        hashes = {"sha256": sha256_of(weights), "settings_sha256": settings.hexdigest()}
+        self.identity: Mapping[str, Any] = {"model": root.resolve().name, **hashes}
 
     @torch.no_grad()
     def __call__(

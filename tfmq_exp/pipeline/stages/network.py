@@ -1,0 +1,234 @@
+"""The quantized network: integer weights, activation ranges, and the correction of its noise."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tfmq_exp.core.seeds import Stream, derive_seed
+from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
+from tfmq_exp.methods.weights import QuantizationAwareTrain, Reconstruct, RoundToNearest
+from tfmq_exp.pipeline.learning import finished_units, learning, load_result, save_result
+from tfmq_exp.pipeline.pipeline import Stage
+from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
+from tfmq_exp.qat.model import finish
+from tfmq_exp.qat.train import TrainingContext
+from tfmq_exp.quant.scales.running_range import EMARange, TimestepGroupConfig
+from tfmq_exp.reconstruction.context import ProgressCallback, ReconstructionContext, UnitCheckpointer, UnitResult
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.sampling.sampler import Predict, alphas_cumprod, require_noise_prediction
+from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+RECONSTRUCTED, TRAINED = "weights.safetensors", "trained.safetensors"
+ARTEFACT, STATISTICS = "quantized.safetensors", "statistics.safetensors"
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class ReconstructWeights(Stage):
+    """Weights turned into integers; depends on data only where the method learns, on activations only where it learns both."""
+
+    method: RoundToNearest | Reconstruct
+    trajectory: CollectTrajectory
+    stored_as = "weights"
+
+    def inputs(self) -> Mapping[str, Any]:
+        data = {"trajectory": self.trajectory.key, "seed": self.run.seed} if self.method.learns else {}
+        joint = self.run.layer_inputs if "activations" in self.method.learns else {}
+        return {**self.run.weight_inputs, **data, **joint}
+
+    def compute(self, folder: Path) -> None:
+        run, model, data = self.run, self.run.quantized_unet(), self.trajectory.samples_if_needed()
+        with learning(self.pipeline, self.name, folder) as callbacks:
+            network = model, run.denoiser.unet, run.structure
+            self.method(ReconstructionContext(*network, data, run.compute, run.seed, *callbacks))
+        state = model.activation_state() if "activations" in self.method.learns else {}
+        save_result(folder / RECONSTRUCTED, UnitResult(model.integers, state), {}, self.pipeline.store.write)
+
+    def count(self) -> int:
+        return finished_units(self.entry.path)
+
+    def model(self) -> QuantizedUNet:
+        """The network with integer weights; its activations are still float, or learned if that was done jointly."""
+        result, _ = load_result(self.result() / RECONSTRUCTED)
+        model = self.run.quantized_unet()
+        for layer, weight in result.integers.items():
+            model.freeze(layer, weight)
+        model.load_activations(result.activations)
+        return model
+
+
+@dataclass(eq=False)
+class TrainWeights(Stage):
+    """The network trained on images. It knows no timesteps of a sampler: another sampler needs no other training."""
+
+    method: QuantizationAwareTrain
+    examples: EncodeExamples
+    stored_as = "weights"
+
+    @cached_property
+    def labels(self) -> Sequence[Any]:
+        """Class or caption of every training image; none for an unconditional network."""
+        return self.method.labels.of(self.run.training_images)
+
+    def inputs(self) -> Mapping[str, Any]:
+        data = {"examples": self.examples.key, "schedule": dict(self.run.denoiser.schedule), "seed": self.run.seed}
+        return {**self.run.weight_inputs, **self.run.layer_inputs, **data, **label_inputs(self.labels)}
+
+    def compute(self, folder: Path) -> None:
+        self.sampled_model()  # what cannot be sampled is refused before the training
+        with learning(self.pipeline, self.name, folder, "training") as callbacks:
+            task = self.task(folder / "checkpoints", *callbacks)
+            self.method(task)
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in task.model.state_dict().items()}
+        self.pipeline.store.write(folder / TRAINED, partial(save_file, tensors))
+        if self.pipeline.group.is_main:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def count(self) -> int:
+        return max((int(path.stem) for path in self.entry.path.glob("checkpoints/*.ckpt")), default=0)
+
+    def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingContext:
+        """The training, of a quantized network at all timesteps of the schedule; `folder` is of Lightning's checkpoints."""
+        run, alphas = self.run, alphas_cumprod(self.run.denoiser.schedule)
+        model = run.quantized_unet(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
+        data = self.examples.examples(), self.labels, run.denoiser.encoder, alphas.float().to(run.denoiser.device)
+        return TrainingContext(model, *data, run.compute, run.seed, folder, units, callback)
+
+    def sampled_model(self) -> QuantizedUNet:
+        """The untrained network at the sampler's timesteps; ValueError where it cannot be trained at all timesteps."""
+        require_noise_prediction(self.run.denoiser.schedule, "training")
+        model = self.run.quantized_unet()
+        for name, quantizer in model.activation_quantizers().items():
+            source = quantizer.scale_provider
+            if source.per_step:
+                raise ValueError(f"{name} has a range for each sampling step; training needs scales for any timestep")
+            config = source.config if isinstance(source, EMARange) else None
+            few = sum(parameter.numel() for parameter in source.trainable())
+            if isinstance(config, TimestepGroupConfig) and config.count > few:
+                raise ValueError(
+                    f"{name} would be trained with {config.count} intervals, and the sampler's "
+                    f"{model.context.num_steps} steps fall into {few} of them: take fewer intervals, or more steps"
+                )
+        return model
+
+    def model(self) -> QuantizedUNet:
+        """The trained network at the sampler's timesteps, its weights turned into integers."""
+        model = self.sampled_model()
+        model.load_state_dict(load_file(self.result() / TRAINED))
+        return finish(model)
+
+
+@dataclass(eq=False)
+class CalibrateActivations(Stage):
+    """The quantized network as an artefact: integer weights, activation scales, temporal features."""
+
+    trajectory: CollectTrajectory
+    weights: ReconstructWeights | TrainWeights
+    stored_as = "activations"
+
+    def inputs(self) -> Mapping[str, Any]:
+        method, data = self.run.method, {"trajectory": self.trajectory.key, "seed": self.run.seed}
+        phases = {"weights": self.weights.key, "activations": method.activations, "temporal": method.temporal}
+        return {**data, **self.run.layer_inputs, **phases}
+
+    def compute(self, folder: Path) -> None:
+        run, model, data = self.run, self.weights.model(), self.trajectory.samples_if_needed()
+        network, seed = (model, run.denoiser.unet, run.structure), derive_seed(run.seed, Stream.ACTIVATIONS)
+        with learning(self.pipeline, self.name, folder) as callbacks:
+            run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks))
+        run.method.temporal(*network)
+        model.tabulate_scales()
+        recipe = Recipe.of(run.calibration_sampling, run.denoiser)
+        self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe))
+
+    def count(self) -> int:
+        return finished_units(self.entry.path)
+
+    @cached_property
+    def model(self) -> QuantizedUNet:
+        """The network, loaded from its artefact."""
+        return serialization.load(self.result() / ARTEFACT).to(self.run.denoiser.device)
+
+    @property
+    def artefact(self) -> Path:
+        """File of the quantized network."""
+        return self.entry.path / ARTEFACT
+
+
+@dataclass(eq=False)
+class FitCorrection(Stage):
+    """Noise statistics of the quantized network on float trajectories, by which PTQD corrects prediction and sampler."""
+
+    correction: NoiseCorrection
+    activations: CalibrateActivations
+    stored_as = "correction"
+
+    def inputs(self) -> Mapping[str, Any]:
+        network = {"activations": self.activations.key, "correction": self.correction, "seed": self.run.seed}
+        return {**self.run.model_inputs, **network}
+
+    def compute(self, folder: Path) -> None:
+        run, batch = self.run, self.run.compute.batch
+        given, passes = (self.activations.model, run.denoiser, run.sampling), -(-self.correction.images // batch)
+        with self.pipeline.progress(self.name, passes * len(run.calls)) as advance:
+            found = self.correction.measure(*given, seed=run.seed, batch=batch, each_step=lambda i: advance(i, ""))
+        self.pipeline.store.write(folder / STATISTICS, partial(save_file, found.tensors()))
+
+    @cached_property
+    def statistics(self) -> NoiseStatistics:
+        """Statistics of every sampling step."""
+        return NoiseStatistics.of(load_file(self.result() / STATISTICS))
+
+
+@dataclass(eq=False)
+class QuantizedNetwork:
+    """The finished quantized network, with the correction of its noise if the method has one."""
+
+    sampling: Sampling
+    activations: CalibrateActivations
+    correction: FitCorrection | None
+
+    @property
+    def stage(self) -> Stage:
+        """The last stage that makes it."""
+        return self.correction or self.activations
+
+    @property
+    def statistics(self) -> NoiseStatistics | None:
+        """Noise statistics, for methods that correct it."""
+        return self.correction.statistics if self.correction else None
+
+    @cached_property
+    def model(self) -> QuantizedUNet:
+        """The network with the activation bits of every step chosen."""
+        model, statistics = self.activations.model, self.statistics
+        if statistics is not None and statistics.bits:
+            model.use_bits(statistics.bits)
+        elif widths := model.activation_bits():
+            log.warning("nothing chooses between %s activation bits: %d at every step", widths, widths[-1])
+        return model
+
+    def sampler(self) -> tuple[Predict, Sampling]:
+        """Prediction and sampling, both corrected."""
+        return self.corrected(self.sampling.predictor(self.model.for_timesteps(self.activations.run.calls)))
+
+    def corrected(self, predict: Predict) -> tuple[Predict, Sampling]:
+        """A prediction of this network, and the sampling, both corrected by the noise statistics."""
+        if self.correction is None:
+            return predict, self.sampling
+        return self.correction.correction(predict, self.sampling, self.correction.statistics)
+
+
+def label_inputs(labels: Sequence[Any]) -> dict[str, str]:
+    """Identity of the labels; nothing where there are none."""
+    return {"labels_sha256": hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()} if labels else {}
