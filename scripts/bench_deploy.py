@@ -36,8 +36,7 @@ from tfmq_exp.deploy.engine import read_manifest, write_manifest
 from tfmq_exp.deploy.onednn import OneDNN
 from tfmq_exp.deploy.openvino import runtime
 from tfmq_exp.deploy.openvino.engine import OpenVINOUNet
-from tfmq_exp.deploy.openvino.executed_kernels import pairs_saturate
-from tfmq_exp.deploy.openvino.export import export
+from tfmq_exp.deploy.openvino.export import export, pairs_saturate
 from tfmq_exp.deploy.openvino.parity import LayerParity, compare_layers
 from tfmq_exp.deploy.openvino.trace import trace
 from tfmq_exp.quant.observers import MinMax
@@ -227,7 +226,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     size, manifest = sum(path.stat().st_size for path in integers.glob("model.*")), read_manifest(integers)
     compared = list(converted.products)[:: max(1, len(converted.products) // args.layers)] if args.layers else []
     steps = sorted({0, len(timesteps) // 2, len(timesteps) - 1})
-    parity = compare_layers(converted, model, example, steps=steps, layers=compared, threads=args.threads)
+    parity = compare_layers(
+        model, example, steps=steps, layers=compared, split_int8_weights=saturates, threads=args.threads
+    )
     return {
         **{"model": args.model, "pairs_saturate": saturates, "seconds": seconds, "sampling": runs},
         "bytes": {"float": float_bytes, "file": size, "ratio": size / float_bytes, **manifest["bytes"]},

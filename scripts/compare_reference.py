@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,17 @@ from tfmq_exp.reconstruction.units import TemporalAware
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.build import build_quantized_unet
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.resolve import coverage, resolve
 from tfmq_exp.surgery.scales import ScalePlan
+
+# Output errors: where they are in the reference's results.
+ERRORS = {
+    "output error, weights, calibration": ("adaround_w", "rel"),
+    "output error, weights, held-out": ("adaround_w", "rel_held"),
+    "output error, w + a, calibration": ("adaround_wa", "rel"),
+    "output error, w + a, held-out": ("adaround_wa", "rel_held"),
+}
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:
@@ -82,34 +91,24 @@ def recipe_of(reference: Mapping[str, Any], iterations: int) -> ReconstructionCo
     return ReconstructionConfig(iterations, recipe["batch_size"], Lp(recipe["p"]), QuantizedInputs(), rounding=rounding)
 
 
-class Forgetful:
-    """Keeps nothing and says nothing: this comparison is short."""
+class NoCheckpoints:
+    """Keeps nothing of a unit, and logs its errors and its time."""
 
     def get(self, unit: str) -> UnitResult | None:
-        """Nothing was kept."""
         return None
 
-    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
-        pass
-
-    def scoped(self, name: str) -> "Forgetful":
+    def scoped(self, name: str) -> "NoCheckpoints":
         return self
 
-    def on_start(self, units: int) -> None:
-        pass
+    def ignore(self, *args: object) -> None:
+        """Nothing is kept or shown while units are learned: this comparison is short."""
 
-    def on_progress(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
-        pass
+    put = on_start = on_progress = on_iteration_end = ignore
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
-        """Log the errors and the time."""
         if report is not None:
-            logging.info(
-                "%-48s error %.4f -> %.4f  %.1f s", unit, report.error_before, report.error_after, report.seconds
-            )
+            errors = f"error {report.error_before:.4f} -> {report.error_after:.4f}"
+            logging.info("%-48s %s  %.1f s", unit, errors, report.seconds)
 
 
 def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> CalibrationSet:
@@ -132,18 +131,12 @@ def output_error(model: nn.Module, data: CalibrationSet, expected: Tensor) -> fl
     return float(torch.stack(errors).mean() / torch.stack(variances).mean())
 
 
-class Phases:
-    """CPU seconds of named phases."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the CPU seconds of a block to a phase."""
-        start = time.process_time()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the CPU seconds of a block."""
+    start = time.process_time()
+    yield
+    seconds[name] = time.process_time() - start
 
 
 def reference_phases(run: Mapping[str, Any]) -> dict[str, float]:
@@ -173,80 +166,59 @@ def main() -> int:
         if not (args.folder / name).is_file():
             parser.error(f"{args.folder} has no {name}")
     reference = json.loads((args.folder / "reference.json").read_text(encoding="utf-8"))
-    recipe = reference["recipe"]
+    recipe, architecture = reference["recipe"], reference["architecture"]
     iterations = args.iterations or recipe["iters"]
     tensors = load_file(args.folder / "data.safetensors")
-    float_unet = compvis_unet.load_unet(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
-    timesteps = [int(t) for t in tensors["tsteps"].tolist()]
-    timesteps = sorted(timesteps, reverse=True)
+    float_unet = compvis_unet.load_unet(architecture, load_file(args.folder / "init_state.safetensors"))
+    timesteps = sorted((int(t) for t in tensors["tsteps"].tolist()), reverse=True)
     calibration, held = read(tensors, "cali", timesteps), read(tensors, "held", timesteps)
     deviation = float((outputs_of(float_unet, calibration) - tensors["fp_out"]).abs().max())
     parts = read_structure(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
-    fuses_qkv = is_unconditional_ldm(reference["architecture"])
-    plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv)
-    resolved = resolve(
-        plan, parts, tuple(attentions(float_unet)), ScalePlan(PerStepConfig(), PerStepConfig()), tuple(timesteps)
-    )
+    # LDM without a spatial transformer: the original's attention is a Conv1d
+    fuses_qkv = "kwargs" in architecture and not architecture["kwargs"].get("use_spatial_transformer")
+    plan, scales = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv), PerStepConfig()
+    resolved = resolve(plan, parts, tuple(attentions(float_unet)), ScalePlan(scales, scales), tuple(timesteps))
 
-    phases, quiet = Phases(), Forgetful()
-    start = time.process_time()
-    with phases.timed("weight grids"):
+    def errors() -> list[float]:
+        data = ((calibration, tensors["fp_out"]), (held, tensors["fp_out_held"]))
+        return [output_error(model, inputs, expected) for inputs, expected in data]
+
+    seconds, quiet = dict[str, float](), NoCheckpoints()
+    with timed(seconds, "weight grids"):
         model = build_quantized_unet(float_unet, resolved, LpObserver(memory=2**22))
         model.calibrate_weights()
-    compute = ComputeConfig(
-        batch=recipe["batch_size"] * 2,
-        cache_bytes=2**32,
-        trainer=quiet_trainer(torch.device("cpu")),
-    )
+    trainer = quiet_trainer(torch.device("cpu"))
+    compute = ComputeConfig(batch=recipe["batch_size"] * 2, cache_bytes=2**32, trainer=trainer)
     learning = recipe_of(reference, iterations)
-    with phases.timed("reconstruction (capture + learning)"):
+    with timed(seconds, "reconstruction (capture + learning)"):
         units = TemporalAware()(parts, frozenset(model.weight_layers()))
         task = ReconstructionContext(model, float_unet, parts, calibration, compute, args.seed, quiet, quiet)
         reconstruct(task, units, learning)
-    quality_start = time.process_time()
-    weights_only = [
-        output_error(model, calibration, tensors["fp_out"]),
-        output_error(model, held, tensors["fp_out_held"]),
-    ]
-    quality = time.process_time() - quality_start
-    with phases.timed("activation ranges"):
+    weights_only = errors()
+    with timed(seconds, "activation ranges"):
         CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, calibration, args.seed)
-    total = time.process_time() - start - quality
-    phases.seconds["total"] = total
-    both = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
-    cosine = statistics.mean(row["cosine"] for row in temporal_feature_error(model, float_unet, parts))
-    with tempfile.TemporaryDirectory() as folder:
-        size = serialization.save(model, Path(folder) / "quantized.safetensors")
+    seconds["total"] = sum(seconds.values())
+    ours = dict(zip(ERRORS, weights_only + errors(), strict=True))
+    ours["temporal feature cosine"] = statistics.mean(
+        row["cosine"] for row in temporal_feature_error(model, float_unet, parts)
+    )
+    bits = {
+        role.value: LayerBits(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"])
+        for role in Role
+    }
+    own_scales = ScalePlan(PerStepConfig(), StaticConfig())
+    own_plan = resolve(QuantizationConfig(bits), parts, (), own_scales, tuple(timesteps))
+    own = build_quantized_unet(float_unet, own_plan, LpObserver(candidates=1))
+    own.calibrate_weights()
+    CalibrateRanges(32, EveryKth()).ranges(own, calibration, 0)
     fp32 = 4 * sum(p.numel() for p in float_unet.parameters())
-    own_plan = QuantizationConfig(
-        {
-            role.value: LayerBits(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"])
-            for role in Role
-        }
-    )
-    own_size = own_policy_size(
-        float_unet,
-        resolve(own_plan, parts, (), ScalePlan(PerStepConfig(), StaticConfig()), tuple(timesteps)),
-        calibration,
-    )
-
+    sizes = {"original's exceptions": stored_bytes(model) / fp32, "our default policy": stored_bytes(own) / fp32}
+    covered, console = coverage(resolved, parts), Terminal()
+    console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
+    shares = covered["weight_share"], covered["mac_share_weights_and_inputs"]
+    console.print("weights quantized: {:.1%} of all, {:.1%} of MACs on integer operands".format(*shares))
     runs = [run for run in reference["runs"].values() if run["iters"] == iterations]
-    return print_tables(
-        runs,
-        phases.seconds,
-        weights_only,
-        both,
-        cosine,
-        size / fp32,
-        own_size / fp32,
-        deviation,
-        coverage(resolved, parts),
-    )
-
-
-def is_unconditional_ldm(architecture: Mapping[str, Any]) -> bool:
-    """Whether the original's attention is a Conv1d (LDM without a spatial transformer)."""
-    return "kwargs" in architecture and not architecture["kwargs"].get("use_spatial_transformer")
+    return print_table(runs, ours, seconds, sizes, console)
 
 
 @torch.no_grad()
@@ -257,78 +229,64 @@ def outputs_of(unet: nn.Module, data: CalibrationSet) -> Tensor:
     )
 
 
-def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> int:
-    """Bytes of the artefact when our own default policy quantizes the same network."""
-    model = build_quantized_unet(float_unet, plan, LpObserver(candidates=1))
-    model.calibrate_weights()
+def stored_bytes(model: QuantizedUNet) -> int:
+    """Bytes of the artefact."""
     for site in model.weight_layers():
         model.freeze(site)
-    CalibrateRanges(32, EveryKth()).ranges(model, data, 0)
     with tempfile.TemporaryDirectory() as folder:
         return serialization.save(model, Path(folder) / "quantized.safetensors")
 
 
-def print_tables(
-    runs: list[Mapping[str, Any]],
+def print_table(
+    runs: Sequence[Mapping[str, Any]],
+    ours: Mapping[str, float],
     seconds: Mapping[str, float],
-    weights_only: list[float],
-    both: list[float],
-    cosine: float,
-    size: float,
-    own_size: float,
-    deviation: float,
-    covered: Mapping[str, Any],
+    sizes: Mapping[str, float],
+    console: Terminal,
 ) -> int:
-    """Print our results next to the reference's mean and spread; return the number of bounds that are missed."""
-    console = Terminal()
-    console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
-    console.print(
-        f"weights quantized: {covered['weight_share']:.1%} of all, {covered['mac_share_weights_and_inputs']:.1%} of MACs on integer operands"
-    )
+    """Print our results next to the reference's mean and spread; return the number of bounds that are missed.
+
+    Args:
+        runs: the reference's, at equal iterations.
+        ours: output errors and the temporal features' cosine, by name.
+        seconds: of CPU, by phase.
+        sizes: of artefacts over the float network's, by policy.
+        console: to print to.
+    """
     missed = 0
     table = Table(title=f"simulated quantization, {len(runs)} reference runs at equal iterations", title_justify="left")
     for column in ("", "ours", "reference", "bound", ""):
         table.add_column(column, justify="left" if not column else "right")
 
-    def row(name: str, ours: float, theirs: list[float], bound: float | None, form: str = ".4f") -> None:
+    def row(name: str, own: float, theirs: Sequence[float], bound: float | None, form: str) -> None:
         nonlocal missed
-        shown = "" if not theirs else f"{statistics.mean(theirs):{form}}"
-        if len(theirs) > 1:
-            shown += f" ± {statistics.stdev(theirs):{form}}"
-        verdict = "" if bound is None else "ok" if ours <= bound else "MISSED"
+        shown = f"{statistics.mean(theirs):{form}}" if theirs else ""
+        shown += f" ± {statistics.stdev(theirs):{form}}" if len(theirs) > 1 else ""
+        verdict = "" if bound is None else "ok" if own <= bound else "MISSED"
         missed += verdict == "MISSED"
-        table.add_row(name, f"{ours:{form}}", shown, "" if bound is None else f"{bound:{form}}", verdict)
+        table.add_row(name, f"{own:{form}}", shown, "" if bound is None else f"{bound:{form}}", verdict)
 
-    quality = [run["quality"] for run in runs]
-    errors = {
-        "output error, weights, calibration": (weights_only[0], [q["adaround_w"]["rel"] for q in quality]),
-        "output error, weights, held-out": (weights_only[1], [q["adaround_w"]["rel_held"] for q in quality]),
-        "output error, w + a, calibration": (both[0], [q["adaround_wa"]["rel"] for q in quality]),
-        "output error, w + a, held-out": (both[1], [q["adaround_wa"]["rel_held"] for q in quality]),
-    }
-    for name, (ours, theirs) in errors.items():
-        spread = statistics.stdev(theirs) if len(theirs) > 1 else 0.0
-        row(name, ours, theirs, statistics.mean(theirs) + 2 * spread if theirs else None, ".5f")
-    row(
-        "temporal feature cosine",
-        cosine,
-        [statistics.mean(q["adaround_wa"]["temporal_cos_per_step"]) for q in quality],
-        None,
-        ".5f",
-    )
-    for phase, ours in seconds.items():
+    for name, value in ours.items():
+        if name in ERRORS:
+            part, key = ERRORS[name]
+            theirs = [run["quality"][part][key] for run in runs]
+            spread = statistics.stdev(theirs) if len(theirs) > 1 else 0.0
+            row(name, value, theirs, statistics.mean(theirs) + 2 * spread if theirs else None, ".5f")
+        else:
+            theirs = [statistics.mean(run["quality"]["adaround_wa"]["temporal_cos_per_step"]) for run in runs]
+            row(name, value, theirs, None, ".5f")
+    for phase, value in seconds.items():
         theirs = [reference_phases(run)[phase] for run in runs]
         row(
-            f"CPU s, {phase}", ours, theirs, statistics.mean(theirs) / 2 if theirs and phase == "total" else None, ".2f"
+            f"CPU s, {phase}",
+            value,
+            theirs,
+            statistics.mean(theirs) / 2 if theirs and phase == "total" else None,
+            ".2f",
         )
-    row(
-        "artefact / fp32 bytes, original's exceptions",
-        size,
-        [r["ckpt"]["bytes"] / r["ckpt"]["fp32_bytes"] for r in runs],
-        0.27,
-        ".3f",
-    )
-    row("artefact / fp32 bytes, our default policy", own_size, [], 0.18, ".3f")
+    released = [run["ckpt"]["bytes"] / run["ckpt"]["fp32_bytes"] for run in runs]
+    for (policy, size), theirs, bound in zip(sizes.items(), (released, []), (0.27, 0.18), strict=True):
+        row(f"artefact / fp32 bytes, {policy}", size, theirs, bound, ".3f")
     console.print(table)
     console.print(
         "The reference's seconds were recorded on its own machine; bench_reconstruction.py times the same recipe, "

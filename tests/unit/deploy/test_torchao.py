@@ -17,8 +17,7 @@ from tests.helpers.deployed import inputs, layer_inputs, model_of, one_level_une
 from tfmq_exp.deploy import engine
 from tfmq_exp.deploy.activation_tables import ScaleTable
 from tfmq_exp.deploy.engine import read_manifest
-from tfmq_exp.deploy.layer_report import DeployedLayer, DeployedProduct, deployed_layers
-from tfmq_exp.deploy.product_layers import ProductLayer
+from tfmq_exp.deploy.layers import DeployedLayer, DeployedProduct, ProductLayer, deployed_layers
 from tfmq_exp.deploy.torchao import products as torchao_products
 from tfmq_exp.deploy.torchao.engine import TorchAO
 from tfmq_exp.deploy.torchao.products import FORMATS, Int8Product, fp8_product, int4_product, safe_int_mm

@@ -7,7 +7,7 @@ from torch import nn
 from tests.conftest import TIMESTEPS
 from tests.helpers.deployed import model_of
 from tfmq_exp.deploy.activation_tables import RuntimeScale, ScaleTable, activation_scale
-from tfmq_exp.deploy.layer_report import deployed_layers, layer_report
+from tfmq_exp.deploy.layers import deployed_layers, layer_report
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.static import StaticConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
