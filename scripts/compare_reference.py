@@ -3,9 +3,8 @@
     python scripts/compare_reference.py DIR [--seed 0] [--iterations N]
 
 DIR holds `init_state.safetensors` (weights with original key names), `data.safetensors` (calibration and held-out inputs,
-float outputs of the original) and `reference.json` (architecture, recipe, the original's results and CPU seconds). Same
-recipe and same float layers as the original. CPU seconds are those of this process; set OMP_NUM_THREADS=1 to compare with
-the original's single thread.
+float outputs of the original) and `reference.json` (architecture, recipe, the original's results and CPU seconds). Same recipe and
+float layers as the original. CPU seconds are those of this process: OMP_NUM_THREADS=1 compares with the original's thread.
 """
 
 import argparse
@@ -53,42 +52,32 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.resolve import coverage, resolve
 from tfmq_exp.surgery.scales import ScalePlan
 
-# Output errors: where they are in the reference's results.
+Row = tuple[str, float, Sequence[float], float | None, str]  # what, ours, the reference's, bound, form of the numbers
+# Names of the output errors and of the phases, and where they are in the reference's results.
 ERRORS = {
     "output error, weights, calibration": ("adaround_w", "rel"),
     "output error, weights, held-out": ("adaround_w", "rel_held"),
     "output error, w + a, calibration": ("adaround_wa", "rel"),
     "output error, w + a, held-out": ("adaround_wa", "rel_held"),
 }
+PHASES = {
+    "weight grids": ("weight_init_forward",),
+    "reconstruction (capture + learning)": ("capture", "optimisation"),
+    "activation ranges": ("act_calibration_forwards",),
+}
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:
     """Bits of the release, found by running it: stem, head, first time layer, shortcuts and downsamplers stay float.
 
-    The attention of LDM's unconditional networks is Conv1d, which the release does not quantize; the inputs of the second
-    time layer and of the first residual convolution stay float too.
+    So do LDM's fused attention, a Conv1d, and the inputs of the second time layer and of the first residual convolution.
     """
-    both, none, weight_only = LayerBits(weight, activation), LayerBits(), LayerBits(weight, None)
-    float_roles = {Role.STEM, Role.HEAD, Role.SHORTCUT, Role.DOWNSAMPLE}
-    if fuses_qkv:
-        float_roles |= {Role.ATTN_QKV, Role.ATTN_OUT}
-    return QuantizationConfig(
-        {role.value: none if role in float_roles else both for role in Role},
-        AttentionBits(),
-        {
-            "time_embedding.linear_1": none,
-            "time_embedding.linear_2": weight_only,
-            "down_blocks.0.resnets.0.conv1": weight_only,
-        },
-    )
-
-
-def recipe_of(reference: Mapping[str, Any], iterations: int) -> ReconstructionConfig:
-    """Settings of the original's learning."""
-    recipe = reference["recipe"]
-    annealing = Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1]))
-    rounding = LearnRounding(1e-3, recipe["w"], annealing)
-    return ReconstructionConfig(iterations, recipe["batch_size"], Lp(recipe["p"]), QuantizedInputs(), rounding=rounding)
+    roles = {role.value: LayerBits(weight, activation) for role in Role}
+    fused = (Role.ATTN_QKV, Role.ATTN_OUT) if fuses_qkv else ()
+    roles |= {role.value: LayerBits() for role in (Role.STEM, Role.HEAD, Role.SHORTCUT, Role.DOWNSAMPLE, *fused)}
+    weight_only = ("time_embedding.linear_2", "down_blocks.0.resnets.0.conv1")
+    sites = {"time_embedding.linear_1": LayerBits(), **dict.fromkeys(weight_only, LayerBits(weight, None))}
+    return QuantizationConfig(roles, AttentionBits(), sites)
 
 
 class NoCheckpoints:
@@ -100,15 +89,15 @@ class NoCheckpoints:
     def scoped(self, name: str) -> "NoCheckpoints":
         return self
 
-    def ignore(self, *args: object) -> None:
-        """Nothing is kept or shown while units are learned: this comparison is short."""
+    def ignore(self, *_: object) -> None:
+        """Nothing is kept or shown while units are learned."""
 
     put = on_start = on_progress = on_iteration_end = ignore
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
-        if report is not None:
-            errors = f"error {report.error_before:.4f} -> {report.error_after:.4f}"
-            logging.info("%-48s %s  %.1f s", unit, errors, report.seconds)
+        if report:
+            errors = report.error_before, report.error_after, report.seconds
+            logging.info("%-48s error %.4f -> %.4f  %.1f s", unit, *errors)
 
 
 def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> CalibrationSet:
@@ -122,33 +111,24 @@ def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> Cali
 @torch.no_grad()
 def output_error(model: nn.Module, data: CalibrationSet, expected: Tensor) -> float:
     """Mean squared error of the outputs over the variance of the float ones, averaged over steps as the original does."""
-    outputs = outputs_of(model, data)
-    errors, variances = [], []
-    for step in data.step.unique():
-        rows = data.step == step
-        errors.append((outputs[rows] - expected[rows]).square().mean())
-        variances.append(expected[rows].var())
-    return float(torch.stack(errors).mean() / torch.stack(variances).mean())
+    errors, rows = (outputs_of(model, data) - expected).square(), [data.step == step for step in data.step.unique()]
+    variances = torch.stack([expected[own].var() for own in rows])
+    return float(torch.stack([errors[own].mean() for own in rows]).mean() / variances.mean())
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Note the CPU seconds of a block."""
-    start = time.process_time()
+    began = time.process_time()
     yield
-    seconds[name] = time.process_time() - start
+    seconds[name] = time.process_time() - began
 
 
-def reference_phases(run: Mapping[str, Any]) -> dict[str, float]:
-    """The original's seconds under our phase names; its phases are wall time, so they are scaled to its CPU total."""
-    s = run["seconds"]
-    scale = s["total_cpu"] / s["total_wall"]
-    return {
-        "weight grids": s["weight_init_forward"] * scale,
-        "reconstruction (capture + learning)": (s["capture"] + s["optimisation"]) * scale,
-        "activation ranges": s["act_calibration_forwards"] * scale,
-        "total": s["total_cpu"],
-    }
+def reference_seconds(run: Mapping[str, Any], phase: str) -> float:
+    """The original's seconds of a phase; its phases are wall time, so they are scaled to its CPU total."""
+    seconds = run["seconds"]
+    share = 1.0 if phase == "total" else sum(seconds[part] for part in PHASES[phase]) / seconds["total_wall"]
+    return share * seconds["total_cpu"]
 
 
 def main() -> int:
@@ -176,57 +156,66 @@ def main() -> int:
     parts = read_structure(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
     # LDM without a spatial transformer: the original's attention is a Conv1d
     fuses_qkv = "kwargs" in architecture and not architecture["kwargs"].get("use_spatial_transformer")
-    plan, scales = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv), PerStepConfig()
-    resolved = resolve(plan, parts, tuple(attentions(float_unet)), ScalePlan(scales, scales), tuple(timesteps))
+    plan, scales = (
+        released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv),
+        ScalePlan(PerStepConfig(), PerStepConfig()),
+    )
+    resolved = resolve(plan, parts, tuple(attentions(float_unet)), scales, tuple(timesteps))
 
     def errors() -> list[float]:
-        data = ((calibration, tensors["fp_out"]), (held, tensors["fp_out_held"]))
-        return [output_error(model, inputs, expected) for inputs, expected in data]
+        return [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
 
     seconds, quiet = dict[str, float](), NoCheckpoints()
     with timed(seconds, "weight grids"):
         model = build_quantized_unet(float_unet, resolved, LpObserver(memory=2**22))
         model.calibrate_weights()
-    trainer = quiet_trainer(torch.device("cpu"))
-    compute = ComputeConfig(batch=recipe["batch_size"] * 2, cache_bytes=2**32, trainer=trainer)
-    learning = recipe_of(reference, iterations)
+    compute = ComputeConfig(recipe["batch_size"] * 2, cache_bytes=2**32, trainer=quiet_trainer(torch.device("cpu")))
+    rounding = LearnRounding(1e-3, recipe["w"], Annealing(recipe["warmup"], *map(float, recipe["b_range"])))
+    settings = (iterations, recipe["batch_size"], Lp(recipe["p"]), QuantizedInputs())
+    learning = ReconstructionConfig(*settings, rounding=rounding)
+    task = ReconstructionContext(model, float_unet, parts, calibration, compute, args.seed, quiet, quiet)
     with timed(seconds, "reconstruction (capture + learning)"):
-        units = TemporalAware()(parts, frozenset(model.weight_layers()))
-        task = ReconstructionContext(model, float_unet, parts, calibration, compute, args.seed, quiet, quiet)
-        reconstruct(task, units, learning)
+        reconstruct(task, TemporalAware()(parts, frozenset(model.weight_layers())), learning)
     weights_only = errors()
     with timed(seconds, "activation ranges"):
         CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, calibration, args.seed)
     seconds["total"] = sum(seconds.values())
-    ours = dict(zip(ERRORS, weights_only + errors(), strict=True))
-    ours["temporal feature cosine"] = statistics.mean(
-        row["cosine"] for row in temporal_feature_error(model, float_unet, parts)
-    )
-    bits = {
-        role.value: LayerBits(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"])
-        for role in Role
-    }
-    own_scales = ScalePlan(PerStepConfig(), StaticConfig())
-    own_plan = resolve(QuantizationConfig(bits), parts, (), own_scales, tuple(timesteps))
+    cosine = statistics.mean(row["cosine"] for row in temporal_feature_error(model, float_unet, parts))
+    bits = {role.value: LayerBits(recipe["w_bits"], recipe["a_bits"]) for role in Role}
+    bits |= {role.value: LayerBits(8, recipe["a_bits"]) for role in (Role.STEM, Role.HEAD)}
+    scales = ScalePlan(PerStepConfig(), StaticConfig())
+    own_plan = resolve(QuantizationConfig(bits), parts, (), scales, tuple(timesteps))
     own = build_quantized_unet(float_unet, own_plan, LpObserver(candidates=1))
     own.calibrate_weights()
     CalibrateRanges(32, EveryKth()).ranges(own, calibration, 0)
     fp32 = 4 * sum(p.numel() for p in float_unet.parameters())
-    sizes = {"original's exceptions": stored_bytes(model) / fp32, "our default policy": stored_bytes(own) / fp32}
+    runs = [run for run in reference["runs"].values() if run["iters"] == iterations]
+    rows: list[Row] = []
+    for (name, (part, key)), value in zip(ERRORS.items(), weights_only + errors(), strict=True):
+        theirs = [run["quality"][part][key] for run in runs]
+        spread = statistics.stdev(theirs) if len(theirs) > 1 else 0.0
+        rows.append((name, value, theirs, statistics.mean(theirs) + 2 * spread if theirs else None, ".5f"))
+    theirs = [statistics.mean(run["quality"]["adaround_wa"]["temporal_cos_per_step"]) for run in runs]
+    rows.append(("temporal feature cosine", cosine, theirs, None, ".5f"))
+    for phase, value in seconds.items():
+        theirs = [reference_seconds(run, phase) for run in runs]
+        bound = statistics.mean(theirs) / 2 if theirs and phase == "total" else None
+        rows.append((f"CPU s, {phase}", value, theirs, bound, ".2f"))
+    theirs = [run["ckpt"]["bytes"] / run["ckpt"]["fp32_bytes"] for run in runs]
+    rows.append(("artefact / fp32 bytes, original's exceptions", stored_bytes(model) / fp32, theirs, 0.27, ".3f"))
+    rows.append(("artefact / fp32 bytes, our default policy", stored_bytes(own) / fp32, [], 0.18, ".3f"))
     covered, console = coverage(resolved, parts), Terminal()
     console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
-    shares = covered["weight_share"], covered["mac_share_weights_and_inputs"]
-    console.print("weights quantized: {:.1%} of all, {:.1%} of MACs on integer operands".format(*shares))
-    runs = [run for run in reference["runs"].values() if run["iters"] == iterations]
-    return print_table(runs, ours, seconds, sizes, console)
+    shares = f"{covered['weight_share']:.1%} of all, {covered['mac_share_weights_and_inputs']:.1%} of MACs"
+    console.print(f"weights quantized: {shares} on integer operands")
+    return print_table(f"simulated quantization, {len(runs)} reference runs at equal iterations", rows, console)
 
 
 @torch.no_grad()
 def outputs_of(unet: nn.Module, data: CalibrationSet) -> Tensor:
     """Outputs over a whole set."""
-    return torch.cat(
-        [unet(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)]
-    )
+    parts = (data[slice(i, i + 32)].inputs(torch.device("cpu")) for i in range(0, len(data), 32))
+    return torch.cat([unet(**inputs).sample for inputs in parts])
 
 
 def stored_bytes(model: QuantizedUNet) -> int:
@@ -237,60 +226,20 @@ def stored_bytes(model: QuantizedUNet) -> int:
         return serialization.save(model, Path(folder) / "quantized.safetensors")
 
 
-def print_table(
-    runs: Sequence[Mapping[str, Any]],
-    ours: Mapping[str, float],
-    seconds: Mapping[str, float],
-    sizes: Mapping[str, float],
-    console: Terminal,
-) -> int:
-    """Print our results next to the reference's mean and spread; return the number of bounds that are missed.
-
-    Args:
-        runs: the reference's, at equal iterations.
-        ours: output errors and the temporal features' cosine, by name.
-        seconds: of CPU, by phase.
-        sizes: of artefacts over the float network's, by policy.
-        console: to print to.
-    """
-    missed = 0
-    table = Table(title=f"simulated quantization, {len(runs)} reference runs at equal iterations", title_justify="left")
+def print_table(title: str, rows: Sequence[Row], console: Terminal) -> int:
+    """Print our results next to the reference's mean and spread; return the number of bounds that are missed."""
+    missed, table = 0, Table(title=title, title_justify="left")
     for column in ("", "ours", "reference", "bound", ""):
         table.add_column(column, justify="left" if not column else "right")
-
-    def row(name: str, own: float, theirs: Sequence[float], bound: float | None, form: str) -> None:
-        nonlocal missed
+    for name, own, theirs, bound, form in rows:
         shown = f"{statistics.mean(theirs):{form}}" if theirs else ""
         shown += f" ± {statistics.stdev(theirs):{form}}" if len(theirs) > 1 else ""
         verdict = "" if bound is None else "ok" if own <= bound else "MISSED"
         missed += verdict == "MISSED"
         table.add_row(name, f"{own:{form}}", shown, "" if bound is None else f"{bound:{form}}", verdict)
-
-    for name, value in ours.items():
-        if name in ERRORS:
-            part, key = ERRORS[name]
-            theirs = [run["quality"][part][key] for run in runs]
-            spread = statistics.stdev(theirs) if len(theirs) > 1 else 0.0
-            row(name, value, theirs, statistics.mean(theirs) + 2 * spread if theirs else None, ".5f")
-        else:
-            theirs = [statistics.mean(run["quality"]["adaround_wa"]["temporal_cos_per_step"]) for run in runs]
-            row(name, value, theirs, None, ".5f")
-    for phase, value in seconds.items():
-        theirs = [reference_phases(run)[phase] for run in runs]
-        row(
-            f"CPU s, {phase}",
-            value,
-            theirs,
-            statistics.mean(theirs) / 2 if theirs and phase == "total" else None,
-            ".2f",
-        )
-    released = [run["ckpt"]["bytes"] / run["ckpt"]["fp32_bytes"] for run in runs]
-    for (policy, size), theirs, bound in zip(sizes.items(), (released, []), (0.27, 0.18), strict=True):
-        row(f"artefact / fp32 bytes, {policy}", size, theirs, bound, ".3f")
     console.print(table)
     console.print(
-        "The reference's seconds were recorded on its own machine; bench_reconstruction.py times the same recipe, "
-        "written down plainly, beside ours on this one."
+        "The reference's seconds are of its own machine; bench_reconstruction.py times its recipe on this one."
     )
     return missed
 
