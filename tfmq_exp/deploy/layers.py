@@ -79,14 +79,9 @@ class DeployedLayer:
     def row(self) -> dict[str, str | int]:
         bits = sorted({product.weight.bits if product.weight else 32 for product in self.products})
         ones = any(product.weight and not product.weight.exact for product in self.products)
-        return {
-            "layer": self.name,
-            "executed": "int8" if self.integer else "float",
-            "weight_bits": "+".join(map(str, bits)),
-            "products": len(self.products),
-            "note": "extra channel of ones" if ones and self.integer else "",
-            "why": self.why,
-        }
+        executed, note = ("int8", "extra channel of ones" if ones else "") if self.integer else ("float", "")
+        stored = {"weight_bits": "+".join(map(str, bits)), "products": len(self.products)}
+        return {"layer": self.name, "executed": executed, **stored, "note": note, "why": self.why}
 
 
 def deployed_layers(model: QuantizedUNet) -> tuple[DeployedLayer, ...]:
@@ -111,16 +106,15 @@ def deployed_layer(model: QuantizedUNet, name: str) -> DeployedLayer:
     weights = [attempt(signed_weight, part) for part in layer.quantized_weight()] if layer.integers else [None]
     reasons += [] if layer.integers else ["its weight is not quantized"]
     quantizer = layer.input_quantizer
-    inputs = [
-        attempt(scale_of, part) for part in (quantizer.parts if isinstance(quantizer, SplitQuantizer) else [quantizer])
-    ]
+    parts = quantizer.parts if isinstance(quantizer, SplitQuantizer) else [quantizer]
+    inputs = [attempt(scale_of, part) for part in parts]
     reasons += ["its input is not quantized"] if isinstance(quantizer, nn.Identity) else []
     for scale in filter(None, inputs):
         attempt(check_bytes, scale.table)
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
         reasons.append(f"a convolution with {layer.groups} groups and {layer.padding_mode} padding")
     sizes = (split, layer.weight.shape[1] - split) if split else (layer.weight.shape[1],)
-    operands = [parts * (len(sizes) // len(parts)) for parts in (weights, inputs)]
+    operands = [each * (len(sizes) // len(each)) for each in (weights, inputs)]
     products = tuple(DeployedProduct(*operands) for operands in zip(sizes, *operands, strict=True))
     return DeployedLayer(name, layer, products, scale_of(layer.output_quantizer), "; ".join(dict.fromkeys(reasons)))
 
@@ -152,7 +146,7 @@ class ByteProduct(Product):
         layer = deployed.layer
         self.geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
         dims = 3 if self.geometry else 1  # so that a value per output channel broadcasts against the output
-        self.sums, self.taps = per_row(self.weight.sums, dims), self.weight.taps
+        self.sums, self.taps = per_row(self.weight.sums, dims), self.weight.taps.float()
         self.ones_scale = per_row(self.weight.scale * self.weight.offset, dims)
 
     def added(self, y: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
@@ -201,15 +195,12 @@ class ProductUNet(nn.Module):
 
     Args:
         model: the simulated model, which is not changed.
-        make_products: products of a layer; None leaves the layer simulated.
+        make_products: products of a layer; none leave the layer simulated.
         device: of the copy; inputs may be elsewhere.
     """
 
     def __init__(
-        self,
-        model: QuantizedUNet,
-        make_products: Callable[[DeployedLayer], Sequence[Product] | None],
-        device: torch.device,
+        self, model: QuantizedUNet, make_products: Callable[[DeployedLayer], Sequence[Product]], device: torch.device
     ) -> None:
         super().__init__()
         self.model, self.device = copy.deepcopy(model).to(device), device

@@ -91,9 +91,9 @@ def pairs_saturate() -> bool:
     return bool((found - 255 * 127 * 64).abs().max() > 1)
 
 
-def onednn_products(layer: DeployedLayer, saturates: bool) -> list[OneDNNProduct] | None:
-    """Products of a layer that is executed in integers."""
-    return [OneDNNProduct(layer, product, saturates) for product in layer.products] if layer.integer else None
+def onednn_products(layer: DeployedLayer, saturates: bool) -> list[OneDNNProduct]:
+    """Products of a layer; none unless it is executed in integers."""
+    return [OneDNNProduct(layer, product, saturates) for product in layer.products] if layer.integer else []
 
 
 @dataclass(frozen=True)

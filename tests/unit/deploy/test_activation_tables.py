@@ -177,7 +177,7 @@ def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
         def for_inference(self) -> "Bent":
             return self
 
-    with pytest.raises(NotRepresentableError, match=r"by Bent\(\), whose codes are not known; known are .* Lsq"):
+    with pytest.raises(NotRepresentableError, match=r"codes of Bent\(\) are not known; known are .* Lsq"):
         activation_scale(quantizer_of(Kind(Bent(), "static"), TimestepContext(TIMESTEPS)), 4)
     bent = quantizer_of(Kind(Qil(), "static"), TimestepContext(TIMESTEPS))
     bent.fn, bent.extra["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
@@ -203,7 +203,7 @@ CASES = [(name, "padded") for name in KINDS] + [
 def test_onednn_multiplies_them(name: str, layer: str) -> None:
     one, context, x = example(name, layer)
     with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
-        products = onednn_products(one, pairs_saturate()) or []
+        products = onednn_products(one, pairs_saturate())
         expected, found = one.layer(x), ProductLayer(one, products, context)(x)
     assert (found - expected).abs().max() < 3e-6 * expected.abs().max()
 

@@ -75,8 +75,8 @@ class GraphQuantizer(nn.Module):
         super().__init__()
         self.scale, self.context, table = scale, context, scale.table
         self.source = scale.source if isinstance(scale, RuntimeScale) else None
-        self.static = self.source is None and table.static
-        self.middle = table.median_zero_point
+        self.static = self.source is None and not varies(*table)
+        self.middle = int(table.zero_point.median())
         # a static scale is that of the FakeQuantize itself
         self.unit, gain = (float(table.scale[0]), float(table.gain[0])) if self.static else (1.0, 1.0)
         self.levels = levels or table.num_codes
@@ -108,7 +108,7 @@ class GraphQuantizer(nn.Module):
             dead_zone = self.at_step(table.dead_zone) * self.unit
             u = (u - torch.maximum(torch.minimum(u, dead_zone), -dead_zone)) / self.at_step(1 - table.pruned)
         u = u if shift is None else u + shift
-        if varies(table.lowest) or varies(table.highest):
+        if varies(table.lowest, table.highest):
             u = torch.maximum(
                 torch.minimum(u, self.at_step(table.highest - self.middle)), self.at_step(table.lowest - self.middle)
             )

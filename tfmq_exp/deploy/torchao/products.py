@@ -184,18 +184,16 @@ class ProductFormat:
     def why_not(self, deployed: DeployedLayer) -> str:
         """Reason why a layer stays simulated; empty if it is executed in this format."""
         layer = deployed.layer
-        if isinstance(layer, nn.Conv2d):
-            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.groups)
-            if geometry != ((1, 1), (1, 1), (0, 0), 1):
-                return self.no_convolution
+        point = ((1, 1), (1, 1), (0, 0), 1)
+        if isinstance(layer, nn.Conv2d) and (layer.kernel_size, layer.stride, layer.padding, layer.groups) != point:
+            return self.no_convolution
         weights = deployed.integer_weights
         return deployed.why if self.obstacle is None or not weights else self.obstacle(weights)
 
-    def products(self, deployed: DeployedLayer, device: torch.device) -> list[Product] | None:
-        """Products of a layer on a device; None if it stays simulated."""
-        if self.why_not(deployed):
-            return None
-        return [self.product(product, deployed.axis, device) for product in deployed.products]
+    def products(self, deployed: DeployedLayer, device: torch.device) -> list[Product]:
+        """Products of a layer on a device; none if it stays simulated."""
+        executed = () if self.why_not(deployed) else deployed.products
+        return [self.product(product, deployed.axis, device) for product in executed]
 
 
 FORMATS: Mapping[str, ProductFormat] = {
