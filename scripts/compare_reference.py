@@ -89,7 +89,7 @@ class NoCheckpoints:
     def scoped(self, name: str) -> "NoCheckpoints":
         return self
 
-    def ignore(self, *_: object) -> None:
+    def ignore(self, *_: Any, **__: Any) -> None:
         """Nothing is kept or shown while units are learned."""
 
     put = on_start = on_progress = on_iteration_end = ignore

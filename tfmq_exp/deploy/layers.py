@@ -71,6 +71,15 @@ class DeployedLayer:
         return 1 if isinstance(self.layer, nn.Conv2d) else -1
 
     @property
+    def geometry(self) -> tuple[Any, Any, Any] | None:
+        """Stride, padding and dilation of a convolution; ValueError for a padding that is not given as numbers."""
+        if not isinstance(self.layer, nn.Conv2d):
+            return None
+        if isinstance(self.layer.padding, str):
+            raise ValueError(f"a convolution with padding={self.layer.padding!r}; numbers are understood")
+        return self.layer.stride, self.layer.padding, self.layer.dilation
+
+    @property
     def integer_weights(self) -> list[SignedWeight]:
         """Weights of its products; none unless all of them are integers."""
         weights = [product.weight for product in self.products if product.weight]
@@ -143,8 +152,7 @@ class ByteProduct(Product):
         assert product.input is not None
         self.weight, self.scale, self.axis = product.weight, product.input, deployed.axis
         self.summands = self.weight.summands(saturates)
-        layer = deployed.layer
-        self.geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        self.geometry = deployed.geometry
         dims = 3 if self.geometry else 1  # so that a value per output channel broadcasts against the output
         self.sums, self.taps = per_row(self.weight.sums, dims), self.weight.taps.float()
         self.ones_scale = per_row(self.weight.scale * self.weight.offset, dims)

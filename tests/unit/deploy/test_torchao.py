@@ -138,6 +138,7 @@ def test_fp8_and_int4_are_what_they_are_said_to_be(
     for deployed, x, y in found:
         axis = 1 if isinstance(deployed.layer, nn.Conv2d) else -1
         expected, rounded = slow(dtype, model.integers[deployed.name], x.movedim(axis, -1))
+        assert deployed.layer.bias is not None
         allowed = 2**-8 * rounded + 1e-5 * rounded.amax()
         assert ((y.movedim(axis, -1).double() - deployed.layer.bias.double() - expected).abs() <= allowed).all(), (
             deployed.name

@@ -1,5 +1,6 @@
 """Export of a quantized UNet as one OpenVINO model, and the kernels that the CPU plugin executes it with."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,12 +30,7 @@ INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)  # jit_avx2_I8, brgconv_avx512_I
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A model in memory.
-
-    Args:
-        model: OpenVINO's.
-        products: names of the nodes that must be executed in integers, by layer.
-    """
+    """OpenVINO's model in memory, and the names of the nodes that must be executed in integers, by layer."""
 
     model: Any
     products: Mapping[str, Sequence[str]]
@@ -64,15 +60,10 @@ def export(
     model.require_calibrated()
     converted = convert(model, example, pairs_saturate=split_int8_weights)
     ov.save_model(converted.model, folder / "model.xml", compress_to_fp16=False)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "timesteps": list(model.context.timesteps),
-        "split_int8_weights": split_int8_weights,
-        "openvino": ov.__version__,
-        "settings": compile_settings(threads, "f32"),
-        "bytes": stored_bytes(converted.model),
-        "layers": layer_report(model, deployed_layers(model)),
-    }
+    manifest: dict[str, Any] = {"format": FORMAT, "timesteps": list(model.context.timesteps)}
+    manifest |= {"split_int8_weights": split_int8_weights, "openvino": ov.__version__}
+    manifest |= {"settings": compile_settings(threads, "f32"), "bytes": stored_bytes(converted.model)}
+    manifest["layers"] = layer_report(model, deployed_layers(model))
     write_manifest(folder, manifest)
     kernels = executed_kernels(ExportedUNet(folder, batch=len(example["sample"]), threads=threads).compiled)
     check_integer(kernels, converted.products)
@@ -141,11 +132,9 @@ def graph_products(
 def stored_bytes(model: Any) -> dict[str, int]:
     """Bytes of an OpenVINO model's constants by element type, largest first."""
     found = Counter[str]()
-    for op in model.get_ordered_ops():
-        if op.get_type_name() == "Constant":
-            kind = op.get_output_element_type(0)
-            bits = int(np.prod(op.get_output_shape(0), dtype=np.int64)) * kind.bitwidth
-            found[kind.get_type_name()] += -(-bits // 8)
+    for op in (op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"):
+        kind = op.get_output_element_type(0)
+        found[kind.get_type_name()] += -(-math.prod(op.get_output_shape(0)) * kind.bitwidth // 8)
     return dict(found.most_common())
 
 
@@ -170,36 +159,24 @@ class ExecutedKernel:
 
 def executed_kernels(compiled: Any) -> list[ExecutedKernel]:
     """Read the execution graph of a compiled model."""
-    found: list[ExecutedKernel] = []
+    found, names = list[ExecutedKernel](), ("originalLayersNames", "layerType", "primitiveType")
     for op in compiled.get_runtime_model().get_ordered_ops():
-        info = op.get_rt_info()
-        nodes, operation, kernel = (
-            info[name].astype(str) for name in ("originalLayersNames", "layerType", "primitiveType")
-        )
+        nodes, operation, kernel = (op.get_rt_info()[name].astype(str) for name in names)
         inputs = tuple(op.get_input_element_type(i).get_type_name() for i in range(op.get_input_size()))
         found.append(ExecutedKernel(tuple(nodes.split(",")), operation, kernel, inputs))
     return found
 
 
 def check_integer(kernels: Sequence[ExecutedKernel], products: Mapping[str, Sequence[str]]) -> None:
-    """Check that products are executed in integers.
-
-    Args:
-        kernels: of the compiled model.
-        products: names of the nodes, by layer.
-
-    Raises:
-        ValueError: a product that is not; names its layer and kernel.
-    """
+    """Raise ValueError, with layer and kernel, unless products (names of their nodes, by layer) are executed in integers."""
     # a fused node may have the name of the operation that followed the product
     by_node = {node.split("/Dequantization")[0]: one for one in kernels if one.product for node in one.nodes}
-    wrong: list[str] = []
-    for layer, names in products.items():
-        for one in map(by_node.get, names):
-            if one is None:
-                wrong.append(f"{layer} (not found)")
-            elif not one.integer:
-                wrong.append(f"{layer} ({one.kernel} of {' and '.join(one.inputs[:2])})")
+    found = [(layer, by_node.get(name)) for layer, names in products.items() for name in names]
+    wrong = [
+        f"{layer} ({f'{one.kernel} of ' + ' and '.join(one.inputs[:2]) if one else 'not found'})"
+        for layer, one in found
+        if one is None or not one.integer
+    ]
     if wrong:
         raise ValueError(f"{len(wrong)} products are not executed in integers: {', '.join(wrong[:8])}")
 

@@ -140,13 +140,15 @@ class RealQuantizer(nn.Module):
 class Multiply(GraphOperation):
     """Product with a constant weight, without bias."""
 
-    def __init__(self, layer: Any, weight: SignedWeight | None, real: Tensor, summands: int | None) -> None:
+    def __init__(
+        self, deployed: DeployedLayer, weight: SignedWeight | None, real: Tensor, summands: int | None
+    ) -> None:
         """`summands` of an integer product; None for one in floating point."""
         super().__init__()
         self.weight, self.real, self.summands = weight, real, summands
         out = len(real) if weight is None or summands is None else summands * len(weight.extended.scale)
         self.shape = (out, *real.shape[1:])
-        self.geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        self.geometry = deployed.geometry
 
     def forward(self, x: Tensor) -> Tensor:
         zeros = torch.zeros(self.shape)
@@ -171,7 +173,7 @@ class FloatProduct(Product):
     ) -> None:
         super().__init__()
         self.quantizer = nn.Identity() if product.input is None else RealQuantizer(product.input, context)
-        self.multiply = Multiply(deployed.layer, product.weight, real, None)
+        self.multiply = Multiply(deployed, product.weight, real, None)
 
     def forward(self, x: Tensor, steps: Tensor) -> Tensor:
         return self.multiply(self.quantizer(x))
@@ -184,8 +186,8 @@ class IntegerProduct(ByteProduct):
         self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor, context: TimestepContext, saturates: bool
     ) -> None:
         super().__init__(deployed, product, saturates)
-        self.quantizer, layer = GraphQuantizer(self.scale, context, BYTE_VALUES), deployed.layer
-        self.multiply = Multiply(layer, self.weight, real, self.summands)
+        self.quantizer = GraphQuantizer(self.scale, context, BYTE_VALUES)
+        self.multiply = Multiply(deployed, self.weight, real, self.summands)
         self.edges: list[int] = []
         if self.quantizer.zero_point_varies and self.multiply.geometry and any(self.multiply.geometry[1]):
             stride, (rows, columns), dilation = self.multiply.geometry

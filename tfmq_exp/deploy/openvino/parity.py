@@ -81,14 +81,7 @@ def compare_layers(
 
 
 def compare_layer(deployed: DeployedLayer, steps: Int[Tensor, "batch"], x: Tensor, y: Tensor) -> LayerParity:
-    """Compare the output of a deployed layer with the simulation's for the same input.
-
-    Args:
-        deployed: the layer; the timestep context is set to its step.
-        steps: index of the sampling step of each row; the same for all.
-        x: input, [batch, channels, height, width] or [batch, ..., features].
-        y: output of the deployed layer for `x`.
-    """
+    """Compare the output `y` of a deployed layer with the simulation's for the same input `x`, the context set to `steps`."""
     simulated = deployed.layer(x)
     error = (y - simulated).abs() / simulated.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     beyond = error > TOLERANCE

@@ -23,10 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 class UNetWithStepInput(nn.Module):
     """(sample, step, conditions) -> noise: a UNet called with the index of the sampling step instead of the timestep.
 
-    Args:
-        unet: the network.
-        context: of the timesteps; `step` is an index into them.
-        taps: modules of the network whose inputs and outputs are further outputs.
+    Inputs and outputs of the layers in `taps` are further outputs.
     """
 
     def __init__(self, unet: nn.Module, context: TimestepContext, taps: Sequence["Tap"] = ()) -> None:
