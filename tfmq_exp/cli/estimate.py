@@ -157,8 +157,8 @@ class Costs:
         one, memory = self.quantized_call.seconds / self.batch, self.quantized + self.quantized_call.bytes
         trajectory = calls * self.call.seconds / self.batch  # of the float network, for one image
         if name == "trajectory":
-            size = run.calibration.images * calls * self.rows_per_image * self.sample
-            return StageEstimate(name, run.calibration.images * trajectory, self.call.bytes, 3 * size, size)
+            size = (states := run.calibration.images * len(run.calibration_calls)) * self.rows_per_image * self.sample
+            return StageEstimate(name, states * self.call.seconds / self.batch, self.call.bytes, 3 * size, size)
         if name in ("weights", "activations"):
             return self.phase(name, count or 0)
         if name == "correction":
@@ -176,7 +176,7 @@ class Costs:
 
     def phase(self, name: str, finished: int) -> StageEstimate:
         """Cost of weights or activations: weight ranges, observed activation ranges, and what learns."""
-        phase, budget = getattr(self.method, name), (self.run.calibration.images, len(self.run.calls))
+        phase, budget = getattr(self.method, name), (self.run.calibration.images, len(self.run.calibration_calls))
         recipe, protocol = getattr(phase, "recipe", None), getattr(phase, "protocol", None)
         observe = phase if hasattr(phase, "ranges") else getattr(phase, "observe", None)
         searches = 0 if name == "activations" or protocol else 2 if "activations" in phase.learns else 1
