@@ -36,10 +36,9 @@ from tfmq_exp.deploy.engine import read_manifest, write_manifest
 from tfmq_exp.deploy.onednn import OneDNN
 from tfmq_exp.deploy.openvino import runtime
 from tfmq_exp.deploy.openvino.engine import OpenVINOUNet
-from tfmq_exp.deploy.openvino.executed_kernels import pairs_saturate
-from tfmq_exp.deploy.openvino.export import export
+from tfmq_exp.deploy.openvino.export import export, pairs_saturate
 from tfmq_exp.deploy.openvino.parity import LayerParity, compare_layers
-from tfmq_exp.deploy.openvino.trace import trace
+from tfmq_exp.deploy.openvino.trace import shared_copy, trace
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.sampling.guidance import Sampling
@@ -61,10 +60,9 @@ print(json.dumps([took, 1024 * int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self
 
 def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNet]:
     overrides = [f"model={args.model}", f"quant={args.quant}", f"method={args.method}", f"method/scales={args.scales}"]
+    overrides += [f"protocol.sampling.num_inference_steps={args.steps}", *args.overrides]
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
-        cfg: DictConfig = compose(
-            "config", [*overrides, f"protocol.sampling.num_inference_steps={args.steps}", *args.overrides]
-        )
+        cfg: DictConfig = compose("config", overrides)
     make: Any = functools.partial(instantiate, _convert_="all")
     if args.model == "digits":
         denoiser: Denoiser = make(cfg.model.denoiser)
@@ -128,9 +126,8 @@ def quantize_by_nncf(plain: Path, denoiser: Denoiser, timesteps: Sequence[int], 
     import nncf  # here: optional  # pyright: ignore[reportMissingImports]
 
     samples = [{"sample": inputs_at(denoiser, 1, t, seed=t)["sample"].numpy(), "step": 0} for t in timesteps[:2]]
-    return save_float(
-        nncf.quantize(ov.Core().read_model(plain / "model.xml"), nncf.Dataset(samples)), timesteps, folder
-    )
+    quantized = nncf.quantize(ov.Core().read_model(plain / "model.xml"), nncf.Dataset(samples))
+    return save_float(quantized, timesteps, folder)
 
 
 def errors(model: QuantizedUNet, candidates: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, float]:
@@ -143,8 +140,8 @@ def errors(model: QuantizedUNet, candidates: Mapping[str, nn.Module], inputs: Ma
 
 
 def trajectory_seconds(unet: nn.Module, denoiser: Denoiser, sampling: Sampling, rows: int) -> float:
-    began = time.perf_counter()
-    list(sampling.trajectory(sampling.predictor(unet), denoiser, seed=0, stream="bench", indices=range(rows)))
+    began, predict = time.perf_counter(), sampling.predictor(unet)
+    list(sampling.trajectory(predict, denoiser, seed=0, stream="bench", indices=range(rows)))
     return time.perf_counter() - began
 
 
@@ -209,7 +206,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     timesteps, saturates, integers = model.context.timesteps, pairs_saturate(), Path(tempfile.mkdtemp(dir=folder))
     example = inputs_at(denoiser, args.batch, timesteps[0], seed=1)
     converted = export(model, example, integers, split_int8_weights=saturates, threads=args.threads)
-    plain = save_float(trace(denoiser.unet, timesteps, [], example), timesteps, folder / "float")
+    traced, _ = trace(shared_copy(denoiser.unet), model.context, example)
+    plain, shape = save_float(traced, timesteps, folder / "float"), denoiser.sample_shape
     exported = {"openvino fp32": plain, f"openvino {args.quant}": integers}
     if args.nncf:
         exported["openvino w8a8 by nncf"] = quantize_by_nncf(plain, denoiser, timesteps, folder / "nncf")
@@ -225,14 +223,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     float_bytes = 4 * sum(p.numel() for p in denoiser.unet.parameters())
     size, manifest = sum(path.stat().st_size for path in integers.glob("model.*")), read_manifest(integers)
     compared = list(converted.products)[:: max(1, len(converted.products) // args.layers)] if args.layers else []
-    steps = sorted({0, len(timesteps) // 2, len(timesteps) - 1})
-    parity = compare_layers(converted, model, example, steps=steps, layers=compared, threads=args.threads)
+    among: Any = {"steps": sorted({0, len(timesteps) // 2, len(timesteps) - 1}), "layers": compared}
+    parity = compare_layers(model, example, split_int8_weights=saturates, threads=args.threads, **among)
     return {
         **{"model": args.model, "pairs_saturate": saturates, "seconds": seconds, "sampling": runs},
         "bytes": {"float": float_bytes, "file": size, "ratio": size / float_bytes, **manifest["bytes"]},
-        "loading": {
-            name: load_seconds_and_peak_bytes(path, args, denoiser.sample_shape) for name, path in alone.items()
-        },
+        "loading": {name: load_seconds_and_peak_bytes(path, args, shape) for name, path in alone.items()},
         "errors": errors(model, {name: unet for name, unet in engines.items() if args.quant in name}, example),
         "gpu": on_gpu(denoiser.unet, model, example, args.rounds),
         **{"kernels": manifest["kernels"], "layers": summary(parity)},

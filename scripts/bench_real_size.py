@@ -4,9 +4,9 @@
 
 Builds the networks of conf/model/*.yaml with random weights (no checkpoint is needed), quantizes them with a fraction of the
 recipe's samples, steps and iterations, saves the artefact, loads it alone, and checks that the loaded model returns the same
-bits. Reports seconds and peak memory of every stage, what the estimate said for this fraction, the estimate for the full
-recipe, and the ratio of that to what the measured fraction implies. Seconds are CPU seconds of one thread, which other
-work on the machine hardly changes. The weight ranges' search is cut down (--candidates), in both numbers.
+bits. Reports seconds and peak memory of every stage, what the estimate said for this fraction, the estimate for the full recipe, and
+its ratio to what the measured fraction implies. Seconds are CPU seconds of one thread, which other work on the machine hardly
+changes. The weight ranges' search is cut down (--candidates), in both numbers.
 """
 
 import argparse
@@ -14,20 +14,19 @@ import functools
 import json
 import logging
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
@@ -47,13 +46,22 @@ from tfmq_exp.surgery import serialization
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = ("ldm_bedroom", "ldm_imagenet", "sd_v1_4")
 PART = ("trajectory", "weights", "activations", "images")
+COUNTS = {"iterations": (1, "per unit"), "samples": (1, "trajectories, and images"), "steps": (2, "of the sampler")}
+COUNTS["batch"] = (1, "samples of an iteration")
+FRACTION = (
+    "protocol.sampling={{num_inference_steps: {steps}, images: {samples}}}",
+    "protocol.calibration={{images: {samples}, step_stride: 1}}",
+    "protocol.reconstruction={{iterations: {iterations}, batch_size: {batch}}}",
+    "protocol.scales.iterations={iterations}",
+    "runtime.batch_size={samples}",
+)
 
 
+@dataclass(frozen=True)
 class RandomContext:
-    """Any choice of a condition is some random sequence."""
+    """Any choice of a condition is some random sequence, made on the CPU."""
 
-    def __init__(self, tokens: int, width: int) -> None:
-        self.shape = (tokens, width)
+    shape: tuple[int, int]
 
     def __call__(self, choices: Sequence[Any]) -> Conditions:
         """Another sequence for each number of choices; the same one stands for no condition."""
@@ -62,11 +70,10 @@ class RandomContext:
         return Conditions({"encoder_hidden_states": given}, {"encoder_hidden_states": null})
 
     def example(self) -> Conditions:
-        """Conditions of one row."""
         return self([0])
 
     def to(self, device: torch.device) -> None:
-        """Made on the CPU each time, it is on no device."""
+        pass
 
 
 def generic(network: nn.Module) -> nn.Module:
@@ -81,66 +88,52 @@ def generic(network: nn.Module) -> nn.Module:
 
 @functools.cache
 def random_denoiser(name: str, architecture: str) -> Denoiser:
-    """The networks of a model, weights from a seed. The hydra configuration calls this in place of the loader.
-
-    Args:
-        name: of the model.
-        architecture: in the original program's layout, as JSON.
-    """
+    """The networks of a model, weights from a seed: called in place of the loader, its architecture as JSON."""
     config = json.loads(architecture)
     params = config["model"]["params"]
-    arguments = params["unet_config"]["params"]
+    arguments, scale = params["unet_config"]["params"], float(params.get("scale_factor", 1.0))
     torch.manual_seed(0)
     unet = generic(compvis_unet.openai_unet(arguments))
-    scale = float(params.get("scale_factor", 1.0))
     vae = autoencoder.build_autoencoder(params["first_stage_config"], scale)
     generic(vae)
     encoder: ConditionEncoder = NoConditions()
     if arguments.get("use_spatial_transformer"):
-        encoder = RandomContext(1 if name == "ldm_imagenet" else 77, arguments["context_dim"])
-    shape = compvis_checkpoint.sample_shape(config)
-    decoder = autoencoder.LatentDecoder(vae, scale)
+        encoder = RandomContext((1 if name == "ldm_imagenet" else 77, arguments["context_dim"]))
+    decoder, shape = autoencoder.LatentDecoder(vae, scale), compvis_checkpoint.sample_shape(config)
     return Denoiser(name, unet, shape, compvis_checkpoint.training_schedule(config), "random", encoder, decoder)
 
 
 def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Experiment:
     """All stages of a run."""
     words = [f"model={args.model}", f"method={args.method}", f"quant={args.quant}", f"paths.outputs={folder}"]
-    words += ["method.weight_observer.candidates=" + str(args.candidates)] if args.candidates else []
+    words += [f"method.weight_observer.candidates={args.candidates}"] if args.candidates else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg: DictConfig = compose("config", [*words, *overrides, *args.overrides])
     with open_dict(cfg):
         architecture = json.dumps(OmegaConf.to_container(cfg.model.denoiser.config, resolve=True))
-        cfg.model.denoiser = {
-            "_target_": f"{__name__}.random_denoiser",
-            "name": args.model,
-            "architecture": architecture,
-        }
+        target = f"{__name__}.random_denoiser"
+        cfg.model.denoiser = {"_target_": target, "name": args.model, "architecture": architecture}
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}
     return app.make_experiment(cfg, torch.device("cpu"), ProgressBars(Console(quiet=True)).stage)
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Cost of a stage: CPU seconds, and the peak memory of the process up to its end, in bytes."""
 
     seconds: float
     peak: int
 
 
-class Stopwatch:
+class Stopwatch(dict[str, Measured]):
     """Seconds and memory, stage by stage."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, Measured] = {}
 
     def of(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a stage."""
         began = time.process_time()
         result = work()
-        self.stages[name] = Measured(time.process_time() - began, peak())
-        Console().print(f"{name}: {self.stages[name].seconds:.1f} s, {format_bytes(peak())}", highlight=False)
+        self[name] = Measured(time.process_time() - began, peak())
+        Console().print(f"{name}: {self[name].seconds:.1f} s, {format_bytes(peak())}", highlight=False)
         return result
 
 
@@ -150,18 +143,14 @@ def peak() -> int:
 
 
 def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
-    """The fraction of the recipe, from trajectories to images of the artefact.
-
-    Raises:
-        ValueError: the loaded model returns other numbers than the one in memory.
-    """
+    """The fraction of the recipe, from trajectories to images; ValueError if the loaded model returns other numbers."""
     config, pipeline = experiment.run, experiment.pipeline
     data: CalibrationSet = watch.of("trajectory", experiment.trajectory.samples)
     model = watch.of("weights", experiment.weights.model)
 
     def learn() -> None:
+        network = model, config.denoiser.unet, config.structure
         with learning(pipeline, "activations", folder) as callbacks:
-            network = model, config.denoiser.unet, config.structure
             config.method.activations(ReconstructionContext(*network, data, config.compute, 1, *callbacks))
 
     watch.of("activations", learn)
@@ -169,90 +158,67 @@ def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
     path = folder / "quantized.safetensors"
     watch.of("saving", lambda: serialization.save(model, path))
     inputs = data[slice(0, 1)].inputs(torch.device("cpu"))
-
-    def output(network: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return network(**inputs).sample
-
-    expected = output(model)
-    network_bytes, denoiser = config.float_bytes, config.denoiser
+    with torch.no_grad():
+        expected = model(**inputs).sample
+    network_bytes = config.float_bytes
     del model
-    denoiser.unet.to("meta")  # no longer needed, and large
+    config.denoiser.unet.to("meta")  # no longer needed, and large
     loaded = watch.of("loading", lambda: serialization.load(path))
-    if not torch.equal(output(loaded), expected) or not expected.isfinite().all():
+    with torch.no_grad():
+        same = torch.equal(loaded(**inputs).sample, expected)
+    if not same or not expected.isfinite().all():
         raise ValueError("the loaded model returns other numbers than the one in memory")
-    size = path.stat().st_size
-    Console().print(
-        f"bit-equal after loading; {format_bytes(size)}, {size / network_bytes:.3f} of fp32", highlight=False
-    )
-    sampling, alone = config.sampling, replace(denoiser, unet=loaded)
-    predict = sampling.predictor(loaded)
+    size = f"{format_bytes(path.stat().st_size)}, {path.stat().st_size / network_bytes:.3f} of fp32"
+    Console().print(f"bit-equal after loading; {size}", highlight=False)
+    alone, predict = replace(config.denoiser, unet=loaded), config.sampling.predictor(loaded)
     shard = range(config.images.count)
-    watch.of("images", lambda: sample_shard(predict, alone, sampling, config.images, shard))
+    watch.of("images", lambda: sample_shard(predict, alone, config.sampling, config.images, shard))
 
 
 def report(whole: Estimate, part: Estimate, watch: Stopwatch, console: Console) -> dict[str, Any]:
     """Fraction and full recipe, stage by stage."""
-    fractions = {stage.name: stage for stage in part.stages if stage.name in watch.stages}
+    fractions = {stage.name: stage for stage in part.stages if stage.name in watch}
     view = Table(title="CPU seconds of one thread", title_justify="left")
     for column in ("stage", "fraction: estimated", "measured", "ratio", "full recipe: estimated", "implied"):
         view.add_column(column, justify="left" if column == "stage" else "right")
     implied = 0.0
-    ratios: dict[str, float] = {}
     for stage in whole.stages:
-        like = (
-            stage.name if stage.name in fractions else "images"
-        )  # float images and diagnostics go with the quantized ones
-        ratios[stage.name] = fractions[like].seconds / watch.stages[like].seconds
-        implied += stage.seconds / ratios[stage.name]
-        view.add_row(
-            stage.name,
-            *(
-                (f"{fractions[like].seconds:.1f}", f"{watch.stages[like].seconds:.1f}")
-                if like == stage.name
-                else ("", "")
-            ),
-            f"{ratios[stage.name]:.2f}",
-            format_duration(stage.seconds),
-            format_duration(stage.seconds / ratios[stage.name]),
-        )
+        # float images and diagnostics go with the quantized ones
+        like = stage.name if stage.name in fractions else "images"
+        both = fractions[like].seconds, watch[like].seconds
+        ratio = both[0] / both[1]
+        implied += stage.seconds / ratio
+        own = [f"{seconds:.1f}" for seconds in both] if like == stage.name else ["", ""]
+        durations = format_duration(stage.seconds), format_duration(stage.seconds / ratio)
+        view.add_row(stage.name, *own, f"{ratio:.2f}", *durations)
     console.print(view)
     print_estimate(whole, console)
-    console.print(
+    full, estimated = (round(max(map(one.memory, one.stages))) for one in (whole, part))
+    at_peak = max(measured.peak for measured in watch.values())
+    for line in (
         f"implied by the fraction: {format_duration(implied)}; estimate / implied: {whole.seconds / implied:.2f}",
-        highlight=False,
-    )
-    at_peak = max(measured.peak for measured in watch.stages.values())
-    console.print(
-        f"fraction: {format_bytes(peak_of(part))} of memory estimated, {format_bytes(at_peak)} measured",
-        highlight=False,
-    )
+        f"fraction: {format_bytes(estimated)} of memory estimated, {format_bytes(at_peak)} measured",
+    ):
+        console.print(line, highlight=False)
     return {
-        "stages": {name: vars(measured) for name, measured in watch.stages.items()},
+        "stages": {name: measured._asdict() for name, measured in watch.items()},
         "estimated": {stage.name: stage.seconds for stage in part.stages},
         "full": {stage.name: stage.seconds for stage in whole.stages},
         "full_total": whole.seconds,
         "implied_total": implied,
-        "memory": {"full": peak_of(whole), "estimated": peak_of(part), "measured": at_peak},
+        "memory": {"full": full, "estimated": estimated, "measured": at_peak},
         "disk": sum(stage.disk for stage in whole.stages),
     }
 
 
-def peak_of(estimate: Estimate) -> int:
-    """Estimated bytes at the peak."""
-    return round(max(map(estimate.memory, estimate.stages)))
-
-
-def main() -> int:
+def main() -> None:
     """Measure, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--method", default="tfmq")
     parser.add_argument("--quant", default="w4a8")
-    parser.add_argument("--iterations", type=int, default=1, help="per unit")
-    parser.add_argument("--samples", type=int, default=1, help="trajectories, and images that are sampled")
-    parser.add_argument("--steps", type=int, default=2, help="of the sampler")
-    parser.add_argument("--batch", type=int, default=1, help="samples of an iteration")
+    for name, (default, what) in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument("--candidates", type=int, default=4, help="of a weight's range; 0 for the method's own")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("overrides", nargs="*", help="of run.py, for the fraction and for the full recipe")
@@ -260,38 +226,23 @@ def main() -> int:
     console = Console()
     prepare(1)
     logging.disable(logging.WARNING)
-    protocol = {
-        "steps": args.steps,
-        "images": args.samples,
-        "calibration_images": args.samples,
-        "calibration_every": 1,
-        "iterations": args.iterations,
-        "scale_iterations": args.iterations,
-        "recon_batch": args.batch,
-    }
     with tempfile.TemporaryDirectory() as folder:
         full = experiment_of(args, folder)
-        words = [f"protocol.{name}={value}" for name, value in protocol.items()]
-        small = experiment_of(args, folder, *words, f"runtime.batch_size={args.samples}")
+        small = experiment_of(args, folder, *(word.format(**vars(args)) for word in FRACTION))
         parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
-        began = time.process_time()
-        whole = estimate(full.run, full.missing(app.GOALS[:-1]))
-        spent = time.process_time() - began
-        console.print(f"the estimate itself took {spent:.1f} s, {format_bytes(peak())}", highlight=False)
+        watch = Stopwatch()
+        whole = watch.of("the estimate itself", lambda: estimate(full.run, full.missing(app.GOALS[:-1])))
         part = estimate(small.run, small.missing(PART))
         assert whole is not None
         assert part is not None
-        watch = Stopwatch()
         run(small, Path(folder), watch)
     found = report(whole, part, watch, console)
     if args.json:
-        args.json.write_text(
-            json.dumps({"model": args.model, "parameters": parameters, **found}, indent=2) + "\n", encoding="utf-8"
-        )
-    return 0
+        text = json.dumps({"model": args.model, "parameters": parameters, **found}, indent=2)
+        args.json.write_text(f"{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     with standard_streams():
-        sys.exit(main())
+        main()

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compare_reference import Forgetful, is_unconditional_ldm, read, recipe_of, released_plan
+from compare_reference import NoCheckpoints, fuses_qkv, learning_of, read, released_plan
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -184,12 +184,12 @@ def main() -> None:
     timesteps = sorted((int(t) for t in tensors["tsteps"]), reverse=True)
     data = read(tensors, "cali", timesteps)
     parts = read_structure(unet, {k: v[:1] for k, v in data.inputs(torch.device("cpu")).items()})
-    plan = released_plan(recipe["w_bits"], recipe["a_bits"], is_unconditional_ldm(reference["architecture"]))
+    plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv(reference["architecture"]))
     scales = ScalePlan(PerStepConfig(), PerStepConfig())
     resolved = resolve(plan, parts, tuple(attentions(unet)), scales, tuple(timesteps))
     means = ComputeConfig(2 * recipe["batch_size"], 2**32, quiet_trainer(torch.device("cpu")))
-    learning = recipe_of(reference, args.iterations or recipe["iters"])
-    watch, quiet = Stopwatch(), Forgetful()
+    learning = learning_of(recipe, args.iterations or recipe["iters"])
+    watch, quiet = Stopwatch(), NoCheckpoints()
 
     model = build_quantized_unet(unet, resolved, LpObserver())
     units = TemporalAware()(parts, frozenset(model.weight_layers()))

@@ -5,9 +5,8 @@
 
 `kills` starts a run in an empty store, kills it (SIGKILL) after a random time, and starts it again until it ends by itself.
 `flips` turns a bit of a file of a finished run, or of one that was killed in the middle of a stage, and runs the same command.
-Then every stage's files and the run's results must be those of the undisturbed run; a damaged file may also be named by the
-error with which the run ends. Prints a table; the exit status is 1 where anything else happened. At smoke size, one run after
-the other, in forks of this process, which has imported everything.
+Then every stage's files and the run's results must be those of the undisturbed run, or the error of the run names the damaged
+file; else the exit status is 1. At smoke size, one run after the other, in forks of this process, which has imported everything.
 """
 
 import argparse
@@ -71,10 +70,10 @@ def start(folder: Path, overrides: Sequence[str]) -> int:
     try:
         os.setsid()
         target = os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        places = (f"paths.outputs={folder}", f"hydra.run.dir={folder}/run")
-        sys.argv = [str(ROOT / "run.py"), *places, "model=digits", "debug=smoke", "runtime.threads=1", *overrides]
+        for stream in (1, 2):
+            os.dup2(target, stream)
+        usual = ("model=digits", "debug=smoke", "runtime.threads=1", f"paths.outputs={folder}")
+        sys.argv = [str(ROOT / "run.py"), *usual, f"hydra.run.dir={folder}/run", *overrides]
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as ended:
@@ -93,48 +92,44 @@ def finish(process: int, folder: Path, kill: Callable[[float], bool] = lambda se
         if ended:
             said = (folder / "said").read_text(encoding="utf-8", errors="replace")
             return Outcome(os.waitstatus_to_exitcode(status), seconds, said, left_behind(process))
-        if not killed and kill(seconds):
+        if not killed and (killed := kill(seconds)):
             os.kill(process, signal.SIGKILL)
-            killed = True
         time.sleep(0.002)
 
 
 def left_behind(group: int) -> bool:
     """Whether processes of a run are there still, a while after its first one; they are ended."""
-    for _ in range(600):
-        try:
+    try:
+        for _ in range(600):
             os.killpg(group, 0)
-        except ProcessLookupError:
-            return False
-        time.sleep(0.1)
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return False
     os.killpg(group, signal.SIGKILL)
     return True
 
 
 def result(folder: Path) -> dict[str, str]:
     """Hash of everything that must be the same: files of finished stages, and what the run says of them."""
-    found: dict[str, str] = {}
+    paths = [*(folder / "run").glob("*_error.csv"), *(folder / "run").glob("diagnosis/*.csv")]
     for manifest in folder.glob("store/*/*/manifest.json"):
         if manifest.parts[-3] != "jobs":
-            paths = [path for path in manifest.parent.iterdir() if path.is_file() and path.name not in TIMES]
-            found |= {str(path.relative_to(folder)): sha256_of(path) for path in paths}
-    tables = [*(folder / "run").glob("*_error.csv"), *(folder / "run").glob("diagnosis/*.csv")]
-    found |= {str(path.relative_to(folder)): sha256_of(path) for path in tables}
+            paths += [path for path in manifest.parent.iterdir() if path.is_file() and path.name not in TIMES]
+    found = {str(path.relative_to(folder)): sha256_of(path) for path in paths}
     stages = json.loads((folder / "run/artifacts.json").read_text(encoding="utf-8"))
     found["artifacts.json"] = json.dumps({name: stage["key"] for name, stage in stages.items()}, sort_keys=True)
-    if (results := folder / "run/results.json").is_file():
-        rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
-        found["results.json"] = json.dumps([without_times(row) for row in rows], sort_keys=True)
+    if (path := folder / "run/results.json").is_file():
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        found["results.json"] = json.dumps(list(map(without_times, rows)), sort_keys=True)
     return found
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
     """A row of `results.json` without seconds, memory and paths."""
     cost = {name: value for name, value in row["cost"].items() if "seconds" not in name and name != "peak_mib"}
-    if "stages" in cost:
-        cost["stages"] = {name: stage["key"] for name, stage in cost["stages"].items()}
+    keys = {"stages": {name: stage["key"] for name, stage in cost["stages"].items()}} if "stages" in cost else {}
     environment = {name: value for name, value in row["environment"].items() if name not in ("command", "git")}
-    return {**row, "cost": cost, "environment": environment}
+    return {**row, "cost": cost | keys, "environment": environment}
 
 
 def differences(folder: Path, expected: dict[str, str], but: str = "") -> str:
@@ -147,31 +142,28 @@ def differences(folder: Path, expected: dict[str, str], but: str = "") -> str:
 def undisturbed(home: Path, name: str) -> tuple[dict[str, str], float]:
     """Results and seconds of a run of a configuration in peace; its store stays in `home`/`name`."""
     folder = home / name
-    outcome = finish(start(folder, CONFIGURATIONS[name]), folder)
-    if outcome.status:
+    if (outcome := finish(start(folder, CONFIGURATIONS[name]), folder)).status:
         raise RuntimeError(f"{name} fails undisturbed: {outcome.said}")
     return result(folder), outcome.seconds
 
 
 def kills(home: Path, count: int, draw: random.Random) -> list[str]:
     """Kill runs; returns what went wrong."""
-    problems: list[str] = []
     print("configuration | kills | runs to their end | as undisturbed", "---|---:|---:|---:", sep="\n")
+    problems = list[str]()
     for i, (name, overrides) in enumerate(CONFIGURATIONS.items()):
         expected, seconds = undisturbed(home, name)
         share = count // len(CONFIGURATIONS) + (i < count % len(CONFIGURATIONS))
         killed, ended, good, folder = 0, 0, 0, home / "killed"
         while killed < share or folder.exists():
-            last = killed == share
-            moment = LIMIT if last else draw.uniform(0, 1.1 * seconds)
+            moment = LIMIT if (last := killed == share) else draw.uniform(0, 1.1 * seconds)
             outcome = finish(start(folder, overrides), folder, lambda s, moment=moment: s > moment)
             problems += [f"{name}, after {killed} kills: a process is stuck"] if outcome.stuck else []
             if outcome.status == -signal.SIGKILL and not last:
                 killed += 1
                 continue
-            ended += 1
             wrong = outcome.said.strip()[-300:] if outcome.status else differences(folder, expected)
-            good += not wrong
+            ended, good = ended + 1, good + (not wrong)
             problems += [f"{name}, after {killed} kills: {wrong}"] if wrong else []
             shutil.rmtree(folder)
         print(name, killed, ended, good, sep=" | ", flush=True)
@@ -183,8 +175,8 @@ def broken_off(folder: Path, name: str, pattern: str, files: int) -> None:
     unfinished = pattern.split("/")[0] + "/*/manifest.json"
 
     def there(seconds: float) -> bool:
-        store = folder / "store"
-        return (len(list(store.glob(pattern))) >= files and not list(store.glob(unfinished))) or seconds > LIMIT
+        found, finished = (list((folder / "store").glob(what)) for what in (pattern, unfinished))
+        return (len(found) >= files and not finished) or seconds > LIMIT
 
     for _ in range(9):  # it may be finished before it is killed
         finish(start(folder, CONFIGURATIONS[name]), folder, there)
@@ -197,12 +189,11 @@ def broken_off(folder: Path, name: str, pattern: str, files: int) -> None:
 def flips(home: Path, count: int, draw: random.Random) -> list[str]:
     """Turn bits; returns what went wrong."""
     expected = {name: undisturbed(home, name)[0] for name in sorted({name for name, *_ in BROKEN_OFF})}
-    states: list[tuple[str, str, Path]] = [(name, "finished", home / name) for name in expected]
+    states = [(name, "finished", home / name) for name in expected]
     for i, (name, pattern, files) in enumerate(BROKEN_OFF):
         broken_off(home / f"broken-{i}", name, pattern, files)
         states.append((name, f"broken off in {pattern.split('/')[0]}", home / f"broken-{i}"))
-    seen: dict[str, Counter[str]] = {}
-    problems: list[str] = []
+    seen, problems = dict[str, Counter[str]](), list[str]()
     for number in range(count):
         name, state, source = states[number % len(states)]
         folder = home / "flipped"
@@ -221,8 +212,9 @@ def flips(home: Path, count: int, draw: random.Random) -> list[str]:
             problems.append(f"{name}, {state}, {place} bit {bit}: {what} {outcome.said.strip()[-300:]}")
         seen.setdefault(f"{name}, {state}", Counter())[what.split(":")[0]] += 1
         shutil.rmtree(folder)
-    print("state | flips | named in an error | made again, or not read: as undisturbed | wrong")
-    print("---|---:|---:|---:|---:")
+    print(
+        "state | flips | named in an error | made again, or not read: as undisturbed | wrong\n---|---:|---:|---:|---:"
+    )
     for state, counts in seen.items():
         good = counts["named"], counts["as undisturbed"]
         print(state, counts.total(), *good, counts.total() - sum(good), sep=" | ")
@@ -235,8 +227,7 @@ def flip(store: Path, draw: random.Random, *, jobs: bool) -> tuple[Path, int]:
     records = [path for path in paths if path.is_relative_to(store / "jobs")]
     path = draw.choice(records if jobs and records else [path for path in paths if path not in records])
     content = bytearray(path.read_bytes())
-    bit = draw.randrange(8 * len(content))
-    content[bit // 8] ^= 1 << bit % 8
+    content[(bit := draw.randrange(8 * len(content))) // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     return path, bit
 
@@ -251,8 +242,7 @@ def main() -> int:
     disturb, usual = {"kills": (kills, 100), "flips": (flips, 300)}[args.what]
     with tempfile.TemporaryDirectory(prefix="tfmq-resume-") as home:
         problems = disturb(Path(home), args.count or usual, random.Random(args.seed))
-    for problem in problems:
-        print(f"WRONG: {problem}")
+    print(*(f"WRONG: {problem}\n" for problem in problems), sep="", end="")
     return int(bool(problems))
 
 

@@ -3,9 +3,8 @@
     python scripts/compare_reference.py DIR [--seed 0] [--iterations N]
 
 DIR holds `init_state.safetensors` (weights with original key names), `data.safetensors` (calibration and held-out inputs,
-float outputs of the original) and `reference.json` (architecture, recipe, the original's results and CPU seconds). Same
-recipe and same float layers as the original. CPU seconds are those of this process; set OMP_NUM_THREADS=1 to compare with
-the original's single thread.
+float outputs of the original) and `reference.json` (architecture, recipe, the original's results and CPU seconds). Same recipe and
+float layers as the original. CPU seconds are those of this process: OMP_NUM_THREADS=1 compares with the original's thread.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,67 +44,66 @@ from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import coverage, resolve
+
+Row = tuple[str, float, Sequence[float], float | None, str]  # what, ours, the reference's, bound, form of the numbers
+# Names of the output errors and of the phases, and where they are in the reference's results.
+ERRORS = {
+    "output error, weights, calibration": ("adaround_w", "rel"),
+    "output error, weights, held-out": ("adaround_w", "rel_held"),
+    "output error, w + a, calibration": ("adaround_wa", "rel"),
+    "output error, w + a, held-out": ("adaround_wa", "rel_held"),
+}
+PHASES = {
+    "weight grids": ("weight_init_forward",),
+    "reconstruction (capture + learning)": ("capture", "optimisation"),
+    "activation ranges": ("act_calibration_forwards",),
+}
 
 
 def released_plan(weight: int, activation: int, fuses_qkv: bool) -> QuantizationConfig:
     """Bits of the release, found by running it: stem, head, first time layer, shortcuts and downsamplers stay float.
 
-    The attention of LDM's unconditional networks is Conv1d, which the release does not quantize; the inputs of the second
-    time layer and of the first residual convolution stay float too.
+    So do LDM's fused attention, a Conv1d, and the inputs of the second time layer and of the first residual convolution.
     """
-    both, none, weight_only = LayerBits(weight, activation), LayerBits(), LayerBits(weight, None)
-    float_roles = {Role.STEM, Role.HEAD, Role.SHORTCUT, Role.DOWNSAMPLE}
-    if fuses_qkv:
-        float_roles |= {Role.ATTN_QKV, Role.ATTN_OUT}
-    return QuantizationConfig(
-        {role.value: none if role in float_roles else both for role in Role},
-        AttentionBits(),
-        {
-            "time_embedding.linear_1": none,
-            "time_embedding.linear_2": weight_only,
-            "down_blocks.0.resnets.0.conv1": weight_only,
-        },
-    )
+    roles = {role.value: LayerBits(weight, activation) for role in Role}
+    fused = (Role.ATTN_QKV, Role.ATTN_OUT) if fuses_qkv else ()
+    roles |= {role.value: LayerBits() for role in (Role.STEM, Role.HEAD, Role.SHORTCUT, Role.DOWNSAMPLE, *fused)}
+    weight_only = ("time_embedding.linear_2", "down_blocks.0.resnets.0.conv1")
+    sites = {"time_embedding.linear_1": LayerBits(), **dict.fromkeys(weight_only, LayerBits(weight, None))}
+    return QuantizationConfig(roles, AttentionBits(), sites)
 
 
-def recipe_of(reference: Mapping[str, Any], iterations: int) -> ReconstructionConfig:
+def fuses_qkv(architecture: Mapping[str, Any]) -> bool:
+    """Whether the original's attention is a Conv1d: LDM without a spatial transformer."""
+    return "kwargs" in architecture and not architecture["kwargs"].get("use_spatial_transformer")
+
+
+def learning_of(recipe: Mapping[str, Any], iterations: int) -> ReconstructionConfig:
     """Settings of the original's learning."""
-    recipe = reference["recipe"]
-    annealing = Annealing(recipe["warmup"], float(recipe["b_range"][0]), float(recipe["b_range"][1]))
-    rounding = LearnRounding(1e-3, recipe["w"], annealing)
+    rounding = LearnRounding(1e-3, recipe["w"], Annealing(recipe["warmup"], *map(float, recipe["b_range"])))
     return ReconstructionConfig(iterations, recipe["batch_size"], Lp(recipe["p"]), QuantizedInputs(), rounding=rounding)
 
 
-class Forgetful:
-    """Keeps nothing and says nothing: this comparison is short."""
+class NoCheckpoints:
+    """Keeps nothing of a unit, and logs its errors and its time."""
 
     def get(self, unit: str) -> UnitResult | None:
-        """Nothing was kept."""
         return None
 
-    def put(self, unit: str, learned: UnitResult, report: UnitReport) -> None:
-        pass
-
-    def scoped(self, name: str) -> "Forgetful":
+    def scoped(self, name: str) -> "NoCheckpoints":
         return self
 
-    def on_start(self, units: int) -> None:
-        pass
+    def ignore(self, *_: Any, **__: Any) -> None:
+        """Nothing is kept or shown while units are learned."""
 
-    def on_progress(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def on_iteration_end(self, unit: str, iteration: int, iterations: int, loss: float) -> None:
-        pass
+    put = on_start = on_progress = on_iteration_end = ignore
 
     def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
-        """Log the errors and the time."""
-        if report is not None:
-            logging.info(
-                "%-48s error %.4f -> %.4f  %.1f s", unit, report.error_before, report.error_after, report.seconds
-            )
+        if report:
+            errors = report.error_before, report.error_after, report.seconds
+            logging.info("%-48s error %.4f -> %.4f  %.1f s", unit, *errors)
 
 
 def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> CalibrationSet:
@@ -119,39 +117,24 @@ def read(tensors: Mapping[str, Tensor], part: str, timesteps: list[int]) -> Cali
 @torch.no_grad()
 def output_error(model: nn.Module, data: CalibrationSet, expected: Tensor) -> float:
     """Mean squared error of the outputs over the variance of the float ones, averaged over steps as the original does."""
-    outputs = outputs_of(model, data)
-    errors, variances = [], []
-    for step in data.step.unique():
-        rows = data.step == step
-        errors.append((outputs[rows] - expected[rows]).square().mean())
-        variances.append(expected[rows].var())
-    return float(torch.stack(errors).mean() / torch.stack(variances).mean())
+    errors, rows = (outputs_of(model, data) - expected).square(), [data.step == step for step in data.step.unique()]
+    variances = torch.stack([expected[own].var() for own in rows])
+    return float(torch.stack([errors[own].mean() for own in rows]).mean() / variances.mean())
 
 
-class Phases:
-    """CPU seconds of named phases."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the CPU seconds of a block to a phase."""
-        start = time.process_time()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the CPU seconds of a block."""
+    began = time.process_time()
+    yield
+    seconds[name] = time.process_time() - began
 
 
-def reference_phases(run: Mapping[str, Any]) -> dict[str, float]:
-    """The original's seconds under our phase names; its phases are wall time, so they are scaled to its CPU total."""
-    s = run["seconds"]
-    scale = s["total_cpu"] / s["total_wall"]
-    return {
-        "weight grids": s["weight_init_forward"] * scale,
-        "reconstruction (capture + learning)": (s["capture"] + s["optimisation"]) * scale,
-        "activation ranges": s["act_calibration_forwards"] * scale,
-        "total": s["total_cpu"],
-    }
+def reference_seconds(run: Mapping[str, Any], phase: str) -> float:
+    """The original's seconds of a phase; its phases are wall time, so they are scaled to its CPU total."""
+    seconds = run["seconds"]
+    share = 1.0 if phase == "total" else sum(seconds[part] for part in PHASES[phase]) / seconds["total_wall"]
+    return share * seconds["total_cpu"]
 
 
 def main() -> int:
@@ -169,166 +152,94 @@ def main() -> int:
         if not (args.folder / name).is_file():
             parser.error(f"{args.folder} has no {name}")
     reference = json.loads((args.folder / "reference.json").read_text(encoding="utf-8"))
-    recipe = reference["recipe"]
+    recipe, architecture = reference["recipe"], reference["architecture"]
     iterations = args.iterations or recipe["iters"]
     tensors = load_file(args.folder / "data.safetensors")
-    float_unet = compvis_unet.load_unet(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
-    timesteps = [int(t) for t in tensors["tsteps"].tolist()]
-    timesteps = sorted(timesteps, reverse=True)
+    float_unet = compvis_unet.load_unet(architecture, load_file(args.folder / "init_state.safetensors"))
+    timesteps = sorted((int(t) for t in tensors["tsteps"].tolist()), reverse=True)
     calibration, held = read(tensors, "cali", timesteps), read(tensors, "held", timesteps)
     deviation = float((outputs_of(float_unet, calibration) - tensors["fp_out"]).abs().max())
     parts = read_structure(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
-    fuses_qkv = is_unconditional_ldm(reference["architecture"])
-    plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv)
-    resolved = resolve(
-        plan, parts, tuple(attentions(float_unet)), ScalePlan(PerStepConfig(), PerStepConfig()), tuple(timesteps)
-    )
+    plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv(architecture))
+    scales = ScalePlan(PerStepConfig(), PerStepConfig())
+    resolved = resolve(plan, parts, tuple(attentions(float_unet)), scales, tuple(timesteps))
 
-    phases, quiet = Phases(), Forgetful()
-    start = time.process_time()
-    with phases.timed("weight grids"):
+    def errors() -> list[float]:
+        return [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
+
+    seconds, quiet = dict[str, float](), NoCheckpoints()
+    with timed(seconds, "weight grids"):
         model = build_quantized_unet(float_unet, resolved, LpObserver(memory=2**22))
         model.calibrate_weights()
-    compute = ComputeConfig(
-        batch=recipe["batch_size"] * 2,
-        cache_bytes=2**32,
-        trainer=quiet_trainer(torch.device("cpu")),
-    )
-    learning = recipe_of(reference, iterations)
-    with phases.timed("reconstruction (capture + learning)"):
-        units = TemporalAware()(parts, frozenset(model.weight_layers()))
-        task = ReconstructionContext(model, float_unet, parts, calibration, compute, args.seed, quiet, quiet)
-        reconstruct(task, units, learning)
-    quality_start = time.process_time()
-    weights_only = [
-        output_error(model, calibration, tensors["fp_out"]),
-        output_error(model, held, tensors["fp_out_held"]),
-    ]
-    quality = time.process_time() - quality_start
-    with phases.timed("activation ranges"):
+    compute = ComputeConfig(recipe["batch_size"] * 2, cache_bytes=2**32, trainer=quiet_trainer(torch.device("cpu")))
+    learning = learning_of(recipe, iterations)
+    task = ReconstructionContext(model, float_unet, parts, calibration, compute, args.seed, quiet, quiet)
+    with timed(seconds, "reconstruction (capture + learning)"):
+        reconstruct(task, TemporalAware()(parts, frozenset(model.weight_layers())), learning)
+    weights_only = errors()
+    with timed(seconds, "activation ranges"):
         CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, calibration, args.seed)
-    total = time.process_time() - start - quality
-    phases.seconds["total"] = total
-    both = [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]
+    seconds["total"] = sum(seconds.values())
     cosine = statistics.mean(row["cosine"] for row in temporal_feature_error(model, float_unet, parts))
-    with tempfile.TemporaryDirectory() as folder:
-        size = serialization.save(model, Path(folder) / "quantized.safetensors")
+    bits = {role.value: LayerBits(recipe["w_bits"], recipe["a_bits"]) for role in Role}
+    bits |= {role.value: LayerBits(8, recipe["a_bits"]) for role in (Role.STEM, Role.HEAD)}
+    scales = ScalePlan(PerStepConfig(), StaticConfig())
+    own_plan = resolve(QuantizationConfig(bits), parts, (), scales, tuple(timesteps))
+    own = build_quantized_unet(float_unet, own_plan, LpObserver(candidates=1))
+    own.calibrate_weights()
+    CalibrateRanges(32, EveryKth()).ranges(own, calibration, 0)
     fp32 = 4 * sum(p.numel() for p in float_unet.parameters())
-    own_plan = QuantizationConfig(
-        {
-            role.value: LayerBits(8 if role in (Role.STEM, Role.HEAD) else recipe["w_bits"], recipe["a_bits"])
-            for role in Role
-        }
-    )
-    own_size = own_policy_size(
-        float_unet,
-        resolve(own_plan, parts, (), ScalePlan(PerStepConfig(), StaticConfig()), tuple(timesteps)),
-        calibration,
-    )
-
     runs = [run for run in reference["runs"].values() if run["iters"] == iterations]
-    return print_tables(
-        runs,
-        phases.seconds,
-        weights_only,
-        both,
-        cosine,
-        size / fp32,
-        own_size / fp32,
-        deviation,
-        coverage(resolved, parts),
-    )
-
-
-def is_unconditional_ldm(architecture: Mapping[str, Any]) -> bool:
-    """Whether the original's attention is a Conv1d (LDM without a spatial transformer)."""
-    return "kwargs" in architecture and not architecture["kwargs"].get("use_spatial_transformer")
+    rows: list[Row] = []
+    for (name, (part, key)), value in zip(ERRORS.items(), weights_only + errors(), strict=True):
+        theirs = [run["quality"][part][key] for run in runs]
+        spread = statistics.stdev(theirs) if len(theirs) > 1 else 0.0
+        rows.append((name, value, theirs, statistics.mean(theirs) + 2 * spread if theirs else None, ".5f"))
+    theirs = [statistics.mean(run["quality"]["adaround_wa"]["temporal_cos_per_step"]) for run in runs]
+    rows.append(("temporal feature cosine", cosine, theirs, None, ".5f"))
+    for phase, value in seconds.items():
+        theirs = [reference_seconds(run, phase) for run in runs]
+        bound = statistics.mean(theirs) / 2 if theirs and phase == "total" else None
+        rows.append((f"CPU s, {phase}", value, theirs, bound, ".2f"))
+    theirs = [run["ckpt"]["bytes"] / run["ckpt"]["fp32_bytes"] for run in runs]
+    rows.append(("artefact / fp32 bytes, original's exceptions", stored_bytes(model) / fp32, theirs, 0.27, ".3f"))
+    rows.append(("artefact / fp32 bytes, our default policy", stored_bytes(own) / fp32, [], 0.18, ".3f"))
+    covered, console = coverage(resolved, parts), Terminal()
+    console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
+    shares = f"{covered['weight_share']:.1%} of all, {covered['mac_share_weights_and_inputs']:.1%} of MACs"
+    console.print(f"weights quantized: {shares} on integer operands")
+    return print_table(f"simulated quantization, {len(runs)} reference runs at equal iterations", rows, console)
 
 
 @torch.no_grad()
 def outputs_of(unet: nn.Module, data: CalibrationSet) -> Tensor:
     """Outputs over a whole set."""
-    return torch.cat(
-        [unet(**data[slice(i, i + 32)].inputs(torch.device("cpu"))).sample for i in range(0, len(data), 32)]
-    )
+    parts = (data[slice(i, i + 32)].inputs(torch.device("cpu")) for i in range(0, len(data), 32))
+    return torch.cat([unet(**inputs).sample for inputs in parts])
 
 
-def own_policy_size(float_unet: nn.Module, plan: Any, data: CalibrationSet) -> int:
-    """Bytes of the artefact when our own default policy quantizes the same network."""
-    model = build_quantized_unet(float_unet, plan, LpObserver(candidates=1))
-    model.calibrate_weights()
+def stored_bytes(model: QuantizedUNet) -> int:
+    """Bytes of the artefact."""
     for layer in model.weight_layers():
         model.freeze(layer)
-    CalibrateRanges(32, EveryKth()).ranges(model, data, 0)
     with tempfile.TemporaryDirectory() as folder:
         return serialization.save(model, Path(folder) / "quantized.safetensors")
 
 
-def print_tables(
-    runs: list[Mapping[str, Any]],
-    seconds: Mapping[str, float],
-    weights_only: list[float],
-    both: list[float],
-    cosine: float,
-    size: float,
-    own_size: float,
-    deviation: float,
-    covered: Mapping[str, Any],
-) -> int:
+def print_table(title: str, rows: Sequence[Row], console: Terminal) -> int:
     """Print our results next to the reference's mean and spread; return the number of bounds that are missed."""
-    console = Terminal()
-    console.print(f"float outputs differ from the original's by at most {deviation:.1e}")
-    console.print(
-        f"weights quantized: {covered['weight_share']:.1%} of all, {covered['mac_share_weights_and_inputs']:.1%} of MACs on integer operands"
-    )
-    missed = 0
-    table = Table(title=f"simulated quantization, {len(runs)} reference runs at equal iterations", title_justify="left")
+    missed, table = 0, Table(title=title, title_justify="left")
     for column in ("", "ours", "reference", "bound", ""):
         table.add_column(column, justify="left" if not column else "right")
-
-    def row(name: str, ours: float, theirs: list[float], bound: float | None, form: str = ".4f") -> None:
-        nonlocal missed
-        shown = "" if not theirs else f"{statistics.mean(theirs):{form}}"
-        if len(theirs) > 1:
-            shown += f" ± {statistics.stdev(theirs):{form}}"
-        verdict = "" if bound is None else "ok" if ours <= bound else "MISSED"
+    for name, own, theirs, bound, form in rows:
+        shown = f"{statistics.mean(theirs):{form}}" if theirs else ""
+        shown += f" ± {statistics.stdev(theirs):{form}}" if len(theirs) > 1 else ""
+        verdict = "" if bound is None else "ok" if own <= bound else "MISSED"
         missed += verdict == "MISSED"
-        table.add_row(name, f"{ours:{form}}", shown, "" if bound is None else f"{bound:{form}}", verdict)
-
-    quality = [run["quality"] for run in runs]
-    errors = {
-        "output error, weights, calibration": (weights_only[0], [q["adaround_w"]["rel"] for q in quality]),
-        "output error, weights, held-out": (weights_only[1], [q["adaround_w"]["rel_held"] for q in quality]),
-        "output error, w + a, calibration": (both[0], [q["adaround_wa"]["rel"] for q in quality]),
-        "output error, w + a, held-out": (both[1], [q["adaround_wa"]["rel_held"] for q in quality]),
-    }
-    for name, (ours, theirs) in errors.items():
-        spread = statistics.stdev(theirs) if len(theirs) > 1 else 0.0
-        row(name, ours, theirs, statistics.mean(theirs) + 2 * spread if theirs else None, ".5f")
-    row(
-        "temporal feature cosine",
-        cosine,
-        [statistics.mean(q["adaround_wa"]["temporal_cos_per_step"]) for q in quality],
-        None,
-        ".5f",
-    )
-    for phase, ours in seconds.items():
-        theirs = [reference_phases(run)[phase] for run in runs]
-        row(
-            f"CPU s, {phase}", ours, theirs, statistics.mean(theirs) / 2 if theirs and phase == "total" else None, ".2f"
-        )
-    row(
-        "artefact / fp32 bytes, original's exceptions",
-        size,
-        [r["ckpt"]["bytes"] / r["ckpt"]["fp32_bytes"] for r in runs],
-        0.27,
-        ".3f",
-    )
-    row("artefact / fp32 bytes, our default policy", own_size, [], 0.18, ".3f")
+        table.add_row(name, f"{own:{form}}", shown, "" if bound is None else f"{bound:{form}}", verdict)
     console.print(table)
     console.print(
-        "The reference's seconds were recorded on its own machine; bench_reconstruction.py times the same recipe, "
-        "written down plainly, beside ours on this one."
+        "The reference's seconds are of its own machine; bench_reconstruction.py times its recipe on this one."
     )
     return missed
 

@@ -28,8 +28,8 @@ LEARNED = 4e-6  # V after a whole reconstruction
 def adaround(goldens: Goldens) -> Iterator[Group]:
     """Learned rounding: start, soft and hard weights, and the gradient of V."""
     group, exact = Group("AdaRound, soft and gradient", ROUNDING), Group("AdaRound, hard", EXACT)
+    tensors = goldens.tensors
     for record in goldens.meta["adaround"]:
-        tensors = goldens.tensors
         prefix = f"{record['key']}."
         golden = Record({key.removeprefix(prefix): tensors[key] for key in list(tensors) if key.startswith(prefix)})
         weight, spec = tensors[record["input"]], spec_of(record, record["bits"], 0)
@@ -48,8 +48,7 @@ def adaround(goldens: Goldens) -> Iterator[Group]:
         group.compare(soft, golden["soft_out_pert"])
         assert rounding.v.grad is not None
         group.compare(rounding.v.grad, golden["alpha_grad"])
-    v, h = (goldens.tensors[f"adaround.soft_grid.{name}"] for name in ("alpha", "h"))
-    group.compare(rectified_sigmoid(v), h)
+    group.compare(rectified_sigmoid(tensors["adaround.soft_grid.alpha"]), tensors["adaround.soft_grid.h"])
     yield from (group, exact)
 
 
@@ -57,10 +56,10 @@ def temperature(goldens: Goldens) -> Iterator[Group]:
     """The penalty's exponent and when it counts."""
     group = Group("annealing", EXACT)
     for record in goldens.meta["temperature"]:
-        annealing = Annealing(record["warmup"], *record["b_range"])
-        group.compare([annealing.beta(count, record["iters"]) for count in record["counts"]], record["b"])
-        active = [float(annealing.active(count, record["iters"])) for count in record["counts"]]
-        group.compare(active, [float(flag) for flag in record["round_loss_active"]])
+        annealing, iterations = Annealing(record["warmup"], *record["b_range"]), record["iters"]
+        group.compare([annealing.beta(count, iterations) for count in record["counts"]], record["b"])
+        active = [float(annealing.active(count, iterations)) for count in record["counts"]]
+        group.compare(active, list(map(float, record["round_loss_active"])))
     yield group
 
 
@@ -88,9 +87,8 @@ def loss(goldens: Goldens) -> Iterator[Group]:
         group.compare(penalty, record["round"])
         group.compare(error + penalty, record["total"])
         group.compare(out, tensors[f"loss.{name}.out"])
-        if f"loss.{name}.count{count}.alpha_grad" in tensors:
-            gradient = torch.autograd.grad(error + penalty, learned[0].v)[0]
-            group.compare(gradient, tensors[f"loss.{name}.count{count}.alpha_grad"], magnified)
+        if (key := f"loss.{name}.count{count}.alpha_grad") in tensors:
+            group.compare(torch.autograd.grad(error + penalty, learned[0].v)[0], tensors[key], magnified)
     yield group
 
 
@@ -114,8 +112,8 @@ def loss_forward(tensors: Record, name: str, layers: dict[str, AdaRound]) -> tup
         return h, [layers["layer"]]
     embedding = F.linear(tensors["loss.emb"], layers["block.emb"].weight(), tensors["loss.block.emb.bias"])
     h = F.silu(h) + embedding[:, :, None, None]
-    out = F.conv2d(F.silu(h), layers["block.conv2"].weight(), tensors["loss.block.conv2.bias"], padding=1) + x
-    return out, [layers["layer"], layers["block.conv2"]]
+    h = F.conv2d(F.silu(h), layers["block.conv2"].weight(), tensors["loss.block.conv2.bias"], padding=1)
+    return h + x, [layers["layer"], layers["block.conv2"]]
 
 
 def learn(
@@ -180,8 +178,7 @@ def recon(goldens: Goldens) -> Iterator[Group]:
     quantizer = weight_quantizer(weight, record["bits"], exact, "recon", tensors)
     group.compare(output(weight), tensors["recon.y_fp"])
     group.compare(output(quantizer(weight)), tensors["recon.y_nearest"])
-    rounding = quantizer.learn_rounding(weight).double()
-    targets = [output(weight.double())]
+    rounding, targets = quantizer.learn_rounding(weight).double(), [output(weight.double())]
     losses = learn(lambda: [output(quantizer(weight))], targets, [rounding], record, record["b_range"])
     compare_learned(groups, losses, record["loss"], targets, [(rounding, tensors["recon.alpha_final"])])
     group.compare(output(quantizer(weight)), tensors["recon.y_final"])

@@ -49,17 +49,8 @@ class ScaleTable(NamedTuple):
         return self
 
     @property
-    def static(self) -> bool:
-        return not any(map(varies, self))
-
-    @property
     def num_codes(self) -> int:
         return int((self.highest.max() - self.lowest.min()).item()) + 1
-
-    @property
-    def median_zero_point(self) -> int:
-        """Constant zero point of the engine's kernel; what a step's own differs by is added outside."""
-        return int(self.zero_point.median().item())
 
     @property
     def output_scale(self) -> Float[Tensor, "entries"]:
@@ -116,8 +107,8 @@ class RuntimeScale:
 ActivationScale = ScaleTable | RuntimeScale
 
 
-def varies(column: Tensor) -> bool:
-    return bool((column != column[0]).any())
+def varies(*columns: Tensor) -> bool:
+    return any(bool((column != column[0]).any()) for column in columns)
 
 
 def scale_table(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -> ScaleTable:
@@ -133,10 +124,8 @@ def scale_table(quantizer: AffineQuantizer, scale: Tensor, zero_point: Tensor) -
         trained = {name: value.item() for name, value in quantizer.extra.items()}
         if trained.keys() != KNOWN_FORMS.get(type(form)):
             known = ", ".join(kind.__name__ for kind in KNOWN_FORMS)
-            raise NotRepresentableError(
-                f"activations are quantized by {type(form).__name__}({', '.join(trained)}), whose codes are not known; "
-                f"known are those of {known}"
-            )
+            found = f"{type(form).__name__}({', '.join(trained)})"
+            raise NotRepresentableError(f"codes of {found} are not known; known are those of {known}")
     values = (low, high, trained.get("gain", 1.0), offset, trained.get("pruned", 0.0))
     return ScaleTable(scale, zero_point, *(torch.full_like(scale, value) for value in values))
 
@@ -153,8 +142,7 @@ def activation_scale(quantizer: nn.Module, steps: int) -> ActivationScale:
             raise NotRepresentableError("bits are chosen by sampling step, but scales are computed from the tensor")
         columns = (torch.stack(column) for column in zip(*choices, strict=True))  # type: ignore[arg-type]
         return ScaleTable(*(column[quantizer.at, torch.arange(steps)] for column in columns))
-    if not isinstance(quantizer, AffineQuantizer):
-        raise NotRepresentableError(f"a {type(quantizer).__name__} is no activation quantizer")
+    assert isinstance(quantizer, AffineQuantizer)
     source = quantizer.scale_provider
     if isinstance(source, DynamicScale | DynamicGeneratorScale):
         middle = source.spec.levels // 2 if source.spec.scheme == "affine" else 0
@@ -171,8 +159,6 @@ def check_bytes(scale: ScaleTable) -> None:
         raise NotRepresentableError(f"activations on a grid of {scale.num_codes} integers; a byte has {BYTE_VALUES}")
     if not bool((scale.zero_point == scale.zero_point.round()).all()):
         raise NotRepresentableError("an activation zero point is no integer")
-    outside = (scale.zero_point < scale.lowest) | (scale.zero_point > scale.highest)
-    if bool(outside.any()):
-        raise NotRepresentableError(
-            f"an activation zero point of {scale.zero_point[outside][0]:g} lies outside its grid"
-        )
+    outside = scale.zero_point[(scale.zero_point < scale.lowest) | (scale.zero_point > scale.highest)]
+    if len(outside):
+        raise NotRepresentableError(f"an activation zero point of {outside[0]:g} lies outside its grid")

@@ -23,9 +23,7 @@ class Engine(Protocol):
     """Exports a finished quantized model to files, and opens them as a denoiser that computes with integers."""
 
     @property
-    def name(self) -> str:
-        """Name of the engine in tables of results."""
-        ...
+    def name(self) -> str: ...
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -33,7 +31,7 @@ class Engine(Protocol):
         ...
 
     def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
-        """Fill a folder; `layers` of its manifest is the layer report (`layer_report.layer_report`).
+        """Fill a folder; `layers` of its manifest is the `layers.layer_report`.
 
         Args:
             model: finished: weights frozen, scale sources merged.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int8, Int16, UInt8
+from jaxtyping import Float, Float64, Int8, Int16, UInt8
 from torch import Tensor
 
 from tfmq_exp.quant.layers import QuantizedWeight
@@ -46,19 +46,16 @@ class SignedWeight:
         return (self.stored.to(torch.int16) - per_row(self.shift, self.stored.dim())).to(torch.int8)
 
     @property
-    def sums(self) -> Float[Tensor, "out"]:
-        """Sum of the weights of every output channel."""
-        return self._summed_over_inputs().flatten(1).sum(1).float()
+    def taps(self) -> Float64[Tensor, "out 1 *rest"]:
+        """The weight summed over its input channels."""
+        total, dims = self.signed.sum(1, keepdim=True, dtype=torch.int64).double(), self.stored.dim()
+        offset = per_row(self.offset.double() * self.stored.shape[1], dims)
+        return (total + offset) * per_row(self.scale.double(), dims)
 
     @property
-    def taps(self) -> Float[Tensor, "out 1 *rest"]:
-        """The weight summed over its input channels."""
-        return self._summed_over_inputs().float()
-
-    def _summed_over_inputs(self) -> Float[Tensor, "out 1 *rest"]:
-        total = self.signed.sum(1, keepdim=True, dtype=torch.int64).double()
-        dims, inputs = self.stored.dim(), self.stored.shape[1]
-        return (total + per_row(self.offset.double() * inputs, dims)) * per_row(self.scale.double(), dims)
+    def sums(self) -> Float[Tensor, "out"]:
+        """Sum of the weights of every output channel."""
+        return self.taps.flatten(1).sum(1).float()
 
     @property
     def extended(self) -> "SignedWeight":
@@ -66,10 +63,8 @@ class SignedWeight:
         if self.exact:
             return self
         ones = {"stored": 1, "shift": 0, "scale": 1, "offset": 0}
-        columns = {name: getattr(self, name) for name in ones}
-        return replace(
-            self, **{name: torch.cat([x, torch.full_like(x[:1], ones[name])]) for name, x in columns.items()}
-        )
+        added = {name: torch.full_like(getattr(self, name)[:1], one) for name, one in ones.items()}
+        return replace(self, **{name: torch.cat([getattr(self, name), one]) for name, one in added.items()})
 
     def summands(self, pairs_saturate: bool) -> int:
         """Number of weights that it is executed as: 2 (`split_in_two`) where sums of pairs of products would saturate."""
@@ -92,15 +87,13 @@ def signed_weight(weight: QuantizedWeight) -> SignedWeight:
     scale, zero_point = (q.detach().cpu().float().flatten() for q in qparams)
     if scale.numel() not in (1, out) or (scale.numel() == out != 1 and qparams.scale.shape[0] != out):
         raise NotRepresentableError(
-            f"{scale.numel()} weight scales for {out} output channels; one per channel or one in all fits"
+            f"{scale.numel()} weight scales for {out} output channels; one each or one in all fits"
         )
     if bool((fraction := zero_point != zero_point.round()).any()):
         raise NotRepresentableError(f"a weight zero point of {zero_point[fraction][0]:g} is no integer")
     scale, zero_point = scale.expand(out).contiguous(), zero_point.expand(out)
-    stored = codes.detach().cpu()
-    exact = zero_point - spec.qmin  # the shift that needs no offset
-    flat = stored.flatten(1).float()
-    low, high = flat.amin(1) - exact, flat.amax(1) - exact
+    stored, exact = codes.detach().cpu(), zero_point - spec.qmin  # the shift that needs no offset
+    low, high = (end - exact for end in stored.flatten(1).float().aminmax(dim=1))
     fits = (low >= BYTE.min) & (high <= BYTE.max) & (exact >= BYTE.min)
     if spec.bits <= 4:  # OpenVINO stores the shift of such weights as a signed byte
         fits &= exact <= BYTE.max

@@ -1,23 +1,22 @@
 """Every kind of activation quantizer: its table is what the quantizer does, and both engines multiply its codes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS
 from tfmq_exp.deploy.activation_tables import (
-    ActivationScale,
     RuntimeScale,
     ScaleTable,
     activation_scale,
     check_bytes,
 )
-from tfmq_exp.deploy.layer_report import DeployedLayer, DeployedProduct
+from tfmq_exp.deploy.layers import DeployedLayer, DeployedProduct, ProductLayer
 from tfmq_exp.deploy.onednn import available, onednn_products, pairs_saturate
-from tfmq_exp.deploy.product_layers import ProductLayer
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, per_row, signed_weight
 from tfmq_exp.quant.layers import QUANT_LAYERS, QuantLayer
 from tfmq_exp.quant.observers import MinMax
@@ -168,7 +167,7 @@ def test_an_unknown_form_does_not_pass_for_a_known_one() -> None:
         def for_inference(self) -> "Bent":
             return self
 
-    with pytest.raises(NotRepresentableError, match=r"by Bent\(\), whose codes are not known; known are .* Lsq"):
+    with pytest.raises(NotRepresentableError, match=r"codes of Bent\(\) are not known; known are .* Lsq"):
         activation_scale(quantizer_of(Kind(Bent(), "static"), TimestepContext(TIMESTEPS)), 4)
     bent = quantizer_of(Kind(Qil(), "static"), TimestepContext(TIMESTEPS))
     bent.fn, bent.extra["gamma"] = Qil(learn_gamma=True), nn.Parameter(torch.tensor(2.0))
@@ -194,7 +193,7 @@ CASES = [(name, "padded") for name in KINDS] + [
 def test_onednn_multiplies_them(name: str, layer: str) -> None:
     one, context, x = example(name, layer)
     with context.at(torch.tensor(TIMESTEPS)), torch.no_grad():
-        products = onednn_products(one, pairs_saturate()) or []
+        products = onednn_products(one, pairs_saturate())
         expected, found = one.layer(x), ProductLayer(one, products, context)(x)
     assert (found - expected).abs().max() < 3e-6 * expected.abs().max()
 
@@ -206,11 +205,13 @@ def test_openvino_multiplies_them(name: str, layer: str) -> None:
     from tfmq_exp.deploy.openvino.parity import compare_layer
 
     one, context, x = example(name, layer)
-    run, integer = compiled(one, list(x.shape[1:]))
+    run, integer = compiled(one, context, x)
     assert integer
     for step, t in enumerate(TIMESTEPS):
         with context.at(torch.full((len(x),), t)), torch.no_grad():
-            row = compare_layer(one, context.index, x, torch.from_numpy(run([x.numpy(), step])[0]))
+            row = compare_layer(
+                one, context.index, x, torch.from_numpy(run({"sample": x.numpy(), "step": np.array(step)})[0])
+            )
         assert (row.unexplained, row.step) == (0, step)
         assert row.beyond < 0.1 * row.outputs
         assert row.error < 0.05
@@ -220,45 +221,50 @@ def test_openvino_multiplies_them(name: str, layer: str) -> None:
 def test_openvino_puts_real_numbers_on_them(name: str) -> None:
     """Operands of attention, outputs, and inputs of layers whose weight is float."""
     pytest.importorskip("openvino", reason="openvino is not installed")
-    from tfmq_exp.deploy.openvino.fake_quantize import GraphQuantizer
+    from tfmq_exp.deploy.openvino.graph import RealQuantizer
     from tfmq_exp.deploy.openvino.parity import at_tie
 
     context, x = TimestepContext(TIMESTEPS), noise(len(TIMESTEPS), 32, 6, 6)
     quantizer = quantizer_of(KINDS[name], context)
     grid = activation_scale(quantizer, len(TIMESTEPS))
-    run = stepped(grid, list(x.shape[1:]), lambda x, now: GraphQuantizer(grid, now).fake_quantize(x))
+    real = RealQuantizer(grid, context)
+    run, _ = executed(real, context, x, real.quantizer.fake_quantize)
     for step, t in enumerate(TIMESTEPS):
         with context.at(torch.full((len(x),), t)), torch.no_grad():
-            found, expected = torch.from_numpy(run([x.numpy(), step])[0]), quantizer(x)
+            found, expected = torch.from_numpy(run({"sample": x.numpy(), "step": np.array(step)})[0]), quantizer(x)
             wrong = (found - expected).abs() > 1e-5 * expected.abs().max()
             assert not (wrong & ~at_tie(grid, x, context.index)).any()
 
 
-def compiled(one: DeployedLayer, shape: list[int]) -> tuple[Any, bool]:
+def compiled(one: DeployedLayer, context: TimestepContext, x: Tensor) -> tuple[Any, bool]:
     """One layer as OpenVINO executes it, called with x and the step; and whether its product is in integers."""
-    from tfmq_exp.deploy.openvino.executed_kernels import executed_kernels
-    from tfmq_exp.deploy.openvino.graph import layer_graph
+    from tfmq_exp.deploy.openvino.export import executed_kernels, graph_products
 
-    def build(x: Any, at: Mapping[str, Any]) -> Any:
-        y, (product,) = layer_graph(one, x, {f"0.{name}": node for name, node in at.items()})
-        product.set_friendly_name("product")
-        return y
-
-    run = stepped(one.products[0].input, shape, build)
-    nodes = [n for n in executed_kernels(run) if n.product and any(node.startswith("product") for node in n.nodes)]
+    (product,) = graph_products(one, context, saturates=False)
+    run, (node,) = executed(ProductLayer(one, [product], context), context, x, product.multiply)
+    nodes = [n for n in executed_kernels(run) if n.product and any(name.startswith(node) for name in n.nodes)]
     return run, len(nodes) == 1 and nodes[0].integer
 
 
-def stepped(grid: ActivationScale | None, shape: list[int], build: Callable[[Any, Mapping[str, Any]], Any]) -> Any:
-    """A compiled model of x and the step, given what becomes of x and of the step's numbers."""
-    import numpy as np
+def executed(module: nn.Module, context: TimestepContext, x: Tensor, named: Any) -> tuple[Any, list[str]]:
+    """A compiled model of x and the step, given what becomes of x; and names of the nodes of one of its operations."""
     import openvino as ov
-    import openvino.opset13 as ops
 
-    from tfmq_exp.deploy.openvino.fake_quantize import constant, step_columns
+    from tfmq_exp.deploy.engine import UNetOutput
     from tfmq_exp.deploy.openvino.runtime import compile_settings
+    from tfmq_exp.deploy.openvino.trace import trace
 
-    x, step = ops.parameter([-1, *shape], np.float32), ops.parameter([], np.int64)
-    at = {name: ops.gather(constant(part), step, ops.constant(0)) for name, part in step_columns(grid).items()}
-    model: Any = ov.Model([build(x.output(0), at)], [x, step])  # pyright: ignore[reportGeneralTypeIssues]
-    return ov.Core().compile_model(model, "CPU", compile_settings(1, "f32"))
+    class Network(nn.Module):
+        """With the signature of a UNet."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> UNetOutput:
+            return UNetOutput(self.module(sample))
+
+    model, nodes = trace(Network(), context, {"sample": x, "timestep": torch.tensor(0)})
+    for node in nodes[named]:
+        node.set_friendly_name("product")
+    return ov.Core().compile_model(model, "CPU", compile_settings(1, "f32")), ["product" for _ in nodes[named]]

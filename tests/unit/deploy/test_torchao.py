@@ -17,8 +17,7 @@ from tests.helpers.deployed import inputs, layer_inputs, model_of, one_level_une
 from tfmq_exp.deploy import engine
 from tfmq_exp.deploy.activation_tables import ScaleTable
 from tfmq_exp.deploy.engine import read_manifest
-from tfmq_exp.deploy.layer_report import DeployedLayer, DeployedProduct, deployed_layers
-from tfmq_exp.deploy.product_layers import ProductLayer
+from tfmq_exp.deploy.layers import DeployedLayer, DeployedProduct, ProductLayer, deployed_layers
 from tfmq_exp.deploy.torchao import products as torchao_products
 from tfmq_exp.deploy.torchao.engine import TorchAO
 from tfmq_exp.deploy.torchao.products import FORMATS, Int8Product, fp8_product, int4_product, safe_int_mm
@@ -139,6 +138,7 @@ def test_fp8_and_int4_are_what_they_are_said_to_be(
     for deployed, x, y in found:
         axis = 1 if isinstance(deployed.layer, nn.Conv2d) else -1
         expected, rounded = slow(dtype, model.integers[deployed.name], x.movedim(axis, -1))
+        assert deployed.layer.bias is not None
         allowed = 2**-8 * rounded + 1e-5 * rounded.amax()
         assert ((y.movedim(axis, -1).double() - deployed.layer.bias.double() - expected).abs() <= allowed).all(), (
             deployed.name

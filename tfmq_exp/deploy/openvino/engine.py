@@ -58,7 +58,7 @@ class OpenVINO:
     @cached_property
     def splits_int8_weights(self) -> bool:
         """`split_int8_weights` on this processor."""
-        from tfmq_exp.deploy.openvino.executed_kernels import pairs_saturate
+        from tfmq_exp.deploy.openvino.export import pairs_saturate
 
         return pairs_saturate() if self.split_int8_weights is None else self.split_int8_weights
 

@@ -1,54 +1,38 @@
-"""Export of a quantized UNet as one OpenVINO model."""
+"""Export of a quantized UNet as one OpenVINO model, and the kernels that the CPU plugin executes it with."""
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.activation_tables import activation_scale
 from tfmq_exp.deploy.engine import write_manifest
-from tfmq_exp.deploy.layer_report import DeployedLayer, deployed_layers, layer_report
-from tfmq_exp.deploy.openvino.executed_kernels import check_integer, executed_kernels
-from tfmq_exp.deploy.openvino.fake_quantize import GraphQuantizer, Node, constant, step_columns
-from tfmq_exp.deploy.openvino.graph import layer_columns, layer_graph
+from tfmq_exp.deploy.layers import DeployedLayer, ProductLayer, deployed_layers, layer_report
+from tfmq_exp.deploy.openvino.graph import FloatProduct, IntegerProduct, RealQuantizer
 from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet, compile_settings
-from tfmq_exp.deploy.openvino.trace import GraphReplacement, trace
-from tfmq_exp.quant.layers import CachedFeature
+from tfmq_exp.deploy.openvino.trace import Tap, shared_copy, trace
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
+from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
+INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)  # jit_avx2_I8, brgconv_avx512_I8, jit_gemm_i8
 
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A model in memory.
-
-    Args:
-        model: OpenVINO's.
-        products: names of the nodes that must be executed in integers, by layer.
-        taps: input and output of every quantized layer.
-    """
+    """OpenVINO's model in memory, and the names of the nodes that must be executed in integers, by layer."""
 
     model: Any
-    products: Mapping[str, tuple[str, ...]]
-    taps: Mapping[str, tuple[Node, Node]]
-
-
-class BuiltLayer(NamedTuple):
-    """Operations that were made for a layer: one that reads its input, the last one, and the products in integers."""
-
-    name: str
-    reader: tuple[Node, int]  # and the index of its input; a port would not keep its operation alive
-    output: Node
-    products: Sequence[Node]
+    products: Mapping[str, Sequence[str]]
 
 
 def export(
@@ -73,18 +57,12 @@ def export(
             quantizer is not representable.
     """
     model.require_calibrated()
-    layers = deployed_layers(model)
-    converted = convert(model, layers, example, pairs_saturate=split_int8_weights)
+    converted = convert(model, example, pairs_saturate=split_int8_weights)
     ov.save_model(converted.model, folder / "model.xml", compress_to_fp16=False)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "timesteps": list(model.context.timesteps),
-        "split_int8_weights": split_int8_weights,
-        "openvino": ov.__version__,
-        "settings": compile_settings(threads, "f32"),
-        "bytes": stored_bytes(converted.model),
-        "layers": layer_report(model, layers),
-    }
+    manifest: dict[str, Any] = {"format": FORMAT, "timesteps": list(model.context.timesteps)}
+    manifest |= {"split_int8_weights": split_int8_weights, "openvino": ov.__version__}
+    manifest |= {"settings": compile_settings(threads, "f32"), "bytes": stored_bytes(converted.model)}
+    manifest["layers"] = layer_report(model, deployed_layers(model))
     write_manifest(folder, manifest)
     kernels = executed_kernels(ExportedUNet(folder, batch=len(example["sample"]), threads=threads).compiled)
     check_integer(kernels, converted.products)
@@ -94,90 +72,126 @@ def export(
 
 
 def convert(
-    model: QuantizedUNet, layers: Sequence[DeployedLayer], example: Mapping[str, Tensor], pairs_saturate: bool = False
+    model: QuantizedUNet, example: Mapping[str, Tensor], pairs_saturate: bool = False, taps: Sequence[str] = ()
 ) -> ConvertedModel:
     """Convert a model to OpenVINO's, with inputs `sample`, `step` and its conditions, for any batch.
 
     Args:
-        model: finished, see `export`.
-        layers: quantized layers of the model.
+        model: finished, see `export`; it is not changed.
         example: keyword arguments of a forward pass; all shapes but the batch become those of the converted model.
         pairs_saturate: whether the processor adds pairs of products in sixteen bits; weights above 64 are then split in two.
+        taps: names of layers whose inputs and outputs become further outputs.
 
     Raises:
         ValueError: an input quantizer is not representable, or a layer is not called exactly once.
     """
+    model = shared_copy(model)
+    context, products, tapped = model.context, dict[str, list[FloatProduct | IntegerProduct]](), dict[str, Tap]()
+    layers = deployed_layers(model)
     for layer in layers:
-        quantized = not isinstance(layer.layer.input_quantizer, nn.Identity)
-        if quantized and any(product.input is None for product in layer.products):
-            raise ValueError(f"the layer {layer.name!r} cannot be converted: {layer.why}")
-    built: list[BuiltLayer] = []
-    replacements = [replace_layer(layer, built, pairs_saturate) for layer in layers]
-    replacements += replace_quantizers(model, layers)
-    replacements += [replace_feature(module) for module in model.unet.modules() if isinstance(module, CachedFeature)]
-    with model.context.at(torch.tensor(model.context.timesteps[:1])):  # torch's tracer reads every property of a module
-        result = trace(model.unet, model.context.timesteps, replacements, example)
-    calls = Counter(layer.name for layer in built)
-    if wrong := [layer.name for layer in layers if calls[layer.name] != 1]:
+        products[layer.name] = graph_products(layer, context, pairs_saturate)
+        replaced: nn.Module = ProductLayer(layer, products[layer.name], context)
+        if layer.name in taps:
+            replaced = tapped[layer.name] = Tap(replaced)
+        model.unet.set_submodule(layer.name, replaced)
+    switches = tuple(f"{name}." for name, module in model.unet.named_modules() if isinstance(module, StepSwitch))
+    for name, module in list(model.unet.named_modules()):
+        if isinstance(module, AffineQuantizer | StepSwitch) and not name.startswith(switches):
+            quantizer = RealQuantizer(activation_scale(module, context.num_steps), context)
+            model.unet.set_submodule(name, quantizer)
+    result, nodes = trace(model.unet, context, example, [tapped[name] for name in taps])
+    cores = {name: [nodes[product.multiply] for product in made] for name, made in products.items()}
+    if wrong := [name for name, calls in cores.items() if any(len(call) != 1 for call in calls)]:
         raise ValueError(f"{len(wrong)} layers are not called exactly once, first {wrong[0]!r}")
-    for layer in built:
-        for i, product in enumerate(layer.products):
-            product.set_friendly_name(f"{layer.name}/product{i}")
-    products = {one.name: tuple(node.get_friendly_name() for node in one.products) for one in built if one.products}
-    taps = {one.name: (one.reader[0].input_value(one.reader[1]), one.output.output(0)) for one in built}
-    return ConvertedModel(result, products, taps)
+    names = {
+        layer.name: [f"{layer.name}/product{i}" for i in range(len(layer.products))]
+        for layer in layers
+        if layer.integer
+    }
+    for layer, own in names.items():
+        for name, (node,) in zip(own, cores[layer], strict=True):
+            node.set_friendly_name(name)
+    return ConvertedModel(result, names)
 
 
-def replace_layer(layer: DeployedLayer, built: list[BuiltLayer], pairs_saturate: bool) -> GraphReplacement:
-    """A quantized layer; appended to `built` during conversion."""
-
-    def build(x: Node, now: Mapping[str, Node]) -> Node:
-        others = {port.get_node().get_name() for port in x.get_target_inputs()}
-        y, products = layer_graph(layer, x, now, pairs_saturate=pairs_saturate)
-        reader = next(port for port in x.get_target_inputs() if port.get_node().get_name() not in others)
-        built.append(BuiltLayer(layer.name, (reader.get_node(), reader.get_index()), y, products))
-        return y
-
-    return GraphReplacement(layer.layer, build, layer_columns(layer), partial(zero_output, layer.layer))
-
-
-def replace_quantizers(model: QuantizedUNet, layers: Sequence[DeployedLayer]) -> list[GraphReplacement]:
-    """Quantizers outside quantized layers: of the operands of attention."""
-    inside = {id(module) for layer in layers for module in layer.layer.modules()}
-    inside |= {id(choice) for switch in model.switches() for choice in switch.choices}
-    replacements: list[GraphReplacement] = []
-    for module in model.unet.modules():
-        if isinstance(module, AffineQuantizer | StepSwitch) and id(module) not in inside:
-            scale = activation_scale(module, model.context.num_steps)
-            build = partial(lambda scale, x, now: GraphQuantizer(scale, now).fake_quantize(x), scale)
-            replacements.append(GraphReplacement(module, build, step_columns(scale)))
-    return replacements
-
-
-def replace_feature(module: CachedFeature) -> GraphReplacement:
-    """A stored temporal feature, looked up by the index of the step; one row for the whole batch."""
-    table, width = constant(module.table), module.table.shape[1]
-
-    def build(_: Node, now: Mapping[str, Node]) -> Node:
-        return ops.gather(table, ops.convert(now["step"], "i64"), ops.constant(0))
-
-    return GraphReplacement(module, build, {"step": torch.arange(len(module.table))}, lambda _: torch.zeros(1, width))
-
-
-def zero_output(layer: Any, x: Tensor) -> Tensor:
-    """Zeros in the shape of a layer's output; its parameters must not be used while tracing."""
-    if not isinstance(layer, nn.Conv2d):
-        return F.linear(x, torch.zeros(layer.out_features, layer.in_features))
-    kernel = torch.zeros(layer.out_channels, layer.in_channels, *layer.kernel_size)
-    return F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
+def graph_products(
+    deployed: DeployedLayer, context: TimestepContext, saturates: bool
+) -> list[FloatProduct | IntegerProduct]:
+    """Products of a layer; ValueError for an input quantizer that is not representable."""
+    quantized = not isinstance(deployed.layer.input_quantizer, nn.Identity)
+    if quantized and any(product.input is None for product in deployed.products):
+        raise ValueError(f"the layer {deployed.name!r} cannot be converted: {deployed.why}")
+    weights = deployed.layer.weight.split([product.channels for product in deployed.products], dim=1)
+    pairs = zip(deployed.products, weights, strict=True)
+    if deployed.integer:
+        return [IntegerProduct(deployed, product, real, context, saturates) for product, real in pairs]
+    return [FloatProduct(deployed, product, real, context) for product, real in pairs]
 
 
 def stored_bytes(model: Any) -> dict[str, int]:
     """Bytes of an OpenVINO model's constants by element type, largest first."""
     found = Counter[str]()
-    for op in model.get_ordered_ops():
-        if op.get_type_name() == "Constant":
-            kind = op.get_output_element_type(0)
-            bits = int(np.prod(op.get_output_shape(0), dtype=np.int64)) * kind.bitwidth
-            found[kind.get_type_name()] += -(-bits // 8)
+    for op in (op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"):
+        kind = op.get_output_element_type(0)
+        found[kind.get_type_name()] += -(-math.prod(op.get_output_shape(0)) * kind.bitwidth // 8)
     return dict(found.most_common())
+
+
+@dataclass(frozen=True)
+class ExecutedKernel:
+    """Node of the execution graph: the model's nodes that are fused in it, its operation, kernel, and types of inputs."""
+
+    nodes: tuple[str, ...]
+    operation: str
+    kernel: str
+    inputs: tuple[str, ...]
+
+    @property
+    def product(self) -> bool:
+        return self.operation in PRODUCTS
+
+    @property
+    def integer(self) -> bool:
+        """Whether it is a product of bytes by a kernel for bytes."""
+        return self.product and bool(INTEGER.search(self.kernel)) and {"u8", "i8"}.issuperset(self.inputs[:2])
+
+
+def executed_kernels(compiled: Any) -> list[ExecutedKernel]:
+    """Read the execution graph of a compiled model."""
+    found, names = list[ExecutedKernel](), ("originalLayersNames", "layerType", "primitiveType")
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        nodes, operation, kernel = (op.get_rt_info()[name].astype(str) for name in names)
+        inputs = tuple(op.get_input_element_type(i).get_type_name() for i in range(op.get_input_size()))
+        found.append(ExecutedKernel(tuple(nodes.split(",")), operation, kernel, inputs))
+    return found
+
+
+def check_integer(kernels: Sequence[ExecutedKernel], products: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError, with layer and kernel, unless products (names of their nodes, by layer) are executed in integers."""
+    # a fused node may have the name of the operation that followed the product
+    by_node = {node.split("/Dequantization")[0]: one for one in kernels if one.product for node in one.nodes}
+    found = [(layer, by_node.get(name)) for layer, names in products.items() for name in names]
+    wrong = [
+        f"{layer} ({f'{one.kernel} of ' + ' and '.join(one.inputs[:2]) if one else 'not found'})"
+        for layer, one in found
+        if one is None or not one.integer
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} products are not executed in integers: {', '.join(wrong[:8])}")
+
+
+def pairs_saturate() -> bool:
+    """Whether OpenVINO adds pairs of byte products in sixteen bits here, found by multiplying the largest bytes.
+
+    Without VNNI instructions such sums stop at 2^15 - 1.
+    """
+    channels = 64
+    x = ops.parameter([1, channels, 8, 8], np.float32)
+    ends = [ops.constant(np.float32(end)) for end in (0, 255)]
+    weight = ops.convert(ops.constant(np.full((channels, channels, 1, 1), 127, np.int8)), "f32")
+    scaled = ops.multiply(weight, ops.constant(np.ones((channels, 1, 1, 1), np.float32)))
+    y = ops.convolution(ops.fake_quantize(x, *ends, *ends, 256), scaled, [1, 1], [0, 0], [0, 0], [1, 1])
+    model: Any = ov.Model([y], [x])  # pyright: ignore[reportGeneralTypeIssues]
+    compiled = ov.Core().compile_model(model, "CPU", compile_settings(1, "f32"))
+    found = compiled([np.full((1, channels, 8, 8), 255, np.float32)])[0]
+    return bool(np.abs(found - 255 * 127 * channels).max() > 1)

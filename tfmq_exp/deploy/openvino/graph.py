@@ -1,28 +1,211 @@
-"""Layers as OpenVINO operations that its CPU plugin executes in eight-bit integers.
+"""Layers and quantizers as torch code that is traced, around operations of OpenVINO that its CPU plugin executes in bytes.
 
-The plugin does so for a convolution or matrix product whose input comes from a FakeQuantize with 256 levels and constant ends
-(`fake_quantize`), and whose weight from signed bytes with zero point 0. With values, scale, shift and offset of the input:
+The plugin does so for a convolution or matrix product whose input comes from a FakeQuantize with 256 levels and constant ends,
+and whose weight from signed bytes with zero point 0. What changes with the sampling step or with the tensor is therefore
+applied before and after it, the middle being the median zero point:
 
-    y = scale * (W values - shift * sum(W)) + offset * (W 1) + bias
+    v = FakeQuantize(prune((x - offset) / scale) + shift)                 shift = zero_point - middle
+    x ~ output_scale * (v - shift) + offset
+    y = output_scale * (W v - shift * sum(W)) + offset * (W 1) + bias
 
 where 1 is an input of ones: padding is 0, not the offset, so W 1 has fewer terms at the borders.
 """
 
-import functools
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.activation_tables import BYTE_VALUES
-from tfmq_exp.deploy.layer_report import DeployedLayer, DeployedProduct
-from tfmq_exp.deploy.openvino.fake_quantize import GraphQuantizer, Node, constant, integers, rank_of, step_columns
+from tfmq_exp.deploy.activation_tables import BYTE_VALUES, ActivationScale, RuntimeScale, varies
+from tfmq_exp.deploy.layers import ByteProduct, DeployedLayer, DeployedProduct, Product
 from tfmq_exp.deploy.weight_tables import SignedWeight, per_row
+from tfmq_exp.quant.timestep_context import TimestepContext
 
-# weights -------------------------------------------------------------------------------------------------------------
+Node = Any  # openvino's nodes and outputs
+
+
+class GraphOperation(nn.Module):
+    """A module that becomes operations of OpenVINO; its own forward gives the shape of the output while it is traced."""
+
+    def build(self, x: Node) -> Node:
+        """Make the operations."""
+        raise NotImplementedError
+
+
+# quantizers ----------------------------------------------------------------------------------------------------------
+
+
+class FakeQuantize(GraphOperation):
+    """Gain * unit * clamp(round(u / unit), lowest, lowest + levels - 1)."""
+
+    def __init__(self, unit: float, lowest: float, levels: int, gain: float) -> None:
+        super().__init__()
+        self.ends, self.gain, self.levels = (unit * lowest, unit * (lowest + levels - 1)), gain, levels
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u
+
+    def build(self, x: Node) -> Node:
+        ends = *self.ends, *(self.gain * end for end in self.ends)
+        return ops.fake_quantize(x, *map(constant, ends), self.levels)
+
+
+class Quantized(NamedTuple):
+    """Input minus its offset, as scale * (values - shift); None is a scale of 1 and a shift of 0."""
+
+    values: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+class GraphQuantizer(nn.Module):
+    """An activation quantizer up to its FakeQuantize.
+
+    Args:
+        scale: its quantization parameters.
+        context: of the sampling step; all rows are at the same.
+        levels: of the FakeQuantize; the number of codes by default.
+    """
+
+    def __init__(self, scale: ActivationScale, context: TimestepContext, levels: int | None = None) -> None:
+        super().__init__()
+        self.scale, self.context, table = scale, context, scale.table
+        self.source = scale.source if isinstance(scale, RuntimeScale) else None
+        self.static = self.source is None and not varies(*table)
+        self.middle = int(table.zero_point.median())
+        # a static scale is that of the FakeQuantize itself
+        self.unit, gain = (float(table.scale[0]), float(table.gain[0])) if self.static else (1.0, 1.0)
+        self.levels = levels or table.num_codes
+        self.fake_quantize = FakeQuantize(self.unit, float(table.lowest.min()) - self.middle, self.levels, gain)
+        affine = self.source is not None and self.source.spec.scheme == "affine"
+        self.zero_point_varies = affine or varies(table.zero_point)
+
+    def at_step(self, column: Tensor) -> Tensor:
+        """Number of the present step, looked up if it changes."""
+        return column.index_select(0, self.context.index[:1]) if varies(column) else column[:1]
+
+    @property
+    def offset(self) -> Tensor | None:
+        """Offset of the grid; None for 0."""
+        offset = self.scale.table.offset
+        return self.at_step(offset) if bool(offset.any()) else None
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize `x` minus its offset."""
+        table, scale, shift, u = self.scale.table, None, None, x
+        if self.source is not None:
+            scale, zero_point = self.source(x)
+            shift = zero_point - self.middle if self.zero_point_varies else None
+        elif not self.static:
+            scale = self.at_step(table.scale)
+            shift = self.at_step(table.zero_point - self.middle) if self.zero_point_varies else None
+        u = u if scale is None else u / scale
+        if bool(table.pruned.any()):
+            dead_zone = self.at_step(table.dead_zone) * self.unit
+            u = (u - torch.maximum(torch.minimum(u, dead_zone), -dead_zone)) / self.at_step(1 - table.pruned)
+        u = u if shift is None else u + shift
+        if varies(table.lowest, table.highest):
+            u = torch.maximum(
+                torch.minimum(u, self.at_step(table.highest - self.middle)), self.at_step(table.lowest - self.middle)
+            )
+        elif table.num_codes < self.levels:
+            u = u.clamp(*(self.unit * (float(end[0]) - self.middle) for end in (table.lowest, table.highest)))
+        if scale is not None and bool((table.gain != 1).any()):
+            scale = scale * self.at_step(table.gain)
+        return Quantized(self.fake_quantize(u), scale, shift)
+
+
+class RealQuantizer(nn.Module):
+    """An activation quantizer in floating point."""
+
+    def __init__(self, scale: ActivationScale, context: TimestepContext) -> None:
+        super().__init__()
+        self.quantizer = GraphQuantizer(scale, context)
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = self.quantizer.offset
+        values, scale, shift = self.quantizer(x if offset is None else x - offset)
+        real = values if shift is None else values - shift
+        real = real if scale is None else real * scale
+        return real if offset is None else real + offset
+
+
+# products ------------------------------------------------------------------------------------------------------------
+
+
+class Multiply(GraphOperation):
+    """Product with a constant weight, without bias."""
+
+    def __init__(
+        self, deployed: DeployedLayer, weight: SignedWeight | None, real: Tensor, summands: int | None
+    ) -> None:
+        """`summands` of an integer product; None for one in floating point."""
+        super().__init__()
+        self.weight, self.real, self.summands = weight, real, summands
+        out = len(real) if weight is None or summands is None else summands * len(weight.extended.scale)
+        self.shape = (out, *real.shape[1:])
+        self.geometry = deployed.geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = torch.zeros(self.shape)
+        return F.linear(x, zeros) if self.geometry is None else F.conv2d(x, zeros, None, *self.geometry)
+
+    def build(self, x: Node) -> Node:
+        if self.summands is not None and self.weight is not None:
+            weight = integer_weight(self.weight.extended, self.summands)
+        else:
+            weight = float_weight(self.weight, self.real)
+        if self.geometry is None:
+            return ops.matmul(x, weight, False, True)
+        stride, padding, dilation = map(list, self.geometry)
+        return ops.convolution(x, weight, stride, padding, padding, dilation)
+
+
+class FloatProduct(Product):
+    """A product in floating point, whose weight is stored as integers if it is quantized."""
+
+    def __init__(
+        self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor, context: TimestepContext
+    ) -> None:
+        super().__init__()
+        self.quantizer = nn.Identity() if product.input is None else RealQuantizer(product.input, context)
+        self.multiply = Multiply(deployed, product.weight, real, None)
+
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+        return self.multiply(self.quantizer(x))
+
+
+class IntegerProduct(ByteProduct):
+    """A product that the plugin must execute in integers."""
+
+    def __init__(
+        self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor, context: TimestepContext, saturates: bool
+    ) -> None:
+        super().__init__(deployed, product, saturates)
+        self.quantizer = GraphQuantizer(self.scale, context, BYTE_VALUES)
+        self.multiply = Multiply(deployed, self.weight, real, self.summands)
+        self.edges: list[int] = []
+        if self.quantizer.zero_point_varies and self.multiply.geometry and any(self.multiply.geometry[1]):
+            stride, (rows, columns), dilation = self.multiply.geometry
+            self.edges = [columns, columns, rows, rows]  # padded zeros need the zero point of the step
+            self.multiply.geometry = stride, (0, 0), dilation
+
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
+        offset = self.quantizer.offset
+        centred = x if offset is None else x - offset
+        values, scale, shift = self.quantizer(F.pad(centred, self.edges) if self.edges else centred)
+        y = self.added(self.multiply(values))
+        y = y if shift is None else y - shift * self.sums
+        y = y if scale is None else y * scale
+        return y if offset is None else y + offset * self.of_ones(x)
+
+
+def constant(value: Tensor | float) -> Node:
+    return ops.constant(torch.as_tensor(value, dtype=torch.float32).detach().cpu().numpy())
 
 
 def four_bits(codes: Tensor) -> Node:
@@ -41,17 +224,16 @@ def per_output(values: Tensor, dims: int, dtype: Any) -> Node:
 
 def integer_weight(weight: SignedWeight, summands: int) -> Node:
     """Signed bytes times scales: the weight, or its two summands one above the other."""
+    dims = weight.stored.dim()
     if weight.bits <= 4 and summands == 1:  # four bits in the file, bytes once it is loaded
-        shift = per_output(weight.shift, weight.stored.dim(), np.int8)
-        signed = ops.subtract(ops.convert(four_bits(weight.stored), "i8"), shift)
+        signed = ops.subtract(ops.convert(four_bits(weight.stored), "i8"), per_output(weight.shift, dims, np.int8))
     else:
         signed = ops.constant(weight.signed.numpy())
     if summands == 2:  # `split_in_two` in the graph: in the file the weight is whole
         whole = ops.convert(signed, "f32")
         low = ops.floor(ops.multiply(whole, constant(0.5)))
         signed = ops.convert(ops.concat([low, ops.subtract(whole, low)], 0), "i8")
-    scale = per_output(weight.scale.repeat(summands), weight.stored.dim(), np.float32)
-    return ops.multiply(ops.convert(signed, "f32"), scale)
+    return ops.multiply(ops.convert(signed, "f32"), per_output(weight.scale.repeat(summands), dims, np.float32))
 
 
 def float_weight(weight: SignedWeight | None, real: Tensor) -> Node:
@@ -59,118 +241,5 @@ def float_weight(weight: SignedWeight | None, real: Tensor) -> Node:
     if weight is None:
         return constant(real)
     stored = four_bits(weight.stored) if weight.bits <= 4 else ops.constant(weight.stored.numpy())
-    zero_point = per_output(weight.shift - weight.offset, real.dim(), np.float32)
-    centred = ops.subtract(ops.convert(stored, "f32"), zero_point)
+    centred = ops.subtract(ops.convert(stored, "f32"), per_output(weight.shift - weight.offset, real.dim(), np.float32))
     return ops.multiply(centred, per_output(weight.scale, real.dim(), np.float32))
-
-
-# layers --------------------------------------------------------------------------------------------------------------
-
-
-def multiply(layer: nn.Module, x: Node, weight: Node, padding: tuple[int, int]) -> Node:
-    if isinstance(layer, nn.Conv2d):
-        return ops.convolution(x, weight, list(layer.stride), list(padding), list(padding), list(layer.dilation))
-    return ops.matmul(x, weight, False, True)
-
-
-def along_outputs(layer: nn.Module, values: Tensor) -> Node:
-    """Make a constant per output channel that broadcasts against the layer's output."""
-    return constant(per_row(values, 3) if isinstance(layer, nn.Conv2d) else values)
-
-
-def integer_product(
-    deployed: DeployedLayer, product: DeployedProduct, x: Node, now: Mapping[str, Node], pairs_saturate: bool
-) -> tuple[Node, Node]:
-    """Output of a product in integers, without bias; and the node that the plugin must execute in integers.
-
-    Args:
-        deployed: the layer.
-        product: one of its products, with a quantized weight and input.
-        x: input of the product, [batch, channels, height, width] or [..., features].
-        now: for each of `layer_columns(deployed)` the number of the present sampling step.
-        pairs_saturate: see `layer_graph`.
-    """
-    assert product.weight is not None
-    assert product.input is not None
-    layer, weight, padding, axis = deployed.layer, product.weight, deployed.padding, ops.constant(deployed.axis)
-    quantizer, summands = GraphQuantizer(product.input, now), product.weight.summands(pairs_saturate)
-    ones = None if quantizer.offset is None else product_of_ones(deployed, weight, x)
-    x = quantizer.centre(x)
-    if quantizer.zero_point_varies and any(padding):  # padded zeros need the zero point of the step
-        edges = integers(0, 0, *padding)
-        x, padding = ops.pad(x, edges, edges, "constant", constant(0.0)).output(0), (0, 0)
-    values, scale, shift = quantizer.quantize(x, BYTE_VALUES)
-    core = y = multiply(layer, values, integer_weight(weight.extended, summands), padding)
-    if summands == 2:
-        y = ops.add(*ops.split(y, axis, 2).outputs())
-    if not weight.exact:
-        y, sums = ops.variadic_split(y, axis, integers(len(weight.scale), 1)).outputs()
-        y = ops.add(y, ops.multiply(sums, along_outputs(layer, weight.scale * weight.offset)))
-    if shift is not None:
-        y = ops.subtract(y, ops.multiply(shift, along_outputs(layer, weight.sums)))
-    if scale is not None:
-        y = ops.multiply(y, scale)
-    return (y if ones is None else ops.add(y, ops.multiply(ones, quantizer.offset))), core
-
-
-def product_of_ones(deployed: DeployedLayer, weight: SignedWeight, x: Node) -> Node:
-    """Product of an input of ones in the shape of `x`: sums of weights, less at padded borders."""
-    if not any(deployed.padding):
-        return along_outputs(deployed.layer, weight.sums)
-    sizes = ops.gather(ops.shape_of(x), integers(2, 3), ops.constant(0))
-    shape = ops.concat([integers(1, 1), sizes], 0)
-    return multiply(deployed.layer, ops.broadcast(constant(1.0), shape), constant(weight.taps), deployed.padding)
-
-
-def layer_columns(deployed: DeployedLayer) -> dict[str, Tensor]:
-    """Parameters of a layer that change with the step, each [steps]: `0.scale` of its first input, `output.scale`, ..."""
-    scales = {str(i): product.input for i, product in enumerate(deployed.products)} | {"output": deployed.output}
-    return {f"{key}.{name}": column for key, scale in scales.items() for name, column in step_columns(scale).items()}
-
-
-def layer_graph(
-    deployed: DeployedLayer, x: Node, now: Mapping[str, Node], *, pairs_saturate: bool = False
-) -> tuple[Node, list[Node]]:
-    """A layer with its products, bias and output quantizer; and the nodes of those products that are in integers.
-
-    Args:
-        deployed: the layer.
-        x: its input.
-        now: for each of `layer_columns(deployed)` the number of the present sampling step.
-        pairs_saturate: whether the processor adds pairs of products in sixteen bits; weights above 64 are then split in two.
-    """
-    layer, cores, terms = deployed.layer, list[Node](), list[Node]()
-    sizes = [product.channels for product in deployed.products]
-    inputs = [x]
-    if len(sizes) > 1:
-        inputs = ops.variadic_split(x, ops.constant(deployed.axis), integers(*sizes)).outputs()
-    weights = layer.weight.split(sizes, dim=1)
-    for i, (product, part, real) in enumerate(zip(deployed.products, inputs, weights, strict=True)):
-        own = numbers_of(now, str(i))
-        if deployed.integer:
-            term, core = integer_product(deployed, product, part, own, pairs_saturate)
-            cores.append(core)
-        else:
-            part = part if product.input is None else GraphQuantizer(product.input, own).fake_quantize(part)
-            term = multiply(layer, part, float_weight(product.weight, real), deployed.padding)
-        terms.append(term)
-    bias: Any = layer.bias
-    y = functools.reduce(ops.add, terms if bias is None else [*terms, along_outputs(layer, bias)])
-    if deployed.output is not None:
-        y = GraphQuantizer(deployed.output, numbers_of(now, "output")).fake_quantize(y)
-    return y, cores
-
-
-def numbers_of(now: Mapping[str, Node], key: str) -> dict[str, Node]:
-    """Numbers of one input or of the output, by name without the key."""
-    return {name.partition(".")[2]: node for name, node in now.items() if name.startswith(f"{key}.")}
-
-
-def group_norm(norm: nn.GroupNorm, x: Node) -> Node:
-    """GroupNorm by MVN: the plugin's own GroupNormalization is slow next to quantized operations."""
-    grouped = ops.reshape(x, integers(0, norm.num_groups, -1), True)
-    y = ops.reshape(ops.mvn(grouped, integers(2), True, norm.eps, "INSIDE_SQRT"), ops.shape_of(x), False)
-    if not norm.affine:
-        return y
-    weight, bias = (constant(per_row(values, rank_of(x) - 1)) for values in (norm.weight, norm.bias))
-    return ops.add(ops.multiply(y, weight), bias)

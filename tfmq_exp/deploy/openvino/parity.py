@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import openvino as ov
-import openvino.opset13 as ops
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.activation_tables import ActivationScale
-from tfmq_exp.deploy.layer_report import DeployedLayer, deployed_layer
-from tfmq_exp.deploy.openvino.export import ConvertedModel
+from tfmq_exp.deploy.layers import DeployedLayer, deployed_layer
+from tfmq_exp.deploy.openvino.export import convert
 from tfmq_exp.deploy.openvino.runtime import compile_settings
 from tfmq_exp.deploy.weight_tables import per_row
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -47,35 +46,33 @@ class LayerParity:
 
 
 def compare_layers(
-    converted: ConvertedModel,
     model: QuantizedUNet,
     inputs: Mapping[str, Tensor],
     *,
     steps: Sequence[int],
     layers: Sequence[str],
+    split_int8_weights: bool,
     threads: int | None = None,
 ) -> list[LayerParity]:
-    """Compare layers of a converted model with those of the simulation.
+    """Compare layers of a model, converted as `export` does it, with those of the simulation.
 
     Args:
-        converted: the model in memory.
         model: the simulation.
         inputs: keyword arguments of a forward pass; the timestep is ignored.
         steps: indices of sampling steps.
         layers: names of layers.
+        split_int8_weights: see `export`.
         threads: None leaves the number to OpenVINO.
     """
-    taps = [port for layer in layers for port in converted.taps[layer]]
-    results = [*converted.model.get_results(), *map(ops.result, taps)]
-    tapped: Any = ov.Model(results, converted.model.get_parameters())  # pyright: ignore[reportGeneralTypeIssues]
+    converted = convert(model, inputs, split_int8_weights, layers).model
     given = {name: value.numpy() for name, value in inputs.items() if name != "timestep"}
     shapes: dict[Any, list[int]] = {name: list(value.shape) for name, value in given.items()}
-    tapped.reshape({**shapes, "step": []})
-    compiled = ov.Core().compile_model(tapped, "CPU", compile_settings(threads, "f32"))
+    converted.reshape({**shapes, "step": []})
+    compiled = ov.Core().compile_model(converted, "CPU", compile_settings(threads, "f32"))
     deployed, found = [deployed_layer(model, layer) for layer in layers], list[LayerParity]()
     for step in steps:
-        out = list(compiled({**given, "step": torch.tensor(step).numpy()}).values())
-        seen = [torch.from_numpy(value) for value in out[len(out) - len(taps) :]]
+        _, *out = compiled({**given, "step": torch.tensor(step).numpy()}).to_tuple()
+        seen = list(map(torch.from_numpy, out))
         t = torch.full((len(inputs["sample"]),), model.context.timesteps[step])
         with model.context.at(t), torch.no_grad():
             pairs = zip(deployed, seen[::2], seen[1::2], strict=True)
@@ -84,14 +81,7 @@ def compare_layers(
 
 
 def compare_layer(deployed: DeployedLayer, steps: Int[Tensor, "batch"], x: Tensor, y: Tensor) -> LayerParity:
-    """Compare the output of a deployed layer with the simulation's for the same input.
-
-    Args:
-        deployed: the layer; the timestep context is set to its step.
-        steps: index of the sampling step of each row; the same for all.
-        x: input, [batch, channels, height, width] or [batch, ..., features].
-        y: output of the deployed layer for `x`.
-    """
+    """Compare the output `y` of a deployed layer with the simulation's for the same input `x`, the context set to `steps`."""
     simulated = deployed.layer(x)
     error = (y - simulated).abs() / simulated.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     beyond = error > TOLERANCE

@@ -1,119 +1,127 @@
 """Conversion of a UNet by OpenVINO's frontend, with operations of ours for some of its modules."""
 
+import copy
+import itertools
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+import openvino.opset13 as ops
 import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.openvino.fake_quantize import Node
-from tfmq_exp.deploy.openvino.graph import group_norm
+from tfmq_exp.deploy.openvino.graph import GraphOperation, Node, constant
+from tfmq_exp.deploy.weight_tables import per_row
+from tfmq_exp.quant.timestep_context import TimestepContext
 
-
-@dataclass(frozen=True)
-class GraphReplacement:
-    """Operations for a module of the network.
-
-    Args:
-        module: in the network.
-        build: makes the operations from the input and, by name, the present sampling step's number of each column.
-        columns: what changes with the step, each [steps].
-        evaluate: makes an output of the right shape for tracing.
-    """
-
-    module: nn.Module
-    build: Callable[[Node, Mapping[str, Node]], Node]
-    columns: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    evaluate: Callable[[Tensor], Tensor] = torch.zeros_like
-
-    def operations(self, context: Any) -> Any:
-        """Convert the traced operation (OpenVINO's `ConversionExtension`)."""
-        now = {name: context.get_input(i) for i, name in enumerate(self.columns, start=1)}
-        return self.build(context.get_input(0), now).outputs()
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class UNetWithStepInput(nn.Module):
-    """(sample, step, conditions) -> noise: a UNet called with the index of the sampling step instead of the timestep."""
+    """(sample, step, conditions) -> noise: a UNet called with the index of the sampling step instead of the timestep.
 
-    table: Tensor
-    timesteps: Tensor
+    Inputs and outputs of the layers in `taps` are further outputs.
+    """
 
-    def __init__(self, unet: nn.Module, timesteps: Sequence[int]) -> None:
+    def __init__(self, unet: nn.Module, context: TimestepContext, taps: Sequence["Tap"] = ()) -> None:
         super().__init__()
-        self.unet = unet
-        self.register_buffer("timesteps", torch.tensor(timesteps))
-        self.register_buffer("table", torch.zeros(len(timesteps), 1))  # columns of all replacements
-        self.row: tuple[Tensor, ...] = ()  # numbers of the present step
+        self.unet, self.context, self.taps = unet, context, tuple(taps)
 
-    def forward(self, sample: Tensor, step: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+    def forward(self, sample: Tensor, step: Tensor, encoder_hidden_states: Tensor | None = None) -> Any:
         """`step` is one number for the whole batch."""
-        self.row = self.table[step].split(1)
         conditions = {} if encoder_hidden_states is None else {"encoder_hidden_states": encoder_hidden_states}
-        return self.unet(sample, self.timesteps[step].expand(sample.shape[0]), **conditions).sample
+        t = self.context.visited[step].expand(sample.shape[0])
+        with self.context.at(t, "unchecked"):
+            noise = self.unet(sample, t, **conditions).sample
+        return (noise, *itertools.chain(*(tap.seen for tap in self.taps))) if self.taps else noise
+
+
+class Tap(nn.Module):
+    """Notes the input and the output of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.seen: tuple[Tensor, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same signature as the layer."""
+        self.seen = (input, self.layer(input))
+        return self.seen[1]
+
+
+def shared_copy(network: Network) -> Network:
+    """Copy of the modules of a network, whose tensors are those of the network."""
+    return copy.deepcopy(network, {id(x): x for x in itertools.chain(network.parameters(), network.buffers())})
 
 
 def trace(
-    unet: nn.Module, timesteps: Sequence[int], replacements: Sequence[GraphReplacement], example: Mapping[str, Tensor]
-) -> Any:
-    """Convert a network with replacements, and group norms with ours; the network itself is not changed.
+    unet: nn.Module, context: TimestepContext, example: Mapping[str, Tensor], taps: Sequence[Tap] = ()
+) -> tuple[Any, dict[GraphOperation, list[Node]]]:
+    """Convert a network, its group norms by `group_norm`.
 
     Args:
-        unet: the network.
-        timesteps: of the sampler, in its order; the input `step` is an index into them.
-        replacements: modules that are converted by operations of their own.
+        unet: the network, which conversion leaves with further attributes: a copy.
+        context: of the network; the input `step` is an index into its timesteps.
         example: keyword arguments of a forward pass; all shapes but the batch become those of the converted model.
+        taps: in the network, for further outputs.
 
     Returns:
-        OpenVINO's model.
+        OpenVINO's model, and the nodes of every `GraphOperation`, as many as it is called.
     """
-    stepped = UNetWithStepInput(unet, timesteps)
-    norms = [module for module in unet.modules() if isinstance(module, nn.GroupNorm)]
-    norm_replacements = [
-        GraphReplacement(norm, partial(lambda norm, x, _: group_norm(norm, x), norm)) for norm in norms
-    ]
-    columns: list[Tensor] = []
     frontend: Any = FrontEndManager().load_by_framework("pytorch")
-    modules: dict[nn.Module, ModuleExtension] = {}
-    for i, one in enumerate([*replacements, *norm_replacements]):
-        own, kind = slice(len(columns), len(columns) + len(one.columns)), f"tfmq_exp::op{i}"
-        columns += one.columns.values()
-        modules[one.module] = ModuleExtension(
-            one.module,
-            kind,
-            evaluate=lambda _, x, *__, evaluate=one.evaluate: evaluate(x),
-            convert=lambda _, operation, x, *__, own=own: operation(x, *stepped.row[own]),
-        )
-        frontend.add_extension(ConversionExtension(kind, one.operations))
-    if columns:
-        stepped.table = torch.stack(columns, dim=1).to(torch.float32)
+    modules, nodes = dict[nn.Module, ModuleExtension](), dict[GraphOperation, list[Node]]()
+
+    def build(module: nn.Module, context: Any) -> Any:
+        x = context.get_input(0)
+        if isinstance(module, nn.GroupNorm):
+            return group_norm(module, x).outputs()
+        nodes[module].append(node := module.build(x))  # type: ignore[index, operator]
+        return node.outputs()
+
+    for i, module in enumerate(unet.modules()):
+        if isinstance(module, GraphOperation | nn.GroupNorm):
+            # no call of the module and no tensor of it in here: the tracer would look them up by the module's name
+            shape = torch.zeros_like if isinstance(module, nn.GroupNorm) else module.forward
+            modules[module] = ModuleExtension(module, f"tfmq_exp::op{i}", lambda _, x, shape=shape: shape(x))
+            frontend.add_extension(ConversionExtension(f"tfmq_exp::op{i}", lambda c, module=module: build(module, c)))
+        if isinstance(module, GraphOperation):
+            nodes[module] = []
+    frontend.add_extension(ConversionExtension("aten::softplus", lambda c: softplus(c.get_input(0)).outputs()))
     inputs = {("step" if name == "timestep" else name): value for name, value in example.items()}
     inputs["step"] = torch.tensor(0)
-    with restored(unet), torch.no_grad(), warnings.catch_warnings():
+    # torch's tracer reads every property of a module, those of the context, too
+    with context.at(torch.tensor(context.timesteps[:1])), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: shapes that become constants are those of the network
         # as `openvino.convert_model`, without its second trace and minutes of preprocessing that is not needed
         decoder = TorchScriptPythonDecoder(
-            stepped, example_input=inputs, module_extensions=modules, trace_kwargs={"check_trace": False}
+            UNetWithStepInput(unet, context, taps),
+            example_input=inputs,
+            module_extensions=modules,
+            trace_kwargs={"check_trace": False},
         )
         model = frontend.convert(frontend.load(decoder))
     shapes = {name: [-1, *value.shape[1:]] if name != "step" else [] for name, value in inputs.items()}
     model.reshape({port: shapes[port.get_any_name()] for port in model.inputs})
-    return model
+    return model, nodes
 
 
-@contextmanager
-def restored(unet: nn.Module) -> Generator[None]:
-    """Remove the attributes that OpenVINO's module extensions add to modules."""
-    before = {id(module): set(module.__dict__) for module in unet.modules()}
-    try:
-        yield
-    finally:
-        for module in unet.modules():
-            for name in set(module.__dict__) - before[id(module)]:
-                del module.__dict__[name]
+def group_norm(norm: nn.GroupNorm, x: Node) -> Node:
+    """GroupNorm by MVN: the plugin's own GroupNormalization is slow next to quantized operations."""
+    grouped = ops.reshape(x, ops.constant([0, norm.num_groups, -1]), True)
+    y = ops.reshape(ops.mvn(grouped, ops.constant([2]), True, norm.eps, "INSIDE_SQRT"), ops.shape_of(x), False)
+    if not norm.affine:
+        return y
+    dims = x.get_partial_shape().rank.get_length() - 1
+    weight, bias = (constant(per_row(values, dims)) for values in (norm.weight, norm.bias))
+    return ops.add(ops.multiply(y, weight), bias)
+
+
+def softplus(u: Node) -> Node:
+    """log(1 + e^u) = max(u, 0) + log1p(y), y = e^-|u|; OpenVINO's own loses the digits of e^u below zero."""
+    y = ops.exp(ops.negative(ops.abs(u)))
+    log1p = ops.multiply(constant(2.0), ops.atanh(ops.divide(y, ops.add(y, constant(2.0)))))
+    return ops.add(ops.maximum(u, constant(0.0)), log1p)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.engine import require_package, write_manifest
-from tfmq_exp.deploy.layer_report import deployed_layers, layer_report
-from tfmq_exp.deploy.product_layers import ProductUNet
+from tfmq_exp.deploy.layers import ProductUNet, deployed_layers, layer_report
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 

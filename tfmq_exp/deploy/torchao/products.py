@@ -24,8 +24,7 @@ from torchao.quantization import Float8Tensor, Int4TilePackedTo4dTensor
 from torchao.quantization.quantize_.common import KernelPreference
 from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs
 
-from tfmq_exp.deploy.layer_report import DeployedLayer, DeployedProduct
-from tfmq_exp.deploy.product_layers import Product
+from tfmq_exp.deploy.layers import DeployedLayer, DeployedProduct, Product
 from tfmq_exp.deploy.weight_tables import SignedWeight
 
 INT8_ROWS, INT8_STEP = 17, 8  # CUDA's kernel takes more than 16 rows, and multiples of 8 along the other two sizes
@@ -38,13 +37,14 @@ INT4_MIDDLE = 8  # the kernels read a code as (code - 8) scale + zero
 BF16_INTEGERS = 256  # up to here bfloat16 has all of them
 
 
-class Int8Product:
+class Int8Product(Product):
     """y = s_w s_x (q W - z sum W) + o s_w sum W, the bracket in 32-bit integers; see `Product`.
 
     Codes are stored less 128, and their zero point too. Sums stay inside 32 bits up to 33 000 channels.
     """
 
     def __init__(self, product: DeployedProduct, axis: int, device: torch.device) -> None:
+        super().__init__()
         assert product.weight is not None
         assert product.input is not None
         weight = product.weight
@@ -56,7 +56,7 @@ class Int8Product:
         self.offset = None if weight.exact else offset.to(device)
         self.shift = float(product.input.table.lowest.min()) - torch.iinfo(torch.int8).min
 
-    def __call__(self, x: Tensor, steps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
         """Rows with different quantization parameters are computed together."""
         table = self.input.of_rows(x, steps)
         codes = as_matrix(table.codes(x).sub_(self.shift).to(torch.int8), self.axis)
@@ -70,8 +70,7 @@ class Int8Product:
         return as_image(sums * (scale * self.scale) + offset * self.real_total, x, self.axis)
 
 
-@dataclass(frozen=True)
-class BFloat16Product:
+class BFloat16Product(Product):
     """y = s_w (bf16(x) W), the product rounded to bfloat16 before s_w; see `Product`.
 
     Args:
@@ -80,11 +79,11 @@ class BFloat16Product:
         axis: dimension of the channels of the inputs.
     """
 
-    matrix: Tensor
-    scale: Float[Tensor, "out"]
-    axis: int
+    def __init__(self, matrix: Tensor, scale: Float[Tensor, "out"], axis: int) -> None:
+        super().__init__()
+        self.matrix, self.scale, self.axis = matrix, scale, axis
 
-    def __call__(self, x: Tensor, steps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, steps: Tensor) -> Tensor:
         rows = as_matrix(x, self.axis).bfloat16()
         rows = F.pad(rows, (0, self.matrix.shape[1] - rows.shape[1]))
         y = F.linear(rows, self.matrix)[:, : len(self.scale)].float()
@@ -185,18 +184,16 @@ class ProductFormat:
     def why_not(self, deployed: DeployedLayer) -> str:
         """Reason why a layer stays simulated; empty if it is executed in this format."""
         layer = deployed.layer
-        if isinstance(layer, nn.Conv2d):
-            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.groups)
-            if geometry != ((1, 1), (1, 1), (0, 0), 1):
-                return self.no_convolution
+        point = ((1, 1), (1, 1), (0, 0), 1)
+        if isinstance(layer, nn.Conv2d) and (layer.kernel_size, layer.stride, layer.padding, layer.groups) != point:
+            return self.no_convolution
         weights = deployed.integer_weights
         return deployed.why if self.obstacle is None or not weights else self.obstacle(weights)
 
-    def products(self, deployed: DeployedLayer, device: torch.device) -> list[Product] | None:
-        """Products of a layer on a device; None if it stays simulated."""
-        if self.why_not(deployed):
-            return None
-        return [self.product(product, deployed.axis, device) for product in deployed.products]
+    def products(self, deployed: DeployedLayer, device: torch.device) -> list[Product]:
+        """Products of a layer on a device; none if it stays simulated."""
+        executed = () if self.why_not(deployed) else deployed.products
+        return [self.product(product, deployed.axis, device) for product in executed]
 
 
 FORMATS: Mapping[str, ProductFormat] = {
