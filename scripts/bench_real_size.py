@@ -31,10 +31,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
+from tfmq_exp.cli.dry_run import Estimate, expected_cost, print_estimate
 from tfmq_exp.cli.environment import prepare
-from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
-from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.terminal import standard_streams
+from tfmq_exp.cli.terminal import ProgressBars, standard_streams
 from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
@@ -276,10 +275,10 @@ def main() -> int:
         parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         began = time.process_time()
-        whole = estimate(full.run, full.missing(app.GOALS[:-1]))
+        whole = expected_cost(full, app.GOALS[:-1])
         spent = time.process_time() - began
         console.print(f"the estimate itself took {spent:.1f} s, {format_bytes(peak())}", highlight=False)
-        part = estimate(small.run, small.missing(PART))
+        part = expected_cost(small, PART)
         assert whole is not None
         assert part is not None
         watch = Stopwatch()

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tfmq_exp.cli.environment import pick_device, prepare
 from tfmq_exp.cli.make_run import make_run
-from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.cli.terminal import ProgressBars
 from tfmq_exp.cli.validation import check_values
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline
 from tfmq_exp.pipeline.store import Store
@@ -103,7 +103,7 @@ def quantize(
         run = replace(run, method=replace(run.method, surgery=config))
     bars = ProgressBars(Console(quiet=not progress)).stage
     with tempfile.TemporaryDirectory() as temporary:
-        experiment = Experiment(run, Pipeline(Store(Path(store or temporary)), bars, NullLogger()))
+        experiment = Experiment(run, Pipeline(Store(Path(store or temporary)), bars, Logger()))
         unet = experiment.activations.model
         return QuantizedModel(unet, Recipe.of(run.sampling, denoiser))
 

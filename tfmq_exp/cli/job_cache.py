@@ -8,7 +8,6 @@ An archive, so that programs that collect results do not count these as another 
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from omegaconf import DictConfig, OmegaConf
 
-from tfmq_exp.core.files import write_atomically, write_json
+from tfmq_exp.core.files import read_json, write_atomically, write_json
 from tfmq_exp.core.formatting import format_bytes
 from tfmq_exp.data.tree import files_below
 from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store, code_of
@@ -83,9 +82,8 @@ def program_version(package: Path) -> str:
 
 def files_read(settings: Mapping[str, Any]) -> dict[str, str]:
     """State of the files and folders that the settings name."""
-    named = texts({key: value for key, value in settings.items() if key not in LOCATIONS})
-    found = {text for key, text in named if key != "name" and text and os.path.exists(text)}
-    return {text: state_of(Path(text)) for text in sorted(found)}
+    named = {text for key, text in texts({**settings, **dict.fromkeys(LOCATIONS)}) if key != "name" and text}
+    return {text: state_of(Path(text)) for text in sorted(filter(os.path.exists, named))}
 
 
 def state_of(path: Path) -> str:
@@ -115,12 +113,6 @@ def texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield from texts(value, key)
 
 
-def find(cfg: DictConfig, overrides: Sequence[str]) -> tuple[Store, Entry]:
-    """The store, and the place of a job's results in it."""
-    store = Store(Path(cfg.paths.store))
-    return store, store.entry("jobs", job_identity(cfg, overrides))
-
-
 def is_written(name: str) -> bool:
     """Whether jobs write a file of that name, relative to the run folder."""
     path = PurePosixPath(name)
@@ -133,18 +125,15 @@ def left_in(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
-def clear(folder: Path, settings: str) -> None:
-    """Remove the results of another job from a run folder.
-
-    Args:
-        folder: that may be the run folder of an earlier job.
-        settings: of this job, as `config.yaml` will have them.
-    """
+def claim(folder: Path, cfg: DictConfig) -> None:
+    """Write `config.yaml` into the run folder of a job; results of another job are removed before."""
     config = folder / "config.yaml"
-    if config.is_file() and (folder / "artifacts.json").is_file() and config.read_bytes() != settings.encode():
+    settings = OmegaConf.to_yaml(cfg, resolve=True).encode(errors="backslashreplace")
+    if config.is_file() and (folder / "artifacts.json").is_file() and config.read_bytes() != settings:
         log.warning("%s was the run folder of another job, whose results are replaced", folder)
         for path in left_in(folder):
             path.unlink()
+    write_atomically(config, lambda path: path.write_bytes(settings))
 
 
 def keep(store: Store, record: Entry, folder: Path) -> None:
@@ -179,9 +168,10 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
     """
     if not (record.done and undamaged(record)):
         return None
-    stages = json.loads((record.path / "artifacts.json").read_text(encoding="utf-8"))
+    stages = read_json(record.path / "artifacts.json")
     for name, stage in stages.items():
-        if not still_there(store, stage):
+        stored_as, key = Path(stage["path"]).parts[-2:]
+        if not complete(Entry(stored_as, key, store.root / stored_as / key, {})):
             log.warning("this job was finished before, but its %s is gone from the store: once more", name)
             return None
     with ZipFile(record.path / "left.zip") as archive:
@@ -191,14 +181,13 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
         archive.extractall(folder, members)
     found = {name: {**stage, "computed": False, "seconds": 0.0} for name, stage in stages.items()}
     write_json(folder / "artifacts.json", found)
-    return Path(json.loads((record.path / "origin.json").read_text(encoding="utf-8"))["folder"])
+    return Path(read_json(record.path / "origin.json")["folder"])
 
 
-def still_there(store: Store, stage: Mapping[str, Any]) -> bool:
-    """Whether the store has all files of a stage in a run's record."""
-    stored_as, key = Path(stage["path"]).parts[-2:]
+def complete(entry: Entry) -> bool:
+    """Whether the store has all files of a stage."""
     try:
-        return Entry(stored_as, key, store.root / stored_as / key, {}).complete
+        return entry.complete
     except DamagedEntry:
         return False
 

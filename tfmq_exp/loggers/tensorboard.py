@@ -55,7 +55,7 @@ class TensorBoardLogger(Logger):
     def log_table(self, name: str, rows: Rows) -> None:
         """A table in Markdown, on the page TEXT."""
         if rows:
-            lines = [list(rows[0]), ["---"] * len(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
+            lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
             self.writer.add_text(f"tables/{name}", "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
     def log_image(self, name: str, path: Path) -> None:

@@ -86,18 +86,18 @@ def switched_off(mode: str) -> str:
     """The variable or key that switches the logger off; empty if none does."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return "WANDB_DISABLED"
-    if mode == "disabled":
-        return "WANDB_MODE" if os.environ.get("WANDB_MODE") == mode else "logger.mode"
-    return ""
+    off = "WANDB_MODE" if os.environ.get("WANDB_MODE") == mode else "logger.mode"
+    return off if mode == "disabled" else ""
 
 
 def ignored_variables(mode: str) -> list[str]:
     """Remarks on environment variables that are not followed."""
-    asked = OLDER.get(os.environ.get("WANDB_MODE", mode), os.environ.get("WANDB_MODE", mode))
-    overridden = [f"logger.mode={mode} overrides WANDB_MODE={asked}"] if asked != mode else []
-    ignored = [name for name in IGNORED if os.environ.get(name)]
-    reason = "a run goes on under the id in its folder"
-    return overridden + ([f"not followed: {', '.join(ignored)}; {reason}"] if ignored else [])
+    given = os.environ.get("WANDB_MODE", mode)
+    asked, ignored = OLDER.get(given, given), [name for name in IGNORED if os.environ.get(name)]
+    remarks = [f"logger.mode={mode} overrides WANDB_MODE={asked}"] if asked != mode else []
+    if ignored:
+        remarks.append(f"not followed: {', '.join(ignored)}; a run goes on under the id in its folder")
+    return remarks
 
 
 def run_id(folder: Path) -> str:
@@ -108,11 +108,11 @@ def run_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@dataclass(frozen=True)
 class DisabledLogger(Logger):
     """A logger that shows nothing but the reason."""
 
-    def __init__(self, switch: str) -> None:
-        self.switch = switch
+    switch: str
 
     def locations(self) -> list[str]:
         return [f"Weights & Biases: nothing written, {self.switch} switches it off"]
@@ -145,9 +145,8 @@ class WandbLogger(Logger):
         import wandb
 
         if rows:
-            columns: list[Any] = list(rows[0])
-            data = [[row[column] for column in columns] for row in rows]
-            self.run.log({f"tables/{name}": wandb.Table(columns=columns, data=data)})
+            table = wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+            self.run.log({f"tables/{name}": table})
 
     def log_image(self, name: str, path: Path) -> None:
         import wandb

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.learning import LoggingCallback
 from tfmq_exp.pipeline.store import DamagedEntry, Store
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LossCurve, load_result, save_result, unit_reports
@@ -111,7 +111,7 @@ def test_a_curve_is_kept_with_its_unit_and_found_again(tmp_path: Path) -> None:
         unit_reports([entry], "units.json")
 
 
-class Curves(NullLogger):
+class Curves(Logger):
     """Notes the loss curves."""
 
     def __init__(self) -> None:

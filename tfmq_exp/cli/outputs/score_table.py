@@ -41,10 +41,7 @@ def print_scores(records: Sequence[ScoreRecord], console: Console) -> None:
 def print_sweep_scores(records: Sequence[ScoreRecord], folder: Path, console: Console) -> None:
     """Print the tables of a sweep, one for each protocol: a row for each network, over its seeds, with the scores that fit.
 
-    Args:
-        records: of all its jobs; there may be none.
-        folder: of the sweep: `scores.md` there has every column.
-        console: where the tables are printed.
+    `scores.md` in the sweep's folder has every column.
     """
     if not records:
         return
@@ -85,15 +82,7 @@ def fitting(headings: Sequence[str], rows: Cells, names: int, width: int) -> int
 
 
 def drawn(title: str, headings: Sequence[str], rows: Cells, names: int, width: int) -> Table:
-    """A table of columns that fit; the remaining width goes to those on the left first.
-
-    Args:
-        title: above the table.
-        headings: of the columns.
-        rows: a text for each column.
-        names: number of leading columns that are names: justified left, and folded where they are long.
-        width: of the terminal, in characters.
-    """
+    """A table of columns that fit; the remaining width goes to those on the left first, of which `names` are names and may fold."""
     view = Table(title=title, title_justify="left")
     least = least_widths(headings, rows, names)
     spare = width - 1 - sum(size + BORDER for size in least)

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.loggers import RecordingLogger, metadata
-from tfmq_exp.loggers.base import Logger, NoLogger, NullLogger, RunMetadata
-from tfmq_exp.loggers.collection import LoggerCollection, LoggersConfig
+from tfmq_exp.loggers.base import Logger, LoggerCollection, LoggersConfig, NoLogger, RunMetadata
 
 
 class Opened:
@@ -26,7 +25,7 @@ def test_every_call_reaches_all_loggers_and_all_are_closed(tmp_path: Path) -> No
     both = LoggersConfig(one=Opened(one), other=Opened(other), files=NoLogger()).open(metadata(tmp_path))
     both.log_loss("weights/a", 1, 0.5)
 
-    class Stuck(NullLogger):
+    class Stuck(Logger):
         def close(self, *, failed: bool) -> None:
             raise OSError("stuck")
 

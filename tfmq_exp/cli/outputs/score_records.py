@@ -10,7 +10,6 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.cli.job_cache import INSIDE
-from tfmq_exp.cli.run_info import RunInfo
 from tfmq_exp.pipeline.experiment import Evaluation, Experiment
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.export_engine import FLOAT, ExportEngine
@@ -23,7 +22,7 @@ PROTOCOL = "protocol."
 def score_records(
     experiment: Experiment,
     cfg: DictConfig,
-    info: RunInfo,
+    overrides: Sequence[str],
     covered: Mapping[str, Any],
     environment: Mapping[str, Any],
     began: float,
@@ -33,7 +32,7 @@ def score_records(
     Args:
         experiment: whose images are scored.
         cfg: resolved configuration.
-        info: command line.
+        overrides: of the command line.
         covered: shares of the network that are quantized, `surgery.coverage`.
         environment: machine and versions.
         began: `time.perf_counter()` at the start of the run.
@@ -58,8 +57,8 @@ def score_records(
             method=cfg.method.name,
             scores=scores,
             weights_bytes=experiment.activations.artefact.stat().st_size,
-            choices=method_choices(info.overrides),
-            settings=settings(cfg, info.overrides),
+            choices=method_choices(overrides),
+            settings=settings(cfg, overrides),
             errors=mean_errors(experiment.simulated.errors.errors()),
             quantized=quantized,
             cost=cost_of(experiment, began),
@@ -68,21 +67,14 @@ def score_records(
         ),
     ]
     if experiment.export and experiment.deployed:
-        records.append(deployed_record(records[1], experiment.export, experiment.deployed, info.overrides))
+        records.append(deployed_record(records[1], experiment.export, experiment.deployed, overrides))
     return records
 
 
 def deployed_record(
     simulated: ScoreRecord, export: ExportEngine, deployed: Evaluation, overrides: Sequence[str]
 ) -> ScoreRecord:
-    """Row of the network that an engine executes.
-
-    Args:
-        simulated: row of its simulation.
-        export: stage of the engine's files.
-        deployed: stages that evaluate it.
-        overrides: of the command line.
-    """
+    """Row of the network that an engine executes, from that of its simulation."""
     executed, size, engine = [row["executed"] for row in export.layers()], export.executed_bytes, export.engine
     kernels = {
         "layers_executed": sum(kernel != FLOAT for kernel in executed) / len(executed),
