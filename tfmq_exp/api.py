@@ -33,13 +33,10 @@ CONF = Path(__file__).parents[1] / "conf"
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A quantized network, and how it is sampled (None for a sampler of one's own class, which no file describes).
-
-    Execution is simulated: weights are integers that are turned back into real numbers to compute with.
-    """
+    """A quantized network. Execution is simulated: weights are integers that are turned back into real numbers to compute with."""
 
     unet: QuantizedUNet
-    recipe: Recipe | None
+    recipe: Recipe | None  # how it is sampled; None for a sampler of one's own class, which no file describes
 
     def save(self, path: str | Path) -> int:
         """Write one safetensors file with integers packed to their bit-width; returns its size in bytes."""

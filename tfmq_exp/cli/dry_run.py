@@ -1,5 +1,6 @@
 """What a run will take: which of its stages are in the store, and the estimate of the others."""
 
+import os
 import resource
 from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
@@ -7,7 +8,6 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.environment import busy
 from tfmq_exp.cli.estimate import StageEstimate, estimate
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.formatting import format_bytes, format_duration
@@ -87,6 +87,10 @@ def print_estimate(expected: Estimate, console: Console, processes: int = 1) -> 
         share = f"{stage.seconds / max(expected.seconds, 1e-9):.0%}"
         table.add_row(stage.name, format_duration(stage.seconds), share, format_bytes(expected.memory(stage)))
     console.print(table)
-    for line in (expected.note, busy(), f"  by one process; {processes} share it" if processes > 1 else ""):
-        if line:
-            say(console, line)
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if expected.note:
+        say(console, expected.note)
+    if load > cores + 0.5:
+        say(console, f"measured on a busy machine (load {load:.1f} on {cores} cores): faster when others are done")
+    if processes > 1:
+        say(console, f"  by one process; {processes} share it")

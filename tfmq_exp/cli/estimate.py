@@ -42,8 +42,7 @@ class StageEstimate(NamedTuple):
 def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> list[StageEstimate]:
     """Estimate the stages of a `Run` that are not in the store, but for those that take no time.
 
-    `missing` has the count of each: images that are left, trajectories (diagnostics), passes of one image (diagnoses), units or
-    iterations of training that are finished (weights, activations). `engine` is the name of its export.
+    `missing` has the count of each as `Stage.count` has it; `engine` is the name of its export.
     """
     if not (missing := {name: count for name, count in missing.items() if not name.endswith(QUICK)}):
         return []

@@ -87,10 +87,9 @@ def files_read(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def state_of(path: Path) -> str:
-    """Hash of names, sizes, times and inodes of a file, or of all files below a folder, links followed.
+    """Hash of names, sizes, times and inodes of a file, or of all files below a folder, links followed; content is not read.
 
-    Content is not read: gigabytes would take longer than finding a result. The time of the status (ctime) counts, which no
-    program can set: a file whose time of modification was restored is another file.
+    The time of the status (ctime) counts, which no program can set: a file whose time of modification was restored differs.
     """
     digest = hashlib.sha256(os.fsencode(path.resolve()))
     for name in sorted(name for name, _ in files_below(path)) if path.is_dir() else ["."]:
@@ -153,9 +152,11 @@ def keep(store: Store, record: Entry, folder: Path) -> None:
     try:
         if (size := sum(path.stat().st_size for path in files)) > LARGEST:
             raise OSError(f"its files have {format_bytes(size)}, more than {format_bytes(LARGEST)}")
-        if record.done and not undamaged(record):
+        try:
+            store.get_or_compute(record, fill)
+        except DamagedEntry:
             shutil.rmtree(record.path)
-        store.get_or_compute(record, fill)
+            store.get_or_compute(record, fill)
     except OSError as error:
         log.warning("the job is done, but the store cannot note that it is: %s", error)
 
@@ -166,14 +167,19 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
     None without such a job, where its results were changed since, or where a stage that they are made from was deleted from
     the store, by which users ask for that stage to be computed again.
     """
-    if not (record.done and undamaged(record)):
+    if not record.done:
         return None
-    stages = read_json(record.path / "artifacts.json")
-    for name, stage in stages.items():
-        stored_as, key = Path(stage["path"]).parts[-2:]
-        if not complete(Entry(stored_as, key, store.root / stored_as / key, {})):
-            log.warning("this job was finished before, but its %s is gone from the store: once more", name)
-            return None
+    try:
+        record.verify()
+        stages = read_json(record.path / "artifacts.json")
+        for name, stage in stages.items():
+            stored_as, key = Path(stage["path"]).parts[-2:]
+            if not Entry(stored_as, key, store.root / stored_as / key, {}).complete:
+                log.warning("this job was finished before, but its %s is gone from the store: once more", name)
+                return None
+    except DamagedEntry as damage:
+        log.warning("%s", damage)
+        return None
     with ZipFile(record.path / "left.zip") as archive:
         members = [member for member in archive.infolist() if is_written(member.filename)]
         if sum(member.file_size for member in members) > LARGEST:
@@ -182,21 +188,3 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
     found = {name: {**stage, "computed": False, "seconds": 0.0} for name, stage in stages.items()}
     write_json(folder / "artifacts.json", found)
     return Path(read_json(record.path / "origin.json")["folder"])
-
-
-def complete(entry: Entry) -> bool:
-    """Whether the store has all files of a stage."""
-    try:
-        return entry.complete
-    except DamagedEntry:
-        return False
-
-
-def undamaged(record: Entry) -> bool:
-    """Whether all files are as they were written; a warning names one that is not."""
-    try:
-        record.verify()
-    except DamagedEntry as damage:
-        log.warning("%s", damage)
-        return False
-    return True

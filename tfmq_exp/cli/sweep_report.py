@@ -33,7 +33,7 @@ from tfmq_exp.core.formatting import format_duration
 from tfmq_exp.report.records import ScoreRecord, read_records
 
 ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,7 @@ def summary(jobs: Sequence[Job], seconds: float) -> str:
     if counts["planned"]:
         expected = format_duration(sum(job.expected for job in jobs))
         parts.append(f"estimate: {expected}, each job by itself (stages that several share are made once)")
-    return "; ".join([*parts, clock(seconds)])
-
-
-def clock(seconds: float | None) -> str:
-    """Hours, minutes and seconds."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+    return "; ".join([*parts, str(timedelta(seconds=round(seconds)))])
 
 
 def print_jobs(jobs: Sequence[Job], seconds: float, console: Console) -> None:
@@ -117,7 +112,8 @@ def print_jobs(jobs: Sequence[Job], seconds: float, console: Console) -> None:
     for name in ("job", "state", "computed / stages", "time"):
         view.add_column(name, justify="left" if name in ("job", "state") else "right", overflow="fold")
     for job in jobs:
-        view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", clock(job.seconds))
+        took = "" if job.seconds is None else str(timedelta(seconds=round(job.seconds)))
+        view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", took)
     console.print(view)
     for job in jobs:
         if job.state not in GOOD:
@@ -144,11 +140,7 @@ class SweepReport(Callback):
         atexit.register(self.cut_short)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Report. Dry runs leave no folders.
-
-        Raises:
-            SystemExit: with status 1, where some job did not end well.
-        """
+        """Report, and end with status 1 where some job did not end well. Dry runs leave no folders."""
         atexit.unregister(self.cut_short)
         self.handlers.close()
         jobs = self.report(Terminal())
@@ -185,7 +177,7 @@ def interruptible(on_abort: Callable[[], object]) -> Iterator[None]:
 
     Signals that are handled already are left to their handlers.
     """
-    before, excepthook = {number: signal.getsignal(number) for number in HANDLED}, sys.excepthook
+    before, excepthook = {number: signal.getsignal(number) for number in DEFAULTS}, sys.excepthook
 
     def second(number: int, _: FrameType | None) -> None:
         on_abort()
@@ -202,15 +194,13 @@ def interruptible(on_abort: Callable[[], object]) -> Iterator[None]:
         if not issubclass(kind, KeyboardInterrupt):  # a traceback of Ctrl-C helps nobody
             excepthook(kind, error, trace)
 
-    for number, default, handler in zip(
-        HANDLED, (signal.default_int_handler, signal.SIG_DFL), (first, stop), strict=True
-    ):
-        if before[number] is default:
+    for number, handler in {signal.SIGINT: first, signal.SIGTERM: stop}.items():
+        if before[number] is DEFAULTS[number]:
             signal.signal(number, handler)
     sys.excepthook = hook
     try:
         yield
     finally:
         sys.excepthook = excepthook
-        for number in HANDLED:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -98,8 +98,7 @@ def standard_streams() -> Iterator[None]:
     """Around a whole program: it may print any text, and its reader may leave.
 
     Raises:
-        SystemExit: with the status of a program that SIGPIPE ended, when its reader left; with status 1 where stdout cannot be
-            written.
+        SystemExit: with SIGPIPE's status when its reader left; with status 1 where stdout cannot be written.
     """
     open_streams()
     try:
@@ -140,13 +139,9 @@ def discard(stream: Any) -> None:
 
 
 class ProgressBars:
-    """Progress bars on a terminal; elsewhere a line every half minute and one in the log when a stage ends.
+    """Progress bars on a terminal; elsewhere a line every half minute (`every`) and one in the log when a stage ends.
 
-    Args:
-        console: where they are shown.
-        worker: name of this job among others that share the terminal: they write lines that begin with it, since bars would
-            paint over each other; empty for a job of its own.
-        every: seconds between two lines.
+    Jobs that share the terminal have a name, `worker`, and write lines that begin with it: bars would paint over each other.
     """
 
     def __init__(self, console: Console, worker: str = "", every: float = 30.0) -> None:
@@ -171,15 +166,14 @@ class ProgressBars:
                 while not over.wait(self.every):
                     self.say(line(progress.tasks[0]))
 
-            speaker = threading.Thread(target=say_lines, daemon=True)
-            if not moving:
-                speaker.start()
+            if moving:
+                over.set()
+            (speaker := threading.Thread(target=say_lines, daemon=True)).start()
             try:
                 yield lambda done, note="": progress.update(task, completed=done, note=visible(note))
             finally:
                 over.set()
-                if not moving:
-                    speaker.join()
+                speaker.join()
         seconds = time.perf_counter() - began
         log.info("%s took %.1f s", name, seconds)
         if self.worker and self.console.is_interactive:

@@ -47,13 +47,11 @@ class TensorBoardLogger(Logger):
         self.writer.add_scalar(f"loss/{unit}", value, iteration)
 
     def log_curve(self, name: str, axis: str, points: Points) -> None:
-        """The place on the axis is the event's step."""
-        for place, values in points:
+        for place, values in points:  # which is the event's step
             for key, value in values.items():
                 self.writer.add_scalar(f"{name}/{key}", value, place)
 
     def log_table(self, name: str, rows: Rows) -> None:
-        """A table in Markdown, on the page TEXT."""
         if rows:
             lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
             self.writer.add_text(f"tables/{name}", "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
@@ -65,9 +63,9 @@ class TensorBoardLogger(Logger):
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Numbers become scalars at step 0; other values are in the run folder only."""
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        self.numbers |= numbers
         for key, value in numbers.items():
             self.writer.add_scalar(key, value, 0)
-        self.numbers |= numbers
 
     def close(self, *, failed: bool) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -78,5 +76,4 @@ class TensorBoardLogger(Logger):
         self.writer.close()
 
     def locations(self) -> list[str]:
-        """The folder of this run's events; a folder above shows all runs below it."""
         return [f"TensorBoard: tensorboard --logdir {shlex.quote(str(self.writer.log_dir))}"]

@@ -20,21 +20,16 @@ IGNORED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_CONSOLE")  # a run goes on und
 class Wandb:
     """Settings of Weights & Biases.
 
-    Args:
-        project: where runs are shown together.
-        mode: offline needs neither account nor network (`wandb sync` uploads later); online needs both; disabled writes
-            nothing, and so does a `WANDB_DISABLED` in the environment.
-        entity: the user or team that owns the project; None for the account's own.
-        group: the name that runs are grouped by; None for the sweep's.
-
     Raises:
         ValueError: another mode.
     """
 
-    project: str
+    project: str  # where runs are shown together
+    # offline needs neither account nor network (`wandb sync` uploads later); online needs both; disabled writes nothing, and so
+    # does a `WANDB_DISABLED` in the environment
     mode: str = "offline"
-    entity: str | None = None
-    group: str | None = None
+    entity: str | None = None  # the user or team that owns the project; None for the account's own
+    group: str | None = None  # the name that runs are grouped by; None for the sweep's
 
     def __post_init__(self) -> None:
         if self.current_mode not in MODES:
@@ -135,7 +130,7 @@ class WandbLogger(Logger):
         self.run.log({f"loss/{unit.replace('.', '/')}": value, "iteration": iteration})
 
     def log_curve(self, name: str, axis: str, points: Points) -> None:
-        """The axis is a metric, against which the curves of many runs can be laid over each other."""
+        # the axis is a metric, against which the curves of many runs can be laid over each other
         self.run.define_metric(axis, hidden=True, summary="none")
         self.run.define_metric(f"{name}/*", step_metric=axis, summary="none")
         for place, values in points:
@@ -160,7 +155,6 @@ class WandbLogger(Logger):
         self.run.finish(exit_code=int(failed))
 
     def locations(self) -> list[str]:
-        """The page of the run, or the folder to upload."""
         offline = f", offline: upload it with: wandb sync {shlex.quote(str(self.folder))}"
         place = offline if self.run.offline else f": {self.run.url}"
         return [f"Weights & Biases{place}", *(f"Weights & Biases: {remark}" for remark in self.remarks)]

@@ -189,7 +189,7 @@ def report(tmp_path: Path) -> Iterator[SweepReport]:
     made.on_multirun_start(_sweep(tmp_path))
     yield made
     atexit.unregister(made.cut_short)
-    made.restore_signals()
+    made.handlers.close()
 
 
 def test_the_report_counts_jobs_and_stages(
