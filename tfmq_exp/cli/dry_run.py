@@ -1,4 +1,4 @@
-"""What a run will take: which of its stages are in the store, and the estimate of the others."""
+"""Expected cost of a run: which of its stages are in the store, and the estimate of the others."""
 
 import os
 import resource

@@ -114,7 +114,16 @@ def execute(
     console: Console,
     began: float,
 ) -> None:
-    """Compute the stages up to the goal and write their results; `began` is `time.perf_counter()` at the start."""
+    """Compute the stages up to the goal and write their results.
+
+    Args:
+        experiment: the stages.
+        cfg: composed configuration.
+        folder: gets the results.
+        environment: machine and versions.
+        console: for the tables.
+        began: `time.perf_counter()` at the start.
+    """
     run, goals = experiment.run, goals_up_to(cfg.until)
     covered = dict(coverage(run.resolved, run.structure))
     write_json(folder / "quantized.json", covered)

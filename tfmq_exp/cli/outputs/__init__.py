@@ -1,1 +1,1 @@
-"""What a run leaves in its folder, on the terminal and on the dashboard."""
+"""Outputs of a run in its folder, on the terminal and on the dashboard."""

@@ -32,7 +32,7 @@ def print_scores(records: Sequence[ScoreRecord], console: Console) -> None:
     rows.append(["weights, kB", *(f"{record.weights_bytes / 1e3:.0f}" for record in records)])
     headings = ["", *(visible(f"{cells[0]} {cells[1]}") for cells in networks)]
     if fitting(headings, rows, 1, console.width) == len(headings):
-        console.print(drawn(title, headings, rows, 1, console.width))
+        console.print(_drawn(title, headings, rows, 1, console.width))
     else:
         print_stacked(title, headings, rows, console)
     log.debug("results %s", json.dumps([record.scores for record in records]))
@@ -53,7 +53,7 @@ def print_sweep_scores(records: Sequence[ScoreRecord], folder: Path, console: Co
         rows = [[visible(cells[header.index(name)]) for name in order] for cells in networks]
         count = fitting(order, rows, 2, console.width)
         if count > len(NAMES):
-            console.print(drawn(title, order[:count], [row[:count] for row in rows], 2, console.width))
+            console.print(_drawn(title, order[:count], [row[:count] for row in rows], 2, console.width))
         else:
             headings = ["", *(f"{row[0]} {row[1]}" for row in rows)]
             print_stacked(
@@ -81,7 +81,7 @@ def fitting(headings: Sequence[str], rows: Cells, names: int, width: int) -> int
     return sum(total <= width for total in totals)
 
 
-def drawn(title: str, headings: Sequence[str], rows: Cells, names: int, width: int) -> Table:
+def _drawn(title: str, headings: Sequence[str], rows: Cells, names: int, width: int) -> Table:
     """A table of columns that fit; the remaining width goes to those on the left first, of which `names` are names and may fold."""
     view = Table(title=title, title_justify="left")
     least = least_widths(headings, rows, names)
