@@ -40,7 +40,7 @@ def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
         return
     with tempfile.TemporaryDirectory(prefix="tfmq-processes-") as name:
         given = (share, cfg, hydra_state(), Path(name))
-        others: Any = start_processes(join, given, count - 1, join=False, daemon=True, start_method="spawn")
+        others: Any = start_processes(_join, given, count - 1, join=False, daemon=True, start_method="spawn")
         try:
             with init_process_group(0, count, Path(name) / "meeting"):
                 yield ProcessGroup(0, count)
@@ -61,19 +61,8 @@ def together(cfg: DictConfig, share: Share) -> Iterator[ProcessGroup]:
                 process.join()
 
 
-def join(index: int, share: Share, cfg: DictConfig, hydra: DictConfig, folder: Path) -> None:
-    """Run another process from its start to its end.
-
-    Args:
-        index: of this process among the others, from 0.
-        share: the work, see `together`.
-        cfg: the job.
-        hydra: the main process's state of Hydra, as `hydra_state` returns it.
-        folder: common to all: their meeting point and temporary files.
-
-    Raises:
-        RuntimeError: any error of the work, in one line.
-    """
+def _join(index: int, share: Share, cfg: DictConfig, hydra: DictConfig, folder: Path) -> None:
+    """Run one of the other processes from its start to its end; its error is a line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends it
     threading.Thread(target=end_with_main_process, daemon=True).start()
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.ERROR)  # the main process warns of the same

@@ -57,7 +57,7 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
         with together(cfg, share) as group:
             experiment = make_experiment(cfg, device, progress, logger, group)
             try:
-                execute(experiment, cfg, folder, environment, console, began)
+                _execute(experiment, cfg, folder, environment, console, began)
             except BaseException:
                 with suppress(OSError):  # the disk may be full, which the error says already
                     write_json(folder / "artifacts.json", experiment.pipeline.stage_log)
@@ -78,7 +78,7 @@ def share(cfg: DictConfig, group: ProcessGroup, scratch: Path) -> None:
     prepare(cfg.runtime.threads)
     device = pick_device(cfg.device, group.rank)
     experiment = make_experiment(cfg, device, ProgressBars(quiet).stage, group=group)
-    execute(experiment, cfg, scratch, describe_environment(device), quiet, time.perf_counter())
+    _execute(experiment, cfg, scratch, describe_environment(device), quiet, time.perf_counter())
 
 
 def make_experiment(
@@ -106,7 +106,7 @@ def goals_up_to(goal: str) -> tuple[str, ...]:
     return GOALS[: GOALS.index(goal) + 1]
 
 
-def execute(
+def _execute(
     experiment: Experiment,
     cfg: DictConfig,
     folder: Path,
@@ -114,16 +114,7 @@ def execute(
     console: Console,
     began: float,
 ) -> None:
-    """Compute the stages up to the goal and write their results.
-
-    Args:
-        experiment: the stages.
-        cfg: composed configuration.
-        folder: gets the results.
-        environment: machine and versions.
-        console: for the tables.
-        began: `time.perf_counter()` at the start.
-    """
+    """Compute the stages up to the goal and write their results; the run began at `began` of `time.perf_counter()`."""
     run, goals = experiment.run, goals_up_to(cfg.until)
     covered = dict(coverage(run.resolved, run.structure))
     write_json(folder / "quantized.json", covered)

@@ -15,21 +15,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tfmq_exp.cli.run_info import RunInfo
 from tfmq_exp.cli.terminal import Terminal, say_error
-from tfmq_exp.core.validate import (
-    AMOUNT,
-    ANY_COUNT,
-    COUNT,
-    DECAY,
-    RATE,
-    SEED,
-    SHARE,
-    SWITCH,
-    Kind,
-    number,
-    one_of,
-    optional,
-    whole,
-)
+from tfmq_exp.core import validate
+from tfmq_exp.core.validate import Kind, number, one_of, optional, whole
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
 DIAGNOSE, EXPORT = "diagnose", "export"  # these branch off once the model is finished
@@ -53,17 +40,17 @@ RATES = (
 # what the values of keys must be
 KINDS: dict[Kind, str] = {
     one_of(*GOALS, DIAGNOSE, EXPORT): "until",
-    SEED: "seed",
-    SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
+    validate.SEED: "seed",
+    validate.SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
     "protocol.qat.horizontal_flip",
-    COUNT: "eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
+    validate.COUNT: "eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
     "diagnosis.samples diagnosis.trajectories " + re.sub(r"(\S+)", r"protocol.\1", COUNTS),
-    optional(COUNT): "runtime.threads engine.threads",
-    ANY_COUNT: "protocol.qat.warmup",
-    RATE: re.sub(r"(\S+)", r"protocol.\1", RATES),
-    DECAY: "protocol.qat.ema_decay",
-    SHARE: "protocol.sampling.eta",
-    AMOUNT: "model.sampling.guidance runtime.activation_cache_gib",
+    optional(validate.COUNT): "runtime.threads engine.threads",
+    validate.ANY_COUNT: "protocol.qat.warmup",
+    validate.RATE: re.sub(r"(\S+)", r"protocol.\1", RATES),
+    validate.DECAY: "protocol.qat.ema_decay",
+    validate.SHARE: "protocol.sampling.eta",
+    validate.AMOUNT: "model.sampling.guidance runtime.activation_cache_gib",
     MINUTES: "runtime.checkpoint_every_min",
     optional(TEXT): "runtime.activation_cache_dir",
     PATH: "name path data.path model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "

@@ -17,7 +17,7 @@ IGNORED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_CONSOLE")  # a run goes on und
 
 
 @dataclass(frozen=True)
-class Wandb:
+class Wandb(Logger):
     """Settings of Weights & Biases.
 
     Raises:
