@@ -23,6 +23,7 @@ from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline
 from tfmq_exp.pipeline.store import Store
+from tfmq_exp.quant.timestep_context import OutsideTimesteps
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import QuantizationConfig
@@ -105,18 +106,30 @@ def quantize(
         return QuantizedModel(unet, Recipe.of(run.sampling, denoiser))
 
 
-def load_quantized(path: str | Path) -> QuantizedModel:
+def load_quantized(path: str | Path, outside_timesteps: OutsideTimesteps | None = None) -> QuantizedModel:
     """Load a file of `QuantizedModel.save`, or a run's `quantized.safetensors`; it needs no other file.
 
+    Args:
+        path: the file.
+        outside_timesteps: what a timestep that was not calibrated does: `error`, or `nearest`, which reads the scales of the
+            nearest one that was; None for the file's own choice.
+
     Raises:
-        ValueError: not such a file, damaged, or of another version.
+        ValueError: not such a file, damaged, or of another version; an unknown choice.
     """
     unet, recipe = serialization.load_with_recipe(Path(path))
+    if outside_timesteps is not None:
+        unet.plan = replace(unet.plan, outside_timesteps=outside_timesteps)
     return QuantizedModel(unet, recipe)
 
 
 def sample(
-    model: QuantizedModel, indices: Iterable[int] = range(16), seed: int = 0, **options: Any
+    model: QuantizedModel,
+    indices: Iterable[int] = range(16),
+    seed: int = 0,
+    *,
+    num_inference_steps: int | None = None,
+    **options: Any,
 ) -> Float[Tensor, "images channels height width"]:
     """Images in [-1, 1] (latents of a model with a first stage); image i has its own noise, whatever the others are.
 
@@ -124,15 +137,18 @@ def sample(
         model: of `quantize` or `load_quantized`.
         indices: of the images.
         seed: of their noise.
+        num_inference_steps: of the sampler; None for those of the calibration. Others visit timesteps outside the finite set:
+            see `load_quantized`.
         options: of `Recipe.images`, as `conditions`.
 
     Raises:
-        ValueError: a model without a recipe.
+        ValueError: a model without a recipe, or a timestep that the model refuses.
     """
     if model.recipe is None:
         raise ValueError("this model was sampled by a sampler class of one's own, which its file does not describe")
+    recipe = model.recipe if num_inference_steps is None else model.recipe.with_steps(num_inference_steps)
     with torch.no_grad():
-        return model.recipe.images(model.unet, seed=seed, indices=list(indices), **options)
+        return recipe.images(model.unet, seed=seed, indices=list(indices), **options)
 
 
 def configuration(*overrides: str) -> DictConfig:

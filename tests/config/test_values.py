@@ -42,6 +42,7 @@ METHODS = (
     ("method=nearest", "method/weight_observer=histogram"),
     ("method=nearest", "method/weights=reconstruct", "method/weights/recipe/objective=fisher"),
 )
+FEWER, NEAREST = "protocol.calibration.num_inference_steps", "method.surgery.outside_timesteps=nearest"
 NEVER = (math.nan, math.inf, -math.inf, "abc", -1, -0.5, [])
 
 
@@ -163,6 +164,14 @@ def begin(cfg: DictConfig) -> None:
         (("quant=w4a32", "quant.name=w4a8"), "quant.name must be w4a32, whose bits these are, got 'w4a8'"),
         (("method.surgery.roles.stem.input=[]",), "roles.stem.input: activation bits"),
         (("method.surgery.roles.head.weight=[4]",), "roles.head.weight must be one number of bits"),
+        (
+            ("method.surgery.outside_timesteps=closest",),
+            "outside_timesteps must be one of error, nearest, got 'closest'",
+        ),
+        ((f"{FEWER}=0",), f"{FEWER} must be a whole number, at least 1 and below 2**31, or null, got 0"),
+        ((f"{FEWER}=10",), f"{FEWER}=10 needs method.surgery.outside_timesteps=nearest, got error"),
+        ((f"{FEWER}=10", NEAREST, "engine=openvino"), f"{FEWER}=10 needs engine=none"),
+        ((f"{FEWER}=10", NEAREST, "method=ptqd", "quant=w4a468"), f"{FEWER}=10 needs one width of activations, got"),
         (("runtime.checkpoint_every_min=1e30",), "runtime.checkpoint_every_min must be a number from 0 to 525600"),
     ],
 )

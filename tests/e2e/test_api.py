@@ -56,6 +56,34 @@ def test_a_folder_of_diffusers_is_sampled_by_its_own_scheduler(tmp_path: Path) -
     assert tfmq_exp.sample(model, indices=[5, 0]).shape == (2, *denoiser.sample_shape)
 
 
+def test_a_table_of_two_steps_serves_five_where_that_is_allowed(tmp_path: Path) -> None:
+    quick = ("debug=smoke", "protocol.sampling.num_inference_steps=2")
+    denoiser = tfmq_exp.load_denoiser("digits", *quick)
+    model = tfmq_exp.quantize(denoiser, 2, "tfmq_cache", overrides=quick, progress=False)
+    model.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"timestep \d+ is outside .* 2 timesteps .*outside_timesteps=nearest"):
+        tfmq_exp.sample(model, range(2), num_inference_steps=5)
+    near = tfmq_exp.load_quantized(tmp_path / "model.safetensors", outside_timesteps="nearest")
+    assert near.unet.plan.outside_timesteps == "nearest"
+    assert (tfmq_exp.sample(near, range(2)) == tfmq_exp.sample(model, range(2))).all()
+    assert tfmq_exp.sample(near, range(2), num_inference_steps=5).isfinite().all()
+    near.save(tmp_path / "near.safetensors")
+    assert tfmq_exp.load_quantized(tmp_path / "near.safetensors").unet.plan.outside_timesteps == "nearest"
+    with pytest.raises(ValueError, match="outside_timesteps must be one of error, nearest, got 'closest'"):
+        tfmq_exp.load_quantized(tmp_path / "near.safetensors", outside_timesteps="closest")  # type: ignore[arg-type]
+
+
+def test_a_run_calibrates_with_fewer_steps_than_it_samples(tmp_path: Path) -> None:
+    settings = ["debug=smoke", "method=nearest", "quant=w8a8", "protocol.sampling.num_inference_steps=4"]
+    fewer = "protocol.calibration.num_inference_steps=2"
+    nearest = "method.surgery.outside_timesteps=nearest"
+    run = job(tmp_path, *settings, fewer, nearest, "protocol.sampling.images=8")
+    _, record = json.loads((run / "results.json").read_text())["rows"]
+    assert record["protocol"]["calibration_calls"] == 2
+    assert record["protocol"]["network_calls"] == 4
+    assert record["quantized"]["outside_timesteps"] == "nearest"
+
+
 def test_a_folder_must_be_named() -> None:
     with pytest.raises(ValueError, match="path has no value"):
         tfmq_exp.load_denoiser("diffusers")

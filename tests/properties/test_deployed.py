@@ -69,7 +69,7 @@ def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> Quantized
     if method.weights.trains:
         observe(model)
         with torch.no_grad():
-            model(**inputs(3, 400, 900), outside="nearest_step")
+            model(**inputs(3, 400, 900), outside="nearest")
         ready(model)
         disturb(model)
         return finish(model)

@@ -105,7 +105,7 @@ def begun(model: QuantizedUNet) -> QuantizedUNet:
     """Observed at timesteps that are not the sampler's, and ready."""
     observe(model)
     with torch.no_grad():
-        model(**example_inputs(model.unet, ANY_T), outside="nearest_step")
+        model(**example_inputs(model.unet, ANY_T), outside="nearest")
     ready(model)
     return model
 
@@ -120,16 +120,14 @@ def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
         for _ in range(steps):
             optimizer.zero_grad()
             inputs = example_inputs(model.unet, ANY_T)
-            (
-                (model(**inputs, outside="nearest_step").sample - inputs["sample"]).square().mean() + penalty(model)
-            ).backward()
+            ((model(**inputs, outside="nearest").sample - inputs["sample"]).square().mean() + penalty(model)).backward()
             optimizer.step()
             clamp_parameters(model)
     return model
 
 
 def output(model: nn.Module, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
-    nearest = {} if set(timesteps) <= set(TIMESTEPS) else {"outside": "nearest_step"}
+    nearest = {} if set(timesteps) <= set(TIMESTEPS) else {"outside": "nearest"}
     with torch.no_grad():
         return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5), **nearest).sample
 
@@ -216,7 +214,7 @@ def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module,
     assert {id(p) for name, p in model.unet.named_parameters() if name in floats} == {id(p) for p in learned.weights}
     assert bool(learned.generators) is (scale in ("tdq", "statistics", "statistics and time"))
     inputs = example_inputs(model.unet, ANY_T)
-    (model(**inputs, outside="nearest_step").sample - 1).square().mean().backward()
+    (model(**inputs, outside="nearest").sample - 1).square().mean().backward()
     assert all(parameter.grad is not None for parameter in everything)
     assert sum(bool((parameter.grad != 0).any()) for parameter in learned.ranges) > 0.9 * len(learned.ranges)  # type: ignore[union-attr]
 
@@ -252,7 +250,7 @@ def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
     model = network(tiny_unet, Lsq(), PerStepConfig())
     observe(model)
     with torch.no_grad():
-        model(**example_inputs(tiny_unet, (740, 20)), outside="nearest_step")  # nearest to the first and the last step
+        model(**example_inputs(tiny_unet, (740, 20)), outside="nearest")  # nearest to the first and the last step
     source = model.activation_quantizers()["conv_in.input_quantizer"].source
     assert isinstance(source, EMARange)
     assert source.scale.isnan().tolist() == [False, True, True, False]

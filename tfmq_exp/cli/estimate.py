@@ -156,8 +156,8 @@ class Costs:
         run, steps = self.run, len(self.run.calls)
         images, floats, passes, decoded, host, disk = count or 1, 0, 1, 0, 0, 0
         if name == "trajectory":
-            images, floats, passes = run.calibration.images, steps, 0
-            disk = images * steps * self.rows_per_image * self.sample
+            images, floats, passes = run.calibration.images, len(run.calibration_calls), 0
+            disk = images * floats * self.rows_per_image * self.sample
             host = 3 * disk
         elif name == "correction":
             images, floats = run.method.correction.images, steps
@@ -177,7 +177,7 @@ class Costs:
 
     def phase(self, name: str, finished: int) -> StageEstimate:
         """Cost of weights or activations: weight ranges, observed activation ranges, and what learns."""
-        phase, budget = getattr(self.run.method, name), (self.run.calibration.images, len(self.run.calls))
+        phase, budget = getattr(self.run.method, name), (self.run.calibration.images, len(self.run.calibration_calls))
         recipe, protocol = getattr(phase, "recipe", None), getattr(phase, "protocol", None)
         observe = phase if hasattr(phase, "ranges") else getattr(phase, "observe", None)
         searches = 0 if name == "activations" or protocol else 2 if "activations" in phase.learns else 1

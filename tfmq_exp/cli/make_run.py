@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tfmq_exp.cli.validation import real_images
+from tfmq_exp.cli.validation import calibration_steps, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.pipeline.run import CalibrationPlan, DiagnosisPlan, Run
@@ -46,6 +46,7 @@ def make_run(
     # first what is made in no time: a number that cannot be right is named before gigabytes are read
     sampling, method = make_sampling(cfg), make(cfg.method)
     method.correction.check(sampling.sampler)
+    calibration = CalibrationPlan(cfg.protocol.calibration.images, cfg.runtime.batch_size, calibration_steps(cfg))
     denoiser = denoiser or make(cfg.model.denoiser)
     assert denoiser is not None
     denoiser.to(device)
@@ -61,7 +62,7 @@ def make_run(
         sampling=sampling,
         method=method,
         images=ImagePlan(protocol.sampling.images, cfg.seed, runtime.batch_size, protocol.sampling.uint8),
-        calibration=CalibrationPlan(protocol.calibration.images, runtime.batch_size),
+        calibration=calibration,
         diagnostics=protocol.diagnostics.images,
         diagnosis=DiagnosisPlan(**make(cfg.diagnosis)),
         compute=ComputeConfig(

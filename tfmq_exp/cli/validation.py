@@ -45,7 +45,7 @@ KINDS: dict[Kind, str] = {
     "protocol.qat.horizontal_flip",
     validate.COUNT: "eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
     "diagnosis.samples diagnosis.trajectories " + re.sub(r"(\S+)", r"protocol.\1", COUNTS),
-    optional(validate.COUNT): "runtime.threads engine.threads",
+    optional(validate.COUNT): "runtime.threads engine.threads protocol.calibration.num_inference_steps",
     validate.ANY_COUNT: "protocol.qat.warmup",
     validate.RATE: re.sub(r"(\S+)", r"protocol.\1", RATES),
     validate.DECAY: "protocol.qat.ema_decay",
@@ -99,6 +99,7 @@ def check_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
             f"runtime.microbatches must be at least {processes}, the number of processes, got {microbatches}: at precision "
             "16-mixed every process needs a part of the batch"
         )
+    calibration_steps(cfg)
     if OmegaConf.is_missing(cfg, "path") and cfg.model.denoiser.path == "FOLDER":  # as model=diffusers has it
         raise ValueError("path has no value: give it the folder that pipeline.save_pretrained has written, path=...")
 
@@ -125,6 +126,21 @@ def check_bits(cfg: DictConfig, overrides: Sequence[str]) -> None:
         raise ValueError(
             f"quant.name must be {right}, whose bits these are, got {name!r}: results would stand under it"
         )
+
+
+def calibration_steps(cfg: DictConfig) -> int | None:
+    """Sampling steps of calibration, None if they are those of the images; ValueError where the images cannot use its table."""
+    key, steps = "protocol.calibration.num_inference_steps", cfg.protocol.calibration.num_inference_steps
+    if steps is None or steps == cfg.sampler.get("num_inference_steps"):
+        return None
+    outside = cfg.method.surgery.outside_timesteps
+    if outside == "error":
+        raise ValueError(f"{key}={steps} needs method.surgery.outside_timesteps=nearest, got {outside}")
+    if cfg.engine is not None:
+        raise ValueError(f"{key}={steps} needs engine=none: engines run the calibrated timesteps alone")
+    if isinstance(cfg.quant.activation, ListConfig):
+        raise ValueError(f"{key}={steps} needs one width of activations, got quant.activation={cfg.quant.activation}")
+    return steps
 
 
 def check_name(name: str, chosen: str, methods: set[str]) -> None:

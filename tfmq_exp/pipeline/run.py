@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.seeds import Stream
-from tfmq_exp.core.validate import COUNT, check_fields
+from tfmq_exp.core.validate import COUNT, check_fields, optional
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.text_encoder import TextEncoder
@@ -29,13 +29,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """Number of float-model trajectories that calibration sees, and how many of them run together."""
+    """Float-model trajectories that calibration sees.
+
+    Args:
+        images: their number.
+        batch: how many run together.
+        num_inference_steps: of their sampler, where it is not that of the images.
+    """
 
     images: int
     batch: int
+    num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, images=COUNT, batch=COUNT)
+        check_fields(self, images=COUNT, batch=COUNT, num_inference_steps=optional(COUNT))
 
     def batches(self) -> list[range]:
         """Trajectories that run together."""
@@ -116,9 +123,24 @@ class Run:
         return calls
 
     @cached_property
+    def calibration_sampling(self) -> Sampling:
+        """Sampling of the calibration trajectories, whose timesteps are the finite set."""
+        steps = self.calibration.num_inference_steps
+        return self.sampling if steps is None else self.sampling.with_steps(steps)
+
+    @cached_property
+    def calibration_calls(self) -> tuple[int, ...]:
+        """Timesteps of the network calls for one calibration trajectory."""
+        return (
+            self.calls
+            if self.calibration.num_inference_steps is None
+            else self.calibration_sampling.calls(self.denoiser)
+        )
+
+    @cached_property
     def resolved(self) -> ResolvedConfig:
         """Quantizers of every layer."""
-        names, timesteps = tuple(attentions(self.denoiser.unet)), self.sampling.finite_set(self.denoiser)
+        names, timesteps = tuple(attentions(self.denoiser.unet)), self.calibration_sampling.finite_set(self.denoiser)
         return resolve(self.method.surgery, self.structure, names, self.method.scales, timesteps)
 
     def quantized_unet(self, resolved: ResolvedConfig | None = None) -> QuantizedUNet:
@@ -133,7 +155,7 @@ class Run:
     @property
     def follows_trajectories(self) -> bool:
         """Whether the method learns or observes anything on trajectories of the float model."""
-        observed = self.method.activations.budget(self.calibration.images, len(self.calls)).samples
+        observed = self.method.activations.budget(self.calibration.images, len(self.calibration_calls)).samples
         return not self.method.weights.trains or bool(observed)
 
     @cached_property

@@ -97,7 +97,7 @@ def predict_noise(
     """
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
     given = conditions(batch.rows, batch.conditioned, x.device)
-    return noise_of(model(x, batch.t, outside="nearest_step", **given).sample, x)
+    return noise_of(model(x, batch.t, outside="nearest", **given).sample, x)
 
 
 class QuantizationAwareTraining(pl.LightningModule):

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-# What a timestep outside the finite set does: raise ValueError, or read the nearest step. `unchecked`: the caller has checked before.
-Outside = Literal["error", "nearest_step", "unchecked"]
+# What a timestep outside the finite set does: raise ValueError, or read the table of the nearest one (of two as near, the noisier).
+OutsideTimesteps = Literal["error", "nearest"]
+Outside = OutsideTimesteps | Literal["unchecked"]  # the caller has checked before
 
 
 class TimestepContext(nn.Module):
@@ -31,7 +32,9 @@ class TimestepContext(nn.Module):
         if len(timesteps) == 0:
             raise ValueError("a TimestepContext needs at least one timestep")
         self.timesteps = tuple(int(t) for t in timesteps)
-        table = torch.full((max(self.timesteps) + 1,), len(self.timesteps))  # no step: a table of scales has no such row
+        table = torch.full(
+            (max(self.timesteps) + 1,), len(self.timesteps)
+        )  # no step: a table of scales has no such row
         for step, t in reversed(list(enumerate(self.timesteps))):
             table[t] = step
         self.register_buffer("step_of_t", table, persistent=False)
@@ -52,7 +55,7 @@ class TimestepContext(nn.Module):
 
     @property
     def t(self) -> Int[Tensor, "batch"]:
-        """Timestep of each row of the present batch, as it came: with `nearest_step` maybe none of the finite set."""
+        """Timestep of each row of the present batch, as it came: with `nearest` maybe none of the finite set."""
         return self._set(self._t)
 
     def _set(self, value: Tensor | None) -> Tensor:
@@ -68,16 +71,19 @@ class TimestepContext(nn.Module):
         if wrong := [t for t in timesteps if t not in known]:
             raise ValueError(
                 f"timestep {wrong[0]} is outside the calibrated finite set of {len(known)} timesteps "
-                f"({min(self.timesteps)} .. {max(self.timesteps)}): sample with the calibrated steps or calibrate these"
+                f"({min(self.timesteps)} .. {max(self.timesteps)}): sample with the calibrated steps, calibrate these, or let "
+                "it read the nearest one (outside_timesteps=nearest)"
             )
 
     def step_indices(self, t: Shaped[Tensor, "batch"], outside: Outside = "error") -> Int[Tensor, "batch"]:
         """Step of each timestep. `error` waits for the device of `t`; the other choices do not."""
         t = t.long()
-        if outside == "nearest_step":
-            return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         if outside == "error":
             self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        elif (
+            outside != "unchecked"
+        ):  # the nearest: larger timesteps come first in the set, and argmin takes the first of equals
+            return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
         return self.step_of_t.to(t.device)[t]
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Sampling settings: sampler, conditions, guidance and precision, which networks must share to be compared."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,13 @@ class Sampling:
     def finite_set(self, denoiser: Denoiser) -> tuple[int, ...]:
         """The distinct timesteps, in the order in which they are first visited."""
         return finite_set(self.sampler, denoiser.schedule)
+
+    def with_steps(self, num_inference_steps: int) -> "Sampling":
+        """The same with another number of steps; ValueError for a sampler without such a setting."""
+        if not hasattr(self.sampler, "num_inference_steps"):
+            raise ValueError(f"{type(self.sampler).__name__} has no num_inference_steps: its number of steps is fixed")
+        sampler: Any = self.sampler
+        return replace(self, sampler=replace(sampler, num_inference_steps=num_inference_steps))
 
     def conditions(self, denoiser: Denoiser, seed: int, stream: str, indices: Sequence[int]) -> Conditions:
         """Conditions of images of a stream, on the network's device.

@@ -65,6 +65,10 @@ class Recipe:
         """The sampler of `sampling`."""
         return self.sampling.sampler
 
+    def with_steps(self, num_inference_steps: int) -> "Recipe":
+        """The same with another number of steps."""
+        return dataclasses.replace(self, sampling=self.sampling.with_steps(num_inference_steps))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         sampler: Any = self.sampler

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tfmq_exp.core.validate import SWITCH, check_fields, one_of
 from tfmq_exp.denoisers.structure import LayerInfo, Role
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.timestep_context import OutsideTimesteps
 from tfmq_exp.surgery.qat_config import QATConfig
 
 WEIGHT_BITS = range(2, 9)
@@ -105,6 +106,8 @@ class QuantizationConfig:
         split_shortcuts: give trunk and skip channels of every shortcut separate quantizers (Q-Diffusion).
         tie_qkv: one input quantizer for q, k and v of an attention, as where the original network has them in one layer
             (unconditional LDM). Observed ranges are the same either way; learned scales are not.
+        outside_timesteps: what a timestep outside the calibrated finite set does: `error`, or `nearest`, which reads the
+            scales and stored features of the nearest one, so that a network calibrated with 20 steps can be sampled with 50.
         qat: how ranges and weights are trained, for methods of quantization-aware training; None for all others.
     """
 
@@ -114,6 +117,7 @@ class QuantizationConfig:
     grids: SchemeConfig = field(default_factory=SchemeConfig)
     split_shortcuts: bool = False
     tie_qkv: bool = False
+    outside_timesteps: OutsideTimesteps = "error"
     qat: QATConfig | None = None
 
     def __post_init__(self) -> None:
@@ -125,7 +129,8 @@ class QuantizationConfig:
             raise ValueError(
                 f"method.surgery.roles names every role once; wrong or missing: {', '.join(sorted(wrong))}"
             )
-        check_fields(self, split_shortcuts=SWITCH, tie_qkv=SWITCH)
+        outside = one_of(*get_args(OutsideTimesteps))
+        check_fields(self, split_shortcuts=SWITCH, tie_qkv=SWITCH, outside_timesteps=outside)
         inputs = QAT_INPUT_BITS if self.qat else INPUT_BITS
         named = {f"{group}.{name}": bits for group in ("roles", "sites") for name, bits in getattr(self, group).items()}
         for name, bits in named.items():

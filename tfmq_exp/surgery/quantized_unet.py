@@ -43,7 +43,7 @@ class QuantizedUNet(nn.Module):
         sample: Float[Tensor, "batch ..."],
         timestep: Shaped[Tensor, "..."],
         *,
-        outside: Outside = "error",
+        outside: Outside | None = None,
         **conditions: Any,
     ) -> Any:
         """The UNet's own output.
@@ -51,23 +51,25 @@ class QuantizedUNet(nn.Module):
         Args:
             sample: noisy input.
             timestep: one for all rows, or one for each.
-            outside: what a timestep outside the finite set does; `error` waits for the GPU in order to look.
+            outside: what a timestep outside the finite set does; None for the plan's choice. `error` waits for the GPU to look.
             conditions: further arguments of the UNet.
 
         Raises:
-            ValueError: a timestep outside the finite set, unless `outside` is another choice.
+            ValueError: a timestep outside the finite set where that is an error.
         """
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         scales = self.generators.scales(t) if self.generators else None
-        with self.context.at(t, outside, scales):
+        with self.context.at(t, outside or self.plan.outside_timesteps, scales):
             return self.unet(sample, t, **conditions)
 
     def for_timesteps(self, timesteps: Sequence[int]) -> Callable[..., Any]:
         """The network as a sampler calls it, whose timesteps are checked here once and no more at each call.
 
         Raises:
-            ValueError: a timestep outside the finite set.
+            ValueError: a timestep outside the finite set where that is an error.
         """
+        if self.plan.outside_timesteps != "error":
+            return self
         self.context.require(timesteps)
         return partial(self, outside="unchecked")
 

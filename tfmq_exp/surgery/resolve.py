@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 from tfmq_exp.core.records import decode, encode
+from tfmq_exp.core.validate import check_fields, one_of
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.quant.qat.base import QATQuantizeFn
 from tfmq_exp.quant.qat.duq import Duq
@@ -17,7 +18,7 @@ from tfmq_exp.quant.quantizers.step_switch import StepSwitch
 from tfmq_exp.quant.quantizers.trainable import Offset, TrainableQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
-from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_context import OutsideTimesteps, TimestepContext
 from tfmq_exp.surgery.config import Bits, QuantizationConfig, widths
 from tfmq_exp.surgery.scales import STORED_SCALES, ScalePlan
 
@@ -63,15 +64,19 @@ class LayerConfig:
 class ResolvedConfig:
     """The whole table: every quantized layer by name, attention's operands by the attention's name, and the finite set.
 
-    `tied` are layers with one input, whose input quantizers learn together; `trained` is the QAT function of weights. Neither
+    `outside_timesteps` is what a timestep outside that set does. `tied` are layers with one input, whose input quantizers learn together; `trained` is the QAT function of weights. Neither
     matters once learning is over.
     """
 
     sites: Mapping[str, LayerConfig]
     operands: Mapping[str, Mapping[str, ActivationConfig]]
     timesteps: tuple[int, ...]
+    outside_timesteps: OutsideTimesteps
     tied: tuple[tuple[str, ...], ...] = ()
     trained: QATQuantizeFn | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, outside_timesteps=one_of(*get_args(OutsideTimesteps)))
 
     def tabulated(self) -> "ResolvedConfig":
         """The table after calibration and learning."""
@@ -82,7 +87,7 @@ class ResolvedConfig:
             for name, line in self.sites.items()
         }
         operands = {name: {k: v.tabulated() for k, v in parts.items()} for name, parts in self.operands.items()}
-        return ResolvedConfig(sites, operands, self.timesteps)
+        return ResolvedConfig(sites, operands, self.timesteps, self.outside_timesteps)
 
 
 STORED = (ResolvedConfig, LayerConfig, ActivationConfig, QuantSpec, *STORED_SCALES, Lsq, Duq, Qil)
@@ -149,7 +154,8 @@ def resolve(
     if not table and not operands:
         raise ValueError("this configuration quantizes nothing: every role is float")
     tied = tied_layers(structure, table) if config.tie_qkv else ()
-    return ResolvedConfig(table, operands, timesteps, tied, config.qat.weights if config.qat else None)
+    trained = config.qat.weights if config.qat else None
+    return ResolvedConfig(table, operands, timesteps, config.outside_timesteps, tied, trained)
 
 
 def check_patterns(config: QuantizationConfig, structure: UNetStructure) -> None:

@@ -21,7 +21,7 @@ from tfmq_exp.surgery.packing import pack
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 from tfmq_exp.surgery.rebuilding import rebuilt
 
-FORMAT, VERSION = "tfmq_exp.quantized_unet", 4
+FORMAT, VERSION = "tfmq_exp.quantized_unet", 5
 
 
 def smallest(zero_point: Tensor) -> Tensor:

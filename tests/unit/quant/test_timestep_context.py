@@ -23,7 +23,7 @@ def test_a_timestep_outside_the_set_is_named(wrong):
 
 def test_nearest_reads_the_closest_step():
     context = TimestepContext((751, 501, 251, 1))
-    assert context.step_indices(torch.tensor([999, 740, 627, 625, 0, 251]), "nearest_step").tolist() == [
+    assert context.step_indices(torch.tensor([999, 740, 627, 625, 0, 251]), "nearest").tolist() == [
         0,
         0,
         0,
@@ -31,6 +31,12 @@ def test_nearest_reads_the_closest_step():
         3,
         2,
     ]
+
+
+@pytest.mark.parametrize(("t", "nearest"), [(625, 501), (626, 751), (627, 751), (376, 501), (375, 251)])
+def test_of_two_equally_near_timesteps_the_noisier_is_read(t, nearest):
+    context = TimestepContext((751, 501, 251, 1))
+    assert context.timesteps[int(context.step_indices(torch.tensor([t]), "nearest"))] == nearest
 
 
 def test_an_unchecked_timestep_outside_the_set_reads_no_scale():

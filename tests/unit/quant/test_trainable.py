@@ -216,7 +216,7 @@ def test_scales_are_in_the_context_for_a_forward_pass() -> None:
     context = TimestepContext(TIMESTEPS)
     mixed, x = sources(context), activations()
     generators, quantizer = BatchedGenerators(mixed), TrainableQuantizer(mixed[0], Lsq())
-    with context.at(ANY_T, "nearest_step", generators.scales(ANY_T)):
+    with context.at(ANY_T, "nearest", generators.scales(ANY_T)):
         inside = quantizer.quantize(x)
         step = mixed[0](x).scale
         assert step.shape == (5, 1, 1)
@@ -224,9 +224,9 @@ def test_scales_are_in_the_context_for_a_forward_pass() -> None:
     assert not context.scales
     for row in range(5):
         one = ANY_T[row : row + 1]
-        with context.at(one, "nearest_step", generators.scales(one)):
+        with context.at(one, "nearest", generators.scales(one)):
             torch.testing.assert_close(quantizer.quantize(x[row : row + 1]), inside[row : row + 1])
-    with context.at(ANY_T, "nearest_step"):  # without them the nearest of the finite set is read
+    with context.at(ANY_T, "nearest"):  # without them the nearest of the finite set is read
         nearest = torch.tensor([3, 0, 1, 3, 3])
         assert torch.equal(mixed[0](x).scale.flatten(), mixed[0].table().scale[nearest])
 
@@ -269,7 +269,7 @@ def test_statistics_of_every_sample_and_its_time_make_its_interval(encoding: Tim
     source = DynamicGeneratorScale(config, SIGNED, context).eval()
     source.observe(x)
     reach, network = float(x.abs().max()), copy.deepcopy(source.mlp).double()
-    with context.at(ANY_T, "nearest_step"):
+    with context.at(ANY_T, "nearest"):
         scale, zero_point = source(x)
     assert scale.shape == (5, 1, 1)
     assert not zero_point.any()

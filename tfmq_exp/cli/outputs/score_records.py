@@ -47,6 +47,7 @@ def score_records(
         "environment": dict(environment),
     }
     quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
+    quantized["outside_timesteps"] = run.resolved.outside_timesteps
     if experiment.examples:  # rows of the same settings that were trained on other images are no repetitions
         quantized["trained_on"] = experiment.examples.key[:8]
     original = {"quant": "fp32", "method": "float", "scores": float_scores, "weights_bytes": run.float_bytes}
@@ -106,13 +107,14 @@ def protocol(run: Run) -> dict[str, Any]:
         "images": run.images.count,
         "uint8_rule": f"{run.images.uint8}((x + 1) * 127.5)",
         "calibration_images": run.calibration.images,
+        **({"calibration_calls": len(run.calibration_calls)} if run.calibration.num_inference_steps else {}),
     }
 
 
 def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
     """Samples, iterations, seconds, bytes. `quantization_seconds` are of making the stages, by this run or another one."""
     run = experiment.run
-    given, halves = (run.calibration.images, len(run.calls)), 2 if run.sampling.guided else 1
+    given, halves = (run.calibration.images, len(run.calibration_calls)), 2 if run.sampling.guided else 1
     budgets = {name: getattr(run.method, name).budget(*given) for name in ("weights", "activations")}
     network = (experiment.weights, experiment.activations, experiment.correction)
     seconds = [stage.entry.seconds for stage in (*experiment.data("activations"), *filter(None, network))]

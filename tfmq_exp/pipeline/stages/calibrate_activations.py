@@ -42,7 +42,7 @@ class CalibrateActivations(Stage):
         run.method.temporal(*network)
         model.tabulate_scales()
         if self.pipeline.group.is_main:
-            recipe = Recipe.of(run.sampling, run.denoiser)
+            recipe = Recipe.of(run.calibration_sampling, run.denoiser)
             write_checked(folder / FILE, lambda path: serialization.save(model, path, recipe))
 
     def count(self) -> int:

@@ -22,10 +22,12 @@ class CollectTrajectory(Stage):
     stored_as = "trajectory"
 
     def inputs(self) -> Mapping[str, Any]:
-        return {**self.run.model_inputs, "calibration": self.run.calibration, "seed": self.run.seed}
+        run = self.run
+        inputs = {**run.model_inputs, "sampling": run.calibration_sampling}
+        return {**inputs, "calibration": run.calibration, "seed": run.seed}
 
     def compute(self, folder: Path) -> None:
-        run, group, calls = self.run, self.pipeline.group, len(self.run.calls)
+        run, group, calls = self.run, self.pipeline.group, len(self.run.calibration_calls)
         parts, batches = folder / "parts", run.calibration.batches()
         files = {indices: parts / f"{indices.start:06d}.safetensors" for indices in batches}
         parts.mkdir(exist_ok=True)
@@ -39,7 +41,8 @@ class CollectTrajectory(Stage):
                     advance(done + step, f"step {step + 1}")
 
                 with within("calibration trajectories of the float network"):
-                    part = collect_trajectories(run.denoiser, run.sampling, indices, seed=run.seed, each_step=each_step)
+                    given = run.denoiser, run.calibration_sampling, indices
+                    part = collect_trajectories(*given, seed=run.seed, each_step=each_step)
                 write_checked(files[indices], part.save)
         group.barrier()
         if group.is_main:

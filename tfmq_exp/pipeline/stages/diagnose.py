@@ -132,7 +132,7 @@ class UnitSensitivity(Diagnosis):
         units = quantized_units(model, unet, structure)
         data = spread_over_steps(self.trajectory.samples(), run.diagnosis.samples, run.seed)
         batch = min(run.compute.batch, len(data))
-        probe = PredictionProbe(model, unet, units, data, steps=len(run.calls), batch=batch)
+        probe = PredictionProbe(model, unet, units, data, steps=len(run.calibration_calls), batch=batch)
         whole = probe.error()["relative_error"]
         (folder / "units").mkdir(exist_ok=True)
         files = {unit.name: folder / "units" / f"{unit.name}.json" for unit in units}
