@@ -35,9 +35,8 @@ class Estimate(NamedTuple):
         peak, disk = max(map(self.memory, self.stages)), sum(stage.disk for stage in self.stages)
         host = self.process + max(stage.host for stage in self.stages) if self.accelerated else peak
         on_device = f"{format_bytes(peak)} on the GPU, " if self.accelerated else ""
-        return (
-            f"{format_duration(self.seconds)}, {on_device}{format_bytes(host)} of memory, {format_bytes(disk)} on disk"
-        )
+        rest = f"{format_bytes(host)} of memory, {format_bytes(disk)} on disk"
+        return f"{format_duration(self.seconds)}, {on_device}{rest}"
 
 
 def expected_cost(experiment: Experiment, goals: Collection[str]) -> Estimate | None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from tfmq_exp.core.formatting import format_duration
@@ -150,6 +149,9 @@ class ProgressBars:
     @contextmanager
     def stage(self, name: str, total: float) -> Iterator[Callable[[float, str], None]]:
         """A bar that counts to `total`; the result takes the amount that is done and a note."""
+        # here, so that --help answers at once
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("{task.description:<14}", markup=False),
             BarColumn(bar_width=min(28, self.console.width // 3)),
@@ -184,7 +186,7 @@ class ProgressBars:
         say(self.console, f"{self.worker}: {text}" if self.worker else text)
 
 
-def line(task: Task) -> str:
+def line(task: Any) -> str:
     """Name of a stage, share that is done, note, and the time left where it is known."""
     words = [task.description, f"{task.percentage:.0f}%", task.fields["note"]]
     left = "" if task.time_remaining is None else f"{format_duration(task.time_remaining)} left"
