@@ -25,9 +25,8 @@ from rich.table import Table
 
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import pick_device, prepare
-from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.terminal import standard_streams
-from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.cli.terminal import ProgressBars, standard_streams
+from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.learning import FileUnitCheckpointer, LoggingCallback
 from tfmq_exp.pipeline.stages.network import TrainWeights
 from tfmq_exp.qat.module import QuantizationAwareTraining
@@ -50,7 +49,7 @@ class Steps:
         device = pick_device(cfg.device)
         weights = app.make_experiment(cfg, device, ProgressBars(Console(quiet=True)).stage).weights
         assert isinstance(weights, TrainWeights)
-        callback = LoggingCallback(lambda _done, _note: None, NullLogger(), "weights")
+        callback = LoggingCallback(lambda _done, _note: None, Logger(), "weights")
         task = weights.task(Path(folder), FileUnitCheckpointer(Path(folder) / "units", {}), callback)
         self.module, batches = prepare_training(task, weights.method.protocol)
         self.batch = batches.batch(0).on(device)

@@ -30,10 +30,9 @@ from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
+from tfmq_exp.cli.dry_run import Estimate, expected_cost, print_estimate
 from tfmq_exp.cli.environment import prepare
-from tfmq_exp.cli.estimate import Estimate, estimate, print_estimate
-from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.terminal import standard_streams
+from tfmq_exp.cli.terminal import ProgressBars, standard_streams
 from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
@@ -232,8 +231,8 @@ def main() -> None:
         parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         watch = Stopwatch()
-        whole = watch.of("the estimate itself", lambda: estimate(full.run, full.missing(app.GOALS[:-1])))
-        part = estimate(small.run, small.missing(PART))
+        whole = watch.of("the estimate itself", lambda: expected_cost(full, app.GOALS[:-1]))
+        part = expected_cost(small, PART)
         assert whole is not None
         assert part is not None
         run(small, Path(folder), watch)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tfmq_exp.cli.environment import pick_device, prepare
 from tfmq_exp.cli.make_run import make_run
-from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.cli.terminal import ProgressBars
 from tfmq_exp.cli.validation import check_values
 from tfmq_exp.core.files import write_atomically
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline
 from tfmq_exp.pipeline.store import Store
@@ -35,13 +35,10 @@ CONF = Path(__file__).parents[1] / "conf"
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A quantized network, and how it is sampled (None for a sampler of one's own class, which no file describes).
-
-    Execution is simulated: weights are integers that are turned back into real numbers to compute with.
-    """
+    """A quantized network. Execution is simulated: weights are integers that are turned back into real numbers to compute with."""
 
     unet: QuantizedUNet
-    recipe: Recipe | None
+    recipe: Recipe | None  # how it is sampled; None for a sampler of one's own class, which no file describes
 
     def save(self, path: str | Path) -> int:
         """Write one safetensors file with integers packed to their bit-width; returns its size in bytes.
@@ -117,7 +114,7 @@ def quantize(
         run = replace(run, method=replace(run.method, surgery=config))
     bars = ProgressBars(Console(quiet=not progress)).stage
     with tempfile.TemporaryDirectory() as temporary:
-        experiment = Experiment(run, Pipeline(Store(Path(store or temporary)), bars, NullLogger()))
+        experiment = Experiment(run, Pipeline(Store(Path(store or temporary)), bars, Logger()))
         unet = experiment.activations.model
         return QuantizedModel(unet, Recipe.of(run.sampling, denoiser))
 

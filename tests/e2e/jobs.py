@@ -6,7 +6,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from tfmq_exp.cli import main as app
+from tfmq_exp.cli.job import attempt
+from tfmq_exp.cli.main import work
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -29,5 +30,5 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
 
 def job(folder: Path, *overrides: str) -> Path:
     """Run one job to the end; returns its run folder."""
-    app.main(composed(folder, *overrides))
+    attempt(composed(folder, *overrides), work)
     return folder / "run"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.jobs import composed, job
 from tfmq_exp.cli import main as app
+from tfmq_exp.cli.job import attempt
 from tfmq_exp.denoisers.digits import WEIGHTS
 from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store
 
@@ -179,4 +180,4 @@ def test_a_manifest_that_is_no_json_is_damage(tmp_path: Path) -> None:
 
 def test_a_traceback_on_request(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 1"):
-        app.main(composed(tmp_path, "debug=smoke", "quant.weight=1", "runtime.traceback=true"))
+        attempt(composed(tmp_path, "debug=smoke", "quant.weight=1", "runtime.traceback=true"), app.work)

@@ -18,11 +18,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.dry_run import expected_cost, state
-from tfmq_exp.cli.outputs import RunOutputs
-from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.cli.outputs.run_folder import RunOutputs
+from tfmq_exp.cli.outputs.score_records import engine_choices
 from tfmq_exp.cli.run_info import current_run
-from tfmq_exp.cli.score_records import engine_choices
 from tfmq_exp.cli.sweep_report import read_job
+from tfmq_exp.cli.terminal import ProgressBars
 from tfmq_exp.deploy.onednn import available
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.report.html.deployment import PRODUCTS, deployments

@@ -14,7 +14,7 @@ from rich.console import Console
 from tests.e2e.jobs import composed, job
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.job_cache import is_written
-from tfmq_exp.cli.progress import ProgressBars
+from tfmq_exp.cli.terminal import ProgressBars
 from tfmq_exp.core.files import write_checked, write_json
 from tfmq_exp.pipeline.experiment import Experiment
 

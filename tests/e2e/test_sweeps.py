@@ -18,7 +18,7 @@ import torch
 from run import run as command
 from tests.e2e.jobs import CONF, composed, job
 from tfmq_exp.cli import main as app
-from tfmq_exp.cli.job import perform
+from tfmq_exp.cli.job import attempt, perform
 from tfmq_exp.cli.status import Status, read_status
 from tfmq_exp.report.records import read_records
 
@@ -125,7 +125,7 @@ def test_what_is_asked_for_again_is_looked_at_again(tmp_path: Path, capsys: pyte
 
 
 def test_a_dry_run_leaves_the_store_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    app.main(composed(tmp_path, "debug=smoke", "method=nearest", "dry_run=true"))
+    attempt(composed(tmp_path, "debug=smoke", "method=nearest", "dry_run=true"), app.work)
     said = capsys.readouterr().out
     assert not (tmp_path / "store").exists()
     assert not list((tmp_path / "run").glob("results*"))

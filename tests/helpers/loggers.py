@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.loggers.base import NullLogger, RunMetadata
+from tfmq_exp.loggers.base import Logger, RunMetadata
 
 
-class RecordingLogger(NullLogger):
+class RecordingLogger(Logger):
     """Records its calls."""
 
     def __init__(self) -> None:

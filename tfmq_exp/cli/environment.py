@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,7 @@ PACKAGES = ("torch", "diffusers", "pytorch-lightning", "torchmetrics", "hydra-co
 
 
 def pick_device(device: str, rank: int = 0) -> torch.device:
-    """The device for the key `device`: auto takes CUDA where there is one.
-
-    Args:
-        device: auto, cpu or cuda.
-        rank: of the process; each has a GPU of its own.
+    """The device for the key `device`, of a process that has a GPU of its own: auto takes CUDA where there is one.
 
     Raises:
         ValueError: a device that is unknown or absent.
@@ -60,23 +57,10 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def busy() -> str:
-    """Remark on measured times, empty unless more processes want to run than the machine has cores."""
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load <= cores + 0.5:
-        return ""
-    return f"measured on a busy machine (load {load:.1f} on {cores} cores): it will be faster when others are done"
-
-
 def git_state() -> str:
     """The commit of the source tree, marked when files differ from it; `unknown` outside a repository."""
-
-    def git(*words: str) -> str:
-        options: dict[str, Any] = {"env": {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, "cwd": Path(__file__).parents[2]}
-        return subprocess.run(["git", *words], check=True, capture_output=True, text=True, **options).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    options: dict[str, Any] = {"env": {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, "cwd": Path(__file__).parents[2]}
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(words, check=True, capture_output=True, text=True, **options).stdout.strip()
+    return "unknown"

@@ -15,21 +15,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
-from tfmq_exp.cli.job_cache import clear, find, keep, take
+from tfmq_exp.cli.job_cache import claim, job_identity, keep, take
+from tfmq_exp.cli.outputs.score_table import print_scores
 from tfmq_exp.cli.run_info import current_run
-from tfmq_exp.cli.score_table import print_scores
 from tfmq_exp.cli.status import State, Status, begun, occupied
 from tfmq_exp.cli.terminal import Terminal, open_streams, say, say_error
 from tfmq_exp.cli.validation import check
-from tfmq_exp.core.files import read_record, write_atomically
+from tfmq_exp.core.files import read_record
 from tfmq_exp.core.validate import WrongValueError
+from tfmq_exp.pipeline.store import Store
 from tfmq_exp.report.records import ScoreRecord
 
 Work = Callable[[DictConfig, Path, Console], tuple[State, str]]
 PLANNED = {".hydra", ".running.lock", "run.log", "status.json", "estimate.json"}  # files of a dry run's folder
+log = logging.getLogger(__name__)
 
 
 class Stopped(SystemExit):
@@ -37,11 +39,7 @@ class Stopped(SystemExit):
 
 
 def perform(cfg: DictConfig) -> None:
-    """Run one job, or find its results.
-
-    Raises:
-        SystemExit: with status 1, when the job failed and was the only one.
-    """
+    """Run one job, or find its results; raises as `attempt`."""
     attempt(cfg, find_or_run)
 
 
@@ -49,16 +47,13 @@ def find_or_run(cfg: DictConfig, folder: Path, console: Console) -> tuple[State,
     """Take the results of an identical job that is done, unless `force`; else run this one."""
     if cfg.dry_run:
         return run(cfg, folder, console)
-    settings = OmegaConf.to_yaml(cfg, resolve=True)
-    clear(folder, settings)
-    store, record = find(cfg, current_run().overrides)
-    origin = None if cfg.force else take(store, record, folder)
-    if origin is None:
+    claim(folder, cfg)
+    store = Store(Path(cfg.paths.store))
+    record = store.entry("jobs", job_identity(cfg, current_run().overrides))
+    if cfg.force or (origin := take(store, record, folder)) is None:
         ended = run(cfg, folder, console)
         keep(store, record, folder)
         return ended
-    text = settings.encode(errors="backslashreplace")
-    write_atomically(folder / "config.yaml", lambda path: path.write_bytes(text))
     if (results := folder / "results.json").is_file():
         print_scores([ScoreRecord(**row) for row in read_record(results)["rows"]], console)
     say(console, f"finished before in {origin}; force=true does it again")
@@ -79,10 +74,7 @@ def attempt(cfg: DictConfig, work: Work) -> None:
     """Do a job's work; an error is one line on the terminal, its traceback is in the run's log.
 
     A job of a sweep that fails only records that in its status, and the others go on. A single dry run leaves no folder.
-
-    Args:
-        cfg: the job.
-        work: takes the job, its folder and a terminal; returns in which state it ends, and why.
+    `work` takes the job, its folder and a terminal; it returns in which state the job ends, and why.
 
     Raises:
         SystemExit: with status 1, when the job failed and was the only one; with 128 and the signal's number, when
@@ -90,8 +82,7 @@ def attempt(cfg: DictConfig, work: Work) -> None:
     """
     open_streams()  # launchers start jobs in processes of their own
     info, console = current_run(), Terminal()
-    folder = info.folder
-    status = begun(info.name, info.job_number if info.sweep else None)
+    folder, status = info.folder, begun(info.name, info.job_number if info.sweep else None)
     try:
         with occupied(folder), stoppable():
             status.write(folder)
@@ -99,7 +90,7 @@ def attempt(cfg: DictConfig, work: Work) -> None:
                 check(cfg, info)
                 status = status.turned(*work(cfg, folder, console))
             except Exception as error:
-                status = status.turned("failed", one_line(root_cause(error)))
+                status = status.turned("failed", one_line(error))
                 raise
             except BaseException as stop:  # a signal: the job may be started again in this folder
                 status = status.turned("interrupted", f"stopped by {what_stopped(stop)}")
@@ -107,7 +98,7 @@ def attempt(cfg: DictConfig, work: Work) -> None:
             finally:
                 write_last(status, folder)
     except Exception as error:
-        say_error(console, one_line(root_cause(error)))
+        say_error(console, one_line(error))
         logging.getLogger("tfmq_exp.traceback").debug("the job failed", exc_info=error)
         if cfg.runtime.traceback:
             raise
@@ -131,7 +122,7 @@ def write_last(status: Status, folder: Path) -> None:
     try:
         status.write(folder)
     except OSError as error:
-        logging.getLogger(__name__).warning("how the job ended is not noted: %s", error)
+        log.warning("how the job ended is not noted: %s", error)
 
 
 @contextmanager
@@ -148,11 +139,7 @@ def stoppable() -> Iterator[None]:
 
 
 def stop(number: int, _: FrameType | None) -> None:
-    """Handle a signal.
-
-    Raises:
-        Stopped: always.
-    """
+    """Handle a signal: raise `Stopped`."""
     raise Stopped(128 + number)
 
 
@@ -189,7 +176,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def one_line(error: BaseException) -> str:
-    """Message of an error, with its type where the message alone is not meant for users."""
-    text = " ".join(str(error).split())
+    """Message of an error's root cause, with its type where the message alone is not meant for users."""
+    text = " ".join(str(error := root_cause(error)).split())
     expected = isinstance(error, ValueError | OSError | RuntimeError | TypeError | KeyError)
     return text if expected and text else f"{type(error).__name__}: {text}"

@@ -8,7 +8,6 @@ An archive, so that programs that collect results do not count these as another 
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from omegaconf import DictConfig, OmegaConf
 
-from tfmq_exp.core.files import write_atomically, write_json
+from tfmq_exp.core.files import read_json, write_atomically, write_json
 from tfmq_exp.core.formatting import format_bytes
 from tfmq_exp.data.tree import files_below
 from tfmq_exp.pipeline.store import DamagedEntry, Entry, Store, code_of
@@ -83,16 +82,14 @@ def program_version(package: Path) -> str:
 
 def files_read(settings: Mapping[str, Any]) -> dict[str, str]:
     """State of the files and folders that the settings name."""
-    named = texts({key: value for key, value in settings.items() if key not in LOCATIONS})
-    found = {text for key, text in named if key != "name" and text and os.path.exists(text)}
-    return {text: state_of(Path(text)) for text in sorted(found)}
+    named = {text for key, text in texts({**settings, **dict.fromkeys(LOCATIONS)}) if key != "name" and text}
+    return {text: state_of(Path(text)) for text in sorted(filter(os.path.exists, named))}
 
 
 def state_of(path: Path) -> str:
-    """Hash of names, sizes, times and inodes of a file, or of all files below a folder, links followed.
+    """Hash of names, sizes, times and inodes of a file, or of all files below a folder, links followed; content is not read.
 
-    Content is not read: gigabytes would take longer than finding a result. The time of the status (ctime) counts, which no
-    program can set: a file whose time of modification was restored is another file.
+    The time of the status (ctime) counts, which no program can set: a file whose time of modification was restored differs.
     """
     digest = hashlib.sha256(os.fsencode(path.resolve()))
     for name in sorted(name for name, _ in files_below(path)) if path.is_dir() else ["."]:
@@ -115,12 +112,6 @@ def texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield from texts(value, key)
 
 
-def find(cfg: DictConfig, overrides: Sequence[str]) -> tuple[Store, Entry]:
-    """The store, and the place of a job's results in it."""
-    store = Store(Path(cfg.paths.store))
-    return store, store.entry("jobs", job_identity(cfg, overrides))
-
-
 def is_written(name: str) -> bool:
     """Whether jobs write a file of that name, relative to the run folder."""
     path = PurePosixPath(name)
@@ -133,18 +124,15 @@ def left_in(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
-def clear(folder: Path, settings: str) -> None:
-    """Remove the results of another job from a run folder.
-
-    Args:
-        folder: that may be the run folder of an earlier job.
-        settings: of this job, as `config.yaml` will have them.
-    """
+def claim(folder: Path, cfg: DictConfig) -> None:
+    """Write `config.yaml` into the run folder of a job; results of another job are removed before."""
     config = folder / "config.yaml"
-    if config.is_file() and (folder / "artifacts.json").is_file() and config.read_bytes() != settings.encode():
+    settings = OmegaConf.to_yaml(cfg, resolve=True).encode(errors="backslashreplace")
+    if config.is_file() and (folder / "artifacts.json").is_file() and config.read_bytes() != settings:
         log.warning("%s was the run folder of another job, whose results are replaced", folder)
         for path in left_in(folder):
             path.unlink()
+    write_atomically(config, lambda path: path.write_bytes(settings))
 
 
 def keep(store: Store, record: Entry, folder: Path) -> None:
@@ -164,9 +152,11 @@ def keep(store: Store, record: Entry, folder: Path) -> None:
     try:
         if (size := sum(path.stat().st_size for path in files)) > LARGEST:
             raise OSError(f"its files have {format_bytes(size)}, more than {format_bytes(LARGEST)}")
-        if record.done and not undamaged(record):
+        try:
+            store.get_or_compute(record, fill)
+        except DamagedEntry:
             shutil.rmtree(record.path)
-        store.get_or_compute(record, fill)
+            store.get_or_compute(record, fill)
     except OSError as error:
         log.warning("the job is done, but the store cannot note that it is: %s", error)
 
@@ -177,13 +167,19 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
     None without such a job, where its results were changed since, or where a stage that they are made from was deleted from
     the store, by which users ask for that stage to be computed again.
     """
-    if not (record.done and undamaged(record)):
+    if not record.done:
         return None
-    stages = json.loads((record.path / "artifacts.json").read_text(encoding="utf-8"))
-    for name, stage in stages.items():
-        if not still_there(store, stage):
-            log.warning("this job was finished before, but its %s is gone from the store: once more", name)
-            return None
+    try:
+        record.verify()
+        stages = read_json(record.path / "artifacts.json")
+        for name, stage in stages.items():
+            stored_as, key = Path(stage["path"]).parts[-2:]
+            if not Entry(stored_as, key, store.root / stored_as / key, {}).complete:
+                log.warning("this job was finished before, but its %s is gone from the store: once more", name)
+                return None
+    except DamagedEntry as damage:
+        log.warning("%s", damage)
+        return None
     with ZipFile(record.path / "left.zip") as archive:
         members = [member for member in archive.infolist() if is_written(member.filename)]
         if sum(member.file_size for member in members) > LARGEST:
@@ -191,23 +187,4 @@ def take(store: Store, record: Entry, folder: Path) -> Path | None:
         archive.extractall(folder, members)
     found = {name: {**stage, "computed": False, "seconds": 0.0} for name, stage in stages.items()}
     write_json(folder / "artifacts.json", found)
-    return Path(json.loads((record.path / "origin.json").read_text(encoding="utf-8"))["folder"])
-
-
-def still_there(store: Store, stage: Mapping[str, Any]) -> bool:
-    """Whether the store has all files of a stage in a run's record."""
-    stored_as, key = Path(stage["path"]).parts[-2:]
-    try:
-        return Entry(stored_as, key, store.root / stored_as / key, {}).complete
-    except DamagedEntry:
-        return False
-
-
-def undamaged(record: Entry) -> bool:
-    """Whether all files are as they were written; a warning names one that is not."""
-    try:
-        record.verify()
-    except DamagedEntry as damage:
-        log.warning("%s", damage)
-        return False
-    return True
+    return Path(read_json(record.path / "origin.json")["folder"])

@@ -5,33 +5,29 @@ import multiprocessing
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
-from tfmq_exp.cli.diagnosis_outputs import save_diagnoses
-from tfmq_exp.cli.dry_run import expected_cost, preview
+from tfmq_exp.cli.dry_run import expected_cost, preview, print_estimate
 from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
-from tfmq_exp.cli.estimate import print_estimate
-from tfmq_exp.cli.job import attempt
+from tfmq_exp.cli.job_cache import claim
 from tfmq_exp.cli.launch import together
-from tfmq_exp.cli.log_outputs import run_metadata
 from tfmq_exp.cli.make_run import make_run
-from tfmq_exp.cli.outputs import RunOutputs, report_coverage, warn_of_captions
-from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.run_info import RunInfo, current_run
-from tfmq_exp.cli.score_records import score_records
+from tfmq_exp.cli.outputs.diagnosis import save_diagnoses
+from tfmq_exp.cli.outputs.run_folder import RunOutputs, report_coverage, run_metadata, warn_of_captions
+from tfmq_exp.cli.outputs.score_records import score_records
+from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.status import State
-from tfmq_exp.cli.terminal import say
+from tfmq_exp.cli.terminal import ProgressBars, say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
-from tfmq_exp.core.files import write_atomically, write_json
-from tfmq_exp.loggers.base import Logger, NullLogger
+from tfmq_exp.core.files import write_json
+from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Progress
 from tfmq_exp.pipeline.store import Store
@@ -40,38 +36,28 @@ from tfmq_exp.surgery.resolve import coverage
 log = logging.getLogger(__name__)
 
 
-def main(cfg: DictConfig) -> None:
-    """Run one job, whether it was finished before or not.
-
-    Raises:
-        SystemExit: with status 1, when the job failed and was the only one.
-    """
-    attempt(cfg, work)
-
-
 def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     """Compute the goal and write the results; in a dry run, show what that would take."""
     prepare(cfg.runtime.threads)
-    device, info = pick_device(cfg.device), current_run()
-    progress = ProgressBars(console, worker_name(info)).stage
+    device, info, began = pick_device(cfg.device), current_run(), time.perf_counter()
+    alone = multiprocessing.parent_process() is None or info.job_number is None
+    progress = ProgressBars(console, "" if alone else f"job {info.job_number}").stage
     if cfg.dry_run:
         experiment = make_experiment(cfg, device, progress)
         seconds = preview(experiment, goals_up_to(cfg.until), console)
         write_json(folder / "estimate.json", {"seconds": seconds})
         return "planned", ""
+    claim(folder, cfg)
     environment = describe_environment(device)
     write_json(folder / "environment.json", environment)
-    settings = OmegaConf.to_yaml(cfg, resolve=True).encode(errors="backslashreplace")
-    write_atomically(folder / "config.yaml", lambda path: path.write_bytes(settings))
     logger: Logger = instantiate(cfg.logger).open(run_metadata(cfg, info, environment))
     failed = True
     try:
-        began = time.perf_counter()
         log.info("simulated quantization: %s, results in %s", cfg.name, folder)
         with together(cfg, share) as group:
             experiment = make_experiment(cfg, device, progress, logger, group)
             try:
-                execute(experiment, cfg, info, environment, console, began)
+                _execute(experiment, cfg, folder, environment, console, began)
             except BaseException:
                 with suppress(OSError):  # the disk may be full, which the error says already
                     write_json(folder / "artifacts.json", experiment.pipeline.stage_log)
@@ -92,14 +78,7 @@ def share(cfg: DictConfig, group: ProcessGroup, scratch: Path) -> None:
     prepare(cfg.runtime.threads)
     device = pick_device(cfg.device, group.rank)
     experiment = make_experiment(cfg, device, ProgressBars(quiet).stage, group=group)
-    info = replace(current_run(), folder=scratch)
-    execute(experiment, cfg, info, describe_environment(device), quiet, time.perf_counter())
-
-
-def worker_name(info: RunInfo) -> str:
-    """Number of this job where it is one of several that a sweep runs at once; else empty."""
-    alone = multiprocessing.parent_process() is None or info.job_number is None
-    return "" if alone else f"job {info.job_number}"
+    _execute(experiment, cfg, scratch, describe_environment(device), quiet, time.perf_counter())
 
 
 def make_experiment(
@@ -117,7 +96,7 @@ def make_experiment(
     # the engine first, which says at once if it is not installed
     engine = instantiate(cfg.engine) if cfg.until in (EXPORT, "images", "scores") else None
     run = make_run(cfg, device, current_run().folder, group)
-    return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or NullLogger()), engine)
+    return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or Logger()), engine)
 
 
 def goals_up_to(goal: str) -> tuple[str, ...]:
@@ -127,25 +106,16 @@ def goals_up_to(goal: str) -> tuple[str, ...]:
     return GOALS[: GOALS.index(goal) + 1]
 
 
-def execute(
+def _execute(
     experiment: Experiment,
     cfg: DictConfig,
-    info: RunInfo,
+    folder: Path,
     environment: Mapping[str, Any],
     console: Console,
     began: float,
 ) -> None:
-    """Compute the stages up to the goal and write their results.
-
-    Args:
-        experiment: the stages.
-        cfg: composed configuration.
-        info: run folder and command line.
-        environment: machine and versions.
-        console: for the tables.
-        began: `time.perf_counter()` at the start.
-    """
-    run, folder, goals = experiment.run, info.folder, goals_up_to(cfg.until)
+    """Compute the stages up to the goal and write their results; the run began at `began` of `time.perf_counter()`."""
+    run, goals = experiment.run, goals_up_to(cfg.until)
     covered = dict(coverage(run.resolved, run.structure))
     write_json(folder / "quantized.json", covered)
     if cfg.until == "scores":
@@ -168,4 +138,4 @@ def execute(
     outputs.save_deployed()
     if cfg.until == "scores":
         outputs.save_errors(cfg.name)
-        outputs.save_records(score_records(experiment, cfg, info, covered, environment, began))
+        outputs.save_records(score_records(experiment, cfg, current_run().overrides, covered, environment, began))

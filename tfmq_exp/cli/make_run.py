@@ -54,8 +54,9 @@ def make_run(
     if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
         log.warning("%s", left)
     protocol, runtime = cfg.protocol, cfg.runtime
-    if runtime.activation_cache_dir is not None:
-        Path(runtime.activation_cache_dir).mkdir(parents=True, exist_ok=True)
+    cache_folder = None if runtime.activation_cache_dir is None else Path(runtime.activation_cache_dir)
+    if cache_folder:
+        cache_folder.mkdir(parents=True, exist_ok=True)
     return Run(
         denoiser=denoiser,
         sampling=sampling,
@@ -68,7 +69,7 @@ def make_run(
             runtime.batch_size,
             int(runtime.activation_cache_gib * 2**30) // group.world_size,
             quiet_trainer(device),
-            None if runtime.activation_cache_dir is None else Path(runtime.activation_cache_dir),
+            cache_folder,
             group,
             timedelta(minutes=runtime.checkpoint_every_min),
         ),

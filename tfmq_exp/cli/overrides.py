@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,7 @@ def unreadable(arguments: Namespace) -> list[str]:
 
 
 def misread(text: str, *, sweeping: bool) -> str:
-    """Describe the error in an override; empty if there is none.
-
-    Args:
-        text: as the shell has passed it.
-        sweeping: whether commas separate values of a sweep.
-    """
+    """Describe the error in an override, as the shell has passed it; empty if there is none. Commas may separate a sweep's values."""
     key, equals, value = text.partition("=")
     try:
         parsed_value = parsed(text).value()
@@ -84,12 +79,7 @@ def quoted(value: str) -> str:
 
 
 def unknown_keys(arguments: Namespace, conf: Path) -> list[str]:
-    """A line for each override whose key, group or choice does not exist, with similar ones that do.
-
-    Args:
-        arguments: of `read_arguments`.
-        conf: the folder of the configuration.
-    """
+    """A line for each override whose key, group or choice does not exist in the folder `conf`, with similar ones that do."""
     folders = [conf, *([Path(arguments.config_dir).absolute()] if arguments.config_dir else [])]
     overrides = [override for text in arguments.overrides if (override := parsed(text)).package is None]
     groups = {f"{path.relative_to(folder)}" for folder in folders for path in folder.glob("**/*/")}
@@ -97,12 +87,17 @@ def unknown_keys(arguments: Namespace, conf: Path) -> list[str]:
     if lines := [line for o in chosen for line in unknown_choices(o, folders)]:
         return lines
     given = [o.key_or_group for o in overrides if o not in chosen and not o.is_add() and not o.is_hydra_override()]
+    words = [f"{o.key_or_group}={choices(o)[0]}" for o in chosen if choices(o)]
+    path = ",".join(quoted(f"file://{folder}") for folder in folders[1:])
     try:
-        keys = set(keys_of(composed(folders, [f"{o.key_or_group}={choices(o)[0]}" for o in chosen if choices(o)])))
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            keys = set(keys_of(compose("config", [f"hydra.searchpath=[{path}]", *words])))
     except (HydraException, OmegaConfBaseException):  # Hydra has said why
         return []
     for key in (key for key in given if key not in keys):
-        if elsewhere := [choice for folder in folders for choice in having(key, folder)]:
+        group, _, name = key.partition(".")
+        files = [path for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
+        if elsewhere := [f"{group}={path.stem}" for path in files if name in set(keys_of(OmegaConf.load(path)))]:
             lines.append(f"there is no key {key} in what is chosen; there is one in {', '.join(elsewhere)}")
         elif near := similar(key, groups if "/" in key else keys):
             lines.append(f"there is no key {key}: did you mean {' or '.join(near)}?")
@@ -119,26 +114,11 @@ def choices(override: Override) -> list[str]:
 def unknown_choices(override: Override, folders: Sequence[Path]) -> Iterator[str]:
     """A line for each choice that no file of the group has the name of."""
     group = override.key_or_group
-    places = [folder / group for folder in folders]
     for choice in choices(override):
-        files = [(path, at) for at in places for path in at.glob("*/*.yaml" if "/" in choice else "*.yaml")]
-        known = {path.relative_to(at).with_suffix("").as_posix() for path, at in files}
+        files = {at / group: (at / group).glob("*/*.yaml" if "/" in choice else "*.yaml") for at in folders}
+        known = {path.relative_to(at).with_suffix("").as_posix() for at, paths in files.items() for path in paths}
         if choice.removesuffix(".yaml") not in {*known, "null"} and (near := similar(choice, known)):
             yield f"there is no {group}={choice}: did you mean {' or '.join(f'{group}={name}' for name in near)}?"
-
-
-def having(key: str, conf: Path) -> list[str]:
-    """Choices of the group that a key begins with whose files have the key."""
-    group, _, name = key.partition(".")
-    files = sorted((conf / group).glob("*.yaml"))
-    return [f"{group}={path.stem}" for path in files if name in set(keys_of(OmegaConf.load(path)))]
-
-
-def composed(folders: Sequence[Path], words: Sequence[str]) -> DictConfig:
-    """The configuration with other choices of groups alone."""
-    others = ",".join(quoted(f"file://{folder}") for folder in folders[1:])
-    with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        return compose("config", [f"hydra.searchpath=[{others}]", *words])
 
 
 def keys_of(node: Any, above: str = "") -> Iterator[str]:
@@ -152,17 +132,13 @@ def keys_of(node: Any, above: str = "") -> Iterator[str]:
 def similar(name: str, known: Collection[str]) -> list[str]:
     """Known names with the last word of the name, else with a similar word in the same place, else anywhere; the most similar first."""
 
-    def last_words(names: Iterable[str]) -> dict[str, str]:
-        return {one: re.split("[./]", one)[-1] for one in names}
+    def place_and_word(name: str) -> tuple[str, str]:
+        *_, word = re.split("[./]", name)
+        return name.removesuffix(word), word
 
-    word, words = last_words([name])[name], last_words(known)
-    place = name.removesuffix(word)
-    siblings = {last: one for one, last in words.items() if place and one == place + last}
-    near = difflib.get_close_matches(word, set(words.values()), SUGGESTIONS, SIMILAR)
-    if word in near:
-        near = [word]
-    elif here := difflib.get_close_matches(word, siblings, SUGGESTIONS, SIMILAR_SIBLING):
-        return [siblings[last] for last in here]
-    found = [one for one, last in words.items() if last in near]
-    order = {one: (near.index(words[one]), -difflib.SequenceMatcher(None, name, one).ratio(), one) for one in found}
+    place, word = place_and_word(name)
+    last = {one: difflib.SequenceMatcher(None, place_and_word(one)[1], word).ratio() for one in known}
+    beside = [one for one in known if place and place_and_word(one)[0] == place and last[one] >= SIMILAR_SIBLING]
+    found = [one for one in known if last[one] == 1] or beside or [one for one in known if last[one] >= SIMILAR]
+    order = {one: (-last[one], -difflib.SequenceMatcher(None, name, one).ratio(), one) for one in found}
     return sorted(found, key=order.__getitem__)[:SUGGESTIONS]

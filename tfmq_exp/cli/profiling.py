@@ -11,14 +11,10 @@ from omegaconf import DictConfig
 
 
 class Profile(Callback):
-    """Hydra callback around every job: `profile.txt` in the run folder, and `profile.pstats` for viewers.
-
-    Args:
-        functions: number of functions that are listed, the most expensive first.
-    """
+    """Hydra callback around every job: `profile.txt` in the run folder with so many functions, `profile.pstats` for viewers."""
 
     def __init__(self, functions: int = 60) -> None:
-        self.functions, self.profiler = functions, cProfile.Profile()
+        self.functions = functions
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Start after the imports, which take seconds and are the same for every job."""
@@ -27,11 +23,9 @@ class Profile(Callback):
         self.profiler.enable()
 
     def on_job_end(self, config: DictConfig, **_: Any) -> None:
-        """Write both files."""
         self.profiler.disable()
         folder = Path(config.hydra.runtime.output_dir)
         self.profiler.dump_stats(folder / "profile.pstats")
         with (folder / "profile.txt").open("w", encoding="utf-8") as file:
-            stats = pstats.Stats(self.profiler, stream=file)
-            stats.sort_stats("cumulative").print_stats(self.functions)
-            stats.sort_stats("tottime").print_stats(self.functions)
+            for order in ("cumulative", "tottime"):
+                pstats.Stats(self.profiler, stream=file).sort_stats(order).print_stats(self.functions)

@@ -12,37 +12,28 @@ from omegaconf import DictConfig, OmegaConf
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run as Hydra started it.
+    """A run as Hydra started it."""
 
-    Args:
-        name: of the run folder.
-        folder: where the run writes.
-        overrides: of the command line, `key=value` each.
-        choices: chosen file by config group, Hydra's own groups left out.
-        sweep: whether it is a job of a sweep.
-        job_number: in the sweep; None outside sweeps.
-        config_folders: folders that the configuration is read from.
-        chdir: whether Hydra makes the run folder the working directory.
-    """
+    folder: Path  # where the run writes
+    overrides: tuple[str, ...]  # of the command line, `key=value` each
+    choices: Mapping[str, str]  # chosen file by config group, Hydra's own groups left out
+    sweep: bool  # whether it is a job of a sweep
+    job_number: int | None  # in the sweep; None outside sweeps
+    config_folders: tuple[Path, ...] = ()  # that the configuration is read from
+    chdir: bool = False  # whether Hydra makes the run folder the working directory
 
-    name: str
-    folder: Path
-    overrides: tuple[str, ...]
-    choices: Mapping[str, str]
-    sweep: bool
-    job_number: int | None
-    config_folders: tuple[Path, ...] = ()
-    chdir: bool = False
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        return self.folder.name
 
 
 def current_run() -> RunInfo:
     """The run that Hydra has started in this process."""
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
     chosen = {str(group): file for group, file in hydra.runtime.choices.items() if not str(group).startswith("hydra/")}
     return RunInfo(
-        name=folder.name,
-        folder=folder,
+        folder=Path(hydra.runtime.output_dir),
         overrides=tuple(hydra.overrides.task),
         choices={group: str(file) for group, file in sorted(chosen.items()) if file is not None},
         sweep=hydra.mode == RunMode.MULTIRUN,

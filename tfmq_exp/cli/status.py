@@ -3,12 +3,11 @@
 A job that is killed cannot write that it ended. It loses its lock, though, by which others can tell.
 """
 
-import dataclasses
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -25,25 +24,16 @@ LOCK_TIMEOUT = 10.0  # seconds that a job which is started again waits for the e
 
 @dataclass(frozen=True)
 class Status:
-    """Status of one job.
+    """Status of one job."""
 
-    Args:
-        state: found: an identical job was done before; planned: dry run; died: it neither ended nor runs.
-        name: of the run folder.
-        number: place in a sweep.
-        pid: of the process that ran it, on `host`.
-        began: local time, ISO 8601; so is `ended`.
-        reason: why it failed, in a line; of a found job, the folder of the job that did the work.
-    """
-
-    state: State
-    name: str
-    number: int | None
-    pid: int
+    state: State  # found: an identical job was done before; planned: dry run; died: it neither ended nor runs
+    name: str  # of the run folder
+    number: int | None  # place in a sweep
+    pid: int  # of the process that ran it, on `host`
     host: str
-    began: str
+    began: str  # local time, ISO 8601; so is `ended`
     ended: str | None = None
-    reason: str = ""
+    reason: str = ""  # why it failed, in a line; of a found job, the folder of the job that did the work
 
     @property
     def seconds(self) -> float | None:
@@ -54,7 +44,7 @@ class Status:
 
     def turned(self, state: State, reason: str = "") -> "Status":
         """The same job, ended now."""
-        return dataclasses.replace(self, state=state, ended=now(), reason=reason)
+        return replace(self, state=state, ended=now(), reason=reason)
 
     def write(self, folder: Path) -> None:
         """Write into a run folder; on a full disk into the bytes of the status that is there already.
@@ -63,8 +53,8 @@ class Status:
             OSError: the disk is full and there is no earlier status, or the folder is read-only.
         """
         path = folder / "status.json"
-        brief = dataclasses.replace(self, reason=self.reason[: RESERVED // 8])  # a character has up to four bytes
-        whole, short = (as_json(hashed(dataclasses.asdict(s))).encode().ljust(RESERVED) for s in (self, brief))
+        brief = replace(self, reason=self.reason[: RESERVED // 8])  # a character has up to four bytes
+        whole, short = (as_json(hashed(asdict(status))).encode().ljust(RESERVED) for status in (self, brief))
         try:
             write_atomically(path, lambda partial: partial.write_bytes(whole))
         except OSError:
@@ -87,20 +77,13 @@ def begun(name: str, number: int | None) -> Status:
 
 @contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder.
-
-    Raises:
-        ValueError: another process works in it.
-    """
-    lock = FileLock(folder / ".running.lock")
+    """Keep other processes out of a run folder; ValueError where one works in it."""
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT)
+        lock = FileLock(folder / ".running.lock").acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise ValueError(f"another process works in {folder}; choose another folder with hydra.run.dir=...") from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def read_status(folder: Path) -> Status:
@@ -109,14 +92,13 @@ def read_status(folder: Path) -> Status:
     Raises:
         OSError, ValueError, TypeError: there is no status, or it is no status.
     """
-    path = folder / "status.json"
-    status = Status(**read_record(path))
+    status = Status(**read_record(folder / "status.json"))
     if status.state != "running":
         return status
     try:
         with FileLock(folder / ".running.lock").acquire(timeout=0):
-            status = Status(**read_record(path))  # it may have ended since
+            status = Status(**read_record(folder / "status.json"))  # it may have ended since
     except Timeout:
         return status
     reason = f"process {status.pid} on {status.host} is gone: killed, or out of memory"
-    return dataclasses.replace(status, state="died", reason=reason) if status.state == "running" else status
+    return replace(status, state="died", reason=reason) if status.state == "running" else status

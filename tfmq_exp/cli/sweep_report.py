@@ -2,15 +2,19 @@
 
 import atexit
 import dataclasses
-import json
 import math
+import multiprocessing
+import os
+import signal
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,50 +24,40 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.job import discard_plan
-from tfmq_exp.cli.score_table import print_sweep_scores
-from tfmq_exp.cli.signals import interruptible
+from tfmq_exp.cli.job import discard_plan, stop
+from tfmq_exp.cli.outputs.score_table import print_sweep_scores
 from tfmq_exp.cli.status import GOOD, State, read_status
 from tfmq_exp.cli.terminal import Terminal, say
-from tfmq_exp.core.files import write_json
+from tfmq_exp.core.files import read_json, write_json
 from tfmq_exp.core.formatting import format_duration
 from tfmq_exp.report.records import ScoreRecord, read_records
 
 ORDER: tuple[State, ...] = ("done", "found", "planned", "running", "failed", "interrupted", "died")
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep.
-
-    Args:
-        seconds: from its beginning to its end; None if it has no end.
-        asked: number of stages that it needed; other jobs may have needed the same.
-        computed: number of those that it computed.
-        expected: seconds that a dry run has estimated for the missing stages.
-    """
+    """One job of a sweep."""
 
     folder: Path
     number: int | None
     state: State
     reason: str = ""
-    seconds: float | None = None
-    asked: int = 0
-    computed: int = 0
-    expected: float = 0.0
+    seconds: float | None = None  # from its beginning to its end; None if it has no end
+    asked: int = 0  # number of stages that it needed; other jobs may have needed the same
+    computed: int = 0  # number of those that it computed
+    expected: float = 0.0  # seconds that a dry run has estimated for the missing stages
 
 
 def read_job(folder: Path) -> Job:
     """Job of a run folder; one that died before it could write anything has an empty folder."""
-
-    def content(name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
-        path = folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
-
     try:
-        status, stages = read_status(folder), content("artifacts.json", {})
-        computed = sum(stage["computed"] for stage in stages.values())
-        expected = content("estimate.json", {"seconds": 0.0})["seconds"]
+        status = read_status(folder)
+        stages, plan = (
+            read_json(p) if p.is_file() else {} for p in (folder / "artifacts.json", folder / "estimate.json")
+        )
+        computed, expected = sum(stage["computed"] for stage in stages.values()), plan.get("seconds", 0.0)
     except FileNotFoundError:
         return Job(folder, None, "died", "it ended before it began")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -109,12 +103,7 @@ def summary(jobs: Sequence[Job], seconds: float) -> str:
     if counts["planned"]:
         expected = format_duration(sum(job.expected for job in jobs))
         parts.append(f"estimate: {expected}, each job by itself (stages that several share are made once)")
-    return "; ".join([*parts, clock(seconds)])
-
-
-def clock(seconds: float | None) -> str:
-    """Hours, minutes and seconds."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+    return "; ".join([*parts, str(timedelta(seconds=round(seconds)))])
 
 
 def print_jobs(jobs: Sequence[Job], seconds: float, console: Console) -> None:
@@ -123,7 +112,8 @@ def print_jobs(jobs: Sequence[Job], seconds: float, console: Console) -> None:
     for name in ("job", "state", "computed / stages", "time"):
         view.add_column(name, justify="left" if name in ("job", "state") else "right", overflow="fold")
     for job in jobs:
-        view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", clock(job.seconds))
+        took = "" if job.seconds is None else str(timedelta(seconds=round(job.seconds)))
+        view.add_row(job.folder.name, job.state, f"{job.computed} / {job.asked}", took)
     console.print(view)
     for job in jobs:
         if job.state not in GOOD:
@@ -145,17 +135,14 @@ class SweepReport(Callback):
         """Start the clock."""
         self.folder, self.began = Path(config.hydra.sweep.dir).absolute(), time.monotonic()
         self.asked = job_count(config)
-        self.restore_signals = interruptible(self.cut_short)
+        self.handlers = ExitStack()
+        self.handlers.enter_context(interruptible(self.cut_short))
         atexit.register(self.cut_short)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Report. Dry runs leave no folders.
-
-        Raises:
-            SystemExit: with status 1, where some job did not end well.
-        """
+        """Report, and end with status 1 where some job did not end well. Dry runs leave no folders."""
         atexit.unregister(self.cut_short)
-        self.restore_signals()
+        self.handlers.close()
         jobs = self.report(Terminal())
         for job in jobs:
             if job.state == "planned":
@@ -182,3 +169,38 @@ class SweepReport(Callback):
             write_json(self.folder / "sweep.json", {"seconds": round(seconds, 1), "jobs": rows})
             print_sweep_scores(scored(jobs), self.folder, console)
         return jobs
+
+
+@contextmanager
+def interruptible(on_abort: Callable[[], object]) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM end several jobs in order, and the second Ctrl-C at once, after `on_abort`.
+
+    Signals that are handled already are left to their handlers.
+    """
+    before, excepthook = {number: signal.getsignal(number) for number in DEFAULTS}, sys.excepthook
+
+    def second(number: int, _: FrameType | None) -> None:
+        on_abort()
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.stdout.flush()
+        os._exit(128 + number)  # otherwise a parent that waits for a worker would hang
+
+    def first(_number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, second)
+        raise KeyboardInterrupt
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):  # a traceback of Ctrl-C helps nobody
+            excepthook(kind, error, trace)
+
+    for number, handler in {signal.SIGINT: first, signal.SIGTERM: stop}.items():
+        if before[number] is DEFAULTS[number]:
+            signal.signal(number, handler)
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = excepthook
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Output of the program to a terminal of any width and encoding, a file, or a pipe whose reader has left."""
+"""Output to a terminal of any width and encoding, a file, or a pipe whose reader has left; progress bars of stages."""
 
 import io
 import logging
@@ -6,16 +6,21 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from tfmq_exp.core.formatting import format_duration
+
 # C0 and C1 codes but tabulator and line feed, separators of lines, signs that turn the direction of writing, surrogates.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 DEFAULT_WIDTH = 80
+log = logging.getLogger(__name__)
 
 
 def visible(text: str) -> str:
@@ -67,7 +72,6 @@ class VisibleFormatter(logging.Formatter):
     """Lines of a log with visible control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record as text."""
         return visible(super().format(record))
 
 
@@ -93,8 +97,7 @@ def standard_streams() -> Iterator[None]:
     """Around a whole program: it may print any text, and its reader may leave.
 
     Raises:
-        SystemExit: with the status of a program that SIGPIPE ended, when its reader left; with status 1 where stdout cannot be
-            written.
+        SystemExit: with SIGPIPE's status when its reader left; with status 1 where stdout cannot be written.
     """
     open_streams()
     try:
@@ -132,3 +135,59 @@ def discard(stream: Any) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+class ProgressBars:
+    """Progress bars on a terminal; elsewhere a line every half minute (`every`) and one in the log when a stage ends.
+
+    Jobs that share the terminal have a name, `worker`, and write lines that begin with it: bars would paint over each other.
+    """
+
+    def __init__(self, console: Console, worker: str = "", every: float = 30.0) -> None:
+        self.console, self.worker, self.every = console, worker, every
+
+    @contextmanager
+    def stage(self, name: str, total: float) -> Iterator[Callable[[float, str], None]]:
+        """A bar that counts to `total`; the result takes the amount that is done and a note."""
+        # here, so that --help answers at once
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<14}", markup=False),
+            BarColumn(bar_width=min(28, self.console.width // 3)),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
+        )
+        moving, over = self.console.is_interactive and not self.worker, threading.Event()
+        began = time.perf_counter()
+        with Progress(*columns, console=self.console, disable=not moving, speed_estimate_period=600) as progress:
+            task = progress.add_task(name, total=total, note="")
+
+            def say_lines() -> None:
+                while not over.wait(self.every):
+                    self.say(line(progress.tasks[0]))
+
+            if moving:
+                over.set()
+            (speaker := threading.Thread(target=say_lines, daemon=True)).start()
+            try:
+                yield lambda done, note="": progress.update(task, completed=done, note=visible(note))
+            finally:
+                over.set()
+                speaker.join()
+        seconds = time.perf_counter() - began
+        log.info("%s took %.1f s", name, seconds)
+        if self.worker and self.console.is_interactive:
+            self.say(f"{name}, {format_duration(seconds)}")
+
+    def say(self, text: str) -> None:
+        """Print a line, with the worker's name in front."""
+        say(self.console, f"{self.worker}: {text}" if self.worker else text)
+
+
+def line(task: Any) -> str:
+    """Name of a stage, share that is done, note, and the time left where it is known."""
+    words = [task.description, f"{task.percentage:.0f}%", task.fields["note"]]
+    left = "" if task.time_remaining is None else f"{format_duration(task.time_remaining)} left"
+    return ", ".join(word for word in (*words, left) if word)

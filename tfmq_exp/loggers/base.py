@@ -1,9 +1,10 @@
 """Loggers: dashboards that show a run outside its folder. All that they show is in the run folder as well."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 Points = Sequence[tuple[int, Mapping[str, float]]]
@@ -23,7 +24,11 @@ class RunMetadata:
 
 
 class Logger:
-    """A dashboard of one run. Every method does nothing unless it is overridden."""
+    """A dashboard of one run, or its settings (`conf/logger/`). It shows nothing but by what is overridden."""
+
+    def open(self, run: RunMetadata) -> "Logger":
+        """Start the logger of one run; returns it."""
+        return self
 
     def log_loss(self, unit: str, iteration: int, value: float) -> None:
         """Log one point of a loss curve; `unit` has the phase of learning too: `weights/mid_block.resnets.0`."""
@@ -48,21 +53,41 @@ class Logger:
         return ()
 
 
-class LoggerConfig(Protocol):
-    """Settings of a logger (`conf/logger/`)."""
+def _forward(method: str) -> Callable[..., None]:
+    def call(self: "LoggerCollection", *args: Any) -> None:
+        for logger in self.loggers.values():
+            getattr(logger, method)(*args)
 
-    def open(self, run: RunMetadata) -> Logger:
-        """Start the logger of one run."""
-        ...
-
-
-class NullLogger(Logger):
-    """A logger that shows nothing."""
+    return call
 
 
-@dataclass(frozen=True)
-class NoLogger:
-    """Settings for the run folder alone."""
+class LoggerCollection(Logger):
+    """Several loggers, each under a name of its own: every call goes to each of them."""
 
-    def open(self, run: RunMetadata) -> Logger:
-        return NullLogger()
+    def __init__(self, **loggers: Logger) -> None:
+        self.loggers = loggers
+
+    def open(self, run: RunMetadata) -> "LoggerCollection":
+        """Start all of them, or none: those that are open are closed when one fails to open."""
+        opened: dict[str, Logger] = {}
+        with ExitStack() as stack:
+            for name, logger in self.loggers.items():
+                opened[name] = logger.open(run)
+                stack.callback(opened[name].close, failed=True)
+            stack.pop_all()
+        return LoggerCollection(**opened)
+
+    log_loss = _forward("log_loss")
+    log_curve = _forward("log_curve")
+    log_table = _forward("log_table")
+    log_image = _forward("log_image")
+    log_summary = _forward("log_summary")
+
+    def close(self, *, failed: bool) -> None:
+        """Close each, also where another one fails to."""
+        with ExitStack() as stack:
+            for logger in self.loggers.values():
+                stack.callback(logger.close, failed=failed)
+
+    def locations(self) -> list[str]:
+        return [line for logger in self.loggers.values() for line in logger.locations()]

@@ -3,7 +3,6 @@
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,17 @@ from PIL import Image
 from tfmq_exp.loggers.base import Logger, Points, Rows, RunMetadata
 
 
-@dataclass(frozen=True)
-class TensorBoard:
-    """Settings of TensorBoard: event files under `<run folder>/<folder>`; `tensorboard --logdir outputs` shows all runs."""
+class TensorBoard(Logger):
+    """Event files under `<run folder>/<folder>`; `tensorboard --logdir outputs` shows all runs.
 
-    folder: str = "tensorboard"
+    The choices of the configuration and the final numbers make a row of the page HPARAMS.
+    """
 
-    def open(self, run: RunMetadata) -> "TensorBoardLogger":
+    def __init__(self, folder: str = "tensorboard") -> None:
+        self.folder = folder
+        self.numbers: dict[str, float] = {}
+
+    def open(self, run: RunMetadata) -> "TensorBoard":
         """Start the event file. An earlier one of the same run is removed: a resumed run writes all of it again.
 
         Raises:
@@ -31,31 +34,22 @@ class TensorBoard:
         except ImportError as error:
             raise RuntimeError("logger=tensorboard needs TensorBoard: pip install '.[tensorboard]'") from error
         shutil.rmtree(run.folder / self.folder, ignore_errors=True)
-        writer = SummaryWriter(str(run.folder / self.folder))
-        writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(run.settings), sort_keys=False)}```")
-        return TensorBoardLogger(writer, {**run.choices, "seed": run.settings.get("seed", 0)})
-
-
-class TensorBoardLogger(Logger):
-    """An open event file. `choices` and the final numbers make a row of the page HPARAMS."""
-
-    def __init__(self, writer: Any, choices: Mapping[str, str | int]) -> None:
-        self.writer, self.choices = writer, dict(choices)
-        self.numbers: dict[str, float] = {}
+        self.writer: Any = SummaryWriter(str(run.folder / self.folder))
+        self.writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(run.settings), sort_keys=False)}```")
+        self.choices = {**run.choices, "seed": run.settings.get("seed", 0)}
+        return self
 
     def log_loss(self, unit: str, iteration: int, value: float) -> None:
         self.writer.add_scalar(f"loss/{unit}", value, iteration)
 
     def log_curve(self, name: str, axis: str, points: Points) -> None:
-        """The place on the axis is the event's step."""
-        for place, values in points:
+        for place, values in points:  # which is the event's step
             for key, value in values.items():
                 self.writer.add_scalar(f"{name}/{key}", value, place)
 
     def log_table(self, name: str, rows: Rows) -> None:
-        """A table in Markdown, on the page TEXT."""
         if rows:
-            lines = [list(rows[0]), ["---"] * len(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
+            lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
             self.writer.add_text(f"tables/{name}", "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
 
     def log_image(self, name: str, path: Path) -> None:
@@ -65,9 +59,9 @@ class TensorBoardLogger(Logger):
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Numbers become scalars at step 0; other values are in the run folder only."""
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        self.numbers |= numbers
         for key, value in numbers.items():
             self.writer.add_scalar(key, value, 0)
-        self.numbers |= numbers
 
     def close(self, *, failed: bool) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -78,5 +72,4 @@ class TensorBoardLogger(Logger):
         self.writer.close()
 
     def locations(self) -> list[str]:
-        """The folder of this run's events; a folder above shows all runs below it."""
         return [f"TensorBoard: tensorboard --logdir {shlex.quote(str(self.writer.log_dir))}"]

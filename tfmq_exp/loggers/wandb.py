@@ -17,24 +17,19 @@ IGNORED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_CONSOLE")  # a run goes on und
 
 
 @dataclass(frozen=True)
-class Wandb:
+class Wandb(Logger):
     """Settings of Weights & Biases.
-
-    Args:
-        project: where runs are shown together.
-        mode: offline needs neither account nor network (`wandb sync` uploads later); online needs both; disabled writes
-            nothing, and so does a `WANDB_DISABLED` in the environment.
-        entity: the user or team that owns the project; None for the account's own.
-        group: the name that runs are grouped by; None for the sweep's.
 
     Raises:
         ValueError: another mode.
     """
 
-    project: str
+    project: str  # where runs are shown together
+    # offline needs neither account nor network (`wandb sync` uploads later); online needs both; disabled writes nothing, and so
+    # does a `WANDB_DISABLED` in the environment
     mode: str = "offline"
-    entity: str | None = None
-    group: str | None = None
+    entity: str | None = None  # the user or team that owns the project; None for the account's own
+    group: str | None = None  # the name that runs are grouped by; None for the sweep's
 
     def __post_init__(self) -> None:
         if self.current_mode not in MODES:
@@ -86,18 +81,18 @@ def switched_off(mode: str) -> str:
     """The variable or key that switches the logger off; empty if none does."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return "WANDB_DISABLED"
-    if mode == "disabled":
-        return "WANDB_MODE" if os.environ.get("WANDB_MODE") == mode else "logger.mode"
-    return ""
+    off = "WANDB_MODE" if os.environ.get("WANDB_MODE") == mode else "logger.mode"
+    return off if mode == "disabled" else ""
 
 
 def ignored_variables(mode: str) -> list[str]:
     """Remarks on environment variables that are not followed."""
-    asked = OLDER.get(os.environ.get("WANDB_MODE", mode), os.environ.get("WANDB_MODE", mode))
-    overridden = [f"logger.mode={mode} overrides WANDB_MODE={asked}"] if asked != mode else []
-    ignored = [name for name in IGNORED if os.environ.get(name)]
-    reason = "a run goes on under the id in its folder"
-    return overridden + ([f"not followed: {', '.join(ignored)}; {reason}"] if ignored else [])
+    given = os.environ.get("WANDB_MODE", mode)
+    asked, ignored = OLDER.get(given, given), [name for name in IGNORED if os.environ.get(name)]
+    remarks = [f"logger.mode={mode} overrides WANDB_MODE={asked}"] if asked != mode else []
+    if ignored:
+        remarks.append(f"not followed: {', '.join(ignored)}; a run goes on under the id in its folder")
+    return remarks
 
 
 def run_id(folder: Path) -> str:
@@ -108,11 +103,11 @@ def run_id(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@dataclass(frozen=True)
 class DisabledLogger(Logger):
     """A logger that shows nothing but the reason."""
 
-    def __init__(self, switch: str) -> None:
-        self.switch = switch
+    switch: str
 
     def locations(self) -> list[str]:
         return [f"Weights & Biases: nothing written, {self.switch} switches it off"]
@@ -135,7 +130,7 @@ class WandbLogger(Logger):
         self.run.log({f"loss/{unit.replace('.', '/')}": value, "iteration": iteration})
 
     def log_curve(self, name: str, axis: str, points: Points) -> None:
-        """The axis is a metric, against which the curves of many runs can be laid over each other."""
+        # the axis is a metric, against which the curves of many runs can be laid over each other
         self.run.define_metric(axis, hidden=True, summary="none")
         self.run.define_metric(f"{name}/*", step_metric=axis, summary="none")
         for place, values in points:
@@ -145,9 +140,8 @@ class WandbLogger(Logger):
         import wandb
 
         if rows:
-            columns: list[Any] = list(rows[0])
-            data = [[row[column] for column in columns] for row in rows]
-            self.run.log({f"tables/{name}": wandb.Table(columns=columns, data=data)})
+            table = wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+            self.run.log({f"tables/{name}": table})
 
     def log_image(self, name: str, path: Path) -> None:
         import wandb
@@ -161,7 +155,6 @@ class WandbLogger(Logger):
         self.run.finish(exit_code=int(failed))
 
     def locations(self) -> list[str]:
-        """The page of the run, or the folder to upload."""
         offline = f", offline: upload it with: wandb sync {shlex.quote(str(self.folder))}"
         place = offline if self.run.offline else f": {self.run.url}"
         return [f"Weights & Biases{place}", *(f"Weights & Biases: {remark}" for remark in self.remarks)]

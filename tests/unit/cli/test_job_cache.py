@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tests.e2e.jobs import composed
 from tfmq_exp.cli.job_cache import (
     LARGEST,
-    clear,
+    claim,
     files_read,
     is_written,
     job_identity,
@@ -239,10 +239,10 @@ def test_too_much_is_not_kept_and_the_job_is_done_all_the_same(
 def test_a_folder_of_another_job_does_not_keep_its_results(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     (folder / "mine.csv").write_text("")
-    clear(folder, "seed: 0\n")
+    claim(folder, OmegaConf.create({"seed": 0}))
     assert (folder / "results.json").is_file(), "no job was here"
     (folder / "config.yaml").write_text("seed: 0\n")
-    clear(folder, "seed: 0\n")
+    claim(folder, OmegaConf.create({"seed": 0}))
     assert (folder / "results.json").is_file(), "the same job goes on"
-    clear(folder, "seed: 1\n")
+    claim(folder, OmegaConf.create({"seed": 1}))
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["config.yaml", "mine.csv"]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.jobs import composed
 from tfmq_exp.cli.make_run import make_sampling
-from tfmq_exp.cli.outputs import warn_of_captions
+from tfmq_exp.cli.outputs.run_folder import warn_of_captions
 from tfmq_exp.sampling.conditioning import Captions, Unconditional
 
 pytestmark = pytest.mark.bad_input

@@ -189,7 +189,7 @@ def report(tmp_path: Path) -> Iterator[SweepReport]:
     made.on_multirun_start(_sweep(tmp_path))
     yield made
     atexit.unregister(made.cut_short)
-    made.restore_signals()
+    made.handlers.close()
 
 
 def test_the_report_counts_jobs_and_stages(
@@ -205,7 +205,7 @@ def test_the_report_counts_jobs_and_stages(
     assert [job.folder.name for job in jobs] == ["2-b", "3-c", "10-a", "11-d"]
     assert summary(jobs, 3700.4) == "4 jobs: 1 done, 1 found, 1 failed, 1 died; 2 of 5 stages computed; 1:01:40"
     _job(tmp_path / "12-e", "running", 12)
-    report.restore_signals()
+    report.handlers.close()
     report.on_multirun_start(_sweep(tmp_path))
     with pytest.raises(SystemExit) as stop:
         report.on_multirun_end(DictConfig({}))
@@ -291,6 +291,6 @@ def test_ctrl_c_is_silent_and_other_errors_are_not(report: SweepReport, capsys: 
     assert not capsys.readouterr().err
     sys.excepthook(ValueError, ValueError("told"), None)
     assert "told" in capsys.readouterr().err
-    report.restore_signals()
+    report.handlers.close()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

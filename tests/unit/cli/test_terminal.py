@@ -14,9 +14,8 @@ import yaml
 from rich.table import Table
 
 from tests.e2e.jobs import CONF
-from tfmq_exp.cli.progress import ProgressBars
-from tfmq_exp.cli.score_table import print_scores, print_sweep_scores
-from tfmq_exp.cli.terminal import Terminal, VisibleFormatter, say, say_error, visible
+from tfmq_exp.cli.outputs.score_table import print_scores, print_sweep_scores
+from tfmq_exp.cli.terminal import ProgressBars, Terminal, VisibleFormatter, say, say_error, visible
 from tfmq_exp.report import tables
 from tfmq_exp.report.records import ScoreRecord
 

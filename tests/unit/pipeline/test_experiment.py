@@ -12,7 +12,7 @@ import torch
 
 from tests.e2e.jobs import composed
 from tfmq_exp.cli.main import goals_up_to, make_experiment
-from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
 from tfmq_exp.pipeline.store import Store
@@ -77,7 +77,7 @@ class Slow(Stage):
 def test_seconds_of_a_stage_are_its_own_and_what_was_found_took_nothing(tmp_path: Path) -> None:
     def stages() -> tuple[Pipeline, Slow, Slow]:
         run: Any = None
-        pipeline = Pipeline(Store(tmp_path), lambda *_: nullcontext(lambda *_: None), NullLogger())
+        pipeline = Pipeline(Store(tmp_path), lambda *_: nullcontext(lambda *_: None), Logger())
         first = Slow(run, pipeline, 1)
         return pipeline, first, Slow(run, pipeline, 2, first)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tfmq_exp.loggers.base import NullLogger
+from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.learning import (
     FileUnitCheckpointer,
     LoggingCallback,
@@ -118,7 +118,7 @@ def test_a_curve_is_kept_with_its_unit_and_found_again(tmp_path: Path) -> None:
         unit_reports([entry], "units.json")
 
 
-class Curves(NullLogger):
+class Curves(Logger):
     """Notes the loss curves."""
 
     def __init__(self) -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.loggers import RecordingLogger, metadata
-from tfmq_exp.loggers.base import Logger, NoLogger, NullLogger, RunMetadata
-from tfmq_exp.loggers.collection import LoggerCollection, LoggersConfig
+from tfmq_exp.loggers.base import Logger, LoggerCollection, RunMetadata
 
 
-class Opened:
+class Opened(Logger):
     """Settings whose logger is known; without one it fails to open."""
 
     def __init__(self, logger: Logger | None) -> None:
@@ -23,15 +22,15 @@ class Opened:
 
 def test_every_call_reaches_all_loggers_and_all_are_closed(tmp_path: Path) -> None:
     one, other = RecordingLogger(), RecordingLogger()
-    both = LoggersConfig(one=Opened(one), other=Opened(other), files=NoLogger()).open(metadata(tmp_path))
+    both = LoggerCollection(one=Opened(one), other=Opened(other), files=Logger()).open(metadata(tmp_path))
     both.log_loss("weights/a", 1, 0.5)
 
-    class Stuck(NullLogger):
+    class Stuck(Logger):
         def close(self, *, failed: bool) -> None:
             raise OSError("stuck")
 
     with pytest.raises(OSError, match="stuck"):
-        LoggerCollection([Stuck(), both, Stuck()]).close(failed=True)
+        LoggerCollection(stuck=Stuck(), both=both, other=Stuck()).close(failed=True)
     assert one.calls == other.calls == [("loss", "weights/a", 1, 0.5), ("close", True)]
     assert both.locations() == ["called 2 times"] * 2
 
@@ -39,5 +38,5 @@ def test_every_call_reaches_all_loggers_and_all_are_closed(tmp_path: Path) -> No
 def test_a_logger_is_closed_when_the_next_cannot_be_opened(tmp_path: Path) -> None:
     logger = RecordingLogger()
     with pytest.raises(OSError, match="cannot be opened"):
-        LoggersConfig(one=Opened(logger), other=Opened(None)).open(metadata(tmp_path))
+        LoggerCollection(one=Opened(logger), other=Opened(None)).open(metadata(tmp_path))
     assert logger.calls == [("close", True)]

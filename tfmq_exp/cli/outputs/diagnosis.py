@@ -1,15 +1,14 @@
 """Diagnoses of a run as tables and figures in its folder; the worst rows of each are printed."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.outputs import write_csv
+from tfmq_exp.cli.outputs.run_folder import write_csv
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.diagnostics.activation_ranges import range_changes
 from tfmq_exp.diagnostics.sensitivity import THIRDS
@@ -24,17 +23,8 @@ WORST_ROWS = 5  # of each printed table
 WIDEST_LINE = 400  # characters
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One diagnosis as it is shown.
-
-    Args:
-        tables: by the name of the CSV.
-        figures: by the name of the PNG.
-        title: of the printed rows.
-        worst: these rows.
-        columns: printed columns.
-    """
+class Finding(NamedTuple):
+    """One diagnosis as it is shown: tables by the name of the CSV, figures by that of the PNG, and the worst rows."""
 
     tables: Mapping[str, list[Row]]
     figures: Mapping[str, Draw]
@@ -100,13 +90,9 @@ def worst(rows: list[Row], column: str) -> list[Row]:
 
 
 def save_diagnoses(experiment: Experiment, folder: Path, console: Console, name: str) -> None:
-    """Compute every diagnosis, write it into the folder, log it, and print its worst rows.
+    """Compute every diagnosis, write its tables and figures into the folder, log them, and print its worst rows.
 
-    Args:
-        experiment: a finished run; diagnoses are stages of its pipeline.
-        folder: gets a CSV file for each table and a PNG file for each figure; made if it is not there.
-        console: where the worst rows are printed.
-        name: of the run, in the titles of figures.
+    `name` is that of the run, in the titles of figures.
     """
     folder.mkdir(exist_ok=True)
     logger = experiment.pipeline.logger
@@ -129,13 +115,9 @@ def print_finding(finding: Finding, console: Console) -> None:
     for i, column in enumerate(finding.columns):
         view.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=not i)
     for row in finding.worst:
-        view.add_row(*(_text(row[column]) for column in finding.columns))
+        values = [row[column] for column in finding.columns]
+        texts = [figures.short_name(value) if isinstance(value, str) else value for value in values]
+        view.add_row(*(f"{text:.4g}" if isinstance(text, float) else str(text) for text in texts))
     wide = max(console.width, console.measure(view, options=console.options.update_width(WIDEST_LINE)).maximum)
     # a terminal folds long lines; names that were folded here could not be searched for
     console.print(view, width=wide, crop=False, no_wrap=True)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return figures.short_name(value) if isinstance(value, str) else str(value)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
-from tfmq_exp.cli.log_outputs import log_losses, points, score_summary
-from tfmq_exp.cli.score_table import print_scores
+from tfmq_exp.cli.outputs.score_table import print_scores
+from tfmq_exp.cli.run_info import RunInfo
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.files import write_atomically, write_record
-from tfmq_exp.loggers.base import Logger, Rows
+from tfmq_exp.loggers.base import Logger, Points, Rows, RunMetadata
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.learning import unit_reports
 from tfmq_exp.pipeline.run import Run
@@ -41,6 +42,53 @@ def write_csv(path: Path, rows: Rows) -> None:
     write_atomically(path, write)
 
 
+def run_metadata(cfg: DictConfig, info: RunInfo, environment: Mapping[str, Any]) -> RunMetadata:
+    """Name, group, tags and settings of a run, for a dashboard."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    return RunMetadata(
+        folder=info.folder,
+        name=info.name,
+        group=sweep_name(info.folder, Path(cfg.paths.outputs)) if info.sweep else None,
+        kind=cfg.method.name,
+        tags=(cfg.model.name, cfg.quant.name),
+        choices=info.choices,
+        settings={**settings, "environment": dict(environment)},
+    )
+
+
+def sweep_name(folder: Path, outputs: Path) -> str:
+    """Common name of a sweep's runs: the folder that holds theirs, with its path below `outputs/sweeps` if it is there."""
+    sweep, home = folder.resolve().parent, (outputs / "sweeps").resolve()
+    return "-".join(sweep.relative_to(home).parts) if home in sweep.parents else sweep.name
+
+
+def log_losses(logger: Logger, rows: Rows, shown: Collection[str]) -> None:
+    """Log the loss curves that the logger has not got while they grew: those of units that were learned before."""
+    for row in rows:
+        if (unit := f"{row['phase']}/{row['unit']}") not in shown:
+            logger.log_loss(unit, row["iteration"], row["loss"])
+
+
+def points(rows: Rows, axis: str) -> Points:
+    """Numeric columns of a table as curves over one column; sampling step and timestep are axes, no curves."""
+    curves = [{k: v for k, v in row.items() if k not in ("step", "t") and isinstance(v, int | float)} for row in rows]
+    return [(row[axis], values) for row, values in zip(rows, curves, strict=True)]
+
+
+def score_summary(records: Sequence[ScoreRecord]) -> dict[str, Any]:
+    """Scores, errors and costs of the float network, the simulation and an engine under the names that a dashboard has."""
+    original, quantized, *deployed = records
+    cost = {key: value for key, value in quantized.cost.items() if isinstance(value, int | float)}
+    named = {
+        "float_scores": original.scores,
+        "scores": quantized.scores,
+        "errors": quantized.errors,
+        "cost": {**cost, "weights_bytes": quantized.weights_bytes},
+        **{f"{record.choices['engine']}_scores": record.scores for record in deployed},
+    }
+    return {f"{name}/{key}": value for name, values in named.items() for key, value in values.items()}
+
+
 def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
     """Print what becomes integer and what stays float."""
     say(
@@ -48,11 +96,10 @@ def report_coverage(covered: Mapping[str, Any], console: Console) -> None:
         f"simulated quantization of {covered['layers']} layers: {covered['weight_share']:.1%} of the weights, "
         f"{covered['mac_share_weights_and_inputs']:.1%} of the multiply-accumulates with both operands integer",
     )
-    for what, names in (("weights", covered["float_weights"]), ("inputs", covered["float_inputs"])):
-        if names:
+    for what in ("weights", "inputs"):
+        if names := covered[f"float_{what}"]:
             say(console, f"  float {what} ({len(names)}): {first_few(names, 6)}")
-    operands = covered["attention_operands"]
-    say(console, f"  attention products: {', '.join(operands) if operands else 'float'}")
+    say(console, f"  attention products: {', '.join(covered['attention_operands']) or 'float'}")
 
 
 def first_few(names: Sequence[str], count: int) -> str:
@@ -74,11 +121,7 @@ def warn_of_captions(run: Run) -> None:
 class RunOutputs:
     """Writes results of an experiment into a folder, prints their sizes and logs them.
 
-    Args:
-        experiment: whose stages are read; they are computed where that was not done.
-        folder: of the run.
-        console: for the lines.
-        goals: up to which the run goes; what belongs to later ones is not written.
+    Stages are computed where that was not done; what belongs to later goals than `goals` is not written.
     """
 
     experiment: Experiment

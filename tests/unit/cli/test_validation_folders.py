@@ -7,10 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.folders import FolderCheck, check_folders, check_images_apart
 from tfmq_exp.cli.run_info import current_run
+from tfmq_exp.cli.validation import FolderCheck, check_folders, real_images
 from tfmq_exp.cli.validation import check as check_job
-from tfmq_exp.cli.validation import real_images
 
 pytestmark = pytest.mark.bad_input
 
@@ -21,7 +20,7 @@ def check(root: Path, outputs: str, store: str, run: str, data: str = "data", *,
     paths = {"outputs": str(root / outputs), "store": str(root / store)}
     cfg = OmegaConf.create({"paths": paths, "data": {"path": str(root / data)}})
     check_folders(cfg, root / run, moves=moves)
-    check_images_apart(cfg, root / run)
+    real_images(cfg, root / run)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Records of a run's scores, of which tables are made: a row each for the float, the simulated and the deployed network."""
 
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +9,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from tfmq_exp.cli.job_cache import INSIDE
-from tfmq_exp.cli.run_info import RunInfo
 from tfmq_exp.pipeline.experiment import Evaluation, Experiment
 from tfmq_exp.pipeline.run import Run
 from tfmq_exp.pipeline.stages.export_engine import FLOAT, ExportEngine
 from tfmq_exp.pipeline.store import canonical, key_of
+from tfmq_exp.reconstruction.context import peak_memory_mib
 from tfmq_exp.report.records import ScoreRecord
 
 PROTOCOL = "protocol."
@@ -23,7 +22,7 @@ PROTOCOL = "protocol."
 def score_records(
     experiment: Experiment,
     cfg: DictConfig,
-    info: RunInfo,
+    overrides: Sequence[str],
     covered: Mapping[str, Any],
     environment: Mapping[str, Any],
     began: float,
@@ -33,12 +32,12 @@ def score_records(
     Args:
         experiment: whose images are scored.
         cfg: resolved configuration.
-        info: command line.
+        overrides: of the command line.
         covered: shares of the network that are quantized, `surgery.coverage`.
         environment: machine and versions.
         began: `time.perf_counter()` at the start of the run.
     """
-    run = experiment.run
+    run, activations = experiment.run, experiment.activations
     float_scores, scores = experiment.float_scores.scores(), experiment.simulated.scores.scores()
     shared: dict[str, Any] = {
         "model": cfg.model.name,
@@ -52,38 +51,30 @@ def score_records(
     if experiment.examples:  # rows of the same settings that were trained on other images are no repetitions
         quantized["trained_on"] = experiment.examples.key[:8]
     original = {"quant": "fp32", "method": "float", "scores": float_scores, "weights_bytes": run.float_bytes}
-    records = [
-        ScoreRecord(**original, cost={"size_ratio": 1.0}, **shared),
-        ScoreRecord(
-            quant=cfg.quant.name,
-            method=cfg.method.name,
-            scores=scores,
-            weights_bytes=experiment.activations.artefact.stat().st_size,
-            choices=method_choices(info.overrides),
-            settings=settings(cfg, info.overrides),
-            errors=mean_errors(experiment.simulated.errors.errors()),
-            quantized=quantized,
-            cost=cost_of(experiment, began),
-            keys={name: record["key"] for name, record in experiment.pipeline.stage_log.items()},
-            **shared,
-        ),
-    ]
+    simulated = ScoreRecord(
+        quant=cfg.quant.name,
+        method=cfg.method.name,
+        scores=scores,
+        weights_bytes=activations.artefact.stat().st_size,
+        choices=changes(overrides, INSIDE)
+        | {key: value for key, value in changes(overrides, "experiment=").items() if "as_released/" in value},
+        settings=settings(cfg, overrides),
+        errors=mean_errors(experiment.simulated.errors.errors()),
+        quantized=quantized,
+        cost=cost_of(experiment, began),
+        keys={name: record["key"] for name, record in experiment.pipeline.stage_log.items()},
+        **shared,
+    )
+    records = [ScoreRecord(**original, cost={"size_ratio": 1.0}, **shared), simulated]
     if experiment.export and experiment.deployed:
-        records.append(deployed_record(records[1], experiment.export, experiment.deployed, info.overrides))
+        records.append(deployed_record(simulated, experiment.export, experiment.deployed, overrides))
     return records
 
 
 def deployed_record(
     simulated: ScoreRecord, export: ExportEngine, deployed: Evaluation, overrides: Sequence[str]
 ) -> ScoreRecord:
-    """Row of the network that an engine executes.
-
-    Args:
-        simulated: row of its simulation.
-        export: stage of the engine's files.
-        deployed: stages that evaluate it.
-        overrides: of the command line.
-    """
+    """Row of the network that an engine executes, from that of its simulation."""
     executed, size, engine = [row["executed"] for row in export.layers()], export.executed_bytes, export.engine
     kernels = {
         "layers_executed": sum(kernel != FLOAT for kernel in executed) / len(executed),
@@ -124,21 +115,18 @@ def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
     """Samples, iterations, seconds, bytes. `quantization_seconds` are of making the stages, by this run or another one."""
     run = experiment.run
     given, halves = (run.calibration.images, len(run.calibration_calls)), 2 if run.sampling.guided else 1
-    weights, activations = run.method.weights.budget(*given), run.method.activations.budget(*given)
+    budgets = {name: getattr(run.method, name).budget(*given) for name in ("weights", "activations")}
     network = (experiment.weights, experiment.activations, experiment.correction)
-    stages = [*experiment.data("activations"), *(stage for stage in network if stage)]
-    seconds = [stage.entry.seconds for stage in stages]
+    seconds = [stage.entry.seconds for stage in (*experiment.data("activations"), *filter(None, network))]
     return {
-        "weight_samples": weights.samples * halves,
-        "weight_iterations": weights.iterations,
-        "activation_samples": activations.samples * halves,
-        "activation_iterations": activations.iterations,
+        **{f"{name[:-1]}_samples": budget.samples * halves for name, budget in budgets.items()},
+        **{f"{name[:-1]}_iterations": budget.iterations for name, budget in budgets.items()},
         **({"training_images": len(run.training_images)} if experiment.examples else {}),
         "size_ratio": experiment.activations.artefact.stat().st_size / run.float_bytes,
         "quantization_seconds": None if None in seconds else round(sum(filter(None, seconds)), 1),
         "seconds": round(time.perf_counter() - began, 1),
         "stages": experiment.pipeline.stage_log,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_memory_mib(),
     }
 
 
@@ -150,18 +138,16 @@ def mean_errors(errors: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
     return {**averages, "trajectory": errors["trajectory"][-1]["x_error"]}
 
 
-def method_choices(overrides: Sequence[str]) -> dict[str, str]:
-    """Changes of the command line inside the method, the preset of a release included."""
-    given = dict(text.split("=", 1) for text in overrides if "=" in text)
-    inside = {key: value for key, value in given.items() if key.startswith(INSIDE)}
-    experiment = given.get("experiment", "")
-    return inside | ({"experiment": experiment} if "as_released/" in experiment else {})
+def changes(overrides: Sequence[str], keys: str | tuple[str, ...]) -> dict[str, str]:
+    """Values of the command line for keys that begin like these."""
+    return dict(text.split("=", 1) for text in overrides if "=" in text and text.startswith(keys))
 
 
 def engine_choices(name: str, overrides: Sequence[str]) -> dict[str, str]:
     """The engine and changes of the command line in it, but for its threads, which change no number."""
-    given = dict(text.split("=", 1) for text in overrides if text.startswith("engine."))
-    return {"engine": name} | {key: value for key, value in given.items() if key != "engine.threads"}
+    given = changes(overrides, "engine.")
+    given.pop("engine.threads", None)
+    return {"engine": name, **given}
 
 
 def settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.jobs import composed
 from tfmq_exp.cli.make_run import make_run
-from tfmq_exp.cli.score_records import protocol, settings
+from tfmq_exp.cli.outputs.score_records import protocol, settings
 from tfmq_exp.denoisers.digits import WEIGHTS
 
 

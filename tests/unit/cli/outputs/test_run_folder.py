@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tests.e2e.jobs import composed
 from tests.helpers.loggers import RecordingLogger
 from tfmq_exp.cli.job_cache import dashboards
-from tfmq_exp.cli.log_outputs import log_losses, points, run_metadata, sweep_name
+from tfmq_exp.cli.outputs.run_folder import log_losses, points, run_metadata, sweep_name
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.pipeline.pipeline import stage_summary
 
@@ -29,7 +29,7 @@ def test_runs_of_a_sweep_share_the_name_of_its_folder(tmp_path: Path, folder: st
 def test_a_card_says_what_was_chosen(tmp_path: Path) -> None:
     run = tmp_path / "sweeps/bits/0"
     cfg = composed(tmp_path, "method=brecq", "method/scales=finite_set", "quant=w3a8")
-    alone = run_metadata(cfg, replace(current_run(), name="0", folder=run), {"git": "abc"})
+    alone = run_metadata(cfg, replace(current_run(), folder=run), {"git": "abc"})
     assert (alone.name, alone.group, alone.kind, alone.tags) == ("0", None, "brecq", ("digits", "w3a8"))
     expected = {"model": "digits", "quant": "w3a8", "method": "brecq", "sampler": "ddim", "method/scales": "finite_set"}
     assert expected.items() <= alone.choices.items()

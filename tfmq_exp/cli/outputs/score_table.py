@@ -32,7 +32,7 @@ def print_scores(records: Sequence[ScoreRecord], console: Console) -> None:
     rows.append(["weights, kB", *(f"{record.weights_bytes / 1e3:.0f}" for record in records)])
     headings = ["", *(visible(f"{cells[0]} {cells[1]}") for cells in networks)]
     if fitting(headings, rows, 1, console.width) == len(headings):
-        console.print(drawn(title, headings, rows, 1, console.width))
+        console.print(_drawn(title, headings, rows, 1, console.width))
     else:
         print_stacked(title, headings, rows, console)
     log.debug("results %s", json.dumps([record.scores for record in records]))
@@ -41,10 +41,7 @@ def print_scores(records: Sequence[ScoreRecord], console: Console) -> None:
 def print_sweep_scores(records: Sequence[ScoreRecord], folder: Path, console: Console) -> None:
     """Print the tables of a sweep, one for each protocol: a row for each network, over its seeds, with the scores that fit.
 
-    Args:
-        records: of all its jobs; there may be none.
-        folder: of the sweep: `scores.md` there has every column.
-        console: where the tables are printed.
+    `scores.md` in the sweep's folder has every column.
     """
     if not records:
         return
@@ -56,7 +53,7 @@ def print_sweep_scores(records: Sequence[ScoreRecord], folder: Path, console: Co
         rows = [[visible(cells[header.index(name)]) for name in order] for cells in networks]
         count = fitting(order, rows, 2, console.width)
         if count > len(NAMES):
-            console.print(drawn(title, order[:count], [row[:count] for row in rows], 2, console.width))
+            console.print(_drawn(title, order[:count], [row[:count] for row in rows], 2, console.width))
         else:
             headings = ["", *(f"{row[0]} {row[1]}" for row in rows)]
             print_stacked(
@@ -84,16 +81,8 @@ def fitting(headings: Sequence[str], rows: Cells, names: int, width: int) -> int
     return sum(total <= width for total in totals)
 
 
-def drawn(title: str, headings: Sequence[str], rows: Cells, names: int, width: int) -> Table:
-    """A table of columns that fit; the remaining width goes to those on the left first.
-
-    Args:
-        title: above the table.
-        headings: of the columns.
-        rows: a text for each column.
-        names: number of leading columns that are names: justified left, and folded where they are long.
-        width: of the terminal, in characters.
-    """
+def _drawn(title: str, headings: Sequence[str], rows: Cells, names: int, width: int) -> Table:
+    """A table of columns that fit; the remaining width goes to those on the left first, of which `names` are names and may fold."""
     view = Table(title=title, title_justify="left")
     least = least_widths(headings, rows, names)
     spare = width - 1 - sum(size + BORDER for size in least)

@@ -1,0 +1,1 @@
+"""Outputs of a run in its folder, on the terminal and on the dashboard."""
