@@ -17,7 +17,7 @@ from tfmq_exp.quant.scales.running_range import TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.reconstruction.objectives import Lp
 from tfmq_exp.reconstruction.units import MixedInputs, TemporalAware
-from tfmq_exp.surgery.config import Bits, LayerBits
+from tfmq_exp.surgery.config import Bits, LayerBits, ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 INTERVALS = TimestepGroupConfig(2, 1000)
