@@ -180,7 +180,15 @@ class FloatProduct(Product):
 
 
 class IntegerProduct(ByteProduct):
-    """A product that the plugin must execute in integers."""
+    """A product that the plugin must execute in integers.
+
+    Args:
+        deployed: the layer.
+        product: of its products, this one.
+        real: the weight as real numbers.
+        context: the timestep context of the network.
+        saturates: whether the processor's kernels add pairs of products in 16 bits, which full bytes overflow.
+    """
 
     def __init__(
         self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor, context: TimestepContext, saturates: bool
