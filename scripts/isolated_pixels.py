@@ -1,4 +1,4 @@
-"""Count the images of runs with an isolated wrong pixel, float network and quantized one:
+"""Count the images of runs with an isolated wrong pixel, of the float network and of the quantized one.
 
 python scripts/isolated_pixels.py outputs/runs/2026-12-01/*
 """

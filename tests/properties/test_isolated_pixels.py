@@ -7,7 +7,7 @@ import tfmq_exp
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.diagnostics.isolated_pixels import isolated_pixels
 from tfmq_exp.sampling.images import to_uint8
-from tfmq_exp.sampling.sampler import trajectory
+from tfmq_exp.sampling.trajectory import trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
