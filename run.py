@@ -26,13 +26,13 @@ def main() -> None:
     Raises:
         SystemExit: with status 1, for an override that cannot be read or a key that is not there.
     """
-    arguments, console = read_arguments(sys.argv[1:]), Terminal(stderr=True)
+    arguments, console, conf = read_arguments(sys.argv[1:]), Terminal(stderr=True), Path(__file__).parent / "conf"
     if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever leaves off reading has read enough
     if arguments.shell_completion:  # of what is typed so far
         run()
         return
-    for line in (wrong := unreadable(arguments)):
+    for line in (wrong := unreadable(arguments, conf)):
         say_error(console, line)
     if wrong:
         raise SystemExit(1)
@@ -40,7 +40,7 @@ def main() -> None:
         run()
     except SystemExit as end:
         if end.code == 1 and (arguments.multirun or not HydraConfig.initialized()):  # before any job
-            for line in unknown_keys(arguments, Path(__file__).parent / "conf"):
+            for line in unknown_keys(arguments, conf):
                 say_error(console, line)
         raise
 

@@ -27,8 +27,8 @@ from tfmq_exp.cli import main as app
 from tfmq_exp.cli.environment import pick_device, prepare
 from tfmq_exp.cli.terminal import ProgressBars, standard_streams
 from tfmq_exp.loggers.base import Logger
-from tfmq_exp.pipeline.learning import FileUnitCheckpointer, LoggingCallback
-from tfmq_exp.pipeline.stages.network import TrainWeights
+from tfmq_exp.pipeline.stages.weights import TrainWeights
+from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer, LoggingCallback
 from tfmq_exp.qat.module import QuantizationAwareTraining
 from tfmq_exp.qat.train import prepare_training
 from tfmq_exp.quant.quantizers import Mode

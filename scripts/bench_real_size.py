@@ -37,7 +37,7 @@ from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
 from tfmq_exp.pipeline.experiment import Experiment
-from tfmq_exp.pipeline.learning import learning
+from tfmq_exp.pipeline.unit_checkpoints import learning
 from tfmq_exp.reconstruction.loop import ReconstructionContext
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.surgery import serialization

@@ -39,7 +39,7 @@ from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
-from tfmq_exp.quant.scales.running_range import PerStepConfig
+from tfmq_exp.quant.scales.observed_ranges import PerStepConfig
 from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer

@@ -35,7 +35,7 @@ from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
-from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.reconstruction.loop import reconstruct

@@ -14,7 +14,7 @@ from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
-from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig
 from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve

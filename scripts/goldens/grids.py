@@ -14,12 +14,12 @@ from tfmq_exp.quant.histogram_observers import HistogramPercentileObserver
 from tfmq_exp.quant.layers import QuantConv2d
 from tfmq_exp.quant.quantizers import SplitQuantizer
 from tfmq_exp.quant.rounding import rounding_penalty
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
-from tfmq_exp.sampling.sampler import finite_set
 from tfmq_exp.sampling.samplers import DDIM
+from tfmq_exp.sampling.trajectory import finite_set
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
 

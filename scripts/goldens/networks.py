@@ -19,7 +19,7 @@ from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
 from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.denoisers.unet import read_structure
-from tfmq_exp.sampling.sampler import alphas_cumprod
+from tfmq_exp.sampling.trajectory import alphas_cumprod
 
 SINGLE, DOUBLE = 3e-5, 1e-9  # rounding in another order of operations
 SINUSOID = 2e-5  # DDIM rounds its sinusoid in single precision, whatever the network's

@@ -14,7 +14,7 @@ from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercent
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 RELEASED = LpObserver(include_zero=False)

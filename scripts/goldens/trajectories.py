@@ -17,8 +17,8 @@ from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.denoisers.loading import compvis_checkpoint
 from tfmq_exp.sampling import samplers as sampler_classes
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, Sampler, Spacing, trajectory
 from tfmq_exp.sampling.samplers import DDIM, PLMS
+from tfmq_exp.sampling.trajectory import Predict, Sampler, Spacing, trajectory
 
 PRECISIONS = {"traj": (torch.float32, 2e-6), "traj_f64": (torch.float64, 1e-12)}  # relative
 GROWTH, START = 5e-6, 1e-4  # of a trajectory around a network: relative to its largest value, and beside that

@@ -11,7 +11,7 @@ import tfmq_exp
 from tests.e2e.jobs import job
 from tests.unit.sampling.folders import put_scheduler, save_unconditional
 from tfmq_exp.api import configuration
-from tfmq_exp.sampling.scheduler import Scheduler
+from tfmq_exp.sampling.diffusers_scheduler import Scheduler
 from tfmq_exp.surgery.config import QuantizationConfig
 
 README = Path(__file__).parents[2] / "README.md"

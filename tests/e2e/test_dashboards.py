@@ -23,7 +23,7 @@ from wandb.env import SERVICE
 from wandb.proto import wandb_internal_pb2
 
 from tests.e2e.jobs import CONF, job
-from tfmq_exp.pipeline.learning import FileUnitCheckpointer
+from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer
 
 METHOD = ("debug=smoke", "method=brecq", "protocol.reconstruction.iterations=11")  # two points in a curve of weights
 SWEEP = ("hydra.mode=MULTIRUN", "hydra.job.num=0")

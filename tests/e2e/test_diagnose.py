@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tests.e2e.jobs import composed, job
 from tfmq_exp.cli import main as app
-from tfmq_exp.cli.job_cache import is_written
+from tfmq_exp.cli.finished_jobs import is_written
 from tfmq_exp.cli.terminal import ProgressBars
 from tfmq_exp.core.files import write_checked, write_json
 from tfmq_exp.pipeline.experiment import Experiment
@@ -118,4 +118,4 @@ def test_all_but_one_unit(first: Path, tmp_path: Path) -> None:
 def test_a_wrong_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job(tmp_path, *SMALL, "diagnosis.sensitivity=none")
-    assert "diagnosis.sensitivity must be alone or others, got 'none'" in capsys.readouterr().out
+    assert "diagnosis.sensitivity must be one of alone, others, got 'none'" in capsys.readouterr().out

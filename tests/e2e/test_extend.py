@@ -29,8 +29,8 @@ from tests.e2e.jobs import CONF, composed
 from tests.e2e.test_models import GOLDENS, checkpoint
 from tests.e2e.test_scripts import call
 from tests.helpers.run_folders import Reader
+from tfmq_exp.cli.finished_jobs import job_identity
 from tfmq_exp.cli.job import perform
-from tfmq_exp.cli.job_cache import job_identity
 from tfmq_exp.denoisers.unet import roles
 from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.quant.spec import QuantSpec

@@ -64,13 +64,12 @@ def test_what_it_leaves_is_what_every_method_leaves(run: Path) -> None:
 
 
 def test_another_sampler_needs_no_other_training_and_all_stand_in_one_table(run: Path) -> None:
-    before = hits(run)
-    again = hits(
-        job(run.parent, *SMOKE, "method=lsq_tdq", "protocol.sampling.num_inference_steps=5", "until=activations")
-    )
+    before, store = hits(run), f"paths.store={run.parent / 'store'}"
+    steps = ("protocol.sampling.num_inference_steps=5", "until=activations")
+    again = hits(job(run.parent / "again", *SMOKE, "method=lsq_tdq", *steps, store))
     assert (again["weights"]["key"], again["weights"]["computed"]) == (before["weights"]["key"], False)
     assert again["activations"]["key"] != before["activations"]["key"]
-    other = job(run.parent / "other", *SMOKE, "method=nearest", "quant=w4a4", f"paths.store={run.parent / 'store'}")
+    other = job(run.parent / "other", *SMOKE, "method=nearest", "quant=w4a4", store)
     records = read_records(run.parent)
     (group,) = by_protocol(records)
     _, rows = table(group)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.e2e.jobs import CONF, job
-from tfmq_exp.cli.job_cache import is_written
+from tfmq_exp.cli.finished_jobs import is_written
 from tfmq_exp.report.records import read_records
 from tfmq_exp.report.tables import table
 from tfmq_exp.sampling.images import to_uint8

@@ -13,7 +13,7 @@ from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import CalibrateRanges, LearnRanges
 from tfmq_exp.methods.weights import ReconstructJointly
 from tfmq_exp.quant.scales.generator import Frequency
-from tfmq_exp.quant.scales.running_range import TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.reconstruction.objectives import Lp
 from tfmq_exp.reconstruction.units import MixedInputs, TemporalAware

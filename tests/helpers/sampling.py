@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict
 from tfmq_exp.sampling.samplers import DDIM
+from tfmq_exp.sampling.trajectory import Predict
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

@@ -11,7 +11,7 @@ from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.helpers.sampling import output, reloaded
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.generator import Frequency, Normalised
-from tfmq_exp.quant.scales.running_range import EMARange, TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig, TDQScale
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan

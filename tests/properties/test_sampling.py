@@ -15,8 +15,8 @@ from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Sampler, finite_set, trajectory
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
+from tfmq_exp.sampling.trajectory import Sampler, finite_set, trajectory
 
 CPU = torch.device("cpu")
 NONE = Conditions()

@@ -25,7 +25,7 @@ from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.generator import Normalised
-from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import (

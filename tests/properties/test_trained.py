@@ -24,7 +24,7 @@ from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
 from tfmq_exp.quant.scales.generator import Frequency
-from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.spec import IntRangeKind, QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext

@@ -7,7 +7,7 @@ step, T(T-1)/2 calls.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,11 +15,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tfmq_exp.core.seeds import Stream
+from tfmq_exp.core.validate import COUNT, Checked, optional
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 
 CONDITION = "condition."  # prefix of conditions in a file
 COLUMNS = ("x", "t", "step", "image", "condition")
+
+
+@dataclass(frozen=True)
+class CalibrationPlan(Checked):
+    """Float-model trajectories that calibration sees (`protocol.calibration`)."""
+
+    images: Annotated[int, COUNT]  # their number
+    batch: Annotated[int, COUNT]  # how many run together
+    num_inference_steps: Annotated[int | None, optional(COUNT)] = (
+        None  # of their sampler, where it is not that of the images
+    )
 
 
 @dataclass(frozen=True)

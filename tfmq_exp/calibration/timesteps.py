@@ -8,8 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.core.checked import Checked
-from tfmq_exp.core.validate import AMOUNT, COUNT, SEED, SHARE
+from tfmq_exp.core.validate import AMOUNT, COUNT, SEED, SHARE, Checked
 
 
 class TimestepPolicy(Protocol):

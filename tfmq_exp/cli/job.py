@@ -18,7 +18,7 @@ from types import FrameType
 from omegaconf import DictConfig
 from rich.console import Console
 
-from tfmq_exp.cli.job_cache import claim, job_identity, keep, take
+from tfmq_exp.cli.finished_jobs import claim, job_identity, keep, take
 from tfmq_exp.cli.outputs.score_table import print_scores
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.status import State, Status, begun, occupied

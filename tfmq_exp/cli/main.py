@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tfmq_exp.cli.dry_run import expected_cost, preview, print_estimate
 from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
-from tfmq_exp.cli.job_cache import claim
+from tfmq_exp.cli.finished_jobs import claim
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.make_run import make_run
 from tfmq_exp.cli.outputs.diagnosis import save_diagnoses

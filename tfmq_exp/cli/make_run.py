@@ -10,15 +10,17 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from tfmq_exp.calibration.dataset import CalibrationPlan
 from tfmq_exp.cli.validation import calibration_steps, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
+from tfmq_exp.core.validate import WrongValueError
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.pipeline.run import CalibrationPlan, DiagnosisPlan, Run
+from tfmq_exp.pipeline.run_config import DiagnosisPlan, Run
 from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
 from tfmq_exp.sampling.conditioning import Captions
+from tfmq_exp.sampling.diffusers_scheduler import replaced_settings
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
-from tfmq_exp.sampling.scheduler import replaced_settings
 
 log = logging.getLogger(__name__)
 make: Any = functools.partial(instantiate, _convert_="all")
@@ -64,7 +66,7 @@ def make_run(
         images=ImagePlan(protocol.sampling.images, cfg.seed, runtime.batch_size, protocol.sampling.uint8),
         calibration=calibration,
         diagnostics=protocol.diagnostics.images,
-        diagnosis=DiagnosisPlan(**make(cfg.diagnosis)),
+        diagnosis=diagnosis_plan(cfg),
         compute=ComputeConfig(
             runtime.batch_size,
             int(runtime.activation_cache_gib * 2**30) // group.world_size,
@@ -77,6 +79,14 @@ def make_run(
         make_evaluator=functools.partial(make, cfg.eval),
         make_training_images=lambda: make(real_images(cfg, folder)),
     )
+
+
+def diagnosis_plan(cfg: DictConfig) -> DiagnosisPlan:
+    """Size of the diagnosis; ValueError, with its key, for a value that is none."""
+    try:
+        return DiagnosisPlan(**make(cfg.diagnosis))
+    except WrongValueError as error:
+        raise ValueError(error.under("diagnosis")) from error
 
 
 def make_sampling(cfg: DictConfig) -> Sampling:

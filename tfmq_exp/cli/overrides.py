@@ -38,9 +38,22 @@ def read_arguments(words: Sequence[str]) -> Namespace:
     return arguments
 
 
-def unreadable(arguments: Namespace) -> list[str]:
-    """A line for each override that Hydra cannot read, or whose `~` nothing would expand: how it can be written."""
-    return [line for text in arguments.overrides if (line := misread(text, sweeping=arguments.multirun))]
+def unreadable(arguments: Namespace, conf: Path) -> list[str]:
+    """A line for each override that Hydra cannot read, or whose `~` nothing would expand: how it can be written.
+
+    A group of `conf` set to null is one: Hydra takes it in files alone.
+    """
+    texts = arguments.overrides
+    lines = [line for text in texts if (line := misread(text, sweeping=arguments.multirun))]
+    nothing = [key for key, _, value in (text.partition("=") for text in texts) if "null" in value.split(",")]
+    groups = [key for key in nothing if "." not in key and (conf / key).is_dir()]
+    return [
+        *lines,
+        *(
+            f"{key}=null: a group is no null on the command line: leave {key} out, or name a file of it"
+            for key in groups
+        ),
+    ]
 
 
 def misread(text: str, *, sweeping: bool) -> str:

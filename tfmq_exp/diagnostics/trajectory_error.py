@@ -14,7 +14,7 @@ from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.rows import Row
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, Step
+from tfmq_exp.sampling.trajectory import Predict, Step
 
 ERRORS = ("eps_error", "own_eps_error", "eps_distance", "x_error")
 

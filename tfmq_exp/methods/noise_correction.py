@@ -16,8 +16,8 @@ from tfmq_exp.core.validate import COUNT, SWITCH, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, Sampler, alphas_cumprod
 from tfmq_exp.sampling.samplers import DDIM, VarianceCalibrated
+from tfmq_exp.sampling.trajectory import Predict, Sampler, alphas_cumprod
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Predictions = Float[Tensor, "steps images channels *pixels"]

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 from tfmq_exp.deploy.engine import Engine
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
-from tfmq_exp.pipeline.run import Run
-from tfmq_exp.pipeline.stages import diagnose, evaluation, network
+from tfmq_exp.pipeline.run_config import Run
+from tfmq_exp.pipeline.stages import diagnose, evaluation
+from tfmq_exp.pipeline.stages.activations import CalibrateActivations, FitCorrection, QuantizedNetwork
 from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
 from tfmq_exp.pipeline.stages.export_engine import ExportEngine
+from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
 
 
 class Evaluation(NamedTuple):
@@ -30,14 +32,12 @@ class Experiment:
         weights, correction = run.method.weights, run.method.correction
         if weights.trains is True:
             self.examples = EncodeExamples(*given, weights.protocol.horizontal_flip)
-            self.weights = network.TrainWeights(*given, weights, self.examples)
+            self.weights = TrainWeights(*given, weights, self.examples)
         else:
-            self.weights = network.ReconstructWeights(*given, weights, self.trajectory)
-        self.activations = network.CalibrateActivations(*given, self.trajectory, self.weights)
-        self.correction = (
-            network.FitCorrection(*given, correction, self.activations) if correction.measures is True else None
-        )
-        self.quantized = network.QuantizedNetwork(run.sampling, self.activations, self.correction)
+            self.weights = ReconstructWeights(*given, weights, self.trajectory)
+        self.activations = CalibrateActivations(*given, self.trajectory, self.weights)
+        self.correction = FitCorrection(*given, correction, self.activations) if correction.measures is True else None
+        self.quantized = QuantizedNetwork(run.sampling, self.activations, self.correction)
         self.reference = evaluation.ComputeReference(*given)
         float_sampler = run.sampling.predictor(run.denoiser.unet), run.sampling
         self.float_images, self.float_scores, _ = self._evaluation("float ", None, lambda: float_sampler)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from tfmq_exp.core.distributed import ProcessGroup
 from tfmq_exp.core.files import intact, write_checked
 from tfmq_exp.loggers.base import Logger
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.run_config import Run
 from tfmq_exp.pipeline.store import Entry, Store
 
 T = TypeVar("T", bound=Hashable)

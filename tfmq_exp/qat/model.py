@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQuantizer
 from tfmq_exp.quant.quantizers import Mode, Quantizer
-from tfmq_exp.quant.scales.running_range import EMARange
+from tfmq_exp.quant.scales.observed_ranges import EMARange
 from tfmq_exp.quant.scales.tdq import BatchedGenerators, TDQScale
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.core.checked import Checked
-from tfmq_exp.core.validate import BYTES, COUNT, POSITIVE, POSITIVE_SHARE, POWER, SHARE, optional
+from tfmq_exp.core.validate import BYTES, COUNT, POSITIVE, POSITIVE_SHARE, POWER, SHARE, Checked, optional
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.spec import QParams, QuantSpec
 

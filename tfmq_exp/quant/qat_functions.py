@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.core.checked import Checked
-from tfmq_exp.core.validate import AMOUNT
+from tfmq_exp.core.validate import AMOUNT, Checked
 from tfmq_exp.quant.functional import round_ste, ste_quantize, within_range
 from tfmq_exp.quant.spec import IntRange, IntRangeKind
 

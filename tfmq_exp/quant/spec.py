@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from tfmq_exp.core.checked import Checked
+from tfmq_exp.core.validate import Checked
 
 Scheme = Literal["affine", "symmetric", "unsigned"]
 IntRangeKind = Literal["full", "narrow", "tdq_release"]

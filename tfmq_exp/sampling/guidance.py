@@ -13,7 +13,7 @@ from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_timesteps
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
-from tfmq_exp.sampling.sampler import Predict, Sampler, Step, finite_set, trajectory
+from tfmq_exp.sampling.trajectory import Predict, Sampler, Step, finite_set, trajectory
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -94,7 +94,7 @@ class Sampling:
     def trajectory(
         self, predict: Predict, denoiser: Denoiser, *, seed: int, stream: str, indices: Sequence[int]
     ) -> Iterator[Step]:
-        """Denoise images of a stream, step by step, see `tfmq_exp.sampling.sampler.trajectory`.
+        """Denoise images of a stream, step by step, see `tfmq_exp.sampling.trajectory.trajectory`.
 
         Args:
             predict: the network's prediction after guidance.

@@ -14,7 +14,7 @@ from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, SEED, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict
+from tfmq_exp.sampling.trajectory import Predict
 
 ToUint8 = Literal["round", "truncate"]
 

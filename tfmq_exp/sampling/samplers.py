@@ -1,4 +1,7 @@
-"""Samplers: DDIM (arXiv 2010.02502), with PTQD's variance too, PLMS (PNDM, arXiv 2202.09778), DPM-Solver++ (arXiv 2211.01095)."""
+"""Samplers: DDIM (arXiv 2010.02502), with PTQD's variance too, PLMS (PNDM, arXiv 2202.09778), DPM-Solver++ (arXiv 2211.01095).
+
+A new one stands in `SAMPLERS` of `sampling/recipe.py` as well, by which artefacts name it.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
 from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, Kind, check_fields, optional, whole
-from tfmq_exp.sampling.sampler import Moves, Spacing, alphas_cumprod, require_noise_prediction, visited
+from tfmq_exp.sampling.trajectory import Moves, Spacing, alphas_cumprod, require_noise_prediction, visited
 
 ORDER = Kind("1, 2 or 3", lambda value: whole(value) and 1 <= value <= 3)
 NO_ETA = Kind("0, as this sampler is deterministic", lambda value: value == 0)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from tfmq_exp.core.checked import Checked
 from tfmq_exp.core.records import encode
+from tfmq_exp.core.validate import Checked
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, LayerInfo, Role
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_functions import QATQuantizeFn
@@ -14,7 +14,7 @@ from tfmq_exp.quant.qat_quantizers import Offset
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
 from tfmq_exp.quant.scales.generator import Frequency, Normalised, RandomFourier
-from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import OutsideTimesteps
 

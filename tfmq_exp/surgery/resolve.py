@@ -6,8 +6,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
-from tfmq_exp.core.checked import Checked
-from tfmq_exp.core.validate import COUNT, optional
+from tfmq_exp.core.validate import COUNT, Checked, optional
 from tfmq_exp.denoisers.structure import LayerInfo, Role, UNetStructure
 from tfmq_exp.quant.qat_functions import Duq, Lsq, QATQuantizeFn, Qil
 from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer

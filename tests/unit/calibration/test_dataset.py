@@ -9,8 +9,8 @@ from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import trajectory
 from tfmq_exp.sampling.samplers import DDIM
+from tfmq_exp.sampling.trajectory import trajectory
 
 CPU = torch.device("cpu")
 NONE = Conditions()

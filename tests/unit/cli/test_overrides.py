@@ -1,5 +1,6 @@
 """What is said of overrides that Hydra cannot read, or whose keys are not there."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -100,7 +101,16 @@ def test_what_hydra_reads_is_left_to_it() -> None:
         "seed=range(0,3)",
         "p=$x",
     ]
-    assert unreadable(read_arguments([*words, "-m", "--config-dir", "x"])) == []
+    words += ["captions=null", "method.surgery.roles.stem=null"]  # keys, not groups
+    assert unreadable(read_arguments([*words, "-m", "--config-dir", "x"]), CONF) == []
+
+
+@pytest.mark.parametrize(
+    "words", [["debug=null"], ["engine=null", "seed=1"], ["sampler=null"], ["-m", "debug=smoke,null"]]
+)
+def test_a_group_that_is_set_to_null(words: list[str]) -> None:
+    (line,) = unreadable(read_arguments(words), CONF)
+    assert re.search(r"(debug|engine|sampler)=null: .* leave (debug|engine|sampler) out", line)
 
 
 @pytest.mark.parametrize(

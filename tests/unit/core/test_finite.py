@@ -34,7 +34,7 @@ from tfmq_exp.quant.observers import (
     Percentile,
     SymmetricMSEObserver,
 )
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig

@@ -26,7 +26,7 @@ from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch, WeightQ
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicGeneratorConfig
 from tfmq_exp.quant.scales.generator import Frequency
-from tfmq_exp.quant.scales.running_range import PerStepConfig, StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext
 

@@ -10,7 +10,7 @@ from tfmq_exp.deploy.activation_tables import RuntimeScale, ScaleTable, activati
 from tfmq_exp.deploy.layers import deployed_layers, layer_report
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.generator import Normalised
-from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import StaticConfig, TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.quant.spec import QParams
 from tfmq_exp.surgery.config import LayerBits, ScalePlan

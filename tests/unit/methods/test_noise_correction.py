@@ -16,10 +16,10 @@ from tests.helpers.sampling import SCHEDULE, SHAPE
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
+from tfmq_exp.sampling.diffusers_scheduler import Scheduler
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.sampler import Predict, trajectory
 from tfmq_exp.sampling.samplers import DDIM, PLMS, VarianceCalibrated
-from tfmq_exp.sampling.scheduler import Scheduler
+from tfmq_exp.sampling.trajectory import Predict, trajectory
 
 ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 IMAGES, CHANNELS, SIDE = 64, 3, 16

@@ -10,7 +10,7 @@ from torch import Tensor
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import WeightQuantizer
 from tfmq_exp.quant.scales.base import ScaleConfig, ScaleProvider
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.config import ScalePlan

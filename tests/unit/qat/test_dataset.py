@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tfmq_exp.data.digits import DigitsImages, load_images
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
-from tfmq_exp.pipeline.stages.network import label_inputs
+from tfmq_exp.pipeline.stages.weights import label_inputs
 from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses, NoLabels
 from tfmq_exp.qat.dataset import NoisyBatches, TrainingSet, noisy, training_set_identity, write_training_set
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.scales.dynamic import DynamicConfig, DynamicScale
-from tfmq_exp.quant.scales.running_range import (
+from tfmq_exp.quant.scales.observed_ranges import (
     EMARange,
     PerStepConfig,
     StaticConfig,

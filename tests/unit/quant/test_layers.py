@@ -8,7 +8,7 @@ from tfmq_exp.quant.functional import fake_quantize
 from tfmq_exp.quant.layers import QUANT_LAYERS
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, WeightQuantizer
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 
 LAYERS = {

@@ -15,7 +15,7 @@ from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig, DynamicGeneratorScale
 from tfmq_exp.quant.scales.generator import Frequency, Normalised, RandomFourier, TimeEncoding
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.scales.tdq import BatchedGenerators, TDQConfig, TDQScale
 from tfmq_exp.quant.spec import QuantSpec, Scheme
 from tfmq_exp.quant.timestep_context import TimestepContext

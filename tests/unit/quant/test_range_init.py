@@ -9,7 +9,7 @@ import torch
 from tfmq_exp.quant.observers import AbsMax, Constant, LSQInit, MeanStd, Observer, Percentile
 from tfmq_exp.quant.qat_functions import Lsq
 from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQuantizer
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import IntRangeKind, QuantSpec, Scheme, int_range
 
 

@@ -4,7 +4,7 @@ import torch
 from tfmq_exp.quant.functional import SMALLEST_SCALE, fake_quantize, qparams_from_range
 from tfmq_exp.quant.observers import MinMax, SymmetricMSEObserver
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, modes
-from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, PerStepConfig, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 

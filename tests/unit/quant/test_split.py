@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tfmq_exp.quant.layers import QuantConv2d
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, Quantizer, SplitQuantizer, WeightQuantizer, modes
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 
 SIZES = (3, 5)

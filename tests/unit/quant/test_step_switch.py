@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, StepSwitch
-from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, PerStepConfig, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 

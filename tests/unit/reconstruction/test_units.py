@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from tests.helpers.reconstruction import structure
 from tfmq_exp.denoisers.structure import Kind, Role
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode
-from tfmq_exp.quant.scales.running_range import EMARange, StaticConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.units import Blockwise, MixedInputs, TemporalAware
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.sampling import samplers as sampler_classes
-from tfmq_exp.sampling.sampler import Sampler, Spacing, alphas_cumprod, trajectory
 from tfmq_exp.sampling.samplers import DDIM, PLMS
+from tfmq_exp.sampling.trajectory import Sampler, Spacing, alphas_cumprod, trajectory
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 NONE = Conditions()

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.sampling.diffusers_scheduler import Scheduler
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
 from tfmq_exp.sampling.recipe import Recipe, required_conditions
-from tfmq_exp.sampling.sampler import Sampler
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
-from tfmq_exp.sampling.scheduler import Scheduler
+from tfmq_exp.sampling.trajectory import Sampler
 
 pytestmark = pytest.mark.bad_input
 

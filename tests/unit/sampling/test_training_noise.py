@@ -12,9 +12,9 @@ from tests.unit.sampling.folders import (
     put_scheduler,
 )
 from tfmq_exp.denoisers.loading.scheduler_config import training_noise
-from tfmq_exp.sampling.sampler import alphas_cumprod
+from tfmq_exp.sampling.diffusers_scheduler import read_scheduler, replaced_settings
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
-from tfmq_exp.sampling.scheduler import read_scheduler, replaced_settings
+from tfmq_exp.sampling.trajectory import alphas_cumprod
 
 pytestmark = pytest.mark.bad_input
 V, ZERO_SNR = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

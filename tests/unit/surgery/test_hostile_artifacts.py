@@ -17,7 +17,7 @@ from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Cont
 from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
-from tfmq_exp.quant.scales.running_range import StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.scales.observed_ranges import StaticConfig, TimestepGroupConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet

@@ -18,10 +18,10 @@ from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.files import write_atomically, write_record
 from tfmq_exp.loggers.base import Logger, Points, Rows, RunMetadata
 from tfmq_exp.pipeline.experiment import Experiment
-from tfmq_exp.pipeline.learning import unit_reports
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.run_config import Run
 from tfmq_exp.pipeline.stages.evaluation import SampleImages
 from tfmq_exp.pipeline.stages.export_engine import FLOAT
+from tfmq_exp.pipeline.unit_checkpoints import unit_reports
 from tfmq_exp.report import figures
 from tfmq_exp.report.records import ScoreRecord
 from tfmq_exp.report.tables import executed_dtypes

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from tfmq_exp.cli.job_cache import INSIDE
+from tfmq_exp.cli.finished_jobs import INSIDE
 from tfmq_exp.pipeline.experiment import Evaluation, Experiment
-from tfmq_exp.pipeline.run import Run
+from tfmq_exp.pipeline.run_config import Run
 from tfmq_exp.pipeline.stages.export_engine import FLOAT, ExportEngine
 from tfmq_exp.pipeline.store import canonical, key_of
 from tfmq_exp.reconstruction.context import peak_memory_mib

@@ -1,1 +1,1 @@
-"""The stages of an experiment, one file each."""
+"""The stages of an experiment, by subject."""

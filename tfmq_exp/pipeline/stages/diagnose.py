@@ -16,8 +16,8 @@ from tfmq_exp.diagnostics.sensitivity import PredictionProbe, QuantizedUnit, qua
 from tfmq_exp.diagnostics.temporal_error import feature_errors
 from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
 from tfmq_exp.pipeline.pipeline import Advance, Stage
+from tfmq_exp.pipeline.stages.activations import QuantizedNetwork
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
-from tfmq_exp.pipeline.stages.network import QuantizedNetwork
 from tfmq_exp.reconstruction.units import TemporalAware
 
 PASSES = 4  # of a step: float and quantized network on both trajectories; or one with all activations recorded

@@ -17,10 +17,10 @@ from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.pipeline.pipeline import Advance, Stage
-from tfmq_exp.pipeline.stages.network import QuantizedNetwork
+from tfmq_exp.pipeline.stages.activations import QuantizedNetwork
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import sample_shard
-from tfmq_exp.sampling.sampler import Predict
+from tfmq_exp.sampling.trajectory import Predict
 
 STATISTICS, SCORES, ERRORS = "statistics.safetensors", "scores.json", "errors.json"
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
 from tfmq_exp.pipeline.pipeline import Stage
-from tfmq_exp.pipeline.stages.network import QuantizedNetwork
+from tfmq_exp.pipeline.stages.activations import QuantizedNetwork
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
-from tfmq_exp.sampling.sampler import Predict
+from tfmq_exp.sampling.trajectory import Predict
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 FLOAT = "float"  # execution of layers that the engine has no integer kernel for

@@ -1,4 +1,8 @@
-"""Scale providers: the scale and zero point of an activation, and their configurations."""
+"""Scale providers: the scale and zero point of an activation, and their configurations.
+
+A new one is a configuration and a module in this folder; a configuration that artefacts may hold stands in `STORED_SCALES`
+of `surgery/config.py` as well.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -8,7 +12,7 @@ from typing import Self
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfmq_exp.core.checked import Checked
+from tfmq_exp.core.validate import Checked
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.spec import IntRangeKind, QParams, QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext

@@ -10,11 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from tfmq_exp.core.checked import Checked
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.core.validate import COUNT, DECAY, POSITIVE, SEED, Kind, sequence_of, whole
+from tfmq_exp.core.validate import COUNT, DECAY, POSITIVE, SEED, Checked, Kind, sequence_of, whole
 from tfmq_exp.quant.functional import SMALLEST_SCALE
-from tfmq_exp.quant.scales.running_range import EMAConfig, EMARange
+from tfmq_exp.quant.scales.observed_ranges import EMAConfig, EMARange
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 

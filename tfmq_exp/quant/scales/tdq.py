@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.quant.scales.base import ScaleConfig, per_row
 from tfmq_exp.quant.scales.generator import GeneratedScale, GeneratorConfig, TimeEncoding, softplus_scale
-from tfmq_exp.quant.scales.running_range import EMARange, PerStepConfig
+from tfmq_exp.quant.scales.observed_ranges import EMARange, PerStepConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from tests.e2e.jobs import composed
 from tests.helpers.loggers import RecordingLogger
-from tfmq_exp.cli.job_cache import dashboards
+from tfmq_exp.cli.finished_jobs import dashboards
 from tfmq_exp.cli.outputs.run_folder import log_losses, points, run_metadata, sweep_name
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.pipeline.pipeline import stage_summary

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from tests.unit.sampling.folders import make_generic
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser
-from tfmq_exp.pipeline.run import measured_structure
+from tfmq_exp.pipeline.run_config import measured_structure
 
 
 @pytest.fixture

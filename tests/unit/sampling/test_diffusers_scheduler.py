@@ -22,9 +22,9 @@ from tests.unit.sampling.folders import (
     save_text_to_image,
 )
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser
+from tfmq_exp.sampling.diffusers_scheduler import read_scheduler
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
-from tfmq_exp.sampling.scheduler import read_scheduler
 
 pytestmark = pytest.mark.bad_input
 V, ZERO_SNR = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

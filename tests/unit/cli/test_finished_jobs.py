@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tests.e2e.jobs import composed
-from tfmq_exp.cli.job_cache import (
+from tfmq_exp.cli.finished_jobs import (
     LARGEST,
     claim,
     files_read,

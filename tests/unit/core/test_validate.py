@@ -5,8 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
-from tfmq_exp.core.checked import Checked
-from tfmq_exp.core.validate import COUNT, WrongValueError, optional
+from tfmq_exp.core.validate import COUNT, Checked, WrongValueError, optional
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tfmq_exp.loggers.base import Logger
-from tfmq_exp.pipeline.learning import (
+from tfmq_exp.pipeline.store import DamagedEntry, Store
+from tfmq_exp.pipeline.unit_checkpoints import (
     FileUnitCheckpointer,
     LoggingCallback,
     add_point,
@@ -17,7 +18,6 @@ from tfmq_exp.pipeline.learning import (
     save_result,
     unit_reports,
 )
-from tfmq_exp.pipeline.store import DamagedEntry, Store
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.reconstruction.context import UnitReport, UnitResult

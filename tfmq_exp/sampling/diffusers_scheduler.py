@@ -25,8 +25,8 @@ from tfmq_exp.denoisers.loading.scheduler_config import (
     listed_classes,
     scheduler_file,
 )
-from tfmq_exp.sampling.sampler import Moves, Sampler
 from tfmq_exp.sampling.samplers import scheduler_moves
+from tfmq_exp.sampling.trajectory import Moves, Sampler
 
 # Schedulers that these pipelines of diffusers use in place of the folder's.
 CONVERTED = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}

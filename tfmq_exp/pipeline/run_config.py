@@ -4,10 +4,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from tfmq_exp.calibration.dataset import CalibrationPlan
 from tfmq_exp.core.seeds import Stream
-from tfmq_exp.core.validate import COUNT, check_fields, optional
+from tfmq_exp.core.validate import COUNT, Checked
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
@@ -26,29 +27,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CalibrationPlan:
-    """Float-model trajectories that calibration sees."""
-
-    images: int  # their number
-    batch: int  # how many run together
-    num_inference_steps: int | None = None  # of their sampler, where it is not that of the images
-
-    def __post_init__(self) -> None:
-        check_fields(self, images=COUNT, batch=COUNT, num_inference_steps=optional(COUNT))
-
-
-@dataclass(frozen=True)
-class DiagnosisPlan:
+class DiagnosisPlan(Checked):
     """Size of a diagnosis."""
 
-    samples: int  # of calibration, spread over the sampling steps, on which every unit's sensitivity is measured
-    trajectories: int  # whose activations and errors are followed
+    samples: Annotated[
+        int, COUNT
+    ]  # of calibration, spread over the steps, on which every unit's sensitivity is measured
+    trajectories: Annotated[int, COUNT]  # whose activations and errors are followed
     sensitivity: Literal["alone", "others"]  # quantize each unit alone, or all the others and leave it float
-
-    def __post_init__(self) -> None:
-        check_fields(self, samples=COUNT, trajectories=COUNT)
-        if self.sensitivity not in ("alone", "others"):
-            raise ValueError(f"diagnosis.sensitivity must be alone or others, got {self.sensitivity!r}")
 
 
 @dataclass(frozen=True, eq=False)
