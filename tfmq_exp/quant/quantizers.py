@@ -114,9 +114,15 @@ class WeightQuantizer(Quantizer):
     def qparams(self) -> QParams:
         return QParams(self.scale, self.zero_point)
 
+    def round_to(self, weight: Float[Tensor, "out *rest"], codes: Float[Tensor, "out *rest"]) -> None:
+        """Round the weight to these integers."""
+        self.rounding = AdaRound(weight, self.qparams, self.spec, codes)
+        self.rounding.harden()
+
     def learn_rounding(self, weight: Float[Tensor, "out *rest"]) -> AdaRound:
-        """Start AdaRound on this weight."""
-        self.rounding = AdaRound(weight, self.qparams, self.spec)
+        """Start AdaRound on this weight: near the integers of `round_to`, or at the weight itself."""
+        self.rounding = self.rounding or AdaRound(weight, self.qparams, self.spec)
+        self.rounding.soft = True
         return self.rounding
 
     def codes(self, weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tfmq_exp.quant.functional import dequantize
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
+NEAR = 0.9  # h of a code that learning starts from: far enough from a tie to stay where nothing is gained
 ZETA, GAMMA = 1.1, -0.1  # stretch of the rectified sigmoid, arXiv 2004.10568, section 3.3
 
 
@@ -78,15 +79,29 @@ class AdaRound(nn.Module):
     below: Tensor
     gap: Tensor
 
-    def __init__(self, weight: Float[Tensor, "*shape"], q: QParams, spec: QuantSpec) -> None:
+    def __init__(
+        self,
+        weight: Float[Tensor, "*shape"],
+        q: QParams,
+        spec: QuantSpec,
+        codes: Float[Tensor, "*shape"] | None = None,
+    ) -> None:
+        """With `codes`, integers that were found otherwise, it starts near them, and chooses between each and its neighbour on
+        the weight's side.
+        """
         super().__init__()
         x = weight.detach() / q.scale
         floor = x.floor()
+        h = x - floor
+        if codes is not None:
+            up = x < codes - q.zero_point  # the code is above the weight
+            floor = codes - q.zero_point - up.to(x.dtype)
+            h = torch.where(up, NEAR, 1 - NEAR).to(x.dtype)
         below, above = ((floor + up + q.zero_point).clamp(spec.qmin, spec.qmax) for up in (0, 1))
         self.register_buffer("floor", floor)
         self.register_buffer("below", dequantize(below, q))
         self.register_buffer("gap", q.scale * (above - below))  # not a difference of rounded reals: exact
-        self.v = nn.Parameter(inverse_rectified_sigmoid(x - floor))
+        self.v = nn.Parameter(inverse_rectified_sigmoid(h))
         self.soft = True
         # of the last forward pass: the penalty shares its gradient, which is then computed once
         self.h = rectified_sigmoid(self.v.detach())

@@ -21,6 +21,7 @@ from tfmq_exp.reconstruction.capture import (
     run_unit,
     sample_bytes,
 )
+from tfmq_exp.reconstruction.closed_form import round_layers
 from tfmq_exp.reconstruction.context import ReconstructionContext, UnitReport, UnitResult, peak_memory_mib
 from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
 from tfmq_exp.reconstruction.units import Origin, Unit
@@ -36,7 +37,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     2. For each other unit, in execution order:
        a. capture its outputs in the float network, and its inputs in the networks that the config names;
        b. measure its error, with weights rounded to nearest;
-       c. learn;
+       c. round its weights in closed form (GPTQ), learn, or both;
        d. freeze its weights to integers;
        e. measure its error again, and keep its outputs for the passes that capture later units;
        f. save and report it.
@@ -58,12 +59,17 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
             with replay.active(compute.batch), within(f"the inputs of {unit.name} in the quantized network"):
                 inputs["quantized"] = Capture(context.data, compute.batch, storage).inputs(model, module)
         activations = activations._replace(inputs=inputs)
-        rounded = modes(model.weight_quantizers(unit.layers) if config.rounding else (), Mode.QUANTIZE)
+        rounded = modes(model.weight_quantizers(unit.layers) if config.rounds else (), Mode.QUANTIZE)
         with rounded, within(f"the quantized unit {unit.name}"):
             error_before = unit_error(context, unit, activations)
-            learn_unit(context, unit, activations, config)
+            if config.gptq:
+                layers = {name: model.layer(name) for name in unit.layers if name in model.weight_layers()}
+                given, seed = next(iter(activations.inputs.values())), derive_seed(context.seed, unit.name)
+                round_layers(module, layers, model.context, given, config.gptq, batch=compute.batch, seed=seed)
+            if config.rounding or config.scales:
+                learn_unit(context, unit, activations, config)
         for layer in unit.layers:
-            if config.rounding and layer in model.weight_layers():
+            if config.rounds and layer in model.weight_layers():
                 model.freeze(layer)
         error_after = unit_error(context, unit, activations, replay if captured else None)
         storage.clear()
@@ -84,7 +90,7 @@ def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig
 
 def is_learnable(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> bool:
     """Whether a unit has weights or scales that the config learns."""
-    weights = set(unit.layers).intersection(model.weight_layers()) if config.rounding else set()
+    weights = set(unit.layers).intersection(model.weight_layers()) if config.rounds else set()
     return bool(weights or quantizers_of(model, unit, config))
 
 
@@ -95,7 +101,7 @@ def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) 
         for name, quantizer in quantizers_of(model, unit, config).items()
         for key, value in quantizer.state_dict().items()
     }
-    integers = model.integers if config.rounding else {}
+    integers = model.integers if config.rounds else {}
     return UnitResult({layer: integers[layer] for layer in unit.layers if layer in integers}, activations)
 
 
@@ -111,7 +117,7 @@ def restore_finished(
         model.load_activations(result.activations)
         context.progress.on_unit_end(units[count].name, None)
         count += 1
-    if config.rounding:
+    if config.rounds:
         model.calibrate_weights()
     return units[count:]
 

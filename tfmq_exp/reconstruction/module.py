@@ -17,6 +17,7 @@ from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.capture import call_unit
+from tfmq_exp.reconstruction.closed_form import GPTQConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
 from tfmq_exp.reconstruction.units import UnitInputs
 
@@ -56,6 +57,7 @@ class ReconstructionConfig:
     inputs: UnitInputs  # networks whose inputs it learns on
     rounding: LearnRounding | None = None  # how the rounding of weights is learned, if it is
     scales: LearnScales | None = None  # how activation scales are learned, if they are
+    gptq: GPTQConfig | None = None  # how weights are rounded in closed form, from where learning starts if it does
     # microbatches of a batch, which processes share. Results depend on their number in the last bits, and not on the
     # number of processes.
     parts: int = 1
@@ -65,8 +67,16 @@ class ReconstructionConfig:
         check_fields(self, rounding=optional(instance_of(LearnRounding)), scales=optional(instance_of(LearnScales)))
         if self.parts > self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
-        if self.rounding is None and self.scales is None:
-            raise ValueError("a recipe learns the rounding of weights, activation scales, or both; this one neither")
+        check_fields(self, gptq=optional(instance_of(GPTQConfig)))
+        if not (self.rounds or self.scales):
+            raise ValueError(
+                "a recipe rounds weights (rounding, gptq), learns activation scales, or both; this one neither"
+            )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights become integers."""
+        return self.rounding is not None or self.gptq is not None
 
     @property
     def learning_rates(self) -> dict[str, float]:

@@ -1,0 +1,90 @@
+"""GPTQ (arXiv 2210.17323): integers of a weight in closed form, from the second moments of its layer's inputs.
+
+The output error of a linear layer is quadratic in its weight: |(W - Q) X|^2 = tr (W - Q) H (W - Q)^T with H = X X^T. Columns of W
+are rounded one by one, and what each error costs is repaid by the columns that are still real.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tfmq_exp.quant.functional import quantize
+from tfmq_exp.quant.spec import QParams, QuantSpec
+
+Moments = Float[Tensor, "groups columns columns"]
+Weight = Float[Tensor, "groups rows columns"]
+
+
+class GPTQOptions(NamedTuple):
+    """Settings of GPTQ."""
+
+    damping: float = 0.01  # added to H's diagonal, as a share of its mean
+    activation_order: bool = True  # columns of the largest inputs first, which have the others to repay their error
+    block: int = 128  # columns whose errors are repaid together in the columns after them
+
+
+def gptq(weight: Weight, moments: Moments, qparams: QParams, spec: QuantSpec, options: GPTQOptions) -> Weight:
+    """Integer codes of a weight that keep the outputs close to those of the real weight.
+
+    Args:
+        weight: a matrix for each group of a convolution; columns are inputs.
+        moments: H of the inputs of each group, up to a factor; float64 where it is ill-conditioned.
+        qparams: scale and zero point, which broadcast against the weight.
+        spec: the integers.
+        options: damping, order and block size.
+
+    Returns:
+        codes within the spec's integers, as floats.
+
+    Raises:
+        ValueError: moments that are not finite, or not positive definite even when damped.
+    """
+    groups, rows, columns = weight.shape
+    order = torch.arange(columns, device=weight.device).expand(groups, columns)
+    if options.activation_order:
+        order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    at = order[:, None, :].expand(groups, rows, columns)
+    scale, zero_point = (part.expand(groups, rows, columns).gather(2, at) for part in qparams)
+    left = weight.to(moments.dtype).gather(2, at)
+    codes = torch.empty_like(left)
+    factor = inverse_factor(permuted(moments, order), options.damping)
+    for start in range(0, columns, options.block):
+        end = min(start + options.block, columns)
+        errors = left.new_zeros(groups, rows, end - start)
+        for j in range(start, end):
+            place = QParams(scale[:, :, j], zero_point[:, :, j])
+            codes[:, :, j] = quantize(left[:, :, j], place, spec)
+            rounded = (codes[:, :, j] - place.zero_point) * place.scale
+            error = (left[:, :, j] - rounded) / factor[:, None, j, j]
+            left[:, :, j:end] -= error[:, :, None] * factor[:, None, j, j:end]
+            errors[:, :, j - start] = error
+        left[:, :, end:] -= errors @ factor[:, start:end, end:]
+    return torch.empty_like(codes).scatter_(2, at, codes).to(weight.dtype)
+
+
+def permuted(moments: Moments, order: Tensor) -> Moments:
+    """Rows and columns of H in another order."""
+    columns = moments.shape[-1]
+    rows = moments.gather(1, order[:, :, None].expand(-1, -1, columns))
+    return rows.gather(2, order[:, None, :].expand(-1, columns, -1))
+
+
+def inverse_factor(moments: Moments, damping: float) -> Moments:
+    """Upper Cholesky factor of the damped H's inverse. Inputs that are always 0 count as ones of their own.
+
+    Raises:
+        ValueError: no such factor.
+    """
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(dim=1, keepdim=True)
+    damped = moments + torch.diag_embed(damping * mean + torch.where(diagonal == 0, mean.clamp(min=1e-30), 0.0))
+    for dtype in (moments.dtype, torch.float64):  # again in float64 where float32 is not enough
+        lower, failed = torch.linalg.cholesky_ex(damped.to(dtype))
+        if not bool(failed.any()):
+            inverse = torch.cholesky_inverse(lower)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bool(failed.any()) and bool(factor.isfinite().all()):
+                return factor.to(moments.dtype)
+    raise ValueError(f"the inputs' second moments are not positive definite with a damping of {damping}: raise it")
