@@ -12,10 +12,10 @@ from tfmq_exp.surgery import serialization
 # put together like others here; tests/properties has every form and every partition by itself, and test_qat.py whole runs of lsq
 ALIKE = {
     *("lsq", "pact", "pact_tdq", "nipq", "nipq_tdq", "qil", "qil_tdq", "duq", "dynamic_generator"),
-    *("freeze", "tdq_thin", "tfmq_qdrop", "duq_tdq", "lsq_dynamic", "ptq4dm", "tdq"),
+    *("freeze", "tdq_thin", "tfmq_qdrop", "duq_tdq", "lsq_dynamic", "ptq4dm", "tdq", "tfmq_gptq"),
 }
 METHODS = sorted({path.stem for path in (CONF / "method").glob("*.yaml")} - ALIKE)
-LEARNS_NOTHING = {"nearest"}
+LEARNS_NOTHING = {"nearest", "gptq"}
 QUANTIZES_OUTPUTS = {"brecq", "qdrop"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")

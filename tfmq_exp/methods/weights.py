@@ -34,7 +34,7 @@ class RoundToNearest:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """AdaRound, one unit at a time (BRECQ, arXiv 2102.05426). Weights that no unit learns are rounded to nearest first.
+    """AdaRound, GPTQ or both, one unit at a time (BRECQ, arXiv 2102.05426). Weights that no unit learns are rounded to nearest first.
 
     Partitions are `Blockwise` (BRECQ), `TemporalAware` (TFMQ-DM's TIAR) and `TemporalFrozen`.
     """
@@ -46,7 +46,8 @@ class Reconstruct:
     trains: ClassVar[Literal[False]] = False
 
     def budget(self, images: int, calls: int) -> CalibrationBudget:
-        return CalibrationBudget(self.timesteps.count(images, calls), self.recipe.iterations)
+        iterations = self.recipe.iterations if self.recipe.learns else 0
+        return CalibrationBudget(self.timesteps.count(images, calls), iterations)
 
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model

@@ -4,7 +4,7 @@ The output error of a linear layer is quadratic in its weight: |(W - Q) X|^2 = t
 are rounded one by one, and what each error costs is repaid by the columns that are still real.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor
 from tfmq_exp.quant.functional import quantize
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
+linalg: Any = torch.linalg  # has no types
 Moments = Float[Tensor, "groups columns columns"]
 Weight = Float[Tensor, "groups rows columns"]
 
@@ -81,10 +82,11 @@ def inverse_factor(moments: Moments, damping: float) -> Moments:
     mean = diagonal.mean(dim=1, keepdim=True)
     damped = moments + torch.diag_embed(damping * mean + torch.where(diagonal == 0, mean.clamp(min=1e-30), 0.0))
     for dtype in (moments.dtype, torch.float64):  # again in float64 where float32 is not enough
-        lower, failed = torch.linalg.cholesky_ex(damped.to(dtype))
-        if not bool(failed.any()):
-            inverse = torch.cholesky_inverse(lower)
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed.any()) and bool(factor.isfinite().all()):
-                return factor.to(moments.dtype)
+        try:
+            inverse = torch.cholesky_inverse(linalg.cholesky(damped.to(dtype)))
+            factor = linalg.cholesky(inverse, upper=True)
+        except linalg.LinAlgError:
+            continue
+        if bool(factor.isfinite().all()):
+            return factor.to(moments.dtype)
     raise ValueError(f"the inputs' second moments are not positive definite with a damping of {damping}: raise it")

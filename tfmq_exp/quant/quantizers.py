@@ -122,7 +122,7 @@ class WeightQuantizer(Quantizer):
     def learn_rounding(self, weight: Float[Tensor, "out *rest"]) -> AdaRound:
         """Start AdaRound on this weight: near the integers of `round_to`, or at the weight itself."""
         self.rounding = self.rounding or AdaRound(weight, self.qparams, self.spec)
-        self.rounding.soft = True
+        self.rounding.soften()
         return self.rounding
 
     def codes(self, weight: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:

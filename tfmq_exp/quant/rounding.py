@@ -72,7 +72,8 @@ class AdaRound(nn.Module):
     """A weight that learns, element by element, whether to be rounded down or up.
 
     While soft it is below + h(V) (above - below), which starts at the weight itself wherever the integers reach it.
-    `harden` decides: up where V >= 0.
+    `harden` decides: up where V >= 0. With `codes`, integers that were found otherwise, it starts near them, and chooses between
+    each of them and its neighbour on the weight's side.
     """
 
     floor: Tensor
@@ -86,9 +87,6 @@ class AdaRound(nn.Module):
         spec: QuantSpec,
         codes: Float[Tensor, "*shape"] | None = None,
     ) -> None:
-        """With `codes`, integers that were found otherwise, it starts near them, and chooses between each and its neighbour on
-        the weight's side.
-        """
         super().__init__()
         x = weight.detach() / q.scale
         floor = x.floor()
@@ -115,6 +113,11 @@ class AdaRound(nn.Module):
         """The soft weight; keeps its `h` for the penalty."""
         weight, self.h = _Between.apply(self.v, self.below, self.gap)  # type: ignore[misc]
         return weight
+
+    def soften(self) -> None:
+        """Learn from where it is."""
+        self.soft = True
+        self.h = rectified_sigmoid(self.v.detach())
 
     def harden(self) -> None:
         """Round every weight up or down from now on."""

@@ -106,7 +106,7 @@ def shared_inputs(
 
 
 def patch_form(layer: nn.Module) -> tuple[Any, ...]:
-    """What decides which input vectors a layer multiplies."""
+    """Form of the input vectors that a layer multiplies."""
     if isinstance(layer, nn.Conv2d):
         return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
     return ()
@@ -157,7 +157,7 @@ def second_moments(
 
 
 def drawn_vectors(
-    layer: nn.Module, x: Tensor, share: int, generator: torch.Generator
+    layer: Any, x: Tensor, share: int, generator: torch.Generator
 ) -> Iterator[Float[Tensor, "groups rows columns"]]:
     """Input vectors of a layer, at most `share` for each row of the batch, drawn without regard to their place.
 

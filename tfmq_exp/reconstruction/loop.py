@@ -66,7 +66,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
                 layers = {name: model.layer(name) for name in unit.layers if name in model.weight_layers()}
                 given, seed = next(iter(activations.inputs.values())), derive_seed(context.seed, unit.name)
                 round_layers(module, layers, model.context, given, config.gptq, batch=compute.batch, seed=seed)
-            if config.rounding or config.scales:
+            if config.learns:
                 learn_unit(context, unit, activations, config)
         for layer in unit.layers:
             if config.rounds and layer in model.weight_layers():

@@ -79,6 +79,11 @@ class ReconstructionConfig:
         return self.rounding is not None or self.gptq is not None
 
     @property
+    def learns(self) -> bool:
+        """Whether anything is learned, after what is rounded in closed form."""
+        return self.rounding is not None or self.scales is not None
+
+    @property
     def learning_rates(self) -> dict[str, float]:
         """The learning rates, by their keys in a method's phase."""
         learned = {"rounding": self.rounding, "scales": self.scales}
