@@ -184,17 +184,19 @@ class ProductLayer(nn.Module):
     def __init__(self, deployed: DeployedLayer, products: Sequence[Product], context: TimestepContext) -> None:
         super().__init__()
         self.axis, self.sizes = deployed.axis, [product.channels for product in deployed.products]
-        self.products, self.context, self.bias = nn.ModuleList(products), context, deployed.layer.bias
+        self.products, self.context, bias = nn.ModuleList(products), context, deployed.layer.bias
+        self.bias = None if bias is None else per_row(bias.detach(), 3 if self.axis == 1 else 1)
         self.output_quantizer = deployed.layer.output_quantizer
 
     def forward(self, input: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """Same signature as the simulated layer."""
-        parts, (first, *others) = input.split(self.sizes, dim=self.axis), self.products
+        parts = input.split(self.sizes, dim=self.axis) if len(self.sizes) > 1 else [input]
+        first, *others = self.products
         y = first(parts[0], self.context.index)
         for product, part in zip(others, parts[1:], strict=True):
             y = y + product(part, self.context.index)
         if self.bias is not None:
-            y = y + (per_row(self.bias, 3) if self.axis == 1 else self.bias)
+            y = y + self.bias
         return self.output_quantizer(y)
 
 

@@ -227,7 +227,7 @@ def test_openvino_puts_real_numbers_on_them(name: str) -> None:
     context, x = TimestepContext(TIMESTEPS), noise(len(TIMESTEPS), 32, 6, 6)
     quantizer = quantizer_of(KINDS[name], context)
     grid = activation_scale(quantizer, len(TIMESTEPS))
-    real = RealQuantizer(grid, context)
+    real = RealQuantizer(grid)
     run, _ = executed(real, context, x, real.quantizer.fake_quantize)
     for step, t in enumerate(TIMESTEPS):
         with context.at(torch.full((len(x),), t)), torch.no_grad():
@@ -240,7 +240,7 @@ def compiled(one: DeployedLayer, context: TimestepContext, x: Tensor) -> tuple[A
     """One layer as OpenVINO executes it, called with x and the step; and whether its product is in integers."""
     from tfmq_exp.deploy.openvino.export import executed_kernels, graph_products
 
-    (product,) = graph_products(one, context, saturates=False)
+    (product,) = graph_products(one, saturates=False)
     run, (node,) = executed(ProductLayer(one, [product], context), context, x, product.multiply)
     nodes = [n for n in executed_kernels(run) if n.product and any(name.startswith(node) for name in n.nodes)]
     return run, len(nodes) == 1 and nodes[0].integer

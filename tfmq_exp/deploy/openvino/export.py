@@ -20,7 +20,6 @@ from tfmq_exp.deploy.openvino.graph import FloatProduct, IntegerProduct, RealQua
 from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet, compile_settings
 from tfmq_exp.deploy.openvino.trace import Tap, shared_copy, trace
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
-from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
@@ -89,7 +88,7 @@ def convert(
     context, products, tapped = model.context, dict[str, list[FloatProduct | IntegerProduct]](), dict[str, Tap]()
     layers = deployed_layers(model)
     for layer in layers:
-        products[layer.name] = graph_products(layer, context, pairs_saturate)
+        products[layer.name] = graph_products(layer, pairs_saturate)
         replaced: nn.Module = ProductLayer(layer, products[layer.name], context)
         if layer.name in taps:
             replaced = tapped[layer.name] = Tap(replaced)
@@ -97,8 +96,7 @@ def convert(
     switches = tuple(f"{name}." for name, module in model.unet.named_modules() if isinstance(module, StepSwitch))
     for name, module in list(model.unet.named_modules()):
         if isinstance(module, AffineQuantizer | StepSwitch) and not name.startswith(switches):
-            quantizer = RealQuantizer(activation_scale(module, context.num_steps), context)
-            model.unet.set_submodule(name, quantizer)
+            model.unet.set_submodule(name, RealQuantizer(activation_scale(module, context.num_steps)))
     result, nodes = trace(model.unet, context, example, [tapped[name] for name in taps])
     cores = {name: [nodes[product.multiply] for product in made] for name, made in products.items()}
     if wrong := [name for name, calls in cores.items() if any(len(call) != 1 for call in calls)]:
@@ -114,9 +112,7 @@ def convert(
     return ConvertedModel(result, names)
 
 
-def graph_products(
-    deployed: DeployedLayer, context: TimestepContext, saturates: bool
-) -> list[FloatProduct | IntegerProduct]:
+def graph_products(deployed: DeployedLayer, saturates: bool) -> list[FloatProduct | IntegerProduct]:
     """Products of a layer; ValueError for an input quantizer that is not representable."""
     quantized = not isinstance(deployed.layer.input_quantizer, nn.Identity)
     if quantized and any(product.input is None for product in deployed.products):
@@ -124,8 +120,8 @@ def graph_products(
     weights = deployed.layer.weight.split([product.channels for product in deployed.products], dim=1)
     pairs = zip(deployed.products, weights, strict=True)
     if deployed.integer:
-        return [IntegerProduct(deployed, product, real, context, saturates) for product, real in pairs]
-    return [FloatProduct(deployed, product, real, context) for product, real in pairs]
+        return [IntegerProduct(deployed, product, real, saturates) for product, real in pairs]
+    return [FloatProduct(deployed, product, real) for product, real in pairs]
 
 
 def stored_bytes(model: Any) -> dict[str, int]:

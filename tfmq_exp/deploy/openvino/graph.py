@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.activation_tables import BYTE_VALUES, ActivationScale, RuntimeScale, varies
+from tfmq_exp.deploy.activation_tables import BYTE_VALUES, ActivationScale, RuntimeScale, ScaleTable, varies
 from tfmq_exp.deploy.layers import ByteProduct, DeployedLayer, DeployedProduct, Product
 from tfmq_exp.deploy.weight_tables import SignedWeight, per_row
-from tfmq_exp.quant.timestep_context import TimestepContext
 
 Node = Any  # openvino's nodes and outputs
 
@@ -40,18 +39,21 @@ class GraphOperation(nn.Module):
 
 
 class FakeQuantize(GraphOperation):
-    """Gain * unit * clamp(round(u / unit), lowest, lowest + levels - 1)."""
+    """Gain * unit * clamp(round(u / unit), lowest, highest); unit and gain are those of a static table, else 1."""
 
-    def __init__(self, unit: float, lowest: float, levels: int, gain: float) -> None:
+    def __init__(self, table: ScaleTable, levels: int, static: bool) -> None:
         super().__init__()
-        self.ends, self.gain, self.levels = (unit * lowest, unit * (lowest + levels - 1)), gain, levels
+        self.unit, self.gain = (float(table.scale[0]), float(table.gain[0])) if static else (1.0, 1.0)
+        self.middle, self.codes, self.levels = int(table.zero_point.median()), table.num_codes, levels
+        self.lowest = float(table.lowest.min()) - self.middle
 
     def forward(self, u: Tensor) -> Tensor:
         return u
 
     def build(self, x: Node) -> Node:
-        ends = *self.ends, *(self.gain * end for end in self.ends)
-        return ops.fake_quantize(x, *map(constant, ends), self.levels)
+        lowest, highest, last = (self.unit * (self.lowest + n) for n in (0, self.codes - 1, self.levels - 1))
+        x = ops.clamp(x, lowest, highest) if self.codes < self.levels else x
+        return ops.fake_quantize(x, *map(constant, (lowest, last, self.gain * lowest, self.gain * last)), self.levels)
 
 
 class Quantized(NamedTuple):
@@ -67,67 +69,57 @@ class GraphQuantizer(nn.Module):
 
     Args:
         scale: its quantization parameters.
-        context: of the sampling step; all rows are at the same.
         levels: of the FakeQuantize; the number of codes by default.
     """
 
-    def __init__(self, scale: ActivationScale, context: TimestepContext, levels: int | None = None) -> None:
+    def __init__(self, scale: ActivationScale, levels: int | None = None) -> None:
         super().__init__()
-        self.scale, self.context, table = scale, context, scale.table
+        self.table = table = scale.table
         self.source = scale.source if isinstance(scale, RuntimeScale) else None
         self.static = self.source is None and not varies(*table)
-        self.middle = int(table.zero_point.median())
-        # a static scale is that of the FakeQuantize itself
-        self.unit, gain = (float(table.scale[0]), float(table.gain[0])) if self.static else (1.0, 1.0)
-        self.levels = levels or table.num_codes
-        self.fake_quantize = FakeQuantize(self.unit, float(table.lowest.min()) - self.middle, self.levels, gain)
+        self.fake_quantize = FakeQuantize(table, levels or table.num_codes, self.static)
+        unit, middle = self.fake_quantize.unit, self.fake_quantize.middle
         affine = self.source is not None and self.source.spec.scheme == "affine"
         self.zero_point_varies = affine or varies(table.zero_point)
+        columns = {"scale": table.scale, "shift": table.zero_point - middle, "gain": table.gain, "offset": table.offset}
+        columns |= {"lowest": table.lowest - middle, "highest": table.highest - middle}
+        columns |= {"dead_zone": unit * table.dead_zone, "kept": 1 - table.pruned}
+        # those that change with the step, each [steps]; `UNetWithStepInput` puts the present step's numbers into `present`
+        self.columns = {name: column for name, column in columns.items() if varies(column)}
+        self.present = {name: column[:1].clone() for name, column in columns.items()}
 
-    def at_step(self, column: Tensor) -> Tensor:
-        """Number of the present step, looked up if it changes."""
-        return column.index_select(0, self.context.index[:1]) if varies(column) else column[:1]
-
-    @property
     def offset(self) -> Tensor | None:
         """Offset of the grid; None for 0."""
-        offset = self.scale.table.offset
-        return self.at_step(offset) if bool(offset.any()) else None
+        return self.present["offset"] if bool(self.table.offset.any()) else None
 
     def forward(self, x: Tensor) -> Quantized:
         """Quantize `x` minus its offset."""
-        table, scale, shift, u = self.scale.table, None, None, x
+        table, now, scale, shift = self.table, self.present, None, None
         if self.source is not None:
             scale, zero_point = self.source(x)
-            shift = zero_point - self.middle if self.zero_point_varies else None
+            shift = zero_point - self.fake_quantize.middle if self.zero_point_varies else None
         elif not self.static:
-            scale = self.at_step(table.scale)
-            shift = self.at_step(table.zero_point - self.middle) if self.zero_point_varies else None
-        u = u if scale is None else u / scale
+            scale, shift = now["scale"], now["shift"] if self.zero_point_varies else None
+        u = x if scale is None else x / scale
         if bool(table.pruned.any()):
-            dead_zone = self.at_step(table.dead_zone) * self.unit
-            u = (u - torch.maximum(torch.minimum(u, dead_zone), -dead_zone)) / self.at_step(1 - table.pruned)
+            u = (u - torch.maximum(torch.minimum(u, now["dead_zone"]), -now["dead_zone"])) / now["kept"]
         u = u if shift is None else u + shift
         if varies(table.lowest, table.highest):
-            u = torch.maximum(
-                torch.minimum(u, self.at_step(table.highest - self.middle)), self.at_step(table.lowest - self.middle)
-            )
-        elif table.num_codes < self.levels:
-            u = u.clamp(*(self.unit * (float(end[0]) - self.middle) for end in (table.lowest, table.highest)))
+            u = torch.maximum(torch.minimum(u, now["highest"]), now["lowest"])
         if scale is not None and bool((table.gain != 1).any()):
-            scale = scale * self.at_step(table.gain)
+            scale = scale * now["gain"]
         return Quantized(self.fake_quantize(u), scale, shift)
 
 
 class RealQuantizer(nn.Module):
     """An activation quantizer in floating point."""
 
-    def __init__(self, scale: ActivationScale, context: TimestepContext) -> None:
+    def __init__(self, scale: ActivationScale) -> None:
         super().__init__()
-        self.quantizer = GraphQuantizer(scale, context)
+        self.quantizer = GraphQuantizer(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        offset = self.quantizer.offset
+        offset = self.quantizer.offset()
         values, scale, shift = self.quantizer(x if offset is None else x - offset)
         real = values if shift is None else values - shift
         real = real if scale is None else real * scale
@@ -168,44 +160,46 @@ class Multiply(GraphOperation):
 class FloatProduct(Product):
     """A product in floating point, whose weight is stored as integers if it is quantized."""
 
-    def __init__(
-        self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor, context: TimestepContext
-    ) -> None:
+    def __init__(self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor) -> None:
         super().__init__()
-        self.quantizer = nn.Identity() if product.input is None else RealQuantizer(product.input, context)
+        self.quantizer = nn.Identity() if product.input is None else RealQuantizer(product.input)
         self.multiply = Multiply(deployed, product.weight, real, None)
 
     def forward(self, x: Tensor, steps: Tensor) -> Tensor:
         return self.multiply(self.quantizer(x))
 
 
+class Pad(GraphOperation):
+    """Zeros above and below, left and right of an image."""
+
+    def __init__(self, padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.padding
+        return F.pad(x, [columns, columns, rows, rows])
+
+    def build(self, x: Node) -> Node:
+        edges = ops.constant([0, 0, *self.padding])
+        return ops.pad(x, edges, edges, "constant", constant(0.0))
+
+
 class IntegerProduct(ByteProduct):
-    """A product that the plugin must execute in integers.
+    """A product that the plugin must execute in integers."""
 
-    Args:
-        deployed: the layer.
-        product: of its products, this one.
-        real: the weight as real numbers.
-        context: the timestep context of the network.
-        saturates: whether the processor's kernels add pairs of products in 16 bits, which full bytes overflow.
-    """
-
-    def __init__(
-        self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor, context: TimestepContext, saturates: bool
-    ) -> None:
+    def __init__(self, deployed: DeployedLayer, product: DeployedProduct, real: Tensor, saturates: bool) -> None:
         super().__init__(deployed, product, saturates)
-        self.quantizer = GraphQuantizer(self.scale, context, BYTE_VALUES)
-        self.multiply = Multiply(deployed, self.weight, real, self.summands)
-        self.edges: list[int] = []
+        self.quantizer = GraphQuantizer(self.scale, BYTE_VALUES)
+        self.multiply, self.pad = Multiply(deployed, self.weight, real, self.summands), nn.Identity()
         if self.quantizer.zero_point_varies and self.multiply.geometry and any(self.multiply.geometry[1]):
-            stride, (rows, columns), dilation = self.multiply.geometry
-            self.edges = [columns, columns, rows, rows]  # padded zeros need the zero point of the step
+            stride, padding, dilation = self.multiply.geometry
+            self.pad = Pad(padding)  # zeros that need the zero point of the step
             self.multiply.geometry = stride, (0, 0), dilation
 
     def forward(self, x: Tensor, steps: Tensor) -> Tensor:
-        offset = self.quantizer.offset
-        centred = x if offset is None else x - offset
-        values, scale, shift = self.quantizer(F.pad(centred, self.edges) if self.edges else centred)
+        offset = self.quantizer.offset()
+        values, scale, shift = self.quantizer(self.pad(x if offset is None else x - offset))
         y = self.added(self.multiply(values))
         y = y if shift is None else y - shift * self.sums
         y = y if scale is None else y * scale

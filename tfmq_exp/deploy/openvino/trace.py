@@ -13,7 +13,7 @@ from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
-from tfmq_exp.deploy.openvino.graph import GraphOperation, Node, constant
+from tfmq_exp.deploy.openvino.graph import GraphOperation, GraphQuantizer, Node, constant
 from tfmq_exp.deploy.weight_tables import per_row
 from tfmq_exp.quant.timestep_context import TimestepContext
 
@@ -29,10 +29,19 @@ class UNetWithStepInput(nn.Module):
     def __init__(self, unet: nn.Module, context: TimestepContext, taps: Sequence["Tap"] = ()) -> None:
         super().__init__()
         self.unet, self.context, self.taps = unet, context, tuple(taps)
+        self.quantizers = [module for module in unet.modules() if isinstance(module, GraphQuantizer)]
+        columns = [column for quantizer in self.quantizers for column in quantizer.columns.values()]
+        table = torch.stack(columns or [torch.zeros(context.num_steps)], dim=1)
+        # quantizers of one tensor have the same columns, and become one where the graph shares equal operations
+        self.table, places = table.unique(dim=1, return_inverse=True)
+        self.places: list[int] = places.tolist()  # of the quantizers' columns, in their order
 
     def forward(self, sample: Tensor, step: Tensor, encoder_hidden_states: Tensor | None = None) -> Any:
         """`step` is one number for the whole batch."""
         conditions = {} if encoder_hidden_states is None else {"encoder_hidden_states": encoder_hidden_states}
+        row, places = self.table[step].split(1), iter(self.places)
+        for quantizer in self.quantizers:
+            quantizer.present |= {name: row[next(places)] for name in quantizer.columns}
         t = self.context.visited[step].expand(sample.shape[0])
         with self.context.at(t, "unchecked"):
             noise = self.unet(sample, t, **conditions).sample
@@ -104,9 +113,20 @@ def trace(
             trace_kwargs={"check_trace": False},
         )
         model = frontend.convert(frontend.load(decoder))
+    for node in filter(is_times_one, model.get_ordered_ops()):
+        node.output(0).replace(node.input_value(1))
     shapes = {name: [-1, *value.shape[1:]] if name != "step" else [] for name, value in inputs.items()}
     model.reshape({port: shapes[port.get_any_name()] for port in model.inputs})
     return model, nodes
+
+
+def is_times_one(node: Node) -> bool:
+    """Whether a node is a product with the constant 1, as of the second summand in the frontend's additions."""
+    if node.get_type_name() != "Multiply":
+        return False
+    factor = node.input_value(0).get_node()
+    factor = factor.input_value(0).get_node() if factor.get_type_name() in ("Convert", "ConvertLike") else factor
+    return factor.get_type_name() == "Constant" and factor.data.shape == () and factor.data == 1
 
 
 def group_norm(norm: nn.GroupNorm, x: Node) -> Node:
