@@ -150,8 +150,8 @@ def sample(
         model: of `quantize` or `load_quantized`.
         indices: of the images.
         seed: of their noise.
-        num_inference_steps: of the sampler; None for those of the calibration. Others visit timesteps outside the finite set:
-            see `load_quantized`.
+        num_inference_steps: of the sampler; None for those of the model's recipe. Others may visit timesteps outside the
+            calibrated finite set: see `load_quantized`.
         options: of `Recipe.images`, as `conditions`.
 
     Raises:

@@ -99,7 +99,7 @@ def root_of(compared: dict[str, Path]) -> Path:
 def test_every_block_with_a_file_was_read() -> None:
     assert len(FILES) == PAGE.count("```yaml\n") + PAGE.count("```python\n")
     assert {Path(name).parent.name for name in FILES} == {
-        *("method", "scales", "model", "eval", "logger", "launcher", "ideas"),
+        *("method", "scales", "model", "protocol", "eval", "logger", "launcher", "ideas"),
     }
     assert len(PAGE.splitlines()) <= 200
 
@@ -279,7 +279,9 @@ def test_an_original_checkpoint(lab: Path, files: Path, tmp_path: Path) -> None:
     found = run(lab, tmp_path, "model=ldm_cars", "method=nearest", "until=trajectory", *places)
     inputs = json.loads((stored(found, "trajectory") / "inputs.json").read_text())
     assert inputs["model"] == "ldm_cars"
-    assert OmegaConf.load(found / "config.yaml").model.denoiser.config == str(files / "cars256/config.yaml")
+    cfg = OmegaConf.load(found / "config.yaml")
+    assert cfg.model.denoiser.config == str(files / "cars256/config.yaml")
+    assert cfg.protocol.sampling.eta == 0.0  # ldm_bedroom: 1
 
 
 def test_another_family_is_asked_for_its_roles() -> None:
