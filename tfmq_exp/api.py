@@ -110,13 +110,18 @@ def quantize(
     check_values(cfg, overrides)
     prepare(cfg.runtime.threads)
     run = make_run(cfg, pick_device(cfg.device), Path.cwd(), denoiser=denoiser)
+    if run.method.correction.measures:
+        raise ValueError(
+            f"method {method} corrects its samples by statistics that no file of a network holds: use run.py, or "
+            'overrides=("method/correction=none",)'
+        )
     if config is not None:
         run = replace(run, method=replace(run.method, surgery=config))
     bars = ProgressBars(Console(quiet=not progress)).stage
     with tempfile.TemporaryDirectory() as temporary:
         experiment = Experiment(run, Pipeline(Store(Path(store or temporary)), bars, Logger()))
         unet = experiment.activations.model
-        return QuantizedModel(unet, Recipe.of(run.sampling, denoiser))
+        return QuantizedModel(unet, Recipe.of(run.calibration_sampling, denoiser))
 
 
 def load_quantized(path: str | Path, outside_timesteps: OutsideTimesteps | None = None) -> QuantizedModel:

@@ -83,6 +83,17 @@ def test_a_run_calibrates_with_fewer_steps_than_it_samples(tmp_path: Path) -> No
     assert record["protocol"]["calibration_calls"] == 2
     assert record["protocol"]["network_calls"] == 4
     assert record["quantized"]["outside_timesteps"] == "nearest"
+    sampled = [line.split(",")[1] for line in (run / "temporal_error.csv").read_text().splitlines()[1:]]
+    assert sampled == ["751", "501", "251", "1"]  # not the two that were calibrated
+
+
+def test_what_a_file_cannot_hold_is_refused() -> None:
+    denoiser = tfmq_exp.load_denoiser("digits")
+    with pytest.raises(ValueError, match="method ptqd corrects its samples .*method/correction=none"):
+        tfmq_exp.quantize(denoiser, 2, "ptqd", overrides=("debug=smoke",), progress=False)
+    fewer = ("debug=smoke", "protocol.calibration.num_inference_steps=2", "method.surgery.outside_timesteps=nearest")
+    with pytest.raises(ValueError, match="num_inference_steps=2 needs method/correction=none"):
+        tfmq_exp.quantize(denoiser, 2, "ptqd", overrides=fewer, progress=False)
 
 
 def test_a_folder_must_be_named() -> None:

@@ -43,7 +43,7 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     alone = multiprocessing.parent_process() is None or info.job_number is None
     progress = ProgressBars(console, "" if alone else f"job {info.job_number}").stage
     if cfg.dry_run:
-        experiment = make_experiment(cfg, device, progress)
+        experiment = make_experiment(cfg, device, progress, folder=info.folder)
         seconds = preview(experiment, goals_up_to(cfg.until), console)
         write_json(folder / "estimate.json", {"seconds": seconds})
         return "planned", ""
@@ -55,7 +55,7 @@ def work(cfg: DictConfig, folder: Path, console: Console) -> tuple[State, str]:
     try:
         log.info("simulated quantization: %s, results in %s", cfg.name, folder)
         with together(cfg, share) as group:
-            experiment = make_experiment(cfg, device, progress, logger, group)
+            experiment = make_experiment(cfg, device, progress, logger, group, info.folder)
             try:
                 _execute(experiment, cfg, folder, environment, console, began)
             except BaseException:
@@ -77,12 +77,17 @@ def share(cfg: DictConfig, group: ProcessGroup, scratch: Path) -> None:
     quiet = Console(quiet=True)
     prepare(cfg.runtime.threads)
     device = pick_device(cfg.device, group.rank)
-    experiment = make_experiment(cfg, device, ProgressBars(quiet).stage, group=group)
+    experiment = make_experiment(cfg, device, ProgressBars(quiet).stage, group=group, folder=scratch)
     _execute(experiment, cfg, scratch, describe_environment(device), quiet, time.perf_counter())
 
 
 def make_experiment(
-    cfg: DictConfig, device: torch.device, progress: Progress, logger: Logger | None = None, group: ProcessGroup = ALONE
+    cfg: DictConfig,
+    device: torch.device,
+    progress: Progress,
+    logger: Logger | None = None,
+    group: ProcessGroup = ALONE,
+    folder: Path | None = None,
 ) -> Experiment:
     """The stages of a run, and those of an engine where one is asked for and the goal gets that far.
 
@@ -92,10 +97,11 @@ def make_experiment(
         progress: display.
         logger: dashboard; none by default.
         group: processes of the run.
+        folder: of the run, in which real images are not looked for; None outside Hydra's jobs.
     """
     # the engine first, which says at once if it is not installed
     engine = instantiate(cfg.engine) if cfg.until in (EXPORT, "images", "scores") else None
-    run = make_run(cfg, device, current_run().folder, group)
+    run = make_run(cfg, device, folder or Path.cwd(), group)
     return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or Logger()), engine)
 
 

@@ -49,6 +49,11 @@ def make_run(
     sampling, method = make_sampling(cfg), make(cfg.method)
     method.correction.check(sampling.sampler)
     calibration = CalibrationPlan(cfg.protocol.calibration.images, cfg.runtime.batch_size, calibration_steps(cfg))
+    if calibration.num_inference_steps and method.correction.measures:
+        raise ValueError(
+            f"protocol.calibration.num_inference_steps={calibration.num_inference_steps} needs method/correction=none: the "
+            "noise is measured at the calibrated timesteps"
+        )
     denoiser = denoiser or make(cfg.model.denoiser)
     assert denoiser is not None
     denoiser.to(device)

@@ -1,5 +1,6 @@
 """Errors of a quantized network's temporal features against the float ones, timestep by timestep."""
 
+from collections.abc import Sequence
 from statistics import fmean
 
 import torch
@@ -19,15 +20,17 @@ DISTANCES = ("cosine_distance", "mse", "relative_mse")
 
 
 @torch.no_grad()
-def feature_errors(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
-    """Distances of every temporal feature to the float one, for every timestep of the finite set.
+def feature_errors(
+    model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure, timesteps: Sequence[int] | None = None
+) -> list[Row]:
+    """Distances of every temporal feature to the float one, for each timestep that is sampled; None for the finite set.
 
     The time embedding comes first (after its activation, as every projection reads it; left out where all features are stored
     and nothing computes it), then the projections' features in execution order. Rows have `cosine_distance` = 1 - cosine
     similarity, `mse`, and `relative_mse`, the mse over the float feature's mean square.
     """
-    t = torch.tensor(model.context.timesteps, device=next(float_unet.parameters()).device)
-    with model.context.at(t):
+    t = torch.tensor(timesteps or model.context.timesteps, device=next(float_unet.parameters()).device)
+    with model.context.at(t, model.plan.outside_timesteps):
         features = _features(model.unet, structure, t)
     exact = _features(float_unet, structure, t)
     if any(isinstance(model.unet.get_submodule(s.name), Unneeded) for s in structure.by_role(Role.TIME_EMBED)):
@@ -35,9 +38,11 @@ def feature_errors(model: QuantizedUNet, float_unet: nn.Module, structure: UNetS
     return [row for name, feature in exact.items() for row in _distances(name, t, features[name], feature)]
 
 
-def temporal_feature_error(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
+def temporal_feature_error(
+    model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure, timesteps: Sequence[int] | None = None
+) -> list[Row]:
     """`cosine` similarity, `mse` and `relative_mse` at every timestep, averaged over layers (arXiv 2311.16503, figure 2)."""
-    rows = [row for row in feature_errors(model, float_unet, structure) if row["layer"] != EMBEDDING]
+    rows = [row for row in feature_errors(model, float_unet, structure, timesteps) if row["layer"] != EMBEDDING]
     steps = ((step, group[0]["t"], _means(group)) for step, group in grouped(rows, "step").items())
     return [{"step": step, "t": t, "cosine": 1 - means.pop("cosine_distance"), **means} for step, t, means in steps]
 

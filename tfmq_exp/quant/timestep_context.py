@@ -77,10 +77,15 @@ class TimestepContext(nn.Module):
     def step_indices(self, t: Shaped[Tensor, "batch"], outside: Outside = "error") -> Int[Tensor, "batch"]:
         """Step of each timestep. `error` waits for the device of `t`; the other choices do not."""
         t = t.long()
-        if outside == "error":
-            self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        elif outside != "unchecked":  # nearest: larger ones come first in the set, and argmin takes the first of equals
-            return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
+        match outside:
+            case "nearest":  # larger timesteps come first in the set, and argmin takes the first of equals
+                return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
+            case "error":
+                self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+            case "unchecked":
+                pass
+            case _:
+                raise ValueError(f"outside must be error, nearest or unchecked, got {outside!r}")
         return self.step_of_t.to(t.device)[t]
 
     @contextmanager

@@ -39,6 +39,11 @@ def test_of_two_equally_near_timesteps_the_noisier_is_read(t, nearest):
     assert context.timesteps[int(context.step_indices(torch.tensor([t]), "nearest"))] == nearest
 
 
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="outside must be error, nearest or unchecked, got 'closest'"):
+        TimestepContext((1,)).step_indices(torch.tensor([1]), "closest")
+
+
 def test_an_unchecked_timestep_outside_the_set_reads_no_scale():
     context, scales = TimestepContext((751, 501, 251, 1)), torch.ones(4)
     steps = context.step_indices(torch.tensor([751, 500]), "unchecked")

@@ -66,7 +66,9 @@ class TemporalFeatures(Diagnosis):
     stored_as = "diagnosis_features"
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
-        return feature_errors(self.network.model, self.run.denoiser.unet, self.run.structure)
+        run = self.run
+        sampled = run.sampling.finite_set(run.denoiser)
+        return feature_errors(self.network.model, run.denoiser.unet, run.structure, sampled)
 
 
 class ErrorAccumulation(Diagnosis):

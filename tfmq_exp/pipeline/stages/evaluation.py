@@ -162,7 +162,9 @@ class MeasureErrors(Stage):
         pair = TrajectoryPair(*self.network.sampler(), run.denoiser, run.sampling, run.seed)
         with self.pipeline.progress(self.name, len(run.calls)) as advance:
             along = pair.error(run.diagnostics, lambda step: advance(step + 1, ""))
-        temporal = temporal_feature_error(self.quantized.model, run.denoiser.unet, run.structure)
+        temporal = temporal_feature_error(
+            self.quantized.model, run.denoiser.unet, run.structure, run.sampling.finite_set(run.denoiser)
+        )
         self.pipeline.store.write_json(folder / ERRORS, {"temporal": temporal, "trajectory": along})
 
     def count(self) -> int:
