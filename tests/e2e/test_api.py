@@ -89,7 +89,7 @@ def test_a_run_calibrates_with_fewer_steps_than_it_samples(tmp_path: Path) -> No
 
 def test_what_a_file_cannot_hold_is_refused() -> None:
     denoiser = tfmq_exp.load_denoiser("digits")
-    with pytest.raises(ValueError, match="method ptqd corrects its samples .*method/correction=none"):
+    with pytest.raises(ValueError, match=r"method ptqd corrects its samples .*method/correction=none"):
         tfmq_exp.quantize(denoiser, 2, "ptqd", overrides=("debug=smoke",), progress=False)
     fewer = ("debug=smoke", "protocol.calibration.num_inference_steps=2", "method.surgery.outside_timesteps=nearest")
     with pytest.raises(ValueError, match="num_inference_steps=2 needs method/correction=none"):
