@@ -94,6 +94,13 @@ def test_what_a_file_cannot_hold_is_refused() -> None:
     fewer = ("debug=smoke", "protocol.calibration.num_inference_steps=2", "method.surgery.outside_timesteps=nearest")
     with pytest.raises(ValueError, match="num_inference_steps=2 needs method/correction=none"):
         tfmq_exp.quantize(denoiser, 2, "ptqd", overrides=fewer, progress=False)
+    for steps, reason in (
+        (3, "3 sampler steps would visit timestep 1000"),
+        (10**5, "100000 sampler steps are not 1 to 1000"),
+    ):
+        wrong = (fewer[0], f"protocol.calibration.num_inference_steps={steps}", fewer[2])
+        with pytest.raises(ValueError, match=f"protocol.calibration.num_inference_steps={steps}: {reason}"):
+            tfmq_exp.quantize(denoiser, 2, "nearest", overrides=wrong, progress=False)
 
 
 def test_a_folder_must_be_named() -> None:

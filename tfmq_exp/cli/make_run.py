@@ -50,14 +50,17 @@ def make_run(
     method.correction.check(sampling.sampler)
     calibration = CalibrationPlan(cfg.protocol.calibration.images, cfg.runtime.batch_size, calibration_steps(cfg))
     if calibration.num_inference_steps and method.correction.measures:
-        raise ValueError(
-            f"protocol.calibration.num_inference_steps={calibration.num_inference_steps} needs method/correction=none: the "
-            "noise is measured at the calibrated timesteps"
-        )
+        key = f"protocol.calibration.num_inference_steps={calibration.num_inference_steps}"
+        raise ValueError(f"{key} needs method/correction=none: the noise is measured at the calibrated timesteps")
     denoiser = denoiser or make(cfg.model.denoiser)
     assert denoiser is not None
     denoiser.to(device)
     sampling.check(denoiser)
+    if steps := calibration.num_inference_steps:
+        try:
+            sampling.with_steps(steps).check(denoiser)
+        except ValueError as error:
+            raise ValueError(f"protocol.calibration.num_inference_steps={steps}: {error}") from error
     if left := replaced_settings(sampling.sampler, Path(cfg.model.denoiser.get("path") or "")):
         log.warning("%s", left)
     protocol, runtime = cfg.protocol, cfg.runtime

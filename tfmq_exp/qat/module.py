@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import tfmq_exp.core.validate as kinds
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
-from tfmq_exp.core.seeds import Stream, derive_seed
+from tfmq_exp.core.seeds import Stream, derive_seed, seed_draws
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import Batch, noisy
@@ -154,7 +154,7 @@ class QuantizationAwareTraining(pl.LightningModule):
 
         def compute(index: int) -> list[Tensor]:
             # the same draws on any rank
-            torch.manual_seed(derive_seed(self.seed, Stream.NETWORK, self.iteration, index))
+            seed_draws(self.device, derive_seed(self.seed, Stream.NETWORK, self.iteration, index))
             optimizer.zero_grad()
             microbatch = Batch(*(field.tensor_split(count)[index] for field in batch))
             error = self.loss(microbatch) * (len(microbatch.rows) / rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
-from tfmq_exp.core.seeds import derive_seed
+from tfmq_exp.core.seeds import derive_seed, seed_draws
 from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
 from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
 from tfmq_exp.quant.scales.base import ScaleProvider
@@ -153,7 +153,7 @@ class BlockReconstruction(pl.LightningModule):
         count = min(self.config.parts, rows)
 
         def compute(index: int) -> list[Tensor]:
-            torch.manual_seed(derive_seed(self.seed, self.iteration, index))  # the same draws on any rank
+            seed_draws(batch[0].device, derive_seed(self.seed, self.iteration, index))  # the same draws on any rank
             microbatch = [x.tensor_split(count)[index] for x in batch]
             error = self.loss(microbatch) * (len(microbatch[0]) / rows)
             penalty = self.penalty() if index == 0 else 0.0
