@@ -76,12 +76,12 @@ class TimestepContext(nn.Module):
 
     def step_indices(self, t: Shaped[Tensor, "batch"], outside: Outside = "error") -> Int[Tensor, "batch"]:
         """Step of each timestep. `error` waits for the device of `t`; the other choices do not."""
-        t = t.long()
+        given, t = t, t.long()
         match outside:
             case "nearest":  # larger timesteps come first in the set, and argmin takes the first of equals
                 return (t[:, None] - self.visited.to(t.device)).abs().argmin(dim=1)
             case "error":
-                self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+                self.require(given.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
             case "unchecked":
                 pass
             case _:

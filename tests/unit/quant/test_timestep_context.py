@@ -11,7 +11,7 @@ def test_every_timestep_finds_its_step():
         assert context.index.tolist() == [3, 0, 2, 2]
 
 
-@pytest.mark.parametrize("wrong", [0, 2, 500, 752, 100_000, -1, -250])
+@pytest.mark.parametrize("wrong", [0, 2, 500, 752, 100_000, -1, -250, 501.5])
 def test_a_timestep_outside_the_set_is_named(wrong):
     context = TimestepContext((751, 501, 251, 1))
     with (
