@@ -26,6 +26,7 @@ pytestmark = pytest.mark.bad_input
 # together they have every class of conf/method
 METHODS = (
     ("method=tfmq",),
+    ("method=gptq",),
     ("method=ptqd",),
     ("method=qdrop",),
     ("method=ptq4dm",),
