@@ -69,9 +69,7 @@ def loss(goldens: Goldens) -> Iterator[Group]:
     for record in meta["lp"]:
         prediction, target = (tensors[f"{record['tensor']}.{name}"] for name in ("pred", "tgt"))
         mean = Lp(record["p"]).loss(prediction, target, None) / target.shape[2 if target.dim() == 3 else 1]
-        group.compare(
-            mean * target.shape[1], record["none_reduction"]
-        )  # the release sums over dimension 1, of tokens too
+        group.compare(mean * target.shape[1], record["none_reduction"])  # the sum is over dimension 1, of tokens too
         group.compare(mean, record["all_reduction"])
     layers = {name: loaded_rounding(tensors, f"loss.{name}") for name in ("layer", "block.conv2", "block.emb")}
     annealing, iterations = Annealing(meta["warmup"], *meta["b_range"]), meta["iters"]

@@ -29,9 +29,8 @@ class CalibrationPlan(Checked):
 
     images: Annotated[int, COUNT]  # their number
     batch: Annotated[int, COUNT]  # how many run together
-    num_inference_steps: Annotated[int | None, optional(COUNT)] = (
-        None  # of their sampler, where it is not that of the images
-    )
+    # of their sampler, where it is not that of the images
+    num_inference_steps: Annotated[int | None, optional(COUNT)] = None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def unreadable(arguments: Namespace, conf: Path) -> list[str]:
     return [
         *lines,
         *(
-            f"{key}=null: a group is no null on the command line: leave {key} out, or name a file of it"
+            f"{key}=null: a config group cannot be null on the command line: leave {key} out, or name one of its files"
             for key in groups
         ),
     ]

@@ -44,9 +44,8 @@ class Evaluator:
     kid: bool = False  # also the kernel distance, for which the pooled features of all images are kept
     precision_recall: bool = False  # also precision and recall, likewise
     clip: CaptionMetric | None = None  # also how well images fit the captions that they were made from
-    manifold_images: int = (
-        10_000  # of the reference for KID, precision and recall; guided-diffusion's files hold so many
-    )
+    # of the reference for KID, precision and recall; guided-diffusion's files hold so many
+    manifold_images: int = 10_000
 
     def __post_init__(self) -> None:
         check_fields(self, kid=SWITCH, precision_recall=SWITCH, manifold_images=COUNT)

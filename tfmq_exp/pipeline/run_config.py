@@ -30,9 +30,8 @@ log = logging.getLogger(__name__)
 class DiagnosisPlan(Checked):
     """Size of a diagnosis."""
 
-    samples: Annotated[
-        int, COUNT
-    ]  # of calibration, spread over the steps, on which every unit's sensitivity is measured
+    # of calibration, spread over the sampling steps, on which every unit's sensitivity is measured
+    samples: Annotated[int, COUNT]
     trajectories: Annotated[int, COUNT]  # whose activations and errors are followed
     sensitivity: Literal["alone", "others"]  # quantize each unit alone, or all the others and leave it float
 

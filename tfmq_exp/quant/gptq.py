@@ -4,7 +4,7 @@ The output error of a linear layer is quadratic in its weight: |(W - Q) X|^2 = t
 are rounded one by one, and what each error costs is repaid by the columns that are still real.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,15 +18,16 @@ Moments = Float[Tensor, "groups columns columns"]
 Weight = Float[Tensor, "groups rows columns"]
 
 
-class GPTQOptions(NamedTuple):
-    """Settings of GPTQ."""
-
-    damping: float = 0.01  # added to H's diagonal, as a share of its mean
-    activation_order: bool = True  # columns of the largest inputs first, which have the others to repay their error
-    block: int = 128  # columns whose errors are repaid together in the columns after them
-
-
-def gptq(weight: Weight, moments: Moments, qparams: QParams, spec: QuantSpec, options: GPTQOptions) -> Weight:
+def gptq(
+    weight: Weight,
+    moments: Moments,
+    qparams: QParams,
+    spec: QuantSpec,
+    *,
+    damping: float = 0.01,
+    activation_order: bool = True,
+    block: int = 128,
+) -> Weight:
     """Integer codes of a weight that keep the outputs close to those of the real weight.
 
     Args:
@@ -34,7 +35,9 @@ def gptq(weight: Weight, moments: Moments, qparams: QParams, spec: QuantSpec, op
         moments: H of the inputs of each group, up to a factor; float64 where it is ill-conditioned.
         qparams: scale and zero point, which broadcast against the weight.
         spec: the integers.
-        options: damping, order and block size.
+        damping: added to H's diagonal, as a share of its mean.
+        activation_order: round columns of the largest inputs first, which have the others to repay their error.
+        block: columns whose errors are repaid together in the columns after them; changes the time alone.
 
     Returns:
         codes within the spec's integers, as floats.
@@ -44,15 +47,15 @@ def gptq(weight: Weight, moments: Moments, qparams: QParams, spec: QuantSpec, op
     """
     groups, rows, columns = weight.shape
     order = torch.arange(columns, device=weight.device).expand(groups, columns)
-    if options.activation_order:
+    if activation_order:
         order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     at = order[:, None, :].expand(groups, rows, columns)
     scale, zero_point = (part.expand(groups, rows, columns).gather(2, at) for part in qparams)
     left = weight.to(moments.dtype).gather(2, at)
     codes = torch.empty_like(left)
-    factor = inverse_factor(permuted(moments, order), options.damping)
-    for start in range(0, columns, options.block):
-        end = min(start + options.block, columns)
+    factor = inverse_factor(permuted(moments, order), damping)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
         errors = left.new_zeros(groups, rows, end - start)
         for j in range(start, end):
             place = QParams(scale[:, :, j], zero_point[:, :, j])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tfmq_exp.core.finite import require_finite, within
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.core.validate import COUNT, POSITIVE, Checked
-from tfmq_exp.quant.gptq import GPTQOptions, Moments, gptq
+from tfmq_exp.quant.gptq import Moments, gptq
 from tfmq_exp.quant.layers import QuantLayer
 from tfmq_exp.quant.quantizers import Mode, modes
 from tfmq_exp.quant.spec import QParams
@@ -29,13 +29,7 @@ class GPTQConfig(Checked):
     damping: Annotated[float, POSITIVE] = 0.01  # of the second moments, as a share of their diagonal's mean
     activation_order: bool = True  # round columns of the largest inputs first
     block: Annotated[int, COUNT] = 128  # columns whose errors are repaid together
-    rows: Annotated[int, COUNT] = (
-        20_000  # input vectors of a layer that the moments are taken of, drawn evenly; more cost time
-    )
-
-    @property
-    def options(self) -> GPTQOptions:
-        return GPTQOptions(self.damping, self.activation_order, self.block)
+    rows: Annotated[int, COUNT] = 20_000  # input vectors of a layer that the moments are taken of, drawn evenly
 
 
 class _ReachedError(Exception):
@@ -77,7 +71,7 @@ def round_layers(
                 )
             for name in names:
                 with within(f"the weight of {name}"):
-                    round_weight(layers[name], moments, config.options)
+                    round_weight(layers[name], moments, config)
 
 
 def shared_inputs(
@@ -129,7 +123,7 @@ def second_moments(
         layer: of the unit.
         context: of the network's timesteps.
         inputs: of the unit.
-        rows: vectors that are drawn, the same number from each batch's row.
+        rows: vectors that are drawn, the same number from each sample.
         batch: samples of a forward pass.
         seed: of the draw.
     """
@@ -187,7 +181,7 @@ def drawn_vectors(
         yield vectors.reshape(len(chosen), groups, -1).transpose(0, 1)
 
 
-def round_weight(layer: QuantLayer, moments: Moments, options: GPTQOptions) -> None:
+def round_weight(layer: QuantLayer, moments: Moments, config: GPTQConfig) -> None:
     """Set the rounding of a layer's weight quantizers to GPTQ's integers."""
     parts, groups = layer.weight_parts(), len(moments)
 
@@ -199,7 +193,8 @@ def round_weight(layer: QuantLayer, moments: Moments, options: GPTQOptions) -> N
         return matrix(torch.cat(shaped, dim=1) if len(shaped) > 1 else shaped[0])
 
     qparams = QParams(*(whole(column) for column in zip(*(quantizer.qparams for quantizer, _ in parts), strict=True)))
-    codes = gptq(matrix(layer.weight.detach().float()), moments, qparams, parts[0][0].spec, options)
+    settings = {"damping": config.damping, "activation_order": config.activation_order, "block": config.block}
+    codes = gptq(matrix(layer.weight.detach().float()), moments, qparams, parts[0][0].spec, **settings)
     columns = codes.reshape(layer.weight.shape).split([part.shape[1] for _, part in parts], dim=1)
     for (quantizer, part), own in zip(parts, columns, strict=True):
         quantizer.round_to(part, own)

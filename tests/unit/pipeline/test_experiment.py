@@ -53,6 +53,19 @@ def test_a_goal_has_its_stages_whose_keys_need_no_computing(
     assert not (tmp_path / "store").exists()
 
 
+def test_other_sampled_timesteps_are_other_errors_of_the_same_network(tmp_path: Path) -> None:
+    fewer = ("protocol.calibration.num_inference_steps=2", "method.surgery.outside_timesteps=nearest", "until=diagnose")
+
+    def stages(steps: int) -> dict[str, Stage]:
+        sampling = f"protocol.sampling.num_inference_steps={steps}"
+        experiment = experiment_of(tmp_path, "method=tfmq", sampling, *fewer)
+        return {stage.name: stage for stage in experiment.stages(goals_up_to("diagnose"))}
+
+    four, five = stages(4), stages(5)
+    same = {name for name in four if four[name].key == five[name].key}
+    assert same == {"trajectory", "weights", "activations", "rounding", "sensitivity"}
+
+
 @dataclass(eq=False)
 class Slow(Stage):
     """Takes a while, after the stage that it reads."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tfmq_exp.quant.functional import dequantize, qparams_from_range, quantize
-from tfmq_exp.quant.gptq import GPTQOptions, gptq
+from tfmq_exp.quant.gptq import gptq
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
@@ -39,7 +39,7 @@ def one_by_one(weight, moments, qparams, spec, damping):
 def test_codes_are_those_of_one_column_after_the_other(bits: int, scheme: str, block: int) -> None:
     weight, x, qparams, spec = problem(1, 6, 17, bits, scheme, seed=bits)
     moments = (x.transpose(1, 2) @ x).double()
-    found = gptq(weight, moments, qparams, spec, GPTQOptions(0.01, activation_order=False, block=block))
+    found = gptq(weight, moments, qparams, spec, activation_order=False, block=block)
     slow = one_by_one(weight[0], moments[0], QParams(*(part[0] for part in qparams)), spec, 0.01)
     assert (found[0].double() == slow).all()
 
@@ -48,8 +48,7 @@ def test_codes_are_those_of_one_column_after_the_other(bits: int, scheme: str, b
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_output_error_is_less_than_that_of_rounding_to_nearest(bits: int, activation_order: bool) -> None:
     weight, x, qparams, spec = problem(3, 16, 64, bits, "affine", seed=1)
-    options = GPTQOptions(0.01, activation_order, 16)
-    codes = gptq(weight, x.transpose(1, 2) @ x, qparams, spec, options)
+    codes = gptq(weight, x.transpose(1, 2) @ x, qparams, spec, activation_order=activation_order, block=16)
     assert spec.qmin <= int(codes.min())
     assert int(codes.max()) <= spec.qmax
     assert (codes == codes.round()).all()
@@ -64,14 +63,14 @@ def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     weight, _, qparams, spec = problem(2, 5, 12, 3, "affine", seed=2)
     moments = torch.diag_embed(torch.rand(2, 12) + 0.1)
     for order in (False, True):
-        found = gptq(weight, moments, qparams, spec, GPTQOptions(0.01, order, 4))
+        found = gptq(weight, moments, qparams, spec, activation_order=order, block=4)
         assert (found == quantize(weight, qparams, spec)).all()
 
 
 def test_inputs_that_are_always_zero_change_nothing_else() -> None:
     weight, x, qparams, spec = problem(1, 8, 20, 4, "affine", seed=3)
     x[:, :, [4, 11]] = 0
-    found = gptq(weight, x.transpose(1, 2) @ x, qparams, spec, GPTQOptions())
+    found = gptq(weight, x.transpose(1, 2) @ x, qparams, spec)
     assert (found[:, :, [4, 11]] == quantize(weight, qparams, spec)[:, :, [4, 11]]).all()
 
 
@@ -79,8 +78,8 @@ def test_fewer_samples_than_inputs_and_float32_are_enough() -> None:
     weight, x, qparams, spec = problem(1, 8, 200, 4, "affine", seed=4)
     few = x[:, :30]
     moments = few.transpose(1, 2) @ few * 1e-8  # of rank 30, and small
-    codes = gptq(weight, moments, qparams, spec, GPTQOptions())
-    assert (codes == gptq(weight, moments.double() * 1e8, qparams, spec, GPTQOptions())).float().mean() > 0.99
+    codes = gptq(weight, moments, qparams, spec)
+    assert (codes == gptq(weight, moments.double() * 1e8, qparams, spec)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
@@ -89,4 +88,4 @@ def test_moments_that_are_not_finite_are_refused(wrong: float) -> None:
     moments = x.transpose(1, 2) @ x
     moments[0, 2, 2] = wrong
     with pytest.raises(ValueError, match="not positive definite"):
-        gptq(weight, moments, qparams, spec, GPTQOptions())
+        gptq(weight, moments, qparams, spec)

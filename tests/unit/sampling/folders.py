@@ -1,6 +1,7 @@
 """Tiny folders of diffusers' layout, with random weights, and what diffusers' own pipelines sample from them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 
 IMAGES, STEPS, SEED, GUIDANCE = 2, 4, 5, 3.0
 CAPTIONS = ["a cat", "a dog"]
@@ -21,10 +23,17 @@ CAPTIONS = ["a cat", "a dog"]
 
 @dataclass(frozen=True)
 class Model:
-    """A folder and the denoiser that was loaded from it."""
+    """A folder with a scheduler and the denoiser that was loaded from it."""
 
     folder: Path
     denoiser: Denoiser
+
+    @classmethod
+    def saved(cls, folder: Path, save: Callable[[Path], None]) -> "Model":
+        """A model that `save` writes, sampled by diffusers' DDIM, loaded under the name of its folder."""
+        save(folder)
+        put_scheduler(folder, "DDIMScheduler", {})
+        return cls(folder, load_denoiser(folder.name.rstrip("0123456789"), folder, None, False))
 
 
 def save_unconditional(folder: Path) -> None:

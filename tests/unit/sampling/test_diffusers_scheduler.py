@@ -21,7 +21,6 @@ from tests.unit.sampling.folders import (
     sample_unconditional,
     save_text_to_image,
 )
-from tfmq_exp.denoisers.loading.pretrained import load_denoiser
 from tfmq_exp.sampling.diffusers_scheduler import read_scheduler
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard
@@ -86,10 +85,7 @@ TEXT_SETTINGS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp("text")
-    save_text_to_image(folder)
-    put_scheduler(folder, "DDIMScheduler", {})
-    return Model(folder, load_denoiser("text", folder, None, False))
+    return Model.saved(tmp_path_factory.mktemp("text"), save_text_to_image)
 
 
 class InTurn:

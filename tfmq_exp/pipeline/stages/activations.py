@@ -22,7 +22,6 @@ from tfmq_exp.sampling.trajectory import Predict
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
-RECONSTRUCTED, TRAINED = "weights.safetensors", "trained.safetensors"
 ARTEFACT, STATISTICS = "quantized.safetensors", "statistics.safetensors"
 log = logging.getLogger(__name__)
 

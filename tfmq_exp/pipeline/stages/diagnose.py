@@ -61,14 +61,19 @@ class WeightRounding(Diagnosis):
 
 
 class TemporalFeatures(Diagnosis):
-    """Errors of temporal features, layer by layer and step by step."""
+    """Errors of temporal features, layer by layer, at the timesteps that are sampled."""
 
     stored_as = "diagnosis_features"
 
+    def inputs(self) -> Mapping[str, Any]:
+        return {**super().inputs(), "timesteps": self.timesteps}
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        return self.run.sampling.finite_set(self.run.denoiser)
+
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
-        run = self.run
-        sampled = run.sampling.finite_set(run.denoiser)
-        return feature_errors(self.network.model, run.denoiser.unet, run.structure, sampled)
+        return feature_errors(self.network.model, self.run.denoiser.unet, self.run.structure, self.timesteps)
 
 
 class ErrorAccumulation(Diagnosis):

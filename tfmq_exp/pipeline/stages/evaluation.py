@@ -29,9 +29,7 @@ class SampledNetwork(NamedTuple):
     """A network as images are sampled with it."""
 
     stage: Stage | None  # that makes it; None for the float network
-    sampler: Callable[
-        [], tuple[Predict, Sampling]
-    ]  # gives the prediction of the noise and the sampling that goes with it
+    sampler: Callable[[], tuple[Predict, Sampling]]  # gives the prediction of the noise, and its sampling
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,6 @@ from tfmq_exp.sampling.trajectory import alphas_cumprod, require_noise_predictio
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 RECONSTRUCTED, TRAINED = "weights.safetensors", "trained.safetensors"
-ARTEFACT, STATISTICS = "quantized.safetensors", "statistics.safetensors"
-log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
