@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from goldens.comparing import EXACT, ROUNDING, Group, Record
-from goldens.learning import magnification
+from goldens.learning import magnification, rounding_penalty
 from goldens.released import ESTIMATORS, Goldens, at, input_quantizer, on_grid, place, spec_of, weight_quantizer
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.histogram_observers import HistogramPercentileObserver
 from tfmq_exp.quant.layers import QuantConv2d
 from tfmq_exp.quant.quantizers import SplitQuantizer
-from tfmq_exp.quant.rounding import rounding_penalty
 from tfmq_exp.quant.scales.observed_ranges import EMARange, StaticConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext

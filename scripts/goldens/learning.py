@@ -17,8 +17,9 @@ from torch import Tensor
 
 from goldens.comparing import EXACT, ROUNDING, Group, Record
 from goldens.released import ESTIMATORS, Goldens, at, spec_of, stored, weight_quantizer
+from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
-from tfmq_exp.quant.rounding import AdaRound, rectified_sigmoid, rounding_penalty
+from tfmq_exp.quant.rounding import AdaRound, JointRounding, penalty_gradient, rectified_sigmoid
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 
@@ -43,11 +44,9 @@ def adaround(goldens: Goldens) -> Iterator[Group]:
         rounding.harden()
         exact.compare(fake_quantize(weight, q, spec, rounding), golden["hard_init"])
         exact.compare(fake_quantize(weight, q, spec, at(rounding, golden["alpha_pert"])), golden["hard_pert"])
-        soft = rounding.weight()
-        soft.backward(golden["grad_out"])
-        group.compare(soft, golden["soft_out_pert"])
-        assert rounding.v.grad is not None
-        group.compare(rounding.v.grad, golden["alpha_grad"])
+        joint = JointRounding([rounding])
+        group.compare(rounding.weight(), golden["soft_out_pert"])
+        group.compare(joint.gradient(golden["grad_out"].flatten()).view_as(weight), golden["alpha_grad"])
     group.compare(rectified_sigmoid(tensors["adaround.soft_grid.alpha"]), tensors["adaround.soft_grid.h"])
     yield from (group, exact)
 
@@ -75,12 +74,14 @@ def loss(goldens: Goldens) -> Iterator[Group]:
     annealing, iterations = Annealing(meta["warmup"], *meta["b_range"]), meta["iters"]
     for record in meta["values"]:
         name, count = record["object"], record["count"]
-        out, learned = loss_forward(tensors, name, layers)
+        learned = [layers["layer"], *([] if name == "layer" else [layers["block.conv2"]])]
+        joint = JointRounding(learned)  # without the embedding's
+        out = loss_forward(tensors, name, layers)
         error = Lp(meta["p"]).loss(out, tensors[f"loss.{name}.tgt"], None)
-        penalty = torch.zeros(())
+        penalty, to_h = torch.zeros(()), torch.zeros_like(joint.h)
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)
-            penalty = meta["w"] * sum(rounding_penalty(rounding.h, beta) for rounding in learned)
+            penalty, to_h = meta["w"] * rounding_penalty(joint.h, beta), meta["w"] * penalty_gradient(joint.h, beta)
         magnified = magnification(error.detach(), tensors[f"loss.{name}.tgt"])
         group.compare(annealing.beta(count, iterations), record["b"])
         group.compare(error, record["rec"], magnified)
@@ -88,8 +89,14 @@ def loss(goldens: Goldens) -> Iterator[Group]:
         group.compare(error + penalty, record["total"])
         group.compare(out, tensors[f"loss.{name}.out"])
         if (key := f"loss.{name}.count{count}.alpha_grad") in tensors:
-            group.compare(torch.autograd.grad(error + penalty, learned[0].v)[0], tensors[key], magnified)
+            gradient = joint.gradient(concatenated(torch.autograd.grad(error, joint.weights)), to_h)
+            group.compare(gradient[: tensors[key].numel()].view_as(tensors[key]), tensors[key], magnified)
     yield group
+
+
+def rounding_penalty(h: Tensor, beta: float) -> Tensor:
+    """f_reg of AdaRound, eq. 24, by its formula."""
+    return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 
 def magnification(loss: Tensor | float, *targets: Tensor) -> float:
@@ -104,16 +111,16 @@ def loaded_rounding(tensors: Record, key: str) -> AdaRound:
     return at(AdaRound(weight, stored(tensors, key), QuantSpec(4, axis=0)), tensors[f"{key}.alpha"])
 
 
-def loss_forward(tensors: Record, name: str, layers: dict[str, AdaRound]) -> tuple[Tensor, list[AdaRound]]:
-    """Outputs of the golden layer or block, and the roundings that its penalty covers (not the embedding's)."""
+def loss_forward(tensors: Record, name: str, layers: dict[str, AdaRound]) -> Tensor:
+    """Outputs of the golden layer or block."""
     x = tensors["loss.x"]
     h = F.conv2d(x, layers["layer"].weight(), tensors["loss.layer.bias"], padding=1)
     if name == "layer":
-        return h, [layers["layer"]]
+        return h
     embedding = F.linear(tensors["loss.emb"], layers["block.emb"].weight(), tensors["loss.block.emb.bias"])
     h = F.silu(h) + embedding[:, :, None, None]
     h = F.conv2d(F.silu(h), layers["block.conv2"].weight(), tensors["loss.block.conv2.bias"], padding=1)
-    return h + x, [layers["layer"], layers["block.conv2"]]
+    return h + x
 
 
 def learn(
@@ -125,18 +132,19 @@ def learn(
 ) -> list[float]:
     """A reconstruction on full batches as the release runs it; returns the loss of every iteration, then hardens."""
     annealing, iterations = Annealing(record["warmup"], *b_range), record["iters"]
-    optimizer = torch.optim.Adam([rounding.v for rounding in roundings], lr=record["lr"])
-    losses = []
+    joint, losses = JointRounding(roundings), list[float]()
+    optimizer = torch.optim.Adam([joint.v], lr=record["lr"])
     for count in range(1, iterations + 1):
-        optimizer.zero_grad()
         errors = [Lp(2).loss(out, want, None) for out, want in zip(forward(), targets, strict=True)]
-        total = torch.stack(errors).sum()
+        error, to_h = torch.stack(errors).sum(), None
+        losses.append(error.item())
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)
-            total = total + record["w"] * sum(rounding_penalty(rounding.h, beta) for rounding in roundings)
-        total.backward()
+            losses[-1] += record["w"] * float(rounding_penalty(joint.h, beta))
+            to_h = record["w"] * penalty_gradient(joint.h, beta)
+        joint.v.grad = joint.gradient(concatenated(torch.autograd.grad(error, joint.weights)), to_h)
         optimizer.step()
-        losses.append(total.item())
+        joint.update()
     for rounding in roundings:
         rounding.harden()
     return losses

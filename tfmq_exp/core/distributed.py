@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # torch is imported where it is needed: a store is opened, and a finished job found, without it
     from jaxtyping import Float
-    from torch import Tensor, nn
+    from torch import Tensor
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(days=7)  # the others wait for as long as the main process works alone
@@ -96,13 +96,12 @@ def ordered_sum(vectors: Sequence[Float[Tensor, "n"]]) -> Float[Tensor, "n"]:
     return reduce(operator.add, vectors)
 
 
-def set_gradients(
-    parameters: Sequence[nn.Parameter], count: int, processes: ProcessGroup, compute: Callable[[int], Sequence[Tensor]]
-) -> Tensor:
-    """Set `.grad` of the parameters to the sum over all microbatches, in their order for any number of processes.
+def summed_gradients(
+    parameters: Sequence[Tensor], count: int, processes: ProcessGroup, compute: Callable[[int], Sequence[Tensor]]
+) -> Float[Tensor, "n"]:
+    """Gradients and loss of a batch as one vector: the sum over microbatches, in their order for any number of processes.
 
-    `compute` gives, for one of `count` microbatches, the gradient of every parameter and, last, its share of the loss; returned
-    is the loss of the batch, without gradient.
+    `compute` gives, for one of `count` microbatches, the gradient of every parameter and, last, its share of the loss.
     """
     import torch
 
@@ -111,12 +110,9 @@ def set_gradients(
         vectors.append(concatenated(compute(index)))
         if processes.world_size == 1:
             vectors = [ordered_sum(vectors)]  # the sum in the same order, without keeping its terms
-    sizes = [parameter.numel() for parameter in parameters]
-    no_share = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
-    total = processes.ordered_all_reduce(vectors or [no_share], count if processes.world_size > 1 else 1)
-    for parameter, gradient in zip(parameters, total.split([*sizes, 1]), strict=False):
-        parameter.grad = gradient.view_as(parameter)
-    return total[-1]
+    if not vectors:  # this rank has no share
+        vectors = [torch.zeros(sum(p.numel() for p in parameters) + 1, device=parameters[0].device)]
+    return processes.ordered_all_reduce(vectors, count if processes.world_size > 1 else 1)
 
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:

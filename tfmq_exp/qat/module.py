@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import tfmq_exp.core.validate as kinds
-from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, summed_gradients
 from tfmq_exp.core.seeds import Stream, derive_seed, seed_draws
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.qat.conditioning import ConditionDropout
@@ -162,7 +162,10 @@ class QuantizationAwareTraining(pl.LightningModule):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
             return [*gradients, error.detach()]
 
-        self.error.copy_(set_gradients(self.trained, count, self.processes, compute))
+        total = summed_gradients(self.trained, count, self.processes, compute)
+        for parameter, gradient in zip(self.trained, total.split([*map(Tensor.numel, self.trained), 1]), strict=False):
+            parameter.grad = gradient.view_as(parameter)
+        self.error.copy_(total[-1])
 
     def loss(self, batch: Batch) -> Tensor:
         """Loss of the predicted noise for some rows."""

@@ -1,9 +1,6 @@
-"""Learned rounding of weights: AdaRound (Nagel et al. 2020, arXiv 2004.10568).
+"""Learned rounding of weights: AdaRound (Nagel et al. 2020, arXiv 2004.10568)."""
 
-The two functions that run in every iteration have their gradients written out: autograd's own graph takes several times as long.
-"""
-
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -26,46 +23,12 @@ def inverse_rectified_sigmoid(h: Float[Tensor, "*shape"]) -> Float[Tensor, "*sha
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
 
 
-class _Between(torch.autograd.Function):
-    """(V, below, gap) -> (below + gap h(V), h(V))."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, below: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-        sigmoid = torch.sigmoid(v)
-        h = sigmoid.mul(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
-        ctx.save_for_backward(sigmoid, h, gap)
-        return torch.addcmul(below, gap, h), h
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        sigmoid, h, gap = ctx.saved_tensors
-        to_weight, to_h = grads
-        slope = sigmoid.mul(1 - sigmoid).mul_(ZETA - GAMMA)
-        slope.mul_((h > 0).logical_and_(h < 1))
-        return torch.addcmul(to_h, to_weight, gap).mul_(slope), None, None
-
-
-class _Penalty(torch.autograd.Function):
-    """sum(1 - |2h - 1|^beta), with one power for value and gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:
-        signed = h.mul(2).sub_(1)
-        distance = signed.abs()
-        # |2h - 1|^(beta - 1), at least e^-60: log 0 is -inf, and denormal numbers would slow down all that follows
-        power = distance.log().mul_(beta - 1).clamp_(min=-60).exp_()
-        ctx.save_for_backward(power.mul(signed.sign_()).mul_(-2 * beta))
-        return h.numel() - power.mul_(distance).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grads[0], None
-
-
-def rounding_penalty(h: Float[Tensor, "*shape"], beta: float) -> Float[Tensor, ""]:
-    """f_reg = sum(1 - |2h - 1|^beta), beta > 1: zero once every weight is rounded up or down (eq. 24)."""
-    return _Penalty.apply(h, beta)  # type: ignore[no-any-return]
+def penalty_gradient(h: Float[Tensor, "*shape"], beta: float) -> Float[Tensor, "*shape"]:
+    """Gradient to h of f_reg = sum(1 - |2h - 1|^beta), beta > 1: arXiv 2004.10568, eq. 24."""
+    signed = h.mul(2).sub_(1)
+    # |2h - 1|^(beta - 1), at least e^-60: log 0 is -inf, and denormal numbers would slow down all that follows
+    power = signed.abs().log_().mul_(beta - 1).clamp_(min=-60).exp_()
+    return power.mul_(signed.sign_()).mul_(-2 * beta)
 
 
 class AdaRound(nn.Module):
@@ -101,25 +64,74 @@ class AdaRound(nn.Module):
         self.register_buffer("gap", q.scale * (above - below))  # not a difference of rounded reals: exact
         self.v = nn.Parameter(inverse_rectified_sigmoid(h))
         self.soft = True
-        # of the last forward pass: the penalty shares its gradient, which is then computed once
-        self.h = rectified_sigmoid(self.v.detach())
+        self.shared: Tensor | None = None  # its part of a `JointRounding`'s soft weights, while that learns
 
     def forward(self, x_over_scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The rounded weight in units of the scale, before clamping: a `Rounding` for `quantize`."""
         up = rectified_sigmoid(self.v) if self.soft else (self.v >= 0).to(self.v.dtype)
         return self.floor + up
 
+    @property
+    def h(self) -> Float[Tensor, "*shape"]:
+        """h(V), between 0 (down) and 1 (up)."""
+        return rectified_sigmoid(self.v)
+
     def weight(self) -> Float[Tensor, "*shape"]:
-        """The soft weight; keeps its `h` for the penalty."""
-        weight, self.h = _Between.apply(self.v, self.below, self.gap)  # type: ignore[misc]
-        return weight
+        """The soft weight; differentiable in V unless a `JointRounding` learns it."""
+        return torch.addcmul(self.below, self.gap, self.h) if self.shared is None else self.shared
 
     def soften(self) -> None:
         """Learn from where it is."""
         self.soft = True
-        self.h = rectified_sigmoid(self.v.detach())
 
     def harden(self) -> None:
         """Round every weight up or down from now on."""
-        self.soft = False
-        self.h = (self.v >= 0).to(self.v.dtype)
+        self.soft, self.shared = False, None
+
+
+class JointRounding:
+    """AdaRound of several weights with one vector V, whose gradient is written out.
+
+    Autograd knows the soft weights alone, as leaves: its graph from V to them would take several times as long.
+    """
+
+    def __init__(self, roundings: Sequence[AdaRound]) -> None:
+        self.roundings = roundings
+        self.v = nn.Parameter(joined([rounding.v.detach() for rounding in roundings]))
+        self.below, self.gap = (joined([getattr(r, name) for r in roundings]) for name in ("below", "gap"))
+        self.sigmoid, self.h, self.weight = (torch.empty_like(self.below) for _ in range(3))
+        sizes = [rounding.v.numel() for rounding in roundings]
+        vectors = self.v.detach(), self.below, self.gap, self.weight
+        for rounding, *own in zip(roundings, *(vector.split(sizes) for vector in vectors), strict=True):
+            v, rounding.below, rounding.gap, weight = (part.view_as(rounding.v) for part in own)
+            rounding.v.data, rounding.shared = v, weight.requires_grad_()
+        self.update()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The soft weights that the layers use, as leaves of autograd."""
+        return [rounding.weight() for rounding in self.roundings]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Set h and the soft weights from V."""
+        torch.sigmoid(self.v, out=self.sigmoid)
+        torch.mul(self.sigmoid, ZETA - GAMMA, out=self.h).add_(GAMMA).clamp_(0, 1)
+        torch.addcmul(self.below, self.gap, self.h, out=self.weight)
+
+    @torch.no_grad()
+    def gradient(self, to_weights: Float[Tensor, "n"], to_h: Float[Tensor, "n"] | None = None) -> Float[Tensor, "n"]:
+        """Gradient to V at the last update.
+
+        Args:
+            to_weights: gradient to all soft weights, one after the other.
+            to_h: gradient to h, of the penalty.
+        """
+        slope = self.sigmoid.mul(1 - self.sigmoid).mul_(ZETA - GAMMA)
+        slope.mul_((self.h > 0).logical_and_(self.h < 1))
+        return slope.mul_(to_weights * self.gap if to_h is None else torch.addcmul(to_h, to_weights, self.gap))
+
+
+def joined(tensors: Sequence[Tensor]) -> Float[Tensor, "n"]:
+    """All elements as one vector; none for no tensors."""
+    return torch.cat([x.flatten() for x in tensors]) if tensors else torch.empty(0)

@@ -8,12 +8,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from torch.utils import _pytree as pytree
 
-from tfmq_exp.core.distributed import ALONE, ProcessGroup, set_gradients
+from tfmq_exp.core.distributed import ALONE, ProcessGroup, summed_gradients
 from tfmq_exp.core.seeds import derive_seed, seed_draws
 from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
-from tfmq_exp.quant.rounding import AdaRound, rounding_penalty
+from tfmq_exp.quant.rounding import AdaRound, JointRounding, penalty_gradient
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.capture import call_unit
@@ -121,45 +122,53 @@ class BlockReconstruction(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.optimizer = Adam()
         self.unit, self.context, self.arrange, self.config = unit, context, arrange, config
-        self.roundings, self.sources, self.seed, self.processes = roundings, sources, seed, processes
-        self.rounding_parameters = [rounding.v for rounding in roundings]
+        self.sources, self.seed, self.processes = sources, seed, processes
+        self.rounding = JointRounding(roundings) if roundings else None
         # tied quantizers share their parameters
         self.scale_parameters = list(dict.fromkeys(p for s in sources for p in s.trainable())) if config.scales else []
-        self.learned = list(dict.fromkeys([*self.rounding_parameters, *self.scale_parameters]))
+        self.learned = [*([self.rounding.v] if self.rounding else []), *self.scale_parameters]
         self.iteration = 0  # iterations so far
         self.error = torch.zeros(())  # of the last batch, without the penalty
 
     def training_step(self, batches: list[list[Tensor]], _: int) -> None:
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         for batch in batches:
-            self.iterate(optimizer, batch)
+            self.iterate(batch)
 
-    def iterate(self, optimizer: torch.optim.Optimizer, batch: list[Tensor]) -> None:
+    def iterate(self, batch: list[Tensor]) -> None:
         """One iteration."""
-        for group in optimizer.param_groups:
-            if self.config.scales and group["scales"]:
-                share = self.iteration / self.config.iterations
-                group["lr"] = self.config.scales.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
+        share, config = self.iteration / self.config.iterations, self.config
         self.iteration += 1
-        self.set_gradients(batch)
-        optimizer.step()
+        gradients = self.gradients(batch)
+        if self.rounding and config.rounding:
+            self.optimizer.step([self.rounding.v], gradients[:1], config.rounding.learning_rate)
+            self.rounding.update()
+        if self.scale_parameters and config.scales:
+            rate = config.scales.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
+            self.optimizer.step(self.scale_parameters, gradients[-len(self.scale_parameters) :], rate)
         for source in self.sources:
             source.clamp_parameters()
 
-    def set_gradients(self, batch: list[Tensor]) -> None:
-        """Set the gradients of the error, summed over microbatches, and of the penalty, added to those of the first."""
+    def gradients(self, batch: list[Tensor]) -> list[Tensor]:
+        """Gradients of what is learned: of the error, summed over microbatches, and of the penalty."""
         rows = len(batch[0])
         count = min(self.config.parts, rows)
+        leaves = [*(self.rounding.weights if self.rounding else []), *self.scale_parameters]
 
         def compute(index: int) -> list[Tensor]:
             seed_draws(batch[0].device, derive_seed(self.seed, self.iteration, index))  # the same draws on any rank
             microbatch = [x.tensor_split(count)[index] for x in batch]
             error = self.loss(microbatch) * (len(microbatch[0]) / rows)
-            penalty = self.penalty() if index == 0 else 0.0
-            return [*torch.autograd.grad(error + penalty, self.learned, materialize_grads=True), error.detach()]
+            return [*torch.autograd.grad(error, leaves, materialize_grads=True), error.detach()]
 
-        self.error = set_gradients(self.learned, count, self.processes, compute)
+        total = summed_gradients(leaves, count, self.processes, compute)
+        sizes = [parameter.numel() for parameter in self.learned]
+        gradients = [part.view_as(p) for part, p in zip(total.split([*sizes, 1]), self.learned, strict=False)]
+        if self.rounding:
+            gradients[0] = self.rounding.gradient(gradients[0], self.penalty_gradient())
+        self.error = total[-1]
+        return gradients
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         """Error of the outputs for some rows, without the penalty."""
@@ -170,20 +179,35 @@ class BlockReconstruction(pl.LightningModule):
         triples = zip(outputs, targets, importance, strict=True)
         return torch.stack([self.config.objective.loss(*triple) for triple in triples]).sum()
 
-    def penalty(self) -> Tensor | float:
-        """The weighted rounding penalty, 0 while it is off, from h of the last forward pass."""
-        rounding, iterations = self.config.rounding, self.config.iterations
-        if rounding is None or not rounding.annealing.active(self.iteration, iterations):
-            return 0.0
-        h = torch.cat([rounding.h.flatten() for rounding in self.roundings])
-        return rounding.penalty_weight * rounding_penalty(h, rounding.annealing.beta(self.iteration, iterations))
+    def penalty_gradient(self) -> Tensor | None:
+        """Gradient of the weighted rounding penalty to h; None while it is off."""
+        config, iterations = self.config.rounding, self.config.iterations
+        if self.rounding is None or config is None or not config.annealing.active(self.iteration, iterations):
+            return None
+        beta = config.annealing.beta(self.iteration, iterations)
+        return penalty_gradient(self.rounding.h, beta).mul_(config.penalty_weight)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, with a learning rate for the rounding variables and one for the parameters of scales."""
-        parts = (self.config.rounding, self.rounding_parameters), (self.config.scales, self.scale_parameters)
-        groups = [
-            {"params": parameters, "lr": how.learning_rate, "scales": how is self.config.scales}
-            for how, parameters in parts
-            if how and parameters
-        ]
-        return torch.optim.Adam(groups, fused=True)
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """None of Lightning's: `iterate` takes the steps."""
+        return []
+
+
+class Adam:
+    """Adam (arXiv 1412.6980) with torch's defaults, by its fused kernel alone.
+
+    `torch.optim.Adam.step` also looks for accelerators, each time, which takes a twentieth of a small unit's iteration.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}  # two moments and the count of a parameter's steps
+
+    @torch.no_grad()
+    def step(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> None:
+        """Change the parameters by one step at this learning rate."""
+        for x in parameters:
+            if x not in self.state:
+                self.state[x] = torch.zeros_like(x), torch.zeros_like(x), torch.zeros((), device=x.device)
+        moments = [list(column) for column in zip(*(self.state[x] for x in parameters), strict=True)]
+        settings: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        settings |= {"amsgrad": False, "maximize": False, "fused": True}
+        adam(list(parameters), list(gradients), *moments[:2], [], moments[2], lr=lr, **settings)

@@ -6,7 +6,13 @@ import torch
 from tfmq_exp.quant.functional import dequantize, fake_quantize, qparams_from_range, quantize
 from tfmq_exp.quant.observers import LpObserver, MinMax
 from tfmq_exp.quant.quantizers import Mode, WeightQuantizer
-from tfmq_exp.quant.rounding import AdaRound, inverse_rectified_sigmoid, rectified_sigmoid, rounding_penalty
+from tfmq_exp.quant.rounding import (
+    AdaRound,
+    JointRounding,
+    inverse_rectified_sigmoid,
+    penalty_gradient,
+    rectified_sigmoid,
+)
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 SPECS = [QuantSpec(bits, scheme, axis=0) for bits in (2, 4, 8) for scheme in ("affine", "symmetric")]
@@ -24,29 +30,53 @@ def textbook(w, q, spec, v):
     return q.scale * (((w / q.scale).floor() + h + q.zero_point).clamp(spec.qmin, spec.qmax) - q.zero_point), h
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=repr)
-@pytest.mark.parametrize("beta", [20.0, 7.3, 2.0])
-def test_value_and_gradient_are_those_of_the_textbook(spec, beta):
-    w, q, noise = setting(spec)
-    rounding = AdaRound(w, q, spec)
+def pair(spec):
+    """Two weights of different shapes, moved away from their start, with a direction for each."""
+    first, second = setting(spec), setting(spec, MinMax())
+    weights = first[0], second[0][:, :2, :1].contiguous()
+    roundings = [AdaRound(w, q, spec) for w, q in zip(weights, (first[1], second[1]), strict=True)]
+    noises = [first[2][:, : w.shape[1], : w.shape[2]] for w in weights]
     with torch.no_grad():
-        rounding.v.add_(3 * noise)
-    v = rounding.v.detach().clone().requires_grad_()
-    expected, h = textbook(w, q, spec, v)
-    (expected.mul(noise).sum() + 0.3 * (1 - (2 * h - 1).abs().pow(beta)).sum()).backward()
-    ours = rounding.weight()
-    (ours.mul(noise).sum() + 0.3 * rounding_penalty(rounding.h, beta)).backward()
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(rounding.v.grad, v.grad, rtol=1e-9, atol=1e-12)
+        for rounding, noise in zip(roundings, noises, strict=True):
+            rounding.v.add_(3 * noise)
+    return weights, (first[1], second[1]), roundings, noises
 
 
-@pytest.mark.parametrize("beta", [20.0, 2.0])
-def test_penalty_counts_undecided_weights(beta):
-    assert float(rounding_penalty(torch.tensor([0.0, 1.0, 0.0]), beta)) == 0
-    assert float(rounding_penalty(torch.tensor([0.5, 0.5]), beta)) == 2
-    h = torch.tensor([0.5, 0.0, 1.0], requires_grad=True)
-    rounding_penalty(h, beta).backward()
-    assert h.grad.tolist() == [0, 2 * beta, -2 * beta]
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+@pytest.mark.parametrize("beta", [None, 20.0, 7.3, 2.0])
+def test_values_and_gradient_are_those_of_the_textbook(spec, beta):
+    weights, qs, roundings, noises = pair(spec)
+    vs = [rounding.v.detach().clone().requires_grad_() for rounding in roundings]
+    total, expected = 0.0, []
+    for w, q, v, noise in zip(weights, qs, vs, noises, strict=True):
+        soft, h = textbook(w, q, spec, v)
+        expected.append(soft)
+        total = total + soft.mul(noise).sum() + (0.3 * (1 - (2 * h - 1).abs().pow(beta)).sum() if beta else 0.0)
+    total.backward()
+    joint = JointRounding(roundings)
+    for ours, soft in zip(joint.weights, expected, strict=True):
+        torch.testing.assert_close(ours, soft, rtol=1e-12, atol=1e-12)
+    error = sum((ours * noise).sum() for ours, noise in zip(joint.weights, noises, strict=True))
+    to_weights = torch.cat([g.flatten() for g in torch.autograd.grad(error, joint.weights)])
+    gradient = joint.gradient(to_weights, 0.3 * penalty_gradient(joint.h, beta) if beta else None)
+    torch.testing.assert_close(gradient, torch.cat([v.grad.flatten() for v in vs]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_of_the_vector_moves_every_weight() -> None:
+    spec = QuantSpec(4, axis=0)
+    weights, qs, roundings, noises = pair(spec)
+    joint = JointRounding(roundings)
+    with torch.no_grad():
+        joint.v.copy_(torch.cat([noise.flatten() for noise in noises]))
+    joint.update()
+    for rounding, w, q, noise in zip(roundings, weights, qs, noises, strict=True):
+        torch.testing.assert_close(rounding.weight().detach(), textbook(w, q, spec, noise)[0], rtol=1e-12, atol=1e-12)
+        rounding.harden()
+        assert torch.equal(rounding(w / q.scale), (w / q.scale).floor() + (noise >= 0))
+
+
+def test_penalty_pushes_away_from_a_tie():
+    assert penalty_gradient(torch.tensor([0.5, 0.0, 1.0]), 2.0).tolist() == [0, 4, -4]
 
 
 def test_inverse_of_the_rectified_sigmoid():
@@ -97,8 +127,7 @@ def test_saturated_decisions_have_no_gradient():
     rounding = AdaRound(w, q, QuantSpec(4, axis=0))
     with torch.no_grad():
         rounding.v.fill_(9)
-    rounding.weight().sum().backward()
-    assert bool((rounding.v.grad == 0).all())
+    assert bool((JointRounding([rounding]).gradient(torch.ones(w.numel(), dtype=w.dtype)) == 0).all())
 
 
 def test_adaround_starts_at_the_fractional_part_and_takes_ties_up() -> None:

@@ -14,7 +14,7 @@ from tfmq_exp.quant.quantizers import Mode, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.module import BlockReconstruction, LearnRounding, ReconstructionConfig
+from tfmq_exp.reconstruction.module import Adam, BlockReconstruction, LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import QuantizedInputs
 
@@ -65,25 +65,43 @@ def one_layer(penalty: float, iterations: int = 50) -> tuple[BlockReconstruction
 def test_penalty_is_off_in_warm_up_and_its_exponent_falls_from_20_to_2() -> None:
     task, batch, rounding = one_layer(0.01)
     plain = one_layer(0.0)[0].loss(batch).item()
-    h = (torch.sigmoid(rounding.v.detach().double()) * 1.2 - 0.1).clamp(0, 1)
     for count in range(1, 51):
         task.iteration = count
         beta = 20 - 18 * (count - 10) / 40
+        h = rounding.h.detach().flatten().double().requires_grad_()
+        (0.01 * (1 - (2 * h - 1).abs() ** beta).sum()).backward()
+        found = task.penalty_gradient()
+        assert (found is None) == (count < 10)
+        if found is not None:
+            torch.testing.assert_close(found.double(), h.grad, rtol=1e-4, atol=1e-8)
         assert task.loss(batch).item() == pytest.approx(plain, rel=1e-6)
-        penalty = float((1 - (2 * h - 1).abs() ** beta).sum()) if count >= 10 else 0.0
-        assert float(task.penalty()) == pytest.approx(0.01 * penalty, rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_gradients_are_those_of_the_error_and_the_penalty_however_many_parts(parts: int) -> None:
     task, batch, rounding = one_layer(0.01)
     task.config, task.iteration = replace(task.config, parts=parts), 30
-    error = task.loss(batch)
-    (wanted,) = torch.autograd.grad(error + task.penalty(), [rounding.v])
-    task.set_gradients(batch)
-    assert rounding.v.grad is not None
-    torch.testing.assert_close(rounding.v.grad, wanted, rtol=1e-5, atol=1e-7)
+    v = rounding.v.detach().clone().requires_grad_()
+    h = (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
+    error = (batch[1] @ (rounding.below + rounding.gap * h).T - batch[2]).square().mean() * 4
+    (error + 0.01 * (1 - (2 * h - 1).abs() ** (20 - 18 * 20 / 40)).sum()).backward()
+    (found,) = task.gradients(batch)
+    torch.testing.assert_close(found.view_as(v), v.grad, rtol=1e-5, atol=1e-7)
     assert float(task.error) == pytest.approx(float(error), rel=1e-6)
+
+
+def test_steps_are_those_of_torchs_adam() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
+    theirs = [torch.nn.Parameter(x.clone()) for x in ours]
+    optimizer, adam = torch.optim.Adam(theirs), Adam()
+    for rate in (0.1, 0.01, 0.3):
+        for x in theirs:
+            x.grad = torch.randn(x.shape, generator=generator)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        adam.step(ours, [x.grad for x in theirs if x.grad is not None], rate)
+        torch.testing.assert_close(ours, [x.detach() for x in theirs])
 
 
 def test_more_parts_than_rows_are_refused() -> None:
