@@ -40,11 +40,12 @@ from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig
-from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
+from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import TemporalAware, Unit
 from tfmq_exp.surgery.config import ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
@@ -74,8 +75,9 @@ def plain(
     assert rounding is not None
     optimizer = torch.optim.Adam(alphas, lr=rounding.learning_rate)
     split = len(inputs.tensors)
-    batches = RandomBatches([*inputs.tensors, *targets.tensors], recipe.batch, recipe.iterations, seed=0)
-    for count, batch in enumerate(batches.batches(), start=1):
+    tensors, drawn = [*inputs.tensors, *targets.tensors], RandomRows(len(inputs), recipe.batch, recipe.iterations, 0)
+    for count, rows in enumerate(drawn.batches(), start=1):
+        batch = [x[rows] for x in tensors]
         hs = [(torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1) for alpha in alphas]
         soft = {
             name: q.scale * (((w / q.scale).floor() + h + q.zero_point).clamp(q.spec.qmin, q.spec.qmax) - q.zero_point)

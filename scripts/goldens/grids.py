@@ -109,9 +109,9 @@ def split_case(goldens: Goldens, record: Record, group: Group, exact: Group) -> 
     beta = Annealing(meta["warmup"], *meta["b_range"]).beta(100, meta["iters"])
     shares = [size / weight.shape[1] for size in sizes]
     penalty = sum(share * rounding_penalty(r.h, beta) for share, r in zip(shares, roundings, strict=True))
-    error = Lp(meta["p"]).loss(soft, target, None)
+    error = Lp(meta["p"]).loss(soft, target, None)[0]
     group.compare(soft, tensors[f"{key}.y_adaround_soft"])
-    group.compare(error, record["block_rec"], magnification(error.detach(), target))
+    group.compare(error, record["block_rec"], magnification(error, target))
     group.compare(error + meta["w"] * penalty, record["block_loss_count100"])
     for rounding in roundings:
         rounding.harden()

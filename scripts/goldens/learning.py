@@ -67,7 +67,7 @@ def loss(goldens: Goldens) -> Iterator[Group]:
     group, tensors, meta = Group("loss", ROUNDING), goldens.tensors, goldens.meta["loss"]
     for record in meta["lp"]:
         prediction, target = (tensors[f"{record['tensor']}.{name}"] for name in ("pred", "tgt"))
-        mean = Lp(record["p"]).loss(prediction, target, None) / target.shape[2 if target.dim() == 3 else 1]
+        mean = Lp(record["p"]).loss(prediction, target, None)[0] / target.shape[2 if target.dim() == 3 else 1]
         group.compare(mean * target.shape[1], record["none_reduction"])  # the sum is over dimension 1, of tokens too
         group.compare(mean, record["all_reduction"])
     layers = {name: loaded_rounding(tensors, f"loss.{name}") for name in ("layer", "block.conv2", "block.emb")}
@@ -77,19 +77,19 @@ def loss(goldens: Goldens) -> Iterator[Group]:
         learned = [layers["layer"], *([] if name == "layer" else [layers["block.conv2"]])]
         joint = JointRounding(learned)  # without the embedding's
         out = loss_forward(tensors, name, layers)
-        error = Lp(meta["p"]).loss(out, tensors[f"loss.{name}.tgt"], None)
+        error, slope = Lp(meta["p"]).loss(out, tensors[f"loss.{name}.tgt"], None)
         penalty, to_h = torch.zeros(()), torch.zeros_like(joint.h)
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)
             penalty, to_h = meta["w"] * rounding_penalty(joint.h, beta), meta["w"] * penalty_gradient(joint.h, beta)
-        magnified = magnification(error.detach(), tensors[f"loss.{name}.tgt"])
+        magnified = magnification(error, tensors[f"loss.{name}.tgt"])
         group.compare(annealing.beta(count, iterations), record["b"])
         group.compare(error, record["rec"], magnified)
         group.compare(penalty, record["round"])
         group.compare(error + penalty, record["total"])
         group.compare(out, tensors[f"loss.{name}.out"])
         if (key := f"loss.{name}.count{count}.alpha_grad") in tensors:
-            gradient = joint.gradient(concatenated(torch.autograd.grad(error, joint.weights)), to_h)
+            gradient = joint.gradient(concatenated(torch.autograd.grad(out, joint.weights, slope)), to_h)
             group.compare(gradient[: tensors[key].numel()].view_as(tensors[key]), tensors[key], magnified)
     yield group
 
@@ -101,7 +101,7 @@ def rounding_penalty(h: Tensor, beta: float) -> Tensor:
 
 def magnification(loss: Tensor | float, *targets: Tensor) -> float:
     """Ratio of the outputs' magnitude to their error: the factor by which rounding of outputs grows in a squared error."""
-    power = sum(float(Lp(2).loss(target, torch.zeros_like(target), None)) for target in targets)
+    power = sum(float(Lp(2).loss(target, torch.zeros_like(target), None)[0]) for target in targets)
     return max(1.0, math.sqrt(power / float(loss)))
 
 
@@ -135,14 +135,14 @@ def learn(
     joint, losses = JointRounding(roundings), list[float]()
     optimizer = torch.optim.Adam([joint.v], lr=record["lr"])
     for count in range(1, iterations + 1):
-        errors = [Lp(2).loss(out, want, None) for out, want in zip(forward(), targets, strict=True)]
-        error, to_h = torch.stack(errors).sum(), None
-        losses.append(error.item())
+        outputs, to_h = forward(), None
+        errors, slopes = zip(*(Lp(2).loss(*both, None) for both in zip(outputs, targets, strict=True)), strict=True)
+        losses.append(float(torch.stack(errors).sum()))
         if annealing.active(count, iterations):
             beta = annealing.beta(count, iterations)
             losses[-1] += record["w"] * float(rounding_penalty(joint.h, beta))
             to_h = record["w"] * penalty_gradient(joint.h, beta)
-        joint.v.grad = joint.gradient(concatenated(torch.autograd.grad(error, joint.weights)), to_h)
+        joint.v.grad = joint.gradient(concatenated(torch.autograd.grad(outputs, joint.weights, slopes)), to_h)
         optimizer.step()
         joint.update()
     for rounding in roundings:

@@ -28,7 +28,7 @@ def penalty_gradient(h: Float[Tensor, "*shape"], beta: float) -> Float[Tensor, "
     signed = h.mul(2).sub_(1)
     # |2h - 1|^(beta - 1), at least e^-60: log 0 is -inf, and denormal numbers would slow down all that follows
     power = signed.abs().log_().mul_(beta - 1).clamp_(min=-60).exp_()
-    return power.mul_(signed.sign_()).mul_(-2 * beta)
+    return power.copysign_(signed).mul_(-2 * beta)
 
 
 class AdaRound(nn.Module):
@@ -73,7 +73,7 @@ class AdaRound(nn.Module):
 
     @property
     def h(self) -> Float[Tensor, "*shape"]:
-        """h(V), between 0 (down) and 1 (up)."""
+        """Rectified sigmoid of V, between 0 (down) and 1 (up)."""
         return rectified_sigmoid(self.v)
 
     def weight(self) -> Float[Tensor, "*shape"]:
@@ -100,11 +100,12 @@ class JointRounding:
         self.v = nn.Parameter(joined([rounding.v.detach() for rounding in roundings]))
         self.below, self.gap = (joined([getattr(r, name) for r in roundings]) for name in ("below", "gap"))
         self.sigmoid, self.h, self.weight = (torch.empty_like(self.below) for _ in range(3))
-        sizes = [rounding.v.numel() for rounding in roundings]
-        vectors = self.v.detach(), self.below, self.gap, self.weight
-        for rounding, *own in zip(roundings, *(vector.split(sizes) for vector in vectors), strict=True):
-            v, rounding.below, rounding.gap, weight = (part.view_as(rounding.v) for part in own)
-            rounding.v.data, rounding.shared = v, weight.requires_grad_()
+        begin = 0
+        for rounding in roundings:
+            own = slice(begin, begin := begin + rounding.v.numel())
+            rounding.v.data = self.v.data[own].view_as(rounding.v)
+            rounding.below, rounding.gap = (x[own].view_as(rounding.v) for x in (self.below, self.gap))
+            rounding.shared = self.weight[own].view_as(rounding.v).detach().requires_grad_()
         self.update()
 
     @property
@@ -127,9 +128,10 @@ class JointRounding:
             to_weights: gradient to all soft weights, one after the other.
             to_h: gradient to h, of the penalty.
         """
-        slope = self.sigmoid.mul(1 - self.sigmoid).mul_(ZETA - GAMMA)
-        slope.mul_((self.h > 0).logical_and_(self.h < 1))
-        return slope.mul_(to_weights * self.gap if to_h is None else torch.addcmul(to_h, to_weights, self.gap))
+        gradient = to_weights * self.gap if to_h is None else torch.addcmul(to_h, to_weights, self.gap)
+        torch.ops.aten.hardtanh_backward.grad_input(gradient, self.h, 0.0, 1.0, grad_input=gradient)  # of the clamp
+        torch.ops.aten.sigmoid_backward.grad_input(gradient, self.sigmoid, grad_input=gradient)
+        return gradient.mul_(ZETA - GAMMA)
 
 
 def joined(tensors: Sequence[Tensor]) -> Float[Tensor, "n"]:

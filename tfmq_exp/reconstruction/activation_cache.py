@@ -1,6 +1,5 @@
 """Inputs and outputs of units over the calibration set, in memory up to a budget and on disk beyond."""
 
-import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,35 +90,3 @@ class TensorTree:
         """The structure for consecutive samples, `size` at a time."""
         for rows in batches(len(self), size):
             yield self.structure([x[rows.start : rows.stop].to(device) for x in self.tensors])
-
-
-@dataclass(frozen=True)
-class RandomBatches:
-    """`iterations` batches of rows drawn without replacement within each pass over the set, in chunks of `chunk` batches."""
-
-    tensors: list[Tensor]
-    batch: int
-    iterations: int
-    seed: int
-    chunk: int = 10
-
-    def __len__(self) -> int:
-        return -(-self.iterations // self.chunk)
-
-    def __iter__(self) -> Iterator[list[list[Tensor]]]:
-        drawn = self.batches()
-        while chunk := list(itertools.islice(drawn, self.chunk)):
-            yield chunk
-
-    def batches(self) -> Iterator[list[Tensor]]:
-        """Batches one by one; all rows each time where there are no more than a batch has."""
-        generator = torch.Generator().manual_seed(self.seed)
-        samples, order = len(self.tensors[0]), torch.empty(0, dtype=torch.long)
-        for _ in range(self.iterations):
-            if samples <= self.batch:
-                yield self.tensors
-                continue
-            if len(order) < self.batch:
-                order = torch.randperm(samples, generator=generator)
-            rows, order = order[: self.batch], order[self.batch :]
-            yield [x[rows] for x in self.tensors]

@@ -12,7 +12,7 @@ from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.finite import DivergedError, relative, within
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, modes
-from tfmq_exp.reconstruction.activation_cache import RandomBatches, TensorTree
+from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import (
     Capture,
     OutputReplay,
@@ -24,6 +24,7 @@ from tfmq_exp.reconstruction.capture import (
 from tfmq_exp.reconstruction.closed_form import round_layers
 from tfmq_exp.reconstruction.context import ReconstructionContext, UnitReport, UnitResult, peak_memory_mib
 from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
+from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import Origin, Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -162,7 +163,7 @@ def learn_unit(
     )
     sources = [quantizer.scale_provider for quantizer in quantizers_of(model, unit, config).values()]
     task = BlockReconstruction(
-        module, model.context, roundings, sources, samples.structure, config, seed=seed, processes=processes
+        module, model.context, roundings, sources, samples, config, seed=seed, processes=processes
     )
 
     def set_training(training: bool) -> None:
@@ -181,7 +182,7 @@ def learn_unit(
     def diverged(loss: float) -> DivergedError:
         return DivergedError(f"the unit {unit.name}", task.iteration, config.iterations, loss, config.learning_rates)
 
-    batches = RandomBatches(samples.tensors, config.batch, config.iterations, seed)
+    batches = RandomRows(len(samples), config.batch, config.iterations, seed)
     trainer = context.compute.trainer(max_epochs=1, callbacks=[LambdaCallback(on_train_batch_end=report_loss)])
     quantizers = list(model.activation_quantizers_in(unit.name, unit.layers).values())
     with torch.enable_grad(), torch.random.fork_rng(), config.inputs.learning_context(quantizers):

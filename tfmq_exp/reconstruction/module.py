@@ -1,7 +1,7 @@
 """The LightningModule that reconstructs a unit: its rounding, its activation scales, or both."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_o
 from tfmq_exp.quant.rounding import AdaRound, JointRounding, penalty_gradient
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import call_unit
 from tfmq_exp.reconstruction.closed_form import GPTQConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
+from tfmq_exp.reconstruction.random_batches import Rows, load_batches
 from tfmq_exp.reconstruction.units import UnitInputs
 
 
@@ -94,8 +96,8 @@ class ReconstructionConfig:
 class BlockReconstruction(pl.LightningModule):
     """Fits the outputs of a unit to those of the float unit (BRECQ: `block_reconstruction`).
 
-    Loss: the objective summed over the unit's outputs, plus the weighted rounding penalty of its layers. Lightning gets chunks
-    of batches: an iteration of a small unit takes a few milliseconds, and Lightning's overhead per step would be a tenth of it.
+    Loss: the objective summed over the unit's outputs, plus the weighted rounding penalty of its layers. Lightning gets the rows of
+    a chunk of batches: an iteration of a small unit takes a few milliseconds, and Lightning's step would add a third to it.
     Every rank gets the same batches and computes the gradients of its microbatches.
 
     Args:
@@ -103,7 +105,7 @@ class BlockReconstruction(pl.LightningModule):
         context: timesteps of the rows at hand.
         roundings: of the unit's weights, if they are learned.
         sources: of the unit's activation scales, if they are learned.
-        arrange: tensors of a batch -> dict of `inputs`, `targets` and `importance`.
+        samples: dict of `inputs`, `targets` and `importance` of all samples.
         config: how it learns.
         seed: of dropped elements.
         processes: ranks that share the microbatches.
@@ -115,7 +117,7 @@ class BlockReconstruction(pl.LightningModule):
         context: TimestepContext,
         roundings: Sequence[AdaRound],
         sources: Sequence[ScaleProvider],
-        arrange: Callable[[list[Tensor]], Any],
+        samples: TensorTree,
         config: ReconstructionConfig,
         seed: int = 0,
         processes: ProcessGroup = ALONE,
@@ -123,7 +125,7 @@ class BlockReconstruction(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.optimizer = Adam()
-        self.unit, self.context, self.arrange, self.config = unit, context, arrange, config
+        self.unit, self.context, self.samples, self.config = unit, context, samples, config
         self.sources, self.seed, self.processes = sources, seed, processes
         self.rounding = JointRounding(roundings) if roundings else None
         # tied quantizers share their parameters
@@ -132,8 +134,12 @@ class BlockReconstruction(pl.LightningModule):
         self.iteration = 0  # iterations so far
         self.error = torch.zeros(())  # of the last batch, without the penalty
 
-    def training_step(self, batches: list[list[Tensor]], _: int) -> None:
-        for batch in batches:
+    def transfer_batch_to_device(self, batch: list[Rows], *_: Any) -> list[Rows]:
+        """Rows stay where the samples are."""
+        return batch
+
+    def training_step(self, batches: list[Rows], _: int) -> None:
+        for batch in load_batches(self.samples.tensors, batches, self.device):
             self.iterate(batch)
 
     def iterate(self, batch: list[Tensor]) -> None:
@@ -159,8 +165,11 @@ class BlockReconstruction(pl.LightningModule):
         def compute(index: int) -> list[Tensor]:
             seed_draws(batch[0].device, derive_seed(self.seed, self.iteration, index))  # the same draws on any rank
             microbatch = [x.tensor_split(count)[index] for x in batch]
-            error = self.loss(microbatch) * (len(microbatch[0]) / rows)
-            return [*torch.autograd.grad(error, leaves, materialize_grads=True), error.detach()]
+            outputs, losses, slopes = self.losses(microbatch)
+            learned = [i for i, x in enumerate(outputs) if x.requires_grad]
+            ends = [outputs[i] for i in learned], leaves, [slopes[i] for i in learned]
+            terms = [*torch.autograd.grad(*ends, materialize_grads=True), torch.stack([*losses]).sum()]
+            return terms if count == 1 else [x * (len(microbatch[0]) / rows) for x in terms]
 
         total = summed_gradients(leaves, count, self.processes, compute)
         sizes = [parameter.numel() for parameter in self.learned]
@@ -170,14 +179,14 @@ class BlockReconstruction(pl.LightningModule):
         self.error = total[-1]
         return gradients
 
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        """Error of the outputs for some rows, without the penalty."""
-        data = self.arrange(batch)
+    def losses(self, batch: list[Tensor]) -> tuple[Sequence[Tensor], ...]:
+        """The unit's outputs for some rows, the error of each, and its gradient to the output; without the penalty."""
+        data = self.samples.structure(batch)
         outputs = pytree.tree_leaves(call_unit(self.unit, self.context, self.config.inputs.combine(data["inputs"])))
         targets = pytree.tree_leaves(data["targets"])
         importance = [None] * len(targets) if data["importance"] is None else pytree.tree_leaves(data["importance"])
         triples = zip(outputs, targets, importance, strict=True)
-        return torch.stack([self.config.objective.loss(*triple) for triple in triples]).sum()
+        return outputs, *zip(*(self.config.objective.loss(*triple) for triple in triples), strict=True)
 
     def penalty_gradient(self) -> Tensor | None:
         """Gradient of the weighted rounding penalty to h; None while it is off."""
@@ -207,7 +216,7 @@ class Adam:
         for x in parameters:
             if x not in self.state:
                 self.state[x] = torch.zeros_like(x), torch.zeros_like(x), torch.zeros((), device=x.device)
-        moments = [list(column) for column in zip(*(self.state[x] for x in parameters), strict=True)]
+        first, second, steps = ([self.state[x][i] for x in parameters] for i in range(3))
         settings: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
         settings |= {"amsgrad": False, "maximize": False, "fused": True}
-        adam(list(parameters), list(gradients), *moments[:2], [], moments[2], lr=lr, **settings)
+        adam(list(parameters), list(gradients), first, second, [], steps, lr=lr, **settings)

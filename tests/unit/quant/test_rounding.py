@@ -76,7 +76,8 @@ def test_a_step_of_the_vector_moves_every_weight() -> None:
 
 
 def test_penalty_pushes_away_from_a_tie():
-    assert penalty_gradient(torch.tensor([0.5, 0.0, 1.0]), 2.0).tolist() == [0, 4, -4]
+    gradient = penalty_gradient(torch.tensor([0.5, 0.0, 1.0]), 2.0)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 4.0, -4.0]), rtol=0, atol=1e-20)
 
 
 def test_inverse_of_the_rectified_sigmoid():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.reconstruction import CPU
-from tfmq_exp.reconstruction.activation_cache import RandomBatches, SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 
 
 def test_storage_spills_beyond_its_budget(tmp_path: Path) -> None:
@@ -60,39 +60,3 @@ def test_single_numbers_are_constants() -> None:
     leaves.write(2, example)
     assert leaves.structure([x[2:] for x in leaves.tensors])["s"] == 5
     assert len(leaves) == 4
-
-
-@pytest.mark.parametrize(("samples", "batch"), [(12, 4), (10, 4), (9, 2)])
-def test_random_batches_visit_all_rows_once_per_pass(samples: int, batch: int) -> None:
-    rows = torch.arange(samples)
-    whole = samples // batch
-    batches = list(RandomBatches([rows, -rows], batch, 5 * whole, seed=3).batches())
-    assert len(batches) == 5 * whole
-    assert all(torch.equal(first, -second) and len(first) == batch for first, second in batches)
-    passes = [torch.cat([first for first, _ in batches[i : i + whole]]).tolist() for i in range(0, 5 * whole, whole)]
-    assert all(len(set(seen)) == whole * batch for seen in passes)
-    assert len({tuple(seen) for seen in passes}) == 5
-
-
-def test_random_batches_depend_on_the_seed_alone() -> None:
-    def drawn(seed: int) -> list[list[int]]:
-        return [rows.tolist() for (rows,) in RandomBatches([torch.arange(20)], 5, 8, seed).batches()]
-
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
-
-
-def test_few_rows_come_all_at_once() -> None:
-    batches = list(RandomBatches([torch.arange(4)], 8, 3, seed=0).batches())
-    assert [rows.tolist() for (rows,) in batches] == [[0, 1, 2, 3]] * 3
-
-
-@pytest.mark.parametrize(("iterations", "chunk"), [(1, 10), (10, 10), (23, 10), (7, 3)])
-def test_batches_come_in_chunks_and_none_is_lost(iterations: int, chunk: int) -> None:
-    source = RandomBatches([torch.arange(20)], 5, iterations, 0, chunk)
-    chunks = list(source)
-    assert len(chunks) == len(source)
-    assert [len(chunk) for chunk in chunks[:-1]] == [chunk] * (len(chunks) - 1)
-    flat = [batch for chunk in chunks for batch in chunk]
-    assert [b.tolist() for (b,) in flat] == [b.tolist() for (b,) in source.batches()]
-    assert len(flat) == iterations

@@ -1,7 +1,6 @@
 """One unit's loss, penalty and gradients, and the configuration of its learning."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from tfmq_exp.quant.quantizers import Mode, WeightQuantizer
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.module import Adam, BlockReconstruction, LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import QuantizedInputs
@@ -46,25 +46,22 @@ def one_layer(penalty: float, iterations: int = 50) -> tuple[BlockReconstruction
     with torch.no_grad():
         rounding.v.add_(0.5)
 
-    def arrange(batch: list[Tensor]) -> dict[str, Any]:
-        t, x, wanted = batch
-        return {"inputs": {"float": (t, (x,), {})}, "targets": wanted, "importance": None}
-
     learned = config(
         iterations, rate=None, rounding=LearnRounding(1e-3, penalty, Annealing(0.2, 20.0, 2.0)), objective=Lp()
     )
-    task = BlockReconstruction(layer, TimestepContext((1,)), [rounding], [], arrange, learned)
-    batch = [
+    t, x, wanted = batch = [
         torch.ones(5, dtype=torch.long),
         torch.randn(5, 6, generator=generator),
         torch.randn(5, 4, generator=generator),
     ]
+    samples = TensorTree({"inputs": {"float": (t, (x,), {})}, "targets": wanted, "importance": None})
+    task = BlockReconstruction(layer, TimestepContext((1,)), [rounding], [], samples, learned)
     return task, batch, rounding
 
 
 def test_penalty_is_off_in_warm_up_and_its_exponent_falls_from_20_to_2() -> None:
     task, batch, rounding = one_layer(0.01)
-    plain = one_layer(0.0)[0].loss(batch).item()
+    plain = float(one_layer(0.0)[0].losses(batch)[1][0])
     for count in range(1, 51):
         task.iteration = count
         beta = 20 - 18 * (count - 10) / 40
@@ -74,7 +71,7 @@ def test_penalty_is_off_in_warm_up_and_its_exponent_falls_from_20_to_2() -> None
         assert (found is None) == (count < 10)
         if found is not None:
             torch.testing.assert_close(found.double(), h.grad, rtol=1e-4, atol=1e-8)
-        assert task.loss(batch).item() == pytest.approx(plain, rel=1e-6)
+        assert float(task.losses(batch)[1][0]) == pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])

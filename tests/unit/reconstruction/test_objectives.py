@@ -36,14 +36,14 @@ def test_loss_sums_over_channels_and_averages_over_the_rest() -> None:
         pairs = list(
             zip(prediction.flatten().tolist(), target.flatten().tolist(), importance.flatten().tolist(), strict=True)
         )
-        for p in (2.0, 2.4):
-            expected = sum(abs(a - b) ** p for a, b, _ in pairs) / count
-            assert float(Lp(p).loss(prediction, target, None)) == pytest.approx(expected)
-        weighted = sum((a - b) ** 2 * weight for a, b, weight in pairs) / count
-        assert float(Fisher().loss(prediction, target, importance)) == pytest.approx(weighted)
-        assert float(Fisher().loss(prediction, target, None)) == pytest.approx(
-            float(Lp(2.0).loss(prediction, target, None))
-        )
+        for objective, weights in ((Lp(2.0), None), (Lp(2.4), None), (Fisher(), importance), (Fisher(), None)):
+            given = prediction.clone().requires_grad_()
+            weighted = [abs(a - b) ** objective.p * (1 if weights is None else w) for a, b, w in pairs]
+            loss, gradient = objective.loss(given, target, weights)
+            assert float(loss) == pytest.approx(sum(weighted) / count)
+            formula = (given - target).abs().pow(objective.p) * (1 if weights is None else weights)
+            (expected,) = torch.autograd.grad(formula.sum() / count, given)
+            torch.testing.assert_close(gradient, expected)
 
 
 def drawn(unet: nn.Module, data: CalibrationSet, batch: int, seed: int) -> Tensor:
