@@ -1,223 +1,230 @@
-"""CPU seconds of the whole recipe: ours beside the published one written down plainly, on the same network and data.
+"""CPU seconds and errors of recipes of reconstruction on one network: the published one written plainly, ours, and GPTQ.
 
-    python scripts/bench_reconstruction.py DIR [--iterations 200]
+    OMP_NUM_THREADS=1 python scripts/bench_reconstruction.py DIR [--iterations 200] [--seeds 0 1 2] [--save FILE.json]
 
-DIR is a folder as `compare_reference.py` takes it; its recorded seconds come from another machine, these do not. The plain
-version does what the original program does: every range candidate of every channel in turn; for every unit a float and a
-quantized pass from the network's input to the unit; AdaRound, loss and penalty through autograd, the floor taken anew,
-gradients also for weights, biases and norms, the graph retained, Adam tensor by tensor; and for activations a range search
-whose result the moving average replaces. Both learn the same units in turn, in this process, so their ratio does not depend
-on the machine's speed. Set OMP_NUM_THREADS=1.
+DIR is a folder as `compare_reference.py` takes it; the seconds that it records come from another machine, these do not. All recipes
+take turns in this process with the same network, data, grids and units, so their ratios do not depend on the machine's speed.
+
+    plain                    `plain_recipe.py`: what the original program does, step by step
+    AdaRound                 the same recipe as this package does it
+    GPTQ                     in closed form, nothing learns
+    GPTQ, then AdaRound      50 iterations at a rate of 0.1 from GPTQ's integers
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import logging
+import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from compare_reference import NoCheckpoints, fuses_qkv, learning_of, read, released_plan
+from compare_reference import NoCheckpoints, fuses_qkv, learning_of, output_error, read, released_plan
+from plain_recipe import plain_activations, plain_capture, plain_learning, plain_weight_grids
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
-from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.cli.terminal import standard_streams
+from tfmq_exp.core.files import write_json
+from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver
-from tfmq_exp.quant.rounding import inverse_rectified_sigmoid
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator
 from tfmq_exp.reconstruction.capture import Capture
+from tfmq_exp.reconstruction.closed_form import GPTQConfig
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
-from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import TemporalAware, Unit
 from tfmq_exp.surgery.config import ScalePlan
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import resolve
 
-
-def plain(
-    model: QuantizedUNet,
-    unit: Unit,
-    unet: nn.Module,
-    inputs: TensorTree,
-    targets: TensorTree,
-    recipe: ReconstructionConfig,
-) -> None:
-    """Learn one unit as the papers write it: no gradient by hand, nothing frozen, nothing computed once."""
-    module = unit.module(unet)
-    prefix = "unet." if unit.driver == "timesteps" else ""
-    names = [prefix + layer if prefix else layer.removeprefix(unit.name).removeprefix(".") for layer in unit.layers]
-    names = [f"{name}.weight".removeprefix(".") for name in names]
-    quantizers = model.weight_quantizers(unit.layers)
-    originals = [module.get_parameter(name) for name in names]
-    alphas = [
-        inverse_rectified_sigmoid((w / q.scale - (w / q.scale).floor()).detach()).requires_grad_()
-        for w, q in zip(originals, quantizers, strict=True)
-    ]
-    rounding = recipe.rounding
-    assert rounding is not None
-    optimizer = torch.optim.Adam(alphas, lr=rounding.learning_rate)
-    split = len(inputs.tensors)
-    tensors, drawn = [*inputs.tensors, *targets.tensors], RandomRows(len(inputs), recipe.batch, recipe.iterations, 0)
-    for count, rows in enumerate(drawn.batches(), start=1):
-        batch = [x[rows] for x in tensors]
-        hs = [(torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1) for alpha in alphas]
-        soft = {
-            name: q.scale * (((w / q.scale).floor() + h + q.zero_point).clamp(q.spec.qmin, q.spec.qmax) - q.zero_point)
-            for name, w, q, h in zip(names, originals, quantizers, hs, strict=True)
-        }
-        _, args, kwargs = inputs.structure(batch[:split])
-        outputs = pytree.tree_leaves(functional_call(module, soft, args, kwargs))
-        expected: list[Tensor] = pytree.tree_leaves(targets.structure(batch[split:]))
-        errors = [(out - want).abs().pow(2.0).sum(1).mean() for out, want in zip(outputs, expected, strict=True)]
-        loss = torch.stack(errors).sum()
-        if rounding.annealing.active(count, recipe.iterations):
-            beta = rounding.annealing.beta(count, recipe.iterations)
-            for h in hs:
-                loss = loss + rounding.penalty_weight * (1 - ((h - 0.5).abs() * 2).pow(beta)).sum()
-        optimizer.zero_grad()
-        loss.backward(retain_graph=True)
-        optimizer.step()
-
-
-def plain_search(x: Tensor, bits: int) -> Tensor:
-    """The best of 80 ranges for one tensor, one after the other; its scale."""
-    best, scale, levels = 1e10, x.new_ones(()), 2**bits
-    low, high = x.min(), x.max()
-    for i in range(80):
-        delta = (high - low) * (1 - 0.01 * i) / (levels - 1)
-        zero_point = (-low * (1 - 0.01 * i) / delta).round()
-        codes = ((x / delta).round() + zero_point).clamp(0, levels - 1)
-        score = float((x - delta * (codes - zero_point)).abs().pow(2.4).mean())
-        if score < best:
-            best, scale = score, delta
-    return scale
-
-
-@torch.no_grad()
-def plain_weight_grids(model: QuantizedUNet) -> None:
-    """Channel by channel."""
-    for layer in model.weight_layers():
-        for quantizer, weight in model.layer(layer).weight_parts():
-            for channel in weight:
-                plain_search(channel, quantizer.spec.bits)
-
-
-def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: CalibrationSet, batch: int) -> None:
-    """Two passes from the start of the network to the unit, in the batches that it learns with."""
-    if unit.driver == "denoiser":
-        for network, inner in ((unet, unet), (model, model.get_submodule("unet"))):
-            Capture(data, batch, SpillAllocator(2**32)).inputs(network, unit.module(inner))
-
-
-@torch.no_grad()
-def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> None:
-    """Per sampling step: a search for every quantized input, then a pass that takes minimum and maximum instead."""
-    layers = [name for name, line in model.plan.layers.items() if line.input]
-
-    def search(_: nn.Module, args: tuple[Tensor]) -> None:
-        plain_search(args[0], bits)
-
-    def range_of(_: nn.Module, args: tuple[Tensor]) -> None:
-        torch.stack([args[0].flatten(1).amin(1), args[0].flatten(1).amax(1)])
-
-    for step in range(model.context.num_steps):
-        for hook in (search, range_of):
-            with contextlib.ExitStack() as hooks:
-                for layer in layers:
-                    hooks.enter_context(model.layer(layer).register_forward_pre_hook(hook))
-                model(**data[data.step == step].inputs(torch.device("cpu")))
+PHASES = ("grids, capture, GPTQ", "learning", "activation ranges")
+ERRORS = ("w, calibration", "w, held out", "w + a, calibration", "w + a, held out")
 
 
 class Stopwatch:
-    """CPU seconds by phase, for the plain version and for ours."""
+    """CPU seconds of this process by phase."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, dict[str, float]] = {}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
-    def of(self, who: str, phase: str) -> Iterator[None]:
-        """Add the CPU seconds of a block."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of a block to a phase."""
         start = time.process_time()
         yield
-        row = self.seconds.setdefault(phase, {"ours": 0.0, "plain": 0.0})
-        row[who] += time.process_time() - start
+        self.seconds[name] += time.process_time() - start
 
-    def table(self, title: str) -> Table:
-        """All phases and their sum."""
-        table = Table(title=title, title_justify="left")
-        for column in ("", "ours, s", "plain, s", "ours / plain"):
-            table.add_column(column, justify="right" if column else "left")
-        total = {who: sum(row[who] for row in self.seconds.values()) for who in ("ours", "plain")}
-        for phase, row in {**self.seconds, "total": total}.items():
-            table.add_row(phase, f"{row['ours']:.2f}", f"{row['plain']:.2f}", f"{row['ours'] / row['plain']:.2f}")
-        return table
+
+class LearningTime(pl.Callback):
+    """Moves the seconds of every training from the phase around it to `learning`."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch, self.start = watch, 0.0
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        self.start = time.process_time()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        took = time.process_time() - self.start
+        self.watch.seconds[PHASES[1]] += took
+        self.watch.seconds[PHASES[0]] -= took
+
+
+@dataclass
+class Bench:
+    """A network of a folder with its data, to be quantized again and again."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        reference = json.loads((self.folder / "reference.json").read_text(encoding="utf-8"))
+        self.recipe, architecture = reference["recipe"], reference["architecture"]
+        self.tensors = load_file(self.folder / "data.safetensors")
+        self.unet = compvis_unet.load_unet(architecture, load_file(self.folder / "init_state.safetensors"))
+        timesteps = sorted((int(t) for t in self.tensors["tsteps"]), reverse=True)
+        self.data, self.held = (read(self.tensors, part, timesteps) for part in ("cali", "held"))
+        cpu = torch.device("cpu")
+        self.parts = read_structure(self.unet, {k: v[:1] for k, v in self.data.inputs(cpu).items()})
+        plan = released_plan(self.recipe["w_bits"], self.recipe["a_bits"], fuses_qkv(architecture))
+        scales = ScalePlan(PerStepConfig(), PerStepConfig())
+        self.resolved = resolve(plan, self.parts, tuple(attentions(self.unet)), scales, tuple(timesteps))
+        self.compute = ComputeConfig(2 * self.recipe["batch_size"], 2**32, quiet_trainer(cpu))
+
+    @cached_property
+    def learnable(self) -> Any:
+        """The network whose parameters all get gradients, as in the original program."""
+        return copy.deepcopy(self.unet).requires_grad_(True)
+
+    def model(self) -> tuple[QuantizedUNet, list[Unit]]:
+        """A network to quantize, and its units."""
+        model = build_quantized_unet(self.unet, self.resolved, LpObserver(memory=2**22))
+        return model, TemporalAware()(self.parts, frozenset(model.weight_layers()))
+
+    def errors(self, model: QuantizedUNet) -> list[float]:
+        """Output errors on both sets."""
+        pairs = (self.data, self.tensors["fp_out"]), (self.held, self.tensors["fp_out_held"])
+        return [output_error(model, *pair) for pair in pairs]
+
+    def calibrate(self, model: QuantizedUNet, seed: int) -> None:
+        """Set the activation ranges."""
+        CalibrateRanges(self.recipe["samples_per_step"], EveryKth()).ranges(model, self.data, seed)
+
+    def ours(self, learning: ReconstructionConfig, seed: int) -> tuple[dict[str, float], list[float]]:
+        """Seconds and errors of a recipe of this package."""
+        watch, quiet, trainer = Stopwatch(), NoCheckpoints(), self.compute.trainer
+
+        def timed(callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
+            return trainer(callbacks=[*callbacks, LearningTime(watch)], **settings)
+
+        with watch.phase(PHASES[0]):
+            model, units = self.model()
+            compute = replace(self.compute, trainer=timed)
+            context = ReconstructionContext(model, self.unet, self.parts, self.data, compute, seed, quiet, quiet)
+            reconstruct(context, units, learning)
+        weights_only = self.errors(model)
+        with watch.phase(PHASES[2]):
+            self.calibrate(model, seed)
+        return watch.seconds, weights_only + self.errors(model)
+
+    def plain(self, learning: ReconstructionConfig, seed: int) -> tuple[dict[str, float], list[float]]:
+        """Seconds and errors of the plain recipe. What it computes again and again, it gets here once, untimed, and times as it does it."""
+        watch, quiet = Stopwatch(), NoCheckpoints()
+        model, units = self.model()
+        with watch.phase(PHASES[0]):
+            plain_weight_grids(model)
+        model.calibrate_weights()
+        context = ReconstructionContext(model, self.unet, self.parts, self.data, self.compute, seed, quiet, quiet)
+        for unit, view in capture_float_units(context, units, learning):
+            inputs = view.inputs.get("float") or Capture(self.data, self.compute.batch, SpillAllocator(2**32)).inputs(
+                model, unit.module(model.unet)
+            )
+            with watch.phase(PHASES[0]):
+                plain_capture(model, self.unet, unit, self.data, self.recipe["batch_size"])
+            with watch.phase(PHASES[1]):
+                plain_learning(
+                    model, unit, self.learnable, inputs, view.outputs, learning, derive_seed(seed, unit.name)
+                )
+            for layer in unit.layers:
+                model.freeze(layer)
+        weights_only = self.errors(model)
+        with watch.phase(PHASES[2]):
+            plain_activations(model, self.data, self.recipe["a_bits"])
+        self.calibrate(model, seed)
+        return watch.seconds, weights_only + self.errors(model)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean, with the standard deviation of several."""
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
+
+
+def table(title: str, runs: Mapping[str, Sequence[tuple[Mapping[str, float], Sequence[float]]]]) -> Table:
+    """Seconds, their ratio to the plain recipe's, and errors of every recipe."""
+    shown = Table(title=title, title_justify="left")
+    for column in ("", *(f"{phase}, s" for phase in PHASES), "total, s", "learning / plain", "total / plain", *ERRORS):
+        shown.add_column(column, justify="right" if column else "left")
+
+    def median(name: str, *phases: str) -> float:
+        return statistics.median(sum(seconds[phase] for phase in phases) for seconds, _ in runs[name])
+
+    for name, results in runs.items():
+        seconds = [median(name, phase) for phase in PHASES] + [median(name, *PHASES)]
+        ratios = [median(name, *of) / median("plain", *of) for of in (PHASES[1:2], PHASES)]
+        errors = [spread(values, ".5f") for values in zip(*(errors for _, errors in results), strict=True)]
+        shown.add_row(name, *(f"{x:.2f}" for x in seconds), *(f"{x:.2f}" for x in ratios), *errors)
+    return shown
 
 
 def main() -> None:
-    """Time every phase twice."""
+    """Run every recipe with every seed, print the table, and save the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--iterations", type=int, help="per unit (default: the recipe's)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--save", type=Path, help="a JSON file of all numbers")
     args = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    reference = json.loads((args.folder / "reference.json").read_text(encoding="utf-8"))
-    recipe, tensors = reference["recipe"], load_file(args.folder / "data.safetensors")
-    unet = compvis_unet.load_unet(reference["architecture"], load_file(args.folder / "init_state.safetensors"))
-    learnable = copy.deepcopy(unet).requires_grad_(True)
-    timesteps = sorted((int(t) for t in tensors["tsteps"]), reverse=True)
-    data = read(tensors, "cali", timesteps)
-    parts = read_structure(unet, {k: v[:1] for k, v in data.inputs(torch.device("cpu")).items()})
-    plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv(reference["architecture"]))
-    scales = ScalePlan(PerStepConfig(), PerStepConfig())
-    resolved = resolve(plan, parts, tuple(attentions(unet)), scales, tuple(timesteps))
-    means = ComputeConfig(2 * recipe["batch_size"], 2**32, quiet_trainer(torch.device("cpu")))
-    learning = learning_of(recipe, args.iterations or recipe["iters"])
-    watch, quiet = Stopwatch(), NoCheckpoints()
-
-    model = build_quantized_unet(unet, resolved, LpObserver())
-    units = TemporalAware()(parts, frozenset(model.weight_layers()))
-    with watch.of("plain", "weight grids"):
-        plain_weight_grids(model)
-    with watch.of("ours", "weight grids"):
-        model.calibrate_weights()
-    context = ReconstructionContext(model, unet, parts, data, means, 0, quiet, quiet)
-    for unit, view in capture_float_units(context, units, learning):
-        inputs = view.inputs.get("float") or Capture(data, means.batch, SpillAllocator(2**32)).inputs(
-            model, unit.module(model.unet)
-        )
-        with watch.of("plain", "capture and learning"):
-            plain_capture(model, unet, unit, data, recipe["batch_size"])
-            plain(model, unit, learnable, inputs, view.outputs, learning)
-        for layer in unit.layers:
-            model.freeze(layer)
-    with watch.of("plain", "activation ranges"):
-        plain_activations(model, data, recipe["a_bits"])
-
-    model = build_quantized_unet(unet, resolved, LpObserver())
-    with watch.of("ours", "capture and learning"):
-        reconstruct(replace(context, model=model), units, learning)
-    with watch.of("ours", "activation ranges"):
-        CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, data, 0)
-    Console().print(watch.table(f"CPU seconds, {len(units)} units of {learning.iterations} iterations"))
+    bench = Bench(args.folder)
+    adaround = learning_of(bench.recipe, args.iterations or bench.recipe["iters"])
+    assert adaround.rounding is not None
+    fast = replace(adaround, iterations=50, gptq=GPTQConfig(), rounding=replace(adaround.rounding, learning_rate=0.1))
+    recipes: dict[str, Callable[[int], tuple[dict[str, float], list[float]]]] = {
+        "plain": lambda seed: bench.plain(adaround, seed),
+        "AdaRound": lambda seed: bench.ours(adaround, seed),
+        "GPTQ": lambda seed: bench.ours(replace(adaround, gptq=GPTQConfig(), rounding=None), seed),
+        "GPTQ, then AdaRound": lambda seed: bench.ours(fast, seed),
+    }
+    runs = {name: list[tuple[dict[str, float], list[float]]]() for name in recipes}
+    for seed in args.seeds:
+        for name, run in recipes.items():
+            runs[name].append(run(seed))
+    units = len(bench.model()[1])
+    title = f"{args.folder.name}: {units} units, AdaRound of {adaround.iterations} iterations, {len(args.seeds)} seeds"
+    Console().print(table(f"{title}; CPU seconds are medians", runs))
+    if args.save:
+        rows = {
+            name: [{"seconds": s, "errors": dict(zip(ERRORS, e, strict=True))} for s, e in all_]
+            for name, all_ in runs.items()
+        }
+        write_json(args.save, {"seeds": args.seeds, "iterations": adaround.iterations, "recipes": rows})
 
 
 if __name__ == "__main__":
