@@ -1,7 +1,12 @@
-"""Train the two networks that the project ships: the digits denoiser and the digits classifier.
+"""Train the two networks that the project ships: the digits denoiser and the digits classifier; and another denoiser.
 
     python scripts/train_digits.py all --out outputs/digits          # both, from nothing (about 1.5 h on two CPU cores)
     python scripts/train_digits.py denoiser --steps 7000             # one of them; run again after a crash to resume
+    python scripts/train_digits.py pipeline                          # another denoiser, as a folder of diffusers
+
+The pipeline differs in architecture and noise schedule, to try a setting that was chosen on the shipped one:
+
+    python run.py model=diffusers path=outputs/digits/pipeline data=digits eval=digits protocol@_global_.protocol=digits
 
 Writes checkpoints and logs under --out and, when training is complete, `<name>.safetensors`, `<name>.log.csv`,
 `<name>.json` (how it was made, with hash) and for the denoiser `denoiser.png` (64 samples) under --weights.
@@ -32,6 +37,7 @@ from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.data.digits import load_images
 from tfmq_exp.denoisers.digits import (
+    IMAGE_SIZE,
     WEIGHTS,
     DigitClassifier,
     build_schedule,
@@ -63,18 +69,18 @@ class Training(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=self.weight_decay)
-        factor = functools.partial(cosine_with_warmup, warmup=200, total=self.steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, functools.partial(cosine_with_warmup, warmup=200, total=self.steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class DenoiserTraining(Training):
     """The simple loss of DDPM (arXiv 2006.11239, eq. 14): predict the noise at a uniformly drawn timestep."""
 
-    def __init__(self, steps: int) -> None:
-        unet: Any = build_unet()  # whose `to` pyright takes for a decorator's
+    def __init__(self, unet: Any, schedule: Any, steps: int) -> None:
         super().__init__(unet.to(memory_format=torch.channels_last), steps, weight_decay=0.0)
-        self.schedule = build_schedule()
+        self.schedule = schedule
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         images = batch[0].float() / 127.5 - 1
@@ -85,6 +91,25 @@ class DenoiserTraining(Training):
         loss = F.mse_loss(self.network(noisy, t).sample, noise)
         self.log("loss", loss, prog_bar=True)
         return loss
+
+
+def build_pipeline() -> Any:
+    """Another denoiser, 1.1 M parameters: scale and shift by the temporal feature, two layers in a block, a cosine schedule."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # after tfmq_exp, which silences its warnings
+
+    unet = UNet2DModel(
+        sample_size=IMAGE_SIZE,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16,
+        norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
+    )
+    return DDPMPipeline(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False))
 
 
 class ClassifierTraining(Training):
@@ -187,9 +212,9 @@ def save_samples(weights: Path, steps: int = 50) -> None:
 def main() -> None:
     """Parse the command line and train what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=["denoiser", "classifier", "all"])
+    parser.add_argument("network", choices=["denoiser", "classifier", "all", "pipeline"])
     parser.add_argument(
-        "--steps", type=int, help="optimiser steps (default: 7000 for the denoiser, 2500 for the classifier)"
+        "--steps", type=int, help="of the optimiser (default: 7000 for a denoiser, 2500 for the classifier)"
     )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -211,9 +236,15 @@ def main() -> None:
         )
     if args.network in ("denoiser", "all"):
         pl.seed_everything(args.seed)
-        module = DenoiserTraining(args.steps or 7000)
+        module = DenoiserTraining(build_unet(), build_schedule(), args.steps or 7000)
         export("denoiser", module, train("denoiser", module, TensorDataset(images, labels), None, args), args)
         save_samples(args.weights)
+    if args.network == "pipeline":
+        pl.seed_everything(args.seed)
+        pipeline = build_pipeline()
+        module = DenoiserTraining(pipeline.unet, pipeline.scheduler, args.steps or 7000)
+        train("pipeline", module, TensorDataset(images, labels), None, args)
+        pipeline.save_pretrained(args.out / "pipeline")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_any_stage_that_is_deleted_is_made_again_and_the_job_is_found_after_that
     assert stages == first[1]["cost"]["stages"]
     assert set(stages) == {
         *("trajectory", "weights", "activations", "images", "float images"),
-        *("reference", "scores", "float scores", "diagnostics"),
+        *("reference", "scores", "float scores", "diagnostics", "comparison"),
     }
     for name in stages:
         stage = name.removeprefix("float ")

@@ -19,6 +19,7 @@ class Evaluation(NamedTuple):
     images: evaluation.SampleImages
     scores: evaluation.ScoreImages
     errors: evaluation.MeasureErrors
+    comparison: evaluation.CompareImages  # with the float network's images
 
 
 class Experiment:
@@ -40,7 +41,9 @@ class Experiment:
         self.quantized = QuantizedNetwork(run.sampling, self.activations, self.correction)
         self.reference = evaluation.ComputeReference(*given)
         float_sampler = run.sampling.predictor(run.denoiser.unet), run.sampling
-        self.float_images, self.float_scores, _ = self._evaluation("float ", None, lambda: float_sampler)
+        float_network = evaluation.SampledNetwork(None, lambda: float_sampler)
+        self.float_images = evaluation.SampleImages(*given, float_network, prefix="float ")
+        self.float_scores = evaluation.ScoreImages(*given, self.float_images, self.reference, prefix="float ")
         self.simulated = self._evaluation("", self.quantized.stage, self.quantized.sampler)
         self.export = export = ExportEngine(*given, engine, self.quantized) if engine else None
         self.deployed = self._evaluation(f"{export.name} ", export, export.sampler) if export else None
@@ -53,7 +56,10 @@ class Experiment:
         given, sampled = (self.run, self.pipeline), evaluation.SampledNetwork(*sampled_as)
         images = evaluation.SampleImages(*given, sampled, prefix=prefix)
         scores = evaluation.ScoreImages(*given, images, self.reference, prefix=prefix)
-        return Evaluation(images, scores, evaluation.MeasureErrors(*given, sampled, self.quantized, prefix=prefix))
+        errors = evaluation.MeasureErrors(*given, sampled, self.quantized, prefix=prefix)
+        return Evaluation(
+            images, scores, errors, evaluation.CompareImages(*given, images, self.float_images, prefix=prefix)
+        )
 
     def data(self, goal: str) -> list[Stage]:
         """Stages with the data that weights (`goal` is weights) or the whole network are made from."""
@@ -71,13 +77,13 @@ class Experiment:
             "activations": [self.activations],
             "correction": [self.correction],
             "images": [self.float_images, self.simulated.images],
-            "scores": [self.reference, self.float_scores, self.simulated.scores, self.simulated.errors],
+            "scores": [self.reference, self.float_scores, *self.simulated[1:]],
             "diagnose": [*self.diagnoses.values()],
         }
         found = [stage for name in stages if name in goals for stage in stages[name] if stage]
         if self.export and self.deployed:
             sampled = [self.deployed.images] if "images" in goals else []
-            scored = [self.deployed.scores, self.deployed.errors] if "scores" in goals else []
+            scored = [*self.deployed[1:]] if "scores" in goals else []
             found += [self.export, *sampled, *scored]
         return list(dict.fromkeys(found))
 

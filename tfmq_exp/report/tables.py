@@ -45,7 +45,9 @@ MORE_SCORES = (
 )
 ERRORS = (
     Column("temporal error", _entry("errors", "temporal_relative_mse"), 5, "↓"),
+    Column("step error", _entry("errors", "step"), 5, "↓"),
     Column("trajectory error", _entry("errors", "trajectory"), 4, "↓"),
+    Column("PSNR, dB", _entry("errors", "psnr"), 1, "↑"),
 )
 SHARES = (
     Column("weights integer", _entry("quantized", "weight_share"), 3),

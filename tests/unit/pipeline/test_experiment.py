@@ -37,7 +37,7 @@ NETWORK = ("trajectory", "weights", "activations")
             *("ptqd", "scores"),
             (
                 *(*NETWORK, "correction", "float images", "images"),
-                *("reference", "float scores", "scores", "diagnostics"),
+                *("reference", "float scores", "scores", "diagnostics", "comparison"),
             ),
         ),
     ],

@@ -59,7 +59,7 @@ def score_records(
         choices=changes(overrides, INSIDE)
         | {key: value for key, value in changes(overrides, "experiment=").items() if "as_released/" in value},
         settings=settings(cfg, overrides),
-        errors=mean_errors(experiment.simulated.errors.errors()),
+        errors=mean_errors(experiment.simulated),
         quantized=quantized,
         cost=cost_of(experiment, began),
         keys={name: record["key"] for name, record in experiment.pipeline.stage_log.items()},
@@ -81,11 +81,11 @@ def deployed_record(
         "executed_in": sorted(set(executed) - {FLOAT}),
         "engine": dict(engine.identity),
     }
-    stages = {"images": deployed.images, "scores": deployed.scores, "diagnostics": deployed.errors}
+    stages = {stage.stored_as: stage for stage in deployed}
     return replace(
         simulated,
         scores=deployed.scores.scores(),
-        errors=mean_errors(deployed.errors.errors()),
+        errors=mean_errors(deployed),
         choices={**simulated.choices, **engine_choices(engine.name, overrides)},
         weights_bytes=size,
         quantized={**simulated.quantized, **kernels},
@@ -130,12 +130,13 @@ def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
     }
 
 
-def mean_errors(errors: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """The two error curves as the numbers of a row."""
+def mean_errors(evaluation: Evaluation) -> dict[str, float]:
+    """The two error curves as the numbers of a row, and the distance of the images from the float network's."""
+    errors, psnr = evaluation.errors.errors(), evaluation.comparison.psnr()
     columns = [("temporal", f"temporal_{name}", name) for name in ("cosine", "mse", "relative_mse")]
     columns.append(("trajectory", "step", "eps_error"))
     averages = {title: float(np.mean([row[name] for row in errors[curve]])) for curve, title, name in columns}
-    return {**averages, "trajectory": errors["trajectory"][-1]["x_error"]}
+    return {**averages, "trajectory": errors["trajectory"][-1]["x_error"], **({} if psnr is None else {"psnr": psnr})}
 
 
 def changes(overrides: Sequence[str], keys: str | tuple[str, ...]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Evaluation of one network: its images, their scores, and its errors against the float one."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchmetrics.image import PeakSignalNoiseRatio
 
 from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.core.finite import within
@@ -22,7 +24,7 @@ from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.sampling.trajectory import Predict
 
-STATISTICS, SCORES, ERRORS = "statistics.safetensors", "scores.json", "errors.json"
+STATISTICS, SCORES, ERRORS, COMPARISON = "statistics.safetensors", "scores.json", "errors.json", "comparison.json"
 
 
 class SampledNetwork(NamedTuple):
@@ -141,6 +143,29 @@ class ScoreImages(Stage):
     def scores(self) -> dict[str, float]:
         """Score by metric."""
         return self.read_json(SCORES)
+
+
+@dataclass(eq=False)
+class CompareImages(Stage):
+    """Images of one network against those that the float network makes of the same noise."""
+
+    images: SampleImages
+    exact: SampleImages
+    stored_as = "comparison"
+
+    def inputs(self) -> Mapping[str, Any]:
+        return {"images": self.images.key, "float_images": self.exact.key}
+
+    def compute(self, folder: Path) -> None:
+        ratio = PeakSignalNoiseRatio(data_range=255.0, sync_on_compute=False)  # of bytes, over all images together
+        for images, exact in zip(self.images.images(), self.exact.images(), strict=True):
+            ratio.update(images.float(), exact.float())
+        psnr = float(ratio.compute())
+        self.pipeline.store.write_json(folder / COMPARISON, {"psnr": psnr if math.isfinite(psnr) else None})
+
+    def psnr(self) -> float | None:
+        """Peak signal-to-noise ratio in dB; None where all images are the same."""
+        return self.read_json(COMPARISON)["psnr"]
 
 
 @dataclass(eq=False)
