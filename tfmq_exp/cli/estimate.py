@@ -236,7 +236,9 @@ class Costs:
         learned = [p for p in self.model.unet.parameters() if recipe.rounding or p.dim() == 1]
         cost = self.iteration(min(recipe.batch, samples), learned)
         driven = [unit for unit in units if unit.driver == "denoiser"]
-        cached = samples * sum(sample_bytes(self.unet, driven, self.data(2), with_inputs=False).values())
+        cached = samples * sum(
+            sample_bytes(self.unet, driven, self.data(2), with_inputs=False, form=recipe.cache).values()
+        )
         # of all samples through the networks: again for each unit, as far as the cache cannot keep what units return
         passes = 3 + len(units) * max(0.0, 1 - run.compute.cache_bytes / max(cached, 1))
         row = self.quantized_call.seconds / self.batch / self.rows_per_image

@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.batches import batches
-from tfmq_exp.core.finite import require_finite
+from tfmq_exp.reconstruction.cache_format import CacheFormat, decode, encode
 
 
 class SpillAllocator:
-    """Allocates tensors: in memory up to `budget` bytes, then as files of a temporary folder below `folder`."""
+    """Allocates tensors: in memory up to `budget` bytes, then as files of a temporary folder below `folder`.
 
-    def __init__(self, budget: int, folder: Path | None = None) -> None:
+    `form` is the format of activations that are stored in them.
+    """
+
+    def __init__(self, budget: int, folder: Path | None = None, form: CacheFormat = "float32") -> None:
         self.budget, self.folder, self.used = budget, folder, 0
+        self.form: CacheFormat = form
         self._spill: tempfile.TemporaryDirectory[str] | None = None
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -46,13 +50,17 @@ def has_samples(leaf: Any) -> bool:
 
 @dataclass(frozen=True)
 class TensorTree:
-    """A nested structure over all samples: tensors with samples first, and everything else as constants."""
+    """A nested structure over all samples: tensors with samples first, and everything else as constants.
+
+    Its tensors are stored in `form`, and come out as they were put in, as far as the format holds them.
+    """
 
     whole: Any
+    form: CacheFormat = "float32"
 
     @classmethod
     def like(cls, example: Any, samples: int, storage: SpillAllocator) -> "TensorTree":
-        """Allocate `samples` samples of a structure of which `example` is one batch."""
+        """Allocate `samples` samples of a structure of which `example` is one batch, in the storage's format."""
 
         def allocate(leaf: Any) -> Any:
             if not has_samples(leaf):
@@ -62,29 +70,38 @@ class TensorTree:
             stored = storage.allocate((samples, *(leaf.shape[dim] for dim in order[1:])), leaf.dtype)
             return stored.permute([order.index(dim) for dim in range(leaf.dim())])
 
-        return cls(pytree.tree_map(allocate, example))
+        return cls(pytree.tree_map(allocate, encode(example, storage.form)), storage.form)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors that have samples."""
+        """The stored tensors that have samples."""
         return [leaf for leaf in pytree.tree_leaves(self.whole) if has_samples(leaf)]
 
-    def structure(self, tensors: Sequence[Tensor]) -> Any:
-        """The structure around other tensors."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(x.nbytes for x in self.tensors)
+
+    def around(self, tensors: Sequence[Tensor]) -> Any:
+        """The structure around other stored tensors."""
         given = iter(tensors)
         return pytree.tree_map(lambda leaf: next(given) if has_samples(leaf) else leaf, self.whole)
 
+    def structure(self, tensors: Sequence[Tensor]) -> Any:
+        """The structure around rows of the stored tensors, as they were before they were stored."""
+        return decode(self.around(tensors))
+
     def write(self, start: int, batch: Any) -> None:
         """Store one batch at position `start`; NotFiniteError for a NaN or an infinity, which no unit can learn from."""
-        for stored, value in zip(self.tensors, TensorTree(batch).tensors, strict=True):
-            stored[start : start + len(value)] = require_finite(value.detach(), "a tensor on the calibration set")
+        for stored, value in zip(self.tensors, TensorTree(encode(batch, self.form)).tensors, strict=True):
+            stored[start : start + len(value)] = value
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     def thinned(self, count: int) -> "TensorTree":
         """Every k-th sample: `count` of them, or up to twice as many."""
-        return TensorTree(self.structure([x[:: max(1, len(self) // count)] for x in self.tensors]))
+        return TensorTree(self.around([x[:: max(1, len(self) // count)] for x in self.tensors]), self.form)
 
     def batches(self, size: int, device: torch.device) -> Iterator[Any]:
         """The structure for consecutive samples, `size` at a time."""

@@ -5,7 +5,7 @@ Inputs are stored as (timesteps, args, kwargs): per-step scales need the timeste
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.cache_format import CacheFormat, encode
 from tfmq_exp.reconstruction.units import Origin, Unit
 
 
@@ -120,6 +121,9 @@ class Capture:
         modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
         outputs: dict[str, list[Tensor]] = {}
         stored: dict[str, TensorTree] = {}
+        exact = replace(
+            self, storage=SpillAllocator(self.storage.budget, self.storage.folder)
+        )  # squares span too wide a range
 
         def hook(name: str, output: Any) -> None:
             outputs[name] = pytree.tree_leaves(output)
@@ -137,19 +141,21 @@ class Capture:
                 gradients = iter(torch.autograd.grad(predicted, [x for name in modules for x in outputs[name]], v))
                 for name in modules:
                     with within(f"the gradients at the outputs of {name}"):
-                        self.write(stored, name, start, [next(gradients).square() for _ in outputs[name]])
+                        exact.write(stored, name, start, [next(gradients).square() for _ in outputs[name]])
                 outputs.clear()
         for squared in (x for tree in stored.values() for x in tree.tensors):
             squared.div_(squared.mean().clamp(min=torch.finfo(squared.dtype).tiny))
         return stored
 
 
-def sample_bytes(unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool) -> dict[str, int]:
-    """Bytes of each unit's outputs in the float network for the first sample, with those of its inputs if asked for."""
+def sample_bytes(
+    unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool, form: CacheFormat
+) -> dict[str, int]:
+    """Cached bytes of each unit's outputs in the float network for the first sample, with those of its inputs if asked for."""
     with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
         list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(unet))
-    leaves = {name: pytree.tree_leaves(call if with_inputs else call[-1]) for name, call in calls.items()}
-    return {name: sum(x.nbytes for x in tensors if isinstance(x, Tensor)) for name, tensors in leaves.items()}
+    found = {name: encode(call if with_inputs else call[-1], form) for name, call in calls.items()}
+    return {name: TensorTree(tree).nbytes for name, tree in found.items()}
 
 
 def groups_within(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
@@ -209,10 +215,14 @@ class OutputReplay:
         self.budget = budget
         self.outputs: dict[nn.Module, TensorTree] = {}
 
+    def holds(self, outputs: TensorTree) -> bool:
+        """Whether outputs of this size can be kept at all."""
+        return outputs.nbytes <= self.budget
+
     def add(self, unit: nn.Module, outputs: TensorTree) -> None:
         """Keep the outputs of a finished unit, for all samples in order."""
         self.outputs[unit] = outputs
-        while self.outputs and sum(x.nbytes for tree in self.outputs.values() for x in tree.tensors) > self.budget:
+        while sum(tree.nbytes for tree in self.outputs.values()) > self.budget:
             del self.outputs[next(iter(self.outputs))]
 
     @contextmanager

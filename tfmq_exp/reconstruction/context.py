@@ -17,6 +17,7 @@ from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator
+from tfmq_exp.reconstruction.cache_format import CacheFormat
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
@@ -82,9 +83,9 @@ class ComputeConfig:
     processes: ProcessGroup = ALONE  # ranks that share the work
     checkpoint_every: timedelta = timedelta(minutes=5)  # time that a killed training may have to repeat
 
-    def storage(self, share: int = 1) -> SpillAllocator:
-        """An allocator with 1 / `share` of the cache."""
-        return SpillAllocator(self.cache_bytes // share, self.cache_folder)
+    def storage(self, share: int = 1, form: CacheFormat = "float32") -> SpillAllocator:
+        """An allocator with 1 / `share` of the cache, for activations in a format."""
+        return SpillAllocator(self.cache_bytes // share, self.cache_folder, form)
 
 
 @dataclass(frozen=True)

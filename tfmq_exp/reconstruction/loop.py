@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import LambdaCallback
+from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.finite import DivergedError, relative, within
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, modes
-from tfmq_exp.reconstruction.activation_cache import TensorTree
+from tfmq_exp.reconstruction.activation_cache import TensorTree, has_samples
 from tfmq_exp.reconstruction.capture import (
     Capture,
     OutputReplay,
@@ -52,7 +53,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     model, compute = context.model, context.compute
     model.context.require(context.data.t.unique().tolist())
     remaining = restore_finished(context, [unit for unit in units if is_learnable(model, unit, config)], config)
-    storage, replay = compute.storage(4), OutputReplay(compute.cache_bytes // 4)
+    storage, replay = compute.storage(4, config.cache), OutputReplay(compute.cache_bytes // 4)
     for unit, activations in capture_float_units(context, remaining, config):
         start, module = time.perf_counter(), unit.module(model.unet)
         inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs.get("float"))
@@ -128,9 +129,10 @@ def capture_float_units(
 ) -> Iterator[tuple[Unit, UnitActivations]]:
     """Each unit with its activations in the float network; one pass captures as many units as fit into half of the cache."""
     unet, data, compute = context.float_unet, context.data, context.compute
-    with_inputs, capture = "float" in config.inputs.origins, Capture(data, compute.batch, compute.storage(2))
+    with_inputs = "float" in config.inputs.origins
+    capture = Capture(data, compute.batch, compute.storage(2, config.cache))
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
-    sizes = sample_bytes(unet, list(driven.values()), data, with_inputs=with_inputs)
+    sizes = sample_bytes(unet, [*driven.values()], data, with_inputs=with_inputs, form=config.cache)
     groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.budget)
     activations: dict[str, UnitActivations] = {}
     for unit in units:
@@ -204,18 +206,18 @@ def unit_error(
 ) -> float:
     """Mean squared error of the quantized unit's outputs over their variance, averaged over the outputs, on some samples.
 
-    With `replay`, the unit runs on all samples, and its outputs are kept there.
+    With `replay`, the unit runs on all samples, and its outputs are kept there, if it can hold them.
     """
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
-    inputs = next(iter(activations.inputs.values()))
-    inputs = inputs if replay else inputs.thinned(ERROR_SAMPLES)
-    outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4 if replay else 1))
-    if replay:
+    inputs, exact = next(iter(activations.inputs.values())), activations.outputs
+    if replay and replay.holds(exact):
+        outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4, exact.form))
         replay.add(module, outputs)
         outputs = outputs.thinned(ERROR_SAMPLES)
-    pairs = [
-        (x, y.to(x)) for x, y in zip(outputs.tensors, activations.outputs.thinned(ERROR_SAMPLES).tensors, strict=True)
-    ]
+    else:
+        outputs = run_unit(module, model.context, inputs.thinned(ERROR_SAMPLES), compute.batch, compute.storage())
+    both = (pytree.tree_leaves(tree.structure(tree.tensors)) for tree in (outputs, exact.thinned(ERROR_SAMPLES)))
+    pairs = [(x, y.to(x)) for x, y in zip(*both, strict=True) if has_samples(x)]
     sizes = [((x - y).square().mean(), y.var(correction=0)) for x, y in pairs]
     errors = [float(relative(*size, "the outputs of a unit")) for size in sizes]
     return sum(errors) / len(errors)

@@ -18,6 +18,7 @@ from tfmq_exp.quant.rounding import AdaRound, JointRounding, penalty_gradient
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import TensorTree
+from tfmq_exp.reconstruction.cache_format import FORMAT, CacheFormat
 from tfmq_exp.reconstruction.capture import call_unit
 from tfmq_exp.reconstruction.closed_form import GPTQConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
@@ -64,9 +65,10 @@ class ReconstructionConfig:
     # microbatches of a batch, which processes share. Results depend on their number in the last bits, and not on the
     # number of processes.
     parts: int = 1
+    cache: CacheFormat = "float32"  # in which a unit's inputs and outputs over the calibration set are stored
 
     def __post_init__(self) -> None:
-        check_fields(self, iterations=COUNT, batch=COUNT, parts=COUNT)
+        check_fields(self, iterations=COUNT, batch=COUNT, parts=COUNT, cache=FORMAT)
         check_fields(self, rounding=optional(instance_of(LearnRounding)), scales=optional(instance_of(LearnScales)))
         if self.parts > self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
