@@ -201,9 +201,11 @@ class Costs:
             samples = self.rows_per_image * phase.budget(*budget).samples
             learning, peak, cached = self.learning(name, phase, samples, finished)
             seconds += learning
-        kept, disk = min(cached, self.run.compute.cache_bytes), self.network * CODE_BYTES
-        peak += self.quantized + self.float_network
-        return StageEstimate(name, seconds, peak, 2 * samples * self.sample + kept, disk + cached - kept)
+        on_device = min(cached, self.run.compute.device_cache_bytes)
+        kept, disk = min(cached - on_device, self.run.compute.cache_bytes), self.network * CODE_BYTES
+        peak += self.quantized + self.float_network + on_device
+        host = 2 * samples * self.sample + kept
+        return StageEstimate(name, seconds, peak, host, disk + cached - on_device - kept)
 
     def weight_ranges(self) -> float:
         """Seconds of the range search for all weights, from some channels of the largest."""

@@ -79,6 +79,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
         report = UnitReport(*size, error_before, error_after, time.perf_counter() - start, peak_memory_mib())
         context.checkpointer.put(unit.name, unit_result(model, unit, config), report)
         context.progress.on_unit_end(unit.name, report)
+        del activations, inputs  # the pass that captures the next units needs the room
 
 
 def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> dict[str, AffineQuantizer]:
@@ -131,7 +132,7 @@ def capture_float_units(
     with_inputs, capture = "float" in config.inputs.origins, Capture(data, compute.batch, compute.storage(2))
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     sizes = sample_bytes(unet, list(driven.values()), data, with_inputs=with_inputs)
-    groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.budget)
+    groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.capacity)
     activations: dict[str, UnitActivations] = {}
     for unit in units:
         if unit.driver == "timesteps":  # one row for each of them
@@ -190,7 +191,7 @@ def learn_unit(
         set_training(True)
         trainer.fit(task, batches)
         set_training(False)
-    module.to(device)
+    task.to(device)  # Lightning leaves the unit and its context on the CPU
     learned = concatenated([x.detach() for x in task.learned])
     processes.check_same(f"what {unit.name} has learned", learned)
     if not bool(learned.isfinite().all()):  # a NaN would be rounded down like any other number
@@ -209,13 +210,13 @@ def unit_error(
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
     inputs = next(iter(activations.inputs.values()))
     inputs = inputs if replay else inputs.thinned(ERROR_SAMPLES)
-    outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4 if replay else 1))
+    storage = compute.storage(4, on_device=False) if replay else compute.storage()
+    outputs = run_unit(module, model.context, inputs, compute.batch, storage)
     if replay:
         replay.add(module, outputs)
         outputs = outputs.thinned(ERROR_SAMPLES)
-    pairs = [
-        (x, y.to(x)) for x, y in zip(outputs.tensors, activations.outputs.thinned(ERROR_SAMPLES).tensors, strict=True)
-    ]
+    targets, device = activations.outputs.thinned(ERROR_SAMPLES), next(model.parameters()).device
+    pairs = [(x.to(device), y.to(device, x.dtype)) for x, y in zip(outputs.tensors, targets.tensors, strict=True)]
     sizes = [((x - y).square().mean(), y.var(correction=0)) for x, y in pairs]
     errors = [float(relative(*size, "the outputs of a unit")) for size in sizes]
     return sum(errors) / len(errors)
