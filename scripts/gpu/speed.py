@@ -1,5 +1,6 @@
 """Seconds of a network of real size on a device: iterations, GPTQ, images, engines; and of the full recipe, from these."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu.measuring import Clock, Row, seconds_of
+from gpu.measuring import Clock, Row, seconds_of, synchronize
 from gpu.networks import Network, learned_unit, recipe_of
 from tfmq_exp.core.precision import Precision
 from tfmq_exp.core.seeds import Stream
@@ -24,6 +25,7 @@ from tfmq_exp.report.published_tables import find_table, read_published
 DEVICE_CACHE = 2**36  # bytes, more than any unit needs here
 UNIT_SECONDS = 3.0  # that a unit's capture and iterations may take
 IMAGES = 16  # that are sampled together
+LAUNCHED = 3  # iterations whose launches fit into a device's queue
 
 
 def iterations_of(quick: bool) -> int:
@@ -91,18 +93,33 @@ def summed_iterations(network: Network) -> float:
     return seconds * sum(map(network.macs, network.units)) / sum(map(network.macs, measured))
 
 
+def launch_seconds(network: Network, unit: Unit) -> float:
+    """Seconds that the host takes to launch an iteration, whose end it does not wait for."""
+    activations = network.activations(unit, 2 * network.batch, DEVICE_CACHE)
+    with learned_unit(network.learning, unit, activations, recipe_of(20_000, network.batch), network.device) as task:
+        (rows,) = RandomRows(2 * network.batch, network.batch, LAUNCHED, 0, chunk=LAUNCHED)
+        task.training_step(rows, 0)
+        synchronize(network.device)
+        began = time.perf_counter()
+        task.training_step(rows, 0)
+        return (time.perf_counter() - began) / LAUNCHED
+
+
 def variants(network: Network) -> list[Row]:
-    """Iterations of the largest unit in other precisions, and with samples beside the device."""
+    """Iterations of the largest unit in other precisions, and with samples beside the device; launching of iterations."""
     unit = network.largest_and_median["largest"]
     choices: Mapping[str, Any] = {
         "TF32": {"precision": "tf32"},
         "bfloat16": {"precision": "bfloat16"},
         "float32, samples in page-locked memory": {"device_cache_bytes": 0},
     }
-    return [
+    rows = [
         Row(f"iteration of the largest unit, {name}", iteration_seconds(network, unit, **choice), "s")
         for name, choice in choices.items()
     ]
+    launches = {name: launch_seconds(network, each) for name, each in network.largest_and_median.items()}
+    note = "host alone; where the iteration takes no longer, a CUDA graph could help"
+    return [*rows, *(Row(f"launching an iteration of the {name} unit", s, "s", note) for name, s in launches.items())]
 
 
 def closed_form(network: Network) -> list[Row]:
