@@ -13,8 +13,10 @@ Exit status: 0; 1 if a difference exceeds its tolerance or a part failed.
 import argparse
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from tfmq_exp.cli.environment import git_state, pick_device, prepare
 from tfmq_exp.core.files import write_atomically
 
 MODELS = ("ldm_bedroom", "sd_v1_4")
+UNITS_MINUTES = 1.5  # for the iterations of all units of a network; the others follow from their multiply-accumulates
 
 
 def describe(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
@@ -41,9 +44,18 @@ def describe(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
         capability = f"{card.major}.{card.minor}"
         memory = f"{card.total_memory / 2**30:.0f} GiB"
         found |= {"device": card.name, "capability": capability, "memory": memory, "cuda": torch.version.cuda}
+        found["driver"] = driver_version()
     tf32 = f"{torch.backends.cuda.matmul.allow_tf32}, {torch.backends.cudnn.allow_tf32}"
     found |= {"minutes": args.minutes, "quick": args.quick, "TF32 unless named (products, convolutions)": tf32}
     return found
+
+
+def driver_version() -> str:
+    """The driver's version, by the program that comes with it; `unknown` without it."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[0]
+    return "unknown"
 
 
 def parts_of(network: Network, clock: Clock) -> Iterator[Part]:
@@ -51,7 +63,7 @@ def parts_of(network: Network, clock: Clock) -> Iterator[Part]:
     large = network.name == "sd_v1_4"
     for name, seconds, work in (
         ("weight ranges", 60 if large else 30, lambda: speed.calibrate(network)),
-        ("iterations", 20, lambda: speed.iterations(network, clock)),
+        ("iterations", 20, lambda: speed.iterations(network, Clock(min(UNITS_MINUTES, clock.left / 60)))),
         ("images", 60 if large else 40, lambda: speed.sampling(network)),
         ("full recipe", 0, lambda: speed.full_recipe(network)),
         ("GPTQ", 30, lambda: speed.closed_form(network)),

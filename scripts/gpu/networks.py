@@ -26,7 +26,7 @@ from tfmq_exp.reconstruction.loop import capture_float_units
 from tfmq_exp.reconstruction.module import BlockReconstruction, LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import FloatInputs, TemporalAware, Unit
-from tfmq_exp.sampling.conditioning import Classes
+from tfmq_exp.sampling.conditioning import Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM, PLMS
 from tfmq_exp.surgery.config import LayerBits, QuantizationConfig, ScalePlan
@@ -105,7 +105,8 @@ class Network:
         asked, guidance = self.protocol["sampling"], self.settings["sampling"]["guidance"]
         steps = 4 if self.quick else asked["num_inference_steps"]
         sampler = DDIM(steps, eta=asked["eta"]) if guidance == 1 else PLMS(steps)
-        return Sampling(sampler, **({} if guidance == 1 else {"conditioning": Classes(1000)}), guidance=guidance)
+        conditioning = Unconditional() if guidance == 1 else Classes(1000)
+        return Sampling(sampler, conditioning, guidance)
 
     @cached_property
     def structure(self) -> UNetStructure:

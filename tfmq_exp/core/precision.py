@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
     copies of the weights until the block ends: a weight that learns needs a block for every iteration.
     """
     if precision == "tf32":
-        settings = torch.backends.cuda.matmul, torch.backends.cudnn
+        settings: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
         before = [each.allow_tf32 for each in settings]
         try:
             for each in settings:

@@ -25,7 +25,6 @@ from tfmq_exp.reconstruction.objectives import Annealing, Objective
 from tfmq_exp.reconstruction.random_batches import Rows, load_batches
 from tfmq_exp.reconstruction.units import UnitInputs
 
-
 LEARNING_PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
