@@ -209,7 +209,7 @@ def full_recipe(network: Network) -> list[Row]:
     by a pass of the quantized network that ends there, on average in its middle.
     """
     if not (network.iteration_seconds and network.row_seconds):
-        raise ValueError("the estimate needs the iterations and the images, which were not measured")
+        return [Row("estimate", "none", "", "iterations or images were not measured")]
     protocol, calls, halves = (
         network.protocol,
         len(network.sampling.calls(network.denoiser)),

@@ -196,7 +196,7 @@ class StepSwitch(nn.Module):
         if len(self.used) == 1:
             return self.choices[self.used[0]](x)
         chosen = self.at[self.context.index]
-        used = [int(i) for i in chosen.unique().cpu()]
+        used = sorted({int(i) for i in chosen.cpu()})
         if len(used) == 1:
             return self.choices[used[0]](x)
         rows, out = chosen.reshape(-1, *(1,) * (x.dim() - 1)), x
