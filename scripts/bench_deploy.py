@@ -22,10 +22,10 @@ from typing import Any
 
 import openvino as ov
 import torch
-from bench_real_size import random_denoiser
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from random_denoiser import random_denoiser
 from rich.console import Console
 from torch import Tensor, nn
 

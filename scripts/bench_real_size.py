@@ -10,23 +10,22 @@ changes. The weight ranges' search is cut down (--candidates), in both numbers.
 """
 
 import argparse
-import functools
 import json
 import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
+from random_denoiser import random_denoiser
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.cli import main as app
@@ -34,8 +33,6 @@ from tfmq_exp.cli.dry_run import Estimate, expected_cost, print_estimate
 from tfmq_exp.cli.environment import prepare
 from tfmq_exp.cli.terminal import ProgressBars, standard_streams
 from tfmq_exp.core.formatting import format_bytes, format_duration
-from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
-from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.unit_checkpoints import learning
 from tfmq_exp.reconstruction.loop import ReconstructionContext
@@ -56,52 +53,6 @@ FRACTION = (
 )
 
 
-@dataclass(frozen=True)
-class RandomContext:
-    """Any choice of a condition is some random sequence, made on the CPU."""
-
-    shape: tuple[int, int]
-
-    def __call__(self, choices: Sequence[Any]) -> Conditions:
-        """Another sequence for each number of choices; the same one stands for no condition."""
-        generator = torch.Generator().manual_seed(len(choices))
-        given, null = (torch.randn(n, *self.shape, generator=generator) for n in (len(choices), 1))
-        return Conditions({"encoder_hidden_states": given}, {"encoder_hidden_states": null})
-
-    def example(self) -> Conditions:
-        return self([0])
-
-    def to(self, device: torch.device) -> None:
-        pass
-
-
-def generic(network: nn.Module) -> nn.Module:
-    """Replace special values: parameters that start as zero or as the identity would hide what they multiply."""
-    for parameter in network.requires_grad_(False).parameters():
-        if parameter.dim() == 1:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        elif not parameter.any():
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-    return network.eval()
-
-
-@functools.cache
-def random_denoiser(name: str, architecture: str) -> Denoiser:
-    """The networks of a model, weights from a seed: called in place of the loader, its architecture as JSON."""
-    config = json.loads(architecture)
-    params = config["model"]["params"]
-    arguments, scale = params["unet_config"]["params"], float(params.get("scale_factor", 1.0))
-    torch.manual_seed(0)
-    unet = generic(compvis_unet.openai_unet(arguments))
-    vae = autoencoder.build_autoencoder(params["first_stage_config"], scale)
-    generic(vae)
-    encoder: ConditionEncoder = NoConditions()
-    if arguments.get("use_spatial_transformer"):
-        encoder = RandomContext((1 if name == "ldm_imagenet" else 77, arguments["context_dim"]))
-    decoder, shape = autoencoder.LatentDecoder(vae, scale), compvis_checkpoint.sample_shape(config)
-    return Denoiser(name, unet, shape, compvis_checkpoint.training_schedule(config), "random", encoder, decoder)
-
-
 def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Experiment:
     """All stages of a run."""
     words = [f"model={args.model}", f"method={args.method}", f"quant={args.quant}", f"paths.outputs={folder}"]
@@ -110,7 +61,7 @@ def experiment_of(args: argparse.Namespace, folder: str, *overrides: str) -> Exp
         cfg: DictConfig = compose("config", [*words, *overrides, *args.overrides])
     with open_dict(cfg):
         architecture = json.dumps(OmegaConf.to_container(cfg.model.denoiser.config, resolve=True))
-        target = f"{__name__}.random_denoiser"
+        target = f"{random_denoiser.__module__}.{random_denoiser.__name__}"
         cfg.model.denoiser = {"_target_": target, "name": args.model, "architecture": architecture}
         if cfg.model.sampling.guidance != 1:
             cfg.model.sampling.conditioning = {"_target_": "tfmq_exp.sampling.conditioning.Classes", "count": 1000}

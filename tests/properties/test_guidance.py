@@ -149,6 +149,18 @@ def test_lower_precision_is_near_and_returns_to_float32(denoiser: Denoiser, prec
     assert 0 < (ours - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+def test_a_cpu_computes_tf32_as_float32_and_other_precisions_are_refused(denoiser: Denoiser) -> None:
+    x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([901, 1])
+    with torch.no_grad():
+        exact, tf32 = (
+            Sampling(DDIM(4), Classes(NULL), 3.0, precision).predictor(denoiser.unet)(x, t, denoiser.encoder([1, 2]))
+            for precision in ("float32", "tf32")
+        )
+    assert torch.equal(exact, tf32)
+    with pytest.raises(ValueError, match=r"precision must be one of float32, tf32, bfloat16, float16, got 'half'"):
+        Sampling(DDIM(4), precision="half")  # type: ignore[arg-type]
+
+
 # plans
 
 

@@ -26,7 +26,14 @@ BUDGET = 0.5  # seconds of a measured pass or iteration; with fewer rows if it w
 GRADIENT_ROWS = 4  # that gradients are measured with
 CODE_BYTES = 0.25  # of an integer weight, over those of the float32 weight that is kept with it
 TRAINING_COPIES = 5  # of what is trained: average, Adam's two moments, gradients, and these as one vector
-QUICK = ("scores", "reference", "examples", "rounding", "features")  # ends of the names of stages that take no time
+QUICK = (
+    "scores",
+    "comparison",
+    "reference",
+    "examples",
+    "rounding",
+    "features",
+)  # ends of the names of stages that take no time
 
 
 class StageEstimate(NamedTuple):
@@ -201,9 +208,11 @@ class Costs:
             samples = self.rows_per_image * phase.budget(*budget).samples
             learning, peak, cached = self.learning(name, phase, samples, finished)
             seconds += learning
-        kept, disk = min(cached, self.run.compute.cache_bytes), self.network * CODE_BYTES
-        peak += self.quantized + self.float_network
-        return StageEstimate(name, seconds, peak, 2 * samples * self.sample + kept, disk + cached - kept)
+        on_device = min(cached, self.run.compute.device_cache_bytes)
+        kept, disk = min(cached - on_device, self.run.compute.cache_bytes), self.network * CODE_BYTES
+        peak += self.quantized + self.float_network + on_device
+        host = 2 * samples * self.sample + kept
+        return StageEstimate(name, seconds, peak, host, disk + cached - on_device - kept)
 
     def weight_ranges(self) -> float:
         """Seconds of the range search for all weights, from some channels of the largest."""

@@ -37,7 +37,7 @@ WRITTEN = (
 LOCATIONS = ("paths", "force", "dry_run", "logger")
 EXECUTION = (
     *("processes", "estimate", "threads", "traceback"),
-    *("activation_cache_gib", "activation_cache_dir", "checkpoint_every_min"),
+    *("activation_cache_gib", "activation_cache_dir", "device_cache_gib", "checkpoint_every_min"),
 )
 # Overrides that change something inside a method, and with it the name of its row in tables.
 INSIDE = ("method/", "method.", "quant.")

@@ -82,11 +82,20 @@ def make_run(
             cache_folder,
             group,
             timedelta(minutes=runtime.checkpoint_every_min),
+            device,
+            device_cache_bytes(runtime.device_cache_gib, device),
         ),
         seed=cfg.seed,
         make_evaluator=functools.partial(make, cfg.eval),
         make_training_images=lambda: make(real_images(cfg, folder)),
     )
+
+
+def device_cache_bytes(gib: float | None, device: torch.device) -> int:
+    """Bytes of a CUDA device for cached activations, by default half of what is free there; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0] // 2 if gib is None else int(gib * 2**30)
 
 
 def diagnosis_plan(cfg: DictConfig) -> DiagnosisPlan:

@@ -174,6 +174,7 @@ class StepSwitch(nn.Module):
         self.choices, self.context = nn.ModuleList(choices), context
         self.bits = tuple(choice.spec.bits for choice in choices)
         widest = self.bits.index(max(self.bits))
+        self.used = (widest,)  # by any step; while it is one, no forward pass has to wait for the device to look
         self.register_buffer("at", torch.full((context.num_steps,), widest), persistent=False)
 
     def use(self, bits: Sequence[int]) -> None:
@@ -182,7 +183,9 @@ class StepSwitch(nn.Module):
             raise ValueError(f"{self.context.num_steps} steps need as many bit-widths, got {len(bits)}")
         if wrong := set(bits).difference(self.bits):
             raise ValueError(f"no quantizer has {min(wrong)} bits; there are {', '.join(map(str, self.bits))}")
-        self.at.copy_(torch.tensor([self.bits.index(b) for b in bits]))
+        at = [self.bits.index(b) for b in bits]
+        self.at.copy_(torch.tensor(at))
+        self.used = tuple(sorted({*at}))
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
         """Quantize each row with the choice of its step; while the choices observe, give `x` to all of them."""
@@ -190,8 +193,10 @@ class StepSwitch(nn.Module):
             for choice in self.choices:
                 choice(x)
             return x
+        if len(self.used) == 1:
+            return self.choices[self.used[0]](x)
         chosen = self.at[self.context.index]
-        used: list[int] = sorted({int(i) for i in chosen})
+        used = sorted({int(i) for i in chosen.cpu()})
         if len(used) == 1:
             return self.choices[used[0]](x)
         rows, out = chosen.reshape(-1, *(1,) * (x.dim() - 1)), x

@@ -13,31 +13,59 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.core.batches import batches
 from tfmq_exp.reconstruction.cache_format import CacheFormat, decode, encode
 
+CPU = torch.device("cpu")
+
 
 class SpillAllocator:
-    """Allocates tensors: in memory up to `budget` bytes, then as files of a temporary folder below `folder`.
+    """Allocates tensors: on a device, then in memory, each up to a budget, then as files of a temporary folder.
 
-    `form` is the format of activations that are stored in them.
+    Memory beside a CUDA device is page-locked, and its rows are copied there while the device computes. Torch takes it in powers of
+    two, which count against the budget.
+
+    Args:
+        budget: bytes of memory.
+        folder: place of the temporary folder; None for the system's.
+        device: that the networks are on.
+        device_budget: bytes of its memory; 0 keeps nothing there.
+        form: format of the activations that are stored in the tensors.
     """
 
-    def __init__(self, budget: int, folder: Path | None = None, form: CacheFormat = "float32") -> None:
-        self.budget, self.folder, self.used = budget, folder, 0
+    def __init__(
+        self,
+        budget: int,
+        folder: Path | None = None,
+        device: torch.device = CPU,
+        device_budget: int = 0,
+        form: CacheFormat = "float32",
+    ) -> None:
+        self.budget, self.folder, self.device, self.device_budget = budget, folder, device, device_budget
         self.form: CacheFormat = form
+        self.page_locked = device.type == "cuda"
+        self.used = self.device_used = 0
         self._spill: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that stay off the disk."""
+        return self.budget + self.device_budget
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         size = torch.Size(shape).numel()
-        self.used += size * dtype.itemsize
+        needed = size * dtype.itemsize
+        if self.device_used + needed <= self.device_budget:
+            self.device_used += needed
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        self.used += 1 << (needed - 1).bit_length() if self.page_locked else needed
         if self.used <= self.budget:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, pin_memory=self.page_locked)
         self._spill = self._spill or tempfile.TemporaryDirectory(dir=self.folder, prefix="tfmq-cache-")
         name = tempfile.mktemp(dir=self._spill.name)
         return torch.from_file(name, shared=True, size=size, dtype=dtype).reshape(shape)
 
     def clear(self) -> None:
         """Release everything allocated; the files are deleted."""
-        self.used = 0
+        self.used = self.device_used = 0
         if self._spill is not None:
             self._spill.cleanup()
             self._spill = None

@@ -8,11 +8,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.finite import require_finite
-from tfmq_exp.core.validate import Kind
 
 CacheFormat = Literal["float32", "bfloat16", "float16", "int8"]
 FORMATS: tuple[CacheFormat, ...] = ("float32", "bfloat16", "float16", "int8")
-FORMAT = Kind(f"one of {', '.join(FORMATS)}", lambda value: value in FORMATS)
 
 
 class Bytes(NamedTuple):

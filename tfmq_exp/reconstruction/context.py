@@ -16,7 +16,7 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator
+from tfmq_exp.reconstruction.activation_cache import CPU, SpillAllocator
 from tfmq_exp.reconstruction.cache_format import CacheFormat
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -77,15 +77,18 @@ class ComputeConfig:
     """Resources of one process."""
 
     batch: int  # samples of a forward pass
-    cache_bytes: int  # memory for cached activations of this process
+    cache_bytes: int  # memory for cached activations of this process, beside the device's
     trainer: Callable[..., pl.Trainer]  # keyword arguments -> a Lightning trainer
     cache_folder: Path | None = None  # place of activations beyond that (default: the system's temporary folder)
     processes: ProcessGroup = ALONE  # ranks that share the work
     checkpoint_every: timedelta = timedelta(minutes=5)  # time that a killed training may have to repeat
+    device: torch.device = CPU  # of the networks
+    device_cache_bytes: int = 0  # the device's memory for cached activations
 
-    def storage(self, share: int = 1, form: CacheFormat = "float32") -> SpillAllocator:
-        """An allocator with 1 / `share` of the cache, for activations in a format."""
-        return SpillAllocator(self.cache_bytes // share, self.cache_folder, form)
+    def storage(self, share: int = 1, form: CacheFormat = "float32", *, on_device: bool = True) -> SpillAllocator:
+        """An allocator with 1 / `share` of the cache: of the device's memory, if wanted, and of the memory beside it."""
+        device_bytes = self.device_cache_bytes // share if on_device else 0
+        return SpillAllocator(self.cache_bytes // share, self.cache_folder, self.device, device_bytes, form)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
         report = UnitReport(*size, error_before, error_after, time.perf_counter() - start, peak_memory_mib())
         context.checkpointer.put(unit.name, unit_result(model, unit, config), report)
         context.progress.on_unit_end(unit.name, report)
+        del activations, inputs  # the pass that captures the next units needs the room
 
 
 def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> dict[str, AffineQuantizer]:
@@ -133,7 +134,7 @@ def capture_float_units(
     capture = Capture(data, compute.batch, compute.storage(2, config.cache))
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     sizes = sample_bytes(unet, [*driven.values()], data, with_inputs=with_inputs, form=config.cache)
-    groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.budget)
+    groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.capacity)
     activations: dict[str, UnitActivations] = {}
     for unit in units:
         if unit.driver == "timesteps":  # one row for each of them
@@ -192,7 +193,7 @@ def learn_unit(
         set_training(True)
         trainer.fit(task, batches)
         set_training(False)
-    module.to(device)
+    task.to(device)  # Lightning leaves the unit and its context on the CPU
     learned = concatenated([x.detach() for x in task.learned])
     processes.check_same(f"what {unit.name} has learned", learned)
     if not bool(learned.isfinite().all()):  # a NaN would be rounded down like any other number
@@ -211,13 +212,15 @@ def unit_error(
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
     inputs, exact = next(iter(activations.inputs.values())), activations.outputs
     if replay and replay.holds(exact):
-        outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4, exact.form))
+        storage = compute.storage(4, exact.form, on_device=False)
+        outputs = run_unit(module, model.context, inputs, compute.batch, storage)
         replay.add(module, outputs)
         outputs = outputs.thinned(ERROR_SAMPLES)
     else:
         outputs = run_unit(module, model.context, inputs.thinned(ERROR_SAMPLES), compute.batch, compute.storage())
     both = (pytree.tree_leaves(tree.structure(tree.tensors)) for tree in (outputs, exact.thinned(ERROR_SAMPLES)))
-    pairs = [(x, y.to(x)) for x, y in zip(*both, strict=True) if has_samples(x)]
+    device = next(model.parameters()).device
+    pairs = [(x.to(device), y.to(device, x.dtype)) for x, y in zip(*both, strict=True) if has_samples(x)]
     sizes = [((x - y).square().mean(), y.var(correction=0)) for x, y in pairs]
     errors = [float(relative(*size, "the outputs of a unit")) for size in sizes]
     return sum(errors) / len(errors)

@@ -12,18 +12,21 @@ from torch.optim.adam import adam
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, summed_gradients
+from tfmq_exp.core.precision import Precision, products_in
 from tfmq_exp.core.seeds import derive_seed, seed_draws
-from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, optional
+from tfmq_exp.core.validate import AMOUNT, COUNT, RATE, check_fields, instance_of, one_of, optional
 from tfmq_exp.quant.rounding import AdaRound, JointRounding, penalty_gradient
 from tfmq_exp.quant.scales.base import ScaleProvider
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import TensorTree
-from tfmq_exp.reconstruction.cache_format import FORMAT, CacheFormat
+from tfmq_exp.reconstruction.cache_format import FORMATS, CacheFormat
 from tfmq_exp.reconstruction.capture import call_unit
 from tfmq_exp.reconstruction.closed_form import GPTQConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
 from tfmq_exp.reconstruction.random_batches import Rows, load_batches
 from tfmq_exp.reconstruction.units import UnitInputs
+
+LEARNING_PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,11 @@ class ReconstructionConfig:
     # number of processes.
     parts: int = 1
     cache: CacheFormat = "float32"  # in which a unit's inputs and outputs over the calibration set are stored
+    precision: Precision = "float32"  # of the unit's products; float16 would need scaled losses
 
     def __post_init__(self) -> None:
-        check_fields(self, iterations=COUNT, batch=COUNT, parts=COUNT, cache=FORMAT)
+        check_fields(self, iterations=COUNT, batch=COUNT, parts=COUNT)
+        check_fields(self, cache=one_of(*FORMATS), precision=one_of(*LEARNING_PRECISIONS))
         check_fields(self, rounding=optional(instance_of(LearnRounding)), scales=optional(instance_of(LearnScales)))
         if self.parts > self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
@@ -144,6 +149,10 @@ class BlockReconstruction(pl.LightningModule):
         for batch in load_batches(self.samples.tensors, batches, self.device):
             self.iterate(batch)
 
+    def on_train_end(self) -> None:
+        """Let go of the samples: Lightning's trainer and its module refer to each other, and are collected late."""
+        self.samples = TensorTree(())
+
     def iterate(self, batch: list[Tensor]) -> None:
         """One iteration."""
         share, config = self.iteration / self.config.iterations, self.config
@@ -167,10 +176,11 @@ class BlockReconstruction(pl.LightningModule):
         def compute(index: int) -> list[Tensor]:
             seed_draws(batch[0].device, derive_seed(self.seed, self.iteration, index))  # the same draws on any rank
             microbatch = [x.tensor_split(count)[index] for x in batch]
-            outputs, losses, slopes = self.losses(microbatch)
-            learned = [i for i, x in enumerate(outputs) if x.requires_grad]
-            ends = [outputs[i] for i in learned], leaves, [slopes[i] for i in learned]
-            terms = [*torch.autograd.grad(*ends, materialize_grads=True), torch.stack([*losses]).sum()]
+            with products_in(self.config.precision, batch[0].device):
+                outputs, losses, slopes = self.losses(microbatch)
+                learned = [i for i, x in enumerate(outputs) if x.requires_grad]
+                ends = [outputs[i] for i in learned], leaves, [slopes[i] for i in learned]
+                terms = [*torch.autograd.grad(*ends, materialize_grads=True), torch.stack([*losses]).sum()]
             return terms if count == 1 else [x * (len(microbatch[0]) / rows) for x in terms]
 
         total = summed_gradients(leaves, count, self.processes, compute)

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 Rows = Int[Tensor, "batch"]
+ROW_BYTES = 2**16  # from here on a row's own copy costs less than gathering it
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def load_batches(tensors: Sequence[Tensor], batches: Sequence[Rows], device: tor
             yield [select(x, rows) for x in tensors]
         return
     copies, ahead = torch.cuda.Stream(device), list[list[Tensor]]()
+    copies.wait_stream(torch.cuda.current_stream(device))  # it has written the tensors that are on the device
     for rows in [*batches, None]:
         ready = ahead.pop() if ahead else None
         torch.cuda.current_stream(device).wait_stream(copies)
@@ -67,7 +69,16 @@ def select(x: Tensor, rows: Rows) -> Tensor:
 
 
 def select_to(x: Tensor, rows: Rows, device: torch.device) -> Tensor:
-    """The rows of a tensor on a CUDA device: gathered there, or through pinned memory without waiting for the copy."""
+    """The rows of a tensor on a CUDA device, without waiting for a copy.
+
+    On the device they are gathered there. Large rows of page-locked memory are copied one by one, which keeps the processor out of it;
+    others are gathered by the processor first.
+    """
     if x.is_cuda:
         return select(x, rows.to(device, non_blocking=True))
-    return select(x, rows).pin_memory().to(device, non_blocking=True)
+    if x[0].nbytes < ROW_BYTES or not x.is_pinned():
+        return select(x, rows).pin_memory().to(device, non_blocking=True)
+    selected = torch.empty_like(x[: len(rows)], device=device)
+    for place, row in enumerate(rows.tolist()):
+        selected[place].copy_(x[row], non_blocking=True)
+    return selected

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite
+from tfmq_exp.core.precision import PRECISIONS, Precision, products_in
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
@@ -15,21 +16,19 @@ from tfmq_exp.denoisers.loading.forward_check import check_timesteps
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
 from tfmq_exp.sampling.trajectory import Predict, Sampler, Step, finite_set, trajectory
 
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampler, conditions of the images, and how the noise is predicted.
 
     `guidance` is the scale of classifier-free guidance (arXiv 2207.12598) as LDM and Stable Diffusion count it, 1 for none;
-    `precision` that of the network's products, by torch's autocast: the sampler itself works in float32.
+    `precision` that of the network's products, see `products_in`: the sampler itself works in float32.
     """
 
     sampler: Sampler
     conditioning: Conditioning = field(default_factory=Unconditional)
     guidance: float = 1.0
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_fields(self, guidance=AMOUNT, precision=one_of(*PRECISIONS))
@@ -74,7 +73,7 @@ class Sampling:
 
     def predictor(self, unet: Callable[..., Any]) -> Predict:
         """A UNet as a function (x, t, conditions) -> noise, after guidance (eq. 6): e_null + s (e_given - e_null)."""
-        dtype, scale = PRECISIONS[self.precision], self.guidance
+        scale = self.guidance
 
         def predict(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
             given = conditions.given
@@ -82,7 +81,7 @@ class Sampling:
                 null = {name: value.expand(len(x), *value.shape[1:]) for name, value in conditions.null.items()}
                 given = {name: torch.cat([null[name], value]) for name, value in given.items()}
                 x, t = torch.cat([x, x]), torch.cat([t, t])
-            with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
+            with products_in(self.precision, x.device):
                 eps = noise_of(unet(x, t, **given).sample, x).to(x.dtype)
             if self.guided:
                 without, with_condition = eps.chunk(2)

@@ -46,6 +46,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
         ("runtime.batch_size", 2.0, "a whole number, at least 1"),
         ("runtime.threads", 0, "a whole number, at least 1 and below 2**31, or null"),
         ("runtime.activation_cache_gib", -1, "a number, at least 0"),
+        ("runtime.device_cache_gib", -0.5, "a number, at least 0, or null"),
         ("diagnosis.samples", "few", "a whole number, at least 1"),
         ("name", 7, "text, in quotes of its own"),
         ("data.path", ["x"], "text, in quotes of its own"),

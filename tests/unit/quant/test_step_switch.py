@@ -123,3 +123,13 @@ def test_gradient_reaches_the_scales_that_act(context: TimestepContext) -> None:
         made(activations()).square().sum().backward()
     reached = {choice.spec.bits: choice.scale_provider.scale.grad is not None for choice in made.choices}
     assert reached == {4: True, 6: False, 8: True}
+
+
+def test_one_width_acts_at_every_step_without_a_look_at_the_steps(context: TimestepContext) -> None:
+    x, mixed = activations(), switch(context)
+    mixed.use([6] * len(TIMESTEPS))
+    assert mixed.choices[2].spec.bits == 6
+    assert torch.equal(mixed(x), mixed.choices[2](x))  # outside of any step
+    mixed.use(CHOSEN)
+    with pytest.raises(RuntimeError, match="context is not set"):
+        mixed(x)

@@ -60,3 +60,22 @@ def test_single_numbers_are_constants() -> None:
     leaves.write(2, example)
     assert leaves.structure([x[2:] for x in leaves.tensors])["s"] == 5
     assert len(leaves) == 4
+
+
+def test_the_device_comes_first_then_memory_then_the_disk(tmp_path: Path) -> None:
+    """With torch's device without numbers in place of a GPU."""
+    storage = SpillAllocator(1000, tmp_path, torch.device("meta"), 2000)
+    assert storage.capacity == 3000
+    devices = [storage.allocate((size,), torch.uint8).device.type for size in (1500, 600, 500, 500)]
+    assert devices == ["meta", "cpu", "meta", "cpu"]  # 1500 and 500; 600, and 500 that memory has no room for
+    assert [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()] == [500]
+    storage.clear()
+    assert storage.allocate((2000,), torch.uint8).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_beside_a_gpu_is_page_locked_and_counts_as_torch_takes_it() -> None:
+    storage = SpillAllocator(3000, None, torch.device("cuda", 0))
+    assert storage.allocate((1025,), torch.uint8).is_pinned()
+    assert storage.used == 2048

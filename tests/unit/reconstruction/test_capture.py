@@ -74,7 +74,7 @@ def test_what_the_float_network_does_is_what_a_whole_forward_does(unet: nn.Modul
     modules = {unit.name: unit.module(unet) for unit in units}
     views = Capture(data, 5, SpillAllocator(2**30)).activations(unet, units, with_inputs=with_inputs)
     inputs, outputs = recorded(unet, modules, data, 5)
-    sizes = sample_bytes(unet, units, data, with_inputs=with_inputs)
+    sizes = sample_bytes(unet, units, data, with_inputs=with_inputs, form="float32")
     assert set(views) == set(modules)
     for name, view in views.items():
         expected = joined(inputs[name]) if with_inputs else []

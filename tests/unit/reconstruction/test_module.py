@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.reconstruction import config
+from tests.helpers.reconstruction import ROUNDING, config
 from tfmq_exp.quant.layers import QuantLinear
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode, WeightQuantizer
@@ -14,8 +14,10 @@ from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import TensorTree
+from tfmq_exp.reconstruction.context import quiet_trainer
 from tfmq_exp.reconstruction.module import Adam, BlockReconstruction, LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
+from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import QuantizedInputs
 
 
@@ -104,3 +106,35 @@ def test_steps_are_those_of_torchs_adam() -> None:
 def test_more_parts_than_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="8 can have 1 to 8 parts, got 9"):
         replace(config(10), parts=9)
+
+
+def test_learning_in_bfloat16_is_near_and_uses_the_weights_of_each_iteration() -> None:
+    """A chunk of iterations in one call: autocast would keep its copies of the first one's weights."""
+    moved = {}
+    for precision in ("float32", "tf32", "bfloat16"):
+        task, batch, rounding = one_layer(0.01)
+        task.config = replace(task.config, precision=precision, rounding=replace(ROUNDING, learning_rate=0.1))
+        start, rows = rounding.v.detach().clone(), torch.arange(len(batch[0]))
+        task.training_step([rows] * 6, 0)
+        errors = float(task.error), float(sum(task.losses(batch)[1]))
+        assert errors[0] != errors[1]
+        moved[precision] = rounding.v.detach() - start
+    assert torch.equal(moved["tf32"], moved["float32"])  # a CPU has none
+    assert not torch.equal(moved["bfloat16"], moved["float32"])
+    assert float((moved["bfloat16"] - moved["float32"]).norm() / moved["float32"].norm()) < 0.1
+
+
+@pytest.mark.parametrize("precision", ["float16", "double", None])
+def test_other_precisions_of_learning_are_refused(precision: str | None) -> None:
+    with pytest.raises(
+        ValueError, match=r"ReconstructionConfig\.precision must be one of float32, tf32, bfloat16, got"
+    ):
+        ReconstructionConfig(10, 8, Lp(), QuantizedInputs(), ROUNDING, precision=precision)  # type: ignore[arg-type]
+
+
+def test_samples_are_let_go_when_learning_ends() -> None:
+    task, _, _ = one_layer(0.01, iterations=2)
+    with torch.enable_grad():
+        quiet_trainer(torch.device("cpu"))(max_epochs=1).fit(task, RandomRows(len(task.samples), 4, 2, seed=0))
+    assert task.iteration == 2
+    assert task.samples.tensors == []

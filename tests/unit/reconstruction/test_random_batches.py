@@ -55,3 +55,25 @@ def test_loaded_batches_are_the_rows_in_their_memory_layout(device: str) -> None
             assert y.device.type == device
             assert torch.equal(y.cpu(), x[rows])
             assert y.stride() == x[rows].stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", ["device", "page-locked", "memory"])
+def test_batches_on_a_gpu_are_the_rows_wherever_the_samples_are(place: str) -> None:
+    """Rows of 64 KiB and small ones, while the device is busy with the batches before."""
+    device = torch.device("cuda", 0)
+    plain = torch.randn(9, 16, 32, 33)
+    samples = [plain, plain.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), torch.arange(9)]
+    stored = [{"device": x.to, "page-locked": x.pin_memory, "memory": x.to}[place] for x in samples]
+    given = [move(device) if place == "device" else move("cpu") if place == "memory" else move() for move in stored]
+    batches = list(RandomRows(9, 4, 50, seed=0).batches())
+    busy = torch.randn(2048, 2048, device=device)
+    for rows, found in zip(batches, load_batches(given, batches, device), strict=True):
+        for _ in range(5):
+            busy = torch.tanh(busy @ busy)
+        kept = [x.clone() for x in found]
+        del found
+        for x, y in zip(samples, kept, strict=True):
+            assert torch.equal(y.cpu(), x[rows])
+            assert y.stride() == x[rows].stride()

@@ -124,7 +124,7 @@ class EMARange(ScaleProvider):
         lo, hi = torch.full_like(self.lo, torch.inf), torch.full_like(self.hi, torch.inf)
         table = self.range_of_step
         read = torch.zeros(len(x), dtype=torch.long) if table is None else table[self.context.index]
-        for entry in sorted({int(i) for i in read}):
+        for entry in sorted({int(i) for i in read.cpu()}):
             rows = x[read.to(x.device) == entry]
             ends = [(end * self.ratio).reshape(()).double() for end in self.config.observer(rows, self.spec)]
             # the extremes too: some observers look at a part of the values

@@ -1,0 +1,1 @@
+"""Checks and measurements of `bench_gpu.py`."""
