@@ -26,14 +26,8 @@ BUDGET = 0.5  # seconds of a measured pass or iteration; with fewer rows if it w
 GRADIENT_ROWS = 4  # that gradients are measured with
 CODE_BYTES = 0.25  # of an integer weight, over those of the float32 weight that is kept with it
 TRAINING_COPIES = 5  # of what is trained: average, Adam's two moments, gradients, and these as one vector
-QUICK = (
-    "scores",
-    "comparison",
-    "reference",
-    "examples",
-    "rounding",
-    "features",
-)  # ends of the names of stages that take no time
+# ends of the names of stages that take no time
+QUICK = ("scores", "comparison", "reference", "examples", "rounding", "features")
 
 
 class StageEstimate(NamedTuple):
@@ -209,10 +203,10 @@ class Costs:
             learning, peak, cached = self.learning(name, phase, samples, finished)
             seconds += learning
         on_device = min(cached, self.run.compute.device_cache_bytes)
-        kept, disk = min(cached - on_device, self.run.compute.cache_bytes), self.network * CODE_BYTES
+        kept = min(cached - on_device, self.run.compute.cache_bytes)
+        disk = self.network * CODE_BYTES + cached - on_device - kept
         peak += self.quantized + self.float_network + on_device
-        host = 2 * samples * self.sample + kept
-        return StageEstimate(name, seconds, peak, host, disk + cached - on_device - kept)
+        return StageEstimate(name, seconds, peak, 2 * samples * self.sample + kept, disk)
 
     def weight_ranges(self) -> float:
         """Seconds of the range search for all weights, from some channels of the largest."""
@@ -239,18 +233,18 @@ class Costs:
         recipe, run, layers = phase.recipe, self.run, self.run.structure.layers
         learnable = frozenset(self.model.weight_layers() if name == "weights" else run.resolved.layers)
         units = [u for u in phase.partition(run.structure, learnable) if is_learnable(self.model, u, recipe)][finished:]
-        network = sum(layer.macs for layer in layers.values())
-        shares = [sum(layers[layer].macs for layer in unit.layers) / network for unit in units]
+        macs = {name: layer.macs for name, layer in layers.items()}
+        shares = [sum(macs[layer] for layer in unit.layers) / sum(macs.values()) for unit in units]
         # scales learn like biases: from the gradients of all outputs, but of no weight
         learned = [p for p in self.model.unet.parameters() if recipe.rounding or p.dim() == 1]
         cost = self.iteration(min(recipe.batch, samples), learned)
-        driven = [unit for unit in units if unit.driver == "denoiser"]
-        cached = samples * sum(
-            sample_bytes(self.unet, driven, self.data(2), with_inputs=False, form=recipe.cache).values()
-        )
-        # of all samples through the networks: again for each unit, as far as the cache cannot keep what units return
-        passes = 3 + len(units) * max(0.0, 1 - run.compute.cache_bytes / max(cached, 1))
+        given = self.unet, [unit for unit in units if unit.driver == "denoiser"], self.data(2)
+        outputs, both = (sample_bytes(*given, with_inputs=own, form=recipe.cache).values() for own in (False, True))
+        # of all samples through the networks: again for each unit, as far as the cache cannot keep what units return; and for GPTQ
+        # from the beginning of a unit to each of its layers
+        passes = 3 + len(units) * max(0.0, 1 - run.compute.cache_bytes / max(samples * sum(outputs), 1))
+        passes += sum(share * len(unit.layers) / 2 for share, unit in zip(shares, units, strict=True) if recipe.gptq)
         row = self.quantized_call.seconds / self.batch / self.rows_per_image
         rounds = 1 if recipe.rounding else len(self.model.activation_bits()) or 1
         seconds = rounds * (recipe.iterations * cost.seconds * sum(shares) + passes * samples * row)
-        return seconds, cost.bytes * max(shares, default=0), cached
+        return seconds, cost.bytes * max(shares, default=0), samples * max(both, default=0)

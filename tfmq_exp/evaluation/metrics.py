@@ -1,7 +1,8 @@
-"""Metrics of features: Fréchet distances (FID of pooled, sFID of spatial ones), Inception score, KID, precision and recall."""
+"""Metrics of features: Fréchet distances (FID of pooled, sFID of spatial ones), Inception score, KID, precision and recall; and PSNR."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 from torchmetrics import Metric
+from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -84,6 +86,15 @@ def frechet_distance(
     means = (real.mean - generated.mean).square().sum(dim=-1)
     traces = real.covariance.trace() + generated.covariance.trace()
     return means + traces - 2 * torch.linalg.eigvals(real.covariance @ generated.covariance).sqrt().real.sum(dim=-1)
+
+
+def signal_noise_ratio(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """Peak signal-to-noise ratio of bytes against exact ones in dB, over all pairs of batches; None where all are equal."""
+    ratio = PeakSignalNoiseRatio(data_range=255.0, sync_on_compute=False)
+    for images, exact in pairs:
+        ratio.update(images.float(), exact.float())
+    found = float(ratio.compute())
+    return found if math.isfinite(found) else None
 
 
 def inception_score(logits: Rows) -> float:

@@ -1,6 +1,5 @@
 """Evaluation of one network: its images, their scores, and its errors against the float one."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -9,13 +8,13 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torchmetrics.image import PeakSignalNoiseRatio
 
 from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.core.finite import within
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error
 from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
+from tfmq_exp.evaluation.metrics import signal_noise_ratio
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.pipeline.pipeline import Advance, Stage
@@ -157,11 +156,8 @@ class CompareImages(Stage):
         return {"images": self.images.key, "float_images": self.exact.key}
 
     def compute(self, folder: Path) -> None:
-        ratio = PeakSignalNoiseRatio(data_range=255.0, sync_on_compute=False)  # of bytes, over all images together
-        for images, exact in zip(self.images.images(), self.exact.images(), strict=True):
-            ratio.update(images.float(), exact.float())
-        psnr = float(ratio.compute())
-        self.pipeline.store.write_json(folder / COMPARISON, {"psnr": psnr if math.isfinite(psnr) else None})
+        pairs = zip(self.images.images(), self.exact.images(), strict=True)
+        self.pipeline.store.write_json(folder / COMPARISON, {"psnr": signal_noise_ratio(pairs)})
 
     def psnr(self) -> float | None:
         """Peak signal-to-noise ratio in dB; None where all images are the same."""
