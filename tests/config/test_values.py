@@ -148,7 +148,10 @@ def begin(cfg: DictConfig) -> None:
         ),
         (("model.sampling.guidance=-1",), "model.sampling.guidance must be a number, at least 0, got -1"),
         (("model.sampling.guidance=nan",), "model.sampling.guidance must be a number, at least 0, got nan"),
-        (("model.sampling.precision=float8",), "precision must be one of float32, tf32, bfloat16, float16, got 'float8'"),
+        (
+            ("model.sampling.precision=float8",),
+            "precision must be one of float32, tf32, bfloat16, float16, got 'float8'",
+        ),
         (("protocol.scales.learning_rate=1e30",), "protocol.scales.learning_rate must be a number above 0, at most 10"),
         (("protocol.sampling.images=1",), "protocol.sampling.images must be at least 2 for scores, got 1"),
         (("eval.kid=2",), "eval.kid must be true or false, got 2"),
