@@ -52,7 +52,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     model, compute = context.model, context.compute
     model.context.require(context.data.t.unique().tolist())
     remaining = restore_finished(context, [unit for unit in units if is_learnable(model, unit, config)], config)
-    storage, replay = compute.storage(4), OutputReplay(compute.cache_bytes // 4)
+    storage, replay = compute.storage(4, of_device=0.5), OutputReplay(compute.cache_bytes // 4)
     for unit, activations in capture_float_units(context, remaining, config):
         start, module = time.perf_counter(), unit.module(model.unet)
         inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs.get("float"))
@@ -129,7 +129,10 @@ def capture_float_units(
 ) -> Iterator[tuple[Unit, UnitActivations]]:
     """Each unit with its activations in the float network; one pass captures as many units as fit into half of the cache."""
     unet, data, compute = context.float_unet, context.data, context.compute
-    with_inputs, capture = "float" in config.inputs.origins, Capture(data, compute.batch, compute.storage(2))
+    with_inputs, capture = (
+        "float" in config.inputs.origins,
+        Capture(data, compute.batch, compute.storage(2, of_device=0.5)),
+    )
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     sizes = sample_bytes(unet, list(driven.values()), data, with_inputs=with_inputs)
     groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.capacity)
@@ -210,8 +213,7 @@ def unit_error(
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
     inputs = next(iter(activations.inputs.values()))
     inputs = inputs if replay else inputs.thinned(ERROR_SAMPLES)
-    storage = compute.storage(4, on_device=False) if replay else compute.storage()
-    outputs = run_unit(module, model.context, inputs, compute.batch, storage)
+    outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4 if replay else 1))
     if replay:
         replay.add(module, outputs)
         outputs = outputs.thinned(ERROR_SAMPLES)
