@@ -11,11 +11,12 @@ Exit status: 0; 1 if a difference exceeds its tolerance or a part failed.
 """
 
 import argparse
+import functools
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # as it is for a script, for tes
 
 import torch
 from gpu import speed
-from gpu.equality import Digits
+from gpu.equality import CHECKS, Check, Digits
 from gpu.measuring import Clock, Part, Row, markdown, run_part
 from gpu.networks import Network
 from rich.console import Console
@@ -33,6 +34,7 @@ from tfmq_exp.cli.environment import git_state, pick_device, prepare
 from tfmq_exp.core.files import write_atomically
 
 MODELS = ("ldm_bedroom", "sd_v1_4")
+ESSENTIAL = 4  # measurements of a network, up to its estimate
 UNITS_MINUTES = 1.5  # for the iterations of all units of a network; the others follow from their multiply-accumulates
 
 
@@ -58,10 +60,22 @@ def driver_version() -> str:
     return "unknown"
 
 
-def parts_of(network: Network, clock: Clock) -> Iterator[Part]:
-    """Measurements of one network, the most important first; seconds are those of one H100-class device, with a reserve."""
+def comparisons(device: torch.device, missed: list[str]) -> list[Part]:
+    """The comparisons with the CPU; the names of those that exceed their tolerance are added to `missed`."""
+    digits = functools.cache(lambda: Digits(device))
+
+    def rows(compare: Callable[[Digits], list[Check]]) -> list[Row]:
+        checks = compare(digits())
+        missed.extend(check.what for check in checks if not check.passed)
+        return [check.row() for check in checks]
+
+    return [Part(f"equality: {name}", 5, functools.partial(rows, compare)) for name, compare in CHECKS.items()]
+
+
+def measurements(network: Network, clock: Clock) -> list[Part]:
+    """Measurements of one network, the first ESSENTIAL for the estimate; seconds are guesses for an H100, with a reserve."""
     large = network.name == "sd_v1_4"
-    for name, seconds, work in (
+    works = (
         ("weight ranges", 60 if large else 30, lambda: speed.calibrate(network)),
         ("iterations", 20, lambda: speed.iterations(network, Clock(min(UNITS_MINUTES, clock.left / 60)))),
         ("images", 60 if large else 40, lambda: speed.sampling(network)),
@@ -69,8 +83,8 @@ def parts_of(network: Network, clock: Clock) -> Iterator[Part]:
         ("GPTQ", 30, lambda: speed.closed_form(network)),
         ("variants of an iteration", 20, lambda: speed.variants(network)),
         ("torchao", 60 if large else 40, lambda: speed.engines(network)),
-    ):
-        yield Part(f"{network.name}: {name}", seconds, work)
+    )
+    return [Part(f"{network.name}: {name}", seconds, work) for name, seconds, work in works]
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
@@ -98,13 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"machine": describe(device, args), "parts": []}
     missed: list[str] = []
 
-    def equality() -> list[Row]:
-        checks = Digits(device).checks()
-        missed.extend(check.what for check in checks if not check.passed)
-        return [check.row() for check in checks]
-
-    networks = [Network(name, device, args.quick) for name in MODELS]
-    parts = [Part("equality with the CPU", 0, equality), *(part for n in networks for part in parts_of(n, clock))]
+    measured = [measurements(Network(name, device, args.quick), clock) for name in MODELS]
+    parts = comparisons(device, missed)
+    for some in (slice(ESSENTIAL), slice(ESSENTIAL, None)):  # of every network, before what is left
+        parts += [part for each in measured for part in each[some]]
     with torch.no_grad():
         for part in parts:
             result = run_part(part, clock, device, patient=args.quick)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -77,37 +78,24 @@ class Digits:
     def on_device(self, network: nn.Module) -> nn.Module:
         return copy.deepcopy(network).to(self.device)
 
-    def checks(self) -> list[Check]:
-        """All comparisons, in the order of a quantization."""
-        waits = [] if self.device.type == "cpu" else [self.waits()]
-        return [
-            self.float_outputs(),
-            self.weight_ranges(),
-            *self.gptq_codes(),
-            *self.learning(),
-            *self.sampled(),
-            *waits,
-        ]
-
-    def float_outputs(self) -> Check:
+    def float_outputs(self) -> list[Check]:
         x, y = (
             network(**self.data.inputs(place)).sample for network, place in self.pairs(self.denoiser.unet, self.unet)
         )
-        return Check(
-            "float outputs: largest difference", float((x - y.cpu()).abs().max() / x.abs().max()), 1e-4, "of largest"
-        )
+        difference = float((x - y.cpu()).abs().max() / x.abs().max())
+        return [Check("float outputs: largest difference", difference, 1e-4, "of largest")]
 
     def pairs(self, ours: nn.Module, theirs: nn.Module) -> list[tuple[nn.Module, torch.device]]:
         return [(ours, CPU), (theirs, self.device)]
 
-    def weight_ranges(self) -> Check:
+    def weight_ranges(self) -> list[Check]:
         """Candidates of a range are compared by their errors, so that a tie may be decided otherwise."""
         ours, theirs = (
             torch.cat([torch.stack([*q.qparams]).flatten(1).cpu() for q in model.weight_quantizers()], dim=1)
             for model in self.models
         )
         different = ~torch.isclose(ours, theirs, rtol=1e-6, atol=0).all(dim=0)
-        return Check("weight ranges: channels with another scale or zero point", share(different), 5e-3, "share")
+        return [Check("weight ranges: channels with another scale or zero point", share(different), 5e-3, "share")]
 
     def gptq_codes(self) -> list[Check]:
         """On equal moments; an early code that is rounded otherwise changes later ones, and the error hardly."""
@@ -191,13 +179,15 @@ class Digits:
         steps = self.sampling.trajectory(predict, alone, seed=0, stream=Stream.IMAGES, indices=range(IMAGES))
         return [step.x_next for step in steps][-1].cpu()
 
-    def waits(self) -> Check:
-        """Times that the host waits for the device in the iterations of a unit."""
+    def waits(self) -> list[Check]:
+        """Times that the host waits for the device in the iterations of a unit; the CPU has none to wait for."""
+        if self.device.type == "cpu":
+            return []
         units = Blockwise()(self.structure, frozenset(self.plan.layers))
         stored = SpillAllocator(0, device=self.device, device_budget=2**30)
         captured = Capture(self.data, BATCH, stored).activations(self.unet, units[1:2], with_inputs=True)
         with learned_unit(self.models[1], units[1], captured[units[1].name], recipe_of(8, BATCH), self.device) as task:
-            return Check("waits of the host in 3 iterations", counted_waits(task, len(self.data), self.device), 0, "")
+            return [Check("waits of the host in 3 iterations", counted_waits(task, len(self.data), self.device), 0, "")]
 
 
 def counted_waits(task: BlockReconstruction, samples: int, device: torch.device) -> float:
@@ -214,3 +204,14 @@ def counted_waits(task: BlockReconstruction, samples: int, device: torch.device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return float(sum("synchroniz" in str(warning.message) for warning in caught))
+
+
+# parts of the comparison, in the order of a quantization
+CHECKS: Mapping[str, Callable[[Digits], list[Check]]] = {
+    "float outputs": Digits.float_outputs,
+    "weight ranges": Digits.weight_ranges,
+    "GPTQ": Digits.gptq_codes,
+    "learning": Digits.learning,
+    "quantized outputs and images": Digits.sampled,
+    "waits": Digits.waits,
+}

@@ -70,13 +70,9 @@ def iterations(network: Network, clock: Clock) -> list[Row]:
         if clock.left < 0 and unit not in two.values():
             break
         network.iteration_seconds[unit.name] = iteration_seconds(network, unit)
+    seconds, batch = network.iteration_seconds, network.batch
     rows = [
-        Row(
-            f"iteration of the {name} unit",
-            network.iteration_seconds[unit.name],
-            "s",
-            f"{unit.name}, batch {network.batch}",
-        )
+        Row(f"iteration of the {name} unit", seconds[unit.name], "s", f"{unit.name}, batch {batch}")
         for name, unit in two.items()
     ]
     measured = f"{len(network.iteration_seconds)} of {len(network.units)} units measured"
@@ -210,13 +206,9 @@ def full_recipe(network: Network) -> list[Row]:
     """
     if not (network.iteration_seconds and network.row_seconds):
         return [Row("estimate", "none", "", "iterations or images were not measured")]
-    protocol, calls, halves = (
-        network.protocol,
-        len(network.sampling.calls(network.denoiser)),
-        2 if network.sampling.guided else 1,
-    )
+    protocol, calls = network.protocol, network.sampling.calls(network.denoiser)
     calibration, units = protocol["calibration"], len(network.units)
-    states = calibration["images"] * calls * halves
+    states = calibration["images"] * len(calls) * (2 if network.sampling.guided else 1)
     samples = states / calibration["step_stride"]
     exact, simulated = network.row_seconds["float32"], network.row_seconds["simulated w4a8, float32"]
     parts = {
@@ -237,13 +229,7 @@ def full_recipe(network: Network) -> list[Row]:
 def published(model: str) -> list[Row]:
     """The paper's hours for this model, w4a8, if it prints any."""
     found = find_table(read_published(), "TFMQ-DM", "6")
-    return [
-        Row(
-            "the paper's figure",
-            row.scores["gpu_hours"] or "",
-            "h",
-            f"{row.reference}, table 6, {row.protocol['device']}, {row.note}",
-        )
-        for row in found
-        if (row.model, row.bits, row.method) == (model, "w4a8", "tfmq") and "gpu_hours" in row.scores
-    ]
+    ours = [row for row in found if (row.model, row.bits, row.method) == (model, "w4a8", "tfmq")]
+    notes = [f"{row.reference}, table 6, {row.protocol['device']}, {row.note}" for row in ours]
+    hours = [row.scores.get("gpu_hours") for row in ours]
+    return [Row("the paper's figure", own, "h", note) for own, note in zip(hours, notes, strict=True) if own]

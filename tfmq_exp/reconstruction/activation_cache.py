@@ -41,7 +41,7 @@ class SpillAllocator:
         self.budget, self.folder, self.device, self.device_budget = budget, folder, device, device_budget
         self.form: CacheFormat = form
         self.page_locked = device.type == "cuda"
-        self.used = self.device_used = 0
+        self.used = self.device_used = self.spilled = 0  # bytes asked of memory, of the device, and in files
         self._spill: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -59,13 +59,14 @@ class SpillAllocator:
         self.used += 1 << (needed - 1).bit_length() if self.page_locked else needed
         if self.used <= self.budget:
             return torch.empty(shape, dtype=dtype, pin_memory=self.page_locked)
+        self.spilled += needed
         self._spill = self._spill or tempfile.TemporaryDirectory(dir=self.folder, prefix="tfmq-cache-")
         name = tempfile.mktemp(dir=self._spill.name)
         return torch.from_file(name, shared=True, size=size, dtype=dtype).reshape(shape)
 
     def clear(self) -> None:
         """Release everything allocated; the files are deleted."""
-        self.used = self.device_used = 0
+        self.used = self.device_used = self.spilled = 0
         if self._spill is not None:
             self._spill.cleanup()
             self._spill = None

@@ -85,9 +85,9 @@ class ComputeConfig:
     device: torch.device = CPU  # of the networks
     device_cache_bytes: int = 0  # the device's memory for cached activations
 
-    def storage(self, share: int = 1, form: CacheFormat = "float32", *, on_device: bool = True) -> SpillAllocator:
-        """An allocator with 1 / `share` of the cache: of the device's memory, if wanted, and of the memory beside it."""
-        device_bytes = self.device_cache_bytes // share if on_device else 0
+    def storage(self, share: int = 1, form: CacheFormat = "float32", *, of_device: float = 0.0) -> SpillAllocator:
+        """An allocator with 1 / `share` of the cache in memory, after a part `of_device` of the device's, 0 to 1."""
+        device_bytes = int(of_device * self.device_cache_bytes)
         return SpillAllocator(self.cache_bytes // share, self.cache_folder, self.device, device_bytes, form)
 
 

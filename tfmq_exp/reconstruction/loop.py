@@ -53,7 +53,7 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     model, compute = context.model, context.compute
     model.context.require(context.data.t.unique().tolist())
     remaining = restore_finished(context, [unit for unit in units if is_learnable(model, unit, config)], config)
-    storage, replay = compute.storage(4, config.cache), OutputReplay(compute.cache_bytes // 4)
+    storage, replay = compute.storage(4, config.cache, of_device=0.5), OutputReplay(compute.cache_bytes // 4)
     for unit, activations in capture_float_units(context, remaining, config):
         start, module = time.perf_counter(), unit.module(model.unet)
         inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs.get("float"))
@@ -131,7 +131,7 @@ def capture_float_units(
     """Each unit with its activations in the float network; one pass captures as many units as fit into half of the cache."""
     unet, data, compute = context.float_unet, context.data, context.compute
     with_inputs = "float" in config.inputs.origins
-    capture = Capture(data, compute.batch, compute.storage(2, config.cache))
+    capture = Capture(data, compute.batch, compute.storage(2, config.cache, of_device=0.5))
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
     sizes = sample_bytes(unet, [*driven.values()], data, with_inputs=with_inputs, form=config.cache)
     groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.capacity)
@@ -212,8 +212,7 @@ def unit_error(
     model, compute, module = context.model, context.compute, unit.module(context.model.unet)
     inputs, exact = next(iter(activations.inputs.values())), activations.outputs
     if replay and replay.holds(exact):
-        storage = compute.storage(4, exact.form, on_device=False)
-        outputs = run_unit(module, model.context, inputs, compute.batch, storage)
+        outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4, exact.form))
         replay.add(module, outputs)
         outputs = outputs.thinned(ERROR_SAMPLES)
     else:
