@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.deploy.openvino.runtime import BF16_NOISE, attention_nodes, compile_settings
+from tfmq_exp.deploy.openvino.runtime import BF16_NOISE, TILE, attention_nodes, compile_settings
 
 PATH = "__module.unet."  # of the network's modules in names that the frontend gives
 
@@ -32,8 +32,8 @@ def name_attentions(model: Any, attentions: Collection[str]) -> None:
 
 def attention_noise(
     model: Any, example: Mapping[str, Tensor], steps: Sequence[int], threads: int | None
-) -> dict[str, float]:
-    """Largest `bf16_noise` of each attention that `name_attentions` has named, on the operands that reach it in the model.
+) -> dict[str, dict[str, float]]:
+    """Largest `bf16_noise` of each named attention by the precision of its scores, on operands that reach it in the model.
 
     Args:
         model: OpenVINO's, as it is exported; it is not changed.
@@ -42,58 +42,64 @@ def attention_noise(
         threads: None leaves the number to OpenVINO.
     """
     tapped = model.clone()
-    nodes = {
-        name.removesuffix("/products"): node for name, node in attention_nodes(tapped).items() if "/products" in name
-    }
-    if not nodes:
+    named = {name: node for name, node in attention_nodes(tapped).items() if name.endswith("/products")}
+    if not named:
         return {}
-    tapped.add_outputs([operand for node in nodes.values() for operand in node.input_values()])
+    tapped.add_outputs([operand for node in named.values() for operand in node.input_values()])
     given = {name: value[:1].numpy() for name, value in example.items() if name != "timestep"}
     shapes: dict[Any, list[int]] = {name: list(value.shape) for name, value in given.items()}
     tapped.reshape({**shapes, "step": []})
-    compiled, noise = (
-        ov.Core().compile_model(tapped, "CPU", compile_settings(threads, "f32")),
-        dict.fromkeys(nodes, 0.0),
-    )
+    compiled = ov.Core().compile_model(tapped, "CPU", compile_settings(threads, "f32"))
+    noise: dict[str, dict[str, float]] = {name.removesuffix("/products"): {} for name in named}
     for step in steps:
         _, *out = compiled({**given, "step": torch.tensor(step).numpy()}).to_tuple()
-        operands = iter([torch.from_numpy(x)[0] for x in out])
-        for name in nodes:
-            noise[name] = max(noise[name], bf16_noise(next(operands), next(operands), next(operands)))
+        operands = [torch.from_numpy(x)[0] for x in out]
+        for found, q, k, v in zip(noise.values(), operands[::3], operands[1::3], operands[2::3], strict=True):
+            for scores in ("bf16", "f32") if q.shape[-1] % TILE == 0 else ("f32",):
+                found[scores] = max(found.get(scores, 0.0), bf16_noise(q, k, v, scores))
     return noise
 
 
 def bf16_noise(
-    q: Float[Tensor, "heads queries width"], k: Float[Tensor, "heads keys width"], v: Float[Tensor, "heads keys width"]
+    q: Float[Tensor, "heads queries width"],
+    k: Float[Tensor, "heads keys width"],
+    v: Float[Tensor, "heads keys width"],
+    scores: str,
 ) -> float:
     """Mean squared error of attention in bfloat16, over that of its output in eight bits.
 
-    In bfloat16, operands, probabilities and output are rounded, while sums and the softmax are float32. Eight bits over the
-    output's range have a step of (max - min) / 255 and the error step^2 / 12.
+    In bfloat16, q / sqrt(width), k, v, probabilities, output and, if `scores` is bf16, the scores are rounded; sums and the
+    softmax are float32. Eight bits over the output's range have a step of (max - min) / 255 and the error step^2 / 12.
     """
-    exact, rounded = [], []
-    for operands in zip(q, k, v, strict=True):  # one head at a time: probabilities are [queries, keys]
-        exact.append(F.scaled_dot_product_attention(*(x[None] for x in operands))[0])
-        a, b, c = (x.bfloat16().float() for x in operands)
-        probabilities = (a @ b.T * a.shape[-1] ** -0.5).softmax(-1)
-        rounded.append((probabilities.bfloat16().float() @ c).bfloat16().float())
-    y, error = torch.stack(exact).double(), torch.stack(rounded).double() - torch.stack(exact).double()
+    exact, rounded = list[Tensor](), list[Tensor]()
+    for a, b, c in zip(q, k, v, strict=True):  # one head at a time: probabilities are [queries, keys]
+        exact.append(F.scaled_dot_product_attention(a[None], b[None], c[None])[0].double())
+        products = bf16(a * a.shape[-1] ** -0.5) @ bf16(b).T
+        probabilities = (bf16(products) if scores == "bf16" else products).softmax(-1)
+        rounded.append(bf16(bf16(probabilities) @ bf16(c)).double())
+    y = torch.stack(exact)
     step = max(float(y.max() - y.min()), torch.finfo(torch.float32).tiny) / 255
-    return float(error.square().mean()) / (step**2 / 12)
+    return float((torch.stack(rounded) - y).square().mean()) / (step**2 / 12)
 
 
-def attention_rows(noise: Mapping[str, float], bf16: bool) -> list[dict[str, Any]]:
+def bf16(x: Tensor) -> Tensor:
+    """Round to bfloat16."""
+    return x.bfloat16().float()
+
+
+def attention_rows(noise: Mapping[str, Mapping[str, float]], pays: bool) -> list[dict[str, Any]]:
     """Rows of the manifest: how each attention's products are executed, with the reason for floating point.
 
     Args:
-        noise: result of `attention_noise`.
-        bf16: whether bfloat16 is used on this processor.
+        noise: result of `attention_noise`; of two precisions of the scores, the first that is quiet enough is chosen.
+        pays: whether bfloat16 is used on this processor.
     """
     rows = list[dict[str, Any]]()
-    for name, share in noise.items():
-        quiet, told = share <= BF16_NOISE, f"{share:.2g} of the noise of eight bits"
-        executed, note = ("bf16", f"adds {told}") if bf16 and quiet else ("float", "")
-        why = "" if executed == "bf16" else "bf16 is not faster on this processor"
-        why = why if quiet else f"bf16 would add {told}, above {BF16_NOISE}"
-        rows.append({"attention": name, "noise": share, "executed": executed, "note": note, "why": why})
+    for name, shares in noise.items():
+        scores, share = next(((s, x) for s, x in shares.items() if x <= BF16_NOISE), ("f32", shares["f32"]))
+        why = "" if pays else "bf16 is not faster on this processor"
+        why = why if share <= BF16_NOISE else f"bf16 would add more than {BF16_NOISE} of the noise of eight bits"
+        note = f"bf16, scores in {scores}: {share:.2g} of the noise of eight bits"
+        row = {"attention": name, "scores": scores, "noise": share}
+        rows.append({**row, "executed": "float" if why else "bf16", "note": note, "why": why})
     return rows
