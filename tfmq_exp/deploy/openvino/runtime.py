@@ -124,8 +124,8 @@ def attention_model(heads: int, tokens: int, width: int, scores: str | None) -> 
 def bf16_attention_pays() -> bool:
     """Whether attention in bfloat16 takes at most nine tenths of its time in float32 on this processor.
 
-    Measured, as the processor's own list of formats has bfloat16 where it is emulated, too. With AMX tiles it takes about half
-    the time in all sizes of the known networks, with vectors of bfloat16 half as much again, emulated twenty times as much.
+    Measured, since the processor's own list of formats has bfloat16 where it is emulated, too. It is faster with AMX, slower with
+    bfloat16 in vectors alone, and many times slower where it is emulated (`scripts/bench_attention.py`).
     """
     core, shape = ov.Core(), (4, 1024, 32)
     given = [np.random.default_rng(i).standard_normal((1, *shape), dtype=np.float32) for i in range(3)]
