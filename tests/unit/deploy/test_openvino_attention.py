@@ -17,9 +17,9 @@ from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 pytest.importorskip("openvino", reason="openvino is not installed")
 
 from tfmq_exp.deploy.openvino import runtime
-from tfmq_exp.deploy.openvino.attention import attention_rows, bf16_noise
+from tfmq_exp.deploy.openvino.attention import MIN_SCORES, AttentionNoise, attention_rows, bf16_noise
 from tfmq_exp.deploy.openvino.export import export, pairs_saturate
-from tfmq_exp.deploy.openvino.runtime import BF16_NOISE, ExportedUNet, attention_model, attention_nodes
+from tfmq_exp.deploy.openvino.runtime import ExportedUNet, attention_model, attention_nodes
 
 
 def operands(width: int = 32, scores: float = 1.0) -> list[Tensor]:
@@ -94,35 +94,46 @@ def test_float32_is_exact() -> None:
 
 
 def test_scores_are_kept_in_float32_where_that_is_needed() -> None:
-    noise = {"a": {"bf16": 0.09, "f32": 0.01}, "b": {"bf16": 0.11, "f32": 0.01}, "c": {"bf16": 0.3, "f32": 0.2}}
-    chosen = {row["attention"]: (row["executed"], row["scores"], row["noise"]) for row in attention_rows(noise, True)}
-    assert chosen == {"a": ("bf16", "bf16", 0.09), "b": ("bf16", "f32", 0.01), "c": ("float", "f32", 0.2)}
+    shares = {"a": {"bf16": 0.09, "f32": 0.01}, "b": {"bf16": 0.11, "f32": 0.01}, "c": {"bf16": 0.3, "f32": 0.2}}
+    noise = {name: AttentionNoise(MIN_SCORES, each) for name, each in shares.items()}
+    noise["small"] = AttentionNoise(MIN_SCORES - 1, {"f32": 0.01})
+    keys = ("executed", "scores", "noise")
+    chosen = {row["attention"]: tuple(row[key] for key in keys) for row in attention_rows(noise, True)}
+    assert chosen == {
+        "a": ("bf16", "bf16", 0.09),
+        "b": ("bf16", "f32", 0.01),
+        "c": ("float", None, 0.2),
+        "small": ("float", None, 0.01),
+    }
+    elsewhere = {row["attention"]: (row["executed"], row["scores"]) for row in attention_rows(noise, False)}
+    assert elsewhere == {name: ("float", scores) for name, (_, scores, _) in chosen.items()}
     whys = [[row["why"] for row in attention_rows(noise, pays)] for pays in (True, False)]
     loud, slow = "bf16 would add more than 0.1 of the noise of eight bits", "bf16 is not faster on this processor"
-    assert whys == [["", "", loud], [slow, slow, loud]]
+    few = "bf16 is not faster with fewer than 262144 scores"
+    assert whys == [["", "", loud, few], [slow, slow, loud, few]]
 
 
 def test_every_attention_with_its_noise_is_in_the_manifest(model: QuantizedUNet, rows: list[dict[str, Any]]) -> None:
     assert {row["attention"] for row in rows} == set(attentions(model.unet))
     assert all(0 < row["noise"] < 1 for row in rows)
-    assert all((row["executed"] == "bf16") == (row["noise"] <= BF16_NOISE) for row in rows)
+    assert {(row["executed"], row["scores"]) for row in rows} == {("float", None)}  # they are small
 
 
 @pytest.fixture
-def half_quiet(tmp_path: Path, rows: list[dict[str, Any]], folder: Path) -> Path:
-    """The exported model, with a noise at the limit and above it in turns."""
+def half_chosen(tmp_path: Path, folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """The exported model, with every second attention allowed in bfloat16."""
     manifest = json.loads((folder / "deployed.json").read_text())
-    for i, row in enumerate(manifest["attention"]):
-        row["noise"] = BF16_NOISE * (1.0 if i % 2 == 0 else 1.01)
+    for row in manifest["attention"][::2]:
+        row["scores"] = "f32"
     for name in ("model.xml", "model.bin"):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "deployed.json").write_text(json.dumps(manifest))
     return tmp_path
 
 
-def test_an_opened_model_computes_the_quiet_ones_in_bf16(half_quiet: Path, rows: list[dict[str, Any]]) -> None:
-    opened, plain = (ExportedUNet(half_quiet, threads=1, bf16_attention=bf16) for bf16 in (True, False))
-    assert opened.bf16 == {row["attention"]: row["scores"] for row in rows[::2]}
+def test_an_opened_model_computes_the_allowed_ones_in_bf16(half_chosen: Path, rows: list[dict[str, Any]]) -> None:
+    opened, plain = (ExportedUNet(half_chosen, threads=1, bf16_attention=bf16) for bf16 in (True, False))
+    assert opened.bf16 == {row["attention"]: "f32" for row in rows[::2]}
     assert plain.bf16 == {}
     x = inputs(501)["sample"].numpy()
     y, expected = (torch.from_numpy(unet(x, 501)).double() for unet in (opened, plain))
@@ -130,9 +141,9 @@ def test_an_opened_model_computes_the_quiet_ones_in_bf16(half_quiet: Path, rows:
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_the_processor_decides_by_itself(half_quiet: Path, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_decides_by_itself(half_chosen: Path, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "bf16_attention_pays", lambda: pays)
-    assert bool(ExportedUNet(half_quiet, threads=1).bf16) == pays
+    assert bool(ExportedUNet(half_chosen, threads=1).bf16) == pays
 
 
 def test_quantized_operands_stay_in_floating_point(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet
 pytestmark = pytest.mark.bad_input
 
 GOOD = {"deployed.json": json.dumps({"format": FORMAT, "timesteps": [3, 1]}), "model.xml": "<net/>", "model.bin": "x"}
-ROW = {"attention": "a", "scores": "f32", "noise": 0.01}
+ROW = {"attention": "a", "scores": "f32"}
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ ROW = {"attention": "a", "scores": "f32", "noise": 0.01}
         ({"deployed.json": '{"format": "x"}'}, "is of format 'x'"),
         *(({"deployed.json": {"timesteps": t}}, "timesteps must be") for t in (None, [], [-1], ["1"], [1.5], {}, 3)),
         *(
-            ({"deployed.json": {"timesteps": [3], "attention": a}}, "attention must be rows of name, scores, noise")
-            for a in (None, {}, [3], [ROW | {"noise": "0"}], [ROW | {"scores": "f16"}], [{**ROW, "attention": 1}])
+            ({"deployed.json": {"timesteps": [3], "attention": a}}, "attention must be rows of names and scores")
+            for a in (None, {}, [3], [{"attention": "a"}], [ROW | {"scores": "f16"}], [ROW | {"attention": 1}])
         ),
         *(({"model.xml": text}, "model.xml or model.bin is damaged") for text in ("", "x", "<net/>", "<html></html>")),
     ],

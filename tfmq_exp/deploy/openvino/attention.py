@@ -1,11 +1,11 @@
 """Attention's products in an exported model: their names, and the noise that bfloat16 would add to them.
 
-Whether they are computed in bfloat16 is decided where the model is opened, since processors differ in speed; the noise does not
-depend on the processor.
+Where the noise allows it, they are computed in bfloat16 if that is faster on the processor on which the model is opened. The noise
+does not depend on the processor.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import openvino as ov
 import torch
@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.deploy.openvino.runtime import BF16_NOISE, TILE, attention_nodes, compile_settings
+from tfmq_exp.deploy.openvino.runtime import TILE, attention_nodes, compile_settings
 
+BF16_NOISE = 0.1  # that bfloat16 may add to an attention, as a share of the mean squared error of eight bits
+MIN_SCORES = 2**18  # of an attention; with fewer, bfloat16 saves less than a tenth of a millisecond
 PATH = "__module.unet."  # of the network's modules in names that the frontend gives
+
+
+class AttentionNoise(NamedTuple):
+    """Number of scores of an attention, and its `bf16_noise` by the precision that they are kept in."""
+
+    scores: int
+    shares: dict[str, float]
 
 
 def name_attentions(model: Any, attentions: Collection[str]) -> None:
@@ -32,8 +41,8 @@ def name_attentions(model: Any, attentions: Collection[str]) -> None:
 
 def attention_noise(
     model: Any, example: Mapping[str, Tensor], steps: Sequence[int], threads: int | None
-) -> dict[str, dict[str, float]]:
-    """Largest `bf16_noise` of each named attention by the precision of its scores, on operands that reach it in the model.
+) -> dict[str, AttentionNoise]:
+    """Largest noise of each named attention at the given steps, on operands that reach it in the model.
 
     Args:
         model: OpenVINO's, as it is exported; it is not changed.
@@ -50,13 +59,14 @@ def attention_noise(
     shapes: dict[Any, list[int]] = {name: list(value.shape) for name, value in given.items()}
     tapped.reshape({**shapes, "step": []})
     compiled = ov.Core().compile_model(tapped, "CPU", compile_settings(threads, "f32"))
-    noise: dict[str, dict[str, float]] = {name.removesuffix("/products"): {} for name in named}
+    noise = dict[str, AttentionNoise]()
     for step in steps:
         _, *out = compiled({**given, "step": torch.tensor(step).numpy()}).to_tuple()
         operands = [torch.from_numpy(x)[0] for x in out]
-        for found, q, k, v in zip(noise.values(), operands[::3], operands[1::3], operands[2::3], strict=True):
+        for name, q, k, v in zip(named, operands[::3], operands[1::3], operands[2::3], strict=True):
+            found = noise.setdefault(name.removesuffix("/products"), AttentionNoise(q[..., 0].numel() * k.shape[1], {}))
             for scores in ("bf16", "f32") if q.shape[-1] % TILE == 0 else ("f32",):
-                found[scores] = max(found.get(scores, 0.0), bf16_noise(q, k, v, scores))
+                found.shares[scores] = max(found.shares.get(scores, 0.0), bf16_noise(q, k, v, scores))
     return noise
 
 
@@ -87,19 +97,23 @@ def bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def attention_rows(noise: Mapping[str, Mapping[str, float]], pays: bool) -> list[dict[str, Any]]:
+def attention_rows(noise: Mapping[str, AttentionNoise], pays: bool) -> list[dict[str, Any]]:
     """Rows of the manifest: how each attention's products are executed, with the reason for floating point.
 
     Args:
         noise: result of `attention_noise`; of two precisions of the scores, the first that is quiet enough is chosen.
-        pays: whether bfloat16 is used on this processor.
+        pays: whether bfloat16 is faster on this processor.
     """
     rows = list[dict[str, Any]]()
-    for name, shares in noise.items():
-        scores, share = next(((s, x) for s, x in shares.items() if x <= BF16_NOISE), ("f32", shares["f32"]))
-        why = "" if pays else "bf16 is not faster on this processor"
-        why = why if share <= BF16_NOISE else f"bf16 would add more than {BF16_NOISE} of the noise of eight bits"
-        note = f"bf16, scores in {scores}: {share:.2g} of the noise of eight bits"
-        row = {"attention": name, "scores": scores, "noise": share}
-        rows.append({**row, "executed": "float" if why else "bf16", "note": note, "why": why})
+    for name, (count, shares) in noise.items():
+        scores, share = next(((s, x) for s, x in shares.items() if x <= BF16_NOISE), (None, shares["f32"]))
+        why = "" if scores else f"bf16 would add more than {BF16_NOISE} of the noise of eight bits"
+        if count < MIN_SCORES:
+            scores, why = None, f"bf16 is not faster with fewer than {MIN_SCORES} scores"
+        elif scores and not pays:
+            why = "bf16 is not faster on this processor"
+        note = f"scores in {scores}, {share:.2g} of the noise of eight bits" if scores and not why else ""
+        executed = "float" if why else "bf16"
+        row = {"attention": name, "scores": scores, "noise": share, "executed": executed, "note": note, "why": why}
+        rows.append(row)
     return rows

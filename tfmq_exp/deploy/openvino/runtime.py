@@ -15,7 +15,6 @@ import openvino as ov
 import openvino.opset13 as ops
 
 FORMAT = "tfmq_exp.deployed"
-BF16_NOISE = 0.1  # that bfloat16 may add to an attention, as a share of the mean squared error of eight bits
 TILE = 32  # numbers in bfloat16 that an AMX instruction sums
 LFS_POINTER = b"version https://git-lfs"
 
@@ -69,19 +68,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: its timesteps must be whole numbers, got {str(steps)[:50]}")
     rows = manifest.get("attention", [])
     if not isinstance(rows, list) or not all(map(is_attention_row, rows)):
-        raise ValueError(f"{path} is damaged: its attention must be rows of name, scores, noise, got {str(rows)[:50]}")
+        raise ValueError(f"{path} is damaged: its attention must be rows of names and scores, got {str(rows)[:50]}")
     return manifest
 
 
 def is_attention_row(row: Any) -> bool:
-    """Whether a value of the manifest has the name of an attention, the precision of its scores, and the noise of bfloat16."""
+    """Whether a value of the manifest has an attention, and the precision of its scores in bfloat16, None for float32."""
     named = isinstance(row, dict) and isinstance(row.get("attention"), str)
-    return named and row.get("scores") in ("bf16", "f32") and type(row.get("noise")) is float
-
-
-def is_quiet(row: Mapping[str, Any]) -> bool:
-    """Whether bfloat16 adds little noise to an attention, by its row of the manifest."""
-    return row["noise"] <= BF16_NOISE
+    return named and "scores" in row and row["scores"] in ("bf16", "f32", None)
 
 
 def attention_nodes(model: Any) -> dict[str, Any]:
@@ -151,8 +145,8 @@ class ExportedUNet:
         batch: rows that the model is compiled for; fewer are filled up, more are computed in parts.
         threads: None leaves the number to OpenVINO.
         precision: of the floating-point part, f32 or bf16.
-        bf16_attention: compute those attentions in bfloat16 to which it adds less than `BF16_NOISE`; None does so if it is
-            faster on this processor.
+        bf16_attention: compute those attentions in bfloat16 for which the export allows it; None does so if it is faster on
+            this processor.
 
     Raises:
         ValueError: a folder without such a model.
@@ -178,7 +172,7 @@ class ExportedUNet:
         shapes = {port: list(port.get_partial_shape()) for port in model.inputs}
         self.inputs = sorted(port.any_name for port in model.inputs if port.any_name != "step")
         model.reshape({port: [batch, *shape[1:]] if shape else [] for port, shape in shapes.items()})
-        self.bf16 = {row["attention"]: row["scores"] for row in self.manifest.get("attention", []) if is_quiet(row)}
+        self.bf16 = {row["attention"]: row["scores"] for row in self.manifest.get("attention", []) if row["scores"]}
         if self.bf16 and not (bf16_attention_pays() if bf16_attention is None else bf16_attention):
             self.bf16 = {}
         for name, node in attention_nodes(model).items():
