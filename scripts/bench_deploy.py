@@ -180,8 +180,8 @@ def report(found: Mapping[str, Any], console: Console) -> None:
     for name, taken in seconds.items():
         ratios = (f"{seconds[base] / taken:5.2f} times {base}" for base in ("openvino fp32", "torch fp32"))
         run = f"sampling run {sampling[name]:.2f} s" if name in sampling else ""
-        console.print(f"{name:22}{1e3 * taken:9.1f} ms", *ratios, run, sep="  ", highlight=False, soft_wrap=True)
-    for name in ("bytes", "loading", "errors", "layers", "kernels", "gpu"):
+        console.print(f"{name:35}{1e3 * taken:9.1f} ms", *ratios, run, sep="  ", highlight=False, soft_wrap=True)
+    for name in ("bytes", "loading", "errors", "layers", "kernels", "attention", "gpu"):
         console.print(f"{name}: {json.dumps(found[name])}", highlight=False, soft_wrap=True)
 
 
@@ -212,8 +212,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.nncf:
         exported["openvino w8a8 by nncf"] = quantize_by_nncf(plain, denoiser, timesteps, folder / "nncf")
     engines: dict[str, nn.Module] = {"torch fp32": denoiser.unet, "torch simulation": model}
-    for name, path in exported.items():
-        engines[name] = OpenVINOUNet(runtime.ExportedUNet(path, batch=args.batch, threads=args.threads))
+    open_model = functools.partial(runtime.ExportedUNet, batch=args.batch, threads=args.threads)
+    engines |= {name: OpenVINOUNet(open_model(path)) for name, path in exported.items()}
+    engines[f"openvino {args.quant}, attention in f32"] = OpenVINOUNet(open_model(integers, bf16_attention=False))
     engines[f"onednn {args.quant}"] = OneDNN().open(model, integers, batch=args.batch)
     calls = {name: functools.partial(unet, **example) for name, unet in engines.items()}
     seconds = medians(calls, args.rounds, time.process_time if args.cpu_seconds else time.perf_counter)
@@ -231,7 +232,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "loading": {name: load_seconds_and_peak_bytes(path, args, shape) for name, path in alone.items()},
         "errors": errors(model, {name: unet for name, unet in engines.items() if args.quant in name}, example),
         "gpu": on_gpu(denoiser.unet, model, example, args.rounds),
-        **{"kernels": manifest["kernels"], "layers": summary(parity)},
+        **{"kernels": manifest["kernels"], "attention": manifest["attention"], "layers": summary(parity)},
     }
 
 

@@ -200,14 +200,16 @@ def test_layers_and_attention_are_in_the_table_of_sites(openvino: Path) -> None:
     assert {line["role"] for line in layers if line["executed"] == "float"} == {"stem"}
     assert {line["executed"] for line in layers if line["role"] != "stem"} == {"int8"}
     assert {line["site"]: line["role"] for line in lines}.items() >= {"conv_in": "stem", "conv_out": "head"}.items()
-    products = [line["site"] for line in lines if line["role"] == PRODUCTS]
+    products = {line["site"]: line["executed"] for line in lines if line["role"] == PRODUCTS}
+    told = json.loads((Path(hits(openvino)["openvino"]["path"]) / "deployed.json").read_text())["attention"]
+    assert products == {row["attention"]: row["executed"] for row in told}
     assert set(products) == {line["site"].rpartition(".")[0] for line in lines if line["role"] == "attn_qkv"}
     (found,) = deployments(read_runs([openvino]))
     assert found.layers == found.executed + 1 == len(layers) > 0
     assert [(group.role, group.dtype) for group in found.groups] == [
         ("layers", "int8"),
         ("stem", "float"),
-        (PRODUCTS, "float"),
+        *((PRODUCTS, executed) for executed in ("bf16", "float") if executed in products.values()),
     ]
 
 

@@ -12,6 +12,7 @@ from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet
 pytestmark = pytest.mark.bad_input
 
 GOOD = {"deployed.json": json.dumps({"format": FORMAT, "timesteps": [3, 1]}), "model.xml": "<net/>", "model.bin": "x"}
+ROW = {"attention": "a", "scores": "f32"}
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,10 @@ GOOD = {"deployed.json": json.dumps({"format": FORMAT, "timesteps": [3, 1]}), "m
         *(({"deployed.json": text}, "is of format None") for text in ("[]", "3", "null", "{}")),
         ({"deployed.json": '{"format": "x"}'}, "is of format 'x'"),
         *(({"deployed.json": {"timesteps": t}}, "timesteps must be") for t in (None, [], [-1], ["1"], [1.5], {}, 3)),
+        *(
+            ({"deployed.json": {"timesteps": [3], "attention": a}}, "attention must be rows of names and scores")
+            for a in (None, {}, [3], [{"attention": "a"}], [ROW | {"scores": "f16"}], [ROW | {"attention": 1}])
+        ),
         *(({"model.xml": text}, "model.xml or model.bin is damaged") for text in ("", "x", "<net/>", "<html></html>")),
     ],
 )

@@ -25,6 +25,7 @@ SITES = [
     {"site": "d", "role": "res_conv", "executed": "float", "weight_bits": 32, "why": "it is not quantized"},
     {"site": "out", "role": "head", "executed": "int8", "weight_bits": 8, "why": ""},
     {"site": "x.attn", "role": "attention products", "executed": "float", "weight_bits": "", "why": "no engine"},
+    {"site": "y.attn", "role": "attention products", "executed": "bf16", "weight_bits": "", "why": ""},
 ]
 
 
@@ -147,6 +148,7 @@ def test_what_is_in_integers_is_grouped_by_reason(root: Path, seen: Reader) -> N
         ["not by the engine", "stem in", "1", "32", "it is not quantized"],
         ["not by the engine", "layers c", "1", "4", "its input is not quantized"],
         ["not by the engine", "layers d", "1", "32", "it is not quantized"],
+        ["bf16", "attention products y.attn", "1", "–", "–"],
         ["not by the engine", "attention products x.attn", "1", "–", "no engine"],
     ]
     assert seen.text.count("3 of 6 layers in integers") == 2 + 4  # the tables, and every run

@@ -62,20 +62,29 @@ class OpenVINO:
 
         return pairs_saturate() if self.split_int8_weights is None else self.split_int8_weights
 
+    @cached_property
+    def bf16_attention(self) -> bool:
+        """Whether attention is faster in bfloat16 on this processor."""
+        from tfmq_exp.deploy.openvino.runtime import bf16_attention_pays
+
+        return bf16_attention_pays()
+
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Version of OpenVINO, precision, and whether weights are split; not the threads."""
-        splits = self.splits_int8_weights
-        settings = {"float_precision": self.float_precision, "split_int8_weights": splits}
+        """Version of OpenVINO, precisions, and whether weights are split; not the threads."""
+        settings = {"float_precision": self.float_precision, "split_int8_weights": self.splits_int8_weights}
+        settings |= {"bf16_attention": self.bf16_attention}
         return {"name": self.name, "version": version("openvino"), **settings}
 
     def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
         from tfmq_exp.deploy.openvino.export import export
 
-        export(model, example, folder, split_int8_weights=self.splits_int8_weights, threads=self.threads)
+        choices = {"split_int8_weights": self.splits_int8_weights, "bf16_attention": self.bf16_attention}
+        export(model, example, folder, **choices, threads=self.threads)
 
     def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
         """Compile the exported model for so many rows."""
         from tfmq_exp.deploy.openvino.runtime import ExportedUNet
 
-        return OpenVINOUNet(ExportedUNet(folder, batch=batch, threads=self.threads, precision=self.float_precision))
+        precisions: Any = {"precision": self.float_precision, "bf16_attention": self.bf16_attention}
+        return OpenVINOUNet(ExportedUNet(folder, batch=batch, threads=self.threads, **precisions))

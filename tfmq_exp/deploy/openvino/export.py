@@ -13,11 +13,13 @@ import openvino as ov
 import openvino.opset13 as ops
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.unet import attentions
 from tfmq_exp.deploy.activation_tables import activation_scale
 from tfmq_exp.deploy.engine import write_manifest
 from tfmq_exp.deploy.layers import DeployedLayer, ProductLayer, deployed_layers, layer_report
+from tfmq_exp.deploy.openvino.attention import attention_noise, attention_rows, name_attentions
 from tfmq_exp.deploy.openvino.graph import FloatProduct, IntegerProduct, RealQuantizer
-from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet, compile_settings
+from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet, bf16_attention_pays, compile_settings
 from tfmq_exp.deploy.openvino.trace import Tap, shared_copy, trace
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -40,6 +42,7 @@ def export(
     folder: Path,
     *,
     split_int8_weights: bool,
+    bf16_attention: bool | None = None,
     threads: int | None = None,
 ) -> ConvertedModel:
     """Export a finished model, and check that every layer that is representable in integers is executed in integers here.
@@ -49,6 +52,7 @@ def export(
         example: keyword arguments of a forward pass; all shapes but the batch are those of the exported model.
         folder: gets `model.xml`, `model.bin` and `deployed.json`.
         split_int8_weights: execute weights above 64 as a sum of two, which is exact also where pairs of products saturate.
+        bf16_attention: of the check and the manifest, see `ExportedUNet`; the files are the same.
         threads: of the check; None leaves the number to OpenVINO.
 
     Raises:
@@ -62,8 +66,12 @@ def export(
     manifest |= {"split_int8_weights": split_int8_weights, "openvino": ov.__version__}
     manifest |= {"settings": compile_settings(threads, "f32"), "bytes": stored_bytes(converted.model)}
     manifest["layers"] = layer_report(model, deployed_layers(model))
+    bf16, last = bf16_attention_pays() if bf16_attention is None else bf16_attention, model.context.num_steps - 1
+    noise = attention_noise(converted.model, example, sorted({0, last // 2, last}), threads)
+    manifest["attention"] = attention_rows(noise, bf16)
     write_manifest(folder, manifest)
-    kernels = executed_kernels(ExportedUNet(folder, batch=len(example["sample"]), threads=threads).compiled)
+    opened = ExportedUNet(folder, batch=len(example["sample"]), threads=threads, bf16_attention=bf16)
+    kernels = executed_kernels(opened.compiled)
     check_integer(kernels, converted.products)
     counts = Counter(f"{kernel.operation} {kernel.kernel}" for kernel in kernels if kernel.product)
     write_manifest(folder, {**manifest, "kernels": counts})
@@ -109,6 +117,7 @@ def convert(
     for layer, own in names.items():
         for name, (node,) in zip(own, cores[layer], strict=True):
             node.set_friendly_name(name)
+    name_attentions(result, attentions(model.unet))
     return ConvertedModel(result, names)
 
 

@@ -45,10 +45,11 @@ def deployments(runs: Sequence[Run]) -> list[Deployment]:
         for (dtype, role, why), sites in group_by(same[0].tables[SITES], _execution).items():
             bits = ", ".join(sorted({site["weight_bits"] for site in sites} - {""}))
             groups.append(LayerGroup(dtype, role, bits, why, [site["site"] for site in sites]))
-        groups.sort(key=lambda each: (each.dtype == LEFT, each.role == PRODUCTS, -len(each.names)))
-        layers = sum(len(group.names) for group in groups if group.role != PRODUCTS)
-        executed = sum(len(group.names) for group in groups if group.dtype != LEFT)
-        dtypes = executed_dtypes(group.dtype for group in groups)
+        groups.sort(key=lambda each: (each.role == PRODUCTS, each.dtype == LEFT, -len(each.names)))
+        of_layers = [group for group in groups if group.role != PRODUCTS]
+        layers = sum(len(group.names) for group in of_layers)
+        executed = sum(len(group.names) for group in of_layers if group.dtype != LEFT)
+        dtypes = executed_dtypes(group.dtype for group in of_layers)
         share = f"{executed} of {layers} {'layer' if layers == 1 else 'layers'} in {dtypes}"
         names = [run.name for run in same]
         found.append(Deployment(_title(same[0]), same[0].engine, names, groups, layers, executed, share))
@@ -56,7 +57,7 @@ def deployments(runs: Sequence[Run]) -> list[Deployment]:
 
 
 def _execution(site: Row) -> tuple[str, str, str]:
-    own = site["role"] in OWN_GROUP and site["executed"] == LEFT
+    own = site["role"] == PRODUCTS or (site["role"] in OWN_GROUP and site["executed"] == LEFT)
     return site["executed"], site["role"] if own else "layers", site["why"]
 
 
