@@ -47,7 +47,10 @@ def plain_learning(
     assert rounding is not None
     optimizer = torch.optim.Adam(alphas, lr=rounding.learning_rate)
     split = len(inputs.tensors)
-    tensors, drawn = [*inputs.tensors, *targets.tensors], RandomRows(len(inputs), recipe.batch, recipe.iterations, seed)
+    tensors, drawn = (
+        [*inputs.tensors, *targets.tensors],
+        RandomRows(torch.arange(len(inputs)), recipe.batch, recipe.iterations, seed),
+    )
     for count, rows in enumerate(drawn.batches(), start=1):
         batch = [x[rows] for x in tensors]
         hs = [(torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1) for alpha in alphas]

@@ -138,7 +138,7 @@ class Digits:
             with learned_unit(model, unit, activations, recipe_of(ITERATIONS, BATCH), device) as task:
                 assert task.rounding is not None
                 start = task.rounding.v.detach().clone()
-                for rows in RandomRows(len(self.data), BATCH, ITERATIONS, seed=0):
+                for rows in RandomRows(torch.arange(len(self.data)), BATCH, ITERATIONS, seed=0):
                     task.training_step(rows, 0)
                 moves.append((task.rounding.v.detach() - start).cpu())
                 errors.append(float(task.error))
@@ -192,7 +192,7 @@ class Digits:
 
 def counted_waits(task: BlockReconstruction, samples: int, device: torch.device) -> float:
     """Warnings of CUDA's debug mode for synchronizing calls, after an iteration that may wait."""
-    rows = RandomRows(samples, BATCH, 4, seed=0).batches()
+    rows = RandomRows(torch.arange(samples), BATCH, 4, seed=0).batches()
     first, *others = [[x[each.to(device)] for x in task.samples.tensors] for each in rows]
     task.iterate(first)
     with warnings.catch_warnings(record=True) as caught:

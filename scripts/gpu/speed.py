@@ -48,7 +48,7 @@ def iteration_seconds(
     recipe = replace(recipe_of(20_000, network.batch), precision=precision)
     with learned_unit(network.learning, unit, activations, recipe, device) as task:
         task.iteration = recipe.iterations // 2  # when the penalty is on
-        (rows,) = RandomRows(2 * network.batch, network.batch, count, 0, chunk=count)
+        (rows,) = RandomRows(torch.arange(2 * network.batch), network.batch, count, 0, chunk=count)
         return seconds_of(lambda: task.training_step(rows, 0), device, repeats=1) / count
 
 
@@ -90,7 +90,7 @@ def launch_seconds(network: Network, unit: Unit) -> float:
     """Seconds that the host takes to launch an iteration, whose end it does not wait for."""
     activations = network.activations(unit, 2 * network.batch, DEVICE_CACHE)
     with learned_unit(network.learning, unit, activations, recipe_of(20_000, network.batch), network.device) as task:
-        (rows,) = RandomRows(2 * network.batch, network.batch, LAUNCHED, 0, chunk=LAUNCHED)
+        (rows,) = RandomRows(torch.arange(2 * network.batch), network.batch, LAUNCHED, 0, chunk=LAUNCHED)
         task.training_step(rows, 0)
         synchronize(network.device)
         began = time.perf_counter()

@@ -113,6 +113,11 @@ class JointRounding:
         """The soft weights that the layers use, as leaves of autograd."""
         return [rounding.weight() for rounding in self.roundings]
 
+    @property
+    def undecided(self) -> Float[Tensor, ""]:
+        """Share of the weights that are neither rounded down nor up yet."""
+        return ((self.h > 0) & (self.h < 1)).float().mean()
+
     @torch.no_grad()
     def update(self) -> None:
         """Set h and the soft weights from V."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.callbacks import Callback, LambdaCallback
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.distributed import concatenated
@@ -24,6 +24,7 @@ from tfmq_exp.reconstruction.capture import (
 )
 from tfmq_exp.reconstruction.closed_form import round_layers
 from tfmq_exp.reconstruction.context import ReconstructionContext, UnitReport, UnitResult, peak_memory_mib
+from tfmq_exp.reconstruction.early_stop import StopOnceSettled
 from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
 from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import Origin, Unit
@@ -185,8 +186,12 @@ def learn_unit(
     def diverged(loss: float) -> DivergedError:
         return DivergedError(f"the unit {unit.name}", task.iteration, config.iterations, loss, config.learning_rates)
 
-    batches = RandomRows(len(samples), config.batch, config.iterations, seed)
-    trainer = context.compute.trainer(max_epochs=1, callbacks=[LambdaCallback(on_train_batch_end=report_loss)])
+    rows, callbacks = torch.arange(len(samples)), list[Callback]([LambdaCallback(on_train_batch_end=report_loss)])
+    if early := config.early_stop:
+        rows, held_out = early.split(len(samples), seed, hold_back=unit.driver == "denoiser")
+        callbacks.append(StopOnceSettled(early, task, held_out))
+    batches = RandomRows(rows, config.batch, config.iterations, seed)
+    trainer = context.compute.trainer(max_epochs=1, callbacks=callbacks)
     quantizers = list(model.activation_quantizers_in(unit.name, unit.layers).values())
     with torch.enable_grad(), torch.random.fork_rng(), config.inputs.learning_context(quantizers):
         torch.manual_seed(seed)

@@ -22,6 +22,7 @@ from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.cache_format import FORMATS, CacheFormat
 from tfmq_exp.reconstruction.capture import call_unit
 from tfmq_exp.reconstruction.closed_form import GPTQConfig
+from tfmq_exp.reconstruction.early_stop import EarlyStop
 from tfmq_exp.reconstruction.objectives import Annealing, Objective
 from tfmq_exp.reconstruction.random_batches import Rows, load_batches
 from tfmq_exp.reconstruction.units import UnitInputs
@@ -65,6 +66,7 @@ class ReconstructionConfig:
     rounding: LearnRounding | None = None  # how the rounding of weights is learned, if it is
     scales: LearnScales | None = None  # how activation scales are learned, if they are
     gptq: GPTQConfig | None = None  # how weights are rounded in closed form, from where learning starts if it does
+    early_stop: EarlyStop | None = None  # when a unit may end before its last iteration; None: never
     # microbatches of a batch, which processes share. Results depend on their number in the last bits, and not on the
     # number of processes.
     parts: int = 1
@@ -77,7 +79,7 @@ class ReconstructionConfig:
         check_fields(self, rounding=optional(instance_of(LearnRounding)), scales=optional(instance_of(LearnScales)))
         if self.parts > self.batch:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
-        check_fields(self, gptq=optional(instance_of(GPTQConfig)))
+        check_fields(self, gptq=optional(instance_of(GPTQConfig)), early_stop=optional(instance_of(EarlyStop)))
         if not (self.rounds or self.scales):
             raise ValueError(
                 "a recipe rounds weights (rounding, gptq), learns activation scales, or both; this one neither"

@@ -14,9 +14,9 @@ ROW_BYTES = 2**16  # from here on a row's own copy costs less than gathering it
 
 @dataclass(frozen=True)
 class RandomRows:
-    """Rows of `iterations` batches, drawn without replacement within each pass over the samples, in chunks of `chunk` batches."""
+    """`iterations` batches of rows, drawn without replacement within each pass over them, in chunks of `chunk` batches."""
 
-    samples: int
+    rows: Rows
     batch: int
     iterations: int
     seed: int
@@ -32,15 +32,15 @@ class RandomRows:
 
     def batches(self) -> Iterator[Rows]:
         """Batches one by one; all rows each time where there are no more than a batch has."""
-        generator, order = torch.Generator().manual_seed(self.seed), torch.empty(0, dtype=torch.long)
+        generator, order = torch.Generator().manual_seed(self.seed), self.rows[:0]
         for _ in range(self.iterations):
-            if self.samples <= self.batch:
-                yield torch.arange(self.samples)
+            if len(self.rows) <= self.batch:
+                yield self.rows
                 continue
             if len(order) < self.batch:
-                order = torch.randperm(self.samples, generator=generator)
-            rows, order = order[: self.batch], order[self.batch :]
-            yield rows
+                order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+            batch, order = order[: self.batch], order[self.batch :]
+            yield batch
 
 
 def load_batches(tensors: Sequence[Tensor], batches: Sequence[Rows], device: torch.device) -> Iterator[list[Tensor]]:

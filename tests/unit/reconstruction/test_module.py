@@ -135,6 +135,8 @@ def test_other_precisions_of_learning_are_refused(precision: str | None) -> None
 def test_samples_are_let_go_when_learning_ends() -> None:
     task, _, _ = one_layer(0.01, iterations=2)
     with torch.enable_grad():
-        quiet_trainer(torch.device("cpu"))(max_epochs=1).fit(task, RandomRows(len(task.samples), 4, 2, seed=0))
+        quiet_trainer(torch.device("cpu"))(max_epochs=1).fit(
+            task, RandomRows(torch.arange(len(task.samples)), 4, 2, seed=0)
+        )
     assert task.iteration == 2
     assert task.samples.tensors == []

@@ -13,7 +13,7 @@ GPU = pytest.param(
 @pytest.mark.parametrize(("samples", "batch"), [(12, 4), (10, 4), (9, 2)])
 def test_random_batches_visit_all_rows_once_per_pass(samples: int, batch: int) -> None:
     whole = samples // batch
-    batches = list(RandomRows(samples, batch, 5 * whole, seed=3).batches())
+    batches = list(RandomRows(torch.arange(samples), batch, 5 * whole, seed=3).batches())
     assert [len(rows) for rows in batches] == [batch] * 5 * whole
     passes = [torch.cat(batches[i : i + whole]).tolist() for i in range(0, 5 * whole, whole)]
     assert all(len(set(seen)) == whole * batch for seen in passes)
@@ -22,19 +22,19 @@ def test_random_batches_visit_all_rows_once_per_pass(samples: int, batch: int) -
 
 def test_random_batches_depend_on_the_seed_alone() -> None:
     def drawn(seed: int) -> list[list[int]]:
-        return [rows.tolist() for rows in RandomRows(20, 5, 8, seed).batches()]
+        return [rows.tolist() for rows in RandomRows(torch.arange(20), 5, 8, seed).batches()]
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
 
 
 def test_few_rows_come_all_at_once() -> None:
-    assert [rows.tolist() for rows in RandomRows(4, 8, 3, seed=0).batches()] == [[0, 1, 2, 3]] * 3
+    assert [rows.tolist() for rows in RandomRows(torch.arange(4), 8, 3, seed=0).batches()] == [[0, 1, 2, 3]] * 3
 
 
 @pytest.mark.parametrize(("iterations", "chunk"), [(1, 10), (10, 10), (23, 10), (7, 3)])
 def test_batches_come_in_chunks_and_none_is_lost(iterations: int, chunk: int) -> None:
-    source = RandomRows(20, 5, iterations, 0, chunk)
+    source = RandomRows(torch.arange(20), 5, iterations, 0, chunk)
     chunks = list(source)
     assert len(chunks) == len(source)
     assert [len(chunk) for chunk in chunks[:-1]] == [chunk] * (len(chunks) - 1)
@@ -47,7 +47,7 @@ def test_batches_come_in_chunks_and_none_is_lost(iterations: int, chunk: int) ->
 def test_loaded_batches_are_the_rows_in_their_memory_layout(device: str) -> None:
     plain = torch.randn(9, 4, 6, 5)
     tensors = [plain, plain.to(memory_format=torch.channels_last), torch.arange(9)]
-    batches = list(RandomRows(9, 4, 5, seed=0).batches())
+    batches = list(RandomRows(torch.arange(9), 4, 5, seed=0).batches())
     loaded = list(load_batches(tensors, batches, torch.device(device)))
     assert len(loaded) == 5
     for rows, found in zip(batches, loaded, strict=True):
@@ -67,7 +67,7 @@ def test_batches_on_a_gpu_are_the_rows_wherever_the_samples_are(place: str) -> N
     samples = [plain, plain.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), torch.arange(9)]
     stored = [{"device": x.to, "page-locked": x.pin_memory, "memory": x.to}[place] for x in samples]
     given = [move(device) if place == "device" else move("cpu") if place == "memory" else move() for move in stored]
-    batches = list(RandomRows(9, 4, 50, seed=0).batches())
+    batches = list(RandomRows(torch.arange(9), 4, 50, seed=0).batches())
     busy = torch.randn(2048, 2048, device=device)
     for rows, found in zip(batches, load_batches(given, batches, device), strict=True):
         for _ in range(5):
