@@ -26,7 +26,7 @@ pytestmark = pytest.mark.bad_input
 # together they have every class of conf/method
 METHODS = (
     ("method=tfmq",),
-    ("method=gptq",),
+    ("method=gptq_reconstruct", "method/weights/early_stop=settled"),
     ("method=ptqd",),
     ("method=qdrop",),
     ("method=ptq4dm",),
