@@ -81,13 +81,14 @@ def inverse_factor(moments: Moments, damping: float) -> Moments:
     Raises:
         ValueError: no such factor.
     """
-    diagonal = moments.diagonal(dim1=1, dim2=2)
+    damped = moments.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(dim=1, keepdim=True)
-    damped = moments + torch.diag_embed(damping * mean + torch.where(diagonal == 0, mean.clamp(min=1e-30), 0.0))
+    diagonal.add_(damping * mean + torch.where(diagonal == 0, mean.clamp(min=1e-30), 0.0))
     for dtype in (moments.dtype, torch.float64):  # again in float64 where float32 is not enough
         try:
-            inverse = torch.cholesky_inverse(linalg.cholesky(damped.to(dtype)))
-            factor = linalg.cholesky(inverse, upper=True)
+            # no name for the first factor, whose memory the second one needs
+            factor = linalg.cholesky(torch.cholesky_inverse(linalg.cholesky(damped.to(dtype))), upper=True)
         except linalg.LinAlgError:
             continue
         if bool(factor.isfinite().all()):
