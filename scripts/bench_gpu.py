@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     clock, console = Clock(args.minutes), Console()
     prepare(None)
-    logging.disable(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         device = pick_device(args.device)
     except ValueError as error:

@@ -70,7 +70,7 @@ def repeated(tree: TensorTree, samples: int, storage: SpillAllocator) -> TensorT
 
 
 def measure(args: argparse.Namespace) -> dict[str, str]:
-    """What the command line asks for."""
+    """Measure what the command line asks for; the rows of the table."""
     network = Network(args.model, CPU, args.quick)
     data = network.noise(1)
     sizes = sample_bytes(network.denoiser.unet, network.units[1:], data, with_inputs=True, form=args.cache)

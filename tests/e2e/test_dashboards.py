@@ -25,7 +25,7 @@ from wandb.proto import wandb_internal_pb2
 from tests.e2e.jobs import CONF, job
 from tfmq_exp.pipeline.unit_checkpoints import FileUnitCheckpointer
 
-METHOD = ("debug=smoke", "method=brecq", "protocol.reconstruction.iterations=11")  # two points in a curve of weights
+METHOD = ("debug=smoke", "method=brecq", "protocol.reconstruction.iterations=26")  # two points in a curve of weights
 SWEEP = ("hydra.mode=MULTIRUN", "hydra.job.num=0")
 
 
@@ -154,7 +154,7 @@ def test_wandb_knows_the_run_by_its_choices(run: Path, shown: Logged) -> None:
     choices = shown.config["choices"]
     assert [choices[key] for key in ("model", "quant", "method", "sampler")] == ["digits", "w4a8", "brecq", "ddim"]
     assert choices["method/weights/partition"] == "blockwise"
-    assert shown.config["protocol"]["reconstruction"]["iterations"] == 11
+    assert shown.config["protocol"]["reconstruction"]["iterations"] == 26
     assert shown.config["environment"] == json.loads((run / "environment.json").read_text())
     assert shown.exit_code == 0
 
@@ -164,7 +164,7 @@ def test_wandb_draws_losses_against_their_own_iterations(run: Path, shown: Logge
     assert {unit.split("/")[0] for unit in wanted} == {"weights", "activations"}
     units = {(row["phase"], row["unit"]) for row in rows_of(run / "units.csv")}
     assert {tuple(unit.split("/")) for unit in wanted} == units
-    assert [i for i, _ in wanted["weights/mid_block.resnets.0"]] == [10, 11]
+    assert [i for i, _ in wanted["weights/mid_block.resnets.0"]] == [25, 26]
     assert shown.curves("loss/", "iteration") == with_slashes(wanted)
     assert shown.steps["loss/*"] == "iteration"
     assert not [key for key in shown.summary if key.startswith("loss/")], "a pattern has missed a curve"

@@ -216,7 +216,7 @@ def test_layers_and_attention_are_in_the_table_of_sites(openvino: Path) -> None:
 def test_engines_share_all_but_their_own_stages(made: Made, openvino: Path, onednn: Path) -> None:
     simulated = {name: hit["key"] for name, hit in hits(made.alone).items()}
     for name, folder in {"openvino": openvino, "onednn": onednn}.items():
-        own = {name, f"{name} images", f"{name} scores", f"{name} diagnostics"}
+        own = {name, *(f"{name} {stage}" for stage in ("images", "scores", "diagnostics", "comparison"))}
         assert computed(folder) == own
         shared = {stage: hit["key"] for stage, hit in hits(folder).items() if stage not in own}
         assert shared.items() <= simulated.items()
@@ -228,7 +228,11 @@ def test_engines_share_all_but_their_own_stages(made: Made, openvino: Path, oned
 
 @pytest.mark.parametrize(
     ("goal", "own"),
-    [("export", [""]), ("images", ["", " images"]), ("scores", ["", " images", " scores", " diagnostics"])],
+    [
+        ("export", [""]),
+        ("images", ["", " images"]),
+        ("scores", ["", " images", " scores", " diagnostics", " comparison"]),
+    ],
 )
 def test_a_plan_has_the_stages_of_an_engine(
     tmp_path: Path, made: Made, onednn: Path, goal: str, own: list[str]
@@ -246,10 +250,10 @@ def test_a_plan_has_the_stages_of_an_engine(
 def test_another_engine_costs_one_more_sampling(tmp_path: Path, made: Made, openvino: Path) -> None:
     experiment = planned(tmp_path, made.store, "engine=openvino", "engine.float_precision=bf16")
     plan = experiment.stages(app.goals_up_to("scores"))
-    own = ["openvino", "openvino images", "openvino scores", "openvino diagnostics"]
+    own = ["openvino", *(f"openvino {stage}" for stage in ("images", "scores", "diagnostics", "comparison"))]
     assert [stage.name for stage in plan if state(stage) == "to be made"] == own
     assert {state(stage) for stage in plan[: -len(own)]} == {"found"}
-    wanted = {"openvino": None, "openvino images": 24, "openvino scores": None, "openvino diagnostics": 4}
+    wanted = dict(zip(own, (None, 24, None, 4, None), strict=True))
     assert experiment.missing(app.goals_up_to("scores")) == wanted
     experiment = planned(tmp_path, made.store, "engine=openvino", "seed=7")
     whole = expected_cost(experiment, app.goals_up_to("scores"))

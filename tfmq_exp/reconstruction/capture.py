@@ -151,7 +151,15 @@ class Capture:
 def sample_bytes(
     unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool, form: CacheFormat
 ) -> dict[str, int]:
-    """Cached bytes of each unit's outputs in the float network for the first sample, with those of its inputs if asked for."""
+    """Cached bytes of each unit's outputs in the float network for the first sample, with those of its inputs if asked for.
+
+    Args:
+        unet: the float network.
+        units: that it runs.
+        data: of which the first sample is taken.
+        with_inputs: count them, too.
+        form: in which activations are cached.
+    """
     with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
         list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(unet))
     found = {name: encode(call if with_inputs else call[-1], form) for name, call in calls.items()}

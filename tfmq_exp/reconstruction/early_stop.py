@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EarlyStop(Checked):
-    """When the learning of a unit may end before its last iteration."""
+    """Rule by which the learning of a unit may end before its last iteration."""
 
     held_out: Annotated[float, SHARE] = (
         0.1  # of the samples; none of a unit that reads timesteps alone, all of which it serves
     )
-    every: Annotated[int, COUNT] = 50  # iterations between two looks
-    patience: Annotated[int, COUNT] = 3  # looks without a lower error
+    every: Annotated[int, COUNT] = 50  # iterations between two checks
+    checks: Annotated[int, COUNT] = 3  # without a lower error
     undecided: Annotated[float, SHARE] = 0.001  # of the weights; nothing is measured while more have yet to be decided
 
     def split(self, samples: int, seed: int, *, hold_back: bool) -> tuple[Rows, Rows]:
@@ -37,19 +37,19 @@ class StopOnceSettled(pl.Callback):
 
     def __init__(self, rule: EarlyStop, task: "BlockReconstruction", rows: Rows) -> None:
         self.rule, self.task, self.rows = rule, task, rows
-        self.looks, self.best, self.worse = 0, math.inf, 0
+        self.done, self.best, self.worse = 0, math.inf, 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Look, where enough iterations have passed since the last time."""
+        """Check, where enough iterations have passed since the last time."""
         task = self.task
-        if task.iteration < (self.looks + 1) * self.rule.every:
+        if task.iteration < (self.done + 1) * self.rule.every:
             return
-        self.looks += 1
+        self.done += 1
         if task.rounding and float(task.rounding.undecided) > self.rule.undecided:
             return
         error = self.error()
         self.best, self.worse = (error, 0) if error < self.best else (self.best, self.worse + 1)
-        trainer.should_stop = self.worse >= self.rule.patience
+        trainer.should_stop = self.worse >= self.rule.checks
 
     @torch.no_grad()
     def error(self) -> float:

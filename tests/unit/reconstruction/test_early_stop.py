@@ -1,4 +1,4 @@
-"""Early stop of a unit: its samples, and when it looks and ends."""
+"""Early stop of a unit: its samples, and when it checks and ends."""
 
 import torch
 
@@ -30,14 +30,14 @@ def iterations(rule: EarlyStop, decided: bool, count: int = 60) -> tuple[int, St
     return task.iteration, stop
 
 
-def test_it_stops_after_patience_looks_without_a_lower_error() -> None:
-    stopped, stop = iterations(EarlyStop(every=10, patience=2), decided=True)
-    assert stopped == 30  # the first look has the best error, two more do not improve it
-    assert stop.looks == 3
+def test_it_stops_after_checks_without_a_lower_error() -> None:
+    stopped, stop = iterations(EarlyStop(every=10, checks=2), decided=True)
+    assert stopped == 30  # the first check has the best error, two more do not improve it
+    assert stop.done == 3
 
 
 def test_it_never_stops_while_weights_are_undecided() -> None:
-    stopped, stop = iterations(EarlyStop(every=10, patience=1), decided=False)
+    stopped, stop = iterations(EarlyStop(every=10, checks=1), decided=False)
     assert stopped == 60
     assert stop.best == float("inf")
 
