@@ -1,5 +1,8 @@
 """Tiny networks of both families, and how the tests feed and quantize them."""
 
+import tfmq_exp  # noqa: F401 - before diffusers, whose warnings about other packages it drops
+
+# isort: split
 from collections.abc import Callable, Sequence
 from typing import Any
 
