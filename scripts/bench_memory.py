@@ -122,7 +122,10 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     table = Table(show_header=False)
-    for name, value in measure(parser.parse_args()).items():
+    args = parser.parse_args()
+    if args.samples < 1 or args.iterations < 1:
+        parser.error(f"--samples and --iterations must be at least 1, got {args.samples} and {args.iterations}")
+    for name, value in measure(args).items():
         table.add_row(name, value)
     Console().print(table)
 

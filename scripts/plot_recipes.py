@@ -6,7 +6,7 @@
     python scripts/plot_recipes.py outputs/sweeps --out outputs/recipes
 
 The error is that of one step: of the predicted noise on float trajectories that calibration has not seen, over its variance. Seconds
-are those of the stage that makes the weights. Records can be given in place of folders. Writes `recipes.csv` and `recipes.png`.
+are those that quantizing took; points without one of the two are left out. Records can be given in place of folders. Writes `recipes.csv` and `recipes.png`.
 """
 
 import argparse
@@ -26,10 +26,10 @@ def row_of(record: ScoreRecord) -> dict[str, Any]:
     """Numbers of one run."""
     named = record.settings.get("named", "") + ",".join(f"{k}={v}" for k, v in record.choices.items())
     rate = next((part.split("=")[1] for part in named.split(",") if part.strip().startswith(RATE)), "")
-    errors = {name: record.errors[name] for name in ("step", "trajectory", "temporal_relative_mse", "psnr")}
-    seconds = record.cost["stages"]["weights"]["seconds"]
+    errors = {name: record.errors.get(name) for name in ("step", "trajectory", "temporal_relative_mse", "psnr")}
+    seconds = record.cost.get("quantization_seconds")
     what = {"model": record.model, "quant": record.quant, "method": record.method, "rate": rate, "seed": record.seed}
-    return {**what, "iterations": record.cost["weight_iterations"], "seconds": seconds, **errors}
+    return {**what, "iterations": record.cost.get("weight_iterations"), "seconds": seconds, **errors}
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -41,9 +41,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         own = [row for row in rows if (row["model"], row["quant"]) == panel]
         for method, rate in sorted({(row["method"], row["rate"]) for row in own}):
-            line = sorted((r["seconds"], r["step"]) for r in own if (r["method"], r["rate"]) == (method, rate))
-            axis.plot(*zip(*line, strict=True), marker="o", label=f"{method} {rate}".strip())
-        axis.set(xscale="log", yscale="log", xlabel="seconds of the weights", title=" ".join(panel))
+            points = [(r["seconds"], r["step"]) for r in own if (r["method"], r["rate"]) == (method, rate)]
+            if line := sorted(point for point in points if None not in point):
+                axis.plot(*zip(*line, strict=True), marker="o", label=f"{method} {rate}".strip())
+        axis.set(xscale="log", yscale="log", xlabel="seconds of quantization", title=" ".join(panel))
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0][0].set_ylabel("error of a step")
     axes[0][-1].legend(fontsize="small")

@@ -6,7 +6,7 @@
 
 The pipeline differs in architecture and noise schedule, to try a setting that was chosen on the shipped one:
 
-    python run.py model=diffusers path=outputs/digits/pipeline data=digits eval=digits protocol@_global_.protocol=digits
+    python run.py model=diffusers path=outputs/digits/pipeline data=digits eval=digits protocol=digits
 
 Writes checkpoints and logs under --out and, when training is complete, `<name>.safetensors`, `<name>.log.csv`,
 `<name>.json` (how it was made, with hash) and for the denoiser `denoiser.png` (64 samples) under --weights.

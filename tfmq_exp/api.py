@@ -149,7 +149,7 @@ def sample(
     num_inference_steps: int | None = None,
     **options: Any,
 ) -> Float[Tensor, "images channels height width"]:
-    """Images in [-1, 1] (latents of a model with a first stage); image i has its own noise, whatever the others are.
+    """Images around [-1, 1], not clamped (latents of a model with a first stage); image i has its own noise, whatever the others are.
 
     Args:
         model: of `quantize` or `load_quantized`.

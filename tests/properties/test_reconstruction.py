@@ -24,6 +24,7 @@ from tests.helpers.reconstruction import (
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
+from tfmq_exp.reconstruction.cache_format import CacheFormat
 from tfmq_exp.reconstruction.context import UnitReport, UnitResult
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
@@ -76,8 +77,9 @@ def parameters(model: QuantizedUNet) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in named if "quantizer" not in name}
 
 
-def rounding_config(iterations: int) -> ReconstructionConfig:
-    return config(iterations, rate=None, rounding=ROUNDING, objective=Lp(2.0), inputs=QuantizedInputs())
+def rounding_config(iterations: int, cache: CacheFormat = "float32") -> ReconstructionConfig:
+    found = config(iterations, rate=None, rounding=ROUNDING, objective=Lp(2.0), inputs=QuantizedInputs())
+    return dataclasses.replace(found, cache=cache)
 
 
 def learned(
@@ -88,13 +90,14 @@ def learned(
     results: dict[str, UnitResult] | None = None,
     log: RecordedProgress | None = None,
     model: QuantizedUNet | None = None,
+    cache: CacheFormat = "float32",
 ) -> Run:
     """A fresh model (or this one), reconstructed until the end or until the log interrupts."""
     model, log = model or quantizable(unet, weight=3, activation=None), log or RecordedProgress()
     shelf, units = Snapshots(model, results), TemporalAware()(structure(unet), frozenset(model.weight_layers()))
     with contextlib.suppress(Interruption):
         reconstruct(
-            context(model, unet, calibration(unet), shelf, log, cache_bytes), units, rounding_config(iterations)
+            context(model, unet, calibration(unet), shelf, log, cache_bytes), units, rounding_config(iterations, cache)
         )
     return model, shelf, log
 
@@ -180,6 +183,15 @@ def test_interrupted_run_ends_as_the_uninterrupted_one(unet: nn.Module, short: Q
 
 def test_size_of_the_cache_does_not_matter(unet: nn.Module, short: QuantizedUNet) -> None:
     assert same_integers(learned(unet, 2, cache_bytes=20_000)[0], short)
+
+
+@pytest.mark.parametrize("cache", ["int8", "bfloat16"])
+def test_neither_does_it_where_activations_are_stored_in_fewer_bits(tiny_unet: nn.Module, cache: CacheFormat) -> None:
+    whole = learned(tiny_unet, 20, cache=cache)[0]
+    assert not same_integers(whole, learned(tiny_unet, 20)[0])  # the format matters
+    assert same_integers(learned(tiny_unet, 20, cache=cache, cache_bytes=20_000)[0], whole)
+    _, shelf, _ = learned(tiny_unet, 20, cache=cache, log=RecordedProgress(2))
+    assert same_integers(learned(tiny_unet, 20, cache=cache, results=shelf.results)[0], whole)
 
 
 @pytest.mark.parametrize(("cache_bytes", "passes"), [(2**30, 0), (20_000, 2)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.finite import require_finite, within
 from tfmq_exp.core.seeds import derive_seed
-from tfmq_exp.core.validate import COUNT, POSITIVE, Checked
+from tfmq_exp.core.validate import COUNT, POSITIVE_SHARE, Checked
 from tfmq_exp.quant.gptq import Moments, gptq
 from tfmq_exp.quant.layers import QuantLayer
 from tfmq_exp.quant.quantizers import Mode, modes
@@ -26,7 +26,7 @@ from tfmq_exp.reconstruction.capture import call_unit
 class GPTQConfig(Checked):
     """Rounding of a unit's weights by GPTQ (arXiv 2210.17323), before anything learns."""
 
-    damping: Annotated[float, POSITIVE] = 0.01  # of the second moments, as a share of their diagonal's mean
+    damping: Annotated[float, POSITIVE_SHARE] = 0.01  # of the second moments, as a share of their diagonal's mean
     activation_order: bool = True  # round columns of the largest inputs first
     block: Annotated[int, COUNT] = 128  # columns whose errors are repaid together
     rows: Annotated[int, COUNT] = 20_000  # input vectors of a layer that the moments are taken of, drawn evenly

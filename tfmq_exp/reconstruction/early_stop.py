@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pytorch_lightning as pl
 import torch
 
-from tfmq_exp.core.validate import COUNT, SHARE, Checked
+from tfmq_exp.core.validate import COUNT, DECAY, SHARE, Checked
 from tfmq_exp.reconstruction.random_batches import Rows, load_batches
 
 if TYPE_CHECKING:
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
 class EarlyStop(Checked):
     """Rule by which the learning of a unit may end before its last iteration."""
 
-    held_out: Annotated[float, SHARE] = (
-        0.1  # of the samples; none of a unit that reads timesteps alone, all of which it serves
-    )
-    every: Annotated[int, COUNT] = 50  # iterations between two checks
+    # share of the samples; none of a unit that reads timesteps alone, all of which it serves
+    held_out: Annotated[float, DECAY] = 0.1
+    every: Annotated[int, COUNT] = 50  # iterations between two checks, which come at the end of Lightning's steps
     checks: Annotated[int, COUNT] = 3  # without a lower error
     undecided: Annotated[float, SHARE] = 0.001  # of the weights; nothing is measured while more have yet to be decided
 
     def split(self, samples: int, seed: int, *, hold_back: bool) -> tuple[Rows, Rows]:
         """Rows to learn on, and rows that the error is measured on: some of their own, or the same."""
         rows = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-        held = round(self.held_out * samples) if hold_back else 0
+        held = min(round(self.held_out * samples), samples - 1) if hold_back else 0
         return (rows[held:].sort().values, rows[:held]) if held else (torch.arange(samples), rows)
 
 

@@ -1,5 +1,6 @@
 """Early stop of a unit: its samples, and when it checks and ends."""
 
+import pytest
 import torch
 
 from tests.unit.reconstruction.test_module import one_layer
@@ -47,3 +48,10 @@ def test_the_error_is_that_of_the_rows() -> None:
     stop = StopOnceSettled(EarlyStop(), task, torch.tensor([4, 1]))
     (error,) = task.losses([x[torch.tensor([4, 1])] for x in batch])[1]
     assert abs(stop.error() - float(error)) < 1e-6
+
+
+def test_something_is_always_learned_on() -> None:
+    learned, held = EarlyStop(held_out=0.999).split(3, 0, hold_back=True)
+    assert (len(learned), len(held)) == (1, 2)
+    with pytest.raises(ValueError, match=r"EarlyStop\.held_out must be a number, at least 0 and below 1, got 1"):
+        EarlyStop(held_out=1)
