@@ -49,6 +49,7 @@ def int8_model(shape: tuple[int, ...], quantized: tuple[str, ...], largest: dict
 
 
 def main() -> None:
+    """Measure, and print a line for each format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, count in {"heads": 14, "tokens": 1024, "width": 32, "threads": 1, "rounds": 9}.items():
         parser.add_argument(f"--{name}", type=int, default=count)

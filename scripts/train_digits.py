@@ -16,7 +16,6 @@ import argparse
 import csv
 import functools
 import hashlib
-import logging
 import math
 import platform
 from importlib.metadata import version
@@ -50,7 +49,6 @@ from tfmq_exp.sampling.images import ImagePlan, sample_shard
 from tfmq_exp.sampling.samplers import DDIM
 
 HELD_OUT = 360  # a fifth of the digits, never seen by the classifier while it trains
-log = logging.getLogger(__name__)
 
 
 def cosine_with_warmup(step: int, *, warmup: int, total: int) -> float:
@@ -192,12 +190,11 @@ def export(name: str, module: Training, measured: dict, args: argparse.Namespace
     joined: dict[str, dict[str, str]] = {}  # a step's losses and its validation are rows of their own
     for row in (row for path in files for row in csv.DictReader(path.open(encoding="utf-8"))):
         joined.setdefault(row["step"], {}).update({key: value for key, value in row.items() if value})
-    rows = list(joined.values())
-    fields = [f for f in ("step", "loss", "held_out_accuracy") if any(f in row for row in rows)]
+    fields = [f for f in ("step", "loss", "held_out_accuracy") if any(f in row for row in joined.values())]
     with (args.weights / f"{name}.log.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(joined.values())
 
 
 def save_samples(weights: Path, steps: int = 50) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from goldens.comparing import EXACT, ROUNDING, Group, Record
-from goldens.learning import magnification, rounding_penalty
+from goldens.objective import magnification, rounding_penalty
 from goldens.released import ESTIMATORS, Goldens, at, input_quantizer, on_grid, place, spec_of, weight_quantizer
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
 from tfmq_exp.quant.histogram_observers import HistogramPercentileObserver

@@ -16,6 +16,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from goldens.comparing import EXACT, ROUNDING, Group, Record
+from goldens.objective import magnification, rounding_penalty
 from goldens.released import ESTIMATORS, Goldens, at, spec_of, stored, weight_quantizer
 from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.quant.functional import fake_quantize, qparams_from_range
@@ -92,17 +93,6 @@ def loss(goldens: Goldens) -> Iterator[Group]:
             gradient = joint.gradient(concatenated(torch.autograd.grad(out, joint.weights, slope)), to_h)
             group.compare(gradient[: tensors[key].numel()].view_as(tensors[key]), tensors[key], magnified)
     yield group
-
-
-def rounding_penalty(h: Tensor, beta: float) -> Tensor:
-    """f_reg of AdaRound, eq. 24, by its formula."""
-    return (1 - (2 * h - 1).abs().pow(beta)).sum()
-
-
-def magnification(loss: Tensor | float, *targets: Tensor) -> float:
-    """Ratio of the outputs' magnitude to their error: the factor by which rounding of outputs grows in a squared error."""
-    power = sum(float(Lp(2).loss(target, torch.zeros_like(target), None)[0]) for target in targets)
-    return max(1.0, math.sqrt(power / float(loss)))
 
 
 def loaded_rounding(tensors: Record, key: str) -> AdaRound:

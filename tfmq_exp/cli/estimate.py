@@ -240,11 +240,11 @@ class Costs:
         cost = self.iteration(min(recipe.batch, samples), learned)
         given = self.unet, [unit for unit in units if unit.driver == "denoiser"], self.data(2)
         outputs, both = (sample_bytes(*given, with_inputs=own, form=recipe.cache).values() for own in (False, True))
-        # of all samples through the networks: again for each unit, as far as the cache cannot keep what units return; and for GPTQ
-        # from the beginning of a unit to each of its layers
-        passes = 3 + len(units) * max(0.0, 1 - run.compute.cache_bytes / max(samples * sum(outputs), 1))
+        # over all samples: again for each unit, as far as what units return is not kept; for GPTQ, to each layer of a unit
+        kept = run.compute.cache_bytes / max(samples * sum(outputs), 1) if recipe.cache == "float32" else 0.0
+        passes = 3 + len(units) * max(0.0, 1 - kept)
         passes += sum(share * len(unit.layers) / 2 for share, unit in zip(shares, units, strict=True) if recipe.gptq)
         row = self.quantized_call.seconds / self.batch / self.rows_per_image
-        rounds = 1 if recipe.rounding else len(self.model.activation_bits()) or 1
-        seconds = rounds * (recipe.iterations * cost.seconds * sum(shares) + passes * samples * row)
+        seconds = recipe.iterations * cost.seconds * sum(shares) + passes * samples * row
+        seconds *= 1 if recipe.rounding else len(self.model.activation_bits()) or 1
         return seconds, cost.bytes * max(shares, default=0), samples * max(both, default=0)
