@@ -178,14 +178,13 @@ def when_it_waits(outputs: Path, others: Sequence[str]) -> Status:
 
 def test_a_killed_worker_is_reported_and_the_same_command_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path, "launcher=joblib")
-    os.kill(when_it_waits(tmp_path, "02").pid, signal.SIGKILL)
+    os.kill(when_it_waits(tmp_path, "023").pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "run the same command again" in said
     assert re.search(r"died: \S+/1-\S+: process \d+ on \S+ is gone", said)
     assert "1 died" in said
-    states = [status.state for status in statuses(tmp_path)]
-    assert states[:3] == ["done", "died", "done"]
+    assert [status.state for status in statuses(tmp_path)] == ["done", "died", "done", "done"]
 
 
 def test_a_job_that_is_queued_again_keeps_its_folder_and_ends(tmp_path: Path) -> None:
