@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.unet import attentions, read_structure
+from tfmq_exp.denoisers.families.unet import attentions
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.deploy.engine import read_manifest, write_manifest
 from tfmq_exp.deploy.onednn import OneDNN
 from tfmq_exp.deploy.openvino import runtime

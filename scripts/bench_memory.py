@@ -29,7 +29,7 @@ from tfmq_exp.core.formatting import format_bytes
 from tfmq_exp.quant.quantizers import Mode, modes
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.cache_format import FORMATS
-from tfmq_exp.reconstruction.capture import OutputReplay, UnitActivations, sample_bytes
+from tfmq_exp.reconstruction.capture import UnitActivations, sample_bytes
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
 from tfmq_exp.reconstruction.loop import learn_unit, unit_error
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from tests.helpers.sampling import SCHEDULE, SHAPE
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.families.unet import attentions
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig

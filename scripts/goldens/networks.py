@@ -17,8 +17,8 @@ from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
 from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.trajectory import alphas_cumprod
 
 SINGLE, DOUBLE = 3e-5, 1e-9  # rounding in another order of operations

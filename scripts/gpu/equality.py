@@ -14,7 +14,7 @@ from gpu.networks import learned_unit, recipe_of, resolved
 from tfmq_exp.calibration.dataset import collect_trajectories
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.digits import load_denoiser
-from tfmq_exp.denoisers.unet import read_structure
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.quant.gptq import gptq
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.quantizers import Mode

@@ -15,8 +15,9 @@ from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.families.unet import attentions
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer
 from tfmq_exp.quant.quantizers import Mode, modes
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig

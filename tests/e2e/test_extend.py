@@ -31,7 +31,7 @@ from tests.e2e.test_scripts import call
 from tests.helpers.run_folders import Reader
 from tfmq_exp.cli.finished_jobs import job_identity
 from tfmq_exp.cli.job import perform
-from tfmq_exp.denoisers.unet import roles
+from tfmq_exp.denoisers.families.unet import roles
 from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext

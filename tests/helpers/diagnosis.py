@@ -11,8 +11,8 @@ from tests.conftest import calibrated, example_inputs, quantizable
 from tests.helpers.calibration import collect
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.sampling.conditioning import Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM

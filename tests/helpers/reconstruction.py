@@ -7,8 +7,8 @@ from torch import nn
 
 from tests.conftest import example_inputs
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import UNetStructure
-from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp, Objective

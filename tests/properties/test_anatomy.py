@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Kind, Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers
-from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.reconstruction.units import Blockwise, TemporalAware
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)

@@ -13,8 +13,9 @@ from torch import nn
 from tests.conftest import TIMESTEPS, calibrated
 from tests.e2e.jobs import CONF, composed
 from tests.helpers.deployed import inputs, layer_inputs, one_level_unet
+from tfmq_exp.denoisers.families.unet import attentions
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.deploy.layers import ProductLayer, deployed_layers, layer_report
 from tfmq_exp.deploy.onednn import available, onednn_products, pairs_saturate
 from tfmq_exp.methods.method import Method

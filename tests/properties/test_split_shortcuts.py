@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, calibrated, example_inputs, quantizable
 from tests.helpers.sampling import output
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.quant.quantizers import SplitQuantizer
 
 

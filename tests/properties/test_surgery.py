@@ -19,8 +19,9 @@ from tests.conftest import SCALES, TIMESTEPS, calibrated, example_inputs, quanti
 from tests.e2e.jobs import composed
 from tests.helpers.sampling import output
 from tfmq_exp.core.records import decode, encode
+from tfmq_exp.denoisers.families.unet import attentions, set_heads
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.unet import attentions, read_structure, set_heads
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.scales.dynamic import DynamicConfig

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tests.conftest import TIMESTEPS, example_inputs, quantizable
 from tfmq_exp.core.records import decode, encode
+from tfmq_exp.denoisers.families.unet import attentions
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, penalty, ready, trainable
 from tfmq_exp.quant.observers import AbsMax

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tfmq_exp.core.seeds import Stream
+from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.core.validate import COUNT, Checked, optional
-from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.denoiser import Denoiser, first_argument, nested
+from tfmq_exp.quant.timestep_context import network_timesteps
 from tfmq_exp.sampling.guidance import Sampling
 
-CONDITION = "condition."  # prefix of conditions in a file
+CONDITION, CONSTANT = "condition.", "constant."  # prefixes of names in a file
 COLUMNS = ("x", "t", "step", "image", "condition")
 
 
@@ -38,17 +39,21 @@ class CalibrationSet:
     """Inputs of the denoiser: noisy samples, their timestep, the sampler's step, and the image whose seed made them.
 
     Args:
-        conditions: distinct rows of the UNet's further keyword arguments (`encoder_hidden_states`, say): a caption's
+        conditions: distinct rows of the network's further keyword arguments (`encoder_hidden_states`, say): a caption's
             context is large, and the same at every step.
         condition: row of each sample in these; by default every sample has its own.
+        constants: keyword arguments that all samples share.
+        first_argument: name of the network's noisy input.
     """
 
-    x: Float[Tensor, "samples channels height width"]
-    t: Int[Tensor, "samples"]
+    x: Float[Tensor, "samples ..."]
+    t: Shaped[Tensor, "samples"]  # int64, or float64 with the exact value of the network's float32
     step: Int[Tensor, "samples"]
     image: Int[Tensor, "samples"]
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
     condition: Int[Tensor, "samples"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    first_argument: str = "sample"
 
     def __post_init__(self) -> None:
         if not len(self.condition):
@@ -62,22 +67,32 @@ class CalibrationSet:
         return replace(self, **{name: getattr(self, name)[index] for name in COLUMNS})
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """Keyword arguments of the UNet."""
+        """Keyword arguments of the network."""
         conditions = {name: value[self.condition].to(device) for name, value in self.conditions.items()}
-        return {"sample": self.x.to(device), "timestep": self.t.to(device), **conditions}
+        constants = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.constants.items()}
+        t = network_timesteps(self.t).to(device)
+        return {self.first_argument: self.x.to(device), "timestep": t, **nested({**conditions, **constants})}
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
         tensors = {name: getattr(self, name) for name in COLUMNS}
         tensors |= {CONDITION + name: value for name, value in self.conditions.items()}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+        tensors |= {CONSTANT + name: value for name, value in self.constants.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in self.constants.items() if not isinstance(value, Tensor)}
+        header = {"constants": plain, "first_argument": self.first_argument}
+        write_tensor_file(path, {name: value.contiguous() for name, value in tensors.items()}, header)
 
     @classmethod
     def load(cls, path: Path) -> "CalibrationSet":
         """Read what `save` wrote."""
-        tensors = load_file(path)
+        header, tensors = read_tensor_file(path)
         columns = {name: tensors.pop(name) for name in COLUMNS}
-        return cls(**columns, conditions={key.removeprefix(CONDITION): value for key, value in tensors.items()})
+        conditions, constants = (
+            {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+            for kind in (CONDITION, CONSTANT)
+        )
+        constants |= header.get("constants", {})
+        return cls(**columns, conditions=conditions, constants=constants, first_argument=header["first_argument"])
 
     @classmethod
     def join(cls, parts: "Sequence[CalibrationSet]", by_step: bool = False) -> "CalibrationSet":
@@ -91,7 +106,7 @@ class CalibrationSet:
         moved = [replace(part, condition=part.condition + first_rows[id(part.conditions)]) for part in parts]
         columns = {name: torch.cat([getattr(part, name) for part in moved]) for name in COLUMNS}
         conditions = {name: torch.cat([table[name] for table in tables.values()]) for name in parts[0].conditions}
-        whole = cls(**columns, conditions=conditions)
+        whole = replace(parts[0], **columns, conditions=conditions)
         return whole[torch.argsort(whole.step, stable=True)] if by_step else whole
 
 
@@ -126,7 +141,9 @@ def collect_trajectories(
     parts: list[CalibrationSet] = []
     predict = sampling.predictor(denoiser.unet)
     for step in sampling.trajectory(predict, denoiser, seed=seed, stream=Stream.CALIBRATION, indices=indices):
-        t, index = torch.full_like(rows, step.t), torch.full_like(rows, step.index)
-        parts.append(CalibrationSet(step.x.cpu().repeat(repeats, 1, 1, 1), t, index, image, table, rows))
+        t = torch.tensor(step.t, dtype=torch.float64 if isinstance(step.t, float) else torch.int64).expand(len(rows))
+        x = step.x.cpu().repeat(repeats, *[1] * (step.x.dim() - 1))
+        columns = x, t, torch.full_like(rows, step.index), image, table, rows
+        parts.append(CalibrationSet(*columns, conditions.constants, first_argument(denoiser.unet)))
         each_step(step.index)
     return CalibrationSet.join(parts)

@@ -33,8 +33,8 @@ def decode(data: Any, hint: Any, classes: Sequence[type], place: str = "it") -> 
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        if data is None and NoneType in args:
-            return None
+        if type(data) in args and isinstance(data, int | float | None):  # nothing, or one of several kinds of numbers
+            return data
         return decode(data, next(arg for arg in args if arg is not NoneType), classes, place)
     if origin is tuple and type(data) is list:
         return tuple(decode(item, args[0], classes, f"{place}[{i}]") for i, item in enumerate(data))

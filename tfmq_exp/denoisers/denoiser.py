@@ -1,5 +1,6 @@
 """A pretrained denoiser: network, noise schedule, condition encoder, and first stage."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -9,23 +10,55 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def first_argument(network: nn.Module) -> str:
+    """Name of a network's noisy input: `sample` of UNets, `hidden_states` of most transformers."""
+    return next(iter(inspect.signature(network.forward).parameters))
+
+
+def nested(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments from a flat mapping.
+
+    `added_cond_kwargs.time_ids` is the entry `time_ids` of `added_cond_kwargs`, `image_rotary_emb.0` the first of a tuple.
+    """
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        *outer, last = name.split(".")
+        place = found
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = value
+
+    def tuples(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        entries = {name: tuples(value) for name, value in part.items()}
+        listed = list(entries) == [str(i) for i in range(len(entries))]
+        return tuple(entries.values()) if listed and entries else entries
+
+    return {name: tuples(value) for name, value in found.items()}
+
+
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of the rows of a batch, as further keyword arguments of the UNet by their names.
+    """Conditions of the rows of a batch, as further keyword arguments of the network by their names, see `nested`.
 
-    `null` is one row for no condition at all, the other half of classifier-free guidance; empty where a network has no such mode.
+    Args:
+        given: tensors with a row for each sample.
+        null: one row for no condition at all, the other half of classifier-free guidance; empty where a network has no such mode.
+        constants: arguments that all rows share: positions of tokens, sizes.
     """
 
     given: Mapping[str, Tensor] = field(default_factory=dict)
     null: Mapping[str, Tensor] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Conditions":
-        given, null = ({k: v.to(device) for k, v in part.items()} for part in (self.given, self.null))
-        return Conditions(given, null)
+        parts = (self.given, self.null, self.constants)
+        return Conditions(*({k: v.to(device) if isinstance(v, Tensor) else v for k, v in p.items()} for p in parts))
 
 
 class ConditionEncoder(Protocol):
-    """Turns labels or captions into arguments of the UNet."""
+    """Turns labels or captions into arguments of the network."""
 
     def __call__(self, choices: Sequence[Any]) -> Conditions: ...
 
@@ -73,7 +106,7 @@ class DenoiserParts(NamedTuple):
     """The fields of a `Denoiser` that are in its files; its name and where it came from are not."""
 
     unet: Any
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     schedule: Mapping[str, Any]
     encoder: ConditionEncoder
     first_stage: FirstStage
@@ -81,10 +114,10 @@ class DenoiserParts(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A float UNet with its noise schedule.
+    """A float network with its noise schedule.
 
     Args:
-        sample_shape: channels, height, width of what it denoises.
+        sample_shape: of what it denoises, without the batch: channels, height, width of images and latents.
         schedule: arguments of diffusers' schedulers that describe the noise it was trained on.
         weights_sha256: hash of the file that the weights came from; every result carries it.
         encoder: of its conditions.
@@ -94,7 +127,7 @@ class Denoiser:
 
     name: str
     unet: nn.Module
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     schedule: Mapping[str, Any]
     weights_sha256: str
     encoder: ConditionEncoder = field(default_factory=NoConditions)
@@ -119,5 +152,7 @@ class Denoiser:
     def example(self) -> dict[str, Any]:
         """Keyword arguments of one forward pass, batch of one."""
         sample = torch.randn(1, *self.sample_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        conditions = self.encoder.example().to(self.device).given
-        return {"sample": sample, "timestep": torch.zeros(1, dtype=torch.long, device=self.device), **conditions}
+        conditions = self.encoder.example().to(self.device)
+        t = torch.zeros(1, dtype=torch.long, device=self.device)
+        arguments = nested({**conditions.given, **conditions.constants})
+        return {first_argument(self.unet): sample, "timestep": t, **arguments}

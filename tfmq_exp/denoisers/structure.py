@@ -20,9 +20,13 @@ class Role(StrEnum):
     ATTN_OUT = "attn_out"
     FEED_FORWARD = "feed_forward"
     PROJECTION = "projection"
+    TEXT_PROJ = "text_proj"  # of the words of a text, as every block reads them
+    CONDITION_EMBED = "condition_embed"  # of what is added to the time embedding: pooled text, guidance, size
 
 
 TEMPORAL_ROLES = frozenset({Role.TIME_EMBED, Role.TIME_PROJ})
+# of the Temporal Information Block's layers, in order; the inputs of those that embed conditions do not depend on the timestep
+TEMPORAL_INFORMATION = (Role.TIME_EMBED, Role.CONDITION_EMBED, Role.TIME_PROJ)
 
 
 class Kind(StrEnum):
@@ -31,6 +35,7 @@ class Kind(StrEnum):
     TEMPORAL = "temporal"
     RESIDUAL = "residual"
     ATTENTION = "attention"
+    TRANSFORMER = "transformer"
     LAYER = "layer"
 
 
@@ -38,8 +43,8 @@ class Kind(StrEnum):
 class LayerInfo:
     """A layer with weights: its name in the network, its role, and how much of the network it is.
 
-    `macs` counts multiply-accumulates for one sample. `split` is the number of trunk channels at the start of the input
-    of a shortcut where trunk and skip are joined; None elsewhere.
+    `macs` counts multiply-accumulates for one sample. `split` is the number of channels at the start of the
+    input that come from another tensor than the others: those of the trunk in the shortcut of a decoder block; None elsewhere.
     """
 
     name: str
@@ -70,5 +75,5 @@ class UNetStructure:
 
     @property
     def temporal_layers(self) -> tuple[str, ...]:
-        """The Temporal Information Block's layers: time embedding first, then every embedding projection."""
-        return tuple(layer.name for role in (Role.TIME_EMBED, Role.TIME_PROJ) for layer in self.by_role(role))
+        """The Temporal Information Block's layers: embeddings of time and of conditions first, then every projection of them."""
+        return tuple(layer.name for role in TEMPORAL_INFORMATION for layer in self.by_role(role))

@@ -1,4 +1,8 @@
-"""The Temporal Information Block (TFMQ-DM, arXiv 2311.16503, section 4.1): all that depends on the timestep alone."""
+"""The Temporal Information Block (TFMQ-DM, arXiv 2311.16503, section 4.1): all that depends on the timestep alone.
+
+In many networks that is the timestep with a pooled condition: a class, a pooled text, a guidance scale, a size. Their features are
+finite for the pairs of timestep and condition that occur.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,47 +11,83 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.families.family import layer_names
+from tfmq_exp.denoisers.families.find import family_of
+from tfmq_exp.denoisers.read_structure import after_each
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.unet import LAYERS, after_each, time_embedding
 
 
 class TemporalInformationBlock(nn.Module):
-    """t -> the temporal feature of every block: g_i(h(t)), with h the time embedding and g_i the i-th projection.
+    """(t, conditions) -> the temporal features: what blocks add or multiply before they see any sample.
 
-    A view: it calls the UNet's own layers and owns none, so it is bit-equal to the features inside the UNet, before and
+    A view: it calls the network's own layers and owns none, so it is bit-equal to the features inside the network, before and
     after quantization. Build it from the present network: it does not follow later replacements of layers.
     """
 
-    def __init__(self, unet: nn.Module, structure: UNetStructure) -> None:
+    def __init__(self, network: nn.Module, structure: UNetStructure) -> None:
         super().__init__()
-        self.names = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))
-        self.unet = unet
+        self.network, self.family = network, family_of(network)
+        self.projections = [layer.name for layer in structure.by_role(Role.TIME_PROJ)]
 
-    def forward(self, t: Shaped[Tensor, "steps"]) -> tuple[Float[Tensor, "steps channels"], ...]:
-        """One feature per block, in the network's order of registration; channel counts differ."""
-        embedding = time_embedding(self.unet, t)
-        return tuple(self.unet.get_submodule(name)(embedding) for name in self.names)
+    def features(
+        self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Float[Tensor, "rows ..."]]:
+        """The features by the names of the layers that return them; channel counts differ.
+
+        Args:
+            t: timesteps as the network is given them.
+            conditions: rows of the arguments in `family.conditions`, of those that the network takes.
+        """
+        return self.family.features(self.network, self.projections, t, conditions or {})
+
+    def forward(
+        self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "rows ..."], ...]:
+        """The features alone, in the order of `features`."""
+        return tuple(self.features(t, conditions).values())
 
 
-def measured_temporal_layers(unet: nn.Module, example: Mapping[str, Any], t: int, other_t: int) -> set[str]:
-    """Layers that depend on t alone, by measurement: same output for inputs with noise, another output for another t."""
-    layers = [name for name, module in unet.named_modules() if isinstance(module, LAYERS)]
+def temporal_pairs(
+    t: Shaped[Tensor, "steps"], conditions: Mapping[str, Tensor]
+) -> tuple[Shaped[Tensor, "rows"], dict[str, Tensor]]:
+    """Every timestep with every row of some conditions, timesteps first; the timesteps alone without conditions."""
+    count = len(next(iter(conditions.values()), t[:1]))
+    given = {name: value.repeat(len(t), *[1] * (value.dim() - 1)) for name, value in conditions.items()}
+    return t.repeat_interleave(count), given
+
+
+def measured_temporal_layers(
+    network: nn.Module, example: Mapping[str, Any], t: float, other_t: float, conditions: tuple[str, ...] = ()
+) -> set[str]:
+    """Layers that depend on t, and on nothing else but some conditions, by measurement.
+
+    Their output is the same for other inputs, and another for another t.
+
+    Args:
+        network: to measure.
+        example: keyword arguments of a forward pass.
+        t: a timestep.
+        other_t: another one.
+        conditions: names of the arguments that a layer may depend on, too.
+    """
+    layers, generator = layer_names(network), torch.Generator().manual_seed(0)
 
     def run(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
-        with after_each(unet, layers, lambda name, _module, _args, output: outputs.update({name: output})):
-            unet(**inputs)
+        with after_each(network, layers, lambda name, _module, _args, output: outputs.update({name: output})):
+            network(**inputs)
         return outputs
 
-    generator = torch.Generator().manual_seed(0)
-    moved = {
-        key: value + torch.randn(value.shape, generator=generator).to(value)
-        if isinstance(value, Tensor) and value.is_floating_point() and key != "timestep"
-        else value
-        for key, value in example.items()
-    }
+    def moved(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: moved(f"{name}.{key}", part) for key, part in value.items()}
+        if not isinstance(value, Tensor) or not value.is_floating_point() or name in ("timestep", *conditions):
+            return value
+        return value + torch.randn(value.shape, generator=generator).to(value)
+
     now, later = ({"timestep": torch.full_like(example["timestep"], time)} for time in (t, other_t))
-    first, other_inputs, other_time = run({**example, **now}), run({**moved, **now}), run({**example, **later})
+    others = {name: moved(name, value) for name, value in example.items()}
+    first, other_inputs, other_time = run({**example, **now}), run({**others, **now}), run({**example, **later})
     return {
         name
         for name, output in first.items()

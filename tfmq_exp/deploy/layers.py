@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.unet import LAYERS
+from tfmq_exp.denoisers.families.family import LAYERS
 from tfmq_exp.deploy.activation_tables import ActivationScale, activation_scale, check_bytes
 from tfmq_exp.deploy.engine import UNetOutput
 from tfmq_exp.deploy.weight_tables import NotRepresentableError, SignedWeight, per_row, signed_weight

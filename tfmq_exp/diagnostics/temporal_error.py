@@ -1,6 +1,6 @@
 """Errors of a quantized network's temporal features against the float ones, timestep by timestep."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock
-from tfmq_exp.denoisers.unet import time_embedding
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 from tfmq_exp.diagnostics.rows import Row, grouped
 from tfmq_exp.quant.layers import Unneeded
+from tfmq_exp.quant.timestep_context import Timestep, exact_timesteps, network_timesteps
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 EMBEDDING = "time_embedding"
@@ -21,28 +21,48 @@ DISTANCES = ("cosine_distance", "mse", "relative_mse")
 
 @torch.no_grad()
 def feature_errors(
-    model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure, timesteps: Sequence[int] | None = None
+    model: QuantizedUNet,
+    float_unet: nn.Module,
+    structure: UNetStructure,
+    timesteps: Sequence[Timestep] | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
     """Distances of every temporal feature to the float one, for each timestep that is sampled; None for the finite set.
 
     The time embedding comes first (after its activation, as every projection reads it; left out where all features are stored
     and nothing computes it), then the projections' features in execution order. Rows have `cosine_distance` = 1 - cosine
     similarity, `mse`, and `relative_mse`, the mse over the float feature's mean square.
+
+    Args:
+        model: the quantized network.
+        float_unet: the float one.
+        structure: of both.
+        timesteps: at which the features are compared.
+        conditions: rows of the arguments that features depend on beside the timestep; distances are means over them.
     """
-    t = torch.tensor(timesteps or model.context.timesteps, device=next(float_unet.parameters()).device)
+    device, steps = next(float_unet.parameters()).device, timesteps or model.context.timesteps
+    t, given = temporal_pairs(network_timesteps(exact_timesteps(steps)).to(device), conditions or {})
     with model.context.at(t, model.plan.outside_timesteps):
-        features = _features(model.unet, structure, t)
-    exact = _features(float_unet, structure, t)
+        features = _features(model.unet, structure, t, given)
+    exact = _features(float_unet, structure, t, given)
     if any(isinstance(model.unet.get_submodule(s.name), Unneeded) for s in structure.by_role(Role.TIME_EMBED)):
         del exact[EMBEDDING]
-    return [row for name, feature in exact.items() for row in _distances(name, t, features[name], feature)]
+    return [row for name, feature in exact.items() for row in _distances(name, steps, features[name], feature)]
 
 
 def temporal_feature_error(
-    model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure, timesteps: Sequence[int] | None = None
+    model: QuantizedUNet,
+    float_unet: nn.Module,
+    structure: UNetStructure,
+    timesteps: Sequence[Timestep] | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
-    """`cosine` similarity, `mse` and `relative_mse` at every timestep, averaged over layers (arXiv 2311.16503, figure 2)."""
-    rows = [row for row in feature_errors(model, float_unet, structure, timesteps) if row["layer"] != EMBEDDING]
+    """`cosine` similarity, `mse` and `relative_mse` at every timestep, averaged over layers (arXiv 2311.16503, figure 2).
+
+    Arguments are those of `feature_errors`.
+    """
+    every = feature_errors(model, float_unet, structure, timesteps, conditions)
+    rows = [row for row in every if row["layer"] != EMBEDDING]
     steps = ((step, group[0]["t"], _means(group)) for step, group in grouped(rows, "step").items())
     return [{"step": step, "t": t, "cosine": 1 - means.pop("cosine_distance"), **means} for step, t, means in steps]
 
@@ -59,21 +79,27 @@ def _means(rows: list[Row]) -> Row:
     return {key: fmean(row[key] for row in rows) for key in DISTANCES}
 
 
-def _features(unet: nn.Module, structure: UNetStructure, t: Tensor) -> dict[str, Tensor]:
-    block = TemporalInformationBlock(unet, structure)
-    features = dict(zip(block.names, block(t), strict=True))
+def _features(
+    network: nn.Module, structure: UNetStructure, t: Tensor, conditions: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    embedding: list[Tensor] = []
+    first = network.get_submodule(structure.by_role(Role.TIME_PROJ)[0].name)
+    hook = first.register_forward_pre_hook(lambda _, args: embedding.append(args[0]))
+    features = TemporalInformationBlock(network, structure).features(t, conditions)
+    hook.remove()
     in_order = [layer for part in structure.blocks for layer in part.layers if layer in features]
-    return {EMBEDDING: time_embedding(unet, t), **{layer: features[layer] for layer in in_order}}
+    return {EMBEDDING: embedding[0], **{layer: features[layer] for layer in in_order}}
 
 
 def _distances(
-    name: str, t: Tensor, feature: Float[Tensor, "steps channels"], exact: Float[Tensor, "steps channels"]
+    name: str, steps: Sequence[Timestep], feature: Float[Tensor, "rows ..."], exact: Float[Tensor, "rows ..."]
 ) -> list[Row]:
-    a, b = feature.double(), exact.double()
+    a, b = feature.double().flatten(1), exact.double().flatten(1)
     mse = (a - b).square().mean(1)
     relative_mse = relative(mse, b.square().mean(1), f"the temporal feature {name}")
-    columns = torch.stack([1 - torch.cosine_similarity(a, b, dim=1), mse, relative_mse], dim=1).tolist()
+    columns = torch.stack([1 - torch.cosine_similarity(a, b, dim=1), mse, relative_mse], dim=1)
+    means = columns.unflatten(0, (len(steps), -1)).mean(1).tolist()
     return [
         {"layer": name, "step": step, "t": at, **dict(zip(DISTANCES, values, strict=True))}
-        for step, (at, values) in enumerate(zip(t.tolist(), columns, strict=True))
+        for step, (at, values) in enumerate(zip(steps, means, strict=True))
     ]

@@ -1,6 +1,7 @@
 """Temporal features of the quantized network: computed by its layers, or cached for every sampling step."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.validate import Kind, check_fields, one_of, whole
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 from tfmq_exp.quant.layers import cached
+from tfmq_exp.quant.timestep_context import exact_timesteps, network_timesteps
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 BITS = Kind("a whole number from 2 to 8", lambda value: whole(value) and 2 <= value <= 8)
@@ -21,7 +23,13 @@ log = logging.getLogger(__name__)
 class ComputeFeatures:
     """The quantized Temporal Information Block computes them at every step (TFMQ-DM and everything before it)."""
 
-    def __call__(self, model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> None: ...
+    def __call__(
+        self,
+        model: QuantizedUNet,
+        float_unet: nn.Module,
+        structure: UNetStructure,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,22 +49,48 @@ class CacheFeatures:
         check_fields(self, bits=BITS, select=one_of("disturbance", "always"))
 
     @torch.no_grad()
-    def __call__(self, model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> None:
-        t = torch.tensor(model.context.timesteps, device=next(float_unet.parameters()).device)
-        block = TemporalInformationBlock(float_unet, structure)
+    def __call__(
+        self,
+        model: QuantizedUNet,
+        float_unet: nn.Module,
+        structure: UNetStructure,
+        conditions: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Replace the layers that return features, as chosen.
+
+        Args:
+            model: the quantized network.
+            float_unet: whose features are stored.
+            structure: of both.
+            conditions: rows of the arguments that features depend on beside the timestep.
+
+        Raises:
+            ValueError: features that differ between these rows: a table by timestep cannot hold them.
+        """
+        rows = conditions or {}
+        if varied := [name for name, value in rows.items() if not bool((value == value[:1]).all())]:
+            raise ValueError(
+                f"temporal features of a {type(model.unet).__name__} depend on {', '.join(varied)}, too: a table by timestep "
+                "cannot hold them (method/temporal=compute computes them)"
+            )
+        one = {name: value[:1] for name, value in rows.items()}
+        steps = network_timesteps(exact_timesteps(model.context.timesteps)).to(next(float_unet.parameters()).device)
+        t, given = temporal_pairs(steps, one)
         with model.context.at(t):
-            computed = TemporalInformationBlock(model.unet, structure)(t)
-        count = 0
-        for layer, exact, feature in zip(block.names, block(t), computed, strict=True):
-            stored = cached(exact, self.bits)
-            if self.select == "always" or disturbance(stored.dequantize(), exact) < disturbance(feature, exact):
-                model.cache_feature(layer, stored)
-                count += 1
-        total = len(block.names)
-        log.info("%d of %d temporal features are stored, %d computed", count, total, total - count)
-        if count == total:
+            computed = TemporalInformationBlock(model.unet, structure).features(t, given)
+        exact, stored = TemporalInformationBlock(float_unet, structure).features(t, given), set[str]()
+        for layer, feature in exact.items():
+            table = cached(feature, self.bits)
+            if self.select == "always" or disturbance(table.dequantize(), feature) < disturbance(
+                computed[layer], feature
+            ):
+                model.cache_feature(layer, table)
+                stored.add(layer)
+        log.info("%d of %d temporal features are stored", len(stored), len(exact))
+        if len(stored) == len(exact):
             for layer in structure.by_role(Role.TIME_EMBED):
-                model.drop(layer.name)
+                if layer.name not in stored:
+                    model.drop(layer.name)
 
 
 def disturbance(feature: Tensor, exact: Tensor) -> Tensor:

@@ -6,17 +6,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
+import torch
+from torch import Tensor
+
 from tfmq_exp.calibration.dataset import CalibrationPlan
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, Checked
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.denoisers.families.find import family_of
+from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.read_structure import read_structure
+from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, UNetStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_layers
-from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.evaluation.scores import Evaluator
 from tfmq_exp.methods.method import Method
+from tfmq_exp.quant.timestep_context import Timestep
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
@@ -68,7 +74,16 @@ class Run:
         return measured_structure(self.denoiser, self.calls[-1])
 
     @cached_property
-    def calls(self) -> tuple[int, ...]:
+    def temporal_conditions(self) -> Mapping[str, Tensor]:
+        """Conditions of the first images, of which temporal features are compared; empty where these depend on t alone."""
+        images = range(min(self.diagnostics, self.images.count))
+        found = self.sampling.conditions(self.denoiser, self.images.seed, Stream.IMAGES, images)
+        names = family_of(self.denoiser.unet).conditions_of(found.given)
+        parts = (found.given, found.null) if self.sampling.guided else (found.given,)
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    @cached_property
+    def calls(self) -> tuple[Timestep, ...]:
         """Timesteps of the network calls for one image."""
         calls = self.sampling.calls(self.denoiser)
         numbers = len(calls), len(set(calls)), calls[0], calls[-1]
@@ -82,7 +97,7 @@ class Run:
         return self.sampling if steps is None else self.sampling.with_steps(steps)
 
     @cached_property
-    def calibration_calls(self) -> tuple[int, ...]:
+    def calibration_calls(self) -> tuple[Timestep, ...]:
         """Timesteps of the network calls for one calibration trajectory."""
         return self.calibration_sampling.calls(self.denoiser)
 
@@ -142,17 +157,18 @@ class Run:
         return {**self.network_inputs, "specs": layers, **method}
 
 
-def measured_structure(denoiser: Denoiser, t: int) -> UNetStructure:
+def measured_structure(denoiser: Denoiser, t: Timestep) -> UNetStructure:
     """The network's structure, its temporal layers compared with those that react to a change of the timestep `t`.
 
     Raises:
         ValueError: a layer depends on t otherwise than its role says.
     """
-    example = denoiser.example()
+    example, family = denoiser.example(), family_of(denoiser.unet)
     structure = read_structure(denoiser.unet, example)
     other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
-    measured = measured_temporal_layers(denoiser.unet, example, t, other)
-    if wrong := sorted(measured.symmetric_difference(structure.temporal_layers)):
+    measured = measured_temporal_layers(denoiser.unet, example, t, other, family.conditions)
+    temporal = {layer.name for layer in structure.by_role(*TEMPORAL_ROLES)}
+    if wrong := sorted(measured.symmetric_difference(temporal)):
         raise ValueError(
             f"by measurement {len(wrong)} layers of the network depend on t otherwise than their roles say, first {wrong[0]}: "
             "are its weights, or those before it, zeros?"

@@ -104,20 +104,32 @@ class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleV
         )
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """y = Q(Q(W) * Q(x) + b)."""
+class QuantConv(QuantLayer):
+    """y = Q(Q(W) * Q(x) + b), for torch's convolutions of any dimension."""
 
     arguments = (
         *("in_channels", "out_channels", "kernel_size", "stride"),
         *("padding", "dilation", "groups", "padding_mode"),
     )
 
-    def forward(self, input: Float[Tensor, "batch in height width"]) -> Float[Tensor, "batch out height2 width2"]:
+    def forward(self, input: Float[Tensor, "batch in *size"]) -> Float[Tensor, "batch out *size2"]:
         quantized = self.input_quantizer(input), self.weight_quantizer(self.weight)
-        return self.output_quantizer(self._conv_forward(*quantized, self.bias))
+        return self.output_quantizer(self._conv_forward(*quantized, self.bias))  # type: ignore[operator]
 
 
-QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+class QuantConv2d(QuantConv, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A convolution of images, [batch, channels, height, width]."""
+
+
+class QuantConv3d(QuantConv, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A convolution of videos, [batch, channels, frames, height, width]."""
+
+
+QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+}
 
 
 class CachedFeature(nn.Module):

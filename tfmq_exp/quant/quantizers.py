@@ -195,7 +195,7 @@ class StepSwitch(nn.Module):
             return x
         if len(self.used) == 1:
             return self.choices[self.used[0]](x)
-        chosen = self.at[self.context.index]
+        chosen = self.at[self.context.steps_of(x)]
         used = sorted({int(i) for i in chosen.cpu()})
         if len(used) == 1:
             return self.choices[used[0]](x)

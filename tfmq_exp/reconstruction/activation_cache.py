@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,8 +73,56 @@ class SpillAllocator:
 
 
 def has_samples(leaf: Any) -> bool:
-    """Whether a leaf of a structure has a row for every sample; a single number is a constant."""
+    """Whether a leaf of a structure has a row for every sample; a single number is a constant, as is what is `Shared`."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor that all samples share: rotary tables, positions."""
+
+    tensor: Tensor
+
+
+def mark_shared(tree: Any, shared: Sequence[bool]) -> Any:
+    """A structure with the leaves for which `shared` says so as `Shared`; itself where nothing is said."""
+    if not any(shared):
+        return tree
+    leaves, spec = pytree.tree_flatten(tree)
+    marked = [Shared(leaf) if same else leaf for leaf, same in zip(leaves, shared, strict=True)]
+    return pytree.tree_unflatten(marked, spec)
+
+
+class Folded(NamedTuple):
+    """A tensor with several consecutive rows for each sample, as [samples, rows, ...]: frames or words that a layer sees alone."""
+
+    rows: Tensor
+
+
+def fold(tree: Any, samples: int) -> Any:
+    """A structure with tensors of more rows than there are samples as `Folded`."""
+
+    def leaf(x: Any) -> Any:
+        if not has_samples(x) or len(x) == samples or len(x) % samples:
+            return x
+        return Folded(x.unflatten(0, (samples, -1)))
+
+    return pytree.tree_map(leaf, tree)
+
+
+def unfold(tree: Any) -> Any:
+    """The structure as the network has it: `Folded` and `Shared` are plain tensors again."""
+
+    def leaf(x: Any) -> Any:
+        return x.rows.flatten(0, 1) if isinstance(x, Folded) else x.tensor if isinstance(x, Shared) else x
+
+    return pytree.tree_map(leaf, tree, is_leaf=lambda x: isinstance(x, Folded))
+
+
+def shared_leaves(one: Any, two: Any) -> list[bool]:
+    """The leaves of a structure that are tensors of one shape for one sample and for two."""
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(two), strict=True)
+    return [isinstance(a, Tensor) and a.dim() > 0 and a.shape == b.shape for a, b in pairs]
 
 
 @dataclass(frozen=True)
@@ -118,7 +166,7 @@ class TensorTree:
 
     def structure(self, tensors: Sequence[Tensor]) -> Any:
         """The structure around rows of the stored tensors, as they were before they were stored."""
-        return decode(self.around(tensors))
+        return unfold(decode(self.around(tensors)))
 
     def write(self, start: int, batch: Any) -> None:
         """Store one batch at position `start`; NotFiniteError for a NaN or an infinity, which no unit can learn from."""

@@ -1,4 +1,4 @@
-"""Inputs and outputs of units: captured while the denoiser runs over the calibration set, run again, and replayed.
+"""Inputs and outputs of units: captured while the denoiser runs over the calibration set, and run again.
 
 Inputs are stored as (timesteps, args, kwargs): per-step scales need the timestep of each row.
 """
@@ -17,7 +17,7 @@ from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree, fold, mark_shared, shared_leaves
 from tfmq_exp.reconstruction.cache_format import CacheFormat, encode
 from tfmq_exp.reconstruction.units import Origin, Unit
 
@@ -79,30 +79,43 @@ class Capture:
 
     def write(self, stored: dict[str, TensorTree], name: str, start: int, value: Any) -> None:
         """Store a batch under a name, with room for all samples."""
+        rows = fold(value, min(self.batch, len(self.data) - start))
         if name not in stored:
-            stored[name] = TensorTree.like(value, len(self.data), self.storage)
-        stored[name].write(start, value)
+            stored[name] = TensorTree.like(rows, len(self.data), self.storage)
+        stored[name].write(start, rows)
 
-    def inputs(self, network: nn.Module, module: nn.Module) -> TensorTree:
-        """Inputs of a module while the network runs over the set; each forward pass stops there."""
+    def inputs(self, network: nn.Module, module: nn.Module, shared: Sequence[bool] = ()) -> TensorTree:
+        """Inputs of a module while the network runs over the set; each forward pass stops there.
+
+        `shared` are those of its unit in `shared_inputs`.
+        """
+        if not len(self.data):
+            raise ValueError("there is no calibration data")
         stored: dict[str, TensorTree] = {}
         with recorded_calls({"inputs": module}, before=True) as calls:
             for start, t in self.forward(network):
-                self.write(stored, "inputs", start, (t, *calls.pop("inputs")))
-        if not stored:
-            raise ValueError("there is no calibration data")
+                self.write(stored, "inputs", start, (t, *mark_shared(calls.pop("inputs"), shared)))
         return stored["inputs"]
 
-    def activations(self, unet: nn.Module, units: Sequence[Unit], *, with_inputs: bool) -> dict[str, UnitActivations]:
-        """Outputs, and inputs where asked for, of several units in one pass over the set."""
+    def activations(
+        self,
+        unet: nn.Module,
+        units: Sequence[Unit],
+        shared: Mapping[str, Sequence[bool]] | None = None,
+        *,
+        with_inputs: bool,
+    ) -> dict[str, UnitActivations]:
+        """Outputs, and inputs where asked for, of several units in one pass over the set; `shared` by unit, see `shared_inputs`."""
         inputs: dict[str, TensorTree] = {}
         outputs: dict[str, TensorTree] = {}
         with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
             for start, t in self.forward(unet):
-                for name, (args, kwargs, output) in calls.items():
+                for name, (*call, output) in calls.items():
                     with within(f"the inputs of {name} in the float network"):
                         if with_inputs:
-                            self.write(inputs, name, start, (t, args, kwargs))
+                            self.write(
+                                inputs, name, start, (t, *mark_shared(tuple(call), (shared or {}).get(name, ())))
+                            )
                     with within(f"the outputs of {name} in the float network"):
                         self.write(outputs, name, start, output)
                 calls.clear()
@@ -126,7 +139,7 @@ class Capture:
         )  # squares span too wide a range
 
         def hook(name: str, output: Any) -> None:
-            outputs[name] = pytree.tree_leaves(output)
+            outputs[name] = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
             for leaf in outputs[name]:
                 if not leaf.requires_grad:  # it depends on the timestep alone
                     leaf.requires_grad_()
@@ -135,8 +148,9 @@ class Capture:
             for name, module in modules.items():
                 hooks.enter_context(module.register_forward_hook(lambda _m, _a, out, _name=name: hook(_name, out)))
             for start, _, inputs in self.parts(unet) if modules else ():
-                inputs["sample"].requires_grad_()  # weights are frozen; autograd needs a leaf that requires a gradient
-                predicted = noise_of(unet(**inputs).sample, inputs["sample"])
+                sample = inputs[self.data.first_argument]
+                sample.requires_grad_()  # weights are frozen; autograd needs a leaf that requires a gradient
+                predicted = noise_of(unet(**inputs).sample, sample)
                 v = torch.randn(predicted.shape, generator=generator).to(predicted)
                 gradients = iter(torch.autograd.grad(predicted, [x for name in modules for x in outputs[name]], v))
                 for name in modules:
@@ -146,6 +160,27 @@ class Capture:
         for squared in (x for tree in stored.values() for x in tree.tensors):
             squared.div_(squared.mean().clamp(min=torch.finfo(squared.dtype).tiny))
         return stored
+
+
+@torch.no_grad()
+def shared_inputs(network: nn.Module, units: Sequence[Unit], data: CalibrationSet) -> dict[str, list[bool]]:
+    """Of every unit's (args, kwargs), which leaves are tensors that all samples share, such as rotary tables.
+
+    Passes of one sample and of two tell: the size of a batch alone may be that of a table.
+
+    Args:
+        network: the float network.
+        units: that it runs.
+        data: of which the first samples are taken.
+    """
+    calls: list[dict[str, Any]] = []
+    with recorded_calls({unit.name: unit.module(network) for unit in units}) as recorded:
+        for count in (1, 2):
+            rows = torch.arange(count) % max(1, len(data))
+            list(Capture(data[rows], count, SpillAllocator(0)).forward(network))
+            calls.append({name: call[:2] for name, call in recorded.items()})
+            recorded.clear()
+    return {name: shared_leaves(one, calls[1][name]) for name, one in calls[0].items()}
 
 
 def sample_bytes(
@@ -205,42 +240,8 @@ def run_unit(
     stored: TensorTree | None = None
     parts = inputs.batches(batch, next(unit.parameters()).device)
     for rows, part in zip(batches(len(inputs), batch), parts, strict=True):
-        outputs = call_unit(unit, context, part)
+        outputs = fold(call_unit(unit, context, part), len(rows))
         stored = stored or TensorTree.like(outputs, len(inputs), storage)
         stored.write(rows.start, outputs)
     assert stored is not None
     return stored
-
-
-class OutputReplay:
-    """Outputs of finished units over the calibration set, which later passes return in place of running them again.
-
-    Without it, capturing the inputs of every unit would run the network's beginning once per unit. Outputs are kept in memory
-    up to a budget in bytes; the oldest go first, and their units then run as usual.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.outputs: dict[nn.Module, TensorTree] = {}
-
-    def holds(self, outputs: TensorTree) -> bool:
-        """Whether outputs of this size can be kept at all."""
-        return outputs.nbytes <= self.budget
-
-    def add(self, unit: nn.Module, outputs: TensorTree) -> None:
-        """Keep the outputs of a finished unit, for all samples in order."""
-        self.outputs[unit] = outputs
-        while sum(tree.nbytes for tree in self.outputs.values()) > self.budget:
-            del self.outputs[next(iter(self.outputs))]
-
-    @contextmanager
-    def active(self, batch: int) -> Iterator[None]:
-        """Replay the outputs, batch by batch, during one pass over the set."""
-        for unit, tree in self.outputs.items():
-            stored = tree.batches(batch, next(unit.parameters()).device)
-            unit.forward = lambda *_args, _stored=stored, **_kwargs: next(_stored)
-        try:
-            yield
-        finally:
-            for unit in self.outputs:
-                del unit.forward

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,19 @@ from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, modes
 from tfmq_exp.reconstruction.activation_cache import TensorTree, has_samples
 from tfmq_exp.reconstruction.capture import (
     Capture,
-    OutputReplay,
     UnitActivations,
     groups_within,
     run_unit,
     sample_bytes,
+    shared_inputs,
 )
 from tfmq_exp.reconstruction.closed_form import round_layers
 from tfmq_exp.reconstruction.context import ReconstructionContext, UnitReport, UnitResult, peak_memory_mib
 from tfmq_exp.reconstruction.early_stop import StopOnceSettled
 from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionConfig
+from tfmq_exp.reconstruction.output_replay import OutputReplay
 from tfmq_exp.reconstruction.random_batches import RandomRows
+from tfmq_exp.reconstruction.temporal_inputs import temporal_inputs
 from tfmq_exp.reconstruction.units import Origin, Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
@@ -57,12 +59,15 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     storage = compute.storage(4, config.cache, of_device=0.5)
     # outputs on inputs of fewer bits are not those of the network, and what later units read must not depend on what fits
     replay = OutputReplay(compute.cache_bytes // 4 if config.cache == "float32" else 0)
-    for unit, activations in capture_float_units(context, remaining, config):
+    driven = [unit for unit in remaining if unit.driver == "denoiser"]
+    shared = shared_inputs(context.float_unet, driven, context.data) if driven else {}
+    for unit, activations in capture_float_units(context, remaining, config, shared):
         start, module = time.perf_counter(), unit.module(model.unet)
         inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs.get("float"))
         if captured := unit.driver == "denoiser" and "quantized" in inputs:
             with replay.active(compute.batch), within(f"the inputs of {unit.name} in the quantized network"):
-                inputs["quantized"] = Capture(context.data, compute.batch, storage).inputs(model, module)
+                capture = Capture(context.data, compute.batch, storage)
+                inputs["quantized"] = capture.inputs(model, module, shared[unit.name])
         activations = activations._replace(inputs=inputs)
         rounded = modes(model.weight_quantizers(unit.layers) if config.rounds else (), Mode.QUANTIZE)
         with rounded, within(f"the quantized unit {unit.name}"):
@@ -129,7 +134,10 @@ def restore_finished(
 
 
 def capture_float_units(
-    context: ReconstructionContext, units: Sequence[Unit], config: ReconstructionConfig
+    context: ReconstructionContext,
+    units: Sequence[Unit],
+    config: ReconstructionConfig,
+    shared: Mapping[str, Sequence[bool]],
 ) -> Iterator[tuple[Unit, UnitActivations]]:
     """Each unit with its activations in the float network; one pass captures as many units as fit into half of the cache."""
     unet, data, compute = context.float_unet, context.data, context.compute
@@ -140,16 +148,15 @@ def capture_float_units(
     groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.capacity)
     activations: dict[str, UnitActivations] = {}
     for unit in units:
-        if unit.driver == "timesteps":  # one row for each of them
-            t = torch.tensor(context.model.context.timesteps)
-            with torch.no_grad():
-                outputs = unit.module(unet)(t.to(next(unet.parameters()).device))
-            yield unit, UnitActivations({"float": TensorTree((t, (t,), {}))}, TensorTree(outputs))
+        if unit.driver == "timesteps":
+            inputs, rows = temporal_inputs(unet, data, context.model.context), compute.storage(4, of_device=0.5)
+            outputs = run_unit(unit.module(unet), context.model.context, inputs, max(compute.batch, len(inputs)), rows)
+            yield unit, UnitActivations({"float": inputs}, outputs)
             continue
         if unit.name not in activations:
             capture.storage.clear()
             group = [driven[name] for names in groups if unit.name in names for name in names]
-            activations = capture.activations(unet, group, with_inputs=with_inputs)
+            activations = capture.activations(unet, group, shared, with_inputs=with_inputs)
             for name, importance in config.objective.importance(unet, group, capture).items():
                 activations[name] = activations[name]._replace(importance=importance)
         yield unit, activations.pop(unit.name)

@@ -196,8 +196,13 @@ class BlockReconstruction(pl.LightningModule):
     def losses(self, batch: list[Tensor]) -> tuple[Sequence[Tensor], ...]:
         """The unit's outputs for some rows, the error of each, and its gradient to the output; without the penalty."""
         data = self.samples.structure(batch)
-        outputs = pytree.tree_leaves(call_unit(self.unit, self.context, self.config.inputs.combine(data["inputs"])))
-        targets = pytree.tree_leaves(data["targets"])
+        result = call_unit(self.unit, self.context, self.config.inputs.combine(data["inputs"]))
+        (
+            outputs,
+            targets,
+        ) = (  # of several streams, one may be missing: the text's in the last block of a joint transformer
+            [leaf for leaf in pytree.tree_leaves(tree) if leaf is not None] for tree in (result, data["targets"])
+        )
         importance = [None] * len(targets) if data["importance"] is None else pytree.tree_leaves(data["importance"])
         triples = zip(outputs, targets, importance, strict=True)
         return outputs, *zip(*(self.config.objective.loss(*triple) for triple in triples), strict=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.validate import SHARE, check_fields
-from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Kind, UNetStructure
+from tfmq_exp.denoisers.structure import TEMPORAL_INFORMATION, Kind, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.quant.quantizers import Quantizer
 
@@ -24,7 +24,8 @@ class Unit:
     name: str
     kind: Kind
     layers: tuple[str, ...]  # layers whose rounding it learns; it may run others
-    # source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone
+    # source of its inputs: passes of the denoiser over the calibration set, or the sampler's timesteps alone, with the
+    # conditions of the set where temporal features depend on these, too
     driver: Literal["denoiser", "timesteps"]
     # network -> the unit's module in it (in the float one for targets, in the quantized one for learning)
     module: Callable[[nn.Module], nn.Module]
@@ -52,7 +53,7 @@ class TemporalFrozen:
     """Blocks without their temporal layers, which no unit learns: "Freeze" of TFMQ-DM's table 1."""
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
-        rest = frozenset(layer for layer in learnable if structure.layers[layer].role not in TEMPORAL_ROLES)
+        rest = frozenset(layer for layer in learnable if structure.layers[layer].role not in TEMPORAL_INFORMATION)
         return Blockwise()(structure, rest)
 
 
@@ -60,8 +61,9 @@ class TemporalFrozen:
 class TemporalAware:
     """Temporal Information Aware Reconstruction (TIAR, TFMQ-DM, arXiv 2311.16503, section 4.2).
 
-    The Temporal Information Block is a unit of its own, learned first and from the sampler's timesteps alone; the other
-    blocks are reconstructed without touching their embedding projections.
+    The Temporal Information Block is a unit of its own, learned first and from the sampler's timesteps alone (from the pairs of
+    timestep and condition in the calibration set, where features depend on both); the other blocks are reconstructed without
+    touching their embedding projections. All features count alike, whatever a block does with them.
     """
 
     def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:

@@ -11,7 +11,7 @@ from tfmq_exp.core.finite import NotFiniteError, require_finite
 from tfmq_exp.core.precision import PRECISIONS, Precision, products_in
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, noise_of
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, nested, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_timesteps
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
 from tfmq_exp.sampling.trajectory import Predict, Sampler, Step, finite_set, trajectory
@@ -82,7 +82,8 @@ class Sampling:
                 given = {name: torch.cat([null[name], value]) for name, value in given.items()}
                 x, t = torch.cat([x, x]), torch.cat([t, t])
             with products_in(self.precision, x.device):
-                eps = noise_of(unet(x, t, **given).sample, x).to(x.dtype)
+                arguments = nested({**given, **conditions.constants})
+                eps = noise_of(unet(x, timestep=t, **arguments).sample, x).to(x.dtype)
             if self.guided:
                 without, with_condition = eps.chunk(2)
                 return without + scale * (with_condition - without)

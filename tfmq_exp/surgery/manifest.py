@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.core.records import decode, encode
+from tfmq_exp.denoisers.families.unet import attentions, roles, set_heads
 from tfmq_exp.denoisers.loading.network_config import MOST_LAYERS, UNETS, empty_network
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.unet import attentions, roles, set_heads
 from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
@@ -114,8 +114,8 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
 def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
     steps = plan.timesteps
-    if not steps or len(set(steps)) < len(steps) or not all(0 <= t < MOST_TIMESTEPS for t in steps):
-        expected = f"different integers of 0 .. {MOST_TIMESTEPS - 1}"
+    if not steps or len(set(steps)) < len(steps) or not all(abs(t) < MOST_TIMESTEPS for t in steps):
+        expected = f"different numbers below {MOST_TIMESTEPS}"
         raise ValueError(f"'plan.timesteps' must be {expected}, got {str(steps)[:50]}")
     lines = [line for layer in plan.layers.values() for line in (layer.input, layer.output)]
     for operands in plan.operands.values():

@@ -12,7 +12,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
-from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.denoisers.denoiser import first_argument
+from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.quant.layers import QUANT_LAYERS, CachedFeature, QuantizedWeight, QuantLayer, Unneeded
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
@@ -20,52 +21,53 @@ from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, SplitQuantizer, Ste
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.tdq import BatchedGenerators
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.quant.timestep_context import Outside, TimestepContext
+from tfmq_exp.quant.timestep_context import Outside, Timestep, TimestepContext
 from tfmq_exp.surgery.attention import QuantAttnProcessor
 from tfmq_exp.surgery.resolve import ResolvedConfig
 
 
 class QuantizedUNet(nn.Module):
-    """Called like the UNet that it holds. Sets its timestep context at every forward pass.
+    """Called like the network that it holds, with the timestep by name. Sets its timestep context at every forward pass.
 
     Quantizers start in mode OFF. A layer's weight is either still float, with a quantizer, or frozen: replaced by the real values
     of its integers. Embedding projections that were replaced by stored features are in `cached`.
     """
 
-    unet: Any  # one of diffusers' UNets
+    unet: Any  # one of diffusers' denoisers
 
     def __init__(self, unet: nn.Module, plan: ResolvedConfig) -> None:
         super().__init__()
         self.context = TimestepContext(plan.timesteps)
-        self.unet, self.plan = unet, plan
+        self.unet, self.plan, self.first_argument = unet, plan, first_argument(unet)
         self.cached: dict[str, QuantizedWeight] = {}
         self.generators: BatchedGenerators | None = None  # while the network is trained as a whole
 
     def forward(
         self,
-        sample: Float[Tensor, "batch ..."],
-        timestep: Shaped[Tensor, "..."],
+        sample: Float[Tensor, "batch ..."] | None = None,
+        timestep: Shaped[Tensor, "..."] | float | None = None,
         *,
         outside: Outside | None = None,
-        **conditions: Any,
+        **arguments: Any,
     ) -> Any:
-        """The UNet's own output.
+        """The network's own output.
 
         Args:
-            sample: noisy input.
+            sample: noisy input; it may have the name that the network gives it.
             timestep: one for all rows, or one for each.
             outside: what a timestep outside the finite set does; None for the plan's choice. `error` waits for the GPU to look.
-            conditions: further arguments of the UNet.
+            arguments: further ones of the network.
 
         Raises:
             ValueError: a timestep outside the finite set where that is an error.
         """
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        x: Tensor = arguments.pop(self.first_argument) if sample is None else sample
+        t = torch.as_tensor(timestep, device=x.device).expand(len(x))
         scales = self.generators.scales(t) if self.generators else None
         with self.context.at(t, outside or self.plan.outside_timesteps, scales):
-            return self.unet(sample, t, **conditions)
+            return self.unet(x, timestep=t, **arguments)
 
-    def for_timesteps(self, timesteps: Sequence[int]) -> Callable[..., Any]:
+    def for_timesteps(self, timesteps: Sequence[Timestep]) -> Callable[..., Any]:
         """The network as a sampler calls it, whose timesteps are checked here once (ValueError) and no more at each call."""
         if self.plan.outside_timesteps != "error":
             return self

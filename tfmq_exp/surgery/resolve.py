@@ -13,7 +13,7 @@ from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
 from tfmq_exp.quant.scales.base import ScaleConfig
 from tfmq_exp.quant.spec import QuantSpec, Scheme
-from tfmq_exp.quant.timestep_context import OutsideTimesteps, TimestepContext
+from tfmq_exp.quant.timestep_context import OutsideTimesteps, Timestep, TimestepContext
 from tfmq_exp.surgery.config import STORED_SCALES, Bits, QuantizationConfig, ScalePlan, widths
 
 OPERANDS = ("query", "key", "value")  # and "probabilities"
@@ -68,7 +68,7 @@ class ResolvedConfig(Checked):
 
     layers: Mapping[str, LayerConfig]
     operands: Mapping[str, Mapping[str, ActivationConfig]]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[Timestep, ...]
     outside_timesteps: OutsideTimesteps
     tied: tuple[tuple[str, ...], ...] = ()
     trained: QATQuantizeFn | None = None
@@ -89,7 +89,7 @@ def resolve(
     structure: UNetStructure,
     attentions: tuple[str, ...],
     scales: ScalePlan,
-    timesteps: tuple[int, ...],
+    timesteps: tuple[Timestep, ...],
 ) -> ResolvedConfig:
     """The table for one network.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
-from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.surgery.config import AttentionBits
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import quantizable
 from tests.helpers.diagnosis import Subject, subject_of
-from tfmq_exp.denoisers.unet import read_structure
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.diagnostics.rounding_changes import rounding_changes
 
 

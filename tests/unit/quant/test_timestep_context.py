@@ -84,7 +84,7 @@ def test_an_empty_set_raises():
 
 def test_its_tables_follow_the_model_and_are_no_state():
     context = TimestepContext((3, 1))
-    assert {name for name, _ in context.named_buffers()} == {"step_of_t", "visited"}
+    assert {name for name, _ in context.named_buffers()} == {"visited"}
     assert not context.state_dict()
 
 

@@ -13,7 +13,8 @@ from tests.helpers.calibration import calibration
 from tests.helpers.reconstruction import CPU, structure
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
-from tfmq_exp.reconstruction.capture import Capture, OutputReplay, call_unit, groups_within, run_unit, sample_bytes
+from tfmq_exp.reconstruction.capture import Capture, call_unit, groups_within, run_unit, sample_bytes
+from tfmq_exp.reconstruction.output_replay import OutputReplay
 from tfmq_exp.reconstruction.units import Blockwise
 
 

@@ -10,8 +10,9 @@ from diffusers import UNet2DModel
 
 from tests.conftest import TIMESTEPS, generic
 from tests.helpers.reconstruction import ROUNDING, config
+from tfmq_exp.denoisers.families.unet import attentions
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role, UNetStructure
-from tfmq_exp.denoisers.unet import attentions, read_structure
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig

@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.families.unet import attentions, set_heads
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
-from tfmq_exp.denoisers.unet import attentions, set_heads
 
 # diffusers' names of settings -> LDM's, and DDIM's.
 SETTINGS = {

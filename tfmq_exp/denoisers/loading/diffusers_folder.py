@@ -12,6 +12,7 @@ from transformers import CLIPTextModel
 from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, DenoiserParts, FirstStage, NoConditions, Pixels
+from tfmq_exp.denoisers.families.unet import attentions, set_heads
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights, differences
 from tfmq_exp.denoisers.loading.compvis_checkpoint import training_schedule, unet_architecture
@@ -20,7 +21,6 @@ from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, assign_te
 from tfmq_exp.denoisers.loading.network_config import AUTOENCODERS, TEXT_MODELS, UNETS, checked_network, sides
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, read_index, scheduler_file, training_noise
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
-from tfmq_exp.denoisers.unet import attentions, set_heads
 
 # Names of autoencoders' attention layers in older versions of diffusers -> today's.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -4,7 +4,7 @@ Temporal features are computed from timesteps alone, and blocks run alone on the
 networks; here they are compared with one forward pass, whatever the settings are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -15,11 +15,14 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.denoisers.denoiser import DenoiserParts
+from tfmq_exp.denoisers.families.find import family_of
+from tfmq_exp.denoisers.families.unet import CONDITIONAL_UNET, UNET, blocks, roles, time_embedding
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.network_config import check_channels
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
+from tfmq_exp.denoisers.read_structure import after_each
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.unet import after_each, block_modules, roles, time_embedding
+from tfmq_exp.quant.timestep_context import Timestep
 
 SIDE = 32  # of the sample, at most about this: the result does not depend on it
 TOLERANCE = 1e-4  # of the largest value: batches of other shapes round differently
@@ -108,9 +111,9 @@ def check_forward(parts: DenoiserParts) -> None:
     def after(path: str, _module: Any, _args: Any, output: Any) -> None:
         outputs[path] = pytree.tree_map_only(Tensor, Tensor.clone, output)
 
-    blocks = {path for path, _ in block_modules(unet)}
-    with after_each(unet, blocks | projections, after), ExitStack() as hooks:
-        for path in blocks:
+    modules = {path for path, _ in blocks(unet)}
+    with after_each(unet, modules | projections, after), ExitStack() as hooks:
+        for path in modules:
             hook = unet.get_submodule(path).register_forward_pre_hook(partial(before, path), with_kwargs=True)
             hooks.enter_context(hook)
         try:
@@ -123,7 +126,7 @@ def check_forward(parts: DenoiserParts) -> None:
         if not all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(values)):
             cause = f"its weights are damaged, or too large for float32 ({changed_settings(unet, NUMERIC)})"
             raise ValueError(f"{name} gives numbers that are not finite in one forward pass, first at {place}: {cause}")
-    embedding = time_embedding(unet, t)
+    embedding = time_embedding(unet, t, given)
     features = [path for path in outputs if path in projections]
     if wrong := [path for path in features if differ(unet.get_submodule(path)(embedding), outputs[path])]:
         found = (
@@ -136,10 +139,12 @@ def check_forward(parts: DenoiserParts) -> None:
 
 
 @torch.no_grad()
-def check_timesteps(unet: Any, timesteps: tuple[int, ...]) -> None:
-    """ValueError for a timestep at which the time embedding is not finite: log 0 of a Fourier embedding."""
-    device = next(unet.parameters()).device
-    finite = time_embedding(unet, torch.tensor(timesteps, device=device)).isfinite().all(dim=1).tolist()
+def check_timesteps(unet: Any, timesteps: Sequence[Timestep]) -> None:
+    """ValueError for a timestep at which a UNet's time embedding is not finite: log 0 of a Fourier embedding."""
+    if family_of(unet) not in (UNET, CONDITIONAL_UNET):
+        return
+    given = torch.tensor(timesteps, device=next(unet.parameters()).device)
+    finite = time_embedding(unet, given, {}).isfinite().all(dim=1).tolist()
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:
         found = f"{changed_settings(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite"
         advice = "(sampler.steps_offset=1; of sampler=folder +sampler.settings.steps_offset=1)"

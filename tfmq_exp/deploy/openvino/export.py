@@ -13,7 +13,7 @@ import openvino as ov
 import openvino.opset13 as ops
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.deploy.activation_tables import activation_scale
 from tfmq_exp.deploy.engine import write_manifest
 from tfmq_exp.deploy.layers import DeployedLayer, ProductLayer, deployed_layers, layer_report

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.openvino.graph import GraphOperation, GraphQuantizer, Node, constant
 from tfmq_exp.deploy.weight_tables import per_row
-from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.quant.timestep_context import TimestepContext, exact_timesteps, network_timesteps
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -29,6 +29,7 @@ class UNetWithStepInput(nn.Module):
     def __init__(self, unet: nn.Module, context: TimestepContext, taps: Sequence["Tap"] = ()) -> None:
         super().__init__()
         self.unet, self.context, self.taps = unet, context, tuple(taps)
+        self.timesteps = network_timesteps(exact_timesteps(context.timesteps))
         self.quantizers = [module for module in unet.modules() if isinstance(module, GraphQuantizer)]
         columns = [column for quantizer in self.quantizers for column in quantizer.columns.values()]
         table = torch.stack(columns or [torch.zeros(context.num_steps)], dim=1)
@@ -42,9 +43,10 @@ class UNetWithStepInput(nn.Module):
         row, places = self.table[step].split(1), iter(self.places)
         for quantizer in self.quantizers:
             quantizer.present |= {name: row[next(places)] for name in quantizer.columns}
-        t = self.context.visited[step].expand(sample.shape[0])
-        with self.context.at(t, "unchecked"):
-            noise = self.unet(sample, t, **conditions).sample
+        rows = sample.shape[0]
+        t = self.timesteps[step].expand(rows)
+        with self.context.at(t, steps=step.expand(rows)):
+            noise = self.unet(sample, timestep=t, **conditions).sample
         return (noise, *itertools.chain(*(tap.seen for tap in self.taps))) if self.taps else noise
 
 

@@ -44,7 +44,7 @@ class CalibrateActivations(Stage):
         network, seed = (model, run.denoiser.unet, run.structure), derive_seed(run.seed, Stream.ACTIVATIONS)
         with learning(self.pipeline, self.name, folder) as callbacks:
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks))
-        run.method.temporal(*network)
+        run.method.temporal(*network, run.temporal_conditions)
         model.tabulate_scales()
         recipe = Recipe.of(run.calibration_sampling, run.denoiser)
         self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe))

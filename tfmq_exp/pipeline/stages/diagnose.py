@@ -18,6 +18,7 @@ from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
 from tfmq_exp.pipeline.pipeline import Advance, Stage
 from tfmq_exp.pipeline.stages.activations import QuantizedNetwork
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
+from tfmq_exp.quant.timestep_context import Timestep
 from tfmq_exp.reconstruction.units import TemporalAware
 
 PASSES = 4  # of a step: float and quantized network on both trajectories; or one with all activations recorded
@@ -69,11 +70,13 @@ class TemporalFeatures(Diagnosis):
         return {**super().inputs(), "timesteps": self.timesteps}
 
     @property
-    def timesteps(self) -> tuple[int, ...]:
+    def timesteps(self) -> tuple[Timestep, ...]:
         return self.run.sampling.finite_set(self.run.denoiser)
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
-        return feature_errors(self.network.model, self.run.denoiser.unet, self.run.structure, self.timesteps)
+        run = self.run
+        networks = self.network.model, run.denoiser.unet, run.structure
+        return feature_errors(*networks, self.timesteps, run.temporal_conditions)
 
 
 class ErrorAccumulation(Diagnosis):

@@ -181,9 +181,9 @@ class MeasureErrors(Stage):
         pair = TrajectoryPair(*self.network.sampler(), run.denoiser, run.sampling, run.seed)
         with self.pipeline.progress(self.name, len(run.calls)) as advance:
             along = pair.error(run.diagnostics, lambda step: advance(step + 1, ""))
-        temporal = temporal_feature_error(
-            self.quantized.model, run.denoiser.unet, run.structure, run.sampling.finite_set(run.denoiser)
-        )
+        networks = self.quantized.model, run.denoiser.unet, run.structure
+        timesteps = run.sampling.finite_set(run.denoiser)
+        temporal = temporal_feature_error(*networks, timesteps, run.temporal_conditions)
         self.pipeline.store.write_json(folder / ERRORS, {"temporal": temporal, "trajectory": along})
 
     def count(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.unet import attentions
+from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.activations import QuantizedNetwork

@@ -123,7 +123,7 @@ class EMARange(ScaleProvider):
         """Move the ranges that the rows read; NotFiniteError for NaN or infinity, which an average would keep for good."""
         lo, hi = torch.full_like(self.lo, torch.inf), torch.full_like(self.hi, torch.inf)
         table = self.range_of_step
-        read = torch.zeros(len(x), dtype=torch.long) if table is None else table[self.context.index]
+        read = torch.zeros(len(x), dtype=torch.long) if table is None else table[self.context.steps_of(x)]
         for entry in sorted({int(i) for i in read.cpu()}):
             rows = x[read.to(x.device) == entry]
             ends = [(end * self.ratio).reshape(()).double() for end in self.config.observer(rows, self.spec)]
@@ -148,7 +148,7 @@ class EMARange(ScaleProvider):
         """A pair per row, shape [batch, 1, ...]; one pair, shape [1], where all steps read the only range."""
         if self.range_of_step is None:
             return QParams(self.scale, self.zero_point)
-        entries = self.range_of_step[self.context.index]
+        entries = self.range_of_step[self.context.steps_of(x)]
         return QParams(per_row(self.scale[entries], x), per_row(self.zero_point[entries], x))
 
     def table(self) -> QParams | None:

@@ -58,7 +58,7 @@ class TDQScale(GeneratedScale):
         scale = self.context.scales.get(self)
         if scale is not None:
             return QParams(per_row(scale, x), per_row(self.zero_points(scale), x))
-        steps, (scale, zero_point) = self.context.index, self.table()
+        steps, (scale, zero_point) = self.context.steps_of(x), self.table()
         return QParams(per_row(scale[steps], x), per_row(zero_point[steps], x))
 
     @torch.no_grad()

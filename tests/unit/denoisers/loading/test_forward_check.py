@@ -11,9 +11,9 @@ from torch import nn
 from tests.conftest import example_inputs, generic, quantizable
 from tfmq_exp.denoisers.denoiser import Conditions, DenoiserParts, NoConditions, Pixels, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_forward, check_timesteps
+from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers
-from tfmq_exp.denoisers.unet import read_structure
 from tfmq_exp.surgery.config import AttentionBits
 
 pytestmark = pytest.mark.bad_input

@@ -1,11 +1,8 @@
-"""Structure of diffusers' UNets: the only file that knows their attribute names."""
+"""Diffusers' UNets, which take a class, a pooled text with sizes, or an image beside the timestep, or nothing."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
@@ -14,9 +11,11 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.structure import Block, Kind, LayerInfo, Role, UNetStructure
+from tfmq_exp.denoisers.families.family import Conditions, Family, known_roles
+from tfmq_exp.denoisers.structure import Kind, Role
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+ADDED = "added_cond_kwargs."
+CONDITIONS = ("class_labels", *(f"{ADDED}{name}" for name in ("text_embeds", "time_ids", "image_embeds")))
 
 # Roles of the layers inside a module of a known class, by the layer's path within it.
 ROLES_WITHIN: dict[type[nn.Module], dict[str, Role]] = {
@@ -33,6 +32,8 @@ ROLES_WITHIN: dict[type[nn.Module], dict[str, Role]] = {
 ROLES_AT_TOP = {
     **{"conv_in": Role.STEM, "conv_out": Role.HEAD},
     **dict.fromkeys(("time_embedding.linear_1", "time_embedding.linear_2"), Role.TIME_EMBED),
+    **{f"{module}.linear_{i}": Role.CONDITION_EMBED for module in ("add_embedding", "class_embedding") for i in (1, 2)},
+    "class_embedding": Role.CONDITION_EMBED,
 }
 
 
@@ -42,58 +43,17 @@ def roles(unet: nn.Module) -> dict[str, Role]:
     for name, module in unet.named_modules():
         for path, role in ROLES_WITHIN.get(type(module), {}).items():
             found[f"{name}.{path}"] = role
-    layers = [name for name, module in unet.named_modules() if isinstance(module, LAYERS)]
-    if unknown := [name for name in layers if name not in found]:
-        raise ValueError(f"no role is known for {len(unknown)} layers of {type(unet).__name__}, first {unknown[0]!r}")
-    return {name: found[name] for name in layers}
+    return known_roles(unet, found)
 
 
-def block_modules(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
-    """Modules that are reconstructed as a whole; a layer inside none of them is a block of its own."""
+def blocks(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
+    """Modules that are reconstructed as a whole."""
     yield "time_embedding", Kind.TEMPORAL
     outer = "."
     for name, module in unet.named_modules():
         if isinstance(module, ResnetBlock2D | BasicTransformerBlock | Attention) and not name.startswith(outer):
             outer = f"{name}."
             yield name, Kind.RESIDUAL if isinstance(module, ResnetBlock2D) else Kind.ATTENTION
-
-
-@contextmanager
-def after_each(unet: nn.Module, names: Iterable[str], visit: Callable[..., None]) -> Iterator[None]:
-    """In passes without gradients, call `visit(name, module, inputs, output)` after each of these modules has run."""
-    with torch.no_grad(), ExitStack() as hooks:
-        for name in names:
-            hooks.enter_context(unet.get_submodule(name).register_forward_hook(partial(visit, name)))
-        yield
-
-
-def read_structure(unet: nn.Module, example: Mapping[str, Any]) -> UNetStructure:
-    """Layers, their cost, and blocks in execution order, from one traced forward pass.
-
-    The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions
-    before the resnets that feed them), hence the trace.
-
-    `example` has the keyword arguments of one forward pass, with a batch of one.
-    """
-    role_of = roles(unet)
-    blocks = dict(block_modules(unet))
-    inside = {layer: block for block in blocks for layer in role_of if layer.startswith(f"{block}.")}
-    blocks |= {layer: Kind.LAYER for layer in role_of if layer not in inside}
-    sizes = {name: unet.get_submodule(name).get_parameter("weight").numel() for name in role_of}
-    macs, order = dict.fromkeys(role_of, 0), dict[str, tuple[str, ...]]()
-
-    def count(name: str, layer: nn.Module, _: Any, output: Any) -> None:
-        if name in role_of:
-            channels = output.shape[1] if isinstance(layer, nn.Conv1d | nn.Conv2d) else output.shape[-1]
-            macs[name] += output.numel() // channels * sizes[name]
-        if name in blocks:
-            order[name] = tuple(layer for layer in role_of if inside.get(layer, layer) == name)
-
-    with after_each(unet, {**role_of, **blocks}, count):
-        unet(**example)
-    splits = shortcut_splits(unet)
-    layers = {name: LayerInfo(name, role, sizes[name], macs[name], splits.get(name)) for name, role in role_of.items()}
-    return UNetStructure(layers, tuple(Block(name, blocks[name], members) for name, members in order.items()))
 
 
 def shortcut_splits(unet: Any) -> dict[str, int]:
@@ -108,11 +68,17 @@ def shortcut_splits(unet: Any) -> dict[str, int]:
     return found
 
 
-def time_embedding(unet: Any, t: Tensor) -> Tensor:
-    """Input of every embedding projection: the time embedding after its activation, [steps, channels]."""
+def time_embedding(unet: Any, t: Tensor, conditions: Conditions) -> Tensor:
+    """Input of every embedding projection, [rows, channels]: the embedding of time and conditions after its activation."""
     # not `unet.dtype`, which walks over every parameter of the network
-    sinusoid = unet.time_proj(t).to(next(unet.parameters()).dtype)
-    embedding = unet.time_embedding(sinusoid)
+    dtype = next(unet.parameters()).dtype
+    embedding = unet.time_embedding(unet.time_proj(t).to(dtype))
+    if "class_labels" in conditions:
+        labels = conditions["class_labels"]
+        by_time = unet.config["class_embed_type"] == "timestep"
+        embedding = embedding + unet.class_embedding(unet.time_proj(labels).to(dtype) if by_time else labels).to(dtype)
+    if added := {name.removeprefix(ADDED): value for name, value in conditions.items() if name.startswith(ADDED)}:
+        embedding = embedding + unet.get_aug_embed(embedding, None, added)
     if getattr(unet, "time_embed_act", None) is not None:  # UNet2DModel has none
         embedding = unet.time_embed_act(embedding)
     # all residual blocks of a network have the same
@@ -120,8 +86,16 @@ def time_embedding(unet: Any, t: Tensor) -> Tensor:
     return embedding if block.skip_time_act else block.nonlinearity(embedding)
 
 
+def features(unet: Any, projections: Sequence[str], t: Tensor, conditions: Conditions) -> dict[str, Tensor]:
+    """g_i(h) of every residual block i, with h the embedding and g_i its projection (TFMQ-DM, section 4.1)."""
+    embedding = time_embedding(unet, t, conditions)
+    return {name: unet.get_submodule(name)(embedding) for name in projections}
+
+
 def attentions(unet: nn.Module) -> dict[str, Attention]:
-    """Every attention module by name."""
+    """Every attention module of a UNet by name; none of other networks, whose attentions are of many classes."""
+    if type(unet).__name__ not in (UNET.network, CONDITIONAL_UNET.network):
+        return {}
     return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
 
 
@@ -129,3 +103,9 @@ def set_heads(attention: Attention, heads: int) -> None:
     """Change the number of heads at the same width, which a diffusers configuration cannot always express."""
     width = attention.inner_dim // heads
     attention.heads, attention.sliceable_head_dim, attention.scale = heads, heads, width**-0.5
+
+
+UNET, CONDITIONAL_UNET = (
+    Family(network, roles, blocks, features, CONDITIONS, shortcut_splits)
+    for network in ("UNet2DModel", "UNet2DConditionModel")
+)

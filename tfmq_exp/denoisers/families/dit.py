@@ -1,0 +1,43 @@
+"""DiT (arXiv 2212.09748) as diffusers has it: an embedder of the timestep and the class in every block."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tfmq_exp.denoisers.families.family import (
+    ATTENTION,
+    FEED_FORWARD,
+    Conditions,
+    Family,
+    blocks_by_pattern,
+    roles_by_pattern,
+)
+from tfmq_exp.denoisers.structure import Kind, Role
+
+
+def features(network: Any, projections: Sequence[str], t: Tensor, given: Conditions) -> dict[str, Tensor]:
+    """Modulations of every block, and of the last layer, which reads the first block's embedder."""
+    dtype, found, first = next(network.parameters()).dtype, dict[str, Tensor](), None
+    for i, block in enumerate(network.transformer_blocks):
+        embedding = nn.functional.silu(block.norm1.emb(t, given["class_labels"], hidden_dtype=dtype))
+        first = embedding if first is None else first
+        found[f"transformer_blocks.{i}.norm1.linear"] = block.norm1.linear(embedding)
+    return {**found, "proj_out_1": network.proj_out_1(first)}
+
+
+DIT = Family(
+    "DiTTransformer2DModel",
+    roles_by_pattern(
+        {
+            "*.timestep_embedder.linear_?": Role.TIME_EMBED,
+            **dict.fromkeys(("*.norm1.linear", "proj_out_1"), Role.TIME_PROJ),
+            **{"pos_embed.proj": Role.STEM, "proj_out_2": Role.HEAD},
+            **ATTENTION,
+            **FEED_FORWARD,
+        }
+    ),
+    blocks_by_pattern({"transformer_blocks.*": Kind.TRANSFORMER}),
+    features,
+    ("class_labels",),
+)
