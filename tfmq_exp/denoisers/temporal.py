@@ -27,7 +27,7 @@ class TemporalInformationBlock(nn.Module):
     def __init__(self, network: nn.Module, structure: UNetStructure) -> None:
         super().__init__()
         self.network, self.family = network, family_of(network)
-        self.projections = [layer.name for layer in structure.by_role(Role.TIME_PROJ)]
+        self.names = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))
 
     def features(
         self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
@@ -38,7 +38,7 @@ class TemporalInformationBlock(nn.Module):
             t: timesteps as the network is given them.
             conditions: rows of the arguments in `family.conditions`, of those that the network takes.
         """
-        return self.family.features(self.network, self.projections, t, conditions or {})
+        return self.family.features(self.network, self.names, t, conditions or {})
 
     def forward(
         self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None

@@ -114,8 +114,10 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
 def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
     steps = plan.timesteps
-    if not steps or len(set(steps)) < len(steps) or not all(abs(t) < MOST_TIMESTEPS for t in steps):
-        expected = f"different numbers below {MOST_TIMESTEPS}"
+    whole = all(type(t) is int and 0 <= t < MOST_TIMESTEPS for t in steps)
+    real = all(type(t) is float and abs(t) < MOST_TIMESTEPS for t in steps)
+    if not steps or len(set(steps)) < len(steps) or not (whole or real):
+        expected = f"different integers of 0 .. {MOST_TIMESTEPS - 1}, or different real numbers"
         raise ValueError(f"'plan.timesteps' must be {expected}, got {str(steps)[:50]}")
     lines = [line for layer in plan.layers.values() for line in (layer.input, layer.output)]
     for operands in plan.operands.values():

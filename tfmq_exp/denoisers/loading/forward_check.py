@@ -22,7 +22,6 @@ from tfmq_exp.denoisers.loading.network_config import check_channels
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.read_structure import after_each
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.quant.timestep_context import Timestep
 
 SIDE = 32  # of the sample, at most about this: the result does not depend on it
 TOLERANCE = 1e-4  # of the largest value: batches of other shapes round differently
@@ -139,7 +138,7 @@ def check_forward(parts: DenoiserParts) -> None:
 
 
 @torch.no_grad()
-def check_timesteps(unet: Any, timesteps: Sequence[Timestep]) -> None:
+def check_timesteps(unet: Any, timesteps: Sequence[float]) -> None:
     """ValueError for a timestep at which a UNet's time embedding is not finite: log 0 of a Fourier embedding."""
     if family_of(unet) not in (UNET, CONDITIONAL_UNET):
         return
