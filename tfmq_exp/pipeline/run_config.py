@@ -68,11 +68,11 @@ class Run:
         return measured_structure(self.denoiser, self.calls[-1])
 
     @cached_property
-    def calls(self) -> tuple[int, ...]:
+    def calls(self) -> tuple[float | int, ...]:
         """Timesteps of the network calls for one image."""
         calls = self.sampling.calls(self.denoiser)
         numbers = len(calls), len(set(calls)), calls[0], calls[-1]
-        log.info("%s: %d network calls at %d timesteps, %d .. %d", self.sampling.sampler, *numbers)
+        log.info("%s: %d network calls at %d timesteps, %s .. %s", self.sampling.sampler, *numbers)
         return calls
 
     @cached_property
@@ -82,7 +82,7 @@ class Run:
         return self.sampling if steps is None else self.sampling.with_steps(steps)
 
     @cached_property
-    def calibration_calls(self) -> tuple[int, ...]:
+    def calibration_calls(self) -> tuple[float | int, ...]:
         """Timesteps of the network calls for one calibration trajectory."""
         return self.calibration_sampling.calls(self.denoiser)
 
@@ -142,7 +142,7 @@ class Run:
         return {**self.network_inputs, "specs": layers, **method}
 
 
-def measured_structure(denoiser: Denoiser, t: int) -> UNetStructure:
+def measured_structure(denoiser: Denoiser, t: float | int) -> UNetStructure:
     """The network's structure, its temporal layers compared with those that react to a change of the timestep `t`.
 
     Raises:

@@ -136,9 +136,13 @@ def check_forward(parts: DenoiserParts) -> None:
 
 
 @torch.no_grad()
-def check_timesteps(unet: Any, timesteps: tuple[int, ...]) -> None:
-    """ValueError for a timestep at which the time embedding is not finite: log 0 of a Fourier embedding."""
+def check_timesteps(unet: Any, timesteps: tuple[float | int, ...]) -> None:
+    """ValueError for a timestep at which the time embedding is not finite (log 0 of a Fourier embedding), or that has none."""
     device = next(unet.parameters()).device
+    fractions = [t for t in timesteps if isinstance(t, float)]
+    if fractions and isinstance(getattr(unet, "time_proj", None), torch.nn.Embedding):
+        found = f"time_embedding_type=learned has embeddings of whole timesteps alone, and the sampler visits {fractions[0]}"
+        raise ValueError(f"{found}: choose a sampler of whole timesteps")
     finite = time_embedding(unet, torch.tensor(timesteps, device=device)).isfinite().all(dim=1).tolist()
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:
         found = f"{changed_settings(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite"

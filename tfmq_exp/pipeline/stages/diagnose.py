@@ -69,7 +69,7 @@ class TemporalFeatures(Diagnosis):
         return {**super().inputs(), "timesteps": self.timesteps}
 
     @property
-    def timesteps(self) -> tuple[int, ...]:
+    def timesteps(self) -> tuple[float | int, ...]:
         return self.run.sampling.finite_set(self.run.denoiser)
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
