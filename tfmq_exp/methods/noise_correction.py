@@ -202,9 +202,7 @@ class NoiseCorrection:
         predict, exact = sampling.predictor(model.for_timesteps(timesteps)), sampling.predictor(denoiser.unet)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for number, indices in enumerate(batches(self.images, batch)):
-            seen: dict[
-                float, list[NoiseMoments]
-            ] = {}  # of every width; of a timestep once, however often it is visited
+            seen: dict[float, list[NoiseMoments]] = {}  # of every width; of a timestep once, even if visited twice
             conditions = sampling.conditions(denoiser, seed, Stream.CORRECTION, indices)
             for step in sampling.trajectory(exact, denoiser, seed=seed, stream=Stream.CORRECTION, indices=indices):
                 if step.t in seen:
@@ -223,7 +221,7 @@ class NoiseCorrection:
         statistics = {bits: self.estimate(sums, context.timesteps) for bits, sums in moments.items()}
         if widths == (0,):
             return statistics[0]
-        alphas = alphas_cumprod(denoiser.schedule)[list(context.timesteps)]
+        alphas = alphas_cumprod(denoiser.schedule)[[round(t) for t in context.timesteps]]
         chosen = choose_bits({bits: sums.signal_to_noise() for bits, sums in moments.items()}, alphas)
         every = {n: torch.stack([getattr(statistics[b], n)[i] for i, b in enumerate(chosen)]) for n in STATISTICS}
         return NoiseStatistics(context.timesteps, bits=chosen, **every)

@@ -42,7 +42,7 @@ class NetworkConvention:
         object.__setattr__(self, "operations", tuple(map(tuple, self.operations)))
 
     def __call__(self, t: float | int) -> float | int:
-        """What the network is given for a timestep of the scheduler.
+        """The network's timestep for one of the scheduler.
 
         Computed by torch in the dtype that the pipeline has at each operation, on the CPU: from int64, or float32; a product or
         quotient of whole numbers is float32.

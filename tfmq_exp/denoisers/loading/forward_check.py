@@ -141,7 +141,7 @@ def check_timesteps(unet: Any, timesteps: tuple[float | int, ...]) -> None:
     device = next(unet.parameters()).device
     fractions = [t for t in timesteps if isinstance(t, float)]
     if fractions and isinstance(getattr(unet, "time_proj", None), torch.nn.Embedding):
-        found = f"time_embedding_type=learned has embeddings of whole timesteps alone, and the sampler visits {fractions[0]}"
+        found = f"time_embedding_type=learned has embeddings of whole timesteps alone, and the sampler's are as {fractions[0]}"
         raise ValueError(f"{found}: choose a sampler of whole timesteps")
     finite = time_embedding(unet, torch.tensor(timesteps, device=device)).isfinite().all(dim=1).tolist()
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:

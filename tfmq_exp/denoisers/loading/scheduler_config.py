@@ -23,7 +23,8 @@ CONTINUOUS = {
 KINDS = (
     *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
-    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("LCMScheduler", "CogVideoXDDIMScheduler"),
     *CONTINUOUS,
 )
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -90,7 +91,7 @@ def training_noise(file: Path) -> dict[str, Any]:
 
 
 def predicted_without_betas(config: Mapping[str, Any]) -> str | None:
-    """What a network predicts whose training has no betas, by its scheduler's configuration; None for any other network."""
+    """The prediction of a network whose training has no betas, by its scheduler's configuration; None for any other network."""
     if (name := config.get("_class_name")) in KINDS and name in CONTINUOUS:
         return CONTINUOUS[name]
     return FLOW if config.get("prediction_type") == FLOW else None
