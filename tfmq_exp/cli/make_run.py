@@ -54,6 +54,7 @@ def make_run(
         raise ValueError(f"{key} needs method/correction=none: the noise is measured at the calibrated timesteps")
     denoiser = denoiser or make(cfg.model.denoiser)
     assert denoiser is not None
+    method.correction.check_training(denoiser.schedule)
     denoiser.to(device)
     sampling.check(denoiser)
     if steps := calibration.num_inference_steps:

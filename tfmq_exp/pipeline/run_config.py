@@ -87,7 +87,7 @@ class Run:
         """Timesteps of the network calls for one image."""
         calls = self.sampling.calls(self.denoiser)
         numbers = len(calls), len(set(calls)), calls[0], calls[-1]
-        log.info("%s: %d network calls at %d timesteps, %d .. %d", self.sampling.sampler, *numbers)
+        log.info("%s: %d network calls at %d timesteps, %s .. %s", self.sampling.sampler, *numbers)
         return calls
 
     @cached_property

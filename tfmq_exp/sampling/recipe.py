@@ -15,13 +15,44 @@ from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import SEED, whole
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.loading.scheduler_config import check_count
-from tfmq_exp.sampling.diffusers_scheduler import Scheduler
+from tfmq_exp.sampling.diffusers_scheduler import Scheduler, SigmaScheduler
+from tfmq_exp.sampling.edm import EDM
 from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.network_convention import NetworkConvention, PipelineSampler
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
 from tfmq_exp.sampling.trajectory import trajectory
 
 LARGEST = 2**16  # channels, or pixels of a side
-SAMPLERS: dict[str, Any] = {kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler)}
+SAMPLERS: dict[str, Any] = {
+    kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler, SigmaScheduler, EDM, PipelineSampler)
+}
+
+
+def is_described(sampler: Any) -> bool:
+    """Whether a file can describe a sampler: its class is one of `SAMPLERS`, and so is that of the sampler in it."""
+    inner = not isinstance(sampler, PipelineSampler) or is_described(sampler.sampler)
+    return type(sampler) in SAMPLERS.values() and inner
+
+
+def sampler_to_json(sampler: Any) -> dict[str, Any]:
+    """Plain data of a sampler that `is_described`."""
+    settings = dataclasses.asdict(sampler)
+    if isinstance(sampler, PipelineSampler):
+        settings["sampler"] = sampler_to_json(sampler.sampler)
+    return {"sampler": type(sampler).__name__, "settings": settings}
+
+
+def sampler_from_json(data: Any) -> Any:
+    """The inverse of `sampler_to_json`; ValueError, KeyError or TypeError for data that is no sampler."""
+    kind, settings = data["sampler"], data["settings"]
+    if kind not in SAMPLERS:
+        raise ValueError(f"unknown sampler {kind!r}; known: {', '.join(SAMPLERS)}")
+    if SAMPLERS[kind] is PipelineSampler:
+        settings = {**settings, "convention": NetworkConvention(**settings["convention"])}
+        if settings["sampler"]["sampler"] == kind:
+            raise ValueError(f"a {kind} holds no other {kind}")
+        settings["sampler"] = sampler_from_json(settings["sampler"])
+    return SAMPLERS[kind](**settings)
 
 
 def as_int(name: str, value: Any) -> int:
@@ -70,7 +101,7 @@ class Recipe:
     @classmethod
     def of(cls, sampling: Sampling, denoiser: Denoiser) -> "Recipe | None":
         """The recipe of a denoiser; None for a user's own sampler class, which a file cannot describe."""
-        if type(sampling.sampler) not in SAMPLERS.values():
+        if not is_described(sampling.sampler):
             return None
         plain = Sampling(sampling.sampler, guidance=sampling.guidance, precision=sampling.precision)
         return cls(plain, denoiser.schedule, denoiser.sample_shape)
@@ -81,10 +112,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        sampler: Any = self.sampling.sampler
         return {
-            "sampler": type(sampler).__name__,
-            "settings": dataclasses.asdict(sampler),
+            **sampler_to_json(self.sampling.sampler),
             "guidance": self.sampling.guidance,
             "precision": self.sampling.precision,
             "schedule": dict(self.schedule),
@@ -95,10 +124,7 @@ class Recipe:
     def from_json(cls, data: Any) -> "Recipe":
         """The inverse of `to_json`; ValueError for data that is not a recipe."""
         try:
-            kind = data["sampler"]
-            if kind not in SAMPLERS:
-                raise ValueError(f"unknown sampler {kind!r}; known: {', '.join(SAMPLERS)}")
-            sampler = SAMPLERS[kind](**data["settings"])
+            sampler = sampler_from_json(data)
             sampling = Sampling(sampler, guidance=data["guidance"], precision=data["precision"])
             channels, height, width = data["shape"]
             for size in (channels, height, width):
