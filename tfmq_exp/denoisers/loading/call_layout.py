@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from tfmq_exp.denoisers.loading.pipeline_calls import GuidanceLayout, Kind
-from tfmq_exp.denoisers.loading.recorded_pipeline import RecordedStep, Run, stack_rows
+from tfmq_exp.denoisers.loading.pipeline_calls import LENGTHS, GuidanceLayout, Kind
+from tfmq_exp.denoisers.loading.recorded_pipeline import RecordedStep, Run
 
 IMAGES = (2, 3)  # of the two runs
 TOLERANCE = 1e-4  # relative, of float32 results
@@ -54,7 +55,8 @@ def flatten(value: Any, name: str) -> dict[str, Any]:
 def conditions_of(run: Run, call: Mapping[str, Any], lists: frozenset[str]) -> dict[str, Any]:
     """All arguments of a call but sample and timestep, by dotted names.
 
-    Lists of rows become one tensor, or the one value that all rows have; ValueError where they have several.
+    Lists of rows become one tensor, padded with zeros, beside the lengths of the rows; or the one value that all rows have.
+    ValueError where they have several.
     """
     found: dict[str, Any] = {}
     for name, value in call.items():
@@ -62,8 +64,9 @@ def conditions_of(run: Run, call: Mapping[str, Any], lists: frozenset[str]) -> d
             continue
         if name not in lists:
             found |= flatten(value, name)
-        elif isinstance(stacked := stack_rows(value), Tensor):
-            found[name] = stacked
+        elif all(isinstance(entry, Tensor) for entry in value):
+            found[name] = pad_sequence(value, batch_first=True)
+            found[name + LENGTHS] = torch.tensor([len(entry) for entry in value])
         elif all(equal(entry, value[0]) for entry in value):
             found[name] = value[0]
         else:
@@ -110,11 +113,7 @@ def names_of_rows(few: Mapping[str, Any], more: Mapping[str, Any], counts: tuple
     rows: set[str] = set()
     for name, a in few.items():
         b = more[name]
-        if (
-            isinstance(a, Tensor)
-            and isinstance(b, Tensor)
-            and (a.shape[:1], b.shape[:1]) == tuple((n,) for n in counts)
-        ):
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and (*a.shape[:1], *b.shape[:1]) == counts:
             rows.add(name)
         elif not equal(a, b):
             raise ValueError(f"the network's argument {name} depends on the number of images, and is no row of each")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 Kind = Literal["given", "null"]
+LENGTHS = ".lengths"  # ends the name of the rows' lengths of an argument that is a list of tensors
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class PipelineCalls:
         null: one row for no condition, the other half of guidance; empty without it.
         constants: what all images share: tensors without rows, numbers, None.
         null_constants: those of `constants` that are others in the call with the null condition.
-        lists: names of arguments that are lists with one entry for each row, and not one tensor.
+        lists: names of arguments that are lists with one entry for each row, and not one tensor. Their rows are padded with zeros
+            at the end, and the lengths are a condition beside them.
         guidance: layout of the calls in one step.
         timesteps: that the network is given, of every call in order; floats are exact copies.
         timestep_dtype: of them, as torch calls it.
@@ -81,8 +83,11 @@ class PipelineCalls:
         count, constants = len(sample), {**self.constants, **(self.null_constants if null else {})}
         flat = {self.sample: sample, self.timestep: timestep, **constants, **rows}
         for name in self.lists & flat.keys():
-            value = flat[name]
-            flat[name] = list(value.unbind()) if isinstance(value, Tensor) else [value] * count
+            value, lengths = flat[name], flat.pop(name + LENGTHS, None)
+            if lengths is None:
+                flat[name] = list(value.unbind()) if name == self.sample else [value] * count
+            else:
+                flat[name] = [row[:length] for row, length in zip(value, lengths.tolist(), strict=True)]
         return nested(flat)
 
 

@@ -13,6 +13,8 @@ from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
 from tfmq_exp.denoisers.loading.pipeline_recording import check_settings
 from tfmq_exp.denoisers.loading.recorded_pipeline import NetworkOutline, Prediction, Step, prediction_shape, stack_rows
 
+GUIDANCE = ("guidance_scale", "true_cfg_scale")
+
 
 def text_arguments(kind: Any, rows: int, width: int) -> dict[str, Any]:
     """Arguments of a pipeline's call in the place of a prompt, so that it needs no text encoder; their values do not matter.
@@ -34,6 +36,13 @@ def text_arguments(kind: Any, rows: int, width: int) -> dict[str, Any]:
     return found
 
 
+def pooled_width(network: Any) -> int:
+    """Channels of the pooled text that a UNet takes beside six numbers of sizes (SDXL); 1 where none is checked."""
+    if network.config.get("addition_embed_type") != "text_time":
+        return 1
+    return network.config["projection_class_embeddings_input_dim"] - 6 * network.config["addition_time_embed_dim"]
+
+
 class PipelineDecoder:
     """The first stage of a pipeline, and what the pipeline does with its final latents before and after it.
 
@@ -51,7 +60,7 @@ class PipelineDecoder:
             raise ValueError(f"rows must be {COUNT.right}, got {rows!r}")
         check_settings(folder.kind, settings)
         known = inspect.signature(folder.kind.__call__).parameters
-        unguided = {key: 1.0 for key in ("guidance_scale", "true_cfg_scale") if key in known}
+        unguided = {key: 0.0 for key in GUIDANCE if key in known and isinstance(known[key].default, int | float)}
         self.settings = {key: value for key, value in settings.items() if "prompt" not in key} | unguided
         self.settings |= {"output_type": "np", "return_dict": False}
         self.rows, self.folder = rows, folder
@@ -65,14 +74,15 @@ class PipelineDecoder:
 
     def _run(self, x: Tensor) -> Tensor:
         scheduler, outline = self.folder.scheduler(), NetworkOutline(self.network, self._predict)
-        scheduler.step = lambda *_args, **_options: Step(x, x)
+
+        def step(model_output: Tensor, *_args: Any, **_options: Any) -> Step:
+            latents = x.reshape(model_output.shape)  # some networks take an axis of one frame more
+            return Step(latents, latents)
+
+        scheduler.step = step
         outline.device = x.device
         parts = {"vae": self.stage.to(x.device), self.folder.denoiser_name: outline, "scheduler": scheduler}
-        projection = getattr(self.network, "add_embedding", None)
-        sizes = 6 * self.network.config.get(
-            "addition_time_embed_dim", 0
-        )  # of SDXL: six numbers of sizes, and pooled text
-        width = projection.linear_1.in_features - sizes if projection is not None else 1
+        width = pooled_width(self.network)
         arguments = {**self.settings, **text_arguments(self.folder.kind, len(x), width)}
         arguments["generator"] = torch.Generator().manual_seed(0)
         return torch.from_numpy(self.folder.pipeline(parts)(**arguments)[0]).movedim(-1, 1)

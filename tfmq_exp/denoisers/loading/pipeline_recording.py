@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tfmq_exp.core.validate import COUNT
 from tfmq_exp.denoisers.loading.call_layout import (
@@ -137,13 +138,24 @@ def kind_of_conditions(run: Run, layout: CallLayout, kind: Kind) -> tuple[dict[s
     return rows, {name: value for name, value in values.items() if name not in rows}
 
 
+def with_equal_lengths(parts: Sequence[Mapping[str, Tensor]], lists: frozenset[str]) -> list[dict[str, Tensor]]:
+    """Conditions of several parts whose rows of lists are padded to one length."""
+    longest = {name: max(part[name].shape[1] for part in parts if name in part) for name in lists & parts[0].keys()}
+    return [
+        {
+            k: v if k not in longest else pad(v, (0, 0) * (v.dim() - 2) + (0, longest[k] - v.shape[1]))
+            for k, v in part.items()
+        }
+        for part in parts
+    ]
+
+
 def join_rows(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Conditions of several runs one below the other; ValueError where they have other shapes."""
-    for part in parts[1:]:
-        shapes = {name: tuple(value.shape[1:]) for name, value in part.items()}
-        if shapes != (expected := {name: tuple(value.shape[1:]) for name, value in parts[0].items()}):
-            found = f"conditions of other texts have other shapes, {shapes} and {expected}"
-            raise ValueError(f"{found}: record all of them in one run, with `rows` not below their number")
+    shapes = [{name: tuple(value.shape[1:]) for name, value in part.items()} for part in parts]
+    if other := [shape for shape in shapes if shape != shapes[0]]:
+        found = f"conditions of other texts have other shapes, {shapes[0]} and {other[0]}"
+        raise ValueError(f"{found}: record all of them in one run, with `rows` not below their number")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -194,9 +206,10 @@ def record_calls(
     check_scheduler(new_scheduler(), few)
     distinct = list(dict.fromkeys(choices))
     runs = [recorder.run(distinct[i : i + rows], most_steps=1) for i in range(0, len(distinct), rows)]
-    parts = [kind_of_conditions(run, layout, "given") for run in runs]
-    given, constants = join_rows([part for part, _ in parts]), parts[0][1]
+    found, constants = zip(*(kind_of_conditions(run, layout, "given") for run in runs), strict=True)
     null, null_constants = kind_of_conditions(runs[0], layout, "null")
+    *parts, null = with_equal_lengths([*found, null], layout.lists)
+    given = join_rows(parts)
     index = torch.tensor([distinct.index(choice) for choice in choices])
     return PipelineCalls(
         sample=few.sample,
@@ -204,9 +217,9 @@ def record_calls(
         sample_shape=tuple(few.steps[0].calls[0][few.sample].shape[1:]),
         given={name: value[index] for name, value in given.items()},
         null={name: value[:1] for name, value in null.items()},
-        constants=constants,
-        null_constants={k: v for k, v in null_constants.items() if k not in constants or not equal(v, constants[k])},
-        lists=layout.lists,
+        constants=constants[0],
+        null_constants={k: v for k, v in null_constants.items() if not equal(v, constants[0].get(k, layout))},
+        lists=layout.lists | ({few.sample} if few.listed else set()),
         guidance=layout.guidance,
         timesteps=timesteps,
         timestep_dtype=dtype,

@@ -76,6 +76,7 @@ class Run:
         set_timesteps: arguments of the scheduler's method.
         timesteps: of the scheduler.
         sigmas: of the scheduler; empty where it has none.
+        listed: whether the sample is a list of rows.
     """
 
     sample: str
@@ -84,16 +85,12 @@ class Run:
     set_timesteps: Mapping[str, Any]
     timesteps: Tensor
     sigmas: Tensor
+    listed: bool
 
 
-def stack_rows(value: Any) -> Any:
-    """A list with one tensor per row as one tensor, everything else as it is; ValueError for rows of different shapes."""
-    if not isinstance(value, list) or not value or not all(isinstance(row, Tensor) for row in value):
-        return value
-    if len(shapes := {tuple(row.shape) for row in value}) > 1:
-        found = f"rows of different shapes: {', '.join(map(str, sorted(shapes)))}"
-        raise ValueError(f"{found}; choose texts of the same number of tokens for this network")
-    return torch.stack(value)
+def stack_rows(value: Tensor | list[Tensor]) -> Tensor:
+    """A sample that is a list of rows as one tensor."""
+    return torch.stack(value) if isinstance(value, list) else value
 
 
 def prediction_shape(network: Any, sample: Tensor) -> tuple[int, ...]:
@@ -142,13 +139,14 @@ def record_run(
     """
     names = list(inspect.signature(network.forward).parameters)
     sample_name, timestep_name = names[0], next((n for n in ("timestep", "t") if n in names), "")
-    steps, given = [RecordedStep()], dict[str, Any]()
+    steps, given, listed = [RecordedStep()], dict[str, Any](), set[bool]()
     scheduler = pipeline.scheduler
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
     def forward(call: dict[str, Any]) -> Prediction:
         current = steps[-1]
         sample = stack_rows(call[sample_name])
+        listed.add(isinstance(call[sample_name], list))
         shape = prediction_shape(network, sample)
         generator = torch.Generator().manual_seed(len(steps) if equal else 100 * len(steps) + len(current.calls))
         result = torch.randn(shape[1:] if equal else shape, generator=generator).expand(shape).to(sample)
@@ -187,4 +185,4 @@ def record_run(
         )
     sigmas = getattr(scheduler, "sigmas", None)
     sigmas = sigmas if isinstance(sigmas, Tensor) else torch.zeros(0)
-    return Run(sample_name, timestep_name, steps, given, scheduler.timesteps, sigmas)
+    return Run(sample_name, timestep_name, steps, given, scheduler.timesteps, sigmas, True in listed)
