@@ -12,17 +12,19 @@ import diffusers
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.utils._pytree import tree_leaves
 
 from tfmq_exp.core.file_kind import is_safetensors, kind_of
 from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
-from tfmq_exp.denoisers.loading.network_config import LARGE, check_code, check_known
+from tfmq_exp.denoisers.loading.network_config import LARGE, WIDE, check_code, check_known
+from tfmq_exp.denoisers.loading.pipeline_classes import DENOISERS
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 
 ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
 MOST_MODULES = 100_000  # of one network; the largest published ones have some thousands
-MOST_TABLE = 2**28  # numbers in buffers: tables of positions and frequencies
+MOST_TABLE = 2**29  # numbers in buffers: tables of positions and frequencies
 # Names of autoencoders' attention layers in older versions of diffusers -> today's.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -50,6 +52,13 @@ def count_weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in safetensors_files(folder))
 
 
+def check_numbers(settings: Mapping[str, Any], most: int) -> None:
+    """ValueError, by its key, for a number that no network of this size has: tables of it would not fit into memory."""
+    for key, value in settings.items():
+        if wrong := [leaf for leaf in tree_leaves(value) if isinstance(leaf, int | float) and not abs(leaf) <= most]:
+            raise ValueError(f"{key}={wrong[0]!r:.40} cannot be: expected numbers up to {most}")
+
+
 @contextmanager
 def without_weights(most: int) -> Iterator[None]:
     """Build networks whose parameters are on the meta device, and whose buffers and tables are real.
@@ -67,7 +76,7 @@ def without_weights(most: int) -> Iterator[None]:
         if counts[what] > limits[what]:
             raise ValueError(f"its settings describe more than {limits[what]} {what}, which its files cannot fill")
 
-    def parameter(_module: nn.Module, _name: str, value: nn.Parameter | None) -> nn.Parameter | None:
+    def parameter(_module: nn.Module, _name: str, value: nn.Parameter | None) -> Any:
         if value is None:
             return None
         count("weights", value.numel())
@@ -103,6 +112,7 @@ def read_config(folder: Path, classes: Collection[str]) -> tuple[Any, dict[str, 
     kind = getattr(diffusers, name)
     try:
         check_known(kind, config)
+        check_numbers(config, max(count_weights(folder), WIDE))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return kind, config
@@ -130,7 +140,7 @@ def present_names(state: Mapping[str, Tensor], expected: Collection[str]) -> dic
     return found
 
 
-def load_network(folder: Path, classes: Collection[str]) -> Any:
+def load_network(folder: Path, classes: Collection[str] = DENOISERS) -> Any:
     """Read a network of diffusers: float32, in evaluation mode, without gradients, on the CPU.
 
     Parameters are the files' alone, by their names, all of them. Tables that are in no file (positions, rotary frequencies) are
@@ -138,7 +148,7 @@ def load_network(folder: Path, classes: Collection[str]) -> Any:
 
     Args:
         folder: with config.json and safetensors, whole or in shards.
-        classes: names of the classes of diffusers that it may be.
+        classes: names of the classes of diffusers that it may be; all denoisers of the known pipelines by default.
 
     Raises:
         FileNotFoundError: no config.json, no weights, or not all shards.

@@ -15,41 +15,10 @@ from tfmq_exp.core.file_kind import why_missing
 from tfmq_exp.core.files import read_json
 from tfmq_exp.denoisers.loading.network_config import check_code
 from tfmq_exp.denoisers.loading.network_folder import build_outline, load_network, reason_of
-from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, KINDS, check_count, check_former_names
+from tfmq_exp.denoisers.loading.pipeline_classes import AUTOENCODERS, FORMER, PIPELINES, SCHEDULERS
+from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, check_count, check_former_names
 from tfmq_exp.denoisers.loading.text_components import load_text_encoder, load_tokenizer
 
-# Pipeline -> the class of its denoiser.
-PIPELINES = {
-    "StableDiffusionPipeline": "UNet2DConditionModel",
-    "StableDiffusionXLPipeline": "UNet2DConditionModel",
-    "DiTPipeline": "DiTTransformer2DModel",
-    "PixArtAlphaPipeline": "PixArtTransformer2DModel",
-    "PixArtSigmaPipeline": "PixArtTransformer2DModel",
-    "HunyuanDiTPipeline": "HunyuanDiT2DModel",
-    "StableDiffusion3Pipeline": "SD3Transformer2DModel",
-    "FluxPipeline": "FluxTransformer2DModel",
-    "ChromaPipeline": "ChromaTransformer2DModel",
-    "AuraFlowPipeline": "AuraFlowTransformer2DModel",
-    "SanaPipeline": "SanaTransformer2DModel",
-    "SanaSprintPipeline": "SanaTransformer2DModel",
-    "Lumina2Pipeline": "Lumina2Transformer2DModel",
-    "QwenImagePipeline": "QwenImageTransformer2DModel",
-    "ZImagePipeline": "ZImageTransformer2DModel",
-    "WanPipeline": "WanTransformer3DModel",
-    "CogVideoXPipeline": "CogVideoXTransformer3DModel",
-    "LTXPipeline": "LTXVideoTransformer3DModel",
-    "HunyuanVideoPipeline": "HunyuanVideoTransformer3DModel",
-}
-FORMER = {"Lumina2Text2ImgPipeline": "Lumina2Pipeline"}  # names in older versions of diffusers
-DENOISERS = frozenset(PIPELINES.values())
-AUTOENCODERS = frozenset(
-    {"AutoencoderKL", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLWan"}
-    | {f"AutoencoderKL{family}" for family in ("CogVideoX", "LTXVideo", "HunyuanVideo")}
-)
-SCHEDULERS = frozenset(
-    {*KINDS, "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler", "LCMScheduler"}
-    | {"EDMDPMSolverMultistepScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "SCMScheduler"}
-)
 # Parts that change no image of text or noise: the pipeline is built without them.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 DENOISER_NAMES = ("transformer", "unet")

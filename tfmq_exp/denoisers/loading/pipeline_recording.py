@@ -121,10 +121,10 @@ def number(value: Tensor) -> int | float:
 
 
 def call_timesteps(run: Run) -> tuple[tuple[int | float, ...], str]:
-    """The network's timesteps of all calls in order, and their type; ValueError where rows of one call differ."""
+    """The network's timesteps of all calls in order, and their type; ValueError for several in one call."""
     found: list[Tensor] = [torch.as_tensor(call[run.timestep]) for step in run.steps for call in step.calls]
-    if any(not bool((t == t.flatten()[0]).all()) for t in found):
-        raise ValueError("the rows or tokens of one call have other timesteps, which is not supported")
+    if wrong := [tuple(t.shape) for t in found if t.dim() > 1 or not bool((t == t.flatten()[0]).all())]:
+        raise ValueError(f"timesteps of shape {wrong[0]}: one timestep for each token or row is not supported")
     return tuple(number(t.flatten()[0]) for t in found), str(found[0].dtype).removeprefix("torch.")
 
 
@@ -157,6 +157,14 @@ def join_rows(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         found = f"conditions of other texts have other shapes, {shapes[0]} and {other[0]}"
         raise ValueError(f"{found}: record all of them in one run, with `rows` not below their number")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def check_null_class(network: Any, null: Mapping[str, Tensor]) -> None:
+    """ValueError for a null class that the network has no embedding of."""
+    classes = network.config.get("num_embeds_ada_norm")
+    if "class_labels" in null and int(null["class_labels"].max()) > classes:
+        found = f"the pipeline's null class is {int(null['class_labels'].max())}, the network's is {classes}"
+        raise ValueError(f"{found}: set num_embeds_ada_norm to the former, or guidance_scale=1")
 
 
 def check_scheduler(scheduler: Any, run: Run) -> None:
@@ -208,6 +216,7 @@ def record_calls(
     runs = [recorder.run(distinct[i : i + rows], most_steps=1) for i in range(0, len(distinct), rows)]
     found, constants = zip(*(kind_of_conditions(run, layout, "given") for run in runs), strict=True)
     null, null_constants = kind_of_conditions(runs[0], layout, "null")
+    check_null_class(recorder.network, null)
     *parts, null = with_equal_lengths([*found, null], layout.lists)
     given = join_rows(parts)
     index = torch.tensor([distinct.index(choice) for choice in choices])

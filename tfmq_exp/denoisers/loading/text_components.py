@@ -13,8 +13,8 @@ from tfmq_exp.core.file_kind import instead_of_text
 from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.loading.condition_encoders import TOKENIZER_SETTINGS, check_tokenizer
-from tfmq_exp.denoisers.loading.network_config import LARGE, check_code
-from tfmq_exp.denoisers.loading.network_folder import count_weights, reason_of, without_weights
+from tfmq_exp.denoisers.loading.network_config import LARGE, WIDE, check_code
+from tfmq_exp.denoisers.loading.network_folder import check_numbers, count_weights, reason_of, without_weights
 from tfmq_exp.denoisers.loading.weight_files import read_state
 
 TEXT_ENCODERS = (
@@ -65,10 +65,11 @@ def load_text_encoder(folder: Path, name: str) -> Any:
     check_code(file, settings)
     if (model := settings.get("model_type")) not in (None, kind.config_class.model_type):
         raise ValueError(f"{file}: model_type={model!r:.80} is not that of {name}: {kind.config_class.model_type}")
-    most = max(count_weights(folder), LARGE)
+    available = count_weights(folder)
     try:
+        check_numbers(settings, max(available, WIDE))
         config = kind.config_class(**settings)
-        with without_weights(most), torch.device("meta"):
+        with without_weights(max(available, LARGE)), torch.device("meta"):
             kind(config)  # to see whether it can be, before it takes memory
         state = {key: value for key, value in read_state(folder).items() if not key.endswith(COMPUTED)}
         if wrong := [key for key, value in state.items() if not value.is_floating_point()]:
