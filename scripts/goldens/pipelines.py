@@ -34,9 +34,10 @@ class Pipeline:
         self.name, self.case = name, Record(case)
         self.recorded = read_recorded(folder / f"{name}.io.safetensors")
         call = json.loads(json.dumps(self.case["call"]))  # plain: pipelines read it
-        self.choices = next((call[key] for key in CHOICES if key in call), None)
-        if not isinstance(self.choices, list):
+        choices = next((call[key] for key in CHOICES if key in call), None)
+        if not isinstance(choices, list):
             raise DamagedError(f"{name} has neither a list of prompts nor of class_labels in its call")
+        self.choices: list[Any] = choices
         self.settings = {key: value for key, value in call.items() if key not in (*CHOICES, *FORM)}
         self.folder = PipelineFolder(folder / name)
         self.calls = record_calls(self.folder, self.choices, self.settings)
@@ -96,7 +97,9 @@ def check_conditions(pipeline: Pipeline) -> Iterator[Group]:
         golden = {key: value for key, value in pipeline.case["constants"].items() if not key.endswith(".return_dict")}
         golden = {key: value for key, value in golden.items() if key.startswith(prefix)}
         constants.compare(float(plain == golden), 1.0)
-        if wrong := [key for key in plain | golden if key not in plain or key not in golden or plain[key] != golden[key]]:
+        if wrong := [
+            key for key in plain | golden if key not in plain or key not in golden or plain[key] != golden[key]
+        ]:
             constants.note = f"{wrong[0]}: {plain.get(wrong[0])!r:.40}"
     yield from (conditions, constants)
 

@@ -21,7 +21,7 @@ DIGITS = 5  # of measured weights
 
 @dataclass(frozen=True)
 class CallLayout:
-    """What of the arguments are rows, and how one step is laid out.
+    """The arguments that have rows, and the layout of one step.
 
     Args:
         rows: names of the conditions that have rows.

@@ -23,7 +23,7 @@ from tfmq_exp.denoisers.loading.pipeline_classes import DENOISERS
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 
 ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
-MOST_MODULES = 100_000  # of one network; the largest published ones have some thousands
+MOST_MODULES = 20_000  # of one network; the largest published ones have some thousands
 MOST_TABLE = 2**29  # numbers in buffers: tables of positions and frequencies
 # Names of autoencoders' attention layers in older versions of diffusers -> today's.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

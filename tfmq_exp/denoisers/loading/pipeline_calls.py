@@ -1,4 +1,4 @@
-"""What a pipeline gives its denoiser: conditions, constants, timesteps, and how guidance lays out the calls of one step."""
+"""The arguments that a pipeline gives its denoiser: conditions, constants, timesteps, and how guidance lays out the calls of one step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

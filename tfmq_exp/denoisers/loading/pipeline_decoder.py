@@ -76,6 +76,11 @@ class PipelineDecoder:
         scheduler, outline = self.folder.scheduler(), NetworkOutline(self.network, self._predict)
 
         def step(model_output: Tensor, *_args: Any, **_options: Any) -> Step:
+            if x.numel() != model_output.numel():
+                made = f"the settings make {tuple(model_output.shape)}"
+                raise ValueError(
+                    f"latents of shape {tuple(x.shape)}, and {made}: expected the same height, width and frames"
+                )
             latents = x.reshape(model_output.shape)  # some networks take an axis of one frame more
             return Step(latents, latents)
 

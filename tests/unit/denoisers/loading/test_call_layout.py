@@ -56,7 +56,7 @@ def test_rows_constants_and_guidance() -> None:
             lambda r: guided(r) * r[1].norm(dim=-1, keepdim=True) / guided(r).norm(dim=-1, keepdim=True),
             (("null", "given"), None, 1.0),
         ),
-        (lambda r: (guided(r) + 1), (("null", "given"), None, None)),
+        (lambda r: guided(r) + 1, (("null", "given"), None, None)),
         (lambda r: guided(r)[:, : NUMBERS // 2], (("null", "given"), (-2.0, 3.0), 1.0)),  # without a learned variance
     ],
 )
@@ -66,7 +66,10 @@ def test_weights_of_results(mix: Any, expected: tuple[Any, ...]) -> None:
 
 
 def test_weights_that_change_with_the_steps_are_no_sum() -> None:
-    steps = [(results, scale * results[0]) for scale, results in zip((1.0, 2.0), torch.randn(2, 2, 3, 8).double(), strict=True)]
+    steps = [
+        (results, scale * results[0])
+        for scale, results in zip((1.0, 2.0), torch.randn(2, 2, 3, 8).double(), strict=True)
+    ]
     assert weights_of_sum(steps) is None
     assert weights_of_sum(steps[:1]) == (1.0, 0.0)
 
