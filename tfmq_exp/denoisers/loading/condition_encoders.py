@@ -113,12 +113,12 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
     return list(files.values())
 
 
-def check_tokenizer(file: Path) -> None:
+def check_tokenizer(file: Path, classes: Sequence[str | None] = TOKENIZERS) -> None:
     """ValueError for a `tokenizer_config.json` of another tokenizer, or one that names code or files elsewhere."""
     settings = read_json(file) if file.is_file() else {}
     length, wrong = settings.get("model_max_length"), ""
-    if settings.get("tokenizer_class") not in TOKENIZERS:
-        wrong = f"tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}"
+    if settings.get("tokenizer_class") not in classes:
+        wrong = f"tokenizer_class={settings['tokenizer_class']!r:.80}; expected {classes[0]}"
     elif named := [f"{key}={settings[key]!r:.80}" for key in ELSEWHERE if settings.get(key)]:
         wrong = f"{named[0]} is refused: the tokenizer is what is in its folder"
     elif length is not None and not (number(length) and length >= SHORTEST and length == int(length)):
