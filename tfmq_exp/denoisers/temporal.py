@@ -85,7 +85,8 @@ def measured_temporal_layers(
             return value
         return value + torch.randn(value.shape, generator=generator).to(value)
 
-    now, later = ({"timestep": torch.full_like(example["timestep"], time)} for time in (t, other_t))
+    kind = torch.float32 if isinstance(t, float) else torch.int64
+    now, later = ({"timestep": torch.full_like(example["timestep"], time, dtype=kind)} for time in (t, other_t))
     others = {name: moved(name, value) for name, value in example.items()}
     first, other_inputs, other_time = run({**example, **now}), run({**others, **now}), run({**example, **later})
     return {

@@ -84,7 +84,10 @@ class Sampling:
                 eps = noise_of(unet(x, timestep=t, **arguments).sample, x).to(x.dtype)
             if self.guided:
                 without, with_condition = eps.chunk(2)
-                return without + scale * (with_condition - without)
+                guided = without + scale * (with_condition - without)
+                if not conditions.normalised:
+                    return guided
+                return guided * (with_condition.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
             return eps
 
         return predict

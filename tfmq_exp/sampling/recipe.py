@@ -70,14 +70,17 @@ def check_conditions(network: nn.Module, conditions: Any, count: int) -> None:
     """ValueError unless the conditions are those of `count` images, by the names that the network takes."""
     if missing := required_conditions(network):
         required = f"this network is conditioned: give conditions= with {', '.join(missing)} of each image"
-        if conditions is None or (isinstance(conditions, Conditions) and not conditions.given.keys() >= {*missing}):
+        if conditions is None or (
+            isinstance(conditions, Conditions) and not {*conditions.given, *conditions.constants} >= {*missing}
+        ):
             raise ValueError(required)
     if conditions is None:
         return
     if not isinstance(conditions, Conditions):
         made = "denoiser.encoder(captions) makes them"
         raise ValueError(f"conditions must be Conditions, got {type(conditions).__name__}: {made}")
-    if unknown := conditions.given.keys() - inspect.signature(getattr(network, "unet", network).forward).parameters:
+    given = {name.split(".")[0] for name in conditions.given}
+    if unknown := given - inspect.signature(getattr(network, "unet", network).forward).parameters.keys():
         raise ValueError(f"conditions hold {min(unknown)}, which this network does not take")
     if rows := [f"{len(value)} of {name}" for name, value in conditions.given.items() if len(value) != count]:
         raise ValueError(f"conditions must have one row for each of {count} images, got {rows[0]}")
@@ -96,7 +99,7 @@ class Recipe:
 
     sampling: Sampling
     schedule: Mapping[str, Any]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     @classmethod
     def of(cls, sampling: Sampling, denoiser: Denoiser) -> "Recipe | None":
@@ -126,8 +129,10 @@ class Recipe:
         try:
             sampler = sampler_from_json(data)
             sampling = Sampling(sampler, guidance=data["guidance"], precision=data["precision"])
-            channels, height, width = data["shape"]
-            for size in (channels, height, width):
+            shape = tuple(data["shape"])
+            if not 2 <= len(shape) <= 4:
+                raise ValueError(f"a sample has two to four axes, got {len(shape)}")
+            for size in shape:
                 if not whole(size) or not 1 <= size <= LARGEST:
                     raise ValueError(f"expected a whole number from 1 to {LARGEST}, got {size!r}")
             schedule = dict(data["schedule"])
@@ -135,7 +140,7 @@ class Recipe:
             sampler.calls(schedule)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no sampling recipe: {type(error).__name__} {error}") from error
-        return cls(sampling, schedule, (channels, height, width))
+        return cls(sampling, schedule, shape)
 
     @torch.no_grad()
     def images(
