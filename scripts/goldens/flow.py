@@ -46,7 +46,8 @@ def convention_of(words: str) -> NetworkConvention:
         if found[1]:
             operations.append(("subtract_from", 1.0))
     elif found := re.match(r"\((\d+) - t\) ?/ ?(\d+)", words):
-        operations += [("subtract_from", float(found[1])), ("divide", float(found[2]))]
+        operations.append(("subtract_from", float(found[1])))
+        operations.append(("divide", float(found[2])))
     elif found := re.match(r"t \* timestep_scale \(([\d.e+-]+)\)", words):
         operations.append(("multiply", float(found[1])))
     return NetworkConvention(tuple(operations), negated="negated" in words)
