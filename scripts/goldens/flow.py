@@ -28,6 +28,12 @@ def sampler_of(case: Record) -> Scheduler | SigmaScheduler:
     if (kind := case["scheduler"]) not in KINDS:
         raise DamagedError(f"scheduler must be one of {', '.join(KINDS)}, got {kind!r}")
     settings, arguments = finite(case["config"], default_settings(kind)), dict(case["set_timesteps"])
+    if unknown := arguments.keys() - {"num_inference_steps", "sigmas", "mu"}:
+        raise DamagedError(
+            f"there is no argument {min(unknown)!r} of set_timesteps, only num_inference_steps, sigmas, mu"
+        )
+    if "sigmas" in arguments:
+        arguments.pop("num_inference_steps", None)
     made = SigmaScheduler if {"sigmas", "mu"} & arguments.keys() else Scheduler
     return made(kind, settings, **arguments)
 
@@ -39,6 +45,9 @@ def convention_of(words: str) -> NetworkConvention:
         operations.append(("divide", float(found[2])))
         if found[1]:
             operations.append(("subtract_from", 1.0))
+    elif found := re.match(r"\((\d+) - t\) ?/ ?(\d+)", words):
+        operations.append(("subtract_from", float(found[1])))
+        operations.append(("divide", float(found[2])))
     elif found := re.match(r"t \* timestep_scale \(([\d.e+-]+)\)", words):
         operations.append(("multiply", float(found[1])))
     return NetworkConvention(tuple(operations), negated="negated" in words)
