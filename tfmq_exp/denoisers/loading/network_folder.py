@@ -23,7 +23,7 @@ from tfmq_exp.denoisers.loading.pipeline_classes import DENOISERS
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 
 ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
-MOST_MODULES = 20_000  # of one network; the largest published ones have some thousands
+MOST_MODULES = 10_000  # of one network; the largest published ones have some thousands
 MOST_TABLE = 2**29  # numbers in buffers: tables of positions and frequencies
 # Names of autoencoders' attention layers in older versions of diffusers -> today's.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -119,11 +119,16 @@ def read_config(folder: Path, classes: Collection[str]) -> tuple[Any, dict[str, 
 
 
 def build_outline(folder: Path, classes: Collection[str]) -> Any:
-    """Build the network of a folder on the meta device, with neither weights nor tables; errors are those of `load_network`."""
+    """Build the network of a folder without its weights: parameters are on the meta device, tables are real.
+
+    Errors are those of `load_network`.
+    """
     kind, config = read_config(folder, classes)
     most = max(count_weights(folder), LARGE)
     try:
         with without_weights(most), torch.device("meta"):
+            kind.from_config(dict(config))  # first, for it takes no memory, whatever the settings are
+        with without_weights(most):
             return kind.from_config(dict(config)).eval()
     except Exception as error:  # settings that do not go together fail in any way
         reason = reason_of(error)
@@ -154,14 +159,11 @@ def load_network(folder: Path, classes: Collection[str] = DENOISERS) -> Any:
         FileNotFoundError: no config.json, no weights, or not all shards.
         ValueError: another class, settings that are not safe or cannot be, weights that do not fit or are not finite, pickles.
     """
-    build_outline(folder, classes)  # first, for it takes no memory, whatever the settings are
-    kind, config = read_config(folder, classes)
+    network = build_outline(folder, classes)
+    state = read_state(folder)
     try:
-        with without_weights(max(count_weights(folder), LARGE)):
-            network = kind.from_config(dict(config))
-        state = read_state(folder)
         assign_weights(network, present_names(state, network.state_dict().keys()))
-    except Exception as error:  # unfit settings fail in any way
+    except ValueError as error:
         raise ValueError(f"{folder} cannot be loaded: {reason_of(error)}") from error
     require_finite_weights(network, f"{folder}: the weights")
     return network

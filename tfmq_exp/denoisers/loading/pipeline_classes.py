@@ -12,6 +12,7 @@ PIPELINES = {
     "HunyuanDiTPipeline": "HunyuanDiT2DModel",
     "StableDiffusion3Pipeline": "SD3Transformer2DModel",
     "FluxPipeline": "FluxTransformer2DModel",
+    "Flux2KleinPipeline": "Flux2Transformer2DModel",
     "ChromaPipeline": "ChromaTransformer2DModel",
     "AuraFlowPipeline": "AuraFlowTransformer2DModel",
     "SanaPipeline": "SanaTransformer2DModel",
@@ -28,7 +29,7 @@ FORMER = {"Lumina2Text2ImgPipeline": "Lumina2Pipeline"}  # names in older versio
 DENOISERS = frozenset(PIPELINES.values())
 AUTOENCODERS = frozenset(
     {"AutoencoderKL", "AutoencoderDC", "AutoencoderKLQwenImage", "AutoencoderKLWan"}
-    | {f"AutoencoderKL{family}" for family in ("CogVideoX", "LTXVideo", "HunyuanVideo")}
+    | {f"AutoencoderKL{family}" for family in ("CogVideoX", "LTXVideo", "HunyuanVideo", "Flux2")}
 )
 SCHEDULERS = frozenset(
     {*KINDS, "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler", "LCMScheduler"}

@@ -5,7 +5,8 @@ folder.
 """
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,24 @@ from tfmq_exp.denoisers.loading.network_config import check_code
 from tfmq_exp.denoisers.loading.network_folder import build_outline, load_network, reason_of
 from tfmq_exp.denoisers.loading.pipeline_classes import AUTOENCODERS, FORMER, PIPELINES, SCHEDULERS
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, check_count, check_former_names
-from tfmq_exp.denoisers.loading.text_components import load_text_encoder, load_tokenizer
+from tfmq_exp.denoisers.loading.text_components import TEXT_ENCODERS, TOKENIZERS, load_text_encoder, load_tokenizer
 
 # Parts that change no image of text or noise: the pipeline is built without them.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 DENOISER_NAMES = ("transformer", "unet")
 # Settings of a pipeline that its index may hold; labels' names change nothing.
-SETTINGS = ("force_zeros_for_empty_prompt", "boundary_ratio", "expand_timesteps", "add_watermarker")
-NAMES_ONLY = ("id2label", "requires_safety_checker")
+SETTINGS = ("force_zeros_for_empty_prompt", "boundary_ratio", "expand_timesteps", "is_distilled")
+NAMES_ONLY = ("id2label",)
+OFF = ("requires_safety_checker", "add_watermarker")  # of images, after they are made
+
+
+# Component -> its library, and the classes that it may have; numbers that end its name are left out.
+CLASSES: dict[str, tuple[str, Collection[str]]] = {
+    "scheduler": ("diffusers", SCHEDULERS),
+    "vae": ("diffusers", AUTOENCODERS),
+    "text_encoder": ("transformers", TEXT_ENCODERS),
+    "tokenizer": ("transformers", TOKENIZERS),
+}
 
 
 class Component(NamedTuple):
@@ -60,7 +71,7 @@ class PipelineFolder:
         }
         self.settings, self.components = dict[str, Any](), dict[str, Component]()
         for key, value in index.items():
-            if not key.startswith("_") and key not in (*LEFT_OUT, *NAMES_ONLY):
+            if not key.startswith("_") and key not in (*LEFT_OUT, *NAMES_ONLY, *OFF):
                 self._add(key, value)
         parts = [key for key, p in self.parameters.items() if p.default is p.empty and key not in LEFT_OUT]
         if lacking := [key for key in parts if key not in self.components and key not in index]:
@@ -88,18 +99,14 @@ class PipelineFolder:
         library, kind = value
         if library is None or kind is None:
             return
-        text = key.startswith(("text_encoder", "tokenizer"))
-        allowed = {"scheduler": SCHEDULERS, "vae": AUTOENCODERS, self.denoiser_name: frozenset({PIPELINES[self.name]})}
-        if not text and key not in allowed:
-            raise ValueError(
-                f"{self.file}: {key} ({kind}) of a {self.name} is not supported; without it images would be others"
-            )
-        right = "transformers" if text else "diffusers"
-        if library != right or (not text and kind not in allowed[key]):
-            expected = f"{right}' {' or '.join(sorted(allowed.get(key, ['own classes'])))}"
-            raise ValueError(
-                f"{self.file}: {key} of class {library}.{kind} is not supported; expected {expected}"[:400]
-            )
+        role = re.sub(r"(text_encoder|tokenizer)_\d$", r"\1", key)
+        if role not in (classes := {**CLASSES, self.denoiser_name: ("diffusers", {PIPELINES[self.name]})}):
+            lacking = f"{key} ({kind}) of a {self.name} is not supported"
+            raise ValueError(f"{self.file}: {lacking}; without it images would be others")
+        right, allowed = classes[role]
+        if library != right or kind not in allowed:
+            expected = f"of {right}, {' or '.join(sorted(allowed))}"
+            raise ValueError(f"{self.file}: {key} of class {library}.{kind} is not supported; expected one {expected}")
         if not (folder := self.path / key).is_dir():
             raise FileNotFoundError(f"{self.path} lacks the folder {key}/, which its index lists{why_missing(folder)}")
         self.components[key] = Component(folder, kind)
@@ -110,7 +117,7 @@ class PipelineFolder:
         return load_network(folder, {kind})
 
     def outline(self, name: str) -> Any:
-        """The denoiser or the autoencoder by its name, on the meta device; errors are those of `load_network`."""
+        """The denoiser or the autoencoder by its name, without its weights; errors are those of `load_network`."""
         folder, kind = self.components[name]
         return build_outline(folder, {kind})
 
@@ -146,7 +153,7 @@ class PipelineFolder:
             ValueError: components that do not go together.
         """
         absent = {key: None for key, p in self.parameters.items() if p.default is p.empty}
-        settings = {**self.settings, **{k: False for k in ("requires_safety_checker",) if k in self.parameters}}
+        settings = {**self.settings, **{key: False for key in OFF if key in self.parameters}}
         try:
             pipeline = self.kind(**{**absent, **settings, **parts})
         except Exception as error:  # they fail in any way

@@ -36,7 +36,7 @@ class NetworkOutline(nn.Module):
     """A network of which a pipeline uses settings and attributes alone: a function is in the place of its forward pass.
 
     Args:
-        network: the network, perhaps on the meta device.
+        network: the network, perhaps without its weights.
         run: takes the arguments by their names, and returns the result.
     """
 
@@ -128,7 +128,7 @@ def record_run(
 
     Args:
         pipeline: with a scheduler of its own; both are changed.
-        network: the denoiser, on the meta device.
+        network: the denoiser, perhaps without its weights.
         name: of the denoiser among the pipeline's components.
         arguments: of the pipeline's call.
         equal: whether all rows and calls of one step have the same random result, instead of independent ones.

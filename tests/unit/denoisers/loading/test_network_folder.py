@@ -57,9 +57,10 @@ def test_shards_are_the_whole(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], value) for key, value in state.items())
 
 
-def test_outlines_take_no_memory() -> None:
-    network = build_outline(GOLDENS / "flux/transformer", DENOISERS)
-    assert all(value.is_meta for value in tensors_of(network).values())
+def test_outlines_have_no_weights() -> None:
+    network = build_outline(GOLDENS / "pixart/transformer", DENOISERS)
+    assert all(value.is_meta for value in network.parameters())
+    assert torch.equal(network.pos_embed.pos_embed, load_network(GOLDENS / "pixart/transformer").pos_embed.pos_embed)
 
 
 def test_only_parameters_are_left_out() -> None:
@@ -122,7 +123,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "class of another part": (setting(_class_name="AutoencoderKL"), "'AutoencoderKL'; expected"),
     "no class": (setting(_class_name=None), "None; expected"),
     "unknown setting": (setting(secret_sauce=3), "no setting 'secret_sauce'"),
-    "many layers": (setting(num_layers=10**6), "more than 20000 layers"),
+    "many layers": (setting(num_layers=10**6), "more than 10000 layers"),
     "wide": (setting(attention_head_dim=2**19), "more than .* weights"),
     "a large table": (setting(sample_size=2**20 - 1, patch_size=1), "numbers in tables"),
     "huge numbers": (setting(num_attention_heads=10**12), "num_attention_heads=1000000000000 cannot be"),

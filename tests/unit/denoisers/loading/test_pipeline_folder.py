@@ -71,6 +71,12 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "unknown autoencoder": ("dit", index(vae=["diffusers", "os.system"]), "os.system is not supported"),
     "unknown scheduler": ("dit", index(scheduler=["diffusers", "EvilScheduler"]), "EvilScheduler is not supported"),
+    "another text encoder": (
+        "flux",
+        index(text_encoder=["transformers", "AutoModel"]),
+        "transformers.AutoModel is not",
+    ),
+    "another tokenizer": ("flux", index(tokenizer_2=["transformers", "AutoProcessor"]), "AutoProcessor is not"),
     "text encoder of the folder": ("flux", index(text_encoder=["evil", "CLIPTextModel"]), "evil.CLIPTextModel is not"),
     "more components": ("dit", index(controlnet=["diffusers", "ControlNetModel"]), "'controlnet' is no part"),
     "second denoiser": (

@@ -1,5 +1,6 @@
 """What pipelines give their networks is what they gave them when they were recorded, and what they give their real networks."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], int, tuple[float, ...] | None, float]]
 }
 
 
-def record(name: str, **options: Any) -> PipelineCalls:
+@cache
+def record(name: str, scheduler: Any = None) -> PipelineCalls:
     choices, settings = call_of(name)
-    return record_calls(PipelineFolder(GOLDENS / name), choices, settings, **options)
+    return record_calls(PipelineFolder(GOLDENS / name), choices, settings, scheduler=scheduler)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +129,7 @@ def test_the_record_is_of_the_scheduler_that_is_asked_for() -> None:
 
 def test_the_callers_random_numbers_are_left_alone() -> None:
     state = torch.get_rng_state()
-    record("dit")
+    record_calls(PipelineFolder(GOLDENS / "dit"), *call_of("dit"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
