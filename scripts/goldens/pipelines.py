@@ -10,11 +10,11 @@ from torch import Tensor
 
 from goldens.comparing import EXACT, DamagedError, Group, Record, coverage, reading
 from goldens.families import read_json, read_recorded
-from tfmq_exp.denoisers.loading.call_layout import flatten
 from tfmq_exp.denoisers.loading.network_folder import load_network
-from tfmq_exp.denoisers.loading.pipeline_decoder import PipelineDecoder
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
-from tfmq_exp.denoisers.loading.pipeline_recording import record_calls
+from tfmq_exp.denoisers.pipelines.call_layout import flatten
+from tfmq_exp.denoisers.pipelines.pipeline_decoder import PipelineDecoder
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_recording import record_calls
 
 CONDITIONS, LATENTS, DECODED = 1e-5, 2e-5, 1e-4  # of the sums of float32; latents relative to the largest value
 CHOICES = ("prompt", "class_labels")

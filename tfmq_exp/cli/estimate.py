@@ -5,17 +5,15 @@ Seconds are right within about a third; bytes are the measured peak of a batch, 
 
 import time
 import timeit
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.core.peak_memory import PeakMemory
 from tfmq_exp.denoisers.denoiser import first_argument
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
@@ -53,25 +51,6 @@ def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> l
     with torch.random.fork_rng():  # what is measured must not change what is drawn later
         costs = Costs(run)
         return [costs.stage(name, count, engine) for name, count in missing.items()]
-
-
-class PeakMemory(TorchDispatchMode):
-    """Peak bytes of the tensors made inside the block; workspaces of kernels are not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        leaves = [[x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out)]
-        given, made = ({x.untyped_storage()._cdata: x.untyped_storage() for x in some} for some in leaves)
-        for name in made.keys() - given.keys() - self.alive.keys():
-            self.alive[name] = made[name].nbytes()
-            weakref.finalize(made[name], self.alive.pop, name, None)
-        self.bytes = max(self.bytes, sum(self.alive.values()))
-        return out
 
 
 class Cost(NamedTuple):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
 from tfmq_exp.denoisers.pipelines.load import example_calls
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
 from tfmq_exp.sampling.diffusers_scheduler import read_scheduler
 from tfmq_exp.sampling.network_convention import NetworkConvention, PipelineSampler
 from tfmq_exp.sampling.trajectory import Sampler
@@ -13,7 +13,8 @@ from tfmq_exp.sampling.trajectory import Sampler
 THOUSANDTHS = NetworkConvention((("divide", 1000.0),))
 # What pipelines make of their scheduler's timesteps.
 CONVENTIONS = {
-    **dict.fromkeys(("FluxPipeline", "QwenImagePipeline", "AuraFlowPipeline", "ChromaPipeline"), THOUSANDTHS),
+    **dict.fromkeys(("FluxPipeline", "Flux2KleinPipeline", "ChromaPipeline"), THOUSANDTHS),
+    **dict.fromkeys(("QwenImagePipeline", "AuraFlowPipeline"), THOUSANDTHS),
     "Lumina2Pipeline": NetworkConvention((("divide", 1000.0), ("subtract_from", 1.0)), negated=True),
 }
 

@@ -19,8 +19,8 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 from tfmq_exp.denoisers.loading.network_config import LARGE, WIDE, check_code, check_known
-from tfmq_exp.denoisers.loading.pipeline_classes import DENOISERS
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
+from tfmq_exp.denoisers.pipelines.pipeline_classes import DENOISERS
 
 ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
 MOST_MODULES = 10_000  # of one network; the largest published ones have some thousands

@@ -13,11 +13,11 @@ from torch import Tensor
 from tfmq_exp.core.files import hash_of_json, sha256_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.families.find import family_of
-from tfmq_exp.denoisers.loading.pipeline_calls import PipelineCalls
-from tfmq_exp.denoisers.loading.pipeline_decoder import PipelineDecoder
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
-from tfmq_exp.denoisers.loading.pipeline_recording import record_calls
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, training_noise
+from tfmq_exp.denoisers.pipelines.pipeline_calls import PipelineCalls
+from tfmq_exp.denoisers.pipelines.pipeline_decoder import PipelineDecoder
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_recording import record_calls
 
 # Pipelines that bring the guided prediction back to the length of the one with the condition.
 NORMALISED = frozenset({"Lumina2Pipeline", "QwenImagePipeline"})
@@ -36,7 +36,7 @@ def _recorded(path: str, settings: str) -> PipelineCalls:
 
 
 def example_calls(path: str | Path, settings: Mapping[str, Any]) -> PipelineCalls:
-    """What a pipeline gives its denoiser for one text or class, recorded once; errors are those of `record_calls`."""
+    """Calls of a pipeline's denoiser for one text or class, recorded once; errors are those of `record_calls`."""
     return _recorded(str(path), json.dumps(dict(settings), sort_keys=True))
 
 

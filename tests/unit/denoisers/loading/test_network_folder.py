@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers.pipelines import GOLDENS, NAMES, copied, edit
 from tfmq_exp.denoisers.loading.network_folder import build_outline, load_network, without_weights
-from tfmq_exp.denoisers.loading.pipeline_classes import AUTOENCODERS, DENOISERS
+from tfmq_exp.denoisers.pipelines.pipeline_classes import AUTOENCODERS, DENOISERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TABLES = {"dit": "pos_embed.pos_embed", "pixart": "pos_embed.pos_embed", "wan": "rope.freqs_cos"}  # in no file

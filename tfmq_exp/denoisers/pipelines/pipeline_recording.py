@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tfmq_exp.core.validate import COUNT
-from tfmq_exp.denoisers.loading.call_layout import (
+from tfmq_exp.denoisers.pipelines.call_layout import (
     CallLayout,
     conditions_of,
     equal,
     find_layout,
     part_of,
 )
-from tfmq_exp.denoisers.loading.pipeline_calls import Kind, PipelineCalls
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
-from tfmq_exp.denoisers.loading.recorded_pipeline import FinishedError, NetworkOutline, Run, record_run
+from tfmq_exp.denoisers.pipelines.pipeline_calls import Kind, PipelineCalls
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.recorded_pipeline import FinishedError, NetworkOutline, Run, record_run
 
 # Arguments of a pipeline's call that a record is not made for: set here, of other inputs than text, or with code.
 REFUSED = re.compile(

@@ -9,9 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tfmq_exp.core.validate import COUNT
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
-from tfmq_exp.denoisers.loading.pipeline_recording import check_settings
-from tfmq_exp.denoisers.loading.recorded_pipeline import NetworkOutline, Prediction, Step, prediction_shape, stack_rows
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_recording import check_settings
+from tfmq_exp.denoisers.pipelines.recorded_pipeline import (
+    NetworkOutline,
+    Prediction,
+    Step,
+    prediction_shape,
+    stack_rows,
+)
 
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
 

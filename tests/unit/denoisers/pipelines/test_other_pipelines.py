@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tiny_pipelines import FAMILIES
-from tfmq_exp.denoisers.loading.call_layout import flatten
-from tfmq_exp.denoisers.loading.pipeline_calls import PipelineCalls
-from tfmq_exp.denoisers.loading.pipeline_decoder import PipelineDecoder
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
-from tfmq_exp.denoisers.loading.pipeline_recording import record_calls
+from tfmq_exp.denoisers.pipelines.call_layout import flatten
+from tfmq_exp.denoisers.pipelines.pipeline_calls import PipelineCalls
+from tfmq_exp.denoisers.pipelines.pipeline_decoder import PipelineDecoder
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_recording import record_calls
 
 TEXTS = ["a red cat", "photo of the sea"]
 

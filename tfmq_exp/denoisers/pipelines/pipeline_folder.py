@@ -16,9 +16,9 @@ from tfmq_exp.core.file_kind import why_missing
 from tfmq_exp.core.files import read_json
 from tfmq_exp.denoisers.loading.network_config import check_code
 from tfmq_exp.denoisers.loading.network_folder import build_outline, load_network, reason_of
-from tfmq_exp.denoisers.loading.pipeline_classes import AUTOENCODERS, FORMER, PIPELINES, SCHEDULERS
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, check_count, check_former_names
-from tfmq_exp.denoisers.loading.text_components import TEXT_ENCODERS, TOKENIZERS, load_text_encoder, load_tokenizer
+from tfmq_exp.denoisers.pipelines.pipeline_classes import AUTOENCODERS, FORMER, PIPELINES, SCHEDULERS
+from tfmq_exp.denoisers.pipelines.text_components import TEXT_ENCODERS, TOKENIZERS, load_text_encoder, load_tokenizer
 
 # Parts that change no image of text or noise: the pipeline is built without them.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")

@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from tests.helpers.pipelines import GOLDENS, NAMES, call_of, recorded
-from tfmq_exp.denoisers.loading.pipeline_decoder import PipelineDecoder
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_decoder import PipelineDecoder
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
 
 TOLERANCE = 1e-4
 

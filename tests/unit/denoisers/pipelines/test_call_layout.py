@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq_exp.denoisers.loading.call_layout import CallLayout, find_layout, kinds_of, weights_of_sum
-from tfmq_exp.denoisers.loading.pipeline_calls import GuidanceLayout, PipelineCalls, nested
-from tfmq_exp.denoisers.loading.recorded_pipeline import RecordedStep, Run
+from tfmq_exp.denoisers.pipelines.call_layout import CallLayout, find_layout, kinds_of, weights_of_sum
+from tfmq_exp.denoisers.pipelines.pipeline_calls import GuidanceLayout, PipelineCalls, nested
+from tfmq_exp.denoisers.pipelines.recorded_pipeline import RecordedStep, Run
 
 NUMBERS = 12
 

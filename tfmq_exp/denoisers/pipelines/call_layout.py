@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tfmq_exp.denoisers.loading.pipeline_calls import LENGTHS, GuidanceLayout, Kind
-from tfmq_exp.denoisers.loading.recorded_pipeline import RecordedStep, Run
+from tfmq_exp.denoisers.pipelines.pipeline_calls import LENGTHS, GuidanceLayout, Kind
+from tfmq_exp.denoisers.pipelines.recorded_pipeline import RecordedStep, Run
 
 IMAGES = (2, 3)  # of the two runs
 TOLERANCE = 1e-4  # relative, of float32 results

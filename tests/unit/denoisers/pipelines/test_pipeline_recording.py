@@ -10,10 +10,10 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from tests.helpers.pipelines import GOLDENS, INDEX, NAMES, call_of, copied, edit, recorded
-from tfmq_exp.denoisers.loading.call_layout import equal
-from tfmq_exp.denoisers.loading.pipeline_calls import PipelineCalls
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
-from tfmq_exp.denoisers.loading.pipeline_recording import record_calls
+from tfmq_exp.denoisers.pipelines.call_layout import equal
+from tfmq_exp.denoisers.pipelines.pipeline_calls import PipelineCalls
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_recording import record_calls
 
 TOLERANCE = 1e-5
 # Rows and calls of guidance in diffusers' own code, and what it does with the results.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from tests.helpers.pipelines import GOLDENS, copied, edit
-from tfmq_exp.denoisers.loading.text_components import (
+from tfmq_exp.denoisers.pipelines.text_components import (
     TEXT_ENCODERS,
     TOKENIZERS,
     load_text_encoder,

@@ -10,8 +10,8 @@ import diffusers
 import pytest
 
 from tests.helpers.pipelines import GOLDENS, NAMES, copied, edit
-from tfmq_exp.denoisers.loading.pipeline_classes import AUTOENCODERS, DENOISERS, PIPELINES, SCHEDULERS
-from tfmq_exp.denoisers.loading.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_classes import AUTOENCODERS, DENOISERS, PIPELINES, SCHEDULERS
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
 
 
 def index(**changes: Any) -> Callable[[Path], None]:
