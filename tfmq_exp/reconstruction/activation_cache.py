@@ -171,6 +171,9 @@ class TensorTree:
     def write(self, start: int, batch: Any) -> None:
         """Store one batch at position `start`; NotFiniteError for a NaN or an infinity, which no unit can learn from."""
         for stored, value in zip(self.tensors, TensorTree(encode(batch, self.form)).tensors, strict=True):
+            if stored.shape[1:] != value.shape[1:]:
+                found = f"{tuple(stored.shape[1:])} and {tuple(value.shape[1:])}"
+                raise ValueError(f"a sample has another shape in another batch, {found}: texts must have one length")
             stored[start : start + len(value)] = value
 
     def __len__(self) -> int:

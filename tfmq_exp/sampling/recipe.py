@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import SEED, whole
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, first_argument
 from tfmq_exp.denoisers.loading.scheduler_config import check_count
 from tfmq_exp.sampling.diffusers_scheduler import Scheduler, SigmaScheduler
 from tfmq_exp.sampling.edm import EDM
@@ -87,10 +87,11 @@ def check_conditions(network: nn.Module, conditions: Any, count: int) -> None:
 
 
 def required_conditions(network: nn.Module) -> list[str]:
-    """Required arguments of a UNet of diffusers, or of a quantized one, after sample and timestep."""
+    """Required arguments of a network of diffusers, or of a quantized one, beside sample and timestep."""
     parameters = inspect.signature(getattr(network, "unet", network).forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in plain and p.default is p.empty][2:]
+    required = [p.name for p in parameters if p.kind in plain and p.default is p.empty]
+    return [name for name in required if name not in (first_argument(getattr(network, "unet", network)), "timestep")]
 
 
 @dataclass(frozen=True)
