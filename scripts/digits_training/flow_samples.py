@@ -1,4 +1,4 @@
-"""Samples of the transformer by class, with classifier-free guidance: their scores by the digits classifier, and a picture."""
+"""Samples of the transformer by class, with classifier-free guidance: scores by the classifier, and a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ SHOWN = 2.0  # guidance of the picture
 def guided_velocity(
     dit: DiTTransformer2DModel, images: Float[Tensor, "batch 1 16 16"], t: Tensor, labels: Tensor, guidance: float
 ) -> Float[Tensor, "batch 1 16 16"]:
-    """Velocity away from that of the null class by `guidance` times the difference (arXiv 2207.12598, with 1 + w for it).
+    """Velocity of the null class plus `guidance` times the difference to the asked one (arXiv 2207.12598).
 
     Args:
         dit: the network.
         images: points of the paths.
         t: the timestep, 0-d, 0 to 1000.
         labels: classes, one for each image.
-        guidance: 1 for the velocity of the class itself.
+        guidance: the paper's 1 + w; 1 for the velocity of the class itself.
     """
     both: Any = torch.cat([labels, torch.full_like(labels, CLASSES)])
     timesteps: Any = t.expand(len(both))  # annotated as a LongTensor there
@@ -61,8 +61,8 @@ def sample_classes(
 def scores_by_guidance(dit: DiTTransformer2DModel, count: int = 512, steps: int = 20) -> dict[str, Any]:
     """Fréchet distance to all real digits and share classified as asked, for `count` samples of every class in turn.
 
-    Features are the classifier's. The row `real` is of as many real digits, drawn with replacement: what a perfect sampler
-    would get.
+    Features are the classifier's. `real` is of as many real digits, each drawn at random from its class: what a perfect
+    sampler would get.
     """
     (images, real_labels), (classifier, _) = load_images(), load_classifier()
     moments = FeatureMoments(64)
@@ -76,12 +76,13 @@ def scores_by_guidance(dit: DiTTransformer2DModel, count: int = 512, steps: int 
         return {"fid": float(distance.compute()), "accuracy": float(accuracy)}
 
     labels = torch.arange(count) % CLASSES
-    drawn = torch.randint(len(images), (count,), generator=torch.Generator().manual_seed(0))
+    of_class = (real_labels == labels[:, None]).float()
+    drawn = torch.multinomial(of_class, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
     by_guidance = {}
     for scale in GUIDANCES:
         batches = [sample_classes(dit, part, scale, steps, seed) for seed, part in enumerate(labels.split(BATCH))]
         by_guidance[str(scale)] = scores(torch.cat(batches), labels)
-    real = scores(images[drawn], real_labels[drawn])
+    real = scores(images[drawn], labels)
     return {"images": count, "euler_steps": steps, "guidance": by_guidance, "real": real}
 
 

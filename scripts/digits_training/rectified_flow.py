@@ -1,4 +1,4 @@
-"""Rectified flow of digits by class: straight paths from image to noise, and the network that predicts their velocity."""
+"""Rectified flow of digits by class: straight paths from image to noise, and a network that predicts their velocity."""
 
 from typing import Any
 
@@ -17,7 +17,10 @@ Images = Float[Tensor, "batch 1 height width"]
 
 
 def noisy_images(images: Images, noise: Images, s: Float[Tensor, "batch"]) -> Images:
-    """Points of the straight paths, (1 - s) image + s noise, at `s` from 0 (image) to 1 (noise); arXiv 2209.03003, section 2."""
+    """Points of the straight paths, (1 - s) image + s noise (arXiv 2209.03003, section 2).
+
+    `s` is 0 at the image, 1 at the noise.
+    """
     s = s[:, None, None, None]
     return (1 - s) * images + s * noise
 
@@ -38,7 +41,10 @@ def drop_labels(labels: Int[Tensor, "batch"], share: float = DROPPED) -> Int[Ten
 
 
 def start_at_identity(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Set modulation and final projection to zero: every block passes its input on (arXiv 2212.09748, section 3.2), in place."""
+    """Set modulation and final projection to zero, in place: adaLN-zero (arXiv 2212.09748, section 3.2).
+
+    Every block then passes its input on, and the velocity is zero.
+    """
     blocks: Any = dit.transformer_blocks
     for linear in (*(block.norm1.linear for block in blocks), dit.proj_out_1, dit.proj_out_2):
         nn.init.zeros_(linear.weight)

@@ -91,8 +91,9 @@ def export(name: str, module: Training, measured: dict[str, Any], args: argparse
     target = args.weights / f"{name}.safetensors"
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in module.network.state_dict().items()}
     write_atomically(target, lambda path: save_file(tensors, path))
+    options = f"--steps {module.steps} --batch {args.batch} --seed {args.seed}"
     record = {
-        "command": f"python scripts/train_digits.py {args.network} --steps {module.steps} --batch {args.batch} --seed {args.seed}",
+        "command": f"python scripts/train_digits.py {args.network} {options}",
         "parameters": sum(p.numel() for p in module.network.parameters()),
         "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
         "measured": measured,

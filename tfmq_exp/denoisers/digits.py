@@ -1,8 +1,9 @@
 """The shipped models of scikit-learn's handwritten digits, and the classifier that evaluates their samples.
 
-A denoiser of DDPM (a U-Net), and a rectified flow by class (a transformer). The networks are trained by ``scripts/train_digits.py`` and stored next to this file as safetensors, so that every stage of
-the project runs on a laptop without a download. Images are 16x16, one channel, float in [-1, 1] for the denoisers and
-uint8 for the classifier, which takes the place of Inception.
+One is a DDPM (a U-Net), the other a rectified flow by class (a transformer). The networks are trained by
+``scripts/train_digits.py`` and stored next to this file as safetensors, so that every stage of the project runs on a
+laptop without a download. Images are 16x16, one channel, float in [-1, 1] for the denoisers and uint8 for the
+classifier, which takes the place of Inception.
 """
 
 import hashlib
@@ -49,10 +50,10 @@ def build_unet() -> UNet2DModel:
 
 
 def build_dit() -> DiTTransformer2DModel:
-    """Architecture of the transformer by class (DiT, arXiv 2212.09748): 3 blocks of width 128 on 64 patches, 1.1 M parameters.
+    """Architecture of the transformer by class (DiT, arXiv 2212.09748): 3 blocks of width 128, 1.1 M parameters.
 
-    Classes are the digits, and 10 for none. It predicts the velocity of a rectified flow, noise - image, at timesteps
-    from 0 (image) to 1000 (noise).
+    An image is 64 patches; classes are the digits, and 10 for none. It predicts the velocity of a rectified flow,
+    noise - image, at timesteps from 0 (image) to 1000 (noise).
     """
     return DiTTransformer2DModel(
         num_attention_heads=4,
