@@ -46,6 +46,24 @@ class Training(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def load_finished(module: Training, checkpoint: Path) -> bool:
+    """Load the averaged weights of a checkpoint of the last step; False where it is of an earlier one, or there is none.
+
+    Lightning trains no further from such a checkpoint, and would leave the module with the weights that are no average.
+    """
+    if not checkpoint.exists():
+        return False
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state["global_step"] > module.steps:
+        raise ValueError(
+            f"{checkpoint} is of step {state['global_step']}, beyond --steps {module.steps}: try another --out"
+        )
+    if state["global_step"] == module.steps:
+        module.load_state_dict(state["state_dict"])
+        return True
+    return False
+
+
 def train(
     name: str, module: Training, data: TensorDataset, held_out: TensorDataset | None, args: argparse.Namespace
 ) -> dict[str, float]:
@@ -78,7 +96,8 @@ def train(
     last = folder / "last.ckpt"
     loader = DataLoader(data, batch_size=args.batch, sampler=sampler)
     held_out_loader = None if held_out is None else DataLoader(held_out, batch_size=len(held_out))
-    trainer.fit(module, loader, held_out_loader, ckpt_path=last if last.exists() else None, weights_only=True)
+    if not load_finished(module, last):
+        trainer.fit(module, loader, held_out_loader, ckpt_path=last if last.exists() else None, weights_only=True)
     measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
     if held_out is not None:
         measured |= {k: float(v) for k, v in trainer.validate(module, held_out_loader, verbose=False)[0].items()}
