@@ -18,6 +18,8 @@ from tfmq_exp.core.file_kind import why_missing
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
+from tfmq_exp.denoisers.loading.condition_encoders import ClassLabels
+from tfmq_exp.denoisers.loading.scheduler_config import FLOW
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 16
@@ -116,6 +118,20 @@ def load_denoiser(path: str | None = None) -> Denoiser:
     config = build_schedule().config
     schedule = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
     return Denoiser("digits", unet.eval().requires_grad_(False), (1, IMAGE_SIZE, IMAGE_SIZE), schedule, sha256)
+
+
+def load_dit(path: str | None = None) -> Denoiser:
+    """The transformer of the digits by class, from `path` or from the weights that the project ships."""
+    network = build_dit()
+    sha256 = read_weights(network, Path(path) if path else WEIGHTS / "digits_dit.safetensors")
+    return Denoiser(
+        "digits_dit",
+        network.eval().requires_grad_(False),
+        (1, IMAGE_SIZE, IMAGE_SIZE),
+        {"num_train_timesteps": 1000, "prediction_type": FLOW},
+        sha256,
+        encoder=ClassLabels(network.config["num_embeds_ada_norm"]),
+    )
 
 
 def load_classifier(path: str | None = None) -> tuple[DigitClassifier, str]:
