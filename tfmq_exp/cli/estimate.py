@@ -24,6 +24,7 @@ from tfmq_exp.sampling.trajectory import timestep_rows
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 
 BUDGET = 0.5  # seconds of a measured pass or iteration; with fewer rows if it would take longer
+WARM_UP = 10.0  # seconds of a first pass, above which it counts as it is
 GRADIENT_ROWS = 4  # that gradients are measured with
 CODE_BYTES = 0.25  # of an integer weight, over those of the float32 weight that is kept with it
 TRAINING_COPIES = 5  # of what is trained: average, Adam's two moments, gradients, and these as one vector
@@ -65,9 +66,9 @@ def measure(work: Callable[[int], object], rows: int, most: int | None = None) -
 
     def once(count: int) -> Cost:
         timer = timeit.Timer(lambda: work(count), timer=now)
-        with PeakMemory() as memory:  # which also warms up
+        with PeakMemory() as memory:  # which also warms up: a network's first pass may take seconds longer
             seconds = timer.timeit(1)
-        return Cost(min(timer.repeat(2, 1)) if seconds < BUDGET else seconds, memory.bytes)
+        return Cost(min(timer.repeat(2, 1)) if seconds < WARM_UP else seconds, memory.bytes)
 
     one = once(1)
     few = min(rows, most or rows, int(BUDGET / max(one.seconds, 1e-9)))

@@ -15,7 +15,6 @@ from tfmq_exp.core.validate import COUNT, Checked
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.find import family_of
-from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, UNetStructure
@@ -26,6 +25,7 @@ from tfmq_exp.quant.timestep_context import Timestep
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
+from tfmq_exp.surgery.attention import attention_modules
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 
@@ -104,7 +104,10 @@ class Run:
     @cached_property
     def resolved(self) -> ResolvedConfig:
         """Quantizers of every layer."""
-        names, timesteps = tuple(attentions(self.denoiser.unet)), self.calibration_sampling.finite_set(self.denoiser)
+        names, timesteps = (
+            tuple(attention_modules(self.denoiser.unet)),
+            self.calibration_sampling.finite_set(self.denoiser),
+        )
         return resolve(self.method.surgery, self.structure, names, self.method.scales, timesteps)
 
     def quantized_unet(self, resolved: ResolvedConfig | None = None) -> QuantizedUNet:

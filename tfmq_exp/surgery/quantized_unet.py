@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
 from tfmq_exp.denoisers.denoiser import first_argument
-from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.quant.layers import QUANT_LAYERS, CachedFeature, QuantizedWeight, QuantLayer, Unneeded
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
@@ -22,7 +21,7 @@ from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.tdq import BatchedGenerators
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import Outside, Timestep, TimestepContext
-from tfmq_exp.surgery.attention import QuantAttnProcessor
+from tfmq_exp.surgery.attention import quantize_operands
 from tfmq_exp.surgery.resolve import ResolvedConfig
 
 
@@ -234,10 +233,10 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
         model.unet.set_submodule(name, own)
     for names in plan.tied:
         tie([model.layer(name).input_quantizer for name in names])
-    modules = attentions(model.unet)
-    for name, parts in plan.operands.items():
-        processor: Any = QuantAttnProcessor({part: line.quantizer(model.context) for part, line in parts.items()})
-        modules[name].set_processor(processor)
+    operands = plan.operands.items()
+    quantize_operands(
+        model.unet, {n: {p: line.quantizer(model.context) for p, line in parts.items()} for n, parts in operands}
+    )
     return model.to(next(unet.parameters()).device).eval()
 
 
