@@ -33,9 +33,11 @@ def changes(case: Architecture) -> dict[str, list[dict[str, Any]]]:
     positions of tokens are known by their names, and the words of a text are the hidden states that remain.
     """
     base, found = case.arguments, dict[str, list[dict[str, Any]]]()
+    kinds = sorted(case.settings["varied"], key=len, reverse=True)
     for variation in filter(None, case.settings["conditions"]):
         # a digit may belong to the kind: `text_t50` is the first variation of `text_t5`
-        found.setdefault(re.sub(r"\d$", "", variation), []).append(case.variation(variation))
+        kind = next((kind for kind in kinds if re.fullmatch(rf"{re.escape(kind)}\d*", variation)), variation)
+        found.setdefault(kind, []).append(case.variation(variation))
     recorded = {name for many in found.values() for one in many for name in one if one[name] is not base[name]}
     time = case.settings["timestep_argument"]
     found["t"] = [case.at(base, t) for t in case.timesteps if t != base[time].flatten()[0]]
