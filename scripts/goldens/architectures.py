@@ -73,7 +73,7 @@ class Architecture:
 
     @property
     def family(self) -> Family:
-        """What is known of its architecture."""
+        """Its family: roles, blocks and temporal features."""
         return family_of(self.network)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What every layer depends on, measured: one input is changed, and the bits of its output are compared."""
+"""Dependence of every layer, measured: one input is changed, and the bits of its output are compared."""
 
 import re
 from collections.abc import Iterator
