@@ -169,9 +169,22 @@ class TensorTree:
         return unfold(decode(self.around(tensors)))
 
     def write(self, start: int, batch: Any) -> None:
-        """Store one batch at position `start`; NotFiniteError for a NaN or an infinity, which no unit can learn from."""
-        for stored, value in zip(self.tensors, TensorTree(encode(batch, self.form)).tensors, strict=True):
-            stored[start : start + len(value)] = value
+        """Store one batch at position `start`.
+
+        Raises:
+            NotFiniteError: a NaN or an infinity, which no unit can learn from.
+            ValueError: samples of another shape than those before.
+        """
+        values, stored = TensorTree(encode(batch, self.form)).tensors, self.tensors
+        shapes, expected = ([tuple(x.shape[1:]) for x in tensors] for tensors in (values, stored))
+        if shapes != expected:
+            found = next((pair for pair in zip(shapes, expected, strict=False) if pair[0] != pair[1]), ("none", "one"))
+            raise ValueError(
+                f"a sample has a tensor of shape {found[0]} where those before had {found[1]}: a network that pads to the "
+                "longest text of a batch needs texts of one length"
+            )
+        for tensor, value in zip(stored, values, strict=True):
+            tensor[start : start + len(value)] = value
 
     def __len__(self) -> int:
         return len(self.tensors[0])

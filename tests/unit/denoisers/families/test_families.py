@@ -108,7 +108,7 @@ def hunyuan_dit() -> tuple[nn.Module, dict[str, Tensor]]:
             pooled_projection_dim=8,
             text_len=3,
             text_len_t5=2,
-        )  # fmt: skip
+        )
     )
     generator = torch.Generator().manual_seed(0)
     return network, {
