@@ -178,10 +178,9 @@ class TensorTree:
         values, stored = TensorTree(encode(batch, self.form)).tensors, self.tensors
         shapes, expected = ([tuple(x.shape[1:]) for x in tensors] for tensors in (values, stored))
         if shapes != expected:
-            found = next((pair for pair in zip(shapes, expected, strict=False) if pair[0] != pair[1]), ("none", "one"))
             raise ValueError(
-                f"a sample has a tensor of shape {found[0]} where those before had {found[1]}: a network that pads to the "
-                "longest text of a batch needs texts of one length"
+                f"samples have tensors of shapes {shapes} where those before had {expected}: a network that pads to the longest "
+                "text of a batch needs texts of one length"
             )
         for tensor, value in zip(stored, values, strict=True):
             tensor[start : start + len(value)] = value

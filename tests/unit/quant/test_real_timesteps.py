@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_every_view_of_a_timestep_finds_its_step(name: str, dtype: torch.dtype) 
 def test_timesteps_between_two_steps_are_refused(name: str) -> None:
     timesteps = sorted(set(listed(name)))
     context = TimestepContext(timesteps)
-    for low, high in zip(timesteps, timesteps[1:], strict=False):
+    for low, high in pairwise(timesteps):
         for share in (0.5, 0.01, 0.99):
             with pytest.raises(ValueError, match=r"timestep .* is outside the calibrated finite set"):
                 context.step_indices(torch.tensor([low + share * (high - low)], dtype=torch.float64))

@@ -101,7 +101,7 @@ def test_texts_of_two_lengths(name: str) -> None:
 
 def test_batches_that_are_padded_to_other_lengths_are_refused() -> None:
     stored = read_stored("lumina2")
-    with pytest.raises(ValueError, match=r"shape \(21, 16\) where those before had \(18, 16\): .* texts of one length"):
+    with pytest.raises(ValueError, match=r"\(21, 16\).* where those before had .*\(18, 16\).* texts of one length"):
         captured(stored, with_masks(stored, (2, 5)), 1, SpillAllocator(MEMORY))
 
 
