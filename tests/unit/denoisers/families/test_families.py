@@ -17,6 +17,9 @@ from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Kind, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers, temporal_pairs
+from tfmq_exp.quant.scales.observed_ranges import StaticConfig
+from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
+from tfmq_exp.surgery.resolve import resolve
 
 
 @pytest.fixture(params=NAMES)
@@ -148,6 +151,16 @@ def test_layers_that_never_run_are_in_no_structure() -> None:
     assert not unused & structure.layers.keys()
     assert not unused & {layer for block in structure.blocks for layer in block.layers}
     assert structure.layers["blocks.3.skip_linear"].split == 16
+
+
+def test_layers_that_never_run_cannot_be_quantized() -> None:
+    network, arguments = hunyuan_dit()
+    one = {name: value if "rotary" in name else value[:1] for name, value in arguments.items()}
+    structure, layer = read_structure(network, nested(one)), "time_extra_emb.pooler.q_proj"
+    roles = {role.value: LayerBits(4, None) for role in Role}
+    config = QuantizationConfig(roles, AttentionBits(), {layer: LayerBits(4, None)})
+    with pytest.raises(ValueError, match=f"the pattern '{layer}' in surgery.sites matches no layer"):
+        resolve(config, structure, (), ScalePlan(StaticConfig(), StaticConfig()), (1,))
 
 
 def test_unknown_networks_and_layers_are_named() -> None:

@@ -66,7 +66,8 @@ def test_features_are_those_of_the_original(name: str) -> None:
 @pytest.mark.parametrize(("mended", "epsilon", "least"), [(False, 1e-6, 0.5), (False, 1e-5, 0.5), (True, 1e-5, 1e-6)])
 def test_diffusers_own_network_is_another(mended: bool, epsilon: float, least: float) -> None:
     network, recorded = load_dit(arguments("b"), state("b")), load_file(FOLDER / "b.io.safetensors")
-    other: Any = DiTTransformer2DModel.from_config({**network.config, "norm_eps": epsilon}).eval()
+    kind: Any = DiTTransformer2DModel
+    other = kind.from_config({**network.config, "norm_eps": epsilon}).eval()
     other.load_state_dict(network.state_dict())
     if mended:
         original_frequencies(other)
