@@ -1,7 +1,5 @@
-"""The comparison of transformers with recorded ones: everything agrees, and what is wrong fails where it is."""
+"""The comparison of schedulers with diffusers' and EDM's numbers, as a user runs it."""
 
-import importlib
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -9,158 +7,121 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[2]
-GOLDENS = ROOT / "tests/goldens/transformers"
-SPEC = importlib.util.spec_from_file_location("check_goldens", ROOT / "scripts/check_goldens.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-SPEC.loader.exec_module(importlib.util.module_from_spec(SPEC))  # which makes its folder importable
-check_temporal: Callable[[Path], list[Any]] = importlib.import_module("goldens.temporal").check_temporal
-check_dit: Callable[[Path], list[Any]] = importlib.import_module("goldens.dit").check_dit
-DamagedError: type[Exception] = importlib.import_module("goldens.comparing").DamagedError
+from tests.e2e.test_check_goldens import add, change, script
 
-
-def change(path: Path, edit: Callable[[Any], Any]) -> None:
-    """Edit what a file holds: tensors by name, or JSON."""
-    if path.suffix == ".safetensors":
-        tensors = load_file(path)
-        edit(tensors)
-        save_file(tensors, path)
-    else:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        edit(content)
-        path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def keep(content: dict[str, Any], names: tuple[str, ...]) -> None:
-    for name in [name for name in content if name not in names]:
-        del content[name]
+GOLDENS = Path(__file__).parents[1] / "goldens/transformers"
+PARTS = ("flow", "edm")
 
 
 @pytest.fixture
-def temporal(tmp_path: Path) -> Path:
-    """Two of the architectures."""
-    folder, names = Path(shutil.copytree(GOLDENS / "temporal", tmp_path / "temporal")), ("dit", "wan21")
-    change(folder / "index.json", lambda index: keep(index, names))
-    change(folder / "blocks.json", lambda blocks: keep(blocks["families"], names))
-    return folder
+def folder(tmp_path: Path) -> Path:
+    """The parts that are compared here."""
+    for part in PARTS:
+        shutil.copytree(GOLDENS / part, tmp_path / part)
+    return tmp_path
 
 
-@pytest.fixture
-def dit(tmp_path: Path) -> Path:
-    """One of the original networks."""
-    folder = Path(shutil.copytree(GOLDENS / "dit", tmp_path / "dit"))
-    change(folder / "index.json", lambda index: index.pop("b"))
-    return folder
+def failed(folder: Path) -> set[str]:
+    return {group.name for group in script.check_transformers(folder) if not group.ok}
 
 
-def failed(groups: list[Any]) -> set[str]:
-    return {group.name for group in groups if not group.ok}
+def test_every_number_agrees(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["transformers", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "FAILED" not in said
+    for name in json.loads((folder / "edm/index.json").read_text())["trajectories"]:
+        assert f"edm: {name} " in said
+    for what in ("timesteps", "sigmas", "network timesteps", "trajectories, UniPCMultistepScheduler"):
+        assert f"flow: {what} " in said
 
 
-@pytest.mark.parametrize(("check", "part"), [(check_temporal, "temporal"), (check_dit, "dit")])
-def test_everything_agrees(check: Callable[[Path], list[Any]], part: str) -> None:
-    groups = check(GOLDENS / part)
-    assert len(groups) > 30
-    assert not failed(groups)
+def edit(*place: Any) -> Callable[[dict[str, Any]], None]:
+    """Set what is at a place, whose last part is the new value."""
+
+    def apply(content: dict[str, Any]) -> None:
+        *path, last, value = place
+        for part in path:
+            content = content[part]
+        content[last] = value
+
+    return apply
 
 
-def add(name: str, amount: float = 1e-3) -> Callable[[dict[str, Any]], None]:
-    """More than rounding, in one value of a tensor."""
-
-    def edit(tensors: dict[str, Any]) -> None:
-        tensors[name].view(-1)[-1] += amount
-
-    return edit
-
-
-def test_wrong_records_fail_where_they_are(temporal: Path) -> None:
-    wan, index = temporal / "wan21.io.safetensors", temporal / "index.json"
-    change(wan, add("out_of_t"))
-    change(wan, add("feature.condition_embedder.time_proj"))
-    change(temporal / "dit.io.safetensors", add("out_f64", 1e-10))
-    change(index, lambda found: found["wan21"]["dependence"].update({"patch_embedding": ["t", "x"]}))
-    change(index, lambda found: found["dit"]["only_t"].append("proj_out_1"))
-    change(index, lambda found: found["dit"]["functional_layers"].append("pos_embed.proj"))
-
-    def edit(blocks: dict[str, Any]) -> None:
-        first, second = blocks["families"]["wan21"]
-        blocks["families"]["wan21"] = [second, first]
-        inputs = first["inputs"]
-        inputs[:] = [leaf.replace("shared(1, 32", "row(1, 32") for leaf in inputs]
-
-    change(temporal / "blocks.json", edit)
-    count = len(load_file(wan)["t"])
-    assert failed(check_temporal(temporal)) == {
-        f"wan21: out at {count} timesteps",
-        "wan21: features",
-        "dit: out_f64",
-        "wan21: dependence of every layer",
-        "dit: layers of the timestep alone",
-        "dit: roles",
-        "wan21: blocks in order",
-        "wan21: rows and constants of blocks",
+def test_wrong_numbers_fail_where_they_are_and_nowhere_else(folder: Path) -> None:
+    flow, edm = folder / "flow", folder / "edm"
+    change(flow / "samplers.safetensors", lambda tensors: tensors["ltx.sigmas"].mul_(1 + 1e-15))
+    change(flow / "samplers.safetensors", add("sd3_shift3.traj", 3, 0, 0, 0, 0))
+    change(flow / "samplers.json", edit("cases", "lumina2_shift6", "network_t", "t / 1000"))
+    change(edm / "samplers.safetensors", lambda tensors: tensors["heun_7.x_of_calls"].mul_(1 + 1e-11))
+    change(edm / "adm_cond.io.safetensors", add("c_noise", 2))
+    assert failed(folder) == {
+        "flow: sigmas",
+        "flow: network timesteps",
+        "flow: network timesteps of an artefact",
+        "flow: trajectories, FlowMatchEulerDiscreteScheduler",
+        "edm: heun_7",
+        "edm: preconditioning",
     }
 
 
-def test_wrong_numbers_of_the_original_fail_where_they_are(dit: Path) -> None:
-    io = dit / "c.io.safetensors"
-    change(io, add("out_t_fractional_f64", 1e-9))
-    change(io, add("tib.blocks.1.adaLN_modulation"))
-    change(io, add("e2e.ddpm_10.traj", 0.1))
-    change(io, add("e2e.ddim_7_eta0.5.traj_f64", 1e-6))
-    change(dit / "index.json", lambda index: index["timestep_lists"].update({"7": list(range(7))}))
-    change(dit / "index.json", lambda index: index["c"].update(parameters=5))
-    assert failed(check_dit(dit)) == {
-        "dit c: out_t_fractional_f64",
-        "dit c: temporal features",
-        "dit c: ddpm_10",
-        "dit c: ddim_7_eta0.5_f64",
-        "dit: timesteps of respacings",
-        "dit c: parameters",
-    }
+def test_another_folder_of_the_layout_with_other_names(folder: Path) -> None:
+    """Cases are found by the index alone."""
+
+    def rename(content: dict[str, Any]) -> None:
+        for name in [name for name in content if name.startswith("flux_512x512")]:
+            content[name.replace("flux_512x512", "another")] = content.pop(name)
+
+    change(folder / "flow/samplers.json", lambda content: rename(content["cases"]))
+    change(folder / "flow/samplers.safetensors", rename)
+    shutil.rmtree(folder / "edm")
+    assert failed(folder) == set()
 
 
-def test_what_nothing_compares_fails(temporal: Path, dit: Path) -> None:
-    for path in (temporal / "dit.io.safetensors", dit / "c.io.safetensors"):
-        change(path, lambda tensors: tensors.update(unheard_of=torch.zeros(1)))
-    assert failed(check_temporal(temporal)) == {"temporal: tensors read"}
-    assert failed(check_dit(dit)) == {"dit: tensors read"}
+def test_what_nothing_compares_fails(folder: Path) -> None:
+    for part, name in (("flow", "ltx.sigmas"), ("edm", "latents")):
+        change(folder / part / "samplers.safetensors", lambda t, name=name: t.update(unheard_of=t[name].clone()))
+    assert failed(folder) == {"flow: tensors read", "edm: tensors of the samplers read"}
 
 
 @pytest.mark.parametrize(
-    ("file", "edit", "named"),
+    ("damage", "named"),
     [
-        ("dit.io.safetensors", lambda tensors: tensors.pop("out_of_t"), "'out_of_t'"),
-        ("dit.model.safetensors", lambda tensors: tensors.pop("proj_out_1.bias"), r"proj_out_1\.bias"),
-        ("dit.config.json", lambda config: config.update(_class_name="StableCascadeUNet"), "no known family"),
-        ("index.json", lambda index: index["dit"]["varied"].append("weather"), "'weather'"),
-        ("index.json", lambda index: index["dit"]["conditions"].append("cls9"), r"cond\.cls9\."),
-        ("blocks.json", lambda blocks: blocks["families"].pop("dit"), "'dit'"),
+        ("folder", "has no folder flow, edm"),
+        ("scheduler", "'os.system'"),
+        ("setting", "shift must be a number above 0"),
+        ("lacking tensor", "'sd3_shift3.timesteps'"),
+        ("formula", "exit"),
+        ("function", "'heun_sampler'"),
+        ("variant", "discretization=vp"),
+        ("truncated", "samplers.safetensors"),
     ],
 )
-def test_damaged_folders_are_named(temporal: Path, file: str, edit: Callable[[Any], Any], named: str) -> None:
-    change(temporal / "index.json", lambda index: keep(index, ("dit",)))
-    change(temporal / file, edit)
-    with pytest.raises(DamagedError, match=named):
-        check_temporal(temporal)
-
-
-@pytest.mark.parametrize(
-    ("file", "edit", "named"),
-    [
-        ("c.model.safetensors", lambda tensors: tensors.pop("final_layer.linear.bias"), r"proj_out_2\.bias"),
-        ("index.json", lambda index: index.update(betas="cosine"), "'cosine'"),
-        ("index.json", lambda index: index["c"]["runs"]["ddpm_10"].update(loop="plms"), "'plms'"),
-        ("index.json", lambda index: index["c"]["constructor"].update(depth=3), "2 blocks instead of depth=3"),
-    ],
-)
-def test_damaged_folders_of_the_original_are_named(
-    dit: Path, file: str, edit: Callable[[Any], Any], named: str
+def test_damaged_folders_give_one_line(
+    folder: Path, damage: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change(dit / file, edit)
-    with pytest.raises(DamagedError, match=named):
-        check_dit(dit)
+    cases, tensors, index = (
+        folder / "flow/samplers.json",
+        folder / "flow/samplers.safetensors",
+        folder / "edm/index.json",
+    )
+    if damage == "folder":
+        for part in PARTS:
+            shutil.rmtree(folder / part)
+    elif damage == "truncated":
+        tensors.write_bytes(tensors.read_bytes()[:1000])
+    elif damage == "lacking tensor":
+        change(tensors, lambda content: content.pop("sd3_shift3.timesteps"))
+    else:
+        file, edited = {
+            "scheduler": (cases, edit("cases", "ltx", "scheduler", "os.system")),
+            "setting": (cases, edit("cases", "ltx", "config", "shift", -1.0)),
+            "formula": (cases, edit("cases", "ltx", "model", "o = exit(xi), xi the input")),
+            "function": (index, edit("trajectories", "heun_7", "function", "heun_sampler")),
+            "variant": (index, edit("trajectories", "euler_12", "discretization", "vp")),
+        }[damage]
+        change(file, edited)
+    assert script.main(["transformers", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert named in said

@@ -38,6 +38,11 @@ def test_training_resumes_and_keeps_its_log(tmp_path: Path, monkeypatch: pytest.
     places = ("--out", str(tmp_path / "out"), "--weights", str(tmp_path / "weights"), "--batch", "4")
     call(monkeypatch, "train_digits", "classifier", "--steps", "100", *places)
     first = load_file(tmp_path / "weights/classifier.safetensors")
+    call(monkeypatch, "train_digits", "classifier", "--steps", "100", *places)  # as after a kill once trained
+    again = load_file(tmp_path / "weights/classifier.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(ValueError, match="of step 100, beyond --steps 50"):
+        call(monkeypatch, "train_digits", "classifier", "--steps", "50", *places)
     call(monkeypatch, "train_digits", "classifier", "--steps", "150", *places)
     steps = [
         int(row["step"]) for row in csv.DictReader((tmp_path / "weights/classifier.log.csv").open()) if row["loss"]

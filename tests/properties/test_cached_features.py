@@ -126,7 +126,7 @@ def test_selection_stores_where_that_disturbs_less(unet: nn.Module) -> None:
     with model.context.at(t):
         own = block(t)
     expected = set()
-    for name, exact, computed in zip(block.projections, wanted, own, strict=True):
+    for name, exact, computed in zip(block.names, wanted, own, strict=True):
         errors = {"stored": 0.0, "computed": 0.0}
         for i in range(len(t)):
             lo, hi = exact[i].min().clamp(max=0), exact[i].max().clamp(min=0)
@@ -138,12 +138,12 @@ def test_selection_stores_where_that_disturbs_less(unet: nn.Module) -> None:
             errors["computed"] += float((computed[i] - exact[i]).square().mean() / power)
         if errors["stored"] < errors["computed"]:
             expected.add(name)
-    assert 0 < len(expected) < len(block.projections)
+    assert 0 < len(expected) < len(block.names)
     CacheFeatures(5, "disturbance")(model, unet, parts)
     assert set(model.cached) == expected
     with model.context.at(t):
         mixed = TemporalInformationBlock(model.unet, parts)(t)
-    for name, computed, now in zip(block.projections, own, mixed, strict=True):
+    for name, computed, now in zip(block.names, own, mixed, strict=True):
         assert torch.equal(computed, now) is (name not in expected)
     assert "time_embedding.linear_1" in model.plan.layers
 

@@ -5,21 +5,22 @@ Seconds are right within about a third; bytes are the measured peak of a batch, 
 
 import time
 import timeit
-import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.core.peak_memory import PeakMemory
+from tfmq_exp.denoisers.denoiser import first_argument
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
+from tfmq_exp.quant.timestep_context import exact_timesteps
 from tfmq_exp.reconstruction.capture import sample_bytes
 from tfmq_exp.reconstruction.loop import is_learnable
+from tfmq_exp.sampling.trajectory import timestep_rows
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 
 BUDGET = 0.5  # seconds of a measured pass or iteration; with fewer rows if it would take longer
@@ -50,25 +51,6 @@ def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> l
     with torch.random.fork_rng():  # what is measured must not change what is drawn later
         costs = Costs(run)
         return [costs.stage(name, count, engine) for name, count in missing.items()]
-
-
-class PeakMemory(TorchDispatchMode):
-    """Peak bytes of the tensors made inside the block; workspaces of kernels are not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        leaves = [[x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out)]
-        given, made = ({x.untyped_storage()._cdata: x.untyped_storage() for x in some} for some in leaves)
-        for name in made.keys() - given.keys() - self.alive.keys():
-            self.alive[name] = made[name].nbytes()
-            weakref.finalize(made[name], self.alive.pop, name, None)
-        self.bytes = max(self.bytes, sum(self.alive.values()))
-        return out
 
 
 class Cost(NamedTuple):
@@ -124,10 +106,11 @@ class Costs:
 
     def data(self, rows: int) -> CalibrationSet:
         """Stand-in for the calibration set: rows from all sampling steps."""
-        timesteps, zeros = torch.tensor(self.run.resolved.timesteps), torch.zeros(rows, dtype=torch.long)
+        timesteps, zeros = exact_timesteps(self.run.resolved.timesteps), torch.zeros(rows, dtype=torch.long)
         step = torch.arange(rows) * len(timesteps) // rows
         conditions = {name: value.cpu() for name, value in self.conditions.given.items()}
-        return CalibrationSet(self.noise(rows).cpu(), timesteps[step], step, zeros, conditions, zeros)
+        rest = zeros, conditions, zeros, self.conditions.constants, first_argument(self.unet)
+        return CalibrationSet(self.noise(rows).cpu(), timesteps[step], step, *rest)
 
     def forward(self, rows: int) -> Tensor:
         return self.model(**self.data(rows).inputs(self.run.denoiser.device)).sample
@@ -145,8 +128,8 @@ class Costs:
 
         def work(images: int) -> Tensor:
             given = {name: value.expand(images, *value.shape[1:]) for name, value in self.conditions.given.items()}
-            at = torch.full((images,), t, device=self.run.denoiser.device)
-            return predict(self.noise(images), at, Conditions(given, self.conditions.null))
+            at = timestep_rows(t, images, self.run.denoiser.device)
+            return predict(self.noise(images), at, replace(self.conditions, given=given))
 
         return measure(work, self.batch)
 

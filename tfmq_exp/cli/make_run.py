@@ -21,6 +21,7 @@ from tfmq_exp.sampling.conditioning import Captions
 from tfmq_exp.sampling.diffusers_scheduler import replaced_settings
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
+from tfmq_exp.sampling.pipeline_sampler import read_pipeline_guidance
 
 log = logging.getLogger(__name__)
 make: Any = functools.partial(instantiate, _convert_="all")
@@ -54,6 +55,7 @@ def make_run(
         raise ValueError(f"{key} needs method/correction=none: the noise is measured at the calibrated timesteps")
     denoiser = denoiser or make(cfg.model.denoiser)
     assert denoiser is not None
+    method.correction.check_training(denoiser.schedule)
     denoiser.to(device)
     sampling.check(denoiser)
     if steps := calibration.num_inference_steps:
@@ -107,7 +109,12 @@ def diagnosis_plan(cfg: DictConfig) -> DiagnosisPlan:
 
 
 def make_sampling(cfg: DictConfig) -> Sampling:
-    """Sampler, guidance and conditions; captions of a file that is named replace the model's own conditions."""
-    settings = make(cfg.model.sampling)
+    """Sampler, guidance and conditions; captions of a file that is named replace the model's own conditions.
+
+    `guidance: null` is that of a pipeline's own call.
+    """
+    settings, call = make(cfg.model.sampling), cfg.model.get("call")
+    if settings.get("guidance") is None and call is not None:
+        settings["guidance"] = read_pipeline_guidance(cfg.model.denoiser.path, make(call))
     captions = {} if cfg.captions is None else {"conditioning": Captions.read(str(cfg.captions))}
     return Sampling(make(cfg.sampler), **(settings | captions))

@@ -52,8 +52,8 @@ KINDS: dict[Kind, str] = {
     validate.RATE: re.sub(r"(\S+)", r"protocol.\1", RATES),
     validate.DECAY: "protocol.qat.ema_decay",
     validate.SHARE: "protocol.sampling.eta",
-    validate.AMOUNT: "model.sampling.guidance runtime.activation_cache_gib",
-    optional(validate.AMOUNT): "runtime.device_cache_gib",
+    validate.AMOUNT: "runtime.activation_cache_gib",
+    optional(validate.AMOUNT): "model.sampling.guidance runtime.device_cache_gib",
     MINUTES: "runtime.checkpoint_every_min",
     optional(TEXT): "runtime.activation_cache_dir",
     PATH: "name path captions data.path data.listing model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "

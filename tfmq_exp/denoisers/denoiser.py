@@ -46,15 +46,18 @@ class Conditions:
         given: tensors with a row for each sample.
         null: one row for no condition at all, the other half of classifier-free guidance; empty where a network has no such mode.
         constants: arguments that all rows share: positions of tokens, sizes.
+        normalised: the guided prediction is brought to the length of that with the condition, along the last axis.
     """
 
     given: Mapping[str, Tensor] = field(default_factory=dict)
     null: Mapping[str, Tensor] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    normalised: bool = False
 
     def to(self, device: torch.device) -> "Conditions":
         parts = (self.given, self.null, self.constants)
-        return Conditions(*({k: v.to(device) if isinstance(v, Tensor) else v for k, v in p.items()} for p in parts))
+        moved = ({k: v.to(device) if isinstance(v, Tensor) else v for k, v in p.items()} for p in parts)
+        return Conditions(*moved, normalised=self.normalised)
 
 
 class ConditionEncoder(Protocol):
@@ -149,10 +152,11 @@ class Denoiser:
         blank = torch.zeros(1, *self.sample_shape, device=self.device)
         return tuple(self.first_stage.decode(blank).shape[1:])
 
-    def example(self) -> dict[str, Any]:
-        """Keyword arguments of one forward pass, batch of one."""
+    def example(self, timestep: float = 0) -> dict[str, Any]:
+        """Keyword arguments of one forward pass, batch of one; the timestep is int64, or float32 of a float."""
         sample = torch.randn(1, *self.sample_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         conditions = self.encoder.example().to(self.device)
-        t = torch.zeros(1, dtype=torch.long, device=self.device)
+        kind = torch.float32 if isinstance(timestep, float) else torch.int64
+        t = torch.full((1,), timestep, dtype=kind, device=self.device)
         arguments = nested({**conditions.given, **conditions.constants})
         return {first_argument(self.unet): sample, "timestep": t, **arguments}

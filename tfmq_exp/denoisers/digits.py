@@ -1,15 +1,16 @@
-"""The shipped model: a DDPM of scikit-learn's handwritten digits, and the classifier that evaluates its samples.
+"""The shipped models of scikit-learn's handwritten digits, and the classifier that evaluates their samples.
 
-Both networks are trained by ``scripts/train_digits.py`` and stored next to this file as safetensors, so that every stage of
-the project runs on a laptop without a download. Images are 16x16, one channel, float in [-1, 1] for the denoiser and
-uint8 for the classifier, which takes the place of Inception.
+One is a DDPM (a U-Net), the other a rectified flow by class (a transformer). The networks are trained by
+``scripts/train_digits.py`` and stored next to this file as safetensors, so that every stage of the project runs on a
+laptop without a download. Images are 16x16, one channel, float in [-1, 1] for the denoisers and uint8 for the
+classifier, which takes the place of Inception.
 """
 
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ from tfmq_exp.core.file_kind import why_missing
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
+from tfmq_exp.denoisers.loading.condition_encoders import ClassLabels
+from tfmq_exp.denoisers.loading.scheduler_config import FLOW
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 16
@@ -31,7 +34,7 @@ class DigitFeatures(NamedTuple):
 
 
 def build_unet() -> UNet2DModel:
-    """The denoiser's architecture: residual and attention blocks at 16, 8 and 4 pixels, 1.1 M parameters.
+    """Architecture of the denoiser of DDPM: residual and attention blocks at 16, 8 and 4 pixels, 1.1 M parameters.
 
     8 groups per GroupNorm: with one channel per group the norm would cancel the additive temporal feature.
     """
@@ -45,6 +48,25 @@ def build_unet() -> UNet2DModel:
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
         norm_num_groups=8,
+    )
+
+
+def build_dit() -> DiTTransformer2DModel:
+    """Architecture of the transformer by class (DiT, arXiv 2212.09748): 3 blocks of width 128, 1.1 M parameters.
+
+    An image is 64 patches; classes are the digits, and 10 for none. It predicts the velocity of a rectified flow,
+    noise - image, at timesteps from 0 (image) to 1000 (noise).
+    """
+    return DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=3,
+        sample_size=IMAGE_SIZE,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_eps=1e-6,
     )
 
 
@@ -96,6 +118,20 @@ def load_denoiser(path: str | None = None) -> Denoiser:
     config = build_schedule().config
     schedule = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
     return Denoiser("digits", unet.eval().requires_grad_(False), (1, IMAGE_SIZE, IMAGE_SIZE), schedule, sha256)
+
+
+def load_dit(path: str | None = None) -> Denoiser:
+    """The transformer of the digits by class, from `path` or from the weights that the project ships."""
+    network = build_dit()
+    sha256 = read_weights(network, Path(path) if path else WEIGHTS / "digits_dit.safetensors")
+    return Denoiser(
+        "digits_dit",
+        network.eval().requires_grad_(False),
+        (1, IMAGE_SIZE, IMAGE_SIZE),
+        {"num_train_timesteps": 1000, "prediction_type": FLOW},
+        sha256,
+        encoder=ClassLabels(network.config["num_embeds_ada_norm"]),
+    )
 
 
 def load_classifier(path: str | None = None) -> tuple[DigitClassifier, str]:

@@ -27,7 +27,7 @@ class TemporalInformationBlock(nn.Module):
     def __init__(self, network: nn.Module, structure: UNetStructure) -> None:
         super().__init__()
         self.network, self.family = network, family_of(network)
-        self.projections = [layer.name for layer in structure.by_role(Role.TIME_PROJ)]
+        self.names = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))
 
     def features(
         self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
@@ -38,7 +38,7 @@ class TemporalInformationBlock(nn.Module):
             t: timesteps as the network is given them.
             conditions: rows of the arguments in `family.conditions`, of those that the network takes.
         """
-        return self.family.features(self.network, self.projections, t, conditions or {})
+        return self.family.features(self.network, self.names, t, conditions or {})
 
     def forward(
         self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
@@ -85,7 +85,8 @@ def measured_temporal_layers(
             return value
         return value + torch.randn(value.shape, generator=generator).to(value)
 
-    now, later = ({"timestep": torch.full_like(example["timestep"], time)} for time in (t, other_t))
+    kind = torch.float32 if isinstance(t, float) else torch.int64
+    now, later = ({"timestep": torch.full_like(example["timestep"], time, dtype=kind)} for time in (t, other_t))
     others = {name: moved(name, value) for name, value in example.items()}
     first, other_inputs, other_time = run({**example, **now}), run({**others, **now}), run({**example, **later})
     return {

@@ -59,7 +59,12 @@ def temporal_feature_error(
 ) -> list[Row]:
     """`cosine` similarity, `mse` and `relative_mse` at every timestep, averaged over layers (arXiv 2311.16503, figure 2).
 
-    Arguments are those of `feature_errors`.
+    Args:
+        model: the quantized network.
+        float_unet: the float one.
+        structure: of both.
+        timesteps: see `feature_errors`.
+        conditions: see `feature_errors`.
     """
     every = feature_errors(model, float_unet, structure, timesteps, conditions)
     rows = [row for row in every if row["layer"] != EMBEDDING]

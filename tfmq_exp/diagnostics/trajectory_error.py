@@ -14,7 +14,7 @@ from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.diagnostics.rows import Row
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.trajectory import Predict, Step
+from tfmq_exp.sampling.trajectory import Predict, Step, timestep_rows
 
 ERRORS = ("eps_error", "own_eps_error", "eps_distance", "x_error")
 
@@ -90,8 +90,8 @@ class TrajectoryPair:
 
 
 @torch.no_grad()
-def _predict_at(predict: Predict, x: Tensor, t: int, conditions: Conditions) -> Tensor:
-    return predict(x, torch.full((len(x),), t, device=x.device), conditions)
+def _predict_at(predict: Predict, x: Tensor, t: float | int, conditions: Conditions) -> Tensor:
+    return predict(x, timestep_rows(t, len(x), x.device), conditions)
 
 
 def _relative(value: Tensor, exact: Tensor, what: str) -> float:

@@ -17,7 +17,7 @@ from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM, VarianceCalibrated
-from tfmq_exp.sampling.trajectory import Predict, Sampler, alphas_cumprod
+from tfmq_exp.sampling.trajectory import Predict, Sampler, alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 Predictions = Float[Tensor, "steps images channels *pixels"]
@@ -53,7 +53,7 @@ class NoiseMoments:
 class NoiseStatistics:
     """Quantization noise of every sampling step: d = k e + bias + N(0, sigma^2), uncorrelated with e."""
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float | int, ...]
     k: Float[Tensor, "steps"]
     r2: Float[Tensor, "steps"]
     bias: Float[Tensor, "steps channels"]
@@ -78,8 +78,8 @@ class NoiseStatistics:
         return self.sigma / (1 + self.k)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, as it is stored."""
-        lists = {name: torch.tensor(getattr(self, name), dtype=torch.long) for name in ("timesteps", "bits")}
+        """Everything by name, as it is stored; timesteps in int64, or in float32, which holds real ones exactly."""
+        lists = {"timesteps": torch.tensor(self.timesteps), "bits": torch.tensor(self.bits, dtype=torch.long)}
         return {name: getattr(self, name) for name in STATISTICS} | lists
 
     @classmethod
@@ -104,6 +104,8 @@ class NoCorrection:
     measures: ClassVar[Literal[False]] = False  # statistics of the noise
 
     def check(self, sampler: Sampler) -> None: ...
+
+    def check_training(self, schedule: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,11 @@ class NoiseCorrection:
             name = getattr(sampler, "kind", type(sampler).__name__)
             raise ValueError(f"the noise of a {name} cannot be calibrated: choose sampler=ddim, or sampler.eta=0")
 
-    def estimate(self, moments: NoiseMoments, timesteps: tuple[int, ...]) -> NoiseStatistics:
+    def check_training(self, schedule: Mapping[str, Any]) -> None:
+        """Raise ValueError for a network that predicts anything but noise, which the method's formulas are for."""
+        require_noise_prediction(schedule, "PTQD's correction (method/correction)")
+
+    def estimate(self, moments: NoiseMoments, timesteps: tuple[float | int, ...]) -> NoiseStatistics:
         """Statistics of every step, from sums over its images.
 
         1. k: slope of the least-squares fit of d on e over a step's pixels, at least 0; r2: its share of d's variance.
@@ -191,11 +197,12 @@ class NoiseCorrection:
             batch: images that go through the networks together.
             each_step: called with the number of finished steps of all batches.
         """
+        self.check_training(denoiser.schedule)
         context, widths, timesteps = model.context, model.activation_bits() or (0,), sampling.calls(denoiser)
         predict, exact = sampling.predictor(model.for_timesteps(timesteps)), sampling.predictor(denoiser.unet)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for number, indices in enumerate(batches(self.images, batch)):
-            seen: dict[int, list[NoiseMoments]] = {}  # of every width; of a timestep once, however often it is visited
+            seen: dict[float, list[NoiseMoments]] = {}  # of every width; of a timestep once, even if visited twice
             conditions = sampling.conditions(denoiser, seed, Stream.CORRECTION, indices)
             for step in sampling.trajectory(exact, denoiser, seed=seed, stream=Stream.CORRECTION, indices=indices):
                 if step.t in seen:
@@ -214,7 +221,7 @@ class NoiseCorrection:
         statistics = {bits: self.estimate(sums, context.timesteps) for bits, sums in moments.items()}
         if widths == (0,):
             return statistics[0]
-        alphas = alphas_cumprod(denoiser.schedule)[list(context.timesteps)]
+        alphas = alphas_cumprod(denoiser.schedule)[[round(t) for t in context.timesteps]]
         chosen = choose_bits({bits: sums.signal_to_noise() for bits, sums in moments.items()}, alphas)
         every = {n: torch.stack([getattr(statistics[b], n)[i] for i, b in enumerate(chosen)]) for n in STATISTICS}
         return NoiseStatistics(context.timesteps, bits=chosen, **every)

@@ -87,7 +87,7 @@ class Run:
         """Timesteps of the network calls for one image."""
         calls = self.sampling.calls(self.denoiser)
         numbers = len(calls), len(set(calls)), calls[0], calls[-1]
-        log.info("%s: %d network calls at %d timesteps, %d .. %d", self.sampling.sampler, *numbers)
+        log.info("%s: %d network calls at %d timesteps, %s .. %s", self.sampling.sampler, *numbers)
         return calls
 
     @cached_property
@@ -163,7 +163,7 @@ def measured_structure(denoiser: Denoiser, t: Timestep) -> UNetStructure:
     Raises:
         ValueError: a layer depends on t otherwise than its role says.
     """
-    example, family = denoiser.example(), family_of(denoiser.unet)
+    example, family = denoiser.example(t), family_of(denoiser.unet)
     structure = read_structure(denoiser.unet, example)
     other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
     measured = measured_temporal_layers(denoiser.unet, example, t, other, family.conditions)

@@ -93,14 +93,17 @@ class TimestepContext(nn.Module):
 
     def step_indices(self, t: Shaped[Tensor, "batch"], outside: Outside = "error") -> Int[Tensor, "batch"]:
         """Step of each timestep. `error` waits for the device of `t` to look; the other choices do not."""
-        if outside not in ("error", "nearest", "unchecked"):
-            raise ValueError(f"outside must be error, nearest or unchecked, got {outside!r}")
-        if outside == "error":
-            self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
         # larger timesteps come first in the set, and min takes the first of equals
         distance, index = (t[:, None] - self.visited.to(t.device)).abs().min(dim=1)
-        if outside == "nearest":
-            return index
+        match outside:
+            case "nearest":
+                return index
+            case "error":
+                self.require(t.tolist())  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+            case "unchecked":
+                pass
+            case _:
+                raise ValueError(f"outside must be error, nearest or unchecked, got {outside!r}")
         return torch.where(distance <= SAME * t.abs(), index, self.num_steps)  # no step: a table has no such row
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What the Temporal Information Block learns from: timesteps, or pairs of timestep and condition."""
+"""Inputs that the Temporal Information Block learns from: timesteps, or pairs of timestep and condition."""
 
 import torch
 from torch import nn

@@ -135,9 +135,10 @@ def _setting_words(record: ScoreRecord, others: Sequence[ScoreRecord]) -> str:
 def sampling_title(record: ScoreRecord) -> str:
     """Sampler, guidance and number of images in a line; what a record does not say is left out."""
     protocol, sampler = record.protocol, record.protocol.get("sampler", {})
-    kind = sampler.get("kind", sampler.get("class", ""))
+    sampler = sampler.get("sampler", sampler)  # of a pipeline's, the one inside
+    kind, steps = sampler.get("kind", sampler.get("class", "")), sampler.get("num_inference_steps")
     return join(
-        f"{kind} {sampler['num_inference_steps']} steps" if "num_inference_steps" in sampler else kind,
+        kind if steps is None else f"{kind} {steps} steps",
         f"eta {sampler['eta']}" if "eta" in sampler else "",
         f"guidance {protocol['guidance']}" if protocol.get("guidance", 1) != 1 else "",
         f"{protocol['images']} images" if "images" in protocol else "",

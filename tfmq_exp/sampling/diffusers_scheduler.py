@@ -3,17 +3,18 @@
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
+import numpy as np
 
 from tfmq_exp.core.files import read_json
-from tfmq_exp.core.validate import COUNT, POSITIVE, SHARE, SWITCH, check_fields, one_of
+from tfmq_exp.core.validate import AMOUNT, COUNT, SHARE, check_fields, number, optional, sequence_of
+from tfmq_exp.core.validate import Kind as ValueKind
 from tfmq_exp.denoisers.loading.scheduler_config import (
     CONFIG,
     KINDS,
@@ -25,29 +26,16 @@ from tfmq_exp.denoisers.loading.scheduler_config import (
     listed_classes,
     scheduler_file,
 )
+from tfmq_exp.sampling.network_convention import PipelineSampler
 from tfmq_exp.sampling.samplers import scheduler_moves
+from tfmq_exp.sampling.scheduler_checks import OTHERS, check_settings, checked_timesteps, try_steps
 from tfmq_exp.sampling.trajectory import Moves, Sampler
 
 # Schedulers that these pipelines of diffusers use in place of the folder's.
 CONVERTED = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 # Settings that StableDiffusionPipeline overrides, if the scheduler has them.
 STABLE_DIFFUSION = {"steps_offset": 1, "clip_sample": False}
-KNOWN = {  # kinds of settings that diffusers does not check; truth values are known by their defaults
-    "prediction_type": one_of("epsilon", "sample", "v_prediction"),
-    "variance_type": one_of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    **{"clip_sample_range": POSITIVE, "sample_max_value": POSITIVE, "dynamic_thresholding_ratio": SHARE},
-}
-# The settings that decide which timesteps are visited.
-SPACING = (
-    *("timestep_spacing", "steps_offset", "interpolation_type"),
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas"),
-)
-# The settings that decide whether a scheduler can sample at all.
-DECISIVE = (
-    *("prediction_type", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr", "final_sigmas_type"),
-    *("beta_schedule", "algorithm_type", "solver_type", "thresholding"),
-)
-OTHERS = "; sampler=ddim, plms or dpm_solver sample without it"
+NUMBER = ValueKind("a finite number", number)
 log = logging.getLogger(__name__)
 
 
@@ -66,35 +54,18 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         check_fields(self, num_inference_steps=COUNT, eta=SHARE)
-        if self.kind not in KINDS:
-            raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {self.kind!r}{OTHERS}")
-        defaults = default_settings(self.kind)
-        for key, value in self.settings.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key} must be a finite number, got {value}")
-            kind = SWITCH if isinstance(defaults.get(key), bool) else KNOWN.get(key)
-            if kind is not None and value is not None and not kind.fits(value):  # a text "false" would count as true
-                raise ValueError(f"{key} must be {kind.right}, got {value!r}{OTHERS}")
+        check_settings(self.kind, self.settings)
         count, steps = self.settings["num_train_timesteps"], self.num_inference_steps
         if not 1 <= steps <= count:
             raise ValueError(f"{steps} sampler steps are not 1 to {count}, the folder's num_train_timesteps")
         if self.eta and "eta" not in inspect.signature(getattr(diffusers, self.kind).step).parameters:
             raise ValueError(f"a {self.kind} has no eta: it must be 0, got {self.eta}")
-        self._dry_run()
+        asked = f"{steps} steps with eta={self.eta}"
+        try_steps(self.kind, self.settings, asked, lambda: self.start({}), lambda: self._timesteps)
 
     @cached_property
-    def _timesteps(self) -> tuple[int, ...]:
-        found: list[float] = self.scheduler().timesteps.tolist()
-        count = self.settings["num_train_timesteps"]
-        where = ", ".join(f"{key}={value}" for key in SPACING if (value := self.settings.get(key)) not in (None, False))
-        if wrong := [t for t in found if t != int(t)]:
-            raise ValueError(
-                f"{where}: the {self.kind} calls the network at timestep {wrong[0]:.3f}, and timesteps must be whole "
-                f"numbers, as +sampler.settings.timestep_spacing=leading has them{OTHERS}"
-            )
-        if wrong := [int(t) for t in found if not 0 <= t < count]:
-            raise ValueError(f"{where}: {self.num_inference_steps} steps visit timestep {wrong[0]} of 0 .. {count - 1}")
-        return tuple(int(t) for t in found)
+    def _timesteps(self) -> tuple[float | int, ...]:
+        return checked_timesteps(self.kind, self.settings, self.scheduler().timesteps, self.num_inference_steps)
 
     def scheduler(self) -> Any:
         """A new scheduler of diffusers with its timesteps set."""
@@ -102,29 +73,87 @@ class Scheduler:
         made.set_timesteps(self.num_inference_steps)
         return made
 
-    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[float | int, ...]:
         """The scheduler's timesteps; those of second order have some of them twice."""
         return self._timesteps
 
     def start(self, schedule: Mapping[str, Any]) -> Moves:
         return scheduler_moves(self.scheduler(), self.eta)
 
-    def _dry_run(self) -> None:
-        """Take all steps with one number as the image; ValueError where the scheduler fails or divides by zero."""
-        generators = [torch.Generator().manual_seed(0)]
-        try:
-            moves, x = self.start({}), torch.ones(1, 1, 1, 1)
-            for call, t in enumerate(self._timesteps):
-                x = moves.move(call, moves.input(call, x), x, generators)
-                if not bool(torch.isfinite(x).all()):
-                    raise ValueError(f"it gives {float(x)} at timestep {t}")
-        except Exception as error:  # diffusers does not check settings: they fail anywhere
-            reason = " ".join(f"{error}".split())[:300] or type(error).__name__
-            usual = default_settings(self.kind)
-            said = {key: v for key, v in self.settings.items() if key in DECISIVE or v != usual.get(key)}
-            raise ValueError(
-                f"a {self.kind} cannot sample {self.num_inference_steps} steps with eta={self.eta} and {said}: {reason}"
-            ) from error
+
+@dataclass(frozen=True)
+class SigmaScheduler:
+    """A scheduler of diffusers whose steps a pipeline sets by more than their number: by sigmas, by a shift, or by both.
+
+    Raises:
+        ValueError: a kind, a setting or an argument that is not supported, by its key.
+    """
+
+    kind: str  # name of its class, one of `KINDS`
+    settings: Mapping[str, Any]  # its whole configuration
+    num_inference_steps: int | None = None  # arguments of its `set_timesteps`; this one in place of sigmas
+    sigmas: tuple[float, ...] | None = None
+    mu: float | None = None  # of `use_dynamic_shifting`: pipelines make it from the image's size
+
+    def __post_init__(self) -> None:
+        check_fields(self, num_inference_steps=optional(COUNT), sigmas=optional(sequence_of(AMOUNT)))
+        check_fields(self, mu=optional(NUMBER))
+        check_settings(self.kind, self.settings)
+        if (self.num_inference_steps is None) == (not self.sigmas):
+            raise ValueError("give num_inference_steps or sigmas: with sigmas the number of steps is fixed")
+        if not self.sigmas and self.mu is None:
+            raise ValueError("give sigmas or mu: a Scheduler samples by a number of steps alone")
+        object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)) if self.sigmas else None)
+        takes = {*inspect.signature(getattr(diffusers, self.kind).set_timesteps).parameters}
+        takes -= {"sigmas"} if self.kind.startswith("EDM") else set()  # which are none there, but shares of the way
+        if wrong := sorted(self.arguments.keys() - takes):
+            raise ValueError(f"a {self.kind} takes no {wrong[0]}, got {self.arguments[wrong[0]]}")
+        if self.mu is not None and not self.settings.get("use_dynamic_shifting"):
+            raise ValueError(f"mu={self.mu} has no effect: use_dynamic_shifting is not set")
+        asked = " ".join(f"{key}={value}" for key, value in self.arguments.items())
+        try_steps(self.kind, self.settings, f"with {asked}", lambda: self.start({}), lambda: self._timesteps)
+
+    @property
+    def eta(self) -> float:
+        return 0.0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `set_timesteps` that are given."""
+        given = {name: getattr(self, name) for name in ("num_inference_steps", "sigmas", "mu")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @cached_property
+    def _timesteps(self) -> tuple[float | int, ...]:
+        timesteps = self.scheduler().timesteps
+        return checked_timesteps(self.kind, self.settings, timesteps, len(timesteps))
+
+    def scheduler(self) -> Any:
+        """A new scheduler of diffusers with its timesteps set."""
+        made: Any = getattr(diffusers, self.kind)(**self.settings)
+        # some kinds calculate with what they are given
+        made.set_timesteps(**{k: np.array(v) if k == "sigmas" else v for k, v in self.arguments.items()})
+        return made
+
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[float | int, ...]:
+        """The scheduler's timesteps; those of second order have some of them twice."""
+        return self._timesteps
+
+    def start(self, schedule: Mapping[str, Any]) -> Moves:
+        return scheduler_moves(self.scheduler())
+
+
+def default_scheduler(kind: str, num_inference_steps: int, settings: Mapping[str, Any] | None = None) -> Scheduler:
+    """A scheduler of diffusers with its default settings, some of them changed; ValueError for one that it does not have."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if unknown := sorted((settings or {}).keys() - default_settings(kind).keys()):
+        raise ValueError(f"sampler.settings.{unknown[0]}: a {kind} has no such setting")
+    full = getattr(diffusers, kind)(**(settings or {})).config
+    known = {
+        key: value for key, value in full.items() if not key.startswith("_") and value not in (math.inf, -math.inf)
+    }
+    return Scheduler(kind, known, num_inference_steps)
 
 
 def _file_of(path: str | None) -> tuple[Path, Path]:
@@ -142,9 +171,22 @@ def _file_of(path: str | None) -> tuple[Path, Path]:
 
 
 def read_scheduler(
-    path: str | None, num_inference_steps: int, eta: float = 0.0, settings: Mapping[str, Any] | None = None
-) -> Scheduler:
-    """The scheduler of a folder as diffusers' pipeline of that folder uses it, with some settings changed; see `Scheduler`.
+    path: str | None,
+    num_inference_steps: int,
+    eta: float = 0.0,
+    settings: Mapping[str, Any] | None = None,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
+) -> Scheduler | SigmaScheduler:
+    """The scheduler of a folder as diffusers' pipeline of that folder uses it, with some settings changed.
+
+    Args:
+        path: of the folder.
+        num_inference_steps: of the sampler.
+        eta: see `Scheduler`.
+        settings: changes, by diffusers' names.
+        sigmas: see `SigmaScheduler`; they decide the number of steps.
+        mu: see `SigmaScheduler`.
 
     Raises:
         FileNotFoundError: no scheduler in the folder.
@@ -172,26 +214,32 @@ def read_scheduler(
                 log.warning("%s=%s, as diffusers' StableDiffusionPipeline sets it whatever the folder says", key, value)
                 known[key] = value
         check_count(known["num_train_timesteps"])
-        full = getattr(diffusers, kind)(**known).config
-        # JSON has no infinity, which some bounds are by default: these stay out
-        return Scheduler(
-            kind,
-            {
-                key: value
-                for key, value in full.items()
-                if not (key.startswith("_") or (value in (math.inf, -math.inf) and value == defaults[key]))
-            },
-            num_inference_steps,
-            eta,
-        )
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        check_settings(kind, finite(known, defaults))
+        complete = finite(getattr(diffusers, kind)(**known).config, defaults)
+        if sigmas is None and mu is None:
+            return Scheduler(kind, complete, num_inference_steps, eta)
+        if eta:
+            raise ValueError(f"eta must be 0 with sigmas or mu, got {eta}")
+        steps, given = (num_inference_steps, None) if sigmas is None else (None, tuple(sigmas))
+        return SigmaScheduler(kind, complete, steps, given, mu)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError, ArithmeticError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
+
+
+def finite(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without diffusers' own, and without the bounds that are infinite by default: JSON has no infinity."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if not (key.startswith("_") or (value in (math.inf, -math.inf) and value == defaults[key]))
+    }
 
 
 def replaced_settings(sampler: Sampler, path: Path) -> str:
     """A message with the settings of the folder's scheduler that another sampler ignores; empty where there are none."""
     file = scheduler_file(path) if path.is_dir() else None
-    if file is None or isinstance(sampler, Scheduler):
+    sampler = sampler.sampler if isinstance(sampler, PipelineSampler) else sampler
+    if file is None or isinstance(sampler, Scheduler | SigmaScheduler):
         return ""
     config, known = read_json(file), {*NOISE, *USUAL}
     left = [

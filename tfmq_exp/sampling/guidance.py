@@ -14,6 +14,7 @@ from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, nested, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_timesteps
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
+from tfmq_exp.sampling.network_convention import with_steps
 from tfmq_exp.sampling.trajectory import Predict, Sampler, Step, finite_set, trajectory
 
 
@@ -38,20 +39,17 @@ class Sampling:
         """Whether every step predicts twice, with and without condition."""
         return self.guidance != 1.0
 
-    def calls(self, denoiser: Denoiser) -> tuple[int, ...]:
+    def calls(self, denoiser: Denoiser) -> tuple[float | int, ...]:
         """The timestep of every call of the network."""
         return self.sampler.calls(denoiser.schedule)
 
-    def finite_set(self, denoiser: Denoiser) -> tuple[int, ...]:
+    def finite_set(self, denoiser: Denoiser) -> tuple[float | int, ...]:
         """The distinct timesteps, in the order in which they are first visited."""
         return finite_set(self.sampler, denoiser.schedule)
 
     def with_steps(self, num_inference_steps: int) -> "Sampling":
         """The same with another number of steps; ValueError for a sampler without such a setting."""
-        if not hasattr(self.sampler, "num_inference_steps"):
-            raise ValueError(f"{type(self.sampler).__name__} has no num_inference_steps: its number of steps is fixed")
-        sampler: Any = self.sampler
-        return replace(self, sampler=replace(sampler, num_inference_steps=num_inference_steps))
+        return replace(self, sampler=with_steps(self.sampler, num_inference_steps))
 
     def conditions(self, denoiser: Denoiser, seed: int, stream: str, indices: Sequence[int]) -> Conditions:
         """Conditions of images `indices` of a random stream, on the network's device; streams are independent.
@@ -86,7 +84,10 @@ class Sampling:
                 eps = noise_of(unet(x, timestep=t, **arguments).sample, x).to(x.dtype)
             if self.guided:
                 without, with_condition = eps.chunk(2)
-                return without + scale * (with_condition - without)
+                guided = without + scale * (with_condition - without)
+                if not conditions.normalised:
+                    return guided
+                return guided * (with_condition.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
             return eps
 
         return predict

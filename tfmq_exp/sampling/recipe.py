@@ -13,15 +13,46 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import SEED, whole
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, first_argument
 from tfmq_exp.denoisers.loading.scheduler_config import check_count
-from tfmq_exp.sampling.diffusers_scheduler import Scheduler
+from tfmq_exp.sampling.diffusers_scheduler import Scheduler, SigmaScheduler
+from tfmq_exp.sampling.edm import EDM
 from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.network_convention import NetworkConvention, PipelineSampler
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
 from tfmq_exp.sampling.trajectory import trajectory
 
 LARGEST = 2**16  # channels, or pixels of a side
-SAMPLERS: dict[str, Any] = {kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler)}
+SAMPLERS: dict[str, Any] = {
+    kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler, SigmaScheduler, EDM, PipelineSampler)
+}
+
+
+def is_described(sampler: Any) -> bool:
+    """Whether a file can describe a sampler: its class is one of `SAMPLERS`, and so is that of the sampler in it."""
+    inner = not isinstance(sampler, PipelineSampler) or is_described(sampler.sampler)
+    return type(sampler) in SAMPLERS.values() and inner
+
+
+def sampler_to_json(sampler: Any) -> dict[str, Any]:
+    """Plain data of a sampler that `is_described`."""
+    settings = dataclasses.asdict(sampler)
+    if isinstance(sampler, PipelineSampler):
+        settings["sampler"] = sampler_to_json(sampler.sampler)
+    return {"sampler": type(sampler).__name__, "settings": settings}
+
+
+def sampler_from_json(data: Any) -> Any:
+    """The inverse of `sampler_to_json`; ValueError, KeyError or TypeError for data that is no sampler."""
+    kind, settings = data["sampler"], data["settings"]
+    if kind not in SAMPLERS:
+        raise ValueError(f"unknown sampler {kind!r}; known: {', '.join(SAMPLERS)}")
+    if SAMPLERS[kind] is PipelineSampler:
+        settings = {**settings, "convention": NetworkConvention(**settings["convention"])}
+        if settings["sampler"]["sampler"] == kind:
+            raise ValueError(f"a {kind} holds no other {kind}")
+        settings["sampler"] = sampler_from_json(settings["sampler"])
+    return SAMPLERS[kind](**settings)
 
 
 def as_int(name: str, value: Any) -> int:
@@ -39,24 +70,28 @@ def check_conditions(network: nn.Module, conditions: Any, count: int) -> None:
     """ValueError unless the conditions are those of `count` images, by the names that the network takes."""
     if missing := required_conditions(network):
         required = f"this network is conditioned: give conditions= with {', '.join(missing)} of each image"
-        if conditions is None or (isinstance(conditions, Conditions) and not conditions.given.keys() >= {*missing}):
+        if conditions is None or (
+            isinstance(conditions, Conditions) and not {*conditions.given, *conditions.constants} >= {*missing}
+        ):
             raise ValueError(required)
     if conditions is None:
         return
     if not isinstance(conditions, Conditions):
         made = "denoiser.encoder(captions) makes them"
         raise ValueError(f"conditions must be Conditions, got {type(conditions).__name__}: {made}")
-    if unknown := conditions.given.keys() - inspect.signature(getattr(network, "unet", network).forward).parameters:
+    given = {name.split(".")[0] for name in conditions.given}
+    if unknown := given - inspect.signature(getattr(network, "unet", network).forward).parameters.keys():
         raise ValueError(f"conditions hold {min(unknown)}, which this network does not take")
     if rows := [f"{len(value)} of {name}" for name, value in conditions.given.items() if len(value) != count]:
         raise ValueError(f"conditions must have one row for each of {count} images, got {rows[0]}")
 
 
 def required_conditions(network: nn.Module) -> list[str]:
-    """Required arguments of a UNet of diffusers, or of a quantized one, after sample and timestep."""
+    """Required arguments of a network of diffusers, or of a quantized one, beside sample and timestep."""
     parameters = inspect.signature(getattr(network, "unet", network).forward).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in plain and p.default is p.empty][2:]
+    required = [p.name for p in parameters if p.kind in plain and p.default is p.empty]
+    return [name for name in required if name not in (first_argument(getattr(network, "unet", network)), "timestep")]
 
 
 @dataclass(frozen=True)
@@ -65,12 +100,12 @@ class Recipe:
 
     sampling: Sampling
     schedule: Mapping[str, Any]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     @classmethod
     def of(cls, sampling: Sampling, denoiser: Denoiser) -> "Recipe | None":
         """The recipe of a denoiser; None for a user's own sampler class, which a file cannot describe."""
-        if type(sampling.sampler) not in SAMPLERS.values():
+        if not is_described(sampling.sampler):
             return None
         plain = Sampling(sampling.sampler, guidance=sampling.guidance, precision=sampling.precision)
         return cls(plain, denoiser.schedule, denoiser.sample_shape)
@@ -81,10 +116,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        sampler: Any = self.sampling.sampler
         return {
-            "sampler": type(sampler).__name__,
-            "settings": dataclasses.asdict(sampler),
+            **sampler_to_json(self.sampling.sampler),
             "guidance": self.sampling.guidance,
             "precision": self.sampling.precision,
             "schedule": dict(self.schedule),
@@ -95,13 +128,12 @@ class Recipe:
     def from_json(cls, data: Any) -> "Recipe":
         """The inverse of `to_json`; ValueError for data that is not a recipe."""
         try:
-            kind = data["sampler"]
-            if kind not in SAMPLERS:
-                raise ValueError(f"unknown sampler {kind!r}; known: {', '.join(SAMPLERS)}")
-            sampler = SAMPLERS[kind](**data["settings"])
+            sampler = sampler_from_json(data)
             sampling = Sampling(sampler, guidance=data["guidance"], precision=data["precision"])
-            channels, height, width = data["shape"]
-            for size in (channels, height, width):
+            shape = tuple(data["shape"])
+            if not 2 <= len(shape) <= 4:
+                raise ValueError(f"a sample has two to four axes, got {len(shape)}")
+            for size in shape:
                 if not whole(size) or not 1 <= size <= LARGEST:
                     raise ValueError(f"expected a whole number from 1 to {LARGEST}, got {size!r}")
             schedule = dict(data["schedule"])
@@ -109,7 +141,7 @@ class Recipe:
             sampler.calls(schedule)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no sampling recipe: {type(error).__name__} {error}") from error
-        return cls(sampling, schedule, (channels, height, width))
+        return cls(sampling, schedule, shape)
 
     @torch.no_grad()
     def images(

@@ -13,7 +13,14 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
 from tfmq_exp.core.validate import ANY_COUNT, COUNT, SHARE, SWITCH, Kind, check_fields, optional, whole
-from tfmq_exp.sampling.trajectory import Moves, Spacing, alphas_cumprod, require_noise_prediction, visited
+from tfmq_exp.sampling.trajectory import (
+    Moves,
+    Spacing,
+    alphas_cumprod,
+    require_betas,
+    require_noise_prediction,
+    visited,
+)
 
 ORDER = Kind("1, 2 or 3", lambda value: whole(value) and 1 <= value <= 3)
 NO_ETA = Kind("0, as this sampler is deterministic", lambda value: value == 0)
@@ -60,7 +67,7 @@ class VarianceCalibrated:
     """
 
     sampler: DDIM  # the plain one
-    residual: Mapping[int, float]  # s by timestep
+    residual: Mapping[float | int, float]  # s by timestep
     keep_drift: bool = True  # take the deterministic part with the original sigma; the release takes sigma' there too
 
     @property
@@ -153,7 +160,8 @@ class DPMSolver:
         check_fields(self, num_inference_steps=COUNT, order=ORDER, eta=NO_ETA)
 
     def scheduler(self, schedule: Mapping[str, Any]) -> Any:
-        """Diffusers' scheduler with its timesteps set."""
+        """Diffusers' scheduler with its timesteps set; ValueError for a network whose training has no betas."""
+        require_betas(schedule)
         made: Any = DPMSolverMultistepScheduler(**schedule, solver_order=self.order, timestep_spacing="linspace")
         made.set_timesteps(self.num_inference_steps)
         return made
@@ -166,8 +174,14 @@ class DPMSolver:
 
 
 def scheduler_moves(scheduler: Any, eta: float = 0.0) -> Moves:
-    """Moves of a new scheduler of diffusers, which remembers earlier predictions and its step."""
+    """Moves of a new scheduler of diffusers, which remembers earlier predictions and its step.
+
+    It finds its first step by the timestep, as the second of two that are equal, unless it is set to begin at the first; then it
+    counts its calls.
+    """
     takes, timesteps = inspect.signature(scheduler.step).parameters, scheduler.timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
 
     def move(call: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         options = {"generator": list(generators), "eta": eta}
@@ -177,4 +191,6 @@ def scheduler_moves(scheduler: Any, eta: float = 0.0) -> Moves:
     def scaled(call: int, x: Tensor) -> Tensor:
         return scheduler.scale_model_input(x, timesteps[call])
 
-    return Moves(move, scaled, float(scheduler.init_noise_sigma))
+    # schedulers of flow matching take the noise as it is, and the network takes x as it is
+    scales, sigma = hasattr(scheduler, "scale_model_input"), float(getattr(scheduler, "init_noise_sigma", 1.0))
+    return Moves(move, scaled if scales else Moves._field_defaults["input"], sigma)

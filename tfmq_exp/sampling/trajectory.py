@@ -11,10 +11,18 @@ from torch import Tensor
 
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.denoisers.denoiser import Conditions
+from tfmq_exp.denoisers.loading.scheduler_config import EDM, FLOW
 
 Spacing = Literal["uniform", "quadratic", "ends"]
-Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, t of every row, conditions) -> noise
-Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, eps, x, generators) -> next x
+# What a network predicts that predicts no noise, by diffusers' `prediction_type`; `EDM` is ours.
+PREDICTED = {
+    "sample": "the clean sample",
+    "v_prediction": "a velocity, of noise and clean sample",
+    FLOW: "a velocity, noise less clean sample",
+    EDM: "a mixture of noise and clean sample that changes with sigma (arXiv 2206.00364, eq. 7)",
+}
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # (x, t of every row, conditions) -> prediction
+Move = Callable[[int, Tensor, Tensor, Sequence[torch.Generator]], Tensor]  # (call, prediction, x, generators) -> next x
 
 
 class Moves(NamedTuple):
@@ -24,16 +32,25 @@ class Moves(NamedTuple):
     # (call, x) -> the network's input, which some samplers scale
     input: Callable[[int, Tensor], Tensor] = lambda call, x: x
     sigma: float = 1.0  # standard deviation of the noise that the trajectory starts from
+    # (x, generators) -> x of the first call, for samplers that add noise before it
+    first: Callable[[Tensor, Sequence[torch.Generator]], Tensor] = lambda x, generators: x
+    # of every call in the sampler's own units, where the network is given others
+    t_train: tuple[float | int, ...] | None = None
 
 
 class Step(NamedTuple):
-    """One denoising step: the network's input `x` at timestep `t`, its prediction, and the next x."""
+    """One denoising step: the network's input `x` at timestep `t`, its prediction, and the next x.
+
+    A timestep is a whole number where the sampler has whole ones, else a float with the exact value of the float32 that the
+    network is given. `eps` is whatever the network predicts: noise, sample or velocity.
+    """
 
     index: int
-    t: int
+    t: float | int
     x: Float[Tensor, "batch ..."]
     eps: Float[Tensor, "batch ..."]
     x_next: Float[Tensor, "batch ..."]
+    t_train: float | int  # t in the sampler's own units, which are those of the training
 
 
 class Sampler(Protocol):
@@ -44,8 +61,8 @@ class Sampler(Protocol):
         """Noise that a step adds, relative to DDPM; 0 for deterministic samplers."""
         ...
 
-    def calls(self, schedule: Mapping[str, Any]) -> tuple[int, ...]:
-        """The timestep of every call of the network, in order; some samplers call twice at the same."""
+    def calls(self, schedule: Mapping[str, Any]) -> tuple[float | int, ...]:
+        """The timestep of every call as the network is given it, in order; some samplers call twice at the same."""
         ...
 
     def start(self, schedule: Mapping[str, Any]) -> Moves:
@@ -53,9 +70,19 @@ class Sampler(Protocol):
         ...
 
 
-def finite_set(sampler: Sampler, schedule: Mapping[str, Any]) -> tuple[int, ...]:
+def finite_set(sampler: Sampler, schedule: Mapping[str, Any]) -> tuple[float | int, ...]:
     """The distinct timesteps, in the order in which they are first visited."""
     return tuple(dict.fromkeys(sampler.calls(schedule)))
+
+
+def exact_numbers(t: Tensor) -> tuple[float | int, ...]:
+    """Timesteps of a tensor: int64 as whole numbers, others as floats with the exact values of float32."""
+    return tuple((t.float().double() if t.is_floating_point() else t).tolist())
+
+
+def timestep_rows(t: float | int, rows: int, device: torch.device) -> Tensor:
+    """A timestep for every row of a batch, as the network is given it: int64, or float32."""
+    return torch.full((rows,), t, dtype=torch.float32 if isinstance(t, float) else torch.int64, device=device)
 
 
 @torch.no_grad()
@@ -70,7 +97,7 @@ def trajectory(
     """Denoise `x` call by call; the only sampling loop.
 
     Args:
-        predict: (x, t, conditions) -> noise, with t of shape [batch].
+        predict: (x, t, conditions) -> prediction, with t of shape [batch], int64 or float32.
         sampler: timesteps and moves.
         schedule: noise schedule of the network's training.
         x: standard normal noise.
@@ -81,14 +108,15 @@ def trajectory(
         NotFiniteError: the network's output, or what the sampler makes of it, is NaN or infinite; names the step.
     """
     moves = sampler.start(schedule)
-    x = x * moves.sigma
-    for index, t in enumerate(sampler.calls(schedule)):
+    calls = sampler.calls(schedule)
+    x = moves.first(x * moves.sigma, generators)
+    for index, (t, t_train) in enumerate(zip(calls, moves.t_train or calls, strict=True)):
         given = moves.input(index, x)
-        eps = predict(given, torch.full((len(x),), t, device=x.device), conditions)
+        eps = predict(given, timestep_rows(t, len(x), x.device), conditions)
         require_finite(eps, f"the network's output at step {index + 1}, timestep {t}")
         x = moves.move(index, eps, x, generators)
         require_finite(x, f"what the sampler makes of the network's output at step {index + 1}, timestep {t}")
-        yield Step(index, t, given, eps, x)
+        yield Step(index, t, given, eps, x, t_train)
 
 
 def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
@@ -99,6 +127,7 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
     """
     if schedule.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr=True is not supported here, but by sampler=folder and dpm_solver")
+    require_betas(schedule)
     count, kind = int(schedule["num_train_timesteps"]), schedule["beta_schedule"]
     start, end = float(schedule["beta_start"]), float(schedule["beta_end"])
     if (trained := schedule.get("trained_betas")) is not None:
@@ -116,10 +145,20 @@ def alphas_cumprod(schedule: Mapping[str, Any]) -> Float64[Tensor, "timesteps"]:
     return (1 - betas).cumprod(0)
 
 
+def require_betas(schedule: Mapping[str, Any]) -> None:
+    """Raise ValueError for a network whose training has no betas: flow matching, or EDM's."""
+    if "beta_schedule" not in schedule:
+        predicted = f"prediction_type={schedule.get('prediction_type')}"
+        raise ValueError(f"the network was trained without betas ({predicted}), which sampler=folder alone can sample")
+
+
 def require_noise_prediction(schedule: Mapping[str, Any], name: str) -> None:
     """Raise ValueError, beginning with `name`, for a schedule whose `prediction_type` is not epsilon (the default)."""
     if (kind := schedule.get("prediction_type", "epsilon")) != "epsilon":
-        raise ValueError(f"{name} takes networks that predict noise; the folder's scheduler has prediction_type={kind}")
+        what = f": this one predicts {PREDICTED[kind]}" if kind in PREDICTED else ""
+        raise ValueError(
+            f"{name} takes networks that predict noise; the folder's scheduler has prediction_type={kind}{what}"
+        )
 
 
 def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int, ...]:

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq_exp.core.records import decode, encode
-from tfmq_exp.denoisers.families.unet import attentions, roles, set_heads
-from tfmq_exp.denoisers.loading.network_config import MOST_LAYERS, UNETS, empty_network
+from tfmq_exp.denoisers.families.find import FAMILIES, family_of
+from tfmq_exp.denoisers.families.unet import attentions, set_heads
+from tfmq_exp.denoisers.loading.network_config import LARGE, MOST_LAYERS, UNETS, WIDE, empty_network
+from tfmq_exp.denoisers.loading.network_folder import check_numbers, reason_of, without_weights
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
-from tfmq_exp.denoisers.structure import Role
+from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Role
 from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
@@ -22,7 +25,7 @@ from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
 from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
 
-NETWORKS: dict[str, Any] = {kind.__name__: kind for kind in UNETS}
+NETWORKS: dict[str, Any] = {family.network: getattr(diffusers, family.network) for family in FAMILIES}
 MOST_TIMESTEPS = 2**20
 WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 # network, its configuration, what is quantized, shapes of the integers, numbers of heads, and how the model is sampled
@@ -90,6 +93,22 @@ def difference(given: Any, written: Any, place: str = "") -> str | None:
     return next((wrong for wrong in found if wrong), None)
 
 
+def empty_transformer(kind: Any, config: Mapping[str, Any], available: int) -> Any:
+    """A transformer of these settings, with nothing in its parameters yet and its tables computed; `available` weights at most."""
+    check_numbers(config, max(available, WIDE))
+    try:
+        with without_weights(max(available, LARGE)):
+            network = kind.from_config(dict(config)).eval()
+    except Exception as error:  # settings that do not go together fail in any way
+        raise ValueError(f"no {kind.__name__} can be built of these settings: {reason_of(error)}") from error
+    if (needed := sum(value.numel() for value in network.parameters())) > available:
+        raise ValueError(f"its settings describe {needed} weights, the file has room for {available}")
+    for name, value in list(network.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, nn.Parameter(torch.empty(value.shape), requires_grad=False))
+    return network
+
+
 def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     """The float network that a manifest describes, if its tensors can fill it, with nothing in its parameters yet."""
     if manifest["network"] not in NETWORKS:
@@ -98,8 +117,11 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
     if unknown := config.keys() - default_settings(kind).keys():
         raise ValueError(f"config.{min(unknown)} is unknown")
     available = WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values())
-    unet: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
-    unet.to_empty(device="cpu")
+    if kind in UNETS:
+        unet: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
+        unet.to_empty(device="cpu")
+    else:
+        unet = empty_transformer(kind, config, available)
     modules = attentions(unet)
     if manifest["heads"].keys() != modules.keys():
         raise ValueError("its numbers of heads are not those of its attentions")
@@ -114,8 +136,10 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
 def check_plan(plan: ResolvedConfig, numbers: int) -> None:
     """ValueError for timesteps that no sampler visits, and for networks that are larger than the file with their weights."""
     steps = plan.timesteps
-    if not steps or len(set(steps)) < len(steps) or not all(abs(t) < MOST_TIMESTEPS for t in steps):
-        expected = f"different numbers below {MOST_TIMESTEPS}"
+    whole = all(type(t) is int and 0 <= t < MOST_TIMESTEPS for t in steps)
+    real = all(type(t) is float and abs(t) < MOST_TIMESTEPS for t in steps)
+    if not steps or len(set(steps)) < len(steps) or not (whole or real):
+        expected = f"different integers of 0 .. {MOST_TIMESTEPS - 1}, or different real numbers"
         raise ValueError(f"'plan.timesteps' must be {expected}, got {str(steps)[:50]}")
     lines = [line for layer in plan.layers.values() for line in (layer.input, layer.output)]
     for operands in plan.operands.values():
@@ -137,12 +161,12 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     plan = decode(manifest["plan"], ResolvedConfig, STORED, "plan")
     check_plan(plan, sum(value.numel() for value in tensors.values()))
     unet = empty_unet(manifest, tensors)
-    model, known = build_quantized_unet(unet, plan, MinMax()), roles(unet)
+    model, known = build_quantized_unet(unet, plan, MinMax()), family_of(unet).roles(unet)
     for name in model.weight_layers():
         parts = model.layer(name).weight_parts()
         model.freeze(name, tuple(empty_integers(q.spec, tuple(part.shape), name) for q, part in parts))
     for layer, spec in manifest["cached"].items():
-        if known.get(layer) is not Role.TIME_PROJ:
+        if known.get(layer) not in TEMPORAL_ROLES:
             raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
         shape = (model.context.num_steps, model.unet.get_submodule(layer).out_features)
         model.cache_feature(layer, empty_integers(QuantSpec(**spec), shape, layer))

@@ -9,9 +9,10 @@ from rich.console import Console
 from tests.e2e.jobs import composed
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.dry_run import Estimate, expected_cost, print_estimate
-from tfmq_exp.cli.estimate import Cost, Costs, PeakMemory, StageEstimate, measure
+from tfmq_exp.cli.estimate import Cost, Costs, StageEstimate, measure
 from tfmq_exp.cli.terminal import ProgressBars
 from tfmq_exp.core.formatting import format_bytes, format_duration
+from tfmq_exp.core.peak_memory import PeakMemory
 from tfmq_exp.pipeline.experiment import Experiment
 
 

@@ -13,7 +13,10 @@ from tfmq_exp.core.records import decode, encode
 from tfmq_exp.quant.timestep_context import Timestep, TimestepContext, exact_timesteps, network_timesteps
 from tfmq_exp.surgery.resolve import STORED, ResolvedConfig
 
-LISTS = load_file(GOLDENS / "timesteps.safetensors")
+FLOW, EDM = (load_file(GOLDENS / part / "samplers.safetensors") for part in ("flow", "edm"))
+LISTS = {f"flow.{name}": value for name, value in FLOW.items() if name.endswith((".timesteps", ".network_t"))}
+# what EDM's networks are given: c_noise = log(sigma) / 4 (arXiv 2206.00364, table 1)
+LISTS |= {f"edm.{name}": sigmas.log() / 4 for name, sigmas in EDM.items() if name.endswith(".sigmas_of_calls")}
 EVERY = pytest.mark.parametrize("name", LISTS)
 
 
@@ -91,7 +94,7 @@ def test_a_set_of_numbers_alone(wrong: float) -> None:
 
 
 def test_steps_of_negative_and_small_timesteps_are_told_apart() -> None:
-    values = listed("edm.heun_18.network_t")
+    values = listed("edm.heun_18.sigmas_of_calls")
     assert min(values) < 0 < max(values)
     context = TimestepContext(values)
     assert context.step_indices(torch.tensor(values).float()).tolist() == [values.index(t) for t in values]

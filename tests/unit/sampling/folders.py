@@ -16,6 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.loading.pretrained import load_denoiser
+from tfmq_exp.sampling.diffusers_scheduler import read_scheduler
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.images import ImagePlan, sample_shard
 
 IMAGES, STEPS, SEED, GUIDANCE = 2, 4, 5, 3.0
 CAPTIONS = ["a cat", "a dog"]
@@ -158,3 +161,23 @@ def sample_captions(folder: Path, kind: str) -> Tensor:
         output_type="pt",
     ).images
     return as_bytes(found)
+
+
+class InTurn:
+    """The captions, one after the other."""
+
+    def choose(self, seed: int, stream: str, indices: Any) -> list[str]:
+        return [CAPTIONS[i] for i in indices]
+
+
+def sampled(model: Model, eta: float = 0.0, **how: Any) -> Tensor:
+    """The images that a run makes."""
+    sampling = Sampling(read_scheduler(str(model.folder), STEPS, eta), **how)
+    plan = ImagePlan(IMAGES, SEED, IMAGES)
+    return sample_shard(sampling.predictor(model.denoiser.unet), model.denoiser, sampling, plan, range(IMAGES))
+
+
+def check_equal(ours: Tensor, diffusers: Tensor) -> None:
+    """At most one grey level; and images, not all black or white."""
+    assert (ours.int() - diffusers.int()).abs().max() <= 1
+    assert diffusers.float().std() > 10

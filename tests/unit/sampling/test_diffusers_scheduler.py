@@ -8,23 +8,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 
 from tests.unit.sampling.folders import (
-    CAPTIONS,
     GUIDANCE,
-    IMAGES,
-    SEED,
     STEPS,
+    InTurn,
     Model,
+    check_equal,
     put_scheduler,
     sample_captions,
     sample_unconditional,
-    save_text_to_image,
+    sampled,
 )
 from tfmq_exp.sampling.diffusers_scheduler import read_scheduler
-from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.sampling.images import ImagePlan, sample_shard
 
 pytestmark = pytest.mark.bad_input
 V, ZERO_SNR = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -82,31 +78,6 @@ TEXT_SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("EulerAncestralDiscreteScheduler", SD | V | {"timestep_spacing": "trailing"}),
     ("HeunDiscreteScheduler", SD | LEADING),
 ]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model.saved(tmp_path_factory.mktemp("text"), save_text_to_image)
-
-
-class InTurn:
-    """The captions, one after the other."""
-
-    def choose(self, seed: int, stream: str, indices: Any) -> list[str]:
-        return [CAPTIONS[i] for i in indices]
-
-
-def sampled(model: Model, eta: float = 0.0, **how: Any) -> Tensor:
-    """The images that a run makes."""
-    sampling = Sampling(read_scheduler(str(model.folder), STEPS, eta), **how)
-    plan = ImagePlan(IMAGES, SEED, IMAGES)
-    return sample_shard(sampling.predictor(model.denoiser.unet), model.denoiser, sampling, plan, range(IMAGES))
-
-
-def check_equal(ours: Tensor, diffusers: Tensor) -> None:
-    """At most one grey level; and images, not all black or white."""
-    assert (ours.int() - diffusers.int()).abs().max() <= 1
-    assert diffusers.float().std() > 10
 
 
 def first_step_is_nan(folder: Path, eta: float) -> bool:
@@ -185,7 +156,7 @@ def test_what_the_pipeline_of_stable_diffusion_changes_is_said(text: Model, capl
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name must be one of DDIMScheduler"),
+    ({"_class_name": "KDPM2DiscreteScheduler"}, "_class_name must be one of DDIMScheduler"),
     ({"_class_name": "os.system"}, "_class_name must be one of"),
     ({"_class_name": None}, "_class_name must be one of"),
     ({"_class_name": ["DDIMScheduler"]}, "_class_name must be one of"),
@@ -209,8 +180,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta_schedule": "straight"}, "straight"),
     ({"beta_start": float("nan")}, "beta_start must be a finite number"),
     ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}, "rescale_betas_zero_snr"),
-    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "use_karras_sigmas=True: the Euler"),
-    ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace", "num_train_timesteps": 998}, "linspace"),
+    (
+        {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+        "prediction_type must be one of epsilon, sample, v_prediction, got 'flow_prediction', with use_flow_sigmas=True",
+    ),
+    ({"_class_name": "EDMEulerScheduler", "sigma_min": 0}, "sigma_min must be a number above 0, got 0"),
 ]
 
 
@@ -260,7 +234,6 @@ def test_a_model_without_folder() -> None:
     [
         ("UniPCMultistepScheduler", "predict_x0", False),
         ("UniPCMultistepScheduler", "solver_type", "bh1"),
-        ("HeunDiscreteScheduler", "use_karras_sigmas", True),
         ("DDIMScheduler", "steps_offset", 1.5),
     ],
 )

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.sampling.diffusers_scheduler import Scheduler
+from tfmq_exp.sampling.diffusers_scheduler import Scheduler, SigmaScheduler
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan, sample_shard, to_uint8
+from tfmq_exp.sampling.network_convention import NetworkConvention, PipelineSampler
 from tfmq_exp.sampling.recipe import Recipe, required_conditions
 from tfmq_exp.sampling.samplers import DDIM, PLMS, DPMSolver
 from tfmq_exp.sampling.trajectory import Sampler
@@ -27,6 +28,9 @@ SAMPLERS: list[Sampler] = [
     PLMS(4),
     DPMSolver(4, 3),
     Scheduler("DDPMScheduler", SCHEDULE | {"variance_type": "fixed_large", "clip_sample": True}, 4),
+    Scheduler("EulerDiscreteScheduler", SCHEDULE | {"use_karras_sigmas": True}, 4),
+    SigmaScheduler("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000}, sigmas=(1.0, 0.7, 0.3)),
+    PipelineSampler(DDIM(4, 1.0), NetworkConvention((("divide", 1000.0), ("subtract_from", 1.0)), negated=True)),
 ]
 
 

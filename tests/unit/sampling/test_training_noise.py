@@ -76,6 +76,40 @@ def test_other_samplers_refuse_training_noise_that_they_cannot_take(
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "predicted"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "num_train_timesteps": 500}, "flow_prediction"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "flow_prediction"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "flow_prediction"),
+        ("EDMEulerScheduler", {}, "edm"),
+        ("EDMDPMSolverMultistepScheduler", {"prediction_type": "v_prediction"}, "edm"),
+    ],
+)
+def test_training_without_betas_is_sampled_by_no_sampler_of_betas(
+    pixels: Model, kind: str, settings: dict[str, Any], predicted: str
+) -> None:
+    put_scheduler(pixels.folder, kind, settings)
+    noise = training_noise(pixels.folder / "scheduler/scheduler_config.json")
+    assert noise == {"num_train_timesteps": settings.get("num_train_timesteps", 1000), "prediction_type": predicted}
+    for sampler in (PLMS(4), DPMSolver(4)):
+        with pytest.raises(ValueError, match=rf"trained without betas \(prediction_type={predicted}\)"):
+            sampler.start(noise)
+    with pytest.raises(
+        ValueError, match=rf"DDIM takes networks that predict noise; .* prediction_type={predicted}: this"
+    ):
+        DDIM(4).start(noise)
+
+
+def test_a_count_that_cannot_be_is_refused_without_betas(pixels: Model) -> None:
+    put_scheduler(pixels.folder, "FlowMatchEulerDiscreteScheduler", {})
+    file = pixels.folder / "scheduler/scheduler_config.json"
+    for count in (0, "many", None):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": count}))
+        with pytest.raises(ValueError, match=r"scheduler_config\.json: num_train_timesteps must be|lacks 'num_train"):
+            training_noise(file)
+
+
 def test_dpm_solver_takes_what_a_network_predicts() -> None:
     """Its scheduler is diffusers', which knows all kinds of predictions."""
     noise = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}

@@ -1,4 +1,4 @@
-"""What a family of denoisers must say about itself: roles of layers, blocks, and how its temporal features are computed."""
+"""The record of a family of denoisers: roles of layers, blocks, and how temporal features are computed."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -30,6 +30,14 @@ TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", None)
 ELSEWHERE = ("auto_map", "init_inputs", "tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")
 
 
+def require_labels(choices: Sequence[Any], classes: int) -> None:
+    """Raise ValueError for no label, or one that is no class."""
+    wrong = [label for label in choices if type(label) is not int or not 0 <= label < classes]
+    if wrong or not choices:
+        given = f"got {wrong[0]!r}" if wrong else "got none"
+        raise ValueError(f"this network is conditioned on a class for each image, 0 .. {classes - 1}: {given}")
+
+
 class ClassEmbedder:
     """One learned vector for each class, and last one of no class, as a sequence of length one for cross-attention."""
 
@@ -38,11 +46,7 @@ class ClassEmbedder:
 
     def __call__(self, choices: Sequence[Any]) -> Conditions:
         """Conditions of these labels; ValueError for no label, or one that is no class."""
-        count = len(self.embedding) - 1
-        wrong = [label for label in choices if type(label) is not int or not 0 <= label < count]
-        if wrong or not choices:
-            given = f"got {wrong[0]!r}" if wrong else "got none"
-            raise ValueError(f"this network is conditioned on a class for each image, 0 .. {count - 1}: {given}")
+        require_labels(choices, len(self.embedding) - 1)
         given, null = self.embedding[list(choices)], self.embedding[-1:]
         return Conditions({"encoder_hidden_states": given[:, None]}, {"encoder_hidden_states": null[:, None]})
 
@@ -51,6 +55,25 @@ class ClassEmbedder:
 
     def to(self, device: torch.device) -> None:
         self.embedding = self.embedding.to(device)
+
+
+class ClassLabels:
+    """Labels 0 .. classes - 1 for networks that embed them themselves (DiT); the label of no class is the one after them."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes, self.device = classes, torch.device("cpu")
+
+    def __call__(self, choices: Sequence[Any]) -> Conditions:
+        """Conditions of these labels; ValueError for no label, or one that is no class."""
+        require_labels(choices, self.classes)
+        given, null = (torch.tensor(labels, device=self.device) for labels in (list(choices), [self.classes]))
+        return Conditions({"class_labels": given}, {"class_labels": null})
+
+    def example(self) -> Conditions:
+        return self([0])
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
 
 
 class TextEncoder:
@@ -113,12 +136,12 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
     return list(files.values())
 
 
-def check_tokenizer(file: Path) -> None:
+def check_tokenizer(file: Path, classes: Sequence[str | None] = TOKENIZERS) -> None:
     """ValueError for a `tokenizer_config.json` of another tokenizer, or one that names code or files elsewhere."""
     settings = read_json(file) if file.is_file() else {}
     length, wrong = settings.get("model_max_length"), ""
-    if settings.get("tokenizer_class") not in TOKENIZERS:
-        wrong = f"tokenizer_class={settings['tokenizer_class']!r:.80}; expected {TOKENIZERS[0]}"
+    if settings.get("tokenizer_class") not in classes:
+        wrong = f"tokenizer_class={settings['tokenizer_class']!r:.80}; expected {classes[0]}"
     elif named := [f"{key}={settings[key]!r:.80}" for key in ELSEWHERE if settings.get(key)]:
         wrong = f"{named[0]} is refused: the tokenizer is what is in its folder"
     elif length is not None and not (number(length) and length >= SHORTEST and length == int(length)):

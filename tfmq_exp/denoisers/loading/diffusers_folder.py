@@ -19,16 +19,14 @@ from tfmq_exp.denoisers.loading.compvis_checkpoint import training_schedule, une
 from tfmq_exp.denoisers.loading.compvis_unet import build_unet
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, assign_text_weights, read_tokenizer
 from tfmq_exp.denoisers.loading.network_config import AUTOENCODERS, TEXT_MODELS, UNETS, checked_network, sides
+from tfmq_exp.denoisers.loading.network_folder import ADAPTER, present_names, reason_of
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, read_index, scheduler_file, training_noise
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 
-# Names of autoencoders' attention layers in older versions of diffusers -> today's.
-FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CLASSES = {"unet": UNETS, "first_stage": AUTOENCODERS, "text_encoder": TEXT_MODELS}
 SUBFOLDERS = {"unet": ("unet",), "first_stage": ("vqvae", "vae"), "text_encoder": ("text_encoder",)}
 # What a pipeline may list, too: tokenizer and scheduler are read elsewhere, the others change no image of text or noise.
 OTHERS = ("tokenizer", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
-ADAPTER = "adapter_config.json"  # weights that other programs would put on top of the folder's
 
 
 def component_folders(path: Path) -> dict[str, Path]:
@@ -105,17 +103,11 @@ class DiffusersFolder:
             if isinstance(network, CLIPTextModel):
                 assign_text_weights(network, state)
             else:
-                expected = network.state_dict().keys()
-                for key in [key for key in state if key not in expected]:
-                    *outer, layer, leaf = ["", *key.split(".")]
-                    if (present := ".".join([*outer, FORMER_NAMES.get(layer, layer), leaf])[1:]) in expected:
-                        state[present] = state.pop(key)
-                assign_weights(network, state)
+                assign_weights(network, present_names(state, network.state_dict().keys()))
             if computed := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
                 raise ValueError(f"it has numbers that are in no file ({computed[0]}), which is not supported")
         except Exception as error:  # unfit configurations fail in any way
-            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{folder} cannot be loaded: {' '.join(reason.split())[:300]}") from error
+            raise ValueError(f"{folder} cannot be loaded: {reason_of(error)}") from error
         require_finite_weights(network, f"{folder}: the weights of {name}")
         return network
 

@@ -22,7 +22,6 @@ from tfmq_exp.denoisers.loading.network_config import check_channels
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.read_structure import after_each
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.quant.timestep_context import Timestep
 
 SIDE = 32  # of the sample, at most about this: the result does not depend on it
 TOLERANCE = 1e-4  # of the largest value: batches of other shapes round differently
@@ -139,12 +138,16 @@ def check_forward(parts: DenoiserParts) -> None:
 
 
 @torch.no_grad()
-def check_timesteps(unet: Any, timesteps: Sequence[Timestep]) -> None:
-    """ValueError for a timestep at which a UNet's time embedding is not finite: log 0 of a Fourier embedding."""
+def check_timesteps(unet: Any, timesteps: Sequence[float]) -> None:
+    """ValueError for a timestep at which a UNet's time embedding is not finite (log 0 of a Fourier embedding), or that has none."""
     if family_of(unet) not in (UNET, CONDITIONAL_UNET):
         return
-    given = torch.tensor(timesteps, device=next(unet.parameters()).device)
-    finite = time_embedding(unet, given, {}).isfinite().all(dim=1).tolist()
+    device = next(unet.parameters()).device
+    fractions = [t for t in timesteps if isinstance(t, float)]
+    if fractions and isinstance(getattr(unet, "time_proj", None), torch.nn.Embedding):
+        found = f"time_embedding_type=learned has embeddings of whole timesteps alone, and the sampler's are as {fractions[0]}"
+        raise ValueError(f"{found}: choose a sampler of whole timesteps")
+    finite = time_embedding(unet, torch.tensor(timesteps, device=device), {}).isfinite().all(dim=1).tolist()
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:
         found = f"{changed_settings(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite"
         advice = "(sampler.steps_offset=1; of sampler=folder +sampler.settings.steps_offset=1)"

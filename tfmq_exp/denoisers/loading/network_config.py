@@ -127,13 +127,18 @@ def empty_network(
     return network
 
 
-def check_choices(kind: Any, config: Mapping[str, Any]) -> None:
-    """ValueError for a setting that the class does not know and would ignore, or with a value that is not supported."""
+def check_known(kind: Any, config: Mapping[str, Any]) -> None:
+    """ValueError for a setting that a class of diffusers does not know and would ignore."""
     known = default_settings(kind).keys() | NOTES
-    unknown = [key for key, value in config.items() if key not in known and value not in (None, False)]
-    if unknown and kind not in TEXT_MODELS:  # transformers notes much that is not the network's
+    if unknown := [key for key, value in config.items() if key not in known and value not in (None, False)]:
         found = f"{unknown[0]!r} (={config[unknown[0]]!r:.80})"
         raise ValueError(f"{kind.__name__} has no setting {found}: another version's network?")
+
+
+def check_choices(kind: Any, config: Mapping[str, Any]) -> None:
+    """ValueError for a setting that the class does not know and would ignore, or with a value that is not supported."""
+    if kind not in TEXT_MODELS:  # transformers notes much that is not the network's
+        check_known(kind, config)
     choices, network = CHOICES[kind]
     for key, supported in choices.items():
         value = config.get(key)

@@ -11,11 +11,21 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.core.validate import INNER_SHARE, whole
 
 CONFIG = "scheduler_config.json"
+# Values of `prediction_type` for trainings without betas; the second is ours: the network's output under EDM's preconditioning
+# (arXiv 2206.00364, eq. 7).
+FLOW, EDM = "flow_prediction", "edm"
+# Kinds whose training has no betas: timesteps are real numbers; and what their networks predict.
+CONTINUOUS = {
+    **dict.fromkeys(("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), FLOW),
+    **dict.fromkeys(("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"), EDM),
+}
 # Those that are tested to sample as diffusers' own pipelines do.
 KINDS = (
     *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("LCMScheduler", "CogVideoXDDIMScheduler"),
+    *CONTINUOUS,
 )
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 # Parts of the training noise that most schedulers leave at these values.
@@ -57,20 +67,34 @@ def default_settings(kind: type | str) -> dict[str, Any]:
 
 
 def training_noise(file: Path) -> dict[str, Any]:
-    """The noise that a network was trained on, as arguments of diffusers' schedulers; ValueError for impossible betas."""
+    """The noise that a network was trained on, as arguments of diffusers' schedulers; ValueError for impossible betas.
+
+    Where the training has no betas, these are left out, and `prediction_type` says what the network predicts.
+    """
     config = read_json(file)
     name = config.get("_class_name")
     defaults = default_settings(name) if name in KINDS else {}
-    found: dict[str, Any] = {key: config.get(key, defaults.get(key)) for key in (*NOISE, *USUAL)}
-    if lacking := [key for key in NOISE if found[key] is None]:
+    predicted = predicted_without_betas(config)
+    keys = ("num_train_timesteps",) if predicted else (*NOISE, *USUAL)
+    found: dict[str, Any] = {key: config.get(key, defaults.get(key)) for key in keys}
+    if lacking := [key for key in NOISE if key in found and found[key] is None]:
         raise ValueError(f"{file} lacks {lacking[0]!r}: expected a scheduler of {', '.join(NOISE)}, got a {name!r}")
     try:
         check_former_names(config)
         check_count(found["num_train_timesteps"])
+        if predicted:
+            return {**found, "prediction_type": predicted}
         check_betas(found)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return {key: value for key, value in found.items() if key not in USUAL or value not in (None, USUAL[key])}
+
+
+def predicted_without_betas(config: Mapping[str, Any]) -> str | None:
+    """The prediction of a network whose training has no betas, by its scheduler's configuration; None for any other network."""
+    if (name := config.get("_class_name")) in KINDS and name in CONTINUOUS:
+        return CONTINUOUS[name]
+    return FLOW if config.get("prediction_type") == FLOW else None
 
 
 def check_count(count: Any) -> None:

@@ -209,3 +209,11 @@ def test_timesteps_at_which_a_network_is_not_defined() -> None:
         check_timesteps(fourier, (999, 500, 0))
     check_timesteps(network(True, time_embedding_type="fourier"), (999, 0))  # no logarithm there
     check_timesteps(network(False), (999, 0))
+
+
+def test_a_network_of_learned_timesteps_has_none_between_whole_ones() -> None:
+    learned = network(False, time_embedding_type="learned", num_train_timesteps=1000)
+    check_timesteps(learned, (999, 0))
+    with pytest.raises(ValueError, match=r"time_embedding_type=learned has embeddings of whole .* as 999\.5: choose"):
+        check_timesteps(learned, (999.5, 0.5))
+    check_timesteps(network(False), (999.25, 0.5))

@@ -1,0 +1,1 @@
+"""Losses, loops and exports of `train_digits.py`."""

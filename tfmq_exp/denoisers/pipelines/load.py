@@ -1,0 +1,126 @@
+"""A denoiser from the folder of any known pipeline of diffusers, with its conditions and first stage."""
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq_exp.core.files import hash_of_json, sha256_of
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
+from tfmq_exp.denoisers.families.find import family_of
+from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, training_noise
+from tfmq_exp.denoisers.pipelines.pipeline_calls import PipelineCalls
+from tfmq_exp.denoisers.pipelines.pipeline_decoder import PipelineDecoder
+from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.denoisers.pipelines.pipeline_recording import record_calls
+
+# Pipelines that bring the guided prediction back to the length of the one with the condition.
+NORMALISED = frozenset({"Lumina2Pipeline", "QwenImagePipeline"})
+ENCODED_TOGETHER = 8
+
+
+def example_choice(folder: PipelineFolder) -> str | int:
+    """A text or a class that stands for any."""
+    return 0 if "class_labels" in inspect.signature(folder.kind.__call__).parameters else "a picture"
+
+
+@lru_cache(maxsize=2)
+def _recorded(path: str, settings: str) -> PipelineCalls:
+    folder = PipelineFolder(Path(path))
+    return record_calls(folder, [example_choice(folder)], json.loads(settings))
+
+
+def example_calls(path: str | Path, settings: Mapping[str, Any]) -> PipelineCalls:
+    """Calls of a pipeline's denoiser for one text or class, recorded once; errors are those of `record_calls`."""
+    return _recorded(str(path), json.dumps(dict(settings), sort_keys=True))
+
+
+class PipelineEncoder:
+    """Conditions of texts or classes as a pipeline makes them; each different one is computed once.
+
+    Args:
+        folder: of the pipeline.
+        settings: of the pipeline's call, see `record_calls`.
+    """
+
+    def __init__(self, folder: PipelineFolder, settings: Mapping[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.device = torch.device("cpu")
+        self.rows: dict[Any, dict[str, Tensor]] = {}  # by choice
+        example = example_calls(folder.path, settings)
+        normalised = folder.name in NORMALISED and bool(example.null)
+        if example.lists or example.null_constants or (example.guidance.weights is None and not normalised):
+            raise ValueError(f"a {folder.name} calls its network in a way that is not supported with {dict(settings)}")
+        self.shared = Conditions({}, example.null, example.constants, normalised)
+        self._keep([example_choice(folder)], example)
+
+    def _keep(self, choices: Sequence[Any], calls: PipelineCalls) -> None:
+        for i, choice in enumerate(choices):
+            self.rows[choice] = {name: value[i] for name, value in calls.given.items()}
+
+    def prepare(self, choices: Sequence[Any]) -> None:
+        """Compute the conditions of choices that are new; text encoders are read for that, and freed.
+
+        Raises:
+            ValueError: others than the pipeline takes.
+        """
+        if new := [choice for choice in dict.fromkeys(choices) if choice not in self.rows]:
+            self._keep(new, record_calls(self.folder, new, self.settings, rows=ENCODED_TOGETHER))
+
+    def __call__(self, choices: Sequence[Any]) -> Conditions:
+        """Conditions of these texts or classes, a row each; ValueError for none, or others than the pipeline takes."""
+        if not choices:
+            where = "captions=FILE gives a file with a text a line, model.sampling.conditioning classes"
+            raise ValueError(f"a {self.folder.name} makes an image of a text or a class: got none; {where}")
+        self.prepare(choices)
+        rows = [self.rows[choice] for choice in choices]
+        given = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return Conditions(given, self.shared.null, self.shared.constants, self.shared.normalised).to(self.device)
+
+    def example(self) -> Conditions:
+        return self([example_choice(self.folder)])
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+
+def hash_parts(folder: PipelineFolder, names: Sequence[str]) -> str:
+    """SHA-256 of the hashes of all files of some components."""
+    files = [file for name in names for file in sorted(folder.components[name].folder.iterdir()) if file.is_file()]
+    return hash_of_json({file.relative_to(folder.path).as_posix(): sha256_of(file) for file in files})
+
+
+def load_pipeline(
+    path: str | Path, name: str = "pipeline", settings: Mapping[str, Any] | None = None, decode_rows: int = 8
+) -> Denoiser:
+    """Read the denoiser of a pipeline that diffusers saved: float32, in evaluation mode, without gradients, on the CPU.
+
+    Args:
+        path: the folder, with model_index.json and safetensors.
+        name: of the model, as results have it.
+        settings: of the pipeline's call that decide on shapes and conditions: height, width, guidance_scale, negative_prompt.
+        decode_rows: images that the first stage decodes together; bounds its memory.
+
+    Raises:
+        FileNotFoundError: a component lacks files; nothing is downloaded.
+        ValueError: a pipeline or a network that is not known, or damaged.
+    """
+    folder, given = PipelineFolder(Path(path)), dict(settings or {})
+    network = folder.network(folder.denoiser_name)
+    family_of(network)
+    others = [part for part in folder.components if part != folder.denoiser_name]
+    return Denoiser(
+        name=name,
+        unet=network,
+        sample_shape=example_calls(path, given).sample_shape,
+        schedule=training_noise(folder.components["scheduler"].folder / CONFIG),
+        weights_sha256=hash_parts(folder, [folder.denoiser_name]),
+        encoder=PipelineEncoder(folder, given),
+        first_stage=PipelineDecoder(folder, given, decode_rows),
+        settings={"pipeline": folder.name, "call": given, "others_sha256": hash_parts(folder, others)},
+    )
