@@ -7,7 +7,8 @@
 quantizers: DIR holds `meta.json`, `timestep_maps.json` and the safetensors files that `meta.json` describes;
 `tests/goldens/README.md` says what is in them. compvis: DIR holds `index.json` and the files that its own README
 describes: networks of LDM, Stable Diffusion and DDIM, their samplers, and the keys of the published models. transformers:
-DIR holds folders, each of one part: `flow/`, schedulers of flow matching and of real timesteps; `edm/`, EDM's samplers.
+DIR holds folders, each of one part: `flow/`, schedulers of flow matching and of real timesteps; `edm/`, EDM's samplers;
+`temporal/`, networks of diffusers: what depends on the timestep, and their blocks; `dit/`, original DiT networks.
 
 Shapes, seeds and settings are read from the files, so any set of the same layout can be checked. Every tensor has to be
 read by some comparison. Differences are relative to the largest magnitude of the golden tensor, but where the table says
@@ -38,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, check, content in (
         ("quantizers", check_quantizers, "ranges, rounding, losses, reconstructions, timesteps"),
         ("compvis", check_compvis, "converted networks, samplers, trajectories, full-size keys"),
-        ("transformers", check_transformers, "schedulers of flow matching, EDM's samplers"),
+        (
+            "transformers",
+            check_transformers,
+            "schedulers of flow matching, EDM's samplers, networks of diffusers, original DiT",
+        ),
     ):
         kind = kinds.add_parser(name, help=content)
         kind.add_argument("folder", type=Path)

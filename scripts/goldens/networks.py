@@ -85,7 +85,7 @@ def temporal_features(family: Family, unet: nn.Module) -> Iterator[Group]:
     place = our_module(origin, keys, unet, ddim=family.ddim)
     handle = unet.get_submodule(place).register_forward_hook(lambda _module, _given, out: embedding.append(out))
     with torch.no_grad():
-        features = dict(zip(block.names, block(recorded["t"]), strict=True))
+        features = block.features(recorded["t"])
     handle.remove()
     group = Group(f"{family.name}: temporal features", SINGLE, absolute=True)
     for module in modules:

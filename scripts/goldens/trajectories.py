@@ -15,6 +15,7 @@ from goldens.formula import evaluate
 from goldens.networks import schedule_group
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.denoisers.loading import compvis_checkpoint
+from tfmq_exp.sampling import ancestral
 from tfmq_exp.sampling import samplers as sampler_classes
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM, PLMS
@@ -71,7 +72,7 @@ def follow(
             raise DamagedError("there is noise of fewer steps than the sampler takes in the goldens")
         return row.to(like)
 
-    with patch.object(sampler_classes, "row_noise", replay):
+    with patch.object(sampler_classes, "row_noise", replay), patch.object(ancestral, "row_noise", replay):
         path = [x, *(step.x_next for step in trajectory(predict, sampler, schedule, x, [], conditions))]
     if sampler.eta and next(rows, None) is not None:
         raise DamagedError("there is noise of more steps than the sampler takes in the goldens")

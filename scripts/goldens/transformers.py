@@ -4,12 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from goldens.comparing import DamagedError, Group
+from goldens.dit import check_dit
 from goldens.edm import check_edm
 from goldens.flow import check_flow
+from goldens.temporal import check_temporal
 
 PARTS: dict[str, Callable[[Path], list[Group]]] = {
     "flow": check_flow,
     "edm": check_edm,
+    "temporal": check_temporal,
+    "dit": check_dit,
 }  # by the names of their folders
 
 

@@ -83,7 +83,8 @@ class TimestepContext(nn.Module):
         """Raise ValueError for a timestep outside the finite set."""
         given = torch.tensor(list(timesteps), dtype=torch.float64)
         nearest = (given[:, None] - self.visited.cpu()).abs().amin(dim=1)
-        if len(wrong := given[~(nearest <= SAME * given.abs())]):  # NaN is as far from all
+        # NaN is as far from all, and infinity as near
+        if len(wrong := given[~((nearest <= SAME * given.abs()) & given.isfinite())]):
             raise ValueError(
                 f"timestep {float(wrong[0]):.10g} is outside the calibrated finite set of {len(set(self.timesteps))} "
                 f"timesteps ({min(self.timesteps):.10g} .. {max(self.timesteps):.10g}): sample with the calibrated steps, "

@@ -169,12 +169,21 @@ class TensorTree:
         return unfold(decode(self.around(tensors)))
 
     def write(self, start: int, batch: Any) -> None:
-        """Store one batch at position `start`; NotFiniteError for a NaN or an infinity, which no unit can learn from."""
-        for stored, value in zip(self.tensors, TensorTree(encode(batch, self.form)).tensors, strict=True):
-            if stored.shape[1:] != value.shape[1:]:
-                found = f"{tuple(stored.shape[1:])} and {tuple(value.shape[1:])}"
-                raise ValueError(f"a sample has another shape in another batch, {found}: texts must have one length")
-            stored[start : start + len(value)] = value
+        """Store one batch at position `start`.
+
+        Raises:
+            NotFiniteError: a NaN or an infinity, which no unit can learn from.
+            ValueError: samples of another shape than those before.
+        """
+        values, stored = TensorTree(encode(batch, self.form)).tensors, self.tensors
+        shapes, expected = ([tuple(x.shape[1:]) for x in tensors] for tensors in (values, stored))
+        if shapes != expected:
+            raise ValueError(
+                f"samples have tensors of shapes {shapes} where those before had {expected}: a network that pads to the longest "
+                "text of a batch needs texts of one length"
+            )
+        for tensor, value in zip(stored, values, strict=True):
+            tensor[start : start + len(value)] = value
 
     def __len__(self) -> int:
         return len(self.tensors[0])

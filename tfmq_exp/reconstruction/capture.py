@@ -152,7 +152,9 @@ class Capture:
                 sample.requires_grad_()  # weights are frozen; autograd needs a leaf that requires a gradient
                 predicted = noise_of(unet(**inputs).sample, sample)
                 v = torch.randn(predicted.shape, generator=generator).to(predicted)
-                gradients = iter(torch.autograd.grad(predicted, [x for name in modules for x in outputs[name]], v))
+                every = [x for name in modules for x in outputs[name]]
+                # zeros for an output that nothing reads: of the last block, the words of the text
+                gradients = iter(torch.autograd.grad(predicted, every, v, materialize_grads=True))
                 for name in modules:
                     with within(f"the gradients at the outputs of {name}"):
                         exact.write(stored, name, start, [next(gradients).square() for _ in outputs[name]])

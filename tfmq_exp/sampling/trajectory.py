@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, repeat
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from tfmq_exp.core.finite import require_finite
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.denoisers.loading.scheduler_config import EDM, FLOW
 
-Spacing = Literal["uniform", "quadratic"]
+Spacing = Literal["uniform", "quadratic", "ends"]
 # What a network predicts that predicts no noise, by diffusers' `prediction_type`; `EDM` is ours.
 PREDICTED = {
     "sample": "the clean sample",
@@ -165,7 +166,8 @@ def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int,
 
     `uniform`: 0, c, 2c, ... below `train` with c = train // steps, which are more than `steps` where `steps` does not divide
     `train` (400 of 1000 become 500, as in LDM). `quadratic`: the squares of `steps` equal parts of sqrt(0.8 train), rounded
-    down; some come more than once.
+    down; some come more than once. `ends`: from the first to the last in equal parts, rounded, as improved diffusion (arXiv
+    2102.09672) and DiT respace them.
 
     Raises:
         ValueError: no steps, more than there are timesteps, or a rule that leaves the training range.
@@ -177,8 +179,12 @@ def visited(steps: int, train: int, spacing: Spacing, offset: int) -> tuple[int,
     elif spacing == "quadratic":
         ends = torch.linspace(0, (0.8 * train) ** 0.5, steps, dtype=torch.float64).tolist()
         found = [int(root**2) + offset for root in ends]
+    elif spacing == "ends":
+        stride = (train - 1) / max(1, steps - 1)
+        # summed as the original does, whose rounding decides halves
+        found = [round(place) + offset for place in accumulate(repeat(stride, steps - 1), initial=0.0)]
     else:
-        raise ValueError(f"spacing must be uniform or quadratic, got {spacing!r}")
+        raise ValueError(f"spacing must be uniform, quadratic or ends, got {spacing!r}")
     if max(found) >= train:
         near = sorted((d for d in range(1, train) if train % d == 0), key=lambda d: abs(d - steps))[:3]
         raise ValueError(

@@ -4,10 +4,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq_exp.denoisers.families.adaln_zero import BLOCKS, ENDS, MODULATION, POOLED, SINGLE, adaln_zero
-from tfmq_exp.denoisers.families.family import ATTENTION, FEED_FORWARD, Conditions
+from tfmq_exp.denoisers.families.family import (
+    ATTENTION,
+    FEED_FORWARD,
+    Conditions,
+    Family,
+    blocks_by_pattern,
+    roles_by_pattern,
+)
 from tfmq_exp.denoisers.structure import Kind, Role
 
 REFINER = "context_embedder.*"
@@ -54,11 +61,14 @@ MODULATED = adaln_zero(
 HUNYUAN_VIDEO = replace(MODULATED, features=video_features)
 
 
-def dit_embedding(network: Any, t: Tensor, given: Conditions) -> Tensor:
+def dit_features(network: Any, projections: Sequence[str], t: Tensor, given: Conditions) -> dict[str, Tensor]:
+    """Shifts of every block, and of the last layer its scale, too; their SiLU is computed in single precision."""
     # the embedder views its sizes, which must not be an expanded row
     sizes = {name: given[name].contiguous() for name in ("image_meta_size", "style") if name in given}
     arguments: dict[str, Any] = {"image_meta_size": None, "style": None, **sizes}
-    return network.time_extra_emb(t, given["encoder_hidden_states_t5"], **arguments, hidden_dtype=t.dtype)
+    embedding = network.time_extra_emb(t, given["encoder_hidden_states_t5"], **arguments, hidden_dtype=t.dtype)
+    active = nn.functional.silu(embedding.float()).to(embedding.dtype)
+    return {name: network.get_submodule(name)(active) for name in projections}
 
 
 def dit_splits(network: Any) -> dict[str, int]:
@@ -67,20 +77,22 @@ def dit_splits(network: Any) -> dict[str, int]:
     return {f"blocks.{i}.skip_linear": network.inner_dim for i in joined}
 
 
-HUNYUAN_DIT = adaln_zero(
+HUNYUAN_DIT = Family(
     "HunyuanDiT2DModel",
-    {
-        "time_extra_emb.timestep_embedder.linear_?": Role.TIME_EMBED,
-        "time_extra_emb.*": Role.CONDITION_EMBED,
-        **ENDS,
-        "text_embedder.linear_?": Role.TEXT_PROJ,
-        "*.skip_linear": Role.SHORTCUT,
-        **MODULATION,
-        **ATTENTION,
-        **FEED_FORWARD,
-    },
-    dit_embedding,
+    roles_by_pattern(
+        {
+            "time_extra_emb.timestep_embedder.linear_?": Role.TIME_EMBED,
+            "time_extra_emb.*": Role.CONDITION_EMBED,
+            **ENDS,
+            "text_embedder.linear_?": Role.TEXT_PROJ,
+            "*.skip_linear": Role.SHORTCUT,
+            **MODULATION,
+            **ATTENTION,
+            **FEED_FORWARD,
+        }
+    ),
+    blocks_by_pattern({"time_extra_emb": Kind.TEMPORAL, "text_embedder": Kind.LAYER, "blocks.*": Kind.TRANSFORMER}),
+    dit_features,
     ("encoder_hidden_states_t5", "image_meta_size", "style"),
-    {"time_extra_emb": Kind.TEMPORAL, "text_embedder": Kind.LAYER, "blocks.*": Kind.TRANSFORMER},
     dit_splits,
 )

@@ -61,7 +61,7 @@ def test_converted_unet_has_the_original_temporal_features() -> None:
         "tib.mid.block_2.temb_proj": "mid_block.resnets.1.time_emb_proj",
         "tib.up.1.block.0.temb_proj": "up_blocks.0.resnets.0.time_emb_proj",
     }
-    embedding = time_embedding(unet, recorded["t"])
+    embedding = time_embedding(unet, recorded["t"], {})
     for recording, place in places.items():
         torch.testing.assert_close(unet.get_submodule(place)(embedding), recorded[recording], atol=TOLERANCE, rtol=0)
 
