@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.batches import batches
+from tfmq_exp.core.devices import device_of
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.timestep_context import TimestepContext
@@ -64,7 +65,7 @@ class Capture:
 
     def parts(self, network: nn.Module) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         """First index, timesteps and network inputs of each batch."""
-        device = next(network.parameters()).device
+        device = device_of(network)
         for rows in batches(len(self.data), self.batch):
             part = self.data[slice(rows.start, rows.stop)]
             yield rows.start, part.t, part.inputs(device)
@@ -238,7 +239,7 @@ def run_unit(
         storage: of the outputs.
     """
     stored: TensorTree | None = None
-    parts = inputs.batches(batch, next(unit.parameters()).device)
+    parts = inputs.batches(batch, device_of(unit))
     for rows, part in zip(batches(len(inputs), batch), parts, strict=True):
         outputs = fold(call_unit(unit, context, part), len(rows))
         stored = stored or TensorTree.like(outputs, len(inputs), storage)

@@ -238,7 +238,8 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
     for name, parts in plan.operands.items():
         processor: Any = QuantAttnProcessor({part: line.quantizer(model.context) for part, line in parts.items()})
         modules[name].set_processor(processor)
-    return model.to(next(unet.parameters()).device).eval()
+    device = next(unet.parameters()).device
+    return (model if device.type == "meta" else model.to(device)).eval()  # tables and scales are real in any case
 
 
 def tie(quantizers: Sequence[Any]) -> None:
