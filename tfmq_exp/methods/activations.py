@@ -12,8 +12,8 @@ from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.quant.quantizers import Mode
+from tfmq_exp.reconstruction.block_by_block import reconstruct_units
 from tfmq_exp.reconstruction.context import ReconstructionContext
-from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Partition
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -96,10 +96,12 @@ class LearnRanges:
         units = self.partition(context.structure, frozenset(model.plan.layers))
         context = replace(context, data=self.timesteps(context.data))
         if not model.activation_bits():
-            reconstruct(context, units, self.recipe)
+            reconstruct_units(context, units, self.recipe)
         for bits in model.activation_bits():
             model.use_bits([bits] * model.context.num_steps)
-            reconstruct(replace(context, checkpointer=context.checkpointer.scoped(f"a{bits}")), units, self.recipe)
+            reconstruct_units(
+                replace(context, checkpointer=context.checkpointer.scoped(f"a{bits}")), units, self.recipe
+            )
 
 
 @dataclass(frozen=True)

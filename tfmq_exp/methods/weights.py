@@ -10,8 +10,8 @@ from tfmq_exp.qat.conditioning import Labels
 from tfmq_exp.qat.module import TrainingProtocol
 from tfmq_exp.qat.train import TrainingContext, train
 from tfmq_exp.quant.quantizers import Mode, modes
+from tfmq_exp.reconstruction.block_by_block import reconstruct_units
 from tfmq_exp.reconstruction.context import ReconstructionContext
-from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Partition
 
@@ -57,7 +57,7 @@ class Reconstruct:
         model.calibrate_weights(rest)
         for layer in rest:
             model.freeze(layer)
-        reconstruct(replace(context, data=self.timesteps(context.data)), units, self.recipe)
+        reconstruct_units(replace(context, data=self.timesteps(context.data)), units, self.recipe)
 
 
 @dataclass(frozen=True)
