@@ -53,7 +53,7 @@ class Reconstruct:
         model = context.model
         units = self.partition(context.structure, frozenset(model.weight_layers()))
         learned = {layer for unit in units for layer in unit.layers}
-        rest = [layer for layer in model.weight_layers() if layer not in learned]
+        rest = [layer for layer in model.weight_layers() if layer not in learned and context.stored is None]
         model.calibrate_weights(rest)
         for layer in rest:
             model.freeze(layer)

@@ -7,6 +7,7 @@ and, where the networks are not in memory, the weights of one block.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from tfmq_exp.core.devices import device_of
 from tfmq_exp.core.finite import within
@@ -16,8 +17,8 @@ from tfmq_exp.reconstruction.chain import Link, Segment, has_chain, read_segment
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct, restore_finished
 from tfmq_exp.reconstruction.module import ReconstructionConfig
-from tfmq_exp.reconstruction.segment_inputs import SegmentInputs
-from tfmq_exp.reconstruction.stored_weights import LoadedParts
+from tfmq_exp.reconstruction.segment_inputs import SegmentInputs, run_up_to
+from tfmq_exp.reconstruction.stored_weights import LoadedParts, outline_of
 from tfmq_exp.reconstruction.streams import Stream
 from tfmq_exp.reconstruction.temporal_inputs import temporal_inputs
 from tfmq_exp.reconstruction.unit_learning import (
@@ -52,13 +53,14 @@ def reconstruct_units(context: ReconstructionContext, units: Sequence[Unit], con
     learnable = [unit for unit in units if is_learnable(model, unit, config)]
     learned = frozenset(layer for unit in units for layer in unit.layers) if config.rounds else frozenset[str]()
     known = frozenset[str]() if config.rounds or stored is None else stored.integers.layers()
-    parts = LoadedParts(model, context.float_unet, stored, context.compute.device, learned | known, {*known})
-    driven, outline = [unit for unit in learnable if unit.driver == "denoiser"], parts.traced(context.float_unet)
+    driven, outline = [unit for unit in learnable if unit.driver == "denoiser"], outline_of(context.float_unet, stored)
     segments = read_segments(outline, driven, context.data) if driven else []
     if stored is None and not has_chain(segments):
         reconstruct(context, units, config)
         return
     shared = shared_inputs(outline, driven, context.data) if driven else {}
+    networks = model, outline, (context.float_unet,)
+    parts = LoadedParts(*networks, stored, context.compute.device, learned | known, {*known})
     BlockByBlock(context, config, parts, shared, segments).run(learnable)
 
 
@@ -121,7 +123,7 @@ class BlockByBlock:
         """Learn a unit that timesteps drive, with its own layers in memory."""
         context, compute, model = self.context, self.context.compute, self.context.model
         start, inputs = time.perf_counter(), temporal_inputs(context.float_unet, context.data, model.context)
-        parameters = self.parts.parameters_of(unit, on_meta(inputs.whole[1]))
+        parameters = self.parts.parameters_of(lambda network: unit.module(network)(*on_meta(inputs.whole[1])))
         batch = compute.batch if self.parts.stored else max(compute.batch, len(inputs))
         with self.parts.loaded(parameters, unit.layers):
             view = self.parts.view(unit, parameters)
@@ -134,16 +136,16 @@ class BlockByBlock:
 
     def run_segment(self, segment: Segment, remaining: set[str]) -> None:
         """Capture the inputs of the first unit, and run or learn one unit after the other."""
-        first, chained = segment.units[0].name, [s for s in self.segments if len(s.links) > 1]
-        inside = [unit.name for chain in chained for unit in chain.units]
-        streams = dict[Origin, Stream]()
-        with self.parts.loaded(self.parts.parameters_outside(inside)):
+        first, streams = segment.units[0].name, dict[Origin, Stream]()
+        before = self.segments[: self.segments.index(segment)]
+        run = partial(run_up_to, segment.units[0], before, self.context.data)
+        with self.parts.loaded(self.parts.parameters_of(run)):
             for origin, inputs in self.inputs.items():
                 with within(f"the inputs of {first} in the {origin} network"):
                     streams[origin] = inputs.stream(segment, self.shared[first])
         for link in segment.links:
             new = link.unit.name in remaining
-            with self.parts.loaded(self.parts.parameters_of(link.unit), link.unit.layers if new else ()):
+            with self.parts.loaded(self.parts.parameters_inside(link.unit), link.unit.layers if new else ()):
                 self.run_unit(link, streams, new)
         for origin, stream in streams.items():
             self.inputs[origin].close(segment, stream)

@@ -64,6 +64,8 @@ class Segment:
 def read_segments(network: nn.Module, units: Sequence[Unit], data: CalibrationSet) -> list[Segment]:
     """Cut units that the denoiser drives into segments, by the identity of the tensors in one forward pass.
 
+    Blocks of transformers alone are joined: what an embedding returns is read by layers outside of units, too.
+
     Args:
         network: the float network, or its copy on the meta device.
         units: in execution order.
@@ -77,7 +79,8 @@ def read_segments(network: nn.Module, units: Sequence[Unit], data: CalibrationSe
     for i, unit in enumerate(units):
         before = outputs[i - 1] if i else set[int]()
         elsewhere = any(before & later for later in inputs[i + 1 :])  # a skip connection, too
-        sources = None if elsewhere or not found else sources_in(calls, found[-1], unit)
+        blocks = i > 0 and {units[i - 1].kind, unit.kind} == {Kind.TRANSFORMER}
+        sources = sources_in(calls, found[-1], unit) if blocks and not elsewhere else None
         spec = pytree.tree_structure(calls[unit.name][:2])
         example = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, calls[unit.name][2])
         if sources is None:
@@ -108,5 +111,5 @@ def indices(tree: Any) -> dict[int, int]:
 
 
 def has_chain(segments: Iterable[Segment]) -> bool:
-    """Whether blocks of a transformer stand in a segment of several units."""
-    return any(len(s.links) > 1 and any(unit.kind is Kind.TRANSFORMER for unit in s.units) for s in segments)
+    """Whether a segment has several units."""
+    return any(len(segment.links) > 1 for segment in segments)

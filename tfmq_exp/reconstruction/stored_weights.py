@@ -1,16 +1,16 @@
 """Weights of networks that are not in memory: float ones in safetensors files, integers in checkpoints of units."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from tfmq_exp.denoisers.loading.meta_network import loaded_part, skeleton
 from tfmq_exp.denoisers.loading.sharded_weights import META, ShardedWeights, release_parameters, set_parameters
-from tfmq_exp.denoisers.read_structure import after_each
 from tfmq_exp.quant.layers import QuantizedWeight, QuantLayer
 from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
@@ -42,7 +42,8 @@ class LoadedParts:
 
     Args:
         model: quantized network.
-        float_unet: float network; None where it is not needed.
+        outline: float network to trace, see `outline_of`.
+        floats: float networks that get weights, too; none where they are not needed.
         stored: sources of what is not in memory.
         device: of what is loaded.
         learned: layers that some unit learns; others are rounded to nearest.
@@ -50,40 +51,31 @@ class LoadedParts:
     """
 
     model: QuantizedUNet
-    float_unet: nn.Module | None
+    outline: nn.Module
+    floats: tuple[nn.Module, ...]
     stored: StoredWeights | None
     device: torch.device
     learned: frozenset[str]
     finished: set[str] = field(default_factory=set)
     nearest: dict[str, nn.Module] = field(default_factory=dict)  # weight quantizers of what is rounded to nearest
 
-    @property
-    def any_network(self) -> nn.Module:
-        """The float network, or the quantized one, which has the same names."""
-        return self.model.unet if self.float_unet is None else self.float_unet
+    def parameters_inside(self, unit: Unit) -> list[str]:
+        """Names of the parameters inside a unit's module."""
+        names = [name for name, _ in self.outline.get_submodule(unit.name).named_parameters()]
+        return [f"{unit.name}.{name}" for name in names] if self.stored else []
 
-    def traced(self, network: nn.Module) -> nn.Module:
-        """A network to trace: itself, or its copy on the meta device."""
-        return network if self.stored is None else skeleton(network)
-
-    def parameters_of(self, unit: Unit, example: Any = ()) -> list[str]:
-        """Names of the parameters that a unit uses; `example` are arguments on the meta device, for a view of the network."""
+    def parameters_of(self, run: Callable[[nn.Module], object]) -> list[str]:
+        """Names of the parameters of all modules that take part in what `run` does with the network to trace."""
+        used = dict[str, None]()
         if self.stored is None:
             return []
-        network = self.any_network
-        if unit.driver == "denoiser":
-            return [f"{unit.name}.{name}" for name, _ in network.get_submodule(unit.name).named_parameters()]
-        outline, ran = skeleton(network), list[str]()
-        owners = [name for name, module in outline.named_modules() if own_parameters(module)]
-        with after_each(outline, owners, lambda name, *_: ran.append(name)):
-            unit.module(outline)(*example)
-        return [f"{name}.{own}" for name in dict.fromkeys(ran) for own in own_parameters(network.get_submodule(name))]
-
-    def parameters_outside(self, units: Collection[str]) -> list[str]:
-        """Names of the float network's parameters that are in none of some modules."""
-        inside = tuple(f"{unit}." for unit in units)
-        names = [name for name, parameter in self.any_network.named_parameters() if parameter.is_meta]
-        return [name for name in names if not name.startswith(inside)]
+        with ExitStack() as hooks:
+            for name, module in self.outline.named_modules():
+                own = [f"{name}.{x}" if name else x for x, _ in module.named_parameters(recurse=False)]
+                note = partial(used.update, dict.fromkeys(own))
+                hooks.enter_context(module.register_forward_pre_hook(lambda *_, note=note: note()))
+            run(self.outline)
+        return list(used)
 
     def view(self, unit: Unit, parameters: Collection[str]) -> Unit:
         """The unit, of which a view of the whole network becomes one of the loaded modules alone."""
@@ -101,13 +93,12 @@ class LoadedParts:
         if self.stored is None:
             yield
             return
-        parameters = [name for name in parameters if self.model.unet.get_parameter(name).is_meta]
         known = {layer for name in parameters if (layer := name.removesuffix(".weight")) in self.finished}
         floats = [name for name in parameters if name.removesuffix(".weight") not in known]
-        read = self.stored.shards.read(floats if self.float_unet is None else parameters)
+        read = self.stored.shards.read(parameters if self.floats else floats)
         tensors = {name: tensor.to(self.device) for name, tensor in read.items()}
-        if self.float_unet is not None:
-            set_parameters(self.float_unet, tensors)
+        for network in self.floats:
+            set_parameters(network, tensors)
         set_parameters(self.model.unet, {name: tensors[name] for name in floats})
         del read, tensors
         self.restore(known)
@@ -141,9 +132,8 @@ class LoadedParts:
 
     def release(self, parameters: Collection[str]) -> None:
         """Free the memory of some parameters, of their integers and quantizers."""
-        if self.float_unet is not None:
-            release_parameters(self.float_unet, parameters)
-        release_parameters(self.model.unet, parameters)
+        for network in (*self.floats, self.model.unet):
+            release_parameters(network, parameters)
         for name in parameters:
             layer = self.model.unet.get_submodule(name.rpartition(".")[0])
             if isinstance(layer, QuantLayer):
@@ -153,9 +143,9 @@ class LoadedParts:
                 layer.integers.to(META)
 
 
-def own_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters that a module has itself."""
-    return [name for name, _ in module.named_parameters(recurse=False)]
+def outline_of(network: nn.Module, stored: StoredWeights | None) -> nn.Module:
+    """A network to trace: itself where it is in memory, else its copy on the meta device."""
+    return network if stored is None else skeleton(network)
 
 
 def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
