@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import generic
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import first_argument
+from tfmq_exp.denoisers.loading.meta_network import parameters_on_meta
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.quant.observers import MinMax
@@ -120,3 +123,15 @@ def quantized(
     return build_quantized_unet(network, resolve(plan, parts, (), scales, timesteps), MinMax())
 
 
+def write_shards(network: nn.Module, folder: Path, count: int = 2) -> None:
+    """Write the parameters in so many files, as diffusers names them."""
+    named = list(network.named_parameters())
+    for i in range(count):
+        tensors = {name: parameter.detach().contiguous() for name, parameter in named[i::count]}
+        save_file(tensors, folder / f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors")
+
+
+def on_meta_device(tiny: Tiny) -> nn.Module:
+    """The network with its parameters on the meta device."""
+    with parameters_on_meta():
+        return getattr(diffusers, tiny.network)(**tiny.config).requires_grad_(False).eval()

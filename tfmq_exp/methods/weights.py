@@ -67,7 +67,7 @@ class ReconstructJointly(Reconstruct):
     `observe` is how activation ranges start, under weights rounded to nearest.
 
     Raises:
-        ValueError: activations with several bit-widths, of which weights could fit only one.
+        ValueError: activations with several bit-widths, of which weights could fit only one; a network that is not in memory.
     """
 
     observe: CalibrateRanges
@@ -75,6 +75,10 @@ class ReconstructJointly(Reconstruct):
 
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
+        if context.stored:
+            raise ValueError(
+                "weights and scales are learned together in a network that is in memory, not block by block"
+            )
         if widths := model.activation_bits():
             raise ValueError(f"weights and scales can be learned together for one activation width, not for {widths}")
         model.calibrate_weights()

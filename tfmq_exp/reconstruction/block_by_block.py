@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from torch import nn
+
 from tfmq_exp.core.devices import device_of
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.loading.meta_network import on_meta
+from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import UnitActivations, run_unit, shared_inputs
 from tfmq_exp.reconstruction.chain import Link, Segment, has_chain, read_segments
 from tfmq_exp.reconstruction.context import ReconstructionContext
@@ -84,15 +87,16 @@ class BlockByBlock:
     inputs: dict[Origin, SegmentInputs] = field(init=False)
 
     def __post_init__(self) -> None:
-        context, compute, cache = self.context, self.context.compute, self.config.cache
-        networks = {"float": (context.float_unet, context.float_unet), "quantized": (context.model, context.model.unet)}
-        self.inputs = {
-            origin: SegmentInputs(
-                *networks[origin], context.data, compute.batch, compute.storage(2, cache, of_device=0.5)
-            )
-            for origin in networks
-            if origin in ("float", *self.config.inputs.origins)
-        }
+        context = self.context
+        of_float: dict[Origin, SegmentInputs] = {"float": self.inputs_in(context.float_unet, context.float_unet)}
+        others: dict[Origin, SegmentInputs] = {"quantized": self.inputs_in(context.model, context.model.unet)}
+        self.inputs = {**of_float, **{o: inputs for o, inputs in others.items() if o in self.config.inputs.origins}}
+
+    def inputs_in(self, network: nn.Module, units: nn.Module) -> SegmentInputs:
+        """Inputs of segments in a network, of which half the cache is for."""
+        compute = self.context.compute
+        storage = compute.storage(2, self.config.cache, of_device=0.5)
+        return SegmentInputs(network, units, self.context.data, compute.batch, storage, compute.device)
 
     def run(self, units: Sequence[Unit]) -> None:
         """Restore what an interrupted run has finished, run it once more for what it returns, and learn the others."""
@@ -154,7 +158,7 @@ class BlockByBlock:
         """Run a unit in both networks, and learn it in between if it is new."""
         context, config, unit = self.context, self.config, link.unit
         model, batch, start = context.model, context.compute.batch, time.perf_counter()
-        inputs = {origin: streams[origin].inputs(link) for origin in config.inputs.origins}
+        inputs: dict[Origin, TensorTree] = {origin: streams[origin].inputs(link) for origin in config.inputs.origins}
         with within(f"the outputs of {unit.name} in the float network"):
             module, keep = unit.module(context.float_unet), "float" in inputs
             targets = streams["float"].advance(link, module, model.context, batch, keep=keep)
@@ -162,8 +166,8 @@ class BlockByBlock:
         before = round_unit(context, unit, activations, config) if new else 0.0
         if "quantized" in streams:
             outputs = streams["quantized"].advance(link, unit.module(model.unet), model.context, batch)
-            thinned = (tree.thinned(ERROR_SAMPLES) for tree in (outputs, targets))
-            after = error_of(*thinned, device_of(model)) if new else 0.0
+            few = outputs.thinned(ERROR_SAMPLES), targets.thinned(ERROR_SAMPLES)
+            after = error_of(*few, device_of(model)) if new else 0.0
         else:
             after = unit_error(context, unit, activations) if new else 0.0
         if new:

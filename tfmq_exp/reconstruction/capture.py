@@ -62,10 +62,11 @@ class Capture:
     data: CalibrationSet
     batch: int
     storage: SpillAllocator
+    device: torch.device | None = None  # of the network's inputs, where it may have no parameters in memory
 
     def parts(self, network: nn.Module) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         """First index, timesteps and network inputs of each batch."""
-        device = device_of(network)
+        device = self.device or device_of(network)
         for rows in batches(len(self.data), self.batch):
             part = self.data[slice(rows.start, rows.stop)]
             yield rows.start, part.t, part.inputs(device)

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
-from tfmq_exp.core.devices import device_of
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.capture import Capture, recorded_calls
 from tfmq_exp.reconstruction.chain import Segment
@@ -50,6 +50,7 @@ class SegmentInputs:
         data: calibration set.
         batch: samples of a forward pass.
         storage: of the streams.
+        device: of the network.
     """
 
     network: nn.Module
@@ -57,6 +58,7 @@ class SegmentInputs:
     data: CalibrationSet
     batch: int
     storage: SpillAllocator
+    device: torch.device
     finished: list[tuple[Segment, TensorTree]] = field(
         default_factory=list
     )  # segments of several units, with what the last returned
@@ -64,10 +66,9 @@ class SegmentInputs:
     def stream(self, segment: Segment, shared: Sequence[bool]) -> Stream:
         """A stream at the beginning of a segment; `shared` are those of its first unit in `shared_inputs`."""
         module = segment.units[0].module(self.units)
-        device = device_of(self.network)
-        last = [(before, returned.batches(self.batch, device).__next__) for before, returned in self.finished]
+        last = [(before, returned.batches(self.batch, self.device).__next__) for before, returned in self.finished]
         with skipped(self.units, last):
-            first = Capture(self.data, self.batch, self.storage).inputs(self.network, module, shared)
+            first = Capture(self.data, self.batch, self.storage, self.device).inputs(self.network, module, shared)
         return Stream(first, segment.constants, self.storage)
 
     def close(self, segment: Segment, stream: Stream) -> None:

@@ -23,7 +23,7 @@ def parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter if parameter is None else like_on_meta(parameter))
+        register(module, name, parameter if parameter is None else nn.Parameter(parameter.detach().to(META)))
 
     with patch.object(nn.Module, "register_parameter", on_meta):
         yield
