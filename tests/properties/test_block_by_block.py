@@ -119,7 +119,7 @@ def test_blocks_run_once_over_the_set_in_either_network() -> None:
     context, counts = phase("flux", network("flux"), MemoryCheckpointer()), Counter[str]()
     units = TemporalFrozen()(context.structure, frozenset(context.model.weight_layers()))
     blocks = {
-        f"{kind}.{name}": net.get_submodule(name)
+        f"{kind}.{name}": net.get_submodule(f"{name}.attn")  # a skipped block's own hooks see it called
         for name in DOUBLE + SINGLE
         for kind, net in (("float", context.float_unet), ("quantized", context.model.unet))
     }
@@ -200,8 +200,7 @@ def test_structure_is_read_without_weights() -> None:
     )
 
 
-@pytest.mark.parametrize("learn", [False, True])
-@pytest.mark.parametrize("name", ["dit", "flux2"])
+@pytest.mark.parametrize(("name", "learn"), [("dit", False), ("pixart", False), ("pixart", True), ("flux2", True)])
 def test_ranges_are_those_that_the_whole_network_observes(name: str, learn: bool, tmp_path: Path) -> None:
     stored, observe = Stored(name, tmp_path), CalibrateRanges(16, EveryKth(1))
     stored.reconstruct(TemporalFrozen(), recipe(iterations=1))
@@ -216,7 +215,9 @@ def test_ranges_are_those_that_the_whole_network_observes(name: str, learn: bool
     method(expected)
     states = found.model.activation_state(), expected.model.activation_state()
     assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    # DiT's last layer runs the first block's embedder once more, which the block alone does not
+    once = {key for key in states[0] if not (name == "dit" and key.startswith("transformer_blocks.0.norm1.emb."))}
+    assert all(torch.equal(states[0][key], states[1][key]) for key in once)
 
 
 def test_gradients_of_a_network_that_is_not_in_memory_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ def observe_blocks(
     """Show the set to the observing quantizers of one block after the other, in the order and batches in which it is given.
 
     Every quantizer sees what it would see in passes of the whole network: it observes while its block runs, and is off in the
-    passes that capture what a segment reads. Integer weights come from the unit checkpoints in `context.stored`; weights that
+    passes that capture what a segment reads. A layer that also runs outside of its block, as DiT's first embedder does, is seen
+    in the block alone. Integer weights come from the unit checkpoints in `context.stored`; weights that
     no unit has learned are rounded to nearest.
 
     Args:
