@@ -4,6 +4,7 @@ A network runs only to capture what the first block of a segment reads. Two stre
 and, where the networks are not in memory, the weights of one block.
 """
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,6 +165,7 @@ class BlockByBlock:
             targets = streams["float"].advance(link, module, model.context, batch, keep=keep)
         activations = UnitActivations(inputs, targets)
         before = round_unit(context, unit, activations, config) if new else 0.0
+        gc.collect()  # Lightning's trainer and its module refer to each other, and keep what is as large as the weights
         if "quantized" in streams:
             outputs = streams["quantized"].advance(link, unit.module(model.unet), model.context, batch)
             few = outputs.thinned(ERROR_SAMPLES), targets.thinned(ERROR_SAMPLES)

@@ -69,11 +69,14 @@ class LoadedParts:
         used = dict[str, None]()
         if self.stored is None:
             return []
+
+        def note(prefix: str, module: nn.Module, _: object) -> None:
+            own = [name for name, _ in module.named_parameters(recurse=False) if "forward" not in vars(module)]
+            used.update({f"{prefix}.{name}" if prefix else name: None for name in own})  # unless it is `skipped`
+
         with ExitStack() as hooks:
             for name, module in self.outline.named_modules():
-                own = [f"{name}.{x}" if name else x for x, _ in module.named_parameters(recurse=False)]
-                note = partial(used.update, dict.fromkeys(own))
-                hooks.enter_context(module.register_forward_pre_hook(lambda *_, note=note: note()))
+                hooks.enter_context(module.register_forward_pre_hook(partial(note, name)))
             run(self.outline)
         return list(used)
 
