@@ -31,7 +31,8 @@ from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
 from tfmq_exp.reconstruction.cache_format import FORMATS
 from tfmq_exp.reconstruction.capture import UnitActivations, sample_bytes
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, quiet_trainer
-from tfmq_exp.reconstruction.loop import learn_unit, unit_error
+from tfmq_exp.reconstruction.output_replay import OutputReplay
+from tfmq_exp.reconstruction.unit_learning import learn_unit, unit_error
 
 GIB = 2**30
 CPU = torch.device("cpu")

@@ -35,7 +35,7 @@ from tfmq_exp.cli.terminal import ProgressBars, standard_streams
 from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.unit_checkpoints import learning
-from tfmq_exp.reconstruction.loop import ReconstructionContext
+from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.surgery import serialization
 

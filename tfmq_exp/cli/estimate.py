@@ -19,7 +19,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.timestep_context import exact_timesteps
 from tfmq_exp.reconstruction.capture import sample_bytes
-from tfmq_exp.reconstruction.loop import is_learnable
+from tfmq_exp.reconstruction.unit_learning import is_learnable
 from tfmq_exp.sampling.trajectory import timestep_rows
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 

@@ -1,7 +1,7 @@
 """Tensors in safetensors with one JSON object in the header."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,22 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     save_file(dict(tensors), path, {"header": json.dumps(header, sort_keys=True)})
 
 
-def read_tensor_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the header and the tensors of a file of `write_tensor_file`; ValueError, naming it, for any other."""
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the header alone."""
+    return read_tensor_file(path, lambda _: False)[0]
+
+
+def read_tensor_file(
+    path: Path, chosen: Callable[[str], bool] = lambda _: True
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the header and the tensors of a file of `write_tensor_file`; ValueError, naming it, for any other.
+
+    `chosen` chooses tensors by name.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys() if chosen(key)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         kind = kind_of(path) if path.exists() else None
         raise ValueError(f"{path} {kind or f'is not readable (damaged or truncated?): {error}'}") from error

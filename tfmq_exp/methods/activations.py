@@ -12,11 +12,15 @@ from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.quant.quantizers import Mode
+from tfmq_exp.reconstruction.block_by_block import reconstruct_units
 from tfmq_exp.reconstruction.context import ReconstructionContext
-from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
+from tfmq_exp.reconstruction.observe_blocks import observe_blocks
 from tfmq_exp.reconstruction.units import Partition
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+
+Progress = Callable[[int, int], None]  # (done, of all)
+Observation = Callable[[CalibrationSet, int, Progress], None]  # (calibration set, samples of a pass, progress)
 
 
 class CalibrationBudget(NamedTuple):
@@ -24,6 +28,19 @@ class CalibrationBudget(NamedTuple):
 
     samples: int
     iterations: int
+
+
+def observe_network(model: QuantizedUNet, data: CalibrationSet, batch: int, progress: Progress) -> None:
+    """Run the whole network over a set; `progress` is called with the number of samples done, and of all."""
+    device = next(model.parameters()).device
+    for rows in batches(len(data), batch):
+        model(**data[slice(rows.start, rows.stop)].inputs(device))
+        progress(rows.stop, len(data))
+
+
+def observation(context: ReconstructionContext) -> Observation | None:
+    """Observation of ranges in this context: block by block where the network is not in memory."""
+    return partial(observe_blocks, context) if context.stored else None
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,8 @@ class CalibrateRanges:
         return CalibrationBudget(self.timesteps.count(images, calls), 0)
 
     def __call__(self, context: ReconstructionContext) -> None:
-        self.ranges(context.model, context.data, context.seed, partial(context.progress.on_progress, "ranges"))
+        progress = partial(context.progress.on_progress, "ranges")
+        self.ranges(context.model, context.data, context.seed, progress, observation(context))
 
     @torch.no_grad()
     def ranges(
@@ -53,23 +71,26 @@ class CalibrateRanges:
         model: QuantizedUNet,
         data: CalibrationSet,
         seed: int,
-        progress: Callable[[int, int], None] = lambda _done, _total: None,
+        progress: Progress = lambda _done, _total: None,
+        observe: Observation | None = None,
     ) -> None:
         """Set all ranges and switch the quantizers on; weights are integers, or rounded to nearest.
 
-        `seed` is that of the samples' order; `progress` is called with the number of samples done, and of all.
+        Args:
+            model: quantized network.
+            data: calibration set.
+            seed: of the samples' order.
+            progress: called with what is done, and with all there is to do.
+            observe: shows a set to the quantizers; by default, passes of the whole network do.
         """
         sources = [quantizer.scale_provider for quantizer in model.activation_quantizers().values()]
         if any(source.needs_data for source in sources):
             data = self.timesteps(data)
             if not all(source.per_step for source in sources if source.needs_data):
                 data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))]
-            device = next(model.parameters()).device
             model.set_activations(Mode.OBSERVE)
             with model.naming_activations():
-                for rows in batches(len(data), self.batch):
-                    model(**data[slice(rows.start, rows.stop)].inputs(device))
-                    progress(rows.stop, len(data))
+                (observe or partial(observe_network, model))(data, self.batch, progress)
         model.set_activations(Mode.QUANTIZE)
 
 
@@ -92,14 +113,16 @@ class LearnRanges:
 
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
-        self.observe.ranges(model, context.data, context.seed)
+        self.observe.ranges(model, context.data, context.seed, observe=observation(context))
         units = self.partition(context.structure, frozenset(model.plan.layers))
         context = replace(context, data=self.timesteps(context.data))
         if not model.activation_bits():
-            reconstruct(context, units, self.recipe)
+            reconstruct_units(context, units, self.recipe)
         for bits in model.activation_bits():
             model.use_bits([bits] * model.context.num_steps)
-            reconstruct(replace(context, checkpointer=context.checkpointer.scoped(f"a{bits}")), units, self.recipe)
+            reconstruct_units(
+                replace(context, checkpointer=context.checkpointer.scoped(f"a{bits}")), units, self.recipe
+            )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from tfmq_exp.qat.conditioning import Labels
 from tfmq_exp.qat.module import TrainingProtocol
 from tfmq_exp.qat.train import TrainingContext, train
 from tfmq_exp.quant.quantizers import Mode, modes
+from tfmq_exp.reconstruction.block_by_block import reconstruct_units
 from tfmq_exp.reconstruction.context import ReconstructionContext
-from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Partition
 
@@ -53,11 +53,11 @@ class Reconstruct:
         model = context.model
         units = self.partition(context.structure, frozenset(model.weight_layers()))
         learned = {layer for unit in units for layer in unit.layers}
-        rest = [layer for layer in model.weight_layers() if layer not in learned]
+        rest = [layer for layer in model.weight_layers() if layer not in learned and context.stored is None]
         model.calibrate_weights(rest)
         for layer in rest:
             model.freeze(layer)
-        reconstruct(replace(context, data=self.timesteps(context.data)), units, self.recipe)
+        reconstruct_units(replace(context, data=self.timesteps(context.data)), units, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ReconstructJointly(Reconstruct):
     `observe` is how activation ranges start, under weights rounded to nearest.
 
     Raises:
-        ValueError: activations with several bit-widths, of which weights could fit only one.
+        ValueError: activations with several bit-widths, of which weights could fit only one; a network that is not in memory.
     """
 
     observe: CalibrateRanges
@@ -75,6 +75,10 @@ class ReconstructJointly(Reconstruct):
 
     def __call__(self, context: ReconstructionContext) -> None:
         model = context.model
+        if context.stored:
+            raise ValueError(
+                "weights and scales are learned together in a network that is in memory, not block by block"
+            )
         if widths := model.activation_bits():
             raise ValueError(f"weights and scales can be learned together for one activation width, not for {widths}")
         model.calibrate_weights()

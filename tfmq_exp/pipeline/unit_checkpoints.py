@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.core.finite import naming_rates
-from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
+from tfmq_exp.core.tensor_file import read_header, read_tensor_file, write_tensor_file
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.pipeline import Advance, Pipeline
 from tfmq_exp.pipeline.store import Entry
@@ -47,21 +49,54 @@ def save_result(path: Path, result: UnitResult, note: Mapping[str, Any], write: 
     write(path, lambda target: write_tensor_file(target, tensors, {"specs": specs, "note": note}))
 
 
-def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
-    """Result and note from a file of `save_result`; ValueError for a damaged one."""
-    header, tensors = read_tensor_file(path)
+def stored_integers(
+    specs: Mapping[str, Sequence[Mapping[str, Any]]], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[QuantizedWeight, ...]]:
+    """Integer weights by layer, from their specs and the tensors of a file."""
 
     def weight(name: str, spec: Mapping[str, Any]) -> QuantizedWeight:
         codes, scale, zero_point = (tensors[f"weights/{name}/{part}"] for part in PARTS)
         return QuantizedWeight(codes, QParams(scale, zero_point), QuantSpec(**spec))
 
-    integers = {
-        layer: tuple(weight(f"{layer}/{i}", spec) for i, spec in enumerate(specs))
-        for layer, specs in header["specs"].items()
+    return {
+        layer: tuple(weight(f"{layer}/{i}", spec) for i, spec in enumerate(parts)) for layer, parts in specs.items()
     }
+
+
+def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
+    """Result and note from a file of `save_result`; ValueError for a damaged one."""
+    header, tensors = read_tensor_file(path)
+
+    integers = stored_integers(header["specs"], tensors)
     prefix = "activations/"
     activations = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     return UnitResult(integers, activations), header["note"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointedIntegers:
+    """Integer weights in the unit checkpoints of a folder, of which only the layers that are asked for are read."""
+
+    folder: Path
+
+    def layers(self) -> frozenset[str]:
+        """Names of the layers that have integers there."""
+        return frozenset(layer for path in self.files() for layer in read_header(path)["specs"])
+
+    def read(self, layers: Collection[str]) -> dict[str, tuple[QuantizedWeight, ...]]:
+        """Integers of those of some layers that have any; ValueError for a damaged file."""
+        found: dict[str, tuple[QuantizedWeight, ...]] = {}
+        for path in self.files():
+            specs = {layer: spec for layer, spec in read_header(path)["specs"].items() if layer in layers}
+            prefixes = tuple(f"weights/{layer}/" for layer in specs)
+            if specs:
+                _, tensors = read_tensor_file(path, lambda name, prefixes=prefixes: name.startswith(prefixes))
+                found |= stored_integers(specs, tensors)
+        return found
+
+    def files(self) -> list[Path]:
+        """Files of finished units."""
+        return sorted(self.folder.glob("*.safetensors"))
 
 
 class FileUnitCheckpointer:

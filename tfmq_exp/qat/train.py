@@ -31,7 +31,7 @@ from tfmq_exp.reconstruction.context import (
     UnitResult,
     peak_memory_mib,
 )
-from tfmq_exp.reconstruction.loop import ERROR_SAMPLES
+from tfmq_exp.reconstruction.unit_learning import ERROR_SAMPLES
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 UNIT = "network"  # name of the only unit, in reports

@@ -43,6 +43,7 @@ class SpillAllocator:
         self.page_locked = device.type == "cuda"
         self.used = self.device_used = self.spilled = 0  # bytes asked of memory, of the device, and in files
         self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._files: dict[int, Path] = {}  # of the tensors that are in files, by their address
 
     @property
     def capacity(self) -> int:
@@ -56,16 +57,33 @@ class SpillAllocator:
         if self.device_used + needed <= self.device_budget:
             self.device_used += needed
             return torch.empty(shape, dtype=dtype, device=self.device)
-        self.used += 1 << (needed - 1).bit_length() if self.page_locked else needed
+        self.used += self.memory(needed)
         if self.used <= self.budget:
             return torch.empty(shape, dtype=dtype, pin_memory=self.page_locked)
         self.spilled += needed
         self._spill = self._spill or tempfile.TemporaryDirectory(dir=self.folder, prefix="tfmq-cache-")
         name = tempfile.mktemp(dir=self._spill.name)
-        return torch.from_file(name, shared=True, size=size, dtype=dtype).reshape(shape)
+        stored = torch.from_file(name, shared=True, size=size, dtype=dtype).reshape(shape)
+        self._files[stored.data_ptr()] = Path(name)
+        return stored
+
+    def memory(self, needed: int) -> int:
+        """Bytes of memory that so many bytes take."""
+        return 1 << (needed - 1).bit_length() if self.page_locked else needed
+
+    def release(self, stored: Tensor) -> None:
+        """Take back the room of one tensor that is not read any more; its file is deleted."""
+        if stored.device.type != "cpu":
+            self.device_used -= stored.nbytes
+            return
+        self.used -= self.memory(stored.nbytes)
+        if file := self._files.pop(stored.data_ptr(), None):
+            self.spilled -= stored.nbytes
+            file.unlink()
 
     def clear(self) -> None:
         """Release everything allocated; the files are deleted."""
+        self._files.clear()
         self.used = self.device_used = self.spilled = 0
         if self._spill is not None:
             self._spill.cleanup()

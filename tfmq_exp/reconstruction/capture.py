@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.batches import batches
+from tfmq_exp.core.devices import device_of
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.timestep_context import TimestepContext
@@ -61,10 +62,11 @@ class Capture:
     data: CalibrationSet
     batch: int
     storage: SpillAllocator
+    device: torch.device | None = None  # of the network's inputs, where it may have no parameters in memory
 
     def parts(self, network: nn.Module) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         """First index, timesteps and network inputs of each batch."""
-        device = next(network.parameters()).device
+        device = self.device or device_of(network)
         for rows in batches(len(self.data), self.batch):
             part = self.data[slice(rows.start, rows.stop)]
             yield rows.start, part.t, part.inputs(device)
@@ -134,9 +136,8 @@ class Capture:
         modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
         outputs: dict[str, list[Tensor]] = {}
         stored: dict[str, TensorTree] = {}
-        exact = replace(
-            self, storage=SpillAllocator(self.storage.budget, self.storage.folder)
-        )  # squares span too wide a range
+        storage = SpillAllocator(self.storage.budget, self.storage.folder)
+        exact = replace(self, storage=storage)  # squares span too wide a range
 
         def hook(name: str, output: Any) -> None:
             outputs[name] = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -240,7 +241,7 @@ def run_unit(
         storage: of the outputs.
     """
     stored: TensorTree | None = None
-    parts = inputs.batches(batch, next(unit.parameters()).device)
+    parts = inputs.batches(batch, device_of(unit))
     for rows, part in zip(batches(len(inputs), batch), parts, strict=True):
         outputs = fold(call_unit(unit, context, part), len(rows))
         stored = stored or TensorTree.like(outputs, len(inputs), storage)

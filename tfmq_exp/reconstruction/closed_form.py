@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tfmq_exp.core.devices import device_of
 from tfmq_exp.core.finite import require_finite, within
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.core.validate import COUNT, POSITIVE_SHARE, Checked
@@ -90,7 +91,7 @@ def shared_inputs(
 
         return hook
 
-    device = next(module.parameters()).device
+    device = device_of(module)
     with ExitStack() as hooks, torch.no_grad():
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(record(name)))

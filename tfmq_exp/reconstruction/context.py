@@ -18,6 +18,7 @@ from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.reconstruction.activation_cache import CPU, SpillAllocator
 from tfmq_exp.reconstruction.cache_format import CacheFormat
+from tfmq_exp.reconstruction.stored_weights import StoredWeights
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 
@@ -103,6 +104,7 @@ class ReconstructionContext:
     seed: int  # of all random numbers
     checkpointer: UnitCheckpointer  # saves finished units
     progress: ProgressCallback  # follows the work
+    stored: StoredWeights | None = None  # sources of the weights; None: both networks are in memory
 
 
 def quiet_trainer(device: torch.device) -> Callable[..., pl.Trainer]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ class Objective:
     """Error of one output of a unit, |error|^p, with an optional weight for each element."""
 
     p: float = 2.0
+    needs_network: ClassVar[bool] = False  # all of it at once, for the importance of outputs
 
     def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
         """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
@@ -59,6 +61,7 @@ class Fisher(Objective):
     """
 
     seed: int = 0
+    needs_network: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self, seed=SEED)

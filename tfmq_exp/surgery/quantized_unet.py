@@ -237,7 +237,8 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
     quantize_operands(
         model.unet, {n: {p: line.quantizer(model.context) for p, line in parts.items()} for n, parts in operands}
     )
-    return model.to(next(unet.parameters()).device).eval()
+    device = next(unet.parameters()).device
+    return (model if device.type == "meta" else model.to(device)).eval()  # tables and scales are real in any case
 
 
 def tie(quantizers: Sequence[Any]) -> None:

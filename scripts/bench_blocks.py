@@ -1,0 +1,171 @@
+"""Peak memory of reconstructing a network block by block that is not in memory itself.
+
+    python scripts/bench_blocks.py write FOLDER [--width 512 --blocks 64]
+    python scripts/bench_blocks.py learn FOLDER [--samples 16 --iterations 2 --kill-after K]
+
+The first command writes a PixArt transformer with random weights as shards (by default 1 GiB of them); the second learns its
+rounding at 4 bits, with its parameters on the meta device, and prints one JSON object: the peak of resident memory beyond that after all
+imports, the bytes of a block and of the two streams, how often tensors were read, and a hash of all integers. With --kill-after it
+kills itself once so many units are learned; the same command without it goes on from there.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import signal
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_reference import NoCheckpoints
+from diffusers import PixArtTransformer2DModel
+from gpu.networks import recipe_of
+from safetensors.torch import save_file
+
+from tfmq_exp.calibration.dataset import CalibrationSet
+from tfmq_exp.calibration.timesteps import EveryKth
+from tfmq_exp.denoisers.loading.meta_network import on_meta, parameters_on_meta, skeleton
+from tfmq_exp.denoisers.loading.sharded_weights import ShardedWeights
+from tfmq_exp.denoisers.read_structure import read_structure
+from tfmq_exp.denoisers.structure import Role
+from tfmq_exp.methods.weights import Reconstruct
+from tfmq_exp.pipeline.unit_checkpoints import CheckpointedIntegers, FileUnitCheckpointer
+from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.scales.observed_ranges import StaticConfig
+from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, quiet_trainer
+from tfmq_exp.reconstruction.stored_weights import StoredWeights
+from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
+from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
+from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.resolve import resolve
+
+CPU = torch.device("cpu")
+TIMESTEPS = (751, 501, 251, 1)
+TOKENS, TEXT, SIZE = 16, 32, 32  # words of a text, their width, height and width of a latent
+SHARD = 2**27  # bytes
+
+
+def network_on_meta(config: dict[str, Any]) -> Any:
+    """A network with its parameters on the meta device."""
+    with parameters_on_meta():
+        return PixArtTransformer2DModel(**config).requires_grad_(False).eval()
+
+
+def config_of(width: int, blocks: int) -> dict[str, Any]:
+    """A PixArt transformer; a block has 16 width^2 weights."""
+    heads = {"num_attention_heads": width // 64, "attention_head_dim": 64, "cross_attention_dim": width}
+    ends = {"sample_size": SIZE, "caption_channels": TEXT, "use_additional_conditions": False, "norm_eps": 1e-6}
+    return {**heads, **ends, "num_layers": blocks, "in_channels": 4, "out_channels": 8}
+
+
+def write(folder: Path, width: int, blocks: int) -> None:
+    """Write configuration and shards, with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, shards = config_of(width, blocks), [dict[str, torch.Tensor]()]
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network_on_meta(config).named_parameters():
+        if sum(x.nbytes for x in shards[-1].values()) > SHARD:
+            shards.append({})
+        value = torch.randn(parameter.shape, generator=generator)
+        shards[-1][name] = value * (parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
+    names = [f"diffusion_pytorch_model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, tensors in zip(names, shards, strict=True):
+        save_file(tensors, folder / name)
+    index = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": index}), encoding="utf-8"
+    )
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def calibration(samples: int) -> CalibrationSet:
+    """Noise at every timestep in turn."""
+    generator, rows = torch.Generator().manual_seed(1), torch.arange(samples)
+    step = rows * len(TIMESTEPS) // samples
+    text = {"encoder_hidden_states": torch.randn(samples, TOKENS, TEXT, generator=generator)}
+    constants = dict.fromkeys(("added_cond_kwargs.resolution", "added_cond_kwargs.aspect_ratio"))
+    columns = torch.randn(samples, 4, SIZE, SIZE, generator=generator), torch.tensor(TIMESTEPS)[step], step, rows, text
+    return CalibrationSet(*columns, constants=constants, first_argument="hidden_states")
+
+
+def memory(kind: str) -> int:
+    """Bytes of resident memory: VmRSS at present, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+class KillAfter(NoCheckpoints):
+    """Follows the units, and kills this process after some of them; `restored` and `learned` count."""
+
+    def __init__(self, count: int | None) -> None:
+        self.count, self.restored, self.learned = count, 0, 0
+
+    def on_unit_end(self, unit: str, report: UnitReport | None) -> None:
+        """Count a unit."""
+        self.restored, self.learned = self.restored + (report is None), self.learned + (report is not None)
+        if self.learned == self.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def learn(args: argparse.Namespace) -> dict[str, Any]:
+    """Learn the units that are not finished yet; the numbers to print."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins here
+    start, began = memory("VmRSS"), time.perf_counter()
+    config, data = json.loads((args.folder / "config.json").read_text(encoding="utf-8")), calibration(args.samples)
+    network, shards = network_on_meta(config), ShardedWeights.of(args.folder)
+    structure = read_structure(skeleton(network), on_meta(data[slice(0, 1)].inputs(CPU)))
+    roles = {role.value: LayerBits(4, None) for role in Role}
+    scales = ScalePlan(StaticConfig(), StaticConfig())
+    plan = resolve(QuantizationConfig(roles, AttentionBits(), {}), structure, (), scales, TIMESTEPS)
+    model = build_quantized_unet(network, plan, MinMax())
+    units, progress = args.folder / "units", KillAfter(args.kill_after)
+    compute = ComputeConfig(4, 2**28, quiet_trainer(CPU))
+    files = FileUnitCheckpointer(units, {}), progress, StoredWeights(shards, CheckpointedIntegers(units))
+    context = ReconstructionContext(model, network, structure, data, compute, 0, *files)
+    learning = replace(recipe_of(args.iterations, 4), inputs=QuantizedInputs())
+    Reconstruct(TemporalAware(), EveryKth(1), learning)(context)
+    peak, width = memory("VmHWM") - start, config["cross_attention_dim"]
+    digest, integers = hashlib.sha256(), CheckpointedIntegers(units)
+    for layer in sorted(integers.layers()):
+        for part in integers.read([layer])[layer]:
+            digest.update(part.codes.numpy().tobytes() + part.qparams.scale.numpy().tobytes())
+    blocks = [layer.weights for layer in structure.layers.values() if layer.name.startswith("transformer_blocks.0.")]
+    inside = [count for name, count in shards.reads.items() if name.startswith("transformer_blocks.")]
+    return {
+        "peak": peak,
+        "block": 4 * sum(blocks),
+        "streams": 2 * 4 * args.samples * (SIZE // 2) ** 2 * width,
+        "network": sum(path.stat().st_size for path in args.folder.glob("*.safetensors")),
+        "reads": {"inside blocks": max(inside), "all": max(shards.reads.values())},
+        "units": {"restored": progress.restored, "learned": progress.learned},
+        "seconds": time.perf_counter() - began,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def main() -> None:
+    """Write a network, or learn its rounding and print the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("write", "learn"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--width", type=int, default=512, help="a multiple of 64")
+    parser.add_argument("--blocks", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--kill-after", type=int)
+    args = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    if args.command == "write":
+        write(args.folder, args.width, args.blocks)
+    else:
+        print(json.dumps(learn(args), indent=2))
+
+
+if __name__ == "__main__":
+    main()
