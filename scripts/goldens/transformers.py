@@ -7,6 +7,7 @@ from goldens.comparing import DamagedError, Group
 from goldens.dit import check_dit
 from goldens.edm import check_edm
 from goldens.flow import check_flow
+from goldens.pipelines import check_pipelines
 from goldens.temporal import check_temporal
 
 PARTS: dict[str, Callable[[Path], list[Group]]] = {
@@ -14,6 +15,7 @@ PARTS: dict[str, Callable[[Path], list[Group]]] = {
     "edm": check_edm,
     "temporal": check_temporal,
     "dit": check_dit,
+    "pipelines": check_pipelines,
 }  # by the names of their folders
 
 
