@@ -1,7 +1,7 @@
 """Peak memory of reconstructing a network block by block that is not in memory itself.
 
-    python scripts/bench_blocks.py check FOLDER [--width 448 --blocks 84 --kill-after 30 --rest-mib 300]
-    python scripts/bench_blocks.py write FOLDER [--width 448 --blocks 84]
+    python scripts/bench_blocks.py check FOLDER [--width 384 --blocks 114 --kill-after 40 --rest-mib 300]
+    python scripts/bench_blocks.py write FOLDER [--width 384 --blocks 114]
     python scripts/bench_blocks.py learn FOLDER [--samples 16 --iterations 2 --kill-after K]
 
 `write` makes a PixArt transformer with random weights, as shards (1 GiB of them by default). `learn` learns its rounding at 4 bits with
@@ -191,8 +191,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("check", "write", "learn"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--width", type=int, default=448, help="a multiple of 64")
-    parser.add_argument("--blocks", type=int, default=84)
+    parser.add_argument("--width", type=int, default=384, help="a multiple of 64")
+    parser.add_argument("--blocks", type=int, default=114)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--kill-after", type=int, help="units")
@@ -205,7 +205,7 @@ def main() -> int:
     elif args.command == "learn":
         print(json.dumps(learn(args), indent=2))
     else:
-        args.kill_after = args.kill_after or 30
+        args.kill_after = args.kill_after or 40
         for line in (wrong := check(args)):
             print(line, file=sys.stderr)
         return 1 if wrong else 0
