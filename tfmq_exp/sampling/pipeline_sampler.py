@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tfmq_exp.core.validate import COUNT
 from tfmq_exp.denoisers.pipelines.load import example_calls, open_folder
 from tfmq_exp.sampling.diffusers_scheduler import read_scheduler
 from tfmq_exp.sampling.network_convention import NetworkConvention, PipelineSampler
@@ -36,6 +37,8 @@ def read_pipeline_sampler(
         FileNotFoundError: a component lacks files.
         ValueError: a pipeline whose network is given other timesteps than are known here, or a scheduler that is not supported.
     """
+    if not COUNT.fits(num_inference_steps):
+        raise ValueError(f"num_inference_steps must be {COUNT.right}, got {num_inference_steps!r}")
     folder = open_folder(path, checkpoint)
     calls = example_calls(folder, {**(settings or {}), "num_inference_steps": num_inference_steps})
     arguments = {key: value for key, value in calls.set_timesteps.items() if key != "num_inference_steps"}
