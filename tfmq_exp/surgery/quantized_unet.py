@@ -238,8 +238,7 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
     for name, parts in plan.operands.items():
         processor: Any = QuantAttnProcessor({part: line.quantizer(model.context) for part, line in parts.items()})
         modules[name].set_processor(processor)
-    device = next(unet.parameters()).device
-    return (model if device.type == "meta" else model.to(device)).eval()  # tables and scales are real in any case
+    return model.eval() if (like := next(unet.parameters())).is_meta else model.to(like.device).eval()
 
 
 def tie(quantizers: Sequence[Any]) -> None:
