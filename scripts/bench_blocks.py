@@ -96,7 +96,7 @@ def calibration(samples: int) -> CalibrationSet:
     generator, rows = torch.Generator().manual_seed(1), torch.arange(samples)
     step = rows * len(TIMESTEPS) // samples
     text = {"encoder_hidden_states": torch.randn(samples, TOKENS, TEXT, generator=generator)}
-    constants = dict.fromkeys(("added_cond_kwargs.resolution", "added_cond_kwargs.aspect_ratio"))
+    constants = {"added_cond_kwargs.resolution": None, "added_cond_kwargs.aspect_ratio": None}
     columns = torch.randn(samples, 4, SIZE, SIZE, generator=generator), torch.tensor(TIMESTEPS)[step], step, rows, text
     return CalibrationSet(*columns, constants=constants, first_argument="hidden_states")
 

@@ -13,6 +13,7 @@ import argparse
 import logging
 import time
 import warnings
+from contextlib import suppress
 from operator import methodcaller
 from typing import Any
 
@@ -27,11 +28,11 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.denoisers.families.family import LAYERS
 from tfmq_exp.denoisers.families.find import family_of
-from tfmq_exp.denoisers.loading.meta_network import on_meta, parameters_on_meta
+from tfmq_exp.denoisers.loading.meta_network import on_meta, parameters_on_meta, skeleton
 from tfmq_exp.denoisers.structure import Kind, Role
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QuantSpec
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree, fold
+from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree, mark_shared
 from tfmq_exp.reconstruction.capture import StopForward, UnitActivations, recorded_calls, run_unit
 from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet
@@ -84,11 +85,11 @@ def measure(name: str, samples: int, iterations: int) -> list[str]:
         network = getattr(diffusers, published.network)(**published.config).requires_grad_(False).eval()
     roles, blocks = family_of(network).roles(network), [n for n, _ in family_of(network).blocks(network)]
     modulation = [network.get_submodule(layer) for layer, role in roles.items() if role is Role.TIME_PROJ]
-    with recorded_calls({"block": network.get_submodule(published.block)}, before=True) as calls:
-        try:
-            network(**on_meta(dict(published.inputs)))
-        except StopForward:
-            args, kwargs = calls["block"]
+    outline = skeleton(network)
+    with recorded_calls({"block": outline.get_submodule(published.block)}, before=True) as calls:
+        with suppress(StopForward):
+            outline(**on_meta(dict(published.inputs)))
+        call = calls["block"]
     alike = [block for block in blocks if published.alike(block)]
     weights = {
         block: sum(p.numel() for p in network.get_submodule(block).parameters()) for block in (*alike, published.block)
@@ -106,11 +107,14 @@ def measure(name: str, samples: int, iterations: int) -> list[str]:
         model.freeze(layer)
     learned = tuple(layer for layer in layers if layer not in rest)
     unit = Unit("block", Kind.TRANSFORMER, learned, "denoiser", methodcaller("get_submodule", "block"))
-    one = TensorTree(fold((torch.zeros(1), *on_cpu((args, kwargs))), 1))
+    shared = [
+        isinstance(x, Tensor) and len(x) != 1 for x in pytree.tree_leaves(call)
+    ]  # rotary tables: the batch is one
+    one = TensorTree((torch.zeros(1), *mark_shared(on_cpu(call), shared)))
     storage = SpillAllocator(2**34)
-    inputs = TensorTree.like(one.structure(one.tensors), samples, storage)
+    inputs = TensorTree.like(one.whole, samples, storage)
     for i in range(samples):
-        inputs.write(i, one.structure(one.tensors))
+        inputs.write(i, one.whole)
     began = time.process_time()
     outputs = run_unit(alone.block, model.context, inputs, 1, storage)
     capture, stream = (time.process_time() - began) / samples, outputs.nbytes // samples
@@ -140,7 +144,7 @@ def measure(name: str, samples: int, iterations: int) -> list[str]:
         f"{len(alike)}, {sum(weights[block] for block in alike) / 1e9:.2f} G weights",
         f"{format_duration(share * (iteration * ITERATIONS + 2 * SAMPLES * capture))}, {format_bytes(round(share * packed))}",
         f"{outputs_of_modulation} outputs",
-        format_bytes(STEPS * outputs_of_modulation),
+        f"{STEPS * outputs_of_modulation / 1e6:.1f} MB",
         format_bytes(2 * replaced),
     ]
 
