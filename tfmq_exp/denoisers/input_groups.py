@@ -11,7 +11,7 @@ from tfmq_exp.denoisers.structure import Role
 EMBEDDER = "it is part of an embedder, which reads an argument of the network or the output of an activation"
 REASONS = {
     **dict.fromkeys((Role.STEM, Role.TIME_EMBED, Role.CONDITION_EMBED, Role.TEXT_PROJ), EMBEDDER),
-    Role.TIME_PROJ: "all such layers read one embedding, after its activation",
+    Role.TIME_PROJ: "it reads the embedding after its activation",
     Role.FEED_FORWARD: "its input comes from an activation, through which no scale passes",
     Role.ATTN_QKV: "it reads the residual stream itself",
 }

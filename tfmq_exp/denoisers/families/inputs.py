@@ -15,7 +15,7 @@ ORDERS: Mapping[str, tuple[tuple[int | None, int | None], ...]] = {
     "LuminaLayerNormContinuous": ((None, 0),),
     "AdaLayerNormShift": ((0, None),),
 }
-SHARED = "its shift and scale come from a layer that all blocks share, and their own tables only add to that"
+SHARED = "its shift and scale come from a layer that is not its own: other blocks read it, too"
 GROUPED = "several of its heads share one head of values"
 
 
