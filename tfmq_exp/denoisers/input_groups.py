@@ -1,11 +1,18 @@
 """Every linear layer of a network in a group of those with one input."""
 
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from torch import nn
 
 from tfmq_exp.denoisers.families.find import family_of
-from tfmq_exp.denoisers.families.inputs import InputGroup, attention_outputs, linear_layers, products
+from tfmq_exp.denoisers.families.inputs import (
+    InputGroup,
+    attention_outputs,
+    cross_attention_inputs,
+    linear_layers,
+    products,
+)
 from tfmq_exp.denoisers.structure import Role
 
 EMBEDDER = "it is part of an embedder, which reads an argument of the network or the output of an activation"
@@ -15,27 +22,27 @@ REASONS = {
     Role.FEED_FORWARD: "its input comes from an activation, through which no scale passes",
     Role.ATTN_QKV: "it reads the residual stream itself",
 }
-TEXT = "it reads a text that all blocks read"
 UNKNOWN = "nothing before it is known to take a scale"
 
 
-def input_groups(network: nn.Module) -> tuple[InputGroup, ...]:
-    """Groups that partition the linear layers, free ones and others.
+def single_inputs(network: nn.Module, roles: Mapping[str, Role]) -> Iterator[InputGroup]:
+    """Each layer alone, none of them free."""
+    for name, layer in linear_layers(network).items():
+        yield InputGroup((name,), layer.in_features, reason=REASONS.get(roles[name], UNKNOWN))
 
-    Layers that never run (HunyuanDiT's pooler) are among the others.
+
+def input_groups(network: nn.Module) -> tuple[InputGroup, ...]:
+    """Groups that partition the linear layers, those that are free and others.
+
+    Layers whose weights are used but that never run (HunyuanDiT's pooler) are among them: no scale fits these, online or not.
 
     Raises:
         ValueError: a network of no known family, or with layers that no family's network has, as fused projections.
     """
-    family = family_of(network)
-    roles, layers = family.roles(network), linear_layers(network)
-    found = list(chain(family.inputs(network), attention_outputs(network), products(network)))
-    left = layers.keys() - {name for group in found for name in group.layers}
-    for name in [name for name in layers if name in left]:
-        attention, _, last = name.rpartition(".")
-        pair = tuple(other for other in (f"{attention}.to_k", f"{attention}.to_v") if other in left)
-        if last == "to_k" and len(pair) == 2:
-            found.append(InputGroup(pair, layers[name].in_features, reason=TEXT))
-        elif name not in pair or len(pair) < 2:
-            found.append(InputGroup((name,), layers[name].in_features, reason=REASONS.get(roles[name], UNKNOWN)))
-    return tuple(found)
+    family, found = family_of(network), dict[str, InputGroup]()
+    roles = family.roles(network)
+    known = family.inputs(network), attention_outputs(network), products(network), cross_attention_inputs(network)
+    for group in chain(*known, single_inputs(network, roles)):
+        if found.keys().isdisjoint(group.layers):
+            found |= dict.fromkeys(group.layers, group)
+    return tuple(dict.fromkeys(found.values()))

@@ -1,5 +1,7 @@
 """Scales of the input channels of linear layers: x / s and W s, with the division in the parameters before the layer where that is free."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ def divide_rows(network: nn.Module, rows: Rows, scale: Float[Tensor, "channels"]
 
     A layer without a bias gets one if it needs it (AuraFlow's modulations).
     """
-    module, place = network.get_submodule(rows.module), slice(rows.start, rows.start + len(scale))
+    module: Any = network.get_submodule(rows.module)
+    place = slice(rows.start, rows.start + len(scale))
     weight, bias = module.weight, bias_of(module) if rows.added and isinstance(module, nn.Linear) else module.bias
     for parameter, added in ((weight, 0), (bias, rows.added)):
         if parameter is not None:

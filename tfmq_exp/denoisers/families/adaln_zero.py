@@ -33,6 +33,7 @@ READERS: Readers = {
     "*.norm1_context.linear": (("attn.add_[qkv]_proj",), ("ff_context.net.0.proj", "ff_context.linear_[12]")),
     "norm_out.linear": (("proj_out",),),
 }
+INPUTS = inputs_by_pattern(READERS)
 BLOCKS = {
     "time_*_embed": Kind.TEMPORAL,
     "transformer_blocks.*": Kind.TRANSFORMER,
@@ -47,7 +48,7 @@ def adaln_zero(
     conditions: tuple[str, ...] = (),
     blocks: Mapping[str, Kind] = BLOCKS,
     splits: Callable[[Any], dict[str, int]] = lambda _network: {},
-    inputs: Inputs = inputs_by_pattern(READERS),
+    inputs: Inputs = INPUTS,
 ) -> Family:
     """A family with one embedding and a modulation layer in every block.
 

@@ -16,6 +16,7 @@ ORDERS: Mapping[str, tuple[tuple[int | None, int | None], ...]] = {
     "AdaLayerNormShift": ((0, None),),
 }
 SHARED = "its shift and scale come from a layer that is not its own: other blocks read it, too"
+TEXT = "it reads a text that all blocks read"
 GROUPED = "several of its heads share one head of values"
 
 
@@ -83,7 +84,9 @@ def inputs_by_pattern(readers: Readers, reason: str = SHARED) -> Inputs:
             block = name.removesuffix(pattern.removeprefix("*"))
             for i, parts in enumerate(readers[pattern]):
                 within = [f"{block}.{part}".removeprefix(".") for part in parts]
-                reading = tuple(n for n in layers if any(fnmatchcase(n, one) for one in within) and not of_text(network, n))
+                reading = tuple(
+                    n for n in layers if any(fnmatchcase(n, one) for one in within) and not of_text(network, n)
+                )
                 if reading:
                     made = made_rows(network, name, layers[reading[0]].in_features)
                     found[reading] = found.get(reading, ()) + (made[i] if made else ())
@@ -112,6 +115,19 @@ def attention_outputs(network: nn.Module) -> Iterator[InputGroup]:
                 yield InputGroup(out, layers[out[0]].in_features, reason=GROUPED)
             else:
                 yield InputGroup(out, value.out_features, tuple(map(Rows, values)))
+    for name, module in network.named_modules():
+        if type(module).__name__ == "Flux2ParallelSelfAttention":  # queries, keys, values and feed-forward in one layer
+            inner: int = module.inner_dim  # type: ignore[assignment]
+            yield InputGroup((f"{name}.to_out",), inner, (Rows(f"{name}.to_qkv_mlp_proj", 2 * inner),))
+
+
+def cross_attention_inputs(network: nn.Module) -> Iterator[InputGroup]:
+    """Keys and values, which in cross-attention read a text."""
+    layers = linear_layers(network)
+    for name, key in layers.items():
+        value = f"{name.rpartition('.')[0]}.to_v"
+        if name.endswith(".to_k") and value in layers:
+            yield InputGroup((name, value), key.in_features, reason=TEXT)
 
 
 def products(network: nn.Module) -> Iterator[InputGroup]:
