@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, HunyuanDiT2DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tests.helpers.other_transformers import OTHERS, build, result
 from tests.helpers.tiny_transformers import TINY
@@ -47,10 +48,11 @@ def inputs_of(network: nn.Module, groups: list[InputGroup], arguments: dict[str,
     """What the layers of groups read."""
     found: dict[str, Tensor] = {}
     names = [name for group in groups for name in group.layers]
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(lambda _m, args, _n=name: found.update({_n: args[0]}))
-        for name in names
-    ]
+
+    def note(name: str) -> RemovableHandle:
+        return network.get_submodule(name).register_forward_pre_hook(lambda _m, args: found.update({name: args[0]}))
+
+    hooks = [note(name) for name in names]
     result(network, arguments)
     for hook in hooks:
         hook.remove()
@@ -161,6 +163,14 @@ def test_free_groups_are_those_of_the_specification() -> None:
     assert [(r.start, r.added) for r in group_of(flux, "proj_out").rows] == [(32, 0), (0, 1)]  # scale comes first
     video = group_of(build("cogvideox")[0], "transformer_blocks.0.ff.net.0.proj")
     assert [(r.start, r.added) for r in video.rows] == [(0, 0), (32, 1), (96, 0), (128, 1)]
+
+
+def test_a_norm_without_parameters_makes_its_layers_not_free() -> None:
+    _, config, _ = OTHERS["hunyuan_dit"]  # the shift alone cannot take a scale
+    network = HunyuanDiT2DModel(**config)
+    network.get_submodule("blocks.0.norm1").norm = nn.LayerNorm(16, elementwise_affine=False)
+    assert not group_of(network, "blocks.0.attn1.to_q").rows
+    assert group_of(network, "blocks.1.attn1.to_q").rows
 
 
 def test_a_modulation_without_a_bias_gets_one() -> None:

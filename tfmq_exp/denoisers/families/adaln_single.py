@@ -22,9 +22,9 @@ EMBED = {
     "*.aspect_ratio_embedder.linear_?": Role.CONDITION_EMBED,
 }
 CAPTION = {"caption_projection.linear_?": Role.TEXT_PROJ}
-# of the feed-forward, `norm2`; cross-attention reads the residual stream
+# `norm2` is the feed-forward's; cross-attention reads the residual stream
 INPUTS = inputs_by_pattern(
-    {"*.norm1": (("attn1.to_[qkv]",),), "*.norm2": (("ff.net.0.proj",),), "norm_out": (("proj_out",),)}
+    {}, {"*.norm1": (("attn1.to_[qkv]",),), "*.norm2": (("ff.net.0.proj",),), "norm_out": (("proj_out",),)}
 )
 BLOCKS = {"transformer_blocks.*": Kind.TRANSFORMER, "caption_projection": Kind.LAYER}
 # (network, timesteps, conditions) -> embedding of the timestep alone, and with that of the conditions
@@ -160,9 +160,7 @@ WAN = Family(
     ),
     both("condition_embedder.time_embedder.linear_2", "condition_embedder.time_proj", wan_embedding),
     inputs=inputs_by_pattern(
-        {
-            **{"*.norm1": (("attn1.to_[qkv]",),), "*.norm2": (("attn2.to_q",),)},
-            **{"*.norm3": (("ffn.net.0.proj",),), "norm_out": (("proj_out",),)},
-        }
+        {"*.norm2": (("attn2.to_q",),)},
+        {"*.norm1": (("attn1.to_[qkv]",),), "*.norm3": (("ffn.net.0.proj",),), "norm_out": (("proj_out",),)},
     ),
 )

@@ -134,14 +134,14 @@ FLUX2 = adaln_zero(
         for i in range(len(network.single_transformer_blocks))
     },
     inputs_by_pattern(
+        {"norm_out.linear": (("proj_out",),)},
         {
             "*.norm": (("attn.to_qkv_mlp_proj",),),
             "*.norm1": (("attn.to_[qkv]",),),
             "*.norm1_context": (("attn.add_[qkv]_proj",),),
             "*.norm2": (("ff.linear_in",),),
             "*.norm2_context": (("ff_context.linear_in",),),
-            "norm_out.linear": (("proj_out",),),
-        }
+        },
     ),
 )
 
@@ -237,7 +237,7 @@ LUMINA2 = adaln_zero(
     },
     inputs=inputs_by_pattern(  # there are no shifts: an affine norm takes a scale as well as its modulation would
         {
-            **dict.fromkeys(("*.norm1", "*.norm1.norm"), (("attn.to_[qkv]",),)),
+            **dict.fromkeys(("*.norm1.norm", "context_refiner.*.norm1"), (("attn.to_[qkv]",),)),
             "*.ffn_norm1": (("feed_forward.linear_[13]",),),
             "norm_out.linear_1": (("norm_out.linear_2",),),
         }

@@ -42,11 +42,12 @@ CHROMA = Family(
     features,
     splits=flux_splits,
     inputs=inputs_by_pattern(
+        {},
         {
             "*.norm": (("attn.to_[qkv]", "proj_mlp"),),
             "*.norm1": (("attn.to_[qkv]",), ("ff.net.0.proj",)),
             "*.norm1_context": (("attn.add_[qkv]_proj",), ("ff_context.net.0.proj",)),
             "norm_out": (("proj_out",),),
-        }
+        },
     ),
 )

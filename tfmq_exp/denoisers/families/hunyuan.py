@@ -58,8 +58,13 @@ MODULATED = adaln_zero(
     ("pooled_projections", "guidance"),
     {**BLOCKS, "context_embedder": Kind.TRANSFORMER},
     video_splits,
-    # norms of the refiner are affine, those of the blocks are not
-    inputs_by_pattern({**READERS, "*.norm1": (("attn.to_[qkv]",),), "*.norm2": (("ff.net.0.proj",),)}),
+    inputs_by_pattern(
+        {
+            **READERS,
+            "*.refiner_blocks.*.norm1": (("attn.to_[qkv]",),),
+            "*.refiner_blocks.*.norm2": (("ff.net.0.proj",),),
+        }
+    ),
 )
 HUNYUAN_VIDEO = replace(MODULATED, features=video_features)
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
+from types import MappingProxyType
 
 from torch import nn
 
@@ -16,6 +18,7 @@ ORDERS: Mapping[str, tuple[tuple[int | None, int | None], ...]] = {
     "AdaLayerNormShift": ((0, None),),
 }
 SHARED = "its shift and scale come from a layer that is not its own: other blocks read it, too"
+PLAIN = "a norm without parameters makes it"
 TEXT = "it reads a text that all blocks read"
 GROUPED = "several of its heads share one head of values"
 
@@ -71,27 +74,39 @@ def made_rows(network: nn.Module, name: str, width: int) -> tuple[tuple[Rows, ..
     )
 
 
-def inputs_by_pattern(readers: Readers, reason: str = SHARED) -> Inputs:
-    """Groups of layers behind norms and modulation layers; a layer that reads two tensors needs one scale for both.
+def readers_within(network: nn.Module, readers: Readers) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """Every module that a pattern fits, with the layers that read each tensor it makes; none are keys and values of a text."""
+    layers = linear_layers(network)
+    fitting = [
+        (name, pattern) for name, _ in network.named_modules() for pattern in readers if fnmatchcase(name, pattern)
+    ]
+    for name, pattern in fitting:
+        block = name.removesuffix(pattern.rpartition("*")[2])
+        for place, parts in enumerate(readers[pattern]):
+            within = [f"{block}.{part}".removeprefix(".") for part in parts]
+            found = [layer for layer in layers if any(fnmatchcase(layer, one) for one in within)]
+            if reading := tuple(layer for layer in found if not of_text(network, layer)):
+                yield name, place, reading
 
-    `reason` is why those behind a norm without parameters are not free.
+
+def inputs_by_pattern(readers: Readers, shared: Readers = MappingProxyType({})) -> Inputs:
+    """Groups of layers behind norms and modulation layers.
+
+    A layer that reads two tensors needs one scale for both, and one that reads what two modules make together needs rows of both.
+    `shared` are norms whose shift and scale come from a layer that other blocks have, too: those who read them are not free.
     """
 
     def inputs(network: nn.Module) -> Iterator[InputGroup]:
-        layers, found = linear_layers(network), dict[tuple[str, ...], tuple[Rows, ...]]()
-        modules = [(name, module) for name, module in network.named_modules() if not isinstance(module, nn.Identity)]
-        for name, pattern in [(n, p) for n, _ in modules for p in readers if fnmatchcase(n, p)]:
-            block = name.removesuffix(pattern.removeprefix("*"))
-            for i, parts in enumerate(readers[pattern]):
-                within = [f"{block}.{part}".removeprefix(".") for part in parts]
-                reading = tuple(
-                    n for n in layers if any(fnmatchcase(n, one) for one in within) and not of_text(network, n)
-                )
-                if reading:
-                    made = made_rows(network, name, layers[reading[0]].in_features)
-                    found[reading] = found.get(reading, ()) + (made[i] if made else ())
-        for reading, rows in found.items():
-            yield InputGroup(reading, layers[reading[0]].in_features, rows, "" if rows else reason)
+        layers, found = linear_layers(network), dict[tuple[str, ...], list[tuple[Rows, ...]]]()
+        for name, place, reading in readers_within(network, readers):
+            if not isinstance(network.get_submodule(name), nn.Identity):
+                made = made_rows(network, name, layers[reading[0]].in_features)
+                found.setdefault(reading, []).append(made[place] if made else ())
+        for reading, made in found.items():
+            rows = tuple(chain(*made)) if all(made) else ()
+            yield InputGroup(reading, layers[reading[0]].in_features, rows, "" if rows else PLAIN)
+        for _, _, reading in readers_within(network, shared):
+            yield InputGroup(reading, layers[reading[0]].in_features, reason=SHARED)
 
     return inputs
 
