@@ -31,6 +31,10 @@ def case(request: pytest.FixtureRequest) -> Case:
     return name, nn.Module.to(copy.deepcopy(network), torch.float64), nested(cast(arguments, torch.float64))
 
 
+def tolerance(name: str) -> float:
+    return 2e-6 if name in SINGLE else 1e-12
+
+
 def scales(groups: list[InputGroup]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     return [torch.randn(g.channels, generator=generator, dtype=torch.float64).exp() for g in groups]
@@ -63,12 +67,24 @@ def inputs_of(network: nn.Module, groups: list[InputGroup], arguments: dict[str,
 def test_absorbed_and_online_scales_leave_the_network_as_it_is(case: Case) -> None:
     name, network, arguments = case
     groups = [group for group in input_groups(network) if group.rows]
-    tolerance = 2e-6 if name in SINGLE else 1e-12
     before, absorbed = result(network, arguments), result(scaled(network, groups, online=False), arguments)
     online = result(scaled(network, groups, online=True), arguments)
-    assert (absorbed - online).abs().max() <= tolerance
-    assert (absorbed - before).abs().max() <= tolerance
+    assert (absorbed - online).abs().max() <= tolerance(name)
+    assert (absorbed - before).abs().max() <= tolerance(name)
     assert (online - before).abs().max() <= 1e-12
+
+
+def test_scales_come_in_any_order(case: Case) -> None:
+    name, network, arguments = case
+    groups = list(reversed(input_groups(network)))
+    groups = [group for group in groups if not any("pooler" in layer for layer in group.layers)]
+    changed, numbers = copy.deepcopy(network), scales(groups)
+    for online in (True, False):  # those that are free come last, when other layers are divided already
+        for group, scale in zip(groups, numbers, strict=True):
+            if online != bool(group.rows):
+                scale_inputs(changed, group, scale, online=online)
+    error = (result(changed, arguments) - result(network, arguments)).abs().max()
+    assert error <= tolerance(name)
 
 
 def test_layers_read_divided_inputs_and_have_multiplied_weights(case: Case) -> None:
@@ -81,18 +97,18 @@ def test_layers_read_divided_inputs_and_have_multiplied_weights(case: Case) -> N
         for layer in group.layers:
             n, width = group.channels, before[layer].shape[-1]
             divisor = torch.cat([scale, scale.new_ones(width - n)])
-            expected, tolerance = before[layer] / divisor, 2e-6 if name in SINGLE else 1e-12
-            assert (after[layer] - expected).abs().max() <= tolerance * expected.abs().max()
+            expected = before[layer] / divisor
+            assert (after[layer] - expected).abs().max() <= tolerance(name) * expected.abs().max()
             if layer not in outputs:
                 weights = [net.get_parameter(f"{layer}.weight") for net in (network, changed)]
                 torch.testing.assert_close(weights[1], weights[0] * divisor, rtol=1e-12, atol=0)
 
 
 def test_any_group_can_be_scaled_online(case: Case) -> None:
-    _, network, arguments = case
-    groups = [group for group in input_groups(network) if not any("pooler" in name for name in group.layers)]
+    name, network, arguments = case
+    groups = [group for group in input_groups(network) if not any("pooler" in layer for layer in group.layers)]
     before, after = result(network, arguments), result(scaled(network, groups, online=True), arguments)
-    assert (after - before).abs().max() <= 1e-6  # embedders compute sinusoids in single precision
+    assert (after - before).abs().max() <= tolerance(name)
 
 
 def test_groups_are_a_partition_of_the_linear_layers(case: Case) -> None:
@@ -210,5 +226,5 @@ def test_a_layer_is_divided_once() -> None:
     network = TINY["dit"].build()
     group = group_of(network, "proj_out_2")
     scale_inputs(network, group, torch.ones(16), online=True)
-    with pytest.raises(ValueError, match="proj_out_2 is a Sequential, not a float linear layer"):
+    with pytest.raises(ValueError, match="proj_out_2 is a TransformedLinear, not a float linear layer"):
         scale_inputs(network, group, torch.ones(16))

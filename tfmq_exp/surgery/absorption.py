@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.families.inputs import InputGroup, Rows
-from tfmq_exp.surgery.input_transforms import Division, bias_of, changed, insert_before, linear
+from tfmq_exp.surgery.input_transforms import Division, TransformedLinear, bias_of, changed, insert_before, linear
 
 
 def divided(value: Float[Tensor, "rows *inputs"], scale: Float[Tensor, "rows"], added: int = 0) -> Tensor:
@@ -22,9 +22,11 @@ def divide_rows(network: nn.Module, rows: Rows, scale: Float[Tensor, "channels"]
     A layer without a bias gets one if it needs it (AuraFlow's modulations).
     """
     module: Any = network.get_submodule(rows.module)
+    if isinstance(module, TransformedLinear):
+        module = module.get_submodule("layer")
     place = slice(rows.start, rows.start + len(scale))
-    weight, bias = module.weight, bias_of(module) if rows.added and isinstance(module, nn.Linear) else module.bias
-    for parameter, added in ((weight, 0), (bias, rows.added)):
+    bias = bias_of(module) if rows.added else getattr(module, "bias", None)  # torch's RMSNorm has none
+    for parameter, added in ((module.weight, 0), (bias, rows.added)):
         if parameter is not None:
             changed(parameter[place], divided(parameter[place].double(), scale, added))
 

@@ -31,6 +31,13 @@ class Addition(nn.Module):
         return x + self.number
 
 
+class TransformedLinear(nn.Sequential):
+    """A linear layer, `layer`, with a transform of its input before it, `transform`."""
+
+    def __init__(self, transform: nn.Module, layer: nn.Linear) -> None:
+        super().__init__(OrderedDict(transform=transform, layer=layer))
+
+
 def linear(network: nn.Module, name: str) -> nn.Linear:
     """A float linear layer by name; ValueError for another module, whose parameters may be codes of integers by now."""
     module = network.get_submodule(name)
@@ -41,8 +48,8 @@ def linear(network: nn.Module, name: str) -> nn.Linear:
 
 def insert_before(network: nn.Module, name: str, transform: nn.Module) -> None:
     """Put a transform in front of a linear layer, which becomes `<name>.layer`, the transform `<name>.transform`."""
-    parts = OrderedDict(transform=transform, layer=linear(network, name))
-    network.set_submodule(name, nn.Sequential(parts).train(parts["layer"].training), strict=True)
+    layer = linear(network, name)
+    network.set_submodule(name, TransformedLinear(transform, layer).train(layer.training), strict=True)
 
 
 def changed(old: Tensor, value: Float[Tensor, "..."]) -> None:

@@ -175,8 +175,13 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     for layer, spec in manifest["cached"].items():
         if known.get(layer) not in TEMPORAL_ROLES:
             raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
-        shape = (model.context.num_steps, model.unet.get_submodule(layer).out_features)
-        model.cache_feature(layer, empty_integers(QuantSpec(**spec), shape, layer))
+        rows, columns = manifest["shapes"][f"cached/{layer}"]
+        expected = model.context.num_steps * model.unet.get_submodule(layer).out_features
+        if rows < 1 or rows % model.context.num_steps or rows * columns != expected:
+            raise ValueError(
+                f"the table of {layer!r} must have {expected} numbers in rows of steps, got {rows} x {columns}"
+            )
+        model.cache_feature(layer, empty_integers(QuantSpec(**spec), (rows, columns), layer))
     computed = [layer for layer, role in known.items() if role is Role.TIME_PROJ and layer not in manifest["cached"]]
     for layer in manifest["unneeded"]:
         if known.get(layer) is not Role.TIME_EMBED or computed:
