@@ -33,7 +33,8 @@ from tfmq_exp.denoisers.structure import Kind, Role
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree, mark_shared
-from tfmq_exp.reconstruction.capture import StopForward, UnitActivations, recorded_calls, run_unit
+from tfmq_exp.reconstruction.capture import UnitActivations, run_unit
+from tfmq_exp.reconstruction.recorded_calls import StopForward, recorded_calls
 from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet
 from tfmq_exp.surgery.resolve import LayerConfig, ResolvedConfig

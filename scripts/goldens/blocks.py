@@ -14,7 +14,8 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.structure import Kind
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, shared_leaves
-from tfmq_exp.reconstruction.capture import Capture, call_unit, recorded_calls, shared_inputs
+from tfmq_exp.reconstruction.capture import Capture, call_unit, shared_inputs
+from tfmq_exp.reconstruction.recorded_calls import recorded_calls
 from tfmq_exp.reconstruction.units import Unit
 
 MEMORY = 2**30  # bytes

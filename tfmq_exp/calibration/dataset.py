@@ -17,6 +17,7 @@ from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.core.validate import COUNT, Checked, optional
 from tfmq_exp.denoisers.denoiser import Denoiser, first_argument, nested
+from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.quant.timestep_context import network_timesteps
 from tfmq_exp.sampling.guidance import Sampling
 
@@ -44,6 +45,7 @@ class CalibrationSet:
         condition: row of each sample in these; by default every sample has its own.
         constants: keyword arguments that all samples share.
         first_argument: name of the network's noisy input.
+        lengths: name of the condition that masks a text, where the network cuts a batch to its longest text.
     """
 
     x: Float[Tensor, "samples ..."]
@@ -54,6 +56,7 @@ class CalibrationSet:
     condition: Int[Tensor, "samples"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     constants: Mapping[str, Any] = field(default_factory=dict)
     first_argument: str = "sample"
+    lengths: str | None = None
 
     def __post_init__(self) -> None:
         if not len(self.condition):
@@ -73,13 +76,24 @@ class CalibrationSet:
         t = network_timesteps(self.t).to(device)
         return {self.first_argument: self.x.to(device), "timestep": t, **nested({**conditions, **constants})}
 
+    def extremes(self) -> Int[Tensor, "0 or 2"]:
+        """Indices of a sample with the longest text and of one with the shortest.
+
+        With both, every batch has one shape, and masks its texts; none where a batch has one shape in any case.
+        """
+        none = torch.zeros(0, dtype=torch.long)
+        if self.lengths is None or not len(self):
+            return none
+        words = self.conditions[self.lengths].flatten(1).sum(dim=1)[self.condition]
+        return none if bool((words == words[0]).all()) else torch.stack([words.argmax(), words.argmin()])
+
     def save(self, path: Path) -> None:
         """Write as safetensors."""
         tensors = {name: getattr(self, name) for name in COLUMNS}
         tensors |= {CONDITION + name: value for name, value in self.conditions.items()}
         tensors |= {CONSTANT + name: value for name, value in self.constants.items() if isinstance(value, Tensor)}
         plain = {name: value for name, value in self.constants.items() if not isinstance(value, Tensor)}
-        header = {"constants": plain, "first_argument": self.first_argument}
+        header = {"constants": plain, "first_argument": self.first_argument, "lengths": self.lengths}
         write_tensor_file(path, {name: value.contiguous() for name, value in tensors.items()}, header)
 
     @classmethod
@@ -92,7 +106,13 @@ class CalibrationSet:
             for kind in (CONDITION, CONSTANT)
         )
         constants |= header.get("constants", {})
-        return cls(**columns, conditions=conditions, constants=constants, first_argument=header["first_argument"])
+        return cls(
+            **columns,
+            conditions=conditions,
+            constants=constants,
+            first_argument=header["first_argument"],
+            lengths=header["lengths"],
+        )
 
     @classmethod
     def join(cls, parts: "Sequence[CalibrationSet]", by_step: bool = False) -> "CalibrationSet":
@@ -144,6 +164,7 @@ def collect_trajectories(
         t = torch.tensor(step.t, dtype=torch.float64 if isinstance(step.t, float) else torch.int64).expand(len(rows))
         x = step.x.cpu().repeat(repeats, *[1] * (step.x.dim() - 1))
         columns = x, t, torch.full_like(rows, step.index), image, table, rows
-        parts.append(CalibrationSet(*columns, conditions.constants, first_argument(denoiser.unet)))
+        network = first_argument(denoiser.unet), family_of(denoiser.unet).lengths
+        parts.append(CalibrationSet(*columns, conditions.constants, *network))
         each_step(step.index)
     return CalibrationSet.join(parts)

@@ -128,6 +128,17 @@ def fold(tree: Any, samples: int) -> Any:
     return pytree.tree_map(leaf, tree)
 
 
+def without_last(tree: Any, samples: int, further: int) -> Any:
+    """A structure without the rows of `further` samples after the first ones."""
+
+    def leaf(x: Any) -> Any:
+        if not has_samples(x) or not further or len(x) % (samples + further):
+            return x
+        return x[: len(x) // (samples + further) * samples]
+
+    return pytree.tree_map(leaf, tree)
+
+
 def unfold(tree: Any) -> Any:
     """The structure as the network has it: `Folded` and `Shared` are plain tensors again."""
 

@@ -48,7 +48,10 @@ def reconstruct_units(context: ReconstructionContext, units: Sequence[Unit], con
         DivergedError: a loss or a learned number is not finite.
     """
     model, stored = context.model, context.stored
-    if stored is None and (config.cache != "float32" or config.objective.needs_network):
+    of_lengths = bool(
+        len(context.data.extremes())
+    )  # batches that hold more than the samples are not made of stored outputs
+    if stored is None and (config.cache != "float32" or config.objective.needs_network or of_lengths):
         reconstruct(context, units, config)
         return
     if config.objective.needs_network:

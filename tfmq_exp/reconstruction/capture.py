@@ -4,7 +4,7 @@ Inputs are stored as (timesteps, args, kwargs): per-step scales need the timeste
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,33 +18,17 @@ from tfmq_exp.core.devices import device_of
 from tfmq_exp.core.finite import within
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree, fold, mark_shared, shared_leaves
+from tfmq_exp.reconstruction.activation_cache import (
+    SpillAllocator,
+    TensorTree,
+    fold,
+    mark_shared,
+    shared_leaves,
+    without_last,
+)
 from tfmq_exp.reconstruction.cache_format import CacheFormat, encode
+from tfmq_exp.reconstruction.recorded_calls import StopForward, recorded_calls
 from tfmq_exp.reconstruction.units import Origin, Unit
-
-
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by a hook once everything is captured: the rest of the network need not run."""
-
-
-@contextmanager
-def recorded_calls(modules: Mapping[str, nn.Module], *, before: bool = False) -> Iterator[dict[str, tuple[Any, ...]]]:
-    """Record (args, kwargs, output) of every module's latest call, by name; without the output, `before` it runs.
-
-    A forward pass stops once all are there. Clear them between passes.
-    """
-    calls: dict[str, tuple[Any, ...]] = {}
-
-    def record(name: str, call: tuple[Any, ...]) -> None:
-        calls[name] = call
-        if len(calls) == len(modules):
-            raise StopForward
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            register = module.register_forward_pre_hook if before else module.register_forward_hook
-            hooks.enter_context(register(lambda _, *call, _name=name: record(_name, call), with_kwargs=True))
-        yield calls
 
 
 class UnitActivations(NamedTuple):
@@ -65,11 +49,11 @@ class Capture:
     device: torch.device | None = None  # of the network's inputs, where it may have no parameters in memory
 
     def parts(self, network: nn.Module) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
-        """First index, timesteps and network inputs of each batch."""
-        device = self.device or device_of(network)
+        """First index, timesteps and network inputs of each batch, after whose rows those of `extremes` follow."""
+        device, extremes = self.device or device_of(network), self.data.extremes()
         for rows in batches(len(self.data), self.batch):
-            part = self.data[slice(rows.start, rows.stop)]
-            yield rows.start, part.t, part.inputs(device)
+            part = self.data[torch.cat([torch.tensor(rows), extremes])]
+            yield rows.start, part.t[: len(rows)], part.inputs(device)
 
     @torch.no_grad()
     def forward(self, network: nn.Module) -> Iterator[tuple[int, Tensor]]:
@@ -81,7 +65,8 @@ class Capture:
 
     def write(self, stored: dict[str, TensorTree], name: str, start: int, value: Any) -> None:
         """Store a batch under a name, with room for all samples."""
-        rows = fold(value, min(self.batch, len(self.data) - start))
+        count = min(self.batch, len(self.data) - start)
+        rows = fold(without_last(value, count, len(self.data.extremes())), count)
         if name not in stored:
             stored[name] = TensorTree.like(rows, len(self.data), self.storage)
         stored[name].write(start, rows)

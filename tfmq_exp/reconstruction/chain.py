@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.structure import Kind
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator
-from tfmq_exp.reconstruction.capture import Capture, recorded_calls
+from tfmq_exp.reconstruction.capture import Capture
+from tfmq_exp.reconstruction.recorded_calls import recorded_calls
 from tfmq_exp.reconstruction.units import Unit
 
 

@@ -44,7 +44,8 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     remaining = restore_finished(context, [unit for unit in units if is_learnable(model, unit, config)], config)
     storage = compute.storage(4, config.cache, of_device=0.5)
     # outputs on inputs of fewer bits are not those of the network, and what later units read must not depend on what fits
-    replay = OutputReplay(compute.cache_bytes // 4 if config.cache == "float32" else 0)
+    replays = config.cache == "float32" and not len(context.data.extremes())
+    replay = OutputReplay(compute.cache_bytes // 4 if replays else 0)
     driven = [unit for unit in remaining if unit.driver == "denoiser"]
     shared = shared_inputs(context.float_unet, driven, context.data) if driven else {}
     for unit, activations in capture_float_units(context, remaining, config, shared):

@@ -17,8 +17,8 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig
 from tfmq_exp.reconstruction.activation_cache import TensorTree
-from tfmq_exp.reconstruction.capture import StopForward, recorded_calls
 from tfmq_exp.reconstruction.module import BlockReconstruction
+from tfmq_exp.reconstruction.recorded_calls import StopForward, recorded_calls
 from tfmq_exp.reconstruction.units import Blockwise
 from tfmq_exp.surgery.config import Bits, LayerBits, QuantizationConfig, ScalePlan
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet

@@ -1,6 +1,7 @@
 """Transformers with adaLN-zero: every block has a layer of its own that turns the embedding into shifts, scales and gates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -220,26 +221,29 @@ def lumina2_embedding(network: Any, t: Tensor, given: Conditions) -> Tensor:
     return embedder.timestep_embedder(embedder.time_proj(t).to(next(network.parameters()).dtype))
 
 
-LUMINA2 = adaln_zero(
-    "Lumina2Transformer2DModel",
-    {
-        **POOLED,
-        "time_caption_embed.caption_embedder.1": Role.TEXT_PROJ,
-        **{"x_embedder": Role.STEM, "norm_out.linear_2": Role.HEAD, "norm_out.linear_1": Role.TIME_PROJ},
-        **MODULATION,
-        **ATTENTION,
-        "*.feed_forward.linear_?": Role.FEED_FORWARD,
-    },
-    lumina2_embedding,
-    blocks={
-        "time_caption_embed.timestep_embedder": Kind.TEMPORAL,
-        **dict.fromkeys(("context_refiner.*", "noise_refiner.*", "layers.*"), Kind.TRANSFORMER),
-    },
-    inputs=inputs_by_pattern(  # there are no shifts: an affine norm takes a scale as well as its modulation would
+LUMINA2 = replace(
+    adaln_zero(
+        "Lumina2Transformer2DModel",
         {
-            **dict.fromkeys(("*.norm1.norm", "context_refiner.*.norm1"), (("attn.to_[qkv]",),)),
-            "*.ffn_norm1": (("feed_forward.linear_[13]",),),
-            "norm_out.linear_1": (("norm_out.linear_2",),),
-        }
+            **POOLED,
+            "time_caption_embed.caption_embedder.1": Role.TEXT_PROJ,
+            **{"x_embedder": Role.STEM, "norm_out.linear_2": Role.HEAD, "norm_out.linear_1": Role.TIME_PROJ},
+            **MODULATION,
+            **ATTENTION,
+            "*.feed_forward.linear_?": Role.FEED_FORWARD,
+        },
+        lumina2_embedding,
+        blocks={
+            "time_caption_embed.timestep_embedder": Kind.TEMPORAL,
+            **dict.fromkeys(("context_refiner.*", "noise_refiner.*", "layers.*"), Kind.TRANSFORMER),
+        },
+        inputs=inputs_by_pattern(  # there are no shifts: an affine norm takes a scale as well as its modulation would
+            {
+                **dict.fromkeys(("*.norm1.norm", "context_refiner.*.norm1"), (("attn.to_[qkv]",),)),
+                "*.ffn_norm1": (("feed_forward.linear_[13]",),),
+                "norm_out.linear_1": (("norm_out.linear_2",),),
+            }
+        ),
     ),
+    lengths="encoder_attention_mask",
 )

@@ -36,6 +36,7 @@ class Family:
         conditions: names of the arguments, beside the timestep, that temporal features depend on.
         splits: network -> number of the first input channels, of layers whose input joins two tensors, by name.
         inputs: network -> groups of layers that read one tensor, behind norms and modulation layers, see `inputs_by_pattern`.
+        lengths: name of the condition that masks a text, where the network cuts a batch to its longest text.
     """
 
     network: str
@@ -45,6 +46,7 @@ class Family:
     conditions: tuple[str, ...] = ()
     splits: Callable[[Any], dict[str, int]] = lambda _network: {}
     inputs: Inputs = lambda _network: iter(())
+    lengths: str | None = None
 
     def conditions_of(self, given: Iterable[str]) -> tuple[str, ...]:
         """Those of some arguments that temporal features depend on."""
