@@ -139,8 +139,8 @@ def learn(args: argparse.Namespace) -> dict[str, Any]:
     Reconstruct(TemporalAware(), EveryKth(1), learning)(context)
     peak, width = memory("VmHWM") - start, config["cross_attention_dim"]
     digest, integers = hashlib.sha256(), CheckpointedIntegers(units)
-    for layer in sorted(integers.layers()):
-        for part in integers.read([layer])[layer]:
+    for _, parts in sorted(integers.read(integers.layers()).items()):
+        for part in parts:
             digest.update(part.codes.numpy().tobytes() + part.qparams.scale.numpy().tobytes())
     blocks = [layer.weights for layer in structure.layers.values() if layer.name.startswith("transformer_blocks.0.")]
     inside = [count for name, count in shards.reads.items() if name.startswith("transformer_blocks.")]
