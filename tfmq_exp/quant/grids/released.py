@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.core.validate import AMOUNT, SWITCH, Checked
+from tfmq_exp.core.validate import AMOUNT, Checked
+from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.spec import QParams, QuantSpec
 
 
@@ -16,8 +17,8 @@ class ReleasedGrid(Checked):
     """Scale and zero point in the precision of the range, as research code computes them; a `Place`.
 
     affine: scale = (hi - lo) / (levels - 1), zero point = round(-lo / scale), which for a range without 0 lies outside the integers;
-    symmetric: scale = max(|lo|, |hi|) / (levels / 2 - 1); unsigned: scale = hi / (levels - 1). No scale is below the smallest positive
-    normal number, so that a range [0, 0] gives zeros.
+    symmetric: scale = max(|lo|, |hi|) / (levels / 2 - 1); unsigned: scale = hi / (levels - 1). No scale is below
+    `SMALLEST_SCALE`, which ranges of one value need.
 
     Args:
         smallest_range: hi - lo, or the largest magnitude, counts as at least that: 1e-5 in Q-DiT (Juanerx/Q-DiT 519d24a).
@@ -30,9 +31,9 @@ class ReleasedGrid(Checked):
 
     smallest_range: Annotated[float, AMOUNT] = 0.0
     smallest_scale: Annotated[float, AMOUNT] = 0.0
-    all_or_none: Annotated[bool, SWITCH] = False
-    clamp_zero_point: Annotated[bool, SWITCH] = False
-    all_levels: Annotated[bool, SWITCH] = False
+    all_or_none: bool = False
+    clamp_zero_point: bool = False
+    all_levels: bool = False
 
     def __call__(self, lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"], spec: QuantSpec) -> QParams:
         if self.all_levels:
@@ -41,7 +42,9 @@ class ReleasedGrid(Checked):
         zero_point = (-lo / scale).round() if spec.scheme == "affine" else torch.zeros_like(scale)
         return QParams(scale, zero_point.clamp(spec.qmin, spec.qmax) if self.clamp_zero_point else zero_point)
 
-    def scale(self, lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"], spec: QuantSpec) -> Float[Tensor, "*range"]:
+    def scale(
+        self, lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"], spec: QuantSpec
+    ) -> Float[Tensor, "*range"]:
         """Distance of two neighbouring values."""
         steps = spec.levels - 1
         if spec.scheme == "unsigned":
@@ -56,7 +59,8 @@ class ReleasedGrid(Checked):
         scale = reach.clamp(min=self.smallest_range) / steps
         if self.all_or_none and bool((scale < self.smallest_scale).any()):
             return torch.full_like(scale, self.smallest_scale)
-        return scale.clamp(min=max(self.smallest_scale, torch.finfo(scale.dtype).tiny))
+        smallest = max(SMALLEST_SCALE, torch.finfo(scale.dtype).tiny)  # float16 has no 1e-8
+        return scale.clamp(min=max(self.smallest_scale, smallest))
 
 
 def unit_if_empty(lo: Float[Tensor, "*range"], hi: Float[Tensor, "*range"]) -> tuple[Tensor, Tensor]:

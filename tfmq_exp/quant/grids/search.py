@@ -59,8 +59,8 @@ def quantile(ordered: Float[Tensor, "*ranges values"], share: float) -> Float[Te
     """Linear interpolation at a share of ordered values: torch.quantile's numbers, which refuses more than 2**24 values."""
     last = ordered.shape[-1] - 1
     precision = torch.promote_types(ordered.dtype, torch.float32)
-    position = (torch.tensor(share, dtype=precision) * last).clamp(0, last)
-    below = int(position)
+    position = float(torch.tensor(share, dtype=precision)) * last  # the share is rounded, its place is not
+    below = min(int(position), last)
     above = min(below + 1, last)
-    weight = (position - below).to(ordered)
-    return torch.lerp(ordered[..., below : below + 1], ordered[..., above : above + 1], weight)
+    weight = torch.tensor(position - below, dtype=ordered.dtype, device=ordered.device)
+    return torch.lerp(ordered[..., below, None], ordered[..., above, None], weight)

@@ -17,10 +17,11 @@ def ranks(x: Float[Tensor, "*rest values"]) -> Float[Tensor, "*rest values"]:
     return (below + up_to + 1).double() / 2
 
 
-def spearman(
-    x: Float[Tensor, "*rest values"], y: Float[Tensor, "*rest values"]
-) -> Float[Tensor, "*rest"]:
-    """Spearman's rank correlation along the last axis, in [-1, 1] and double precision; 0 where all values of one are equal."""
+def spearman(x: Float[Tensor, "*rest values"], y: Float[Tensor, "*other values"]) -> Float[Tensor, "*rest"]:
+    """Spearman's rank correlation along the last axis, in [-1, 1] and double precision; 0 where all values of one are equal.
+
+    Other axes broadcast.
+    """
     a, b = (each - each.mean(-1, keepdim=True) for each in (ranks(x), ranks(y)))
     sizes = a.square().sum(-1) * b.square().sum(-1)
     return torch.where(sizes > 0, (a * b).sum(-1) / sizes.clamp(min=1).sqrt(), 0.0)
@@ -29,10 +30,10 @@ def spearman(
 def salience(
     activations: Float[Tensor, "rows channels"], weights: Float[Tensor, "channels"]
 ) -> Float[Tensor, "channels"]:
-    """One salience of the channels from those of every row: sum of eta_r s(X^r), eta = softmax(-rho_r), rho_r = Spearman's of s(X^r) and s(W).
+    """Salience of the channels over all rows: sum of eta_r s(X^r), eta = softmax(-rho), rho_r = spearman(s(X^r), s(W)).
 
     `activations` are the rows' largest magnitudes (`row_maxima`), `weights` the weight's (`channel_maxima`). Rows are timesteps
     in the paper, rows of the calibration batch in the released code (adreamwu/PTQ4DiT fc27e97).
     """
-    rho = spearman(activations, weights.expand_as(activations))
+    rho = spearman(activations, weights)
     return (torch.softmax(-rho, dim=0).to(activations)[:, None] * activations).sum(0)
