@@ -19,6 +19,9 @@ SCHEMES = {"sint": "symmetric", "uint": "unsigned"}
 CODES = re.compile(r"(?P<tensor>\w+)\.(?P<scheme>sint|uint)(?P<bits>\d+)(?P<channel>\.channel)?\.dequant")
 
 
+SHARED = re.compile(r"shared\.\d+\.weight")
+
+
 class Ties(Group):
     """Quantized tensors: the share of values that are not the original's, as a value between two codes may be."""
 
@@ -95,10 +98,11 @@ def branches(settings: Record, recorded: Record, quantized: Callable[[Tensor], T
     products, ties = Group("svdquant: branches", FACTORS), Ties("svdquant: share of other codes", TIES, absolute=True)
     errors, counts = Group("svdquant: errors of the iterations", ERRORS), Group("svdquant: iterations", EXACT)
     outputs, rank, weight = Group("svdquant: outputs", OUTPUT), settings["rank"], recorded["weight"]
-    plain = low_rank(weight, rank)
-    products.compare(plain.weight, stored(recorded, "plain.lowrank.b", "plain.lowrank.a").weight)
-    products.compare(weight - plain.weight, recorded["plain.residual"])
-    ties.add(quantized(weight - plain.weight), recorded["plain.residual.sint4.dequant"])
+    if "plain.lowrank.a" in recorded:
+        plain = low_rank(weight, rank)
+        products.compare(plain.weight, stored(recorded, "plain.lowrank.b", "plain.lowrank.a").weight)
+        products.compare(weight - plain.weight, recorded["plain.residual"])
+        ties.add(quantized(weight - plain.weight), recorded["plain.residual.sint4.dequant"])
     x, weight = recorded["smoothed.input"], recorded["smoothed.weight"]
     for name in [key.removesuffix(".iterations") for key in settings if key.endswith(".iterations")]:
         most = int(name.rpartition("iters")[2])
@@ -112,8 +116,8 @@ def branches(settings: Record, recorded: Record, quantized: Callable[[Tensor], T
         rest = recorded[f"{name}.residual.sint4.dequant"]
         ties.add(found.quantized, rest)
         outputs.compare(low_rank_linear(x, quantized(x), branch, rest), recorded[f"{name}.output"])
-    weights = [recorded[key] for key in sorted(recorded) if re.fullmatch(r"shared\.\d+\.weight", key)]
-    for i, (weight, branch) in enumerate(zip(weights, shared_low_rank(weights, rank), strict=True)):
+    weights = [recorded[f"shared.{i}.weight"] for i in range(len([k for k in recorded if SHARED.fullmatch(k)]))]
+    for i, (weight, branch) in enumerate(zip(weights, shared_low_rank(weights, rank) if weights else [], strict=True)):
         products.compare(branch.weight, stored(recorded, f"shared.{i}.b", "shared.a").weight)
         ties.add(quantized(weight - branch.weight), recorded[f"shared.{i}.residual.sint4.dequant"])
     yield from (products, ties, errors, counts, outputs)

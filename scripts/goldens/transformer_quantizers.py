@@ -58,11 +58,12 @@ def check_qdit(settings: Record, recorded: Record) -> Iterator[Group]:
 
 def check_gptq(settings: Record, recorded: Record) -> Iterator[Group]:
     """Moments of the inputs, then weights per row and in groups."""
-    inputs, weight, moments = (recorded[name] for name in ("inputs", "weight", "hessian"))
-    own = Group("gptq: second moments", ROUNDING)
-    x = inputs.flatten(0, -2).double()
-    own.compare(2 / inputs.shape[:2].numel() * x.T @ x, moments)
-    yield own
+    weight, moments = recorded["weight"], recorded["hessian"]
+    if "inputs" in recorded:
+        own, inputs = Group("gptq: second moments", ROUNDING), recorded["inputs"]
+        x = inputs.flatten(0, -2).double()
+        own.compare(2 / inputs.shape[:2].numel() * x.T @ x, moments)
+        yield own
     whole, alive, moments = weight[None], *without_dead_inputs(weight[None], moments[None])
     rows, groups = Group("gptq: rows", GPTQ, absolute=True), Group("gptq: groups", GPTQ, absolute=True)
     for name, case in settings["cases"].items():

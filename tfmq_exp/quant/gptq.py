@@ -135,8 +135,8 @@ def gptq_in_groups(
     factor = inverse_factor(moments, damping)
     left = weight.to(moments.dtype, copy=True)
     codes, scale, zero_point = (torch.empty_like(left) for _ in range(3))
-    begins = set(range(0, columns, block)) | (set() if ranges.before_block else set(range(0, columns, ranges.size)))
-    for start, end in pairwise([*sorted(begins), columns]):
+    begins = [j for j in range(columns) if not j % block or not (j % ranges.size or ranges.before_block)]
+    for start, end in pairwise([*begins, columns]):
         for first in range(start + -start % ranges.size, end, ranges.size):
             own = slice(first, first + ranges.size)
             scale[:, :, own], zero_point[:, :, own] = ranges.place(left[:, :, own])

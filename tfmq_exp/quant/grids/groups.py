@@ -29,23 +29,24 @@ def grouped(x: Float[Tensor, "*rest channels"], size: int | None, rows: int = 1)
     Raises:
         ValueError: sizes that do not divide the axes.
     """
-    channels = x.shape[-1]
+    *rest, channels = x.shape
     size = channels if size is None else size
     if size < 1 or channels % size:
         raise ValueError(f"the size of a group must divide the number of channels, {channels}, got {size}")
-    groups = x.unflatten(-1, (-1, size))
     if rows == 1:
-        return groups
-    if x.dim() < 2 or rows < 1 or x.shape[-2] % rows:
+        return x.reshape(*rest, channels // size, size)
+    if not rest or rows < 1 or rest[-1] % rows:
         raise ValueError(f"rows of a group must divide the rows of a tensor of shape {tuple(x.shape)}, got {rows}")
-    return groups.unflatten(-3, (-1, rows)).transpose(-3, -2).flatten(-2)
+    parts = x.reshape(*rest[:-1], rest[-1] // rows, rows, channels // size, size)
+    return parts.transpose(-3, -2).flatten(-2)
 
 
 def ungrouped(groups: Float[Tensor, "*groups values"], rows: int = 1) -> Float[Tensor, "*rest channels"]:
     """Inverse of `grouped` with the same `rows`."""
     if rows == 1:
         return groups.flatten(-2)
-    return groups.unflatten(-1, (rows, -1)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    *rest, values = groups.shape
+    return groups.reshape(*rest, rows, values // rows).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 def group_range(groups: Float[Tensor, "*groups values"], *, zero: bool = True, joint: bool = False) -> Range:

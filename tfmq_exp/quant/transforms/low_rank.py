@@ -4,6 +4,7 @@ The branch keeps the largest singular values in high precision, so that what is 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ def low_rank(weight: Weight, rank: int) -> Branch:
 def shared_low_rank(weights: Sequence[Weight], rank: int) -> list[Branch]:
     """Branches of several weights that read one input, as queries, keys and values do; they have one `down`."""
     down, up = low_rank(torch.cat(list(weights)), rank)
-    return [Branch(down, part) for part in up.split([len(weight) for weight in weights])]
+    ends = accumulate(len(weight) for weight in weights)
+    return [Branch(down, up[end - len(weight) : end]) for weight, end in zip(weights, ends, strict=True)]
 
 
 def iterated_low_rank(
