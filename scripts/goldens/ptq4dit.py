@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import log
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ OUTPUTS = {"out_weights": False, "out_weights_activations_first_call": True, "ou
 Layer = Callable[[str, Tensor], Tensor]  # of a module's name and its input
 
 
+class Call(NamedTuple):
+    """Inputs of the network, and the scale of guidance."""
+
+    x: Tensor
+    t: Tensor
+    y: Tensor
+    guidance: float
+
+
 def place(rows: Tensor, bits: int, *, from_zero: bool = False) -> QParams:
     """Grids of rows, by the search of percentiles."""
     spec = QuantSpec(bits)
@@ -53,12 +62,12 @@ class Network:
         bias = self.parameters[f"{name}.bias"]
         return F.linear(x, weight, bias) if weight.dim() == 2 else F.conv2d(x, weight, bias, stride=weight.shape[-1])
 
-    def guided(self, x: Tensor, t: Tensor, y: Tensor, scale: float, layer: Layer, operand: Layer) -> Tensor:
+    def guided(self, call: Call, layer: Layer, operand: Layer) -> Tensor:
         """Guidance on three channels; the second half of the batch, of the null class, gets the first half's x."""
-        half = x[: len(x) // 2]
-        out = self(torch.cat([half, half]), t, y, layer, operand)
+        half = call.x[: len(call.x) // 2]
+        out = self(torch.cat([half, half]), call.t, call.y, layer, operand)
         conditional, unconditional = out[:, :3].chunk(2)
-        eps = unconditional + scale * (conditional - unconditional)
+        eps = unconditional + call.guidance * (conditional - unconditional)
         return torch.cat([torch.cat([eps, eps]), out[:, 3:]], dim=1)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, layer: Layer, operand: Layer) -> Tensor:
@@ -129,13 +138,13 @@ def check_ptq4dit(settings: Record, recorded: Record) -> Iterator[Group]:
     """Balance, then for every setting the grids of weights and activations, and outputs."""
     parameters = Record({k.removeprefix("float."): recorded[k] for k in recorded if k.startswith("float.")})
     network = Network(settings["constructor"], parameters)
-    call: tuple[Any, ...] = (*(recorded[key] for key in "xty"), settings["cfg_scale"])
+    call = Call(recorded["x"], recorded["t"], recorded["y"], settings["cfg_scale"])
     yield from balances(network, call, recorded)
     for prefix, case in settings["cases"].items():
         yield from quantized(network, call, recorded, prefix, case)
 
 
-def balances(network: Network, call: tuple[Any, ...], recorded: Record) -> Iterator[Group]:
+def balances(network: Network, call: Call, recorded: Record) -> Iterator[Group]:
     """The pass in full precision that balances the channels."""
     factors, inputs = Group("ptq4dit: balance", BALANCE), Group("ptq4dit: balanced inputs and weights", BALANCE)
 
@@ -157,17 +166,17 @@ def balances(network: Network, call: tuple[Any, ...], recorded: Record) -> Itera
 
     for kind, layer in (("out_float", plain), ("out_float_after_balancing", balanced)):
         group = Group(f"ptq4dit: {kind}", FULL_PRECISION)
-        group.compare(network.guided(*call, layer, untouched), recorded[kind])
+        group.compare(network.guided(call, layer, untouched), recorded[kind])
         yield group
     yield from (factors, inputs)
 
 
-def quantized(network: Network, call: tuple[Any, ...], recorded: Record, prefix: str, case: Record) -> Iterator[Group]:
+def quantized(network: Network, call: Call, recorded: Record, prefix: str, case: Record) -> Iterator[Group]:
     """One setting: grids of balanced weights, then of activations in their order, then outputs.
 
     Args:
         network: in full precision.
-        call: its inputs, and the scale of guidance.
+        call: its inputs.
         recorded: tensors of the original.
         prefix: of the setting's names.
         case: bits.
@@ -201,7 +210,7 @@ def quantized(network: Network, call: tuple[Any, ...], recorded: Record, prefix:
     for kind, quantize in OUTPUTS.items():
         operand = activations if quantize else untouched
         if kind == "out" or f"{prefix}{kind}" in recorded:
-            ours, golden = network.guided(*call, layers(operand), operand), recorded[f"{prefix}{kind}"]
+            ours, golden = network.guided(call, layers(operand), operand), recorded[f"{prefix}{kind}"]
             outputs.compare(ours / full.std(), golden / full.std())
             worse.compare(float((ours - full).norm()), float((golden - full).norm()))
     scales = Group(f"{label} activation scales", ACTIVATIONS)
