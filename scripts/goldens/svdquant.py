@@ -1,7 +1,7 @@
 """SVDQuant's grids, balance search and low-rank branches against the original program's numbers."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ class Ties(Group):
         differs = (ours - golden).abs() > TENSORS * golden.abs().max()
         self.compare(float(differs.double().mean()), 0.0)
         self.values += golden.numel() - 1
+
+
+def compare_each(group: Group, ours: Sequence[float], golden: Tensor) -> None:
+    """Compare numbers, each relative to its own golden one."""
+    found = torch.tensor(ours, dtype=torch.float64)
+    group.compare(found / golden if len(found) == len(golden) else found, torch.ones_like(golden))
 
 
 def grids(recorded: Record, size: int) -> Iterator[Group]:
@@ -80,7 +86,7 @@ def searches(settings: Record, recorded: Record, quantized: Callable[[Tensor], T
         exponents = [(float(alpha), float(beta)) for alpha, beta in settings[f"{name}.pairs"]]
         found = search_balance(*maxima, exponents, error)
         golden = recorded[f"{name}.errors"]
-        errors.compare(torch.tensor(found.errors) / golden, torch.ones_like(golden))
+        compare_each(errors, found.errors, golden)
         best.compare(found.best, settings[f"{name}.best"])
         best.compare(balance_exponents((len(exponents) + 1) // 2), exponents)  # type: ignore[arg-type]
         scales.append(found.scale)
@@ -109,7 +115,7 @@ def branches(settings: Record, recorded: Record, quantized: Callable[[Tensor], T
         found = iterated_low_rank(weight, rank, quantized, squared_error(x, weight, quantized), most)
         golden, branch = recorded[f"{name}.errors"], stored(recorded, f"{name}.b", f"{name}.a")
         counts.compare(len(found.errors), settings[f"{name}.iterations"])
-        errors.compare(torch.tensor(found.errors) / golden, torch.ones_like(golden))
+        compare_each(errors, found.errors, golden)
         products.compare(found.branch.weight, recorded[f"{name}.effective"])
         products.compare(found.branch.weight, branch.weight)
         products.compare(weight - found.branch.weight, recorded[f"{name}.residual"])

@@ -45,22 +45,13 @@ def percentile_ranges(
 ) -> Iterator[Range]:
     """The quantiles 1 - share and share of every range along the last axis: PTQ4DiT's candidates (arXiv 2405.16005, its code).
 
-    `from_zero`: ranges start at 0, as PTQ4DiT's for the softmax. ValueError for a share outside (0.5, 1].
+    `from_zero`: ranges start at 0, as PTQ4DiT's for the softmax. ValueError for a share outside (0.5, 1]; some versions of
+    torch.quantile refuse more than 2**24 values.
     """
     if wrong := [share for share in shares if not 0.5 < share <= 1]:
         raise ValueError(f"shares must be above 0.5 and at most 1, got {wrong[0]}")
-    ordered = values.sort(dim=-1).values
-    for share in shares:
-        hi = quantile(ordered, share)
-        yield (torch.zeros_like(hi) if from_zero else quantile(ordered, 1 - share)), hi
-
-
-def quantile(ordered: Float[Tensor, "*ranges values"], share: float) -> Float[Tensor, "*ranges 1"]:
-    """Linear interpolation at a share of ordered values: torch.quantile's numbers, which refuses more than 2**24 values."""
-    last = ordered.shape[-1] - 1
-    precision = torch.promote_types(ordered.dtype, torch.float32)
-    position = float(torch.tensor(share, dtype=precision)) * last  # the share is rounded, its place is not
-    below = min(int(position), last)
-    above = min(below + 1, last)
-    weight = torch.tensor(position - below, dtype=ordered.dtype, device=ordered.device)
-    return torch.lerp(ordered[..., below, None], ordered[..., above, None], weight)
+    precise = values.to(torch.promote_types(values.dtype, torch.float32))  # torch.quantile knows no half precision
+    both = [*shares, *(1 - share for share in shares)]
+    ends = torch.quantile(precise, precise.new_tensor(both), dim=-1, keepdim=True)
+    for hi, lo in zip(*ends.chunk(2), strict=True):
+        yield (torch.zeros_like(lo) if from_zero else lo), hi
