@@ -93,8 +93,8 @@ class ColumnGroups:
     Args:
         size: columns of a group; the last group may have fewer.
         place: from the values of a group, [groups, rows, columns], to scale and zero point, [groups, rows, 1].
-        before_block: take the ranges from the weight as it was before the block in which the group begins: the errors of that block's
-            own columns have not reached it yet, as in released programs (IST-DASLab/gptq and those after it, such as Juanerx/Q-DiT).
+        before_block: take the ranges from the weight as it was before the block in which the group begins: errors of that
+            block's own columns have not reached it, as in released programs (IST-DASLab/gptq, and after it Juanerx/Q-DiT).
     """
 
     size: int
@@ -126,7 +126,8 @@ def gptq_in_groups(
         ranges: which columns share one, and how it is placed.
         spec: the integers.
         damping: added to H's diagonal, as a share of its mean.
-        block: columns whose errors are repaid together in the columns after them; changes the time alone, but for `before_block`.
+        block: columns whose errors are repaid together in the columns after them; changes the time alone, unless
+            `before_block`.
 
     Raises:
         ValueError: moments that are not finite, or not positive definite even when damped.
@@ -150,7 +151,9 @@ def without_dead_inputs(weight: Weight, moments: Moments) -> tuple[Weight, Momen
     Otherwise `gptq` keeps the weights of such inputs, and leaves them out of the mean that damps.
     """
     dead = moments.diagonal(dim1=1, dim2=2) == 0
-    return weight.masked_fill(dead[:, None], 0), moments + torch.diag_embed(dead.to(moments.dtype))
+    counted = moments.clone()
+    counted.diagonal(dim1=1, dim2=2).add_(dead)
+    return weight.masked_fill(dead[:, None], 0), counted
 
 
 def permuted(moments: Moments, order: Tensor) -> Moments:

@@ -16,7 +16,7 @@ from tfmq_exp.quant.spec import QParams, QuantSpec
 class ReleasedGrid(Checked):
     """Scale and zero point in the precision of the range, as research code computes them; a `Place`.
 
-    affine: scale = (hi - lo) / (levels - 1), zero point = round(-lo / scale), which for a range without 0 lies outside the integers;
+    affine: scale = (hi - lo) / (levels - 1), zero point = round(-lo / scale), outside the integers for a range without 0;
     symmetric: scale = max(|lo|, |hi|) / (levels / 2 - 1); unsigned: scale = hi / (levels - 1). No scale is below
     `SMALLEST_SCALE`, which ranges of one value need.
 
@@ -25,8 +25,8 @@ class ReleasedGrid(Checked):
         smallest_scale: no scale is below it: 1e-6 in ViDiT-Q (thu-nics/ViDiT-Q 44126bd).
         all_or_none: one scale below `smallest_scale` sets all scales to it, as in ViDiT-Q: a token of zeros ruins the tensor.
         clamp_zero_point: into the integers, as in Q-DiT, which clips ranges without 0 at the wrong place.
-        all_levels: symmetric scale = (hi - lo) / (levels - 1), with the range widened to [-max, max] only if lo < 0, and an empty range
-            as [-1, 1]: GPTQ's released code. A range without negative values loses its upper half.
+        all_levels: symmetric scale = (hi - lo) / (levels - 1), with the range widened to [-max, max] only if lo < 0, and an
+            empty range as [-1, 1]: GPTQ's released code. A range without negative values loses its upper half.
     """
 
     smallest_range: Annotated[float, AMOUNT] = 0.0

@@ -1,6 +1,7 @@
-"""A branch of low rank beside a quantized weight (SVDQuant, arXiv 2411.05007, eq. 5 and 6): W = L + R, L = up down, y = Q(x) Q(R)^T + x L^T.
+"""A branch of low rank beside a quantized weight: W = L + R, L = up down, y = Q(x) Q(R)^T + x L^T.
 
-The branch keeps the largest singular values in high precision, so that what is left has smaller outliers.
+SVDQuant (arXiv 2411.05007). The branch keeps the largest singular values in high precision, so that what is left has
+smaller outliers.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Spearman's rho-guided salience calibration (SSC, PTQ4DiT, arXiv 2405.16005, section 3.3).
+"""Spearman's rho-guided salience calibration (SSC, PTQ4DiT, arXiv 2405.16005).
 
 Rows of activations whose salient channels are not those of the weight weigh more when one balance has to serve all of them.
 """
