@@ -1,12 +1,15 @@
 """Peak memory of reconstructing a network block by block that is not in memory itself.
 
-    python scripts/bench_blocks.py write FOLDER [--width 512 --blocks 64]
+    python scripts/bench_blocks.py check FOLDER [--width 384 --blocks 114 --kill-after 40 --rest-mib 300]
+    python scripts/bench_blocks.py write FOLDER [--width 384 --blocks 114]
     python scripts/bench_blocks.py learn FOLDER [--samples 16 --iterations 2 --kill-after K]
 
-The first command writes a PixArt transformer with random weights as shards (by default 1 GiB of them); the second learns its
-rounding at 4 bits, with its parameters on the meta device, and prints one JSON object: the peak of resident memory beyond that after all
-imports, the bytes of a block and of the two streams, how often tensors were read, and a hash of all integers. With --kill-after it
-kills itself once so many units are learned; the same command without it goes on from there.
+`write` makes a PixArt transformer with random weights, as shards (1 GiB of them by default). `learn` learns its rounding at 4 bits with
+its parameters on the meta device, and prints one JSON object: the peak of resident memory beyond that after all imports, the bytes
+of a block and of two streams, how often tensors were read, and a hash of all integers. With --kill-after it kills itself once so
+many units are learned; the same command without it goes on from there. `check` does all that in processes of their own: it
+learns the network at once, and again with a kill in between, and its status is 1 unless both end with the same bits, within two blocks,
+two streams and --rest-mib of memory.
 """
 
 import argparse
@@ -15,6 +18,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -48,6 +53,9 @@ CPU = torch.device("cpu")
 TIMESTEPS = (751, 501, 251, 1)
 TOKENS, TEXT, SIZE = 16, 32, 32  # words of a text, their width, height and width of a latent
 SHARD = 2**27  # bytes
+# Weights of blocks are read once by a process. Those of the ends are read by the passes that capture what the stem, the text's
+# projection, the blocks and the head read, and by their own unit.
+READS = {"inside blocks": 1, "all": 4}
 
 
 def network_on_meta(config: dict[str, Any]) -> Any:
@@ -88,7 +96,7 @@ def calibration(samples: int) -> CalibrationSet:
     generator, rows = torch.Generator().manual_seed(1), torch.arange(samples)
     step = rows * len(TIMESTEPS) // samples
     text = {"encoder_hidden_states": torch.randn(samples, TOKENS, TEXT, generator=generator)}
-    constants = dict.fromkeys(("added_cond_kwargs.resolution", "added_cond_kwargs.aspect_ratio"))
+    constants = {"added_cond_kwargs.resolution": None, "added_cond_kwargs.aspect_ratio": None}
     columns = torch.randn(samples, 4, SIZE, SIZE, generator=generator), torch.tensor(TIMESTEPS)[step], step, rows, text
     return CalibrationSet(*columns, constants=constants, first_argument="hidden_states")
 
@@ -148,24 +156,61 @@ def learn(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Write a network, or learn its rounding and print the numbers."""
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run this script, with tensors in pages of their own: glibc's free lists would be measured, too."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": f"{2**20}"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """Learn a network at once and with a kill in between; everything that is not as it must be."""
+    whole, killed = args.folder / "whole", args.folder / "killed"
+    work = "--samples", args.samples, "--iterations", args.iterations
+    write(whole, args.width, args.blocks)
+    killed.mkdir(parents=True)
+    for path in whole.iterdir():
+        (killed / path.name).symlink_to(path.resolve())
+    outcomes = [run("learn", whole, *work), run("learn", killed, *work, "--kill-after", args.kill_after)]
+    resumed = run("learn", killed, *work)
+    wrong = [outcome.stderr for outcome in (outcomes[0], resumed) if outcome.returncode]
+    if wrong or outcomes[1].returncode != -signal.SIGKILL:
+        return [*wrong, f"the killed process ended with {outcomes[1].returncode}"]
+    found = [json.loads(outcome.stdout) for outcome in (outcomes[0], resumed)]
+    print(json.dumps(dict(zip(("whole", "resumed"), found, strict=True)), indent=2))
+    for one in found:
+        bound = 2 * one["block"] + one["streams"] + args.rest_mib * 2**20
+        wrong += [f"a peak of {one['peak']} bytes, allowed are {bound}"] if one["peak"] > bound else []
+        wrong += [f"tensors were read {one['reads']} times"] if one["reads"] != READS else []
+    wrong += ["the killed run ends with other bits"] if found[0]["sha256"] != found[1]["sha256"] else []
+    return wrong
+
+
+def main() -> int:
+    """Write a network, learn its rounding and print the numbers, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("write", "learn"))
+    parser.add_argument("command", choices=("check", "write", "learn"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--width", type=int, default=512, help="a multiple of 64")
-    parser.add_argument("--blocks", type=int, default=64)
+    parser.add_argument("--width", type=int, default=384, help="a multiple of 64")
+    parser.add_argument("--blocks", type=int, default=114)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=2)
-    parser.add_argument("--kill-after", type=int)
+    parser.add_argument("--kill-after", type=int, help="units")
+    parser.add_argument("--rest-mib", type=int, default=300)
     args = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     if args.command == "write":
         write(args.folder, args.width, args.blocks)
-    else:
+    elif args.command == "learn":
         print(json.dumps(learn(args), indent=2))
+    else:
+        args.kill_after = args.kill_after or 40
+        for line in (wrong := check(args)):
+            print(line, file=sys.stderr)
+        return 1 if wrong else 0
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

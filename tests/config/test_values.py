@@ -56,6 +56,9 @@ def records(node: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from records(value, f"{place}.{key}" if place else key)
 
 
+PIPELINE = Path(__file__).parents[1] / "goldens/transformers/pipelines/dit"
+
+
 @pytest.fixture(scope="module")
 def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[str, dict[str, Any]]]:
     """Every field that holds a number or a switch, once for each class, with a whole record that has it."""
@@ -71,7 +74,10 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tu
     known = {"num_inference_steps": 4, "eta": 0.0, "path": str(tmp)}
     for path in sorted((CONF / "sampler").glob("*.yaml")):
         node: Any = OmegaConf.to_container(OmegaConf.load(path))  # its values of the protocol stay interpolations
-        node = {key: known.get(key, value) for key, value in node.items()}
+        given = (
+            {**known, "path": str(PIPELINE), "settings": {}, "checkpoint": None} if path.stem == "pipeline" else known
+        )
+        node = {key: given.get(key, value) for key, value in node.items()}
         for name, value in node.items():
             if isinstance(value, int | float):
                 found.setdefault((node["_target_"], name), ("sampler", node))
@@ -146,8 +152,8 @@ def begin(cfg: DictConfig) -> None:
             ("method=lsq", "method.weights.protocol.condition_dropout=2"),
             "method.weights.protocol.condition_dropout must be a number from 0 to 1",
         ),
-        (("model.sampling.guidance=-1",), "model.sampling.guidance must be a number, at least 0, got -1"),
-        (("model.sampling.guidance=nan",), "model.sampling.guidance must be a number, at least 0, got nan"),
+        (("model.sampling.guidance=-1",), "model.sampling.guidance must be a number, at least 0, or null, got -1"),
+        (("model.sampling.guidance=nan",), "model.sampling.guidance must be a number, at least 0, or null, got nan"),
         (
             ("model.sampling.precision=float8",),
             "precision must be one of float32, tf32, bfloat16, float16, got 'float8'",

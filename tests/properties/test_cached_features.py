@@ -75,6 +75,23 @@ def test_stored_features_are_the_float_ones_on_a_grid_for_each_step(unet: nn.Mod
             torch.testing.assert_close(codes, codes.round(), atol=1e-2, rtol=0)
 
 
+def test_parts_of_a_feature_with_ranges_of_their_own_are_nearer(unet: nn.Module, tmp_path: Path) -> None:
+    t, errors, loaded = torch.tensor(TIMESTEPS), [], nn.Module()
+    wanted = torch.cat(TemporalInformationBlock(unet, parts_of(unet))(t), dim=1)
+    for channels in (None, 16, 4):
+        model = calibrated(quantizable(unet))
+        CacheFeatures(4, "always", channels)(model, unet, parts_of(unet))
+        loaded = reloaded(model, tmp_path)
+        with model.context.at(t), loaded.context.at(t):
+            stored, again = (
+                torch.cat(TemporalInformationBlock(one.unet, parts_of(unet))(t), dim=1) for one in (model, loaded)
+            )
+        assert torch.equal(stored, again)
+        errors.append(float((stored - wanted).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < errors[0] / 2
+
+
 def test_nothing_of_the_temporal_information_block_is_left_when_all_is_stored(unet: nn.Module, tmp_path: Path) -> None:
     reloaded(calibrated(quantizable(unet)), tmp_path)
     temporal = parts_of(unet).temporal_layers

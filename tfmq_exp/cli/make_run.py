@@ -115,6 +115,6 @@ def make_sampling(cfg: DictConfig) -> Sampling:
     """
     settings, call = make(cfg.model.sampling), cfg.model.get("call")
     if settings.get("guidance") is None and call is not None:
-        settings["guidance"] = read_pipeline_guidance(cfg.model.denoiser.path, make(call))
+        settings["guidance"] = read_pipeline_guidance(cfg.model.denoiser.path, make(call), cfg.model.checkpoint)
     captions = {} if cfg.captions is None else {"conditioning": Captions.read(str(cfg.captions))}
     return Sampling(make(cfg.sampler), **(settings | captions))

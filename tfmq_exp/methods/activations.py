@@ -39,7 +39,7 @@ def observe_network(model: QuantizedUNet, data: CalibrationSet, batch: int, prog
 
 
 def observation(context: ReconstructionContext) -> Observation | None:
-    """Observation of ranges in this context: block by block where the network is not in memory."""
+    """Observation in this context: block by block where the network is not in memory."""
     return partial(observe_blocks, context) if context.stored else None
 
 

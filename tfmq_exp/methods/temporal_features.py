@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.core.validate import Kind, check_fields, one_of, whole
+from tfmq_exp.core.validate import COUNT, Kind, check_fields, one_of, optional, whole
 from tfmq_exp.denoisers.structure import Role, UNetStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 from tfmq_exp.quant.layers import cached
@@ -44,9 +44,11 @@ class CacheFeatures:
 
     bits: int  # of a stored feature
     select: Literal["disturbance", "always"]  # `disturbance` for the selection, `always` to store every feature
+    # that share a range; None for all of a feature. A transformer's width gives shifts, scales and gates ranges of their own
+    channels: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, bits=BITS, select=one_of("disturbance", "always"))
+        check_fields(self, bits=BITS, select=one_of("disturbance", "always"), channels=optional(COUNT))
 
     @torch.no_grad()
     def __call__(
@@ -80,10 +82,9 @@ class CacheFeatures:
             computed = TemporalInformationBlock(model.unet, structure).features(t, given)
         exact, stored = TemporalInformationBlock(float_unet, structure).features(t, given), set[str]()
         for layer, feature in exact.items():
-            table = cached(feature, self.bits)
-            if self.select == "always" or disturbance(table.dequantize(), feature) < disturbance(
-                computed[layer], feature
-            ):
+            table = cached(feature, self.bits, self.channels)
+            kept = table.dequantize().reshape(feature.shape)
+            if self.select == "always" or disturbance(kept, feature) < disturbance(computed[layer], feature):
                 model.cache_feature(layer, table)
                 stored.add(layer)
         log.info("%d of %d temporal features are stored", len(stored), len(exact))

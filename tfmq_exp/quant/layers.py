@@ -143,7 +143,8 @@ class CachedFeature(nn.Module):
     def __init__(self, integers: QuantizedWeight, context: TimestepContext) -> None:
         super().__init__()
         self.context = context
-        self.register_buffer("table", integers.dequantize(), persistent=False)
+        table = integers.dequantize().reshape(context.num_steps, -1)  # a step has a row, or several
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, embedding: Tensor) -> Float[Tensor, "batch channels"]:
         return self.table[self.context.index]
@@ -153,8 +154,12 @@ class Unneeded(nn.Identity):
     """Replaces a layer whose output is not read any more."""
 
 
-def cached(features: Float[Tensor, "steps channels"], bits: int) -> QuantizedWeight:
-    """Float temporal features as integers with one range for each step, by min and max."""
+def cached(features: Float[Tensor, "steps channels"], bits: int, channels: int | None = None) -> QuantizedWeight:
+    """Float temporal features as integers with one range for each step, or for so many `channels` of it, by min and max.
+
+    A feature whose channels are no multiple of that has one range.
+    """
+    rows = features if channels is None or features.shape[1] % channels else features.reshape(-1, channels)
     spec = QuantSpec(bits, "affine", axis=0)
-    qparams = qparams_from_range(*MinMax()(features, spec), spec)
-    return QuantizedWeight(quantize(features, qparams, spec).to(torch.uint8), qparams, spec)
+    qparams = qparams_from_range(*MinMax()(rows, spec), spec)
+    return QuantizedWeight(quantize(rows, qparams, spec).to(torch.uint8), qparams, spec)

@@ -4,7 +4,6 @@ A network runs only to capture what the first block of a segment reads. Two stre
 and, where the networks are not in memory, the weights of one block.
 """
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import nn
 
 from tfmq_exp.core.devices import device_of
 from tfmq_exp.core.finite import within
+from tfmq_exp.core.memory import give_back_memory
 from tfmq_exp.denoisers.loading.meta_network import on_meta
 from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import UnitActivations, run_unit, shared_inputs
@@ -165,7 +165,7 @@ class BlockByBlock:
             targets = streams["float"].advance(link, module, model.context, batch, keep=keep)
         activations = UnitActivations(inputs, targets)
         before = round_unit(context, unit, activations, config) if new else 0.0
-        gc.collect()  # Lightning's trainer and its module refer to each other, and keep what is as large as the weights
+        give_back_memory()  # Lightning's trainer and its module refer to each other, and keep what is as large as the weights
         if "quantized" in streams:
             outputs = streams["quantized"].advance(link, unit.module(model.unet), model.context, batch)
             few = outputs.thinned(ERROR_SAMPLES), targets.thinned(ERROR_SAMPLES)

@@ -1,4 +1,4 @@
-"""Stored activations of a segment: the inputs of its present unit, over which the outputs are written."""
+"""Streams of activations through a segment: the inputs of its present unit, over which the outputs are written."""
 
 from collections.abc import Callable, Collection
 from typing import Any

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tfmq_exp.denoisers.pipelines.load import example_calls
-from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
+from tfmq_exp.core.validate import COUNT
+from tfmq_exp.denoisers.pipelines.load import example_calls, open_folder
 from tfmq_exp.sampling.diffusers_scheduler import read_scheduler
 from tfmq_exp.sampling.network_convention import NetworkConvention, PipelineSampler
 from tfmq_exp.sampling.trajectory import Sampler
@@ -20,7 +20,10 @@ CONVENTIONS = {
 
 
 def read_pipeline_sampler(
-    path: str | Path, num_inference_steps: int, settings: Mapping[str, Any] | None = None
+    path: str | Path,
+    num_inference_steps: int,
+    settings: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Sampler:
     """The sampler of a pipeline's folder, its scheduler set as the pipeline sets it.
 
@@ -28,13 +31,16 @@ def read_pipeline_sampler(
         path: of the folder.
         num_inference_steps: of the pipeline's call.
         settings: others of the pipeline's call, on which timesteps may depend: height and width.
+        checkpoint: of the denoiser, see `load_pipeline`.
 
     Raises:
         FileNotFoundError: a component lacks files.
         ValueError: a pipeline whose network is given other timesteps than are known here, or a scheduler that is not supported.
     """
-    folder = PipelineFolder(Path(path))
-    calls = example_calls(path, {**(settings or {}), "num_inference_steps": num_inference_steps})
+    if not COUNT.fits(num_inference_steps):
+        raise ValueError(f"num_inference_steps must be {COUNT.right}, got {num_inference_steps!r}")
+    folder = open_folder(path, checkpoint)
+    calls = example_calls(folder, {**(settings or {}), "num_inference_steps": num_inference_steps})
     arguments = {key: value for key, value in calls.set_timesteps.items() if key != "num_inference_steps"}
     if unknown := sorted(arguments.keys() - {"sigmas", "mu"}):
         raise ValueError(f"a {folder.name} sets its scheduler by {unknown[0]}, which is not supported")
@@ -53,9 +59,11 @@ def read_pipeline_sampler(
     return sampler
 
 
-def read_pipeline_guidance(path: str | Path, settings: Mapping[str, Any] | None = None) -> float:
+def read_pipeline_guidance(
+    path: str | Path, settings: Mapping[str, Any] | None = None, checkpoint: str | Path | None = None
+) -> float:
     """Scale of the classifier-free guidance of a pipeline's call, 1 for none, or where the network is given the scale itself."""
-    calls = example_calls(path, settings or {})
+    calls = example_calls(open_folder(path, checkpoint), settings or {})
     if not calls.null:
         return 1.0
     if calls.guidance.weights is None:  # normalised afterwards

@@ -80,7 +80,9 @@ class QuantizedProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
+        given: dict[str, Any] = dict(
+            zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
+        )
         given |= kwargs or {}
         operands = {name: self.quantized(name, given.pop(name)) for name in ("query", "key", "value")}
         if "probabilities" not in self.quantizers:
@@ -89,7 +91,9 @@ class QuantizedProducts(TorchFunctionMode):
             raise ValueError(
                 "quantized probabilities support neither causal attention nor fewer heads of keys than of queries"
             )
-        return self.product(*operands.values(), given.get("attn_mask"), given.get("scale"))
+        return self.product(
+            operands["query"], operands["key"], operands["value"], given.get("attn_mask"), given.get("scale")
+        )
 
     def quantized(self, operand: str, x: Tensor) -> Tensor:
         return self.quantizers[operand](x) if operand in self.quantizers else x
@@ -121,7 +125,7 @@ class QuantizedProcessor(nn.Module):
     def __init__(self, processor: Callable[..., Any], quantizers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.__dict__["processor"] = processor  # no submodule: it has no weights
-        self.quantizers = nn.ModuleDict(dict(quantizers))
+        self.quantizers: Any = nn.ModuleDict(dict(quantizers))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with QuantizedProducts(self.quantizers):

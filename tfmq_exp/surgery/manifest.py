@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.families.find import FAMILIES, family_of
 from tfmq_exp.denoisers.families.unet import attentions, set_heads
+from tfmq_exp.denoisers.loading.dit_checkpoint import has_original_frequencies, original_frequencies
 from tfmq_exp.denoisers.loading.network_config import LARGE, MOST_LAYERS, UNETS, WIDE, empty_network
 from tfmq_exp.denoisers.loading.network_folder import check_numbers, reason_of, without_weights
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
@@ -30,7 +31,10 @@ MOST_TIMESTEPS = 2**20
 WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 # network, its configuration, what is quantized, shapes of the integers, numbers of heads, and how the model is sampled
 ENTRIES = frozenset({"network", "config", "plan", "shapes", "cached", "unneeded", "heads", "recipe"})
-SOMETIMES = frozenset({"outside"})
+SOMETIMES = frozenset({"outside", "frequencies"})
+FREQUENCIES = {
+    "frequencies": "original"
+}  # of sinusoids: those of the original DiT, which no configuration of diffusers says
 
 
 def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
@@ -60,7 +64,8 @@ def described(model: QuantizedUNet) -> dict[str, Any]:
         "heads": {name: module.heads for name, module in attentions(model.unet).items()},
     }
     # ranges that do not contain zero, as in releases: no engine can execute them, so others may not have them unsaid
-    return json.loads(json.dumps(manifest | ({"outside": outside} if outside else {})))
+    manifest |= {"outside": outside} if outside else {}
+    return json.loads(json.dumps(manifest | (FREQUENCIES if has_original_frequencies(model.unet) else {})))
 
 
 def check_entries(manifest: Any) -> None:
@@ -122,6 +127,8 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
         unet.to_empty(device="cpu")
     else:
         unet = empty_transformer(kind, config, available)
+        if kind is diffusers.DiTTransformer2DModel and "frequencies" in manifest:
+            original_frequencies(unet)
     modules = attentions(unet)
     if manifest["heads"].keys() != modules.keys():
         raise ValueError("its numbers of heads are not those of its attentions")
@@ -168,8 +175,13 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     for layer, spec in manifest["cached"].items():
         if known.get(layer) not in TEMPORAL_ROLES:
             raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
-        shape = (model.context.num_steps, model.unet.get_submodule(layer).out_features)
-        model.cache_feature(layer, empty_integers(QuantSpec(**spec), shape, layer))
+        rows, columns = manifest["shapes"][f"cached/{layer}"]
+        expected = model.context.num_steps * model.unet.get_submodule(layer).out_features
+        if rows < 1 or rows % model.context.num_steps or rows * columns != expected:
+            raise ValueError(
+                f"the table of {layer!r} must have {expected} numbers in rows of steps, got {rows} x {columns}"
+            )
+        model.cache_feature(layer, empty_integers(QuantSpec(**spec), (rows, columns), layer))
     computed = [layer for layer, role in known.items() if role is Role.TIME_PROJ and layer not in manifest["cached"]]
     for layer in manifest["unneeded"]:
         if known.get(layer) is not Role.TIME_EMBED or computed:

@@ -237,8 +237,7 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
     quantize_operands(
         model.unet, {n: {p: line.quantizer(model.context) for p, line in parts.items()} for n, parts in operands}
     )
-    device = next(unet.parameters()).device
-    return (model if device.type == "meta" else model.to(device)).eval()  # tables and scales are real in any case
+    return model.eval() if (like := next(unet.parameters())).is_meta else model.to(like.device).eval()
 
 
 def tie(quantizers: Sequence[Any]) -> None:

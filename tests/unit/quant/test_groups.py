@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from tfmq_exp.quant.grids.groups import group_range, grouped, quantize_groups, ungrouped
 from tfmq_exp.quant.spec import QuantSpec
@@ -95,3 +96,13 @@ def test_a_size_that_does_not_divide_the_channels_is_refused(size: int) -> None:
 def test_rows_that_do_not_divide_the_tensor_are_refused(shape: tuple[int, ...], rows: int) -> None:
     with pytest.raises(ValueError, match=f"got {rows}"):
         grouped(torch.zeros(shape), 2, rows)
+
+
+def test_unsigned_groups_serve_what_gelu_gives_after_a_shift() -> None:
+    """SVDQuant's inputs of the second layer of an MLP: x + 0.171875, codes 0 .. 15."""
+    x, shift = gelu(values(6, 16)), 0.171875
+    found = quantize_groups(x + shift, QuantSpec(4, "unsigned"), 8) - shift
+    without = quantize_groups(x, QuantSpec(4, "symmetric"), 8)
+    assert (found - x).square().mean() < 0.5 * (without - x).square().mean()
+    below = torch.tensor([[-0.3, 1 - shift]])
+    assert quantize_groups(below + shift, QuantSpec(4, "unsigned")).tolist() == [[0.0, 1.0]]

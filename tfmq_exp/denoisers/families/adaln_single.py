@@ -13,6 +13,7 @@ from tfmq_exp.denoisers.families.family import (
     blocks_by_pattern,
     roles_by_pattern,
 )
+from tfmq_exp.denoisers.families.inputs import inputs_by_pattern
 from tfmq_exp.denoisers.structure import Kind, Role
 
 EMBED = {
@@ -21,6 +22,10 @@ EMBED = {
     "*.aspect_ratio_embedder.linear_?": Role.CONDITION_EMBED,
 }
 CAPTION = {"caption_projection.linear_?": Role.TEXT_PROJ}
+# `norm2` is the feed-forward's; cross-attention reads the residual stream
+INPUTS = inputs_by_pattern(
+    {}, {"*.norm1": (("attn1.to_[qkv]",),), "*.norm2": (("ff.net.0.proj",),), "norm_out": (("proj_out",),)}
+)
 BLOCKS = {"transformer_blocks.*": Kind.TRANSFORMER, "caption_projection": Kind.LAYER}
 # (network, timesteps, conditions) -> embedding of the timestep alone, and with that of the conditions
 Embedding = Callable[[Any, Tensor, Conditions], tuple[Tensor, Tensor]]
@@ -70,6 +75,7 @@ PIXART = Family(
     blocks_by_pattern({"adaln_single": Kind.TEMPORAL, **BLOCKS}),
     both("adaln_single.emb.timestep_embedder.linear_2", "adaln_single.linear", pixart_embedding),
     tuple(f"added_cond_kwargs.{name}" for name in SIZES),
+    inputs=INPUTS,
 )
 
 
@@ -101,6 +107,7 @@ SANA = Family(
     blocks_by_pattern({"time_embed": Kind.TEMPORAL, **BLOCKS}),
     sana_features,
     ("guidance",),
+    inputs=INPUTS,
 )
 
 
@@ -123,6 +130,7 @@ LTX = Family(
     ),
     blocks_by_pattern({"time_embed": Kind.TEMPORAL, **BLOCKS}),
     both("time_embed.emb.timestep_embedder.linear_2", "time_embed.linear", ltx_embedding),
+    inputs=INPUTS,
 )
 
 
@@ -151,4 +159,8 @@ WAN = Family(
         }
     ),
     both("condition_embedder.time_embedder.linear_2", "condition_embedder.time_proj", wan_embedding),
+    inputs=inputs_by_pattern(
+        {"*.norm2": (("attn2.to_q",),)},
+        {"*.norm1": (("attn1.to_[qkv]",),), "*.norm3": (("ffn.net.0.proj",),), "norm_out": (("proj_out",),)},
+    ),
 )

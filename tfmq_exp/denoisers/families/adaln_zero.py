@@ -14,6 +14,7 @@ from tfmq_exp.denoisers.families.family import (
     modulations,
     roles_by_pattern,
 )
+from tfmq_exp.denoisers.families.inputs import Inputs, Readers, inputs_by_pattern
 from tfmq_exp.denoisers.structure import Kind, Role
 
 Embedding = Callable[[Any, Tensor, Conditions], Tensor]  # (network, timesteps, conditions) -> input of the SiLU
@@ -26,6 +27,13 @@ ENDS = {"x_embedder": Role.STEM, "pos_embed.proj": Role.STEM, "context_embedder"
 MODULATION = dict.fromkeys(
     ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear", "norm_out.linear"), Role.TIME_PROJ
 )
+READERS: Readers = {
+    "*.norm.linear": (("attn.to_[qkv]", "proj_mlp"),),
+    "*.norm1.linear": (("attn.to_[qkv]",), ("ff.net.0.proj", "ff.linear_[12]"), ("attn2.to_[qkv]",)),
+    "*.norm1_context.linear": (("attn.add_[qkv]_proj",), ("ff_context.net.0.proj", "ff_context.linear_[12]")),
+    "norm_out.linear": (("proj_out",),),
+}
+INPUTS = inputs_by_pattern(READERS)
 BLOCKS = {
     "time_*_embed": Kind.TEMPORAL,
     "transformer_blocks.*": Kind.TRANSFORMER,
@@ -40,6 +48,7 @@ def adaln_zero(
     conditions: tuple[str, ...] = (),
     blocks: Mapping[str, Kind] = BLOCKS,
     splits: Callable[[Any], dict[str, int]] = lambda _network: {},
+    inputs: Inputs = INPUTS,
 ) -> Family:
     """A family with one embedding and a modulation layer in every block.
 
@@ -50,12 +59,13 @@ def adaln_zero(
         conditions: names of the arguments that the embedding depends on beside the timestep.
         blocks: by pattern.
         splits: see `Family`.
+        inputs: see `Family`.
     """
 
     def features(network: Any, projections: Sequence[str], t: Tensor, given: Conditions) -> dict[str, Tensor]:
         return modulations(network, projections, embedding(network, t, given))
 
-    return Family(network, roles_by_pattern(roles), blocks_by_pattern(blocks), features, conditions, splits)
+    return Family(network, roles_by_pattern(roles), blocks_by_pattern(blocks), features, conditions, splits, inputs)
 
 
 def sd3_embedding(network: Any, t: Tensor, given: Conditions) -> Tensor:
@@ -123,6 +133,16 @@ FLUX2 = adaln_zero(
         f"single_transformer_blocks.{i}.attn.to_out": network.inner_dim
         for i in range(len(network.single_transformer_blocks))
     },
+    inputs_by_pattern(
+        {"norm_out.linear": (("proj_out",),)},
+        {
+            "*.norm": (("attn.to_qkv_mlp_proj",),),
+            "*.norm1": (("attn.to_[qkv]",),),
+            "*.norm1_context": (("attn.add_[qkv]_proj",),),
+            "*.norm2": (("ff.linear_in",),),
+            "*.norm2_context": (("ff_context.linear_in",),),
+        },
+    ),
 )
 
 
@@ -141,6 +161,13 @@ QWEN_IMAGE = adaln_zero(
         **FEED_FORWARD,
     },
     qwen_embedding,
+    inputs=inputs_by_pattern(
+        {
+            "*.img_mod.1": (("attn.to_[qkv]",), ("img_mlp.net.0.proj",)),
+            "*.txt_mod.1": (("attn.add_[qkv]_proj",), ("txt_mlp.net.0.proj",)),
+            "norm_out.linear": (("proj_out",),),
+        }
+    ),
 )
 
 
@@ -178,6 +205,13 @@ COGVIDEOX = adaln_zero(
     },
     cogvideox_embedding,
     blocks={**BLOCKS, "time_embedding": Kind.TEMPORAL},
+    inputs=inputs_by_pattern(  # one half of a modulation is of the images, one of the text; the same layers read both
+        {
+            "*.norm1.linear": (("attn1.to_[qkv]",),) * 2,
+            "*.norm2.linear": (("ff.net.0.proj",),) * 2,
+            "norm_out.linear": (("proj_out",),),
+        }
+    ),
 )
 
 
@@ -201,4 +235,11 @@ LUMINA2 = adaln_zero(
         "time_caption_embed.timestep_embedder": Kind.TEMPORAL,
         **dict.fromkeys(("context_refiner.*", "noise_refiner.*", "layers.*"), Kind.TRANSFORMER),
     },
+    inputs=inputs_by_pattern(  # there are no shifts: an affine norm takes a scale as well as its modulation would
+        {
+            **dict.fromkeys(("*.norm1.norm", "context_refiner.*.norm1"), (("attn.to_[qkv]",),)),
+            "*.ffn_norm1": (("feed_forward.linear_[13]",),),
+            "norm_out.linear_1": (("norm_out.linear_2",),),
+        }
+    ),
 )

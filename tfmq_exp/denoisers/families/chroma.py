@@ -14,6 +14,7 @@ from tfmq_exp.denoisers.families.family import (
     blocks_by_pattern,
     roles_by_pattern,
 )
+from tfmq_exp.denoisers.families.inputs import inputs_by_pattern
 from tfmq_exp.denoisers.structure import Kind, Role
 
 LAYER = "distilled_guidance_layer"
@@ -40,4 +41,13 @@ CHROMA = Family(
     blocks_by_pattern({LAYER: Kind.TEMPORAL, **BLOCKS}),
     features,
     splits=flux_splits,
+    inputs=inputs_by_pattern(
+        {},
+        {
+            "*.norm": (("attn.to_[qkv]", "proj_mlp"),),
+            "*.norm1": (("attn.to_[qkv]",), ("ff.net.0.proj",)),
+            "*.norm1_context": (("attn.add_[qkv]_proj",), ("ff_context.net.0.proj",)),
+            "norm_out": (("proj_out",),),
+        },
+    ),
 )

@@ -13,6 +13,7 @@ from tfmq_exp.denoisers.families.family import (
     blocks_by_pattern,
     roles_by_pattern,
 )
+from tfmq_exp.denoisers.families.inputs import inputs_by_pattern
 from tfmq_exp.denoisers.structure import Kind, Role
 
 
@@ -40,4 +41,10 @@ DIT = Family(
     blocks_by_pattern({"transformer_blocks.*": Kind.TRANSFORMER}),
     features,
     ("class_labels",),
+    inputs=inputs_by_pattern(
+        {
+            "*.norm1.linear": (("attn1.to_[qkv]",), ("ff.net.0.proj",)),
+            "proj_out_1": (("proj_out_2",),),
+        }
+    ),
 )

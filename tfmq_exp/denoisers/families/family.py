@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.families.inputs import Inputs
 from tfmq_exp.denoisers.structure import Kind, Role
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -34,6 +35,7 @@ class Family:
             else. A feature has the name of the layer that returns it.
         conditions: names of the arguments, beside the timestep, that temporal features depend on.
         splits: network -> number of the first input channels, of layers whose input joins two tensors, by name.
+        inputs: network -> groups of layers that read one tensor, behind norms and modulation layers, see `inputs_by_pattern`.
     """
 
     network: str
@@ -42,6 +44,7 @@ class Family:
     features: Callable[[Any, Sequence[str], Tensor, Conditions], dict[str, Tensor]]
     conditions: tuple[str, ...] = ()
     splits: Callable[[Any], dict[str, int]] = lambda _network: {}
+    inputs: Inputs = lambda _network: iter(())
 
     def conditions_of(self, given: Iterable[str]) -> tuple[str, ...]:
         """Those of some arguments that temporal features depend on."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.families.adaln_zero import BLOCKS, ENDS, MODULATION, POOLED, SINGLE, adaln_zero
+from tfmq_exp.denoisers.families.adaln_zero import BLOCKS, ENDS, MODULATION, POOLED, READERS, SINGLE, adaln_zero
 from tfmq_exp.denoisers.families.family import (
     ATTENTION,
     FEED_FORWARD,
@@ -15,6 +15,7 @@ from tfmq_exp.denoisers.families.family import (
     blocks_by_pattern,
     roles_by_pattern,
 )
+from tfmq_exp.denoisers.families.inputs import inputs_by_pattern
 from tfmq_exp.denoisers.structure import Kind, Role
 
 REFINER = "context_embedder.*"
@@ -57,6 +58,13 @@ MODULATED = adaln_zero(
     ("pooled_projections", "guidance"),
     {**BLOCKS, "context_embedder": Kind.TRANSFORMER},
     video_splits,
+    inputs_by_pattern(
+        {
+            **READERS,
+            "*.refiner_blocks.*.norm1": (("attn.to_[qkv]",),),
+            "*.refiner_blocks.*.norm2": (("ff.net.0.proj",),),
+        }
+    ),
 )
 HUNYUAN_VIDEO = replace(MODULATED, features=video_features)
 
@@ -95,4 +103,11 @@ HUNYUAN_DIT = Family(
     dit_features,
     ("encoder_hidden_states_t5", "image_meta_size", "style"),
     dit_splits,
+    inputs_by_pattern(
+        {
+            **dict.fromkeys(("*.norm1.norm", "*.norm1.linear"), (("attn1.to_[qkv]",),)),
+            **{"*.norm2": (("attn2.to_q",),), "*.norm3": (("ff.net.0.proj",),)},
+            **{"*.skip_norm": (("skip_linear",),), "norm_out.linear": (("proj_out",),)},
+        }
+    ),
 )

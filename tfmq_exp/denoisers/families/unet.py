@@ -12,6 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.families.family import Conditions, Family, known_roles
+from tfmq_exp.denoisers.families.inputs import inputs_by_pattern
 from tfmq_exp.denoisers.structure import Kind, Role
 
 ADDED = "added_cond_kwargs."
@@ -105,7 +106,16 @@ def set_heads(attention: Attention, heads: int) -> None:
     attention.heads, attention.sliceable_head_dim, attention.scale = heads, heads, width**-0.5
 
 
+INPUTS = inputs_by_pattern(
+    {
+        "*.group_norm": (("to_[qkv]",),),
+        "*.norm": (("proj_in",),),
+        "*.norm1": (("attn1.to_[qkv]",),),
+        "*.norm2": (("attn2.to_[qkv]",),),
+        "*.norm3": (("ff.net.0.proj",),),
+    }
+)
 UNET, CONDITIONAL_UNET = (
-    Family(network, roles, blocks, features, CONDITIONS, shortcut_splits)
+    Family(network, roles, blocks, features, CONDITIONS, shortcut_splits, INPUTS)
     for network in ("UNet2DModel", "UNet2DConditionModel")
 )

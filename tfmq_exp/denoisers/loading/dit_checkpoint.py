@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
 from tfmq_exp.core.finite import require_finite_weights
@@ -18,6 +19,7 @@ from tfmq_exp.core.validate import COUNT
 from tfmq_exp.denoisers.loading.checkpoint import Checkpoint, assign_weights
 
 TABLE = "pos_embed"  # of positions: computed by diffusers, kept by the original
+NEAR = 1e-3  # of its values, which are sines: a file of half precision has them rounded
 BLOCK = "transformer_blocks"
 MLP_RATIO = 4.0  # of the width; diffusers has no setting for it
 # The original's arguments, and what it takes without them.
@@ -68,8 +70,16 @@ def original_frequencies(network: Any) -> None:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
 
 
+def has_original_frequencies(network: Any) -> bool:
+    """Whether a network is a DiT with the original's frequencies, which its configuration does not say."""
+    if not isinstance(network, DiTTransformer2DModel):
+        return False
+    blocks: Any = network.transformer_blocks
+    return all(block.norm1.emb.time_proj.downscale_freq_shift == 0 for block in blocks)
+
+
 def empty_dit(arguments: Mapping[str, Any]) -> Any:
-    """The network of diffusers for arguments of the original's class, with parameters on the meta device.
+    """The network of diffusers for arguments of the original's class: parameters on the meta device, its table computed.
 
     Raises:
         ValueError: an argument that there is not, that cannot be, or that diffusers has no network for.
@@ -100,6 +110,8 @@ def empty_dit(arguments: Mapping[str, Any]) -> Any:
             num_embeds_ada_norm=given["num_classes"],
             norm_eps=1e-6,
         )
+    table = PatchEmbed(height=side, width=side, patch_size=patch, in_channels=1, embed_dim=width).pos_embed
+    network.pos_embed.pos_embed = table
     original_frequencies(network)
     return network
 
@@ -136,12 +148,13 @@ def load_dit(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
     if depth != (expected := arguments.get("depth", DEFAULTS["depth"])):
         raise ValueError(f"the weights do not fit the architecture: {depth} blocks instead of depth={expected!r}")
     network, left = empty_dit(arguments), dict(state)
-    shape, table = tuple(network.pos_embed.pos_embed.shape), left.pop(TABLE, torch.empty(0))
-    if tuple(table.shape) != shape:
-        wrong = f"{TABLE} must have shape {shape}, got {tuple(table.shape)}"
-        raise ValueError(f"the weights do not fit the architecture: {wrong}")
+    own, table = network.pos_embed.pos_embed, left.pop(TABLE, torch.empty(0))
+    wrong = "" if table.shape == own.shape else f"must have shape {tuple(own.shape)}, got {tuple(table.shape)}"
+    if not (wrong or table.is_meta or torch.allclose(table.float(), own, atol=NEAR, rtol=0)):
+        wrong = "holds other numbers than the sines and cosines of the positions"
+    if wrong:
+        raise ValueError(f"the weights do not fit the architecture: {TABLE} {wrong}")
     assign_weights(network, convert_dit(left, depth))
-    network.pos_embed.pos_embed = table.float()
     return network
 
 

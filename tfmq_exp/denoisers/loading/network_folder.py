@@ -19,6 +19,7 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 from tfmq_exp.denoisers.loading.network_config import LARGE, WIDE, check_code, check_known
+from tfmq_exp.denoisers.loading.single_file import read_single_file
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
 from tfmq_exp.denoisers.pipelines.pipeline_classes import DENOISERS
 
@@ -47,9 +48,9 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
-def count_weights(folder: Path) -> int:
-    """The most weights that a folder's files have room for, one byte each."""
-    return sum(file.stat().st_size for file in safetensors_files(folder))
+def count_weights(folder: Path, checkpoint: Path | None = None) -> int:
+    """The most weights that a folder's files have room for, or a checkpoint in their place, one byte each."""
+    return sum(file.stat().st_size for file in ([checkpoint] if checkpoint else safetensors_files(folder)))
 
 
 def check_numbers(settings: Mapping[str, Any], most: int) -> None:
@@ -96,7 +97,7 @@ def without_weights(most: int) -> Iterator[None]:
         yield
 
 
-def read_config(folder: Path, classes: Collection[str]) -> tuple[Any, dict[str, Any]]:
+def read_config(folder: Path, classes: Collection[str], checkpoint: Path | None = None) -> tuple[Any, dict[str, Any]]:
     """The class of the network in a folder of diffusers' layout, and its settings.
 
     Raises:
@@ -112,19 +113,19 @@ def read_config(folder: Path, classes: Collection[str]) -> tuple[Any, dict[str, 
     kind = getattr(diffusers, name)
     try:
         check_known(kind, config)
-        check_numbers(config, max(count_weights(folder), WIDE))
+        check_numbers(config, max(count_weights(folder, checkpoint), WIDE))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return kind, config
 
 
-def build_outline(folder: Path, classes: Collection[str]) -> Any:
+def build_outline(folder: Path, classes: Collection[str], checkpoint: Path | None = None) -> Any:
     """Build the network of a folder without its weights: parameters are on the meta device, tables are real.
 
     Errors are those of `load_network`.
     """
-    kind, config = read_config(folder, classes)
-    most = max(count_weights(folder), LARGE)
+    kind, config = read_config(folder, classes, checkpoint)
+    most = max(count_weights(folder, checkpoint), LARGE)
     try:
         with without_weights(most), torch.device("meta"):
             kind.from_config(dict(config))  # first, for it takes no memory, whatever the settings are
@@ -145,7 +146,7 @@ def present_names(state: Mapping[str, Tensor], expected: Collection[str]) -> dic
     return found
 
 
-def load_network(folder: Path, classes: Collection[str] = DENOISERS) -> Any:
+def load_network(folder: Path, classes: Collection[str] = DENOISERS, checkpoint: Path | None = None) -> Any:
     """Read a network of diffusers: float32, in evaluation mode, without gradients, on the CPU.
 
     Parameters are the files' alone, by their names, all of them. Tables that are in no file (positions, rotary frequencies) are
@@ -154,16 +155,17 @@ def load_network(folder: Path, classes: Collection[str] = DENOISERS) -> Any:
     Args:
         folder: with config.json and safetensors, whole or in shards.
         classes: names of the classes of diffusers that it may be; all denoisers of the known pipelines by default.
+        checkpoint: weights in place of the folder's, see `read_single_file`.
 
     Raises:
         FileNotFoundError: no config.json, no weights, or not all shards.
         ValueError: another class, settings that are not safe or cannot be, weights that do not fit or are not finite, pickles.
     """
-    network = build_outline(folder, classes)
-    state = read_state(folder)
+    network = build_outline(folder, classes, checkpoint)
+    state = read_single_file(checkpoint, network) if checkpoint else read_state(folder)
     try:
         assign_weights(network, present_names(state, network.state_dict().keys()))
     except ValueError as error:
-        raise ValueError(f"{folder} cannot be loaded: {reason_of(error)}") from error
-    require_finite_weights(network, f"{folder}: the weights")
+        raise ValueError(f"{checkpoint or folder} cannot be loaded: {reason_of(error)}") from error
+    require_finite_weights(network, f"{checkpoint or folder}: the weights")
     return network

@@ -30,14 +30,19 @@ def example_choice(folder: PipelineFolder) -> str | int:
 
 
 @lru_cache(maxsize=2)
-def _recorded(path: str, settings: str) -> PipelineCalls:
-    folder = PipelineFolder(Path(path))
+def _recorded(path: Path, checkpoint: Path | None, settings: str) -> PipelineCalls:
+    folder = PipelineFolder(path, checkpoint)
     return record_calls(folder, [example_choice(folder)], json.loads(settings))
 
 
-def example_calls(path: str | Path, settings: Mapping[str, Any]) -> PipelineCalls:
+def example_calls(folder: PipelineFolder, settings: Mapping[str, Any]) -> PipelineCalls:
     """Calls of a pipeline's denoiser for one text or class, recorded once; errors are those of `record_calls`."""
-    return _recorded(str(path), json.dumps(dict(settings), sort_keys=True))
+    return _recorded(folder.path, folder.checkpoint, json.dumps(dict(settings), sort_keys=True))
+
+
+def open_folder(path: str | Path, checkpoint: str | Path | None = None) -> PipelineFolder:
+    """A pipeline's folder, and the checkpoint that has its denoiser's weights, if any; errors are those of `PipelineFolder`."""
+    return PipelineFolder(Path(path), None if checkpoint is None else Path(checkpoint))
 
 
 class PipelineEncoder:
@@ -52,7 +57,7 @@ class PipelineEncoder:
         self.folder, self.settings = folder, settings
         self.device = torch.device("cpu")
         self.rows: dict[Any, dict[str, Tensor]] = {}  # by choice
-        example = example_calls(folder.path, settings)
+        example = example_calls(folder, settings)
         normalised = folder.name in NORMALISED and bool(example.null)
         if example.lists or example.null_constants or (example.guidance.weights is None and not normalised):
             raise ValueError(f"a {folder.name} calls its network in a way that is not supported with {dict(settings)}")
@@ -92,11 +97,18 @@ class PipelineEncoder:
 def hash_parts(folder: PipelineFolder, names: Sequence[str]) -> str:
     """SHA-256 of the hashes of all files of some components."""
     files = [file for name in names for file in sorted(folder.components[name].folder.iterdir()) if file.is_file()]
-    return hash_of_json({file.relative_to(folder.path).as_posix(): sha256_of(file) for file in files})
+    found = {file.relative_to(folder.path).as_posix(): sha256_of(file) for file in files}
+    if folder.checkpoint and folder.denoiser_name in names:
+        found["checkpoint"] = sha256_of(folder.checkpoint)
+    return hash_of_json(found)
 
 
 def load_pipeline(
-    path: str | Path, name: str = "pipeline", settings: Mapping[str, Any] | None = None, decode_rows: int = 8
+    path: str | Path,
+    name: str = "pipeline",
+    settings: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    decode_rows: int = 8,
 ) -> Denoiser:
     """Read the denoiser of a pipeline that diffusers saved: float32, in evaluation mode, without gradients, on the CPU.
 
@@ -104,20 +116,21 @@ def load_pipeline(
         path: the folder, with model_index.json and safetensors.
         name: of the model, as results have it.
         settings: of the pipeline's call that decide on shapes and conditions: height, width, guidance_scale, negative_prompt.
+        checkpoint: a file with the denoiser's weights in place of the folder's, see `read_single_file`.
         decode_rows: images that the first stage decodes together; bounds its memory.
 
     Raises:
         FileNotFoundError: a component lacks files; nothing is downloaded.
         ValueError: a pipeline or a network that is not known, or damaged.
     """
-    folder, given = PipelineFolder(Path(path)), dict(settings or {})
+    folder, given = open_folder(path, checkpoint), dict(settings or {})
     network = folder.network(folder.denoiser_name)
     family_of(network)
     others = [part for part in folder.components if part != folder.denoiser_name]
     return Denoiser(
         name=name,
         unet=network,
-        sample_shape=example_calls(path, given).sample_shape,
+        sample_shape=example_calls(folder, given).sample_shape,
         schedule=training_noise(folder.components["scheduler"].folder / CONFIG),
         weights_sha256=hash_parts(folder, [folder.denoiser_name]),
         encoder=PipelineEncoder(folder, given),

@@ -17,6 +17,7 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.denoisers.loading.network_config import check_code
 from tfmq_exp.denoisers.loading.network_folder import build_outline, load_network, reason_of
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, check_count, check_former_names
+from tfmq_exp.denoisers.loading.single_file import require_single_file
 from tfmq_exp.denoisers.pipelines.pipeline_classes import AUTOENCODERS, FORMER, PIPELINES, SCHEDULERS
 from tfmq_exp.denoisers.pipelines.text_components import TEXT_ENCODERS, TOKENIZERS, load_text_encoder, load_tokenizer
 
@@ -48,14 +49,17 @@ class Component(NamedTuple):
 class PipelineFolder:
     """A pipeline's folder, its index checked; components are read when they are asked for.
 
+    Weights of the denoiser come from a `checkpoint` in place of the folder where one is given, see `read_single_file`.
+
     Raises:
         FileNotFoundError: no model_index.json, or no folder of a component that it lists.
         ValueError: a pipeline or a component that is not in the lists above, by its class; an index that is damaged, names code,
             or lacks a component.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checkpoint: Path | None = None) -> None:
         self.path, self.file = path, path / "model_index.json"
+        self.checkpoint = checkpoint and require_single_file(checkpoint)
         index = read_json(self.file)
         check_code(self.file, index)
         name = index.get("_class_name")
@@ -114,12 +118,12 @@ class PipelineFolder:
     def network(self, name: str) -> Any:
         """The denoiser or the autoencoder by its name, with its weights; errors are those of `load_network`."""
         folder, kind = self.components[name]
-        return load_network(folder, {kind})
+        return load_network(folder, {kind}, self.checkpoint if name == self.denoiser_name else None)
 
     def outline(self, name: str) -> Any:
         """The denoiser or the autoencoder by its name, without its weights; errors are those of `load_network`."""
         folder, kind = self.components[name]
-        return build_outline(folder, {kind})
+        return build_outline(folder, {kind}, self.checkpoint if name == self.denoiser_name else None)
 
     def text_components(self) -> dict[str, Any]:
         """Tokenizers and text encoders by their names; errors are those of `load_tokenizer` and `load_text_encoder`."""

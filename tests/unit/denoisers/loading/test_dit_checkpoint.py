@@ -112,6 +112,8 @@ def damaged(kind: str) -> dict[str, Tensor]:
         weights["blocks.0.attn.qkv.weight"] = weights["blocks.0.attn.qkv.weight"][:-1]
     elif kind == "table":
         weights["pos_embed"] = torch.zeros(1, 4, 24)
+    elif kind == "learned table":
+        weights["pos_embed"] = weights["pos_embed"] + 0.1
     elif kind == "blocks":
         weights = {name: value for name, value in weights.items() if not name.startswith("blocks.1.")}
     elif kind == "nan":
@@ -126,6 +128,7 @@ def damaged(kind: str) -> dict[str, Tensor]:
         ("unknown", r"1 not in the architecture, first blocks\.1\.attn\.q_norm\.weight"),
         ("shape", r"attn"),
         ("table", r"pos_embed must have shape \(1, 16, 24\), got \(1, 4, 24\)"),
+        ("learned table", "pos_embed holds other numbers than the sines and cosines"),
         ("blocks", r"1 blocks instead of depth=2"),
         ("nan", r"timestep_embedder\.linear_1\.bias"),
     ],
