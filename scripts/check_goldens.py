@@ -8,7 +8,8 @@ quantizers: DIR holds `meta.json`, `timestep_maps.json` and the safetensors file
 `tests/goldens/README.md` says what is in them. compvis: DIR holds `index.json` and the files that its own README
 describes: networks of LDM, Stable Diffusion and DDIM, their samplers, and the keys of the published models. transformers:
 DIR holds folders, each of one part: `flow/`, schedulers of flow matching and of real timesteps; `edm/`, EDM's samplers;
-`temporal/`, networks of diffusers: what depends on the timestep, and their blocks; `dit/`, original DiT networks.
+`temporal/`, networks of diffusers: what depends on the timestep, and their blocks; `dit/`, original DiT networks;
+`quantizers/`, the arithmetic of Q-DiT, PTQ4DiT, SVDQuant and ViDiT-Q.
 
 Shapes, seeds and settings are read from the files, so any set of the same layout can be checked. Every tensor has to be
 read by some comparison. Differences are relative to the largest magnitude of the golden tensor, but where the table says
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (
             "transformers",
             check_transformers,
-            "schedulers of flow matching, EDM's samplers, networks of diffusers, original DiT",
+            "schedulers of flow matching, EDM's samplers, networks of diffusers, original DiT, quantizers",
         ),
     ):
         kind = kinds.add_parser(name, help=content)

@@ -9,6 +9,7 @@ from goldens.edm import check_edm
 from goldens.flow import check_flow
 from goldens.pipelines import check_pipelines
 from goldens.temporal import check_temporal
+from goldens.transformer_quantizers import check_transformer_quantizers
 
 PARTS: dict[str, Callable[[Path], list[Group]]] = {
     "flow": check_flow,
@@ -16,6 +17,7 @@ PARTS: dict[str, Callable[[Path], list[Group]]] = {
     "temporal": check_temporal,
     "dit": check_dit,
     "pipelines": check_pipelines,
+    "quantizers": check_transformer_quantizers,
 }  # by the names of their folders
 
 
