@@ -42,8 +42,8 @@ from tfmq_exp.methods.weights import Reconstruct
 from tfmq_exp.pipeline.unit_checkpoints import CheckpointedIntegers, FileUnitCheckpointer
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.observed_ranges import StaticConfig
+from tfmq_exp.reconstruction.blocks.stored_weights import StoredWeights
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, quiet_trainer
-from tfmq_exp.reconstruction.stored_weights import StoredWeights
 from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
 from tfmq_exp.surgery.quantized_unet import build_quantized_unet

@@ -38,7 +38,7 @@ from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.core.files import write_json
 from tfmq_exp.core.seeds import derive_seed
 from tfmq_exp.denoisers.families.unet import attentions
-from tfmq_exp.denoisers.loading import compvis_unet
+from tfmq_exp.denoisers.originals import compvis_unet
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.methods.activations import CalibrateRanges
 from tfmq_exp.quant.observers import LpObserver

@@ -30,7 +30,7 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.cli.terminal import Terminal, standard_streams
 from tfmq_exp.denoisers.families.unet import attentions
-from tfmq_exp.denoisers.loading import compvis_unet
+from tfmq_exp.denoisers.originals import compvis_unet
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.diagnostics.temporal_error import temporal_feature_error

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, Conditions, Denoiser, NoConditions
-from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
+from tfmq_exp.denoisers.loading import autoencoder
+from tfmq_exp.denoisers.originals import compvis_checkpoint, compvis_unet
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from goldens.architectures import in_precision
 from goldens.comparing import EXACT, DamagedError, Group, Record, coverage, reading
 from goldens.dit_trajectories import end_to_end, timestep_lists
 from goldens.families import read_json, read_recorded
-from tfmq_exp.denoisers.loading.dit_checkpoint import DEFAULTS, load_dit, published, read_dit
+from tfmq_exp.denoisers.originals.dit_checkpoint import DEFAULTS, load_dit, published, read_dit
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from goldens.comparing import DamagedError, Record, reading
 from goldens.formula import weight
 from tfmq_exp.denoisers.denoiser import DenoiserParts
-from tfmq_exp.denoisers.loading import compvis_checkpoint
 from tfmq_exp.denoisers.loading.checkpoint import EMA, Checkpoint, ema_names
 from tfmq_exp.denoisers.loading.condition_encoders import VIT_L_14, load_text_model
+from tfmq_exp.denoisers.originals import compvis_checkpoint
 
 UNET, FIRST_STAGE, CONDITIONS = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 # of the noise, as LDM keeps them

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from goldens.comparing import EXACT, Group, Record
 from goldens.families import AVERAGING, CONDITIONS, FIRST_STAGE, UNET, read_json
-from tfmq_exp.denoisers.loading import autoencoder, compvis_checkpoint, compvis_unet
+from tfmq_exp.denoisers.loading import autoencoder
 from tfmq_exp.denoisers.loading.checkpoint import EMA, ema_names
 from tfmq_exp.denoisers.loading.condition_encoders import VIT_L_14, load_text_model
+from tfmq_exp.denoisers.originals import compvis_checkpoint, compvis_unet
 
 MANIFESTS = "fullsize_key_manifests.json.gz"
 CONF = Path(__file__).parents[2] / "conf"

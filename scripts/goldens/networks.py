@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from goldens.comparing import EXACT, ROUNDING, DamagedError, Group
 from goldens.families import SCHEDULE, Family
 from tfmq_exp.denoisers.denoiser import Conditions, DenoiserParts
-from tfmq_exp.denoisers.loading import compvis_unet
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
 from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
+from tfmq_exp.denoisers.originals import compvis_unet
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.sampling.trajectory import alphas_cumprod

@@ -14,7 +14,7 @@ from goldens.families import SCHEDULE, Family, read_json, read_recorded
 from goldens.formula import evaluate
 from goldens.networks import schedule_group
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.loading import compvis_checkpoint
+from tfmq_exp.denoisers.originals import compvis_checkpoint
 from tfmq_exp.sampling import ancestral
 from tfmq_exp.sampling import samplers as sampler_classes
 from tfmq_exp.sampling.guidance import Sampling

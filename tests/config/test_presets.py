@@ -13,7 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.e2e.jobs import CONF, composed
-from tfmq_exp.denoisers.loading import autoencoder, compvis_unet
+from tfmq_exp.denoisers.loading import autoencoder
+from tfmq_exp.denoisers.originals import compvis_unet
 from tfmq_exp.quant.qat_functions import Lsq
 from tfmq_exp.report.protocol_match import AS_PRINTED, clip_network, published_calls
 from tfmq_exp.report.published_tables import PublishedRow, read_published

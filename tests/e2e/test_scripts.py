@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.jobs import job
 from tfmq_exp.denoisers.digits import DigitClassifier, load_classifier
-from tfmq_exp.denoisers.loading import compvis_unet
+from tfmq_exp.denoisers.originals import compvis_unet
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests/goldens/reference_run/ldm"

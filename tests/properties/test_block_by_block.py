@@ -28,13 +28,13 @@ from tfmq_exp.methods.activations import CalibrateRanges, LearnRanges
 from tfmq_exp.methods.weights import Reconstruct, RoundToNearest
 from tfmq_exp.pipeline.unit_checkpoints import CheckpointedIntegers, FileUnitCheckpointer
 from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.reconstruction.block_by_block import reconstruct_units
-from tfmq_exp.reconstruction.chain import read_segments
+from tfmq_exp.reconstruction.blocks.block_by_block import reconstruct_units
+from tfmq_exp.reconstruction.blocks.chain import read_segments
+from tfmq_exp.reconstruction.blocks.stored_weights import StoredWeights
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Fisher, Lp
-from tfmq_exp.reconstruction.stored_weights import StoredWeights
 from tfmq_exp.reconstruction.units import (
     Blockwise,
     FloatInputs,

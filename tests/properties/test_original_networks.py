@@ -12,7 +12,7 @@ from torch import nn
 from tests.conftest import SCALES, TIMESTEPS
 from tfmq_exp.denoisers.denoiser import Conditions
 from tfmq_exp.denoisers.families.unet import attentions
-from tfmq_exp.denoisers.loading import compvis_unet
+from tfmq_exp.denoisers.originals import compvis_unet
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, measured_temporal_layers

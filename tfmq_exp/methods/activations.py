@@ -12,10 +12,10 @@ from tfmq_exp.calibration.timesteps import TimestepPolicy
 from tfmq_exp.core.batches import batches
 from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.quant.quantizers import Mode
-from tfmq_exp.reconstruction.block_by_block import reconstruct_units
+from tfmq_exp.reconstruction.blocks.block_by_block import reconstruct_units
+from tfmq_exp.reconstruction.blocks.observe_blocks import observe_blocks
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.module import ReconstructionConfig
-from tfmq_exp.reconstruction.observe_blocks import observe_blocks
 from tfmq_exp.reconstruction.units import Partition
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 

@@ -10,7 +10,7 @@ from tfmq_exp.qat.conditioning import Labels
 from tfmq_exp.qat.module import TrainingProtocol
 from tfmq_exp.qat.train import TrainingContext, train
 from tfmq_exp.quant.quantizers import Mode, modes
-from tfmq_exp.reconstruction.block_by_block import reconstruct_units
+from tfmq_exp.reconstruction.blocks.block_by_block import reconstruct_units
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Partition

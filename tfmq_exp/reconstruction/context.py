@@ -17,8 +17,8 @@ from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.denoisers.structure import UNetStructure
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.reconstruction.activation_cache import CPU, SpillAllocator
+from tfmq_exp.reconstruction.blocks.stored_weights import StoredWeights
 from tfmq_exp.reconstruction.cache_format import CacheFormat
-from tfmq_exp.reconstruction.stored_weights import StoredWeights
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.families.find import FAMILIES, family_of
 from tfmq_exp.denoisers.families.unet import attentions, set_heads
-from tfmq_exp.denoisers.loading.dit_checkpoint import has_original_frequencies, original_frequencies
 from tfmq_exp.denoisers.loading.network_config import LARGE, MOST_LAYERS, UNETS, WIDE, empty_network
 from tfmq_exp.denoisers.loading.network_folder import check_numbers, reason_of, without_weights
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
+from tfmq_exp.denoisers.originals.dit_checkpoint import has_original_frequencies, original_frequencies
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Role
 from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
 from tfmq_exp.quant.observers import MinMax

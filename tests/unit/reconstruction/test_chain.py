@@ -10,8 +10,8 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.structure import Kind
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator
-from tfmq_exp.reconstruction.chain import FromFirst, FromOutput, read_segments
-from tfmq_exp.reconstruction.segment_inputs import SegmentInputs
+from tfmq_exp.reconstruction.blocks.chain import FromFirst, FromOutput, read_segments
+from tfmq_exp.reconstruction.blocks.segment_inputs import SegmentInputs
 from tfmq_exp.reconstruction.units import Unit
 
 

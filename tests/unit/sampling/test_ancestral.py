@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.helpers.transformers import GOLDENS, cast
 from tfmq_exp.denoisers.denoiser import Conditions
-from tfmq_exp.denoisers.loading.dit_checkpoint import load_dit
+from tfmq_exp.denoisers.originals.dit_checkpoint import load_dit
 from tfmq_exp.sampling import ancestral
 from tfmq_exp.sampling.ancestral import DDPM
 from tfmq_exp.sampling.samplers import DDIM

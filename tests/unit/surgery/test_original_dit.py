@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.transformers import GOLDENS, cast
-from tfmq_exp.denoisers.loading.dit_checkpoint import has_original_frequencies, load_dit
+from tfmq_exp.denoisers.originals.dit_checkpoint import has_original_frequencies, load_dit
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import Role
 from tfmq_exp.quant.observers import MinMax

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tfmq_exp.core.validate import COUNT, POSITIVE
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
-from tfmq_exp.denoisers.loading.compvis_unet import DDIM_SETTINGS, block_types, ddim_key, renamed
+from tfmq_exp.denoisers.originals.compvis_unet import DDIM_SETTINGS, block_types, ddim_key, renamed
 
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
 

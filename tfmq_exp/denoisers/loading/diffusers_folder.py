@@ -15,13 +15,13 @@ from tfmq_exp.denoisers.denoiser import ConditionEncoder, DenoiserParts, FirstSt
 from tfmq_exp.denoisers.families.unet import attentions, set_heads
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights, differences
-from tfmq_exp.denoisers.loading.compvis_checkpoint import training_schedule, unet_architecture
-from tfmq_exp.denoisers.loading.compvis_unet import build_unet
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, assign_text_weights, read_tokenizer
 from tfmq_exp.denoisers.loading.network_config import AUTOENCODERS, TEXT_MODELS, UNETS, checked_network, sides
 from tfmq_exp.denoisers.loading.network_folder import ADAPTER, present_names, reason_of
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, read_index, scheduler_file, training_noise
 from tfmq_exp.denoisers.loading.weight_files import read_state, weight_files
+from tfmq_exp.denoisers.originals.compvis_checkpoint import training_schedule, unet_architecture
+from tfmq_exp.denoisers.originals.compvis_unet import build_unet
 
 CLASSES = {"unet": UNETS, "first_stage": AUTOENCODERS, "text_encoder": TEXT_MODELS}
 SUBFOLDERS = {"unet": ("unet",), "first_stage": ("vqvae", "vae"), "text_encoder": ("text_encoder",)}

@@ -9,11 +9,11 @@ import yaml
 from tfmq_exp.core.file_kind import instead_of_text, kind_of, why_missing
 from tfmq_exp.core.files import hash_of_json, sha256_of
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.loading.compvis_checkpoint import load_compvis
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, tokenizer_files
 from tfmq_exp.denoisers.loading.diffusers_folder import DiffusersFolder, component_folders
 from tfmq_exp.denoisers.loading.forward_check import check_forward
 from tfmq_exp.denoisers.loading.weight_files import weight_files
+from tfmq_exp.denoisers.originals.compvis_checkpoint import load_compvis
 
 LDM = "the model zoo of github.com/CompVis/latent-diffusion"
 # Model -> the file, and its publisher, for the message when it is missing. docs/checkpoints.md has the same with mirrors.

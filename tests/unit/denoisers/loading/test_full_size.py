@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.originals import GOLDENS
-from tfmq_exp.denoisers.loading import autoencoder, compvis_unet
+from tfmq_exp.denoisers.loading import autoencoder
 from tfmq_exp.denoisers.loading.condition_encoders import VIT_L_14, load_text_model
+from tfmq_exp.denoisers.originals import compvis_unet
 
 UNETS: dict[str, dict[str, Any]] = {
     "ldm_lsun_beds": {

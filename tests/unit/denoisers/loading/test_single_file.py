@@ -10,8 +10,8 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tfmq_exp.denoisers.loading.compvis_checkpoint import load_compvis
 from tfmq_exp.denoisers.loading.single_file import read_single_file, renamed
+from tfmq_exp.denoisers.originals.compvis_checkpoint import load_compvis
 from tfmq_exp.denoisers.pipelines.load import load_pipeline
 
 GOLDENS = Path(__file__).parents[3] / "goldens"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tfmq_exp.denoisers.families.unet import time_embedding
-from tfmq_exp.denoisers.loading import compvis_unet
+from tfmq_exp.denoisers.originals import compvis_unet
 
 GOLDENS = Path(__file__).parents[3] / "goldens"
 TOLERANCE = 3e-5  # float32 rounding in another order of operations; the goldens' own README

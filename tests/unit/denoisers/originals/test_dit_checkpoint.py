@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.helpers.transformers import GOLDENS, cast
-from tfmq_exp.denoisers.loading.dit_checkpoint import empty_dit, load_dit, original_frequencies, published, read_dit
+from tfmq_exp.denoisers.originals.dit_checkpoint import empty_dit, load_dit, original_frequencies, published, read_dit
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 

@@ -16,14 +16,14 @@ from tfmq_exp.core.finite import within
 from tfmq_exp.core.memory import give_back_memory
 from tfmq_exp.denoisers.loading.meta_network import on_meta
 from tfmq_exp.reconstruction.activation_cache import TensorTree
+from tfmq_exp.reconstruction.blocks.chain import Link, Segment, has_chain, read_segments
+from tfmq_exp.reconstruction.blocks.segment_inputs import SegmentInputs, run_up_to
+from tfmq_exp.reconstruction.blocks.stored_weights import LoadedParts, outline_of
+from tfmq_exp.reconstruction.blocks.streams import Stream
 from tfmq_exp.reconstruction.capture import UnitActivations, run_unit, shared_inputs
-from tfmq_exp.reconstruction.chain import Link, Segment, has_chain, read_segments
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.loop import reconstruct, restore_finished
 from tfmq_exp.reconstruction.module import ReconstructionConfig
-from tfmq_exp.reconstruction.segment_inputs import SegmentInputs, run_up_to
-from tfmq_exp.reconstruction.stored_weights import LoadedParts, outline_of
-from tfmq_exp.reconstruction.streams import Stream
 from tfmq_exp.reconstruction.temporal_inputs import temporal_inputs
 from tfmq_exp.reconstruction.unit_learning import (
     ERROR_SAMPLES,

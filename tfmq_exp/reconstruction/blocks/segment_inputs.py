@@ -12,10 +12,10 @@ from torch import nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree
+from tfmq_exp.reconstruction.blocks.chain import Segment
+from tfmq_exp.reconstruction.blocks.streams import Stream
 from tfmq_exp.reconstruction.capture import Capture
-from tfmq_exp.reconstruction.chain import Segment
 from tfmq_exp.reconstruction.recorded_calls import StopForward
-from tfmq_exp.reconstruction.streams import Stream
 from tfmq_exp.reconstruction.units import Unit
 
 

@@ -5,11 +5,11 @@ from functools import partial
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.quant.quantizers import Mode, modes
+from tfmq_exp.reconstruction.blocks.chain import read_segments
+from tfmq_exp.reconstruction.blocks.segment_inputs import SegmentInputs, run_up_to
+from tfmq_exp.reconstruction.blocks.stored_weights import LoadedParts, outline_of
 from tfmq_exp.reconstruction.capture import shared_inputs
-from tfmq_exp.reconstruction.chain import read_segments
 from tfmq_exp.reconstruction.context import ReconstructionContext
-from tfmq_exp.reconstruction.segment_inputs import SegmentInputs, run_up_to
-from tfmq_exp.reconstruction.stored_weights import LoadedParts, outline_of
 from tfmq_exp.reconstruction.units import Blockwise
 
 

@@ -8,7 +8,6 @@ from tfmq_exp.core.finite import require_finite, require_finite_weights
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, DenoiserParts, NoConditions, Pixels
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder, load_autoencoder
 from tfmq_exp.denoisers.loading.checkpoint import Checkpoint
-from tfmq_exp.denoisers.loading.compvis_unet import load_unet
 from tfmq_exp.denoisers.loading.condition_encoders import (
     VIT_L_14,
     ClassEmbedder,
@@ -16,6 +15,7 @@ from tfmq_exp.denoisers.loading.condition_encoders import (
     load_text_model,
     read_tokenizer,
 )
+from tfmq_exp.denoisers.originals.compvis_unet import load_unet
 
 UNET, FIRST_STAGE, CONDITIONS = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 UNCONDITIONAL = "__is_unconditional__"

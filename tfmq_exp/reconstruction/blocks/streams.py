@@ -11,9 +11,9 @@ from tfmq_exp.core.batches import batches
 from tfmq_exp.core.devices import device_of
 from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.reconstruction.activation_cache import Folded, SpillAllocator, TensorTree, fold, has_samples
+from tfmq_exp.reconstruction.blocks.chain import FromFirst, FromOutput, Link
 from tfmq_exp.reconstruction.cache_format import Bytes, CacheFormat
 from tfmq_exp.reconstruction.capture import call_unit
-from tfmq_exp.reconstruction.chain import FromFirst, FromOutput, Link
 
 
 class ReusedTensors:

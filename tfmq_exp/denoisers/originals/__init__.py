@@ -1,0 +1,1 @@
+"""Checkpoints of original programs: LDM, Stable Diffusion, DDIM, DiT."""
