@@ -1,6 +1,7 @@
 """Whole pipelines of diffusers: sampled as diffusers samples them, quantized, stored, and sampled again from the file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,23 @@ def test_a_table_replaces_the_temporal_information_block_where_features_depend_o
     assert stored < plain
     loaded, given = api.load_quantized(tmp_path / "cached.safetensors"), denoiser.encoder(choices_of("pixart"))
     assert torch.equal(*(api.sample(one, range(2), conditions=given) for one in (model, loaded)))
+
+
+@pytest.mark.parametrize("further", [{}, {"cfg_normalization": False}], ids=str)
+def test_guidance_is_that_of_the_call_where_none_is_given(further: dict[str, Any]) -> None:
+    """Lumina 2 predicts the negative, and normalises the guided prediction; its call's default is 4."""
+    settings = {key: value for key, value in settings_of("lumina2").items() if key != "guidance_scale"}
+    assert read_pipeline_guidance(PIPELINES / "lumina2", settings | further) == pytest.approx(4.0, abs=1e-4)
+
+
+@pytest.mark.bad_input
+def test_conditions_that_are_missing_or_of_another_call_are_refused(tmp_path: Path) -> None:
+    overrides = [*overrides_of("sd3", tmp_path), "quant=w8a8"]
+    denoiser = api.load_denoiser("pipeline", *overrides)
+    model, given = quantized(denoiser, "nearest", overrides), denoiser.encoder(choices_of("sd3"))
+    with pytest.raises(ValueError, match="this network is conditioned: give conditions= with encoder_hidden_states"):
+        api.sample(model, range(2))
+    with pytest.raises(ValueError, match=r"guidance is 4\.0: conditions need those of no text or class, too"):
+        api.sample(model, range(2), conditions=replace(given, null={}))
+    with pytest.raises(ValueError, match="conditions hold attention_kwargs, which this network does not take"):
+        api.sample(model, range(2), conditions=replace(given, constants={"attention_kwargs": None}))

@@ -27,6 +27,7 @@ from tfmq_exp.cli.terminal import ProgressBars, say
 from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.files import write_json
+from tfmq_exp.deploy.engine import require_executable
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.pipeline import Pipeline, Progress
@@ -102,6 +103,8 @@ def make_experiment(
     # the engine first, which says at once if it is not installed
     engine = instantiate(cfg.engine) if cfg.until in (EXPORT, "images", "scores") else None
     run = make_run(cfg, device, folder or Path.cwd(), group)
+    if engine:
+        require_executable(run.denoiser)
     return Experiment(run, Pipeline(Store(Path(cfg.paths.store), group), progress, logger or Logger()), engine)
 
 

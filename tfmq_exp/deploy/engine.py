@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.denoiser import Denoiser, first_argument
 from tfmq_exp.surgery.quantized_unet import QuantizedUNet
 
 MANIFEST = "deployed.json"
@@ -68,3 +69,13 @@ def require_package(name: str) -> None:
     except PackageNotFoundError:
         hint = f"pip install 'tfmq_exp[{name}]'"
         raise ValueError(f"this engine needs {name}, which is not installed: {hint}") from None
+
+
+def require_executable(denoiser: Denoiser) -> None:
+    """ValueError for a network that engines do not execute: all but UNets of a sample, a timestep and a sequence."""
+    example, kind = denoiser.encoder.example(), type(denoiser.unet).__name__
+    others = sorted({*example.given, *example.constants} - {"encoder_hidden_states"})
+    if first_argument(denoiser.unet) != "sample" or others:
+        taken = f", and this one takes {others[0]}" if others else ""
+        found = f"engines execute UNets that are conditioned on a sequence or on nothing{taken}"
+        raise ValueError(f"{found}: a {kind} is simulated (engine=none)")

@@ -131,7 +131,7 @@ class PredictionProbe:
         with float_units(self.model, self.float_unet, as_float):
             for start in range(0, len(self.data), self.batch):
                 inputs = self.data[slice(start, start + self.batch)].inputs(device)
-                found.append(noise_of(self.model(**inputs).sample, inputs["sample"]).float().cpu())
+                found.append(noise_of(self.model(**inputs).sample, inputs[self.data.first_argument]).float().cpu())
                 each_batch(min(1.0, (start + self.batch) / len(self.data)))
         return torch.cat(found)
 

@@ -1,5 +1,6 @@
 """The sampler and the guidance of a pipeline of diffusers, as its own program sets them."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,13 @@ def read_pipeline_guidance(
     path: str | Path, settings: Mapping[str, Any] | None = None, checkpoint: str | Path | None = None
 ) -> float:
     """Scale of the classifier-free guidance of a pipeline's call, 1 for none, or where the network is given the scale itself."""
-    calls = example_calls(open_folder(path, checkpoint), settings or {})
+    folder, given = open_folder(path, checkpoint), settings or {}
+    calls = example_calls(folder, given)
     if not calls.null:
         return 1.0
-    if calls.guidance.weights is None:  # normalised afterwards
-        return float((settings or {}).get("guidance_scale", 1.0))
-    return calls.guidance.weights[calls.guidance.order.index("given")]
+    if calls.guidance.weights is None:  # normalised afterwards: no sum tells the scale
+        parameters = inspect.signature(folder.kind.__call__).parameters
+        name = next(key for key in ("true_cfg_scale", "guidance_scale") if key in parameters)
+        return float(given.get(name, parameters[name].default))
+    sign = -1.0 if (calls.guidance.scale or 1.0) < 0 else 1.0  # of networks that predict the negative
+    return sign * calls.guidance.weights[calls.guidance.order.index("given")]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import SEED, whole
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, first_argument
+from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.loading.scheduler_config import check_count
 from tfmq_exp.sampling.diffusers_scheduler import Scheduler, SigmaScheduler
 from tfmq_exp.sampling.edm import EDM
@@ -79,7 +79,7 @@ def check_conditions(network: nn.Module, conditions: Any, count: int) -> None:
     if not isinstance(conditions, Conditions):
         made = "denoiser.encoder(captions) makes them"
         raise ValueError(f"conditions must be Conditions, got {type(conditions).__name__}: {made}")
-    given = {name.split(".")[0] for name in conditions.given}
+    given = {name.split(".")[0] for name in (*conditions.given, *conditions.constants)}
     if unknown := given - inspect.signature(getattr(network, "unet", network).forward).parameters.keys():
         raise ValueError(f"conditions hold {min(unknown)}, which this network does not take")
     if rows := [f"{len(value)} of {name}" for name, value in conditions.given.items() if len(value) != count]:
@@ -87,11 +87,16 @@ def check_conditions(network: nn.Module, conditions: Any, count: int) -> None:
 
 
 def required_conditions(network: nn.Module) -> list[str]:
-    """Required arguments of a network of diffusers, or of a quantized one, beside sample and timestep."""
-    parameters = inspect.signature(getattr(network, "unet", network).forward).parameters.values()
+    """Arguments that a network of diffusers, or a quantized one, cannot do without, beside sample and timestep.
+
+    Transformers name what they are conditioned on as an argument with a default, and fail without it.
+    """
+    own = inspect.signature(getattr(network, "unet", network).forward).parameters
+    parameters = own.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p.name for p in parameters if p.kind in plain and p.default is p.empty]
-    return [name for name in required if name not in (first_argument(getattr(network, "unet", network)), "timestep")]
+    of_images = {"encoder_hidden_states", "class_labels"} - ({"class_labels"} if "sample" in own else set())
+    required = [p.name for p in parameters if p.kind in plain and (p.default is p.empty or p.name in of_images)]
+    return [name for name in required if name not in (next(iter(own)), "timestep")]
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,11 @@ class Recipe:
         if not numbers:
             raise ValueError("indices are of no images: expected whole numbers, as range(16)")
         check_conditions(network, conditions, len(numbers))
+        if self.sampling.guided and (conditions is None or conditions.null.keys() != conditions.given.keys()):
+            made = "denoiser.encoder(captions) of the model that was quantized makes them"
+            raise ValueError(
+                f"guidance is {self.sampling.guidance}: conditions need those of no text or class, too; {made}"
+            )
         device, generators = next(network.parameters()).device, image_generators(as_int("seed", seed), stream, numbers)
         x, given = initial_noise(generators, self.shape, device), (conditions or Conditions()).to(device)
         predict, sampler = self.sampling.predictor(network), self.sampling.sampler
