@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.transformers import GOLDENS
 from tfmq_exp.core.records import decode, encode
+from tfmq_exp.quant.scales.observed_ranges import TimestepGroupConfig
 from tfmq_exp.quant.timestep_context import Timestep, TimestepContext, exact_timesteps, network_timesteps
 from tfmq_exp.surgery.resolve import STORED, ResolvedConfig
 
@@ -111,3 +112,12 @@ def test_whole_numbers_stay_whole() -> None:
     assert all(type(t) is int for t in TimestepContext((999, 1)).timesteps)
     assert exact_timesteps((999, 1)).dtype == network_timesteps(exact_timesteps((999, 1))).dtype == torch.int64
     assert exact_timesteps((999, 0.5)).tolist() == [999.0, 0.5]
+
+
+def test_intervals_are_of_training_timesteps() -> None:
+    """FLUX is given thousandths, EDM logarithms: they would all fall into one interval."""
+    intervals = TimestepGroupConfig(4, 1000)
+    assert list(intervals.range_of_step((1000.0, 751.12109375, 250.0, 8.928571701049805))) == [2, 2, 1, 0]
+    for timesteps in ((1.0, 0.75, 0.009), (1.0955, -1.5537)):
+        with pytest.raises(ValueError, match=r"intervals are parts of the training timesteps 0 \.\. 1000"):
+            intervals.range_of_step(timesteps)

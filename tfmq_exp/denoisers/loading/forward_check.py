@@ -54,7 +54,7 @@ def check_sample(parts: DenoiserParts) -> None:
         raise ValueError(f"in_channels={channels} without a first stage (vae/ or vqvae/): images have 1 or 3 channels")
 
 
-def check_shape(unet: Any, shape: tuple[int, int, int], conditions: Mapping[str, Tensor], step: int) -> None:
+def check_shape(unet: Any, shape: tuple[int, ...], conditions: Mapping[str, Tensor], step: int) -> None:
     """ValueError unless a sample of this shape comes out as it went in, by a pass of shapes alone; sides should be n * step."""
     outline = {name: value.to("meta") for name, value in (*unet.named_parameters(), *unet.named_buffers())}
     given = {name: torch.empty_like(value, device="meta") for name, value in conditions.items()}

@@ -33,7 +33,7 @@ class EMAConfig(ScaleConfig):
     def build(self, spec: QuantSpec, context: TimestepContext) -> ScaleProvider:
         return EMARange(self, spec, context)
 
-    def range_of_step(self, timesteps: Sequence[int]) -> Sequence[int] | None:
+    def range_of_step(self, timesteps: Sequence[float]) -> Sequence[int] | None:
         """Number of the range that each sampling step reads, from 0 without gaps; None: all steps read the only one."""
         return None
 
@@ -61,7 +61,7 @@ class PerStepConfig(EMAConfig):
     kind: ClassVar[str] = "per_step"
     per_step: ClassVar[bool] = True
 
-    def range_of_step(self, timesteps: Sequence[int]) -> Sequence[int]:
+    def range_of_step(self, timesteps: Sequence[float]) -> Sequence[int]:
         return range(len(timesteps))
 
 
@@ -83,8 +83,15 @@ class TimestepGroupConfig(EMAConfig):
             at_most = f"at most train_timesteps, {self.train_timesteps}"
             raise WrongValueError(type(self).__name__, "count", at_most, self.count)
 
-    def range_of_step(self, timesteps: Sequence[int]) -> Sequence[int]:
-        groups = [t * self.count // self.train_timesteps for t in timesteps]
+    def range_of_step(self, timesteps: Sequence[float]) -> Sequence[int]:
+        lowest, highest, last = min(timesteps), max(timesteps), self.train_timesteps
+        real = any(isinstance(t, float) for t in timesteps)
+        if real and self.count > 1 and (lowest < 0 or highest * self.count < last):
+            raise ValueError(
+                f"intervals are parts of the training timesteps 0 .. {last}, and this network counts otherwise: it is given "
+                f"{lowest:.4g} .. {highest:.4g}; take one scale for each step (method/scales=finite_set)"
+            )
+        groups = [min(int(t * self.count // last), self.count - 1) for t in timesteps]
         used = sorted(set(groups))
         return [used.index(group) for group in groups]
 
