@@ -132,7 +132,7 @@ def test_methods_differ_only_in_what_their_page_says(tmp_path: Path) -> None:
         (
             ("method=tfmq_cache",),
             ("method=tfmq",),
-            {"name", "temporal._target_", "temporal.bits", "temporal.select"},
+            {"name", "temporal._target_", "temporal.bits", "temporal.select", "temporal.channels"},
         ),
         (
             ("method=tfmq_qdrop",),

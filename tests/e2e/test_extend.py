@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDPMScheduler
 from hydra.errors import MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -31,7 +31,7 @@ from tests.e2e.test_scripts import call
 from tests.helpers.run_folders import Reader
 from tfmq_exp.cli.finished_jobs import job_identity
 from tfmq_exp.cli.job import perform
-from tfmq_exp.denoisers.families.unet import roles
+from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.pipeline.store import canonical
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
@@ -284,11 +284,10 @@ def test_an_original_checkpoint(lab: Path, files: Path, tmp_path: Path) -> None:
     assert cfg.protocol.sampling.eta == 0.0  # ldm_bedroom: 1
 
 
-def test_another_family_is_asked_for_its_roles() -> None:
-    network = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, norm_num_groups=4)
-    with pytest.raises(ValueError, match="no role is known") as error:
-        roles(network)
-    assert f"*{error.value}*" in " ".join(PAGE.split())
+def test_another_family_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="a Linear is a denoiser of no known family; known: UNet2DModel") as error:
+        family_of(nn.Linear(1, 1))
+    assert f"*{str(error.value).split(';')[0]}*" in " ".join(PAGE.split())
 
 
 def failure(capsys: pytest.CaptureFixture[str], lab: Path, folder: Path, *overrides: str) -> str:

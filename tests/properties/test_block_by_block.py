@@ -1,6 +1,7 @@
 """Reconstruction block by block: the numbers of passes of the whole network, with less of it in memory."""
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -101,8 +102,25 @@ def test_chains_are_as_published(name: str, chains: list[list[str]], on_meta_alo
     assert [[unit.name for unit in segment.units] for segment in segments if len(segment.links) > 1] == chains
 
 
-@pytest.mark.parametrize("inputs", [QuantizedInputs(), MixedInputs(), FloatInputs()], ids=lambda x: type(x).__name__)
-@pytest.mark.parametrize("name", ["dit", "flux", "sd3", "flux2"])
+NAMED = {"ids": lambda x: type(x).__name__ if not isinstance(x, str) else x}
+
+
+def some(*quick: tuple[str, Any], of: tuple[list[str], list[Any]]) -> list[Any]:
+    """All pairs; those that are not among the quick ones run with `-m every_family`."""
+    return [
+        pytest.param(name, x, marks=() if (name, type(x)) in quick else pytest.mark.every_family)
+        for name, x in itertools.product(*of)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    some(
+        *(("dit", QuantizedInputs), ("sd3", FloatInputs), ("flux2", MixedInputs)),
+        of=(["dit", "flux", "sd3", "flux2"], [QuantizedInputs(), MixedInputs(), FloatInputs()]),
+    ),
+    **NAMED,
+)
 def test_numbers_are_those_of_passes_of_the_whole_network(name: str, inputs: UnitInputs) -> None:
     expected, errors = learned(name, reconstruct, recipe(inputs))
     found, own_errors = learned(name, reconstruct_units, recipe(inputs))
@@ -158,8 +176,14 @@ class Stored:
         return found.read(found.layers())
 
 
-@pytest.mark.parametrize("partition", [TemporalAware(), TemporalFrozen(), Blockwise()], ids=lambda x: type(x).__name__)
-@pytest.mark.parametrize("name", ["dit", "pixart", "flux2"])
+@pytest.mark.parametrize(
+    ("name", "partition"),
+    some(
+        *(("dit", TemporalAware), ("flux2", Blockwise)),
+        of=(["dit", "pixart", "flux2"], [TemporalAware(), TemporalFrozen(), Blockwise()]),
+    ),
+    **NAMED,
+)
 def test_weights_are_loaded_block_by_block_and_a_killed_run_ends_with_the_same_bits(
     name: str, partition: Partition, tmp_path: Path
 ) -> None:
@@ -200,7 +224,7 @@ def test_structure_is_read_without_weights() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "learn"), [("dit", False), ("pixart", False), ("pixart", True), ("flux2", True)])
+@pytest.mark.parametrize(("name", "learn"), [("dit", False), ("pixart", True)])
 def test_ranges_are_those_that_the_whole_network_observes(name: str, learn: bool, tmp_path: Path) -> None:
     stored, observe = Stored(name, tmp_path), CalibrateRanges(16, EveryKth(1))
     stored.reconstruct(TemporalFrozen(), recipe(iterations=1))

@@ -84,7 +84,7 @@ def capture_float_units(
     context: ReconstructionContext,
     units: Sequence[Unit],
     config: ReconstructionConfig,
-    shared: Mapping[str, Sequence[bool]],
+    shared: Mapping[str, Sequence[bool]] | None = None,
 ) -> Iterator[tuple[Unit, UnitActivations]]:
     """Each unit with its activations in the float network; one pass captures as many units as fit into half of the cache."""
     unet, data, compute = context.float_unet, context.data, context.compute

@@ -197,7 +197,7 @@ def task_of(model: Any, data: CalibrationSet) -> Any:
         pass
 
     task: Any = Task()
-    task.model, task.data, task.seed, task.progress = model, data, 0, Watcher()
+    task.model, task.data, task.seed, task.progress, task.stored = model, data, 0, Watcher(), None
     return task
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.helpers.transformers import TINY, on_meta_device, write_shards
+from tests.helpers.tiny_transformers import TINY, on_meta_device, write_shards
 from tfmq_exp.denoisers.loading.meta_network import loaded_part, on_meta, parameters_on_meta, skeleton
 from tfmq_exp.denoisers.loading.sharded_weights import ShardedWeights, release_parameters, set_parameters
 
