@@ -34,7 +34,7 @@ def plain_learning(
 ) -> None:
     """Learn one unit as the papers write it: no gradient by hand, nothing frozen, nothing computed once; round its weights."""
     module = unit.module(unet)
-    prefix = "unet." if unit.driver == "timesteps" else ""
+    prefix = "network." if unit.driver == "timesteps" else ""
     names = [prefix + layer if prefix else layer.removeprefix(unit.name).removeprefix(".") for layer in unit.layers]
     names = [f"{name}.weight".removeprefix(".") for name in names]
     quantizers = model.weight_quantizers(unit.layers)
