@@ -162,8 +162,8 @@ def main() -> int:
     deviation = float((outputs_of(float_unet, calibration) - tensors["fp_out"]).abs().max())
     parts = read_structure(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv(architecture))
-    scales = ScalePlan(PerStepConfig(), PerStepConfig())
-    resolved = resolve(plan, parts, tuple(attentions(float_unet)), scales, tuple(timesteps))
+    names, scales = tuple(attentions(float_unet)), ScalePlan(PerStepConfig(), PerStepConfig())
+    resolved = resolve(plan, parts, names, scales, tuple(timesteps))
 
     def errors() -> list[float]:
         return [output_error(model, calibration, tensors["fp_out"]), output_error(model, held, tensors["fp_out_held"])]

@@ -15,27 +15,31 @@ def first_argument(network: nn.Module) -> str:
     return next(iter(inspect.signature(network.forward).parameters))
 
 
-def nested(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments from a flat mapping.
 
     `added_cond_kwargs.time_ids` is the entry `time_ids` of `added_cond_kwargs`, `image_rotary_emb.0` the first of a tuple.
     """
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
         *outer, last = name.split(".")
-        place = found
-        for part in outer:
-            place = place.setdefault(part, {})
+        place = tree
+        for key in outer:
+            place = place.setdefault(key, {})
         place[last] = value
+    return {
+        key: with_tuples(value) if any(name.startswith(f"{key}.") for name in flat) else value
+        for key, value in tree.items()
+    }
 
-    def tuples(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
-        entries = {name: tuples(value) for name, value in part.items()}
-        listed = list(entries) == [str(i) for i in range(len(entries))]
-        return tuple(entries.values()) if listed and entries else entries
 
-    return {name: tuples(value) for name, value in found.items()}
+def with_tuples(tree: Any) -> Any:
+    """Dicts whose keys are 0, 1, ... as tuples, whatever their order."""
+    if not isinstance(tree, dict):
+        return tree
+    inner = {key: with_tuples(value) for key, value in tree.items()}
+    places = [str(i) for i in range(len(inner))]
+    return tuple(inner[key] for key in places) if inner and inner.keys() == {*places} else inner
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,11 @@ class Run:
     @cached_property
     def temporal_conditions(self) -> Mapping[str, Tensor]:
         """Conditions of the first images, of which temporal features are compared; empty where these depend on t alone."""
+        names = family_of(self.denoiser.unet).conditions_of(self.denoiser.encoder.example().given)
+        if not names:  # texts need not be encoded
+            return {}
         images = range(min(self.diagnostics, self.images.count))
         found = self.sampling.conditions(self.denoiser, self.images.seed, Stream.IMAGES, images)
-        names = family_of(self.denoiser.unet).conditions_of(found.given)
         parts = (found.given, found.null) if self.sampling.guided else (found.given,)
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 

@@ -30,14 +30,17 @@ def example_choice(folder: PipelineFolder) -> str | int:
 
 
 @lru_cache(maxsize=2)
-def _recorded(path: Path, checkpoint: Path | None, settings: str) -> PipelineCalls:
+def _recorded(path: Path, checkpoint: Path | None, settings: str, _written: tuple[int, ...]) -> PipelineCalls:
     folder = PipelineFolder(path, checkpoint)
     return record_calls(folder, [example_choice(folder)], json.loads(settings))
 
 
 def example_calls(folder: PipelineFolder, settings: Mapping[str, Any]) -> PipelineCalls:
     """Calls of a pipeline's denoiser for one text or class, recorded once; errors are those of `record_calls`."""
-    return _recorded(folder.path, folder.checkpoint, json.dumps(dict(settings), sort_keys=True))
+    written = tuple(
+        file.stat().st_mtime_ns for file in sorted(folder.path.rglob("*"))
+    )  # another pipeline may take its place
+    return _recorded(folder.path, folder.checkpoint, json.dumps(dict(settings), sort_keys=True), written)
 
 
 def open_folder(path: str | Path, checkpoint: str | Path | None = None) -> PipelineFolder:

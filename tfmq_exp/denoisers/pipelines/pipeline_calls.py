@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from tfmq_exp.denoisers.denoiser import nested
+
 Kind = Literal["given", "null"]
 LENGTHS = ".lengths"  # ends the name of the rows' lengths of an argument that is a list of tensors
 
@@ -89,26 +91,3 @@ class PipelineCalls:
             else:
                 flat[name] = [row[:length] for row, length in zip(value, lengths.tolist(), strict=True)]
         return nested(flat)
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with dotted names as dicts within dicts; those whose names are all numbers as tuples."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *outer, last = name.split(".")
-        place = tree
-        for key in outer:
-            place = place.setdefault(key, {})
-        place[last] = value
-    return {
-        key: with_tuples(value) if any(name.startswith(f"{key}.") for name in flat) else value
-        for key, value in tree.items()
-    }
-
-
-def with_tuples(tree: Any) -> Any:
-    """Dicts whose keys are 0, 1, ... as tuples."""
-    if not isinstance(tree, dict):
-        return tree
-    inner = {key: with_tuples(value) for key, value in tree.items()}
-    return tuple(inner[key] for key in sorted(inner, key=int)) if inner and all(map(str.isdigit, inner)) else inner

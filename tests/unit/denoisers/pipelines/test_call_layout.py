@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tfmq_exp.denoisers.denoiser import nested
 from tfmq_exp.denoisers.pipelines.call_layout import CallLayout, find_layout, kinds_of, weights_of_sum
-from tfmq_exp.denoisers.pipelines.pipeline_calls import GuidanceLayout, PipelineCalls, nested
+from tfmq_exp.denoisers.pipelines.pipeline_calls import GuidanceLayout, PipelineCalls
 from tfmq_exp.denoisers.pipelines.recorded_pipeline import RecordedStep, Run
 
 NUMBERS = 12
