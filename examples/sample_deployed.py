@@ -34,14 +34,14 @@ def alphas_of(sampling: dict[str, Any] | None) -> tuple[np.ndarray, float]:
     return alphas, 1.0 if settings["set_alpha_to_one"] else alphas[0]
 
 
-def sample(unet: ExportedUNet, count: int, seed: int) -> np.ndarray:
+def sample(network: ExportedUNet, count: int, seed: int) -> np.ndarray:
     """Images in [-1, 1], from pure noise."""
-    table, last = alphas_of(unet.manifest["sampling"])
-    steps = [table[t] for t in unet.timesteps]
-    shape = unet.compiled.input("sample").shape[1:]
+    table, last = alphas_of(network.manifest["sampling"])
+    steps = [table[t] for t in network.timesteps]
+    shape = network.compiled.input("sample").shape[1:]
     x = np.random.default_rng(seed).standard_normal((count, *shape), dtype=np.float32)
-    for t, alpha, following in zip(unet.timesteps, steps, [*steps[1:], last], strict=True):
-        noise = unet(x, t)
+    for t, alpha, following in zip(network.timesteps, steps, [*steps[1:], last], strict=True):
+        noise = network(x, t)
         clean = (x - np.sqrt(1 - alpha) * noise) / np.sqrt(alpha)
         x = (np.sqrt(following) * clean + np.sqrt(1 - following) * noise).astype(np.float32)
     return x.clip(-1, 1)

@@ -46,7 +46,7 @@ from tfmq_exp.reconstruction.blocks.stored_weights import StoredWeights
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, quiet_trainer
 from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.quantized_network import build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def learn(args: argparse.Namespace) -> dict[str, Any]:
     roles = {role.value: LayerBits(4, None) for role in Role}
     scales = ScalePlan(StaticConfig(), StaticConfig())
     plan = resolve(QuantizationConfig(roles, AttentionBits(), {}), structure, (), scales, TIMESTEPS)
-    model = build_quantized_unet(network, plan, MinMax())
+    model = build_quantized_network(network, plan, MinMax())
     units, progress = args.folder / "units", KillAfter(args.kill_after)
     compute = ComputeConfig(4, 2**28, quiet_trainer(CPU))
     files = FileUnitCheckpointer(units, {}), progress, StoredWeights(shards, CheckpointedIntegers(units))

@@ -43,7 +43,7 @@ from tfmq_exp.deploy.openvino.trace import shared_copy, trace
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 LOAD = r"""
@@ -59,7 +59,7 @@ print(json.dumps([took, 1024 * int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self
 """
 
 
-def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNet]:
+def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedNetwork]:
     overrides = [f"model={args.model}", f"quant={args.quant}", f"method={args.method}", f"method/scales={args.scales}"]
     overrides += [f"protocol.sampling.num_inference_steps={args.steps}", *args.overrides]
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
@@ -70,13 +70,13 @@ def models(args: argparse.Namespace) -> tuple[Denoiser, Sampling, QuantizedUNet]
     else:
         denoiser = random_denoiser(args.model, json.dumps(OmegaConf.to_container(cfg.model.denoiser.config)))
     sampling = Sampling(make(cfg.sampler), **make(cfg.model.sampling))
-    method, unet, timesteps = make(cfg.method), denoiser.unet, sampling.finite_set(denoiser)
-    structure, names = read_structure(unet, denoiser.example()), tuple(attentions(unet))
+    method, network, timesteps = make(cfg.method), denoiser.network, sampling.finite_set(denoiser)
+    structure, names = read_structure(network, denoiser.example()), tuple(attentions(network))
     plan = resolve(method.surgery, structure, names, method.scales, timesteps)
-    return denoiser, sampling, calibrated_on_noise(build_quantized_unet(unet, plan, MinMax()), denoiser)
+    return denoiser, sampling, calibrated_on_noise(build_quantized_network(network, plan, MinMax()), denoiser)
 
 
-def calibrated_on_noise(model: QuantizedUNet, denoiser: Denoiser) -> QuantizedUNet:
+def calibrated_on_noise(model: QuantizedNetwork, denoiser: Denoiser) -> QuantizedNetwork:
     model.calibrate_weights()
     for layer in model.weight_layers():
         model.freeze(layer)
@@ -131,22 +131,22 @@ def quantize_by_nncf(plain: Path, denoiser: Denoiser, timesteps: Sequence[int], 
     return save_float(quantized, timesteps, folder)
 
 
-def errors(model: QuantizedUNet, candidates: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, float]:
+def errors(model: QuantizedNetwork, candidates: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, float]:
     """Errors of one forward pass against the simulation in float32; that of float64 is the floor for all engines."""
     expected = model(**inputs).sample
     doubled = {name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}
-    found = {name: relative(unet(**inputs).sample, expected) for name, unet in candidates.items()}
+    found = {name: relative(network(**inputs).sample, expected) for name, network in candidates.items()}
     exact = copy.deepcopy(model).double()(**doubled).sample
     return {**found, "simulation in float64 (floor)": relative(exact, expected)}
 
 
-def trajectory_seconds(unet: nn.Module, denoiser: Denoiser, sampling: Sampling, rows: int) -> float:
-    began, predict = time.perf_counter(), sampling.predictor(unet)
+def trajectory_seconds(network: nn.Module, denoiser: Denoiser, sampling: Sampling, rows: int) -> float:
+    began, predict = time.perf_counter(), sampling.predictor(network)
     list(sampling.trajectory(predict, denoiser, seed=0, stream="bench", indices=range(rows)))
     return time.perf_counter() - began
 
 
-def on_gpu(unet: nn.Module, model: QuantizedUNet, example: Mapping[str, Tensor], rounds: int) -> dict[str, Any]:
+def on_gpu(network: nn.Module, model: QuantizedNetwork, example: Mapping[str, Tensor], rounds: int) -> dict[str, Any]:
     """Seconds and errors of everything that a GPU executes; empty without one."""
     if not torch.cuda.is_available():
         return {}
@@ -154,14 +154,14 @@ def on_gpu(unet: nn.Module, model: QuantizedUNet, example: Mapping[str, Tensor],
     from tfmq_exp.deploy.torchao.products import FORMATS
 
     given, simulated = {name: value.to("cuda") for name, value in example.items()}, copy.deepcopy(model).to("cuda")
-    unets: dict[str, nn.Module] = {"torch fp32": copy.deepcopy(unet).to("cuda"), "torch simulation": simulated}
+    unets: dict[str, nn.Module] = {"torch fp32": copy.deepcopy(network).to("cuda"), "torch simulation": simulated}
     for dtype, product in FORMATS.items():
         if torch.cuda.get_device_capability() >= product.capability:
             unets[f"torchao {dtype}"] = TorchAO(dtype).open(model, Path(), batch=len(given["sample"]))
     expected = simulated(**given).sample
 
-    def call(unet: nn.Module) -> None:
-        unet(**given)
+    def call(network: nn.Module) -> None:
+        network(**given)
         torch.cuda.synchronize()
 
     calls = {name: functools.partial(call, one) for name, one in unets.items()}
@@ -207,22 +207,22 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     timesteps, saturates, integers = model.context.timesteps, pairs_saturate(), Path(tempfile.mkdtemp(dir=folder))
     example = inputs_at(denoiser, args.batch, timesteps[0], seed=1)
     converted = export(model, example, integers, split_int8_weights=saturates, threads=args.threads)
-    traced, _ = trace(shared_copy(denoiser.unet), model.context, example)
+    traced, _ = trace(shared_copy(denoiser.network), model.context, example)
     plain, shape = save_float(traced, timesteps, folder / "float"), denoiser.sample_shape
     exported = {"openvino fp32": plain, f"openvino {args.quant}": integers}
     if args.nncf:
         exported["openvino w8a8 by nncf"] = quantize_by_nncf(plain, denoiser, timesteps, folder / "nncf")
-    engines: dict[str, nn.Module] = {"torch fp32": denoiser.unet, "torch simulation": model}
+    engines: dict[str, nn.Module] = {"torch fp32": denoiser.network, "torch simulation": model}
     open_model = functools.partial(runtime.ExportedUNet, batch=args.batch, threads=args.threads)
     engines |= {name: OpenVINOUNet(open_model(path)) for name, path in exported.items()}
     engines[f"openvino {args.quant}, attention in f32"] = OpenVINOUNet(open_model(integers, bf16_attention=False))
     engines[f"onednn {args.quant}"] = OneDNN().open(model, integers, batch=args.batch)
-    calls = {name: functools.partial(unet, **example) for name, unet in engines.items()}
+    calls = {name: functools.partial(network, **example) for name, network in engines.items()}
     seconds = medians(calls, args.rounds, time.process_time if args.cpu_seconds else time.perf_counter)
     sampled = {} if args.no_sampling else engines
-    runs = {name: trajectory_seconds(unet, denoiser, sampling, args.batch) for name, unet in sampled.items()}
+    runs = {name: trajectory_seconds(network, denoiser, sampling, args.batch) for name, network in sampled.items()}
     alone = {"integers": integers, "float": plain} if len(example) == 2 else {}
-    float_bytes = 4 * sum(p.numel() for p in denoiser.unet.parameters())
+    float_bytes = 4 * sum(p.numel() for p in denoiser.network.parameters())
     size, manifest = sum(path.stat().st_size for path in integers.glob("model.*")), read_manifest(integers)
     compared = list(converted.products)[:: max(1, len(converted.products) // args.layers)] if args.layers else []
     among: Any = {"steps": sorted({0, len(timesteps) // 2, len(timesteps) - 1}), "layers": compared}
@@ -231,8 +231,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **{"model": args.model, "pairs_saturate": saturates, "seconds": seconds, "sampling": runs},
         "bytes": {"float": float_bytes, "file": size, "ratio": size / float_bytes, **manifest["bytes"]},
         "loading": {name: load_seconds_and_peak_bytes(path, args, shape) for name, path in alone.items()},
-        "errors": errors(model, {name: unet for name, unet in engines.items() if args.quant in name}, example),
-        "gpu": on_gpu(denoiser.unet, model, example, args.rounds),
+        "errors": errors(model, {name: network for name, network in engines.items() if args.quant in name}, example),
+        "gpu": on_gpu(denoiser.network, model, example, args.rounds),
         **{"kernels": manifest["kernels"], "attention": manifest["attention"], "layers": summary(parity)},
     }
 

@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, str]:
     """Measure what the command line asks for; the rows of the table."""
     network = Network(args.model, CPU, args.quick)
     data = network.noise(1)
-    sizes = sample_bytes(network.denoiser.unet, network.units[1:], data, with_inputs=True, form=args.cache)
+    sizes = sample_bytes(network.denoiser.network, network.units[1:], data, with_inputs=True, form=args.cache)
     unit = next(unit for unit in network.units if unit.name == max(sizes, key=lambda name: sizes[name]))
     few = network.activations(unit, 8, 0)
     model: Any = network.learning
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, str]:
         model.calibrate_weights([layer])
     budget, quiet = int(args.budget_gib * GIB), NoCheckpoints()
     compute = ComputeConfig(network.batch, budget, quiet_trainer(CPU))
-    context = ReconstructionContext(model, network.denoiser.unet, network.structure, data, compute, 0, quiet, quiet)
+    context = ReconstructionContext(model, network.denoiser.network, network.structure, data, compute, 0, quiet, quiet)
     storages = compute.storage(4, args.cache), compute.storage(2, args.cache)
     with peak_memory() as peak:
         stored = [

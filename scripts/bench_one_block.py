@@ -36,7 +36,7 @@ from tfmq_exp.reconstruction.activation_cache import SpillAllocator, TensorTree,
 from tfmq_exp.reconstruction.capture import UnitActivations, run_unit
 from tfmq_exp.reconstruction.recorded_calls import StopForward, recorded_calls
 from tfmq_exp.reconstruction.units import Unit
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.quantized_network import build_quantized_network
 from tfmq_exp.surgery.resolve import LayerConfig, ResolvedConfig
 from tfmq_exp.surgery.serialization import pack
 
@@ -102,7 +102,7 @@ def measure(name: str, samples: int, iterations: int) -> list[str]:
         if isinstance(m, LAYERS)
     }
     plan = ResolvedConfig({n: LayerConfig(QuantSpec(4, "affine", axis=0), None) for n in layers}, {}, (0,), "error")
-    model = build_quantized_unet(alone, plan, MinMax())
+    model = build_quantized_network(alone, plan, MinMax())
     model.calibrate_weights()
     for layer in (rest := [layer for layer, role in layers.items() if role is Role.TIME_PROJ]):
         model.freeze(layer)

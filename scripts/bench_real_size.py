@@ -99,7 +99,7 @@ def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
     model = watch.of("weights", experiment.weights.model)
 
     def learn() -> None:
-        network = model, config.denoiser.unet, config.structure
+        network = model, config.denoiser.network, config.structure
         with learning(pipeline, "activations", folder) as callbacks:
             config.method.activations(ReconstructionContext(*network, data, config.compute, 1, *callbacks))
 
@@ -112,7 +112,7 @@ def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
         expected = model(**inputs).sample
     network_bytes = config.float_bytes
     del model
-    config.denoiser.unet.to("meta")  # no longer needed, and large
+    config.denoiser.network.to("meta")  # no longer needed, and large
     loaded = watch.of("loading", lambda: serialization.load(path))
     with torch.no_grad():
         same = torch.equal(loaded(**inputs).sample, expected)
@@ -120,7 +120,7 @@ def run(experiment: Experiment, folder: Path, watch: Stopwatch) -> None:
         raise ValueError("the loaded model returns other numbers than the one in memory")
     size = f"{format_bytes(path.stat().st_size)}, {path.stat().st_size / network_bytes:.3f} of fp32"
     Console().print(f"bit-equal after loading; {size}", highlight=False)
-    alone, predict = replace(config.denoiser, unet=loaded), config.sampling.predictor(loaded)
+    alone, predict = replace(config.denoiser, network=loaded), config.sampling.predictor(loaded)
     shard = range(config.images.count)
     watch.of("images", lambda: sample_shard(predict, alone, config.sampling, config.images, shard))
 
@@ -179,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         full = experiment_of(args, folder)
         small = experiment_of(args, folder, *(word.format(**vars(args)) for word in FRACTION))
-        parameters = sum(p.numel() for p in full.run.denoiser.unet.parameters())
+        parameters = sum(p.numel() for p in full.run.denoiser.network.parameters())
         console.print(f"{args.model}: {parameters:,} parameters, {format_bytes(peak())}", highlight=False)
         watch = Stopwatch()
         whole = watch.of("the estimate itself", lambda: expected_cost(full, app.GOALS[:-1]))

@@ -51,7 +51,7 @@ from tfmq_exp.reconstruction.loop import capture_float_units, reconstruct
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import TemporalAware, Unit
 from tfmq_exp.surgery.config import ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 PHASES = ("grids, capture, GPTQ", "learning", "activation ranges")
@@ -97,32 +97,32 @@ class Bench:
         reference = json.loads((self.folder / "reference.json").read_text(encoding="utf-8"))
         self.recipe, architecture = reference["recipe"], reference["architecture"]
         self.tensors = load_file(self.folder / "data.safetensors")
-        self.unet = compvis_unet.load_unet(architecture, load_file(self.folder / "init_state.safetensors"))
+        self.network = compvis_unet.load_unet(architecture, load_file(self.folder / "init_state.safetensors"))
         timesteps = sorted((int(t) for t in self.tensors["tsteps"]), reverse=True)
         self.data, self.held = (read(self.tensors, part, timesteps) for part in ("cali", "held"))
         cpu = torch.device("cpu")
-        self.parts = read_structure(self.unet, {k: v[:1] for k, v in self.data.inputs(cpu).items()})
+        self.parts = read_structure(self.network, {k: v[:1] for k, v in self.data.inputs(cpu).items()})
         plan = released_plan(self.recipe["w_bits"], self.recipe["a_bits"], fuses_qkv(architecture))
         scales = ScalePlan(PerStepConfig(), PerStepConfig())
-        self.resolved = resolve(plan, self.parts, tuple(attentions(self.unet)), scales, tuple(timesteps))
+        self.resolved = resolve(plan, self.parts, tuple(attentions(self.network)), scales, tuple(timesteps))
         self.compute = ComputeConfig(2 * self.recipe["batch_size"], 2**32, quiet_trainer(cpu))
 
     @cached_property
     def learnable(self) -> Any:
         """The network whose parameters all get gradients, as in the original program."""
-        return copy.deepcopy(self.unet).requires_grad_(True)
+        return copy.deepcopy(self.network).requires_grad_(True)
 
-    def model(self) -> tuple[QuantizedUNet, list[Unit]]:
+    def model(self) -> tuple[QuantizedNetwork, list[Unit]]:
         """A network to quantize, and its units."""
-        model = build_quantized_unet(self.unet, self.resolved, LpObserver(memory=2**22))
+        model = build_quantized_network(self.network, self.resolved, LpObserver(memory=2**22))
         return model, TemporalAware()(self.parts, frozenset(model.weight_layers()))
 
-    def errors(self, model: QuantizedUNet) -> list[float]:
+    def errors(self, model: QuantizedNetwork) -> list[float]:
         """Output errors on both sets."""
         pairs = (self.data, self.tensors["fp_out"]), (self.held, self.tensors["fp_out_held"])
         return [output_error(model, *pair) for pair in pairs]
 
-    def calibrate(self, model: QuantizedUNet, seed: int) -> None:
+    def calibrate(self, model: QuantizedNetwork, seed: int) -> None:
         """Set the activation ranges."""
         CalibrateRanges(self.recipe["samples_per_step"], EveryKth()).ranges(model, self.data, seed)
 
@@ -136,7 +136,7 @@ class Bench:
         with watch.phase(PHASES[0]):
             model, units = self.model()
             compute = replace(self.compute, trainer=timed)
-            context = ReconstructionContext(model, self.unet, self.parts, self.data, compute, seed, quiet, quiet)
+            context = ReconstructionContext(model, self.network, self.parts, self.data, compute, seed, quiet, quiet)
             reconstruct(context, units, learning)
         weights_only = self.errors(model)
         with watch.phase(PHASES[2]):
@@ -150,13 +150,13 @@ class Bench:
         with watch.phase(PHASES[0]):
             plain_weight_grids(model)
         model.calibrate_weights()
-        context = ReconstructionContext(model, self.unet, self.parts, self.data, self.compute, seed, quiet, quiet)
+        context = ReconstructionContext(model, self.network, self.parts, self.data, self.compute, seed, quiet, quiet)
         for unit, view in capture_float_units(context, units, learning):
             inputs = view.inputs.get("float") or Capture(self.data, self.compute.batch, SpillAllocator(2**32)).inputs(
-                model, unit.module(model.unet)
+                model, unit.module(model.network)
             )
             with watch.phase(PHASES[0]):
-                plain_capture(model, self.unet, unit, self.data, self.recipe["batch_size"])
+                plain_capture(model, self.network, unit, self.data, self.recipe["batch_size"])
             with watch.phase(PHASES[1]):
                 plain_learning(
                     model, unit, self.learnable, inputs, view.outputs, learning, derive_seed(seed, unit.name)

@@ -45,7 +45,7 @@ from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import coverage, resolve
 
 Row = tuple[str, float, Sequence[float], float | None, str]  # what, ours, the reference's, bound, form of the numbers
@@ -156,13 +156,13 @@ def main() -> int:
     recipe, architecture = reference["recipe"], reference["architecture"]
     iterations = args.iterations or recipe["iters"]
     tensors = load_file(args.folder / "data.safetensors")
-    float_unet = compvis_unet.load_unet(architecture, load_file(args.folder / "init_state.safetensors"))
+    float_network = compvis_unet.load_unet(architecture, load_file(args.folder / "init_state.safetensors"))
     timesteps = sorted((int(t) for t in tensors["tsteps"].tolist()), reverse=True)
     calibration, held = read(tensors, "cali", timesteps), read(tensors, "held", timesteps)
-    deviation = float((outputs_of(float_unet, calibration) - tensors["fp_out"]).abs().max())
-    parts = read_structure(float_unet, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
+    deviation = float((outputs_of(float_network, calibration) - tensors["fp_out"]).abs().max())
+    parts = read_structure(float_network, {k: v[:1] for k, v in calibration.inputs(torch.device("cpu")).items()})
     plan = released_plan(recipe["w_bits"], recipe["a_bits"], fuses_qkv(architecture))
-    names, scales = tuple(attentions(float_unet)), ScalePlan(PerStepConfig(), PerStepConfig())
+    names, scales = tuple(attentions(float_network)), ScalePlan(PerStepConfig(), PerStepConfig())
     resolved = resolve(plan, parts, names, scales, tuple(timesteps))
 
     def errors() -> list[float]:
@@ -170,26 +170,26 @@ def main() -> int:
 
     seconds, quiet = dict[str, float](), NoCheckpoints()
     with timed(seconds, "weight grids"):
-        model = build_quantized_unet(float_unet, resolved, LpObserver(memory=2**22))
+        model = build_quantized_network(float_network, resolved, LpObserver(memory=2**22))
         model.calibrate_weights()
     compute = ComputeConfig(recipe["batch_size"] * 2, cache_bytes=2**32, trainer=quiet_trainer(torch.device("cpu")))
     learning = learning_of(recipe, iterations)
-    task = ReconstructionContext(model, float_unet, parts, calibration, compute, args.seed, quiet, quiet)
+    task = ReconstructionContext(model, float_network, parts, calibration, compute, args.seed, quiet, quiet)
     with timed(seconds, "reconstruction (capture + learning)"):
         reconstruct(task, TemporalAware()(parts, frozenset(model.weight_layers())), learning)
     weights_only = errors()
     with timed(seconds, "activation ranges"):
         CalibrateRanges(recipe["samples_per_step"], EveryKth()).ranges(model, calibration, args.seed)
     seconds["total"] = sum(seconds.values())
-    cosine = statistics.mean(row["cosine"] for row in temporal_feature_error(model, float_unet, parts))
+    cosine = statistics.mean(row["cosine"] for row in temporal_feature_error(model, float_network, parts))
     bits = {role.value: LayerBits(recipe["w_bits"], recipe["a_bits"]) for role in Role}
     bits |= {role.value: LayerBits(8, recipe["a_bits"]) for role in (Role.STEM, Role.HEAD)}
     scales = ScalePlan(PerStepConfig(), StaticConfig())
     own_plan = resolve(QuantizationConfig(bits), parts, (), scales, tuple(timesteps))
-    own = build_quantized_unet(float_unet, own_plan, LpObserver(candidates=1))
+    own = build_quantized_network(float_network, own_plan, LpObserver(candidates=1))
     own.calibrate_weights()
     CalibrateRanges(32, EveryKth()).ranges(own, calibration, 0)
-    fp32 = 4 * sum(p.numel() for p in float_unet.parameters())
+    fp32 = 4 * sum(p.numel() for p in float_network.parameters())
     runs = [run for run in reference["runs"].values() if run["iters"] == iterations]
     rows: list[Row] = []
     for (name, (part, key)), value in zip(ERRORS.items(), weights_only + errors(), strict=True):
@@ -213,13 +213,13 @@ def main() -> int:
 
 
 @torch.no_grad()
-def outputs_of(unet: nn.Module, data: CalibrationSet) -> Tensor:
+def outputs_of(network: nn.Module, data: CalibrationSet) -> Tensor:
     """Outputs over a whole set."""
     parts = (data[slice(i, i + 32)].inputs(torch.device("cpu")) for i in range(0, len(data), 32))
-    return torch.cat([unet(**inputs).sample for inputs in parts])
+    return torch.cat([network(**inputs).sample for inputs in parts])
 
 
-def stored_bytes(model: QuantizedUNet) -> int:
+def stored_bytes(model: QuantizedNetwork) -> int:
     """Bytes of the artefact."""
     for layer in model.weight_layers():
         model.freeze(layer)

@@ -20,20 +20,20 @@ from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import Unit
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 
 def plain_learning(
-    model: QuantizedUNet,
+    model: QuantizedNetwork,
     unit: Unit,
-    unet: nn.Module,
+    network: nn.Module,
     inputs: TensorTree,
     targets: TensorTree,
     recipe: ReconstructionConfig,
     seed: int,
 ) -> None:
     """Learn one unit as the papers write it: no gradient by hand, nothing frozen, nothing computed once; round its weights."""
-    module = unit.module(unet)
+    module = unit.module(network)
     prefix = "network." if unit.driver == "timesteps" else ""
     names = [prefix + layer if prefix else layer.removeprefix(unit.name).removeprefix(".") for layer in unit.layers]
     names = [f"{name}.weight".removeprefix(".") for name in names]
@@ -91,7 +91,7 @@ def plain_search(x: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def plain_weight_grids(model: QuantizedUNet) -> None:
+def plain_weight_grids(model: QuantizedNetwork) -> None:
     """Channel by channel."""
     for layer in model.weight_layers():
         for quantizer, weight in model.layer(layer).weight_parts():
@@ -102,12 +102,12 @@ def plain_weight_grids(model: QuantizedUNet) -> None:
 def plain_capture(model: nn.Module, unet: nn.Module, unit: Unit, data: CalibrationSet, batch: int) -> None:
     """Two passes from the start of the network to the unit, in the batches that it learns with."""
     if unit.driver == "denoiser":
-        for network, inner in ((unet, unet), (model, model.get_submodule("unet"))):
+        for network, inner in ((unet, unet), (model, model.get_submodule("network"))):
             Capture(data, batch, SpillAllocator(2**32)).inputs(network, unit.module(inner))
 
 
 @torch.no_grad()
-def plain_activations(model: QuantizedUNet, data: CalibrationSet, bits: int) -> None:
+def plain_activations(model: QuantizedNetwork, data: CalibrationSet, bits: int) -> None:
     """Per sampling step: a search for every quantized input, then a pass that takes minimum and maximum instead."""
     layers = [name for name, line in model.plan.layers.items() if line.input]
 

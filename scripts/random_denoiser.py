@@ -51,11 +51,11 @@ def random_denoiser(name: str, architecture: str, device: str = "cpu") -> Denois
     arguments, scale = params["unet_config"]["params"], float(params.get("scale_factor", 1.0))
     torch.manual_seed(0)
     with torch.device(device):
-        unet = generic(compvis_unet.openai_unet(arguments))
+        network = generic(compvis_unet.openai_unet(arguments))
         vae = autoencoder.build_autoencoder(params["first_stage_config"], scale)
         generic(vae)
     encoder: ConditionEncoder = NoConditions()
     if arguments.get("use_spatial_transformer"):
         encoder = RandomContext((1 if name == "ldm_imagenet" else 77, arguments["context_dim"]))
     decoder, shape = autoencoder.LatentDecoder(vae, scale), compvis_checkpoint.sample_shape(config)
-    return Denoiser(name, unet, shape, compvis_checkpoint.training_schedule(config), "random", encoder, decoder)
+    return Denoiser(name, network, shape, compvis_checkpoint.training_schedule(config), "random", encoder, decoder)

@@ -20,7 +20,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig
 from tfmq_exp.surgery.config import AttentionBits, Bits, LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 torch.set_num_threads(1)
@@ -32,11 +32,11 @@ def generic(make: Callable[[], nn.Module]) -> nn.Module:
     """A network without special values: norms start as the identity, and would hide what they scale."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = make().eval().requires_grad_(False)
-        for parameter in unet.parameters():
+        network = make().eval().requires_grad_(False)
+        for parameter in network.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return unet
+    return network
 
 
 @pytest.fixture(scope="session")
@@ -77,31 +77,31 @@ def denoiser(tiny_unet: nn.Module) -> Denoiser:
 
 
 @pytest.fixture(scope="session", params=["tiny_unet", "tiny_conditional_unet"])
-def unet(request: pytest.FixtureRequest) -> nn.Module:
+def network(request: pytest.FixtureRequest) -> nn.Module:
     """Every network family in turn. Shared by all tests: copy it before changing it."""
     return request.getfixturevalue(request.param)
 
 
-def example_inputs(unet: nn.Module, timesteps: Sequence[int] = (1,), seed: int = 0) -> dict[str, Any]:
+def example_inputs(network: nn.Module, timesteps: Sequence[int] = (1,), seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of a forward pass, one row for each timestep."""
     rows, generator = len(timesteps), torch.Generator().manual_seed(seed)
     inputs = {
-        "sample": torch.randn(rows, unet.config["in_channels"], 8, 8, generator=generator),
+        "sample": torch.randn(rows, network.config["in_channels"], 8, 8, generator=generator),
         "timestep": torch.tensor(timesteps),
     }
-    if isinstance(unet, UNet2DConditionModel):
+    if isinstance(network, UNet2DConditionModel):
         inputs["encoder_hidden_states"] = torch.randn(rows, 5, 12, generator=generator)
     return inputs
 
 
-def calibrated(model: QuantizedUNet, seed: int = 1) -> QuantizedUNet:
+def calibrated(model: QuantizedNetwork, seed: int = 1) -> QuantizedNetwork:
     """Freeze every weight to the nearest integers, take activation ranges from random inputs, switch everything on."""
     model.calibrate_weights()
     for layer in model.weight_layers():
         model.freeze(layer)
     model.set_activations(Mode.OBSERVE)
     with torch.no_grad():
-        model(**example_inputs(model.unet, 2 * model.context.timesteps, seed))
+        model(**example_inputs(model.network, 2 * model.context.timesteps, seed))
     model.set_activations(Mode.QUANTIZE)
     return model
 
@@ -114,7 +114,7 @@ SCALES: dict[str, ScalePlan] = {
 
 
 def quantizable(
-    unet: nn.Module,
+    network: nn.Module,
     *,
     weight: int | None = 4,
     activation: Bits | None = 8,
@@ -124,9 +124,14 @@ def quantizable(
     sites: dict[str, LayerBits] | None = None,
     split: bool = False,
     tie_qkv: bool = False,
-) -> QuantizedUNet:
+) -> QuantizedNetwork:
     """A quantized twin with all quantizers still off; the same bits for every role. `scales` may name one of `SCALES`."""
     roles = {role.value: LayerBits(weight, activation, output) for role in Role}
     plan = QuantizationConfig(roles, attention or AttentionBits(), sites or {}, split_shortcuts=split, tie_qkv=tie_qkv)
-    parts, chosen = read_structure(unet, example_inputs(unet)), SCALES[scales] if isinstance(scales, str) else scales
-    return build_quantized_unet(unet, resolve(plan, parts, tuple(attentions(unet)), chosen, TIMESTEPS), MinMax())
+    parts, chosen = (
+        read_structure(network, example_inputs(network)),
+        SCALES[scales] if isinstance(scales, str) else scales,
+    )
+    return build_quantized_network(
+        network, resolve(plan, parts, tuple(attentions(network)), chosen, TIMESTEPS), MinMax()
+    )

@@ -28,7 +28,7 @@ from tfmq_exp.quant.timestep_context import OutsideTimesteps
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import QuantizationConfig
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -37,7 +37,7 @@ CONF = Path(__file__).parents[1] / "conf"
 class QuantizedModel:
     """A quantized network. Execution is simulated: weights are integers that are turned back into real numbers to compute with."""
 
-    unet: QuantizedUNet
+    network: QuantizedNetwork
     recipe: Recipe | None  # how it is sampled; None for a sampler of one's own class, which no file describes
 
     def save(self, path: str | Path) -> int:
@@ -49,7 +49,7 @@ class QuantizedModel:
         file = Path(path)
         if not file.parent.is_dir():
             raise FileNotFoundError(f"no folder {file.parent} for {file.name}")
-        write_atomically(file, lambda partial: serialization.save(self.unet, partial, self.recipe))
+        write_atomically(file, lambda partial: serialization.save(self.network, partial, self.recipe))
         return file.stat().st_size
 
 
@@ -120,8 +120,8 @@ def quantize(
     bars = ProgressBars(Console(quiet=not progress)).stage
     with tempfile.TemporaryDirectory() as temporary:
         experiment = Experiment(run, Pipeline(Store(Path(store or temporary)), bars, Logger()))
-        unet = experiment.activations.model
-        return QuantizedModel(unet, Recipe.of(run.calibration_sampling, denoiser))
+        network = experiment.activations.model
+        return QuantizedModel(network, Recipe.of(run.calibration_sampling, denoiser))
 
 
 def load_quantized(path: str | Path, outside_timesteps: OutsideTimesteps | None = None) -> QuantizedModel:
@@ -135,10 +135,10 @@ def load_quantized(path: str | Path, outside_timesteps: OutsideTimesteps | None 
     Raises:
         ValueError: not such a file, damaged, or of another version; an unknown choice.
     """
-    unet, recipe = serialization.load_with_recipe(Path(path))
+    network, recipe = serialization.load_with_recipe(Path(path))
     if outside_timesteps is not None:
-        unet.plan = replace(unet.plan, outside_timesteps=outside_timesteps)
-    return QuantizedModel(unet, recipe)
+        network.plan = replace(network.plan, outside_timesteps=outside_timesteps)
+    return QuantizedModel(network, recipe)
 
 
 def sample(
@@ -166,7 +166,7 @@ def sample(
         raise ValueError("this model was sampled by a sampler class of one's own, which its file does not describe")
     recipe = model.recipe if num_inference_steps is None else model.recipe.with_steps(num_inference_steps)
     with torch.no_grad():
-        return recipe.images(model.unet, seed=seed, indices=list(indices), **options)
+        return recipe.images(model.network, seed=seed, indices=list(indices), **options)
 
 
 def configuration(*overrides: str) -> DictConfig:

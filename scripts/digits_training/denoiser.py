@@ -17,8 +17,8 @@ from tfmq_exp.sampling.samplers import DDIM
 class DenoiserTraining(Training):
     """The simple loss of DDPM (arXiv 2006.11239, eq. 14): predict the noise at a uniformly drawn timestep."""
 
-    def __init__(self, unet: Any, schedule: Any, steps: int) -> None:
-        super().__init__(unet.to(memory_format=torch.channels_last), steps, weight_decay=0.0)
+    def __init__(self, network: Any, schedule: Any, steps: int) -> None:
+        super().__init__(network.to(memory_format=torch.channels_last), steps, weight_decay=0.0)
         self.schedule = schedule
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
@@ -36,7 +36,7 @@ def build_pipeline() -> Any:
     """Another denoiser, 1.1 M parameters: scale and shift by the temporal feature, two layers in a block, a cosine schedule."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # after tfmq_exp, which silences its warnings
 
-    unet = UNet2DModel(
+    network = UNet2DModel(
         sample_size=IMAGE_SIZE,
         in_channels=1,
         out_channels=1,
@@ -48,12 +48,12 @@ def build_pipeline() -> Any:
         norm_num_groups=8,
         resnet_time_scale_shift="scale_shift",
     )
-    return DDPMPipeline(unet, DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False))
+    return DDPMPipeline(network, DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False))
 
 
 def save_samples(weights: Path, steps: int = 50) -> None:
     """64 samples of the trained denoiser by deterministic DDIM, as one picture."""
     denoiser = load_denoiser(str(weights / "denoiser.safetensors"))
     sampling, plan = Sampling(DDIM(steps)), ImagePlan(64, seed=0, batch=64)
-    images = sample_shard(sampling.predictor(denoiser.unet), denoiser, sampling, plan, range(64))
+    images = sample_shard(sampling.predictor(denoiser.network), denoiser, sampling, plan, range(64))
     save_picture(images.numpy(), 16, weights / "denoiser.png")

@@ -18,7 +18,7 @@ from tfmq_exp.denoisers.denoiser import first_argument, nested
 from tfmq_exp.denoisers.families.family import Family
 from tfmq_exp.denoisers.families.find import FAMILIES, family_of
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 
 GIVEN = "in."  # prefix of the recorded arguments
 # PixArt's networks ask for these even where they have no use for them
@@ -119,7 +119,7 @@ class Architecture:
         return used(**nested({name: cast(value, dtype) for name, value in arguments.items()}))[0]
 
     @cached_property
-    def structure(self) -> UNetStructure:
+    def structure(self) -> NetworkStructure:
         """Roles and blocks of its layers."""
         rows = {name: v if is_constant(name, v) else v[:1] for name, v in self.arguments.items()}
         return read_structure(self.network, nested(rows))

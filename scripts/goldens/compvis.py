@@ -18,12 +18,12 @@ def check_family(family: Family) -> Iterator[Group]:
     parts = family.load()
     conditions, contexts = networks.conditions(family, parts)
     yield from contexts
-    yield from networks.predictions(family, parts.unet)
-    yield from networks.temporal_features(family, parts.unet)
+    yield from networks.predictions(family, parts.network)
+    yield from networks.temporal_features(family, parts.network)
     if isinstance(parts.first_stage, LatentDecoder):
         yield from networks.images(family, parts.first_stage)
     yield from networks.kept_schedule(family)
-    yield from end_to_end(family, parts.unet, conditions)
+    yield from end_to_end(family, parts.network, conditions)
 
 
 def check_compvis(folder: Path) -> list[Group]:

@@ -31,18 +31,18 @@ PREDICTION = re.compile(r"eps(?P<ema>_ema)?(?P<small>_x_small)?(?P<double>_f64)?
 TIME_EMBEDDING = "time_embed"  # what the recordings call it; DDIM's module is `temb`
 
 
-def predictions(family: Family, unet: nn.Module) -> Iterator[Group]:
+def predictions(family: Family, network: nn.Module) -> Iterator[Group]:
     """Compare the network's outputs at x and x_small, in single and double precision, with last and averaged weights."""
     recorded = family.recorded
     context = {STATES: recorded["context"]} if "context" in recorded else {}
-    networks: dict[tuple[bool, bool], nn.Module] = {(False, False): unet}
+    networks: dict[tuple[bool, bool], nn.Module] = {(False, False): network}
     others = [name for name in recorded if PREDICTION.fullmatch(name) and name not in ALWAYS]
     for name in (*ALWAYS, *sorted(others)):
         place = PREDICTION.fullmatch(name)
         assert place is not None
         ema, double = bool(place["ema"]), bool(place["double"])
         if (ema, False) not in networks:
-            networks[ema, False] = family.load(ema=True).unet
+            networks[ema, False] = family.load(ema=True).network
         if (ema, double) not in networks:
             networks[ema, double] = copy.deepcopy(networks[ema, False]).double()
         dtype = torch.float64 if double else torch.float32
@@ -54,13 +54,13 @@ def predictions(family: Family, unet: nn.Module) -> Iterator[Group]:
         yield group
 
 
-def our_module(module: str, keys: frozenset[str], unet: Any, *, ddim: bool) -> str:
+def our_module(module: str, keys: frozenset[str], network: Any, *, ddim: bool) -> str:
     """The place of an original module in the converted network: of its layer, or of what holds its layers.
 
     Raises:
         DamagedError: no weights of such a module.
     """
-    layers, levels = unet.config["layers_per_block"], len(unet.config["block_out_channels"])
+    layers, levels = network.config["layers_per_block"], len(network.config["block_out_channels"])
     openai_key = partial(compvis_unet.openai_key, layers_per_block=layers, keys=keys)
     rename = partial(compvis_unet.ddim_key, levels=levels) if ddim else openai_key
     places = {rename(key).rpartition(".")[0] for key in keys if key.startswith(f"{module}.")}
@@ -69,7 +69,7 @@ def our_module(module: str, keys: frozenset[str], unet: Any, *, ddim: bool) -> s
     return places.pop() if len(places) == 1 else places.pop().rpartition(".")[0]
 
 
-def temporal_features(family: Family, unet: nn.Module) -> Iterator[Group]:
+def temporal_features(family: Family, network: nn.Module) -> Iterator[Group]:
     """The time embedding, and the temporal feature of every block by the place that the key map gives it."""
     recorded = family.recorded
     modules = [name.removeprefix("tib.") for name in recorded if name.startswith("tib.")]
@@ -79,11 +79,11 @@ def temporal_features(family: Family, unet: nn.Module) -> Iterator[Group]:
     example = {"sample": recorded["x"][:1], "timestep": recorded["t"][:1]}
     if "context" in recorded:
         example[STATES] = recorded["context"][:1]
-    block = TemporalInformationBlock(unet, read_structure(unet, example))
+    block = TemporalInformationBlock(network, read_structure(network, example))
     embedding: list[Any] = []
     origin = "temb" if family.ddim else TIME_EMBEDDING
-    place = our_module(origin, keys, unet, ddim=family.ddim)
-    handle = unet.get_submodule(place).register_forward_hook(lambda _module, _given, out: embedding.append(out))
+    place = our_module(origin, keys, network, ddim=family.ddim)
+    handle = network.get_submodule(place).register_forward_hook(lambda _module, _given, out: embedding.append(out))
     with torch.no_grad():
         features = block.features(recorded["t"])
     handle.remove()
@@ -92,7 +92,7 @@ def temporal_features(family: Family, unet: nn.Module) -> Iterator[Group]:
         if module == TIME_EMBEDDING:
             ours = embedding[0]
         else:
-            ours = features.pop(our_module(module, keys, unet, ddim=family.ddim), torch.empty(0))
+            ours = features.pop(our_module(module, keys, network, ddim=family.ddim), torch.empty(0))
         group.compare(ours, recorded[f"tib.{module}"])
     group.compare(len(features), 0)
     group.note = f"not in the original: {', '.join(features)}" if features else ""

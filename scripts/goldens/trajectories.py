@@ -86,7 +86,7 @@ def noise_of(recorded: Record, key: str, sampler: Sampler) -> Iterable[Tensor]:
     return recorded[f"{key}.noise"] if sampler.eta or f"{key}.noise" in recorded else ()
 
 
-def end_to_end(family: Family, unet: nn.Module, conditions: Conditions) -> Iterator[Group]:
+def end_to_end(family: Family, network: nn.Module, conditions: Conditions) -> Iterator[Group]:
     """Whole trajectories around the converted network, with guidance where the index has a scale."""
     recorded = family.recorded
     timesteps = Group(f"{family.name}: timesteps", EXACT)
@@ -95,7 +95,7 @@ def end_to_end(family: Family, unet: nn.Module, conditions: Conditions) -> Itera
         spacing = settings.get("skip", settings.get("discretize", "uniform"))
         sampler = sampler_of(settings["sampler"], settings["steps"], settings.get("eta", 0.0), spacing)
         timesteps.compare(steps_of(sampler, family.schedule), recorded[f"{key}.timesteps"])
-        predict = Sampling(sampler, guidance=settings.get("scale", 1.0)).predictor(unet)
+        predict = Sampling(sampler, guidance=settings.get("scale", 1.0)).predictor(network)
         noise, golden = noise_of(recorded, key, sampler), recorded[f"{key}.traj"]
         tolerance = GROWTH * float(golden.abs().max()) + START
         group = Group(f"{family.name}: {key}", tolerance, absolute=True)

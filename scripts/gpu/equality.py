@@ -26,7 +26,7 @@ from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import Blockwise
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 
 ITERATIONS, BATCH, IMAGES = 8, 8, 4
 GREY = 127.5  # grey levels of one unit of an image in [-1, 1]
@@ -66,11 +66,14 @@ class Digits:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.denoiser, self.sampling = device, load_denoiser(), Sampling(DDIM(4))
-        self.unet = self.on_device(self.denoiser.unet)
+        self.network = self.on_device(self.denoiser.network)
         self.data = collect_trajectories(self.denoiser, self.sampling, range(IMAGES), seed=0)
-        self.structure = read_structure(self.denoiser.unet, self.denoiser.example())
+        self.structure = read_structure(self.denoiser.network, self.denoiser.example())
         self.plan = resolved(self.denoiser, self.structure, self.sampling.finite_set(self.denoiser))
-        self.models = [build_quantized_unet(unet, self.plan, LpObserver()) for unet in (self.denoiser.unet, self.unet)]
+        self.models = [
+            build_quantized_network(network, self.plan, LpObserver())
+            for network in (self.denoiser.network, self.network)
+        ]
         for model in self.models:
             model.calibrate_weights()
         self.nearest = copy.deepcopy(self.models[0])
@@ -80,7 +83,8 @@ class Digits:
 
     def float_outputs(self) -> list[Check]:
         x, y = (
-            network(**self.data.inputs(place)).sample for network, place in self.pairs(self.denoiser.unet, self.unet)
+            network(**self.data.inputs(place)).sample
+            for network, place in self.pairs(self.denoiser.network, self.network)
         )
         difference = float((x - y.cpu()).abs().max() / x.abs().max())
         return [Check("float outputs: largest difference", difference, 1e-4, "of largest")]
@@ -126,10 +130,10 @@ class Digits:
         units = Blockwise()(self.structure, frozenset(self.plan.layers))
         unit = max(units, key=lambda unit: sum(self.structure.layers[layer].weights for layer in unit.layers))
         capture = Capture(self.data, BATCH, SpillAllocator(2**30))
-        captured = capture.activations(self.denoiser.unet, [unit], with_inputs=True)[unit.name]
+        captured = capture.activations(self.denoiser.network, [unit], with_inputs=True)[unit.name]
         moves, errors = [], []
         for model, device in self.pairs(*self.models):
-            assert isinstance(model, QuantizedUNet)
+            assert isinstance(model, QuantizedNetwork)
             inputs, outputs = (
                 TensorTree(tree.structure([x.to(device) for x in tree.tensors]))
                 for tree in (captured.inputs["float"], captured.outputs)
@@ -149,7 +153,7 @@ class Digits:
             Check(f"a unit's error at iteration {ITERATIONS}", abs(errors[1] / errors[0] - 1), 1e-3, "relative"),
         ]
 
-    def quantized(self) -> QuantizedUNet:
+    def quantized(self) -> QuantizedNetwork:
         """The network on the CPU with weights rounded to nearest and ranges from the trajectories."""
         model = self.nearest
         for layer in model.weight_layers():
@@ -164,7 +168,7 @@ class Digits:
         ours = self.quantized()
         theirs = self.on_device(ours)
         x, y = (network(**self.data.inputs(place)).sample for network, place in self.pairs(ours, theirs))
-        pairs = {"float": (self.denoiser.unet, self.unet), "quantized": (ours, theirs)}
+        pairs = {"float": (self.denoiser.network, self.network), "quantized": (ours, theirs)}
         images = {name: [self.images(network) for network in pair] for name, pair in pairs.items()}
         differences = {name: GREY * float((a - b).abs().mean()) for name, (a, b) in images.items()}
         return [
@@ -175,7 +179,7 @@ class Digits:
 
     def images(self, network: nn.Module) -> Tensor:
         """Images of a network, from noise that is the same on every device."""
-        alone, predict = replace(self.denoiser, unet=network), self.sampling.predictor(network)
+        alone, predict = replace(self.denoiser, network=network), self.sampling.predictor(network)
         steps = self.sampling.trajectory(predict, alone, seed=0, stream=Stream.IMAGES, indices=range(IMAGES))
         return [step.x_next for step in steps][-1].cpu()
 
@@ -185,7 +189,7 @@ class Digits:
             return []
         units = Blockwise()(self.structure, frozenset(self.plan.layers))
         stored = SpillAllocator(0, device=self.device, device_budget=2**30)
-        captured = Capture(self.data, BATCH, stored).activations(self.unet, units[1:2], with_inputs=True)
+        captured = Capture(self.data, BATCH, stored).activations(self.network, units[1:2], with_inputs=True)
         with learned_unit(self.models[1], units[1], captured[units[1].name], recipe_of(8, BATCH), self.device) as task:
             return [Check("waits of the host in 3 iterations", counted_waits(task, len(self.data), self.device), 0, "")]
 

@@ -17,7 +17,7 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure, Role
 from tfmq_exp.quant.observers import LpObserver, MinMax, Observer
 from tfmq_exp.quant.quantizers import Mode, modes
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig
@@ -31,7 +31,7 @@ from tfmq_exp.sampling.conditioning import Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM, PLMS
 from tfmq_exp.surgery.config import LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -44,21 +44,21 @@ def recipe_of(iterations: int, batch: int) -> ReconstructionConfig:
     return ReconstructionConfig(iterations, batch, Lp(), FloatInputs(), rounding)
 
 
-def resolved(denoiser: Denoiser, structure: UNetStructure, timesteps: tuple[int, ...]) -> ResolvedConfig:
+def resolved(denoiser: Denoiser, structure: NetworkStructure, timesteps: tuple[int, ...]) -> ResolvedConfig:
     """Every layer with 4-bit weights and 8-bit inputs; a scale per step for temporal layers, one for all others."""
     roles = {role.value: EDGES.get(role, LayerBits(4, 8)) for role in Role}
     scales = ScalePlan(PerStepConfig(), StaticConfig())
-    return resolve(QuantizationConfig(roles), structure, tuple(attentions(denoiser.unet)), scales, timesteps)
+    return resolve(QuantizationConfig(roles), structure, tuple(attentions(denoiser.network)), scales, timesteps)
 
 
 def smaller(config: dict[str, Any]) -> dict[str, Any]:
     """The same kind of network with 32 channels at two sizes, for a test of every line."""
     params = config["model"]["params"]
-    unet, stage = params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
-    params["image_size"] = unet["image_size"] = 8
-    unet |= {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2], "attention_resolutions": [2]}
-    if "context_dim" in unet:
-        unet |= {"context_dim": 32, "num_heads": 2}
+    network, stage = params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
+    params["image_size"] = network["image_size"] = 8
+    network |= {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2], "attention_resolutions": [2]}
+    if "context_dim" in network:
+        network |= {"context_dim": 32, "num_heads": 2}
     stage |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
     return config
 
@@ -110,26 +110,26 @@ class Network:
         return Sampling(sampler, conditioning, guidance)
 
     @cached_property
-    def structure(self) -> UNetStructure:
+    def structure(self) -> NetworkStructure:
         """Roles and blocks of its layers."""
-        return read_structure(self.denoiser.unet, self.denoiser.example())
+        return read_structure(self.denoiser.network, self.denoiser.example())
 
     @cached_property
     def plan(self) -> ResolvedConfig:
         """Quantizers of every layer."""
         return resolved(self.denoiser, self.structure, self.sampling.finite_set(self.denoiser))
 
-    def quantizable(self, observer: Observer) -> QuantizedUNet:
+    def quantizable(self, observer: Observer) -> QuantizedNetwork:
         """A quantized copy without ranges."""
-        return build_quantized_unet(self.denoiser.unet, self.plan, observer)
+        return build_quantized_network(self.denoiser.network, self.plan, observer)
 
     @cached_property
-    def learning(self) -> QuantizedUNet:
+    def learning(self) -> QuantizedNetwork:
         """The network whose weights are learned; its ranges are not set yet."""
         return self.quantizable(LpObserver())
 
     @cached_property
-    def quantized(self) -> QuantizedUNet:
+    def quantized(self) -> QuantizedNetwork:
         """The network that is sampled: weights rounded to nearest, ranges of activations from noise."""
         model = self.quantizable(MinMax())
         model.calibrate_weights()
@@ -179,7 +179,7 @@ class Network:
         compute = ComputeConfig(
             self.batch, 2**34, quiet_trainer(self.device), device=self.device, device_cache_bytes=device_cache_bytes
         )
-        networks = self.learning, self.denoiser.unet, self.structure
+        networks = self.learning, self.denoiser.network, self.structure
         unused: Any = None  # capturing saves and reports nothing
         context = ReconstructionContext(*networks, self.noise(rows), compute, 0, unused, unused)
         ((_, found),) = capture_float_units(context, [unit], recipe_of(1, self.batch))
@@ -188,7 +188,11 @@ class Network:
 
 @contextmanager
 def learned_unit(
-    model: QuantizedUNet, unit: Unit, activations: UnitActivations, recipe: ReconstructionConfig, device: torch.device
+    model: QuantizedNetwork,
+    unit: Unit,
+    activations: UnitActivations,
+    recipe: ReconstructionConfig,
+    device: torch.device,
 ) -> Iterator[BlockReconstruction]:
     """Learn a unit inside the block, without Lightning's trainer; its weights end rounded up or down.
 
@@ -204,7 +208,7 @@ def learned_unit(
         activations.outputs, whole={"inputs": inputs, "targets": activations.outputs.whole, "importance": None}
     )
     roundings = [rounding for layer in unit.layers for rounding in model.learn_rounding(layer)]
-    module: nn.Module = unit.module(model.unet)
+    module: nn.Module = unit.module(model.network)
     with modes(model.weight_quantizers(unit.layers), Mode.QUANTIZE), torch.enable_grad():
         yield BlockReconstruction(module, model.context, roundings, [], samples, recipe).to(device)
     for rounding in roundings:

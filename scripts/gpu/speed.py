@@ -56,7 +56,7 @@ def calibrate(network: Network) -> list[Row]:
     """Build the networks and set the ranges of all weights."""
     model = network.learning
     network.weight_range_seconds = seconds_of(model.calibrate_weights, network.device, 1, warm_up=0)
-    parameters = sum(p.numel() for p in network.denoiser.unet.parameters())
+    parameters = sum(p.numel() for p in network.denoiser.network.parameters())
     return [
         Row("parameters", parameters),
         Row("weight ranges, 80 candidates", network.weight_range_seconds, "s", "once in a run"),
@@ -120,7 +120,7 @@ def closed_form(network: Network) -> list[Row]:
     rows = []
     for name, unit in network.largest_and_median.items():
         model, count = network.learning, 2 * network.batch
-        inputs, module = network.activations(unit, count, DEVICE_CACHE).inputs["float"], unit.module(model.unet)
+        inputs, module = network.activations(unit, count, DEVICE_CACHE).inputs["float"], unit.module(model.network)
         layers = {layer: model.layer(layer) for layer in unit.layers}
         config = GPTQConfig(rows=200 if network.quick else 20_000)
         work = partial(round_layers, module, layers, model.context, inputs, config, batch=network.batch, seed=0)
@@ -155,7 +155,7 @@ def sampling(network: Network) -> list[Row]:
         predict = replace(settings, precision=precision).predictor(unet)
         return seconds_of(lambda: predict(x, t, conditions), device, 1 if quick else 3) / count
 
-    unet, simulated = denoiser.unet, network.quantized.for_timesteps(network.plan.timesteps)
+    unet, simulated = denoiser.network, network.quantized.for_timesteps(network.plan.timesteps)
     found = {"float32": call(unet), "TF32": call(unet, "tf32")}
     with channels_last(unet):
         found["bfloat16, channels last"] = call(unet, "bfloat16")

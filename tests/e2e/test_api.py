@@ -39,8 +39,8 @@ def test_a_store_keeps_the_stages_and_a_configuration_replaces_the_method_s(tmp_
     config = QuantizationConfig(roles, split_shortcuts=False)  # type: ignore[arg-type]
     settings = {"method": "nearest", "overrides": ("debug=smoke",), "progress": False, "store": tmp_path / "store"}
     model = tfmq_exp.quantize(denoiser, 2, config=config, **settings)  # type: ignore[arg-type]
-    assert "conv_out" not in model.unet.integers
-    assert "conv_in" in model.unet.integers
+    assert "conv_out" not in model.network.integers
+    assert "conv_in" in model.network.integers
     assert len(list((tmp_path / "store").glob("activations/*/quantized.safetensors"))) == 1
 
 
@@ -65,11 +65,11 @@ def test_a_table_of_two_steps_serves_five_where_that_is_allowed(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"timestep \d+ is outside .* 2 timesteps .*outside_timesteps=nearest"):
         tfmq_exp.sample(model, range(2), num_inference_steps=5)
     near = tfmq_exp.load_quantized(tmp_path / "model.safetensors", outside_timesteps="nearest")
-    assert near.unet.plan.outside_timesteps == "nearest"
+    assert near.network.plan.outside_timesteps == "nearest"
     assert (tfmq_exp.sample(near, range(2)) == tfmq_exp.sample(model, range(2))).all()
     assert tfmq_exp.sample(near, range(2), num_inference_steps=5).isfinite().all()
     near.save(tmp_path / "near.safetensors")
-    assert tfmq_exp.load_quantized(tmp_path / "near.safetensors").unet.plan.outside_timesteps == "nearest"
+    assert tfmq_exp.load_quantized(tmp_path / "near.safetensors").network.plan.outside_timesteps == "nearest"
     with pytest.raises(ValueError, match="outside_timesteps must be one of error, nearest, got 'closest'"):
         tfmq_exp.load_quantized(tmp_path / "near.safetensors", outside_timesteps="closest")  # type: ignore[arg-type]
 
@@ -121,7 +121,7 @@ def test_settings_that_cannot_be_are_errors(wrong: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("wrong", ["digits", None, "the network alone"])
 def test_what_is_no_denoiser(wrong: Any) -> None:
-    given: Any = tfmq_exp.load_denoiser("digits").unet if wrong == "the network alone" else wrong
+    given: Any = tfmq_exp.load_denoiser("digits").network if wrong == "the network alone" else wrong
     with pytest.raises(ValueError, match="denoiser must be what load_denoiser returns, got"):
         tfmq_exp.quantize(given, 2)
 

@@ -76,7 +76,7 @@ def test_the_cpu_equals_itself(report: tuple[dict[str, Any], str]) -> None:
 
 def test_another_network_on_the_device_is_noticed(script: ModuleType) -> None:
     wrong = script.Digits(torch.device("cpu"))
-    wrong.unet.conv_in.weight.mul_(1.1)
+    wrong.network.conv_in.weight.mul_(1.1)
     for quantizer in wrong.models[1].weight_quantizers():
         quantizer.scale.mul_(1.01)
     changed = [*wrong.float_outputs(), *wrong.weight_ranges(), *wrong.learning()[:1]]

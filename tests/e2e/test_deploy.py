@@ -121,7 +121,7 @@ def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: 
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
-    unet = ExportedUNet(exported, batch=2, threads=1)
+    network = ExportedUNet(exported, batch=2, threads=1)
     scheduler = DDIMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -130,11 +130,11 @@ def test_a_script_samples_with_the_exported_model_and_nothing_of_ours(tmp_path: 
         steps_offset=1,
         timestep_spacing="leading",
     )
-    scheduler.set_timesteps(len(unet.timesteps))
-    assert scheduler.timesteps.tolist() == list(unet.timesteps)
+    scheduler.set_timesteps(len(network.timesteps))
+    assert scheduler.timesteps.tolist() == list(network.timesteps)
     x = torch.from_numpy(np.random.default_rng(5).standard_normal((2, 1, 16, 16), dtype=np.float32))
-    for t in unet.timesteps:
-        noise = torch.from_numpy(unet(x.numpy(), t).copy())
+    for t in network.timesteps:
+        noise = torch.from_numpy(network(x.numpy(), t).copy())
         x = scheduler.step(noise, t, x).prev_sample
     images = np.load(tmp_path / "images.npy")
     assert images.shape == (2, 1, 16, 16)
@@ -187,11 +187,11 @@ def test_the_script_refuses_another_way_of_sampling(openvino: Path, changes: dic
 def test_an_exported_model_takes_its_own_inputs_alone(openvino: Path, given: dict[str, Any]) -> None:
     from tfmq_exp.deploy.openvino.runtime import ExportedUNet  # which imports openvino
 
-    unet = ExportedUNet(Path(hits(openvino)["openvino"]["path"]), threads=1)
+    network = ExportedUNet(Path(hits(openvino)["openvino"]["path"]), threads=1)
     with pytest.raises(
         ValueError, match=f"takes sample; it was given {min('sample', *given)}, {max('sample', *given)}"
     ):
-        unet(np.zeros((1, 1, 16, 16), dtype=np.float32), unet.timesteps[0], **given)
+        network(np.zeros((1, 1, 16, 16), dtype=np.float32), network.timesteps[0], **given)
 
 
 def test_layers_and_attention_are_in_the_table_of_sites(openvino: Path) -> None:

@@ -56,7 +56,7 @@ def test_latents_are_those_of_diffusers(name: str) -> None:
     noise = first_sample(name, recorded) / float(moves.input(0, torch.ones(1))) / moves.sigma
     given, generators = denoiser.encoder(choices_of(name)), [torch.Generator().manual_seed(0) for _ in choices_of(name)]
     x = noise
-    for step in trajectory(sampling.predictor(denoiser.unet), sampler, denoiser.schedule, noise, generators, given):
+    for step in trajectory(sampling.predictor(denoiser.network), sampler, denoiser.schedule, noise, generators, given):
         x = step.x_next
     final = recorded["final_latents"]
     assert (x.reshape(final.shape) - final).abs().max() <= 2e-5 * final.abs().max()
@@ -95,7 +95,7 @@ def test_it_is_quantized_stored_and_sampled(name: str, tmp_path: Path) -> None:
     assert images.shape[:2] == (2, 3)
     assert float(images.abs().max()) <= 1
     with torch.no_grad():
-        exact = api.sample(api.QuantizedModel(denoiser.unet, model.recipe), range(2), conditions=given)  # type: ignore[arg-type]
+        exact = api.sample(api.QuantizedModel(denoiser.network, model.recipe), range(2), conditions=given)  # type: ignore[arg-type]
     assert not torch.equal(exact, samples)
     assert (samples - exact).square().mean() < 0.5 * exact.var()
 
@@ -111,7 +111,7 @@ def test_a_table_replaces_the_temporal_information_block_where_features_depend_o
     overrides = overrides_of("pixart", tmp_path)
     denoiser = api.load_denoiser("pipeline", *overrides)
     model = quantized(denoiser, "tfmq_cache", [*overrides, "method.temporal.select=always"])
-    assert set(model.unet.cached) == {"adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_2"}
+    assert set(model.network.cached) == {"adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_2"}
     stored = model.save(tmp_path / "cached.safetensors")
     plain = quantized(denoiser, "tfmq", overrides).save(tmp_path / "plain.safetensors")
     assert stored < plain

@@ -118,7 +118,7 @@ def test_the_artefact_is_the_model_that_made_the_images(default_run: Path) -> No
     with torch.no_grad():
         first, second = model(x, t).sample, serialization.load(path)(x, t).sample
     assert torch.equal(first, second)
-    parameters = sum(p.numel() for p in model.unet.parameters())
+    parameters = sum(p.numel() for p in model.network.parameters())
     assert path.stat().st_size < 0.18 * 4 * parameters
 
 

@@ -116,19 +116,19 @@ def test_the_comparison_takes_other_architectures(
         architecture = {"cls": "ldm", "kwargs": config["model"]["params"]["unet_config"]["params"]}
         prefix = "model.diffusion_model."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    unet = compvis_unet.load_unet(architecture, state)
+    network = compvis_unet.load_unet(architecture, state)
     generator = torch.Generator().manual_seed(0)
     tensors = {"tsteps": torch.tensor([1, 501])}
     for part, output in (("cali", "fp_out"), ("held", "fp_out_held")):
-        x = torch.randn(8, unet.config["in_channels"], 8, 8, generator=generator)
+        x = torch.randn(8, network.config["in_channels"], 8, 8, generator=generator)
         t = torch.tensor([501] * 4 + [1] * 4)
         context = {}
-        if "cross_attention_dim" in unet.config:
+        if "cross_attention_dim" in network.config:
             context["encoder_hidden_states"] = torch.randn(
-                8, 1, unet.config["cross_attention_dim"], generator=generator
+                8, 1, network.config["cross_attention_dim"], generator=generator
             )
             tensors[f"{part}.c"] = context["encoder_hidden_states"]
-        tensors |= {f"{part}.x": x, f"{part}.t": t.float(), output: unet(x, t, **context).sample}
+        tensors |= {f"{part}.x": x, f"{part}.t": t.float(), output: network(x, t, **context).sample}
     save_file(state, tmp_path / "init_state.safetensors")
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "data.safetensors")
     (tmp_path / "reference.json").write_text(json.dumps({"architecture": architecture, "recipe": RECIPE, "runs": {}}))

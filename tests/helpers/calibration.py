@@ -12,9 +12,9 @@ from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.sampling.guidance import Sampling
 
 
-def calibration(unet: nn.Module, each: int = 6, seed: int = 2) -> CalibrationSet:
+def calibration(network: nn.Module, each: int = 6, seed: int = 2) -> CalibrationSet:
     """As many random samples of each timestep, ordered by step."""
-    inputs = example_inputs(unet, tuple(t for t in TIMESTEPS for _ in range(each)), seed)
+    inputs = example_inputs(network, tuple(t for t in TIMESTEPS for _ in range(each)), seed)
     steps = torch.arange(len(TIMESTEPS)).repeat_interleave(each)
     conditions = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
     return CalibrationSet(inputs["sample"], inputs["timestep"], steps, torch.arange(len(steps)), conditions)

@@ -12,7 +12,7 @@ from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.surgery.config import ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 DYNAMIC = DynamicConfig("sample")
 # choices of `model_of` that every engine has to know
@@ -56,8 +56,8 @@ def one_level_unet(**fewer: Any) -> nn.Module:
     return generic(lambda: UNet2DModel(**{**settings, **fewer}))
 
 
-def model_of(unet: nn.Module, **choices: Any) -> QuantizedUNet:
-    return calibrated(quantizable(unet, **choices))
+def model_of(network: nn.Module, **choices: Any) -> QuantizedNetwork:
+    return calibrated(quantizable(network, **choices))
 
 
 def inputs(*timesteps: int) -> Mapping[str, Tensor]:
@@ -65,7 +65,7 @@ def inputs(*timesteps: int) -> Mapping[str, Tensor]:
     return {"sample": torch.randn(len(timesteps), 3, 8, 8, generator=generator), "timestep": torch.tensor(timesteps)}
 
 
-def layer_inputs(model: QuantizedUNet, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def layer_inputs(model: QuantizedNetwork, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs of every quantized layer in a forward pass of the simulation."""
     seen: dict[str, Tensor] = {}
 

@@ -12,12 +12,12 @@ from tests.helpers.calibration import collect
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 from tfmq_exp.sampling.conditioning import Classes, Unconditional
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 OPERANDS = AttentionBits(operands=8, probabilities=8)
@@ -43,25 +43,25 @@ class Contexts:
 class Subject:
     """The finished model, the float one, and how both are sampled: in four steps, guided where there are conditions."""
 
-    model: QuantizedUNet
+    model: QuantizedNetwork
     denoiser: Denoiser
-    structure: UNetStructure
+    structure: NetworkStructure
     sampling: Sampling
 
     @property
-    def unet(self) -> nn.Module:
-        return self.denoiser.unet
+    def network(self) -> nn.Module:
+        return self.denoiser.network
 
     def data(self, images: int = 3) -> CalibrationSet:
         return collect(self.denoiser, self.sampling, images=images, seed=0, batch=images)
 
 
-def subject_of(unet: nn.Module, **choices: Any) -> Subject:
-    model = calibrated(quantizable(unet, **{"attention": OPERANDS, **choices}))
-    conditional = "encoder_hidden_states" in example_inputs(unet)
+def subject_of(network: nn.Module, **choices: Any) -> Subject:
+    model = calibrated(quantizable(network, **{"attention": OPERANDS, **choices}))
+    conditional = "encoder_hidden_states" in example_inputs(network)
     encoder = Contexts() if conditional else NoConditions()
-    shape = (unet.config["in_channels"], 8, 8)
-    denoiser = Denoiser("tiny", unet, shape, SCHEDULE, "0" * 64, encoder=encoder)
+    shape = (network.config["in_channels"], 8, 8)
+    denoiser = Denoiser("tiny", network, shape, SCHEDULE, "0" * 64, encoder=encoder)
     conditioning = Classes(3) if conditional else Unconditional()
     sampling = Sampling(DDIM(4), conditioning, guidance=3.0 if conditional else 1.0)
-    return Subject(model, denoiser, read_structure(unet, example_inputs(unet)), sampling)
+    return Subject(model, denoiser, read_structure(network, example_inputs(network)), sampling)

@@ -18,7 +18,7 @@ from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.reconstruction.objectives import Lp
 from tfmq_exp.reconstruction.units import MixedInputs, TemporalAware
 from tfmq_exp.surgery.config import Bits, LayerBits, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 INTERVALS = TimestepGroupConfig(2, 1000)
 
@@ -37,9 +37,9 @@ SOURCES: dict[str, Any] = {
 SHARDS = CalibrateRanges(12, EveryKth(1))
 
 
-def frozen(unet: nn.Module, **further: Any) -> QuantizedUNet:
+def frozen(network: nn.Module, **further: Any) -> QuantizedNetwork:
     """Integer weights, activations still off."""
-    model = quantizable(unet, **further)
+    model = quantizable(network, **further)
     model.calibrate_weights()
     for layer in model.weight_layers():
         model.freeze(layer)
@@ -55,15 +55,15 @@ def end_of_network(weight: int, activation: Bits) -> dict[str, Any]:
 
 def run(
     phase: Any,
-    model: QuantizedUNet,
-    unet: nn.Module,
+    model: QuantizedNetwork,
+    network: nn.Module,
     shelf: MemoryCheckpointer | None = None,
     log: RecordedProgress | None = None,
 ) -> MemoryCheckpointer:
     """A method's phase until the end, or until the log interrupts."""
     shelf = shelf or MemoryCheckpointer()
     with contextlib.suppress(Interruption):
-        phase(context(model, unet, calibration(unet), shelf, log))
+        phase(context(model, network, calibration(network), shelf, log))
     return shelf
 
 
@@ -71,14 +71,14 @@ def learn(iterations: int, **further: Any) -> LearnRanges:
     return LearnRanges(SHARDS, TemporalAware(), EveryKth(1), config(iterations, **further))
 
 
-def trainable(model: QuantizedUNet) -> dict[str, list[Tensor]]:
+def trainable(model: QuantizedNetwork) -> dict[str, list[Tensor]]:
     quantizers = model.activation_quantizers().items()
     return {name: [p.detach().clone() for p in quantizer.scale_provider.trainable()] for name, quantizer in quantizers}
 
 
-def same_state(one: QuantizedUNet, other: QuantizedUNet) -> bool:
+def same_state(one: QuantizedNetwork, other: QuantizedNetwork) -> bool:
     """Bit-equal weights, scales and zero points."""
-    states = [model.unet.state_dict() for model in (one, other)]
+    states = [model.network.state_dict() for model in (one, other)]
     return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 

@@ -8,12 +8,12 @@ from torch import nn
 from tests.conftest import example_inputs
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 from tfmq_exp.reconstruction.context import ComputeConfig, ReconstructionContext, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.reconstruction.module import LearnRounding, LearnScales, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp, Objective
 from tfmq_exp.reconstruction.units import FloatInputs, UnitInputs
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 CPU = torch.device("cpu")
 ROUNDING = LearnRounding(3e-2, 0.01, Annealing(0.2, 20.0, 2.0))
@@ -71,13 +71,13 @@ def compute(cache_bytes: int = 2**30) -> ComputeConfig:
     return ComputeConfig(batch=16, cache_bytes=cache_bytes, trainer=quiet_trainer(CPU))
 
 
-def structure(unet: nn.Module) -> UNetStructure:
-    return read_structure(unet, example_inputs(unet))
+def structure(network: nn.Module) -> NetworkStructure:
+    return read_structure(network, example_inputs(network))
 
 
 def context(
-    model: QuantizedUNet,
-    unet: nn.Module,
+    model: QuantizedNetwork,
+    network: nn.Module,
     data: CalibrationSet,
     checkpointer: MemoryCheckpointer | None = None,
     progress: RecordedProgress | None = None,
@@ -85,7 +85,9 @@ def context(
 ) -> ReconstructionContext:
     """Everything that a phase takes."""
     checkpointer, progress = checkpointer or MemoryCheckpointer(), progress or RecordedProgress()
-    return ReconstructionContext(model, unet, structure(unet), data, compute(cache_bytes), 0, checkpointer, progress)
+    return ReconstructionContext(
+        model, network, structure(network), data, compute(cache_bytes), 0, checkpointer, progress
+    )
 
 
 def config(

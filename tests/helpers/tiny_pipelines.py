@@ -106,10 +106,10 @@ def stable_diffusion() -> tuple[Any, dict[str, Any]]:
     sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 2}
     ups = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 12}
-    unet = randomised(diffusers.UNet2DConditionModel(**sizes, **blocks, **ups))
+    network = randomised(diffusers.UNet2DConditionModel(**sizes, **blocks, **ups))
     text = (part(transformers.CLIPTextModel, "flux/text_encoder"), part(transformers.CLIPTokenizer, "flux/tokenizer"))
     scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
-    pipeline = diffusers.StableDiffusionPipeline(stage(), *text, unet, scheduler, None, None, None, False)
+    pipeline = diffusers.StableDiffusionPipeline(stage(), *text, network, scheduler, None, None, None, False)
     return pipeline, {**SQUARE, "negative_prompt": "dog"}
 
 

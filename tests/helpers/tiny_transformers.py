@@ -15,11 +15,11 @@ from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import first_argument
 from tfmq_exp.denoisers.loading.meta_network import parameters_on_meta
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure, Role
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.observed_ranges import PerStepConfig, StaticConfig
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 TIMESTEPS = (751, 501, 251, 1)
@@ -109,18 +109,22 @@ TINY = {
 }
 
 
-def structure(network: nn.Module, data: CalibrationSet) -> UNetStructure:
+def structure(network: nn.Module, data: CalibrationSet) -> NetworkStructure:
     return read_structure(network, data[slice(0, 1)].inputs(next(network.parameters()).device))
 
 
 def quantized(
-    network: nn.Module, parts: UNetStructure, *, activation: int | None = None, timesteps: tuple[int, ...] = TIMESTEPS
-) -> QuantizedUNet:
+    network: nn.Module,
+    parts: NetworkStructure,
+    *,
+    activation: int | None = None,
+    timesteps: tuple[int, ...] = TIMESTEPS,
+) -> QuantizedNetwork:
     """A copy with quantizers that are still off, 3-bit weights."""
     roles = {role.value: LayerBits(3, activation, None) for role in Role}
     plan = QuantizationConfig(roles, AttentionBits(), {})
     scales = ScalePlan(PerStepConfig(), StaticConfig())
-    return build_quantized_unet(network, resolve(plan, parts, (), scales, timesteps), MinMax())
+    return build_quantized_network(network, resolve(plan, parts, (), scales, timesteps), MinMax())
 
 
 def write_shards(network: nn.Module, folder: Path, count: int = 2) -> None:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.denoisers.denoiser import first_argument, nested
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 
 GOLDENS = Path(__file__).parents[1] / "goldens/transformers"
 NAMES = tuple(json.loads((GOLDENS / "temporal/index.json").read_text(encoding="utf-8")))
@@ -40,7 +40,7 @@ class Stored(NamedTuple):
         """Recorded timesteps as the network takes them."""
         return self.recorded["t"].to(getattr(torch, self.settings["timestep_dtype"]))
 
-    def structure(self) -> UNetStructure:
+    def structure(self) -> NetworkStructure:
         return read_structure(self.network, self.calibration([0]).inputs(torch.device("cpu")))
 
     def calibration(self, samples: list[int] | None = None, seed: int | None = None) -> CalibrationSet:

@@ -139,7 +139,7 @@ def test_blocks_run_once_over_the_set_in_either_network() -> None:
     blocks = {
         f"{kind}.{name}": net.get_submodule(f"{name}.attn")  # a skipped block's own hooks see it called
         for name in DOUBLE + SINGLE
-        for kind, net in (("float", context.float_unet), ("quantized", context.model.unet))
+        for kind, net in (("float", context.float_network), ("quantized", context.model.network))
     }
     hooks = [block.register_forward_hook(lambda *_, name=name: counts.update([name])) for name, block in blocks.items()]
     reconstruct_units(context, units, recipe(iterations=1))
@@ -155,7 +155,7 @@ class Stored:
     """A network on the meta device with its weights in files, and the checkpoints of a phase."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.unet = name, on_meta_device(TINY[name])
+        self.name, self.network = name, on_meta_device(TINY[name])
         write_shards(network(name), folder)
         self.shards, self.folder = ShardedWeights.of(folder), folder / "units"
 
@@ -164,7 +164,7 @@ class Stored:
     ) -> RecordedProgress:
         progress, shelf = RecordedProgress(interrupt), FileUnitCheckpointer(self.folder, {})
         stored = StoredWeights(self.shards, CheckpointedIntegers(self.folder))
-        context = phase(self.name, self.unet, shelf, progress=progress, stored=stored)
+        context = phase(self.name, self.network, shelf, progress=progress, stored=stored)
         with contextlib.suppress(Interruption):
             Reconstruct(partition, EveryKth(1), learning)(context)
         self.model = context.model
@@ -199,10 +199,10 @@ def test_weights_are_loaded_block_by_block_and_a_killed_run_ends_with_the_same_b
         layer for unit in partition(context.structure, frozenset(context.structure.layers)) for layer in unit.layers
     }
     assert same(stored.integers, {layer: parts for layer, parts in context.model.integers.items() if layer in layers})
-    for unet in (stored.unet, stored.model.unet):
+    for unet in (stored.network, stored.model.network):
         weights = [parameter for key, parameter in unet.named_parameters() if "quantizer" not in key]
         assert all(weight.is_meta for weight in weights)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in stored.unet.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in stored.network.modules())
 
 
 def test_tensors_of_blocks_are_read_once(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_ranges_are_those_that_the_whole_network_observes(name: str, learn: bool
     stored.reconstruct(TemporalFrozen(), recipe(iterations=1))
     method = LearnRanges(observe, Blockwise(), EveryKth(1), config(2, inputs=QuantizedInputs())) if learn else observe
     sources = StoredWeights(stored.shards, CheckpointedIntegers(stored.folder))
-    found = phase(name, stored.unet, MemoryCheckpointer(), activation=8, stored=sources)
+    found = phase(name, stored.network, MemoryCheckpointer(), activation=8, stored=sources)
     method(found)
     expected = phase(name, network(name), MemoryCheckpointer(), activation=8)
     for layer, parts in stored.integers.items():

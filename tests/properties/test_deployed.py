@@ -15,13 +15,13 @@ from tests.e2e.jobs import CONF, composed
 from tests.helpers.deployed import inputs, layer_inputs, one_level_unet
 from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure, Role
 from tfmq_exp.deploy.layers import ProductLayer, deployed_layers, layer_report
 from tfmq_exp.deploy.onednn import available, onednn_products, pairs_saturate
 from tfmq_exp.methods.method import Method
 from tfmq_exp.qat.model import clamp_parameters, finish, observe, qat_quantizers, ready, trainable
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -51,20 +51,20 @@ def row_of(method: str) -> Documented:
 
 
 @pytest.fixture(scope="module")
-def unet() -> nn.Module:
+def network() -> nn.Module:
     """Every kind of layer but those that change the resolution."""
     return one_level_unet(mid_block_type=None, up_block_types=("UpBlock2D",))
 
 
 @pytest.fixture(scope="module")
-def parts(unet: nn.Module) -> UNetStructure:
-    return read_structure(unet, inputs(1))
+def parts(network: nn.Module) -> NetworkStructure:
+    return read_structure(network, inputs(1))
 
 
-def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> QuantizedUNet:
+def finished(method: Method, network: nn.Module, parts: NetworkStructure) -> QuantizedNetwork:
     """As the method leaves a network, but for what learning would have changed: trained numbers are moved at random."""
-    plan = resolve(method.surgery, parts, tuple(attentions(unet)), method.scales, TIMESTEPS)
-    model = build_quantized_unet(unet, plan, method.weight_observer)
+    plan = resolve(method.surgery, parts, tuple(attentions(network)), method.scales, TIMESTEPS)
+    model = build_quantized_network(network, plan, method.weight_observer)
     if method.weights.trains:
         observe(model)
         with torch.no_grad():
@@ -73,13 +73,13 @@ def finished(method: Method, unet: nn.Module, parts: UNetStructure) -> Quantized
         disturb(model)
         return finish(model)
     calibrated(model)
-    method.temporal(model, unet, parts)
+    method.temporal(model, network, parts)
     model.tabulate_scales()
     return model
 
 
 @torch.no_grad()
-def disturb(model: QuantizedUNet) -> None:
+def disturb(model: QuantizedNetwork) -> None:
     """Away from where training begins, where gains are 1, nothing is pruned and generated steps are all the same."""
     generator = torch.Generator().manual_seed(0)
     for parameter in trainable(model).generators:
@@ -97,17 +97,17 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(
-    method: str, unet: nn.Module, parts: UNetStructure, tmp_path_factory: pytest.TempPathFactory
-) -> QuantizedUNet:
+    method: str, network: nn.Module, parts: NetworkStructure, tmp_path_factory: pytest.TempPathFactory
+) -> QuantizedNetwork:
     """Read back from its file."""
     folder = tmp_path_factory.mktemp(method)
     choices = instantiate(composed(folder, f"method={method}", "quant=w4a8").method, _convert_="all")
-    serialization.save(finished(choices, unet, parts), folder / "model.safetensors")
+    serialization.save(finished(choices, network, parts), folder / "model.safetensors")
     return serialization.load(folder / "model.safetensors")
 
 
 def test_the_document_says_what_is_executed_in_integers(
-    model: QuantizedUNet, parts: UNetStructure, method: str
+    model: QuantizedNetwork, parts: NetworkStructure, method: str
 ) -> None:
     row = row_of(method)
     rows = layer_report(model, deployed_layers(model))
@@ -119,7 +119,7 @@ def test_the_document_says_what_is_executed_in_integers(
 
 
 @pytest.mark.skipif(not available(), reason="this build of torch has no oneDNN operators for integers")
-def test_every_layer_in_integers_agrees_with_its_simulation(model: QuantizedUNet) -> None:
+def test_every_layer_in_integers_agrees_with_its_simulation(model: QuantizedNetwork) -> None:
     """Rows at different steps."""
     given = inputs(501, 1, 501)
     seen = layer_inputs(model, given)
@@ -133,7 +133,7 @@ def test_every_layer_in_integers_agrees_with_its_simulation(model: QuantizedUNet
 
 
 @pytest.mark.parametrize("method", EXPORTED, indirect=True)
-def test_openvino_executes_what_training_leaves(model: QuantizedUNet, tmp_path: Path) -> None:
+def test_openvino_executes_what_training_leaves(model: QuantizedNetwork, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     from tfmq_exp.deploy.openvino.export import export, pairs_saturate
     from tfmq_exp.deploy.openvino.parity import compare_layers

@@ -55,22 +55,22 @@ def test_guided_prediction_is_the_formula_from_two_calls(denoiser: Denoiser) -> 
     conditions = denoiser.encoder([4, 0, 4])
     null = conditions.null["encoder_hidden_states"].repeat(3, 1, 1)
     with torch.no_grad():
-        given = denoiser.unet(x, t, **conditions.given).sample
-        without = denoiser.unet(x, t, encoder_hidden_states=null).sample
+        given = denoiser.network(x, t, **conditions.given).sample
+        without = denoiser.network(x, t, encoder_hidden_states=null).sample
         for scale in (0.0, 3.0, 7.5):
-            ours = Sampling(DDIM(4), Classes(NULL), guidance=scale).predictor(denoiser.unet)(x, t, conditions)
+            ours = Sampling(DDIM(4), Classes(NULL), guidance=scale).predictor(denoiser.network)(x, t, conditions)
             torch.testing.assert_close(ours, without + scale * (given - without), atol=1e-5, rtol=1e-5)
-        plain = Sampling(DDIM(4), Classes(NULL)).predictor(denoiser.unet)(x, t, conditions)
+        plain = Sampling(DDIM(4), Classes(NULL)).predictor(denoiser.network)(x, t, conditions)
     assert torch.equal(plain, given)
     assert (given - without).abs().max() > 1e-3
 
 
 def test_no_guidance_asks_the_network_once(denoiser: Denoiser) -> None:
     rows: list[int] = []
-    handle = denoiser.unet.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+    handle = denoiser.network.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
     for guidance in (1.0, 3.0):
         sampling = Sampling(DDIM(2), Classes(NULL), guidance=guidance)
-        sample_shard(sampling.predictor(denoiser.unet), denoiser, sampling, ImagePlan(3, 0, 3), range(3))
+        sample_shard(sampling.predictor(denoiser.network), denoiser, sampling, ImagePlan(3, 0, 3), range(3))
     handle.remove()
     assert rows == [3, 3, 6, 6]
 
@@ -78,14 +78,14 @@ def test_no_guidance_asks_the_network_once(denoiser: Denoiser) -> None:
 def test_a_conditioned_image_does_not_depend_on_its_batch(denoiser: Denoiser) -> None:
     for order in ("in_turn", "random"):
         sampling = Sampling(DDIM(4, 1.0), Classes(NULL, order), guidance=3.0)
-        predict, plan = sampling.predictor(denoiser.unet), ImagePlan(7, 5, 3)
+        predict, plan = sampling.predictor(denoiser.network), ImagePlan(7, 5, 3)
         whole = sample_shard(predict, denoiser, sampling, plan, range(7))
         parts = torch.cat([sample_shard(predict, denoiser, sampling, plan, shard) for shard in plan.shards()])
         assert int((whole.int() - parts.int()).abs().max()) <= 1
 
 
 def test_guidance_without_an_unconditional_mode_is_refused(denoiser: Denoiser) -> None:
-    tiny = Denoiser("tiny", denoiser.unet, SHAPE, SCHEDULE, "0" * 64, encoder=Table(with_null=False))
+    tiny = Denoiser("tiny", denoiser.network, SHAPE, SCHEDULE, "0" * 64, encoder=Table(with_null=False))
     with pytest.raises(ValueError, match=r"guidance must be 1, got 3\.0"):
         Sampling(DDIM(4), Classes(NULL), guidance=3.0).conditions(tiny, 0, "images", range(2))
 
@@ -107,7 +107,7 @@ def test_calibration_sees_both_halves_of_guidance(
     table, seen = Table().rows, data.inputs(CPU)["encoder_hidden_states"]
     for indices in (range(3), range(3, 6), range(6, 8)):
         walk = sampling.trajectory(
-            sampling.predictor(denoiser.unet), denoiser, seed=3, stream=Stream.CALIBRATION, indices=indices
+            sampling.predictor(denoiser.network), denoiser, seed=3, stream=Stream.CALIBRATION, indices=indices
         )
         for step in walk:
             for row, image in enumerate(indices):
@@ -143,8 +143,8 @@ def test_lower_precision_is_near_and_returns_to_float32(denoiser: Denoiser, prec
     x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([901, 1])
     conditions = denoiser.encoder([1, 2])
     with torch.no_grad():
-        exact = Sampling(DDIM(4), Classes(NULL), 3.0).predictor(denoiser.unet)(x, t, conditions)
-        ours = Sampling(DDIM(4), Classes(NULL), 3.0, precision).predictor(denoiser.unet)(x, t, conditions)
+        exact = Sampling(DDIM(4), Classes(NULL), 3.0).predictor(denoiser.network)(x, t, conditions)
+        ours = Sampling(DDIM(4), Classes(NULL), 3.0, precision).predictor(denoiser.network)(x, t, conditions)
     assert ours.dtype is torch.float32
     assert 0 < (ours - exact).abs().max() < 0.1 * exact.abs().max()
 
@@ -153,7 +153,7 @@ def test_a_cpu_computes_tf32_as_float32_and_other_precisions_are_refused(denoise
     x, t = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([901, 1])
     with torch.no_grad():
         exact, tf32 = (
-            Sampling(DDIM(4), Classes(NULL), 3.0, precision).predictor(denoiser.unet)(x, t, denoiser.encoder([1, 2]))
+            Sampling(DDIM(4), Classes(NULL), 3.0, precision).predictor(denoiser.network)(x, t, denoiser.encoder([1, 2]))
             for precision in ("float32", "tf32")
         )
     assert torch.equal(exact, tf32)
@@ -234,9 +234,9 @@ def test_a_latent_image_is_decoded_by_its_first_stage(denoiser: Denoiser) -> Non
         def decode(self, x: Tensor) -> Tensor:
             return x[:, :3].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
-    latent = Denoiser("tiny", denoiser.unet, SHAPE, SCHEDULE, "0" * 64, encoder=Table(), first_stage=Doubling())
+    latent = Denoiser("tiny", denoiser.network, SHAPE, SCHEDULE, "0" * 64, encoder=Table(), first_stage=Doubling())
     sampling = Sampling(DDIM(2), Classes(NULL))
-    images = sample_shard(sampling.predictor(latent.unet), latent, sampling, ImagePlan(2, 0, 2), range(2))
+    images = sample_shard(sampling.predictor(latent.network), latent, sampling, ImagePlan(2, 0, 2), range(2))
     assert images.shape == (2, 3, 16, 16)
 
 
@@ -256,11 +256,11 @@ def test_of_a_network_with_a_learned_variance_the_first_channels_are_the_noise(
 
 
 def test_what_a_network_cannot_be_asked_is_said_before_sampling(denoiser: Denoiser) -> None:
-    plain = Denoiser("plain", denoiser.unet, SHAPE, SCHEDULE, "0" * 64)
+    plain = Denoiser("plain", denoiser.network, SHAPE, SCHEDULE, "0" * 64)
     for choice in (Classes(3), Captions("x", hashlib.sha256(b"").hexdigest())):
         with pytest.raises((ValueError, FileNotFoundError), match=r"conditioned on nothing|no captions at x"):
             Sampling(DDIM(2), choice).check(plain)
-    no_null = Denoiser("tiny", denoiser.unet, SHAPE, SCHEDULE, "0" * 64, encoder=Table(with_null=False))
+    no_null = Denoiser("tiny", denoiser.network, SHAPE, SCHEDULE, "0" * 64, encoder=Table(with_null=False))
     Sampling(DDIM(2), Classes(NULL)).check(no_null)
     with pytest.raises(ValueError, match="guidance must be 1"):
         Sampling(DDIM(2), Classes(NULL), guidance=2.0).check(no_null)

@@ -30,9 +30,14 @@ def test_a_rare_pixel_of_the_noise_leaves_no_trace(stem: tuple[str, ...], trace:
     x = torch.randn(16, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
     x[:, 0, 1, 1] = 7.0  # in the background, where a range of calibration ends at about 4
     counts: list[int] = []
-    for unet in (denoiser.unet, model.unet):
+    for network in (denoiser.network, model.network):
         steps = trajectory(
-            model.recipe.sampling.predictor(unet), model.recipe.sampling.sampler, denoiser.schedule, x, [], Conditions()
+            model.recipe.sampling.predictor(network),
+            model.recipe.sampling.sampler,
+            denoiser.schedule,
+            x,
+            [],
+            Conditions(),
         )
         with torch.no_grad():
             *_, last = steps

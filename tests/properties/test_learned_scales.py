@@ -74,12 +74,12 @@ def test_only_layers_with_one_input_are_tied(tiny_conditional_unet: nn.Module) -
 
 
 def test_learned_scales_bring_the_whole_network_nearer(tiny_conditional_unet: nn.Module) -> None:
-    unet, data = tiny_conditional_unet, calibration(tiny_conditional_unet, seed=9)
-    observed, model = (frozen(unet, weight=8, activation=4, attention=AttentionBits(4, 4)) for _ in range(2))
-    SHARDS.ranges(observed, calibration(unet), 0)
-    run(learn(8, inputs=QuantizedInputs(), rate=1e-2), model, unet)
+    network, data = tiny_conditional_unet, calibration(tiny_conditional_unet, seed=9)
+    observed, model = (frozen(network, weight=8, activation=4, attention=AttentionBits(4, 4)) for _ in range(2))
+    SHARDS.ranges(observed, calibration(network), 0)
+    run(learn(8, inputs=QuantizedInputs(), rate=1e-2), model, network)
     with torch.no_grad():
-        wanted = unet(**data.inputs(torch.device("cpu"))).sample
+        wanted = network(**data.inputs(torch.device("cpu"))).sample
         errors = [(m(**data.inputs(torch.device("cpu"))).sample - wanted).square().mean() for m in (observed, model)]
     assert errors[1] < errors[0]
 

@@ -51,15 +51,15 @@ Plain = tuple[nn.Module, dict[str, Any], Tensor]
 @pytest.fixture(scope="module")
 def plain(request: pytest.FixtureRequest) -> Plain:
     """A network, inputs, and what its usual quantized twin returns."""
-    unet = request.getfixturevalue(request.param)
-    inputs = example_inputs(unet, 2 * TIMESTEPS, seed=5)
-    return unet, inputs, output(calibrated(quantizable(unet)), inputs)
+    network = request.getfixturevalue(request.param)
+    inputs = example_inputs(network, 2 * TIMESTEPS, seed=5)
+    return network, inputs, output(calibrated(quantizable(network)), inputs)
 
 
 @pytest.mark.parametrize(("plain", "variant"), FAMILIES, indirect=["plain"])
 def test_loaded_model_is_bit_equal(plain: Plain, tmp_path: Path, variant: str) -> None:
-    unet, inputs, usual = plain
-    model = calibrated(quantizable(unet, **VARIANTS[variant]))
+    network, inputs, usual = plain
+    model = calibrated(quantizable(network, **VARIANTS[variant]))
     before = output(model, inputs)
     loaded = reloaded(model, tmp_path)
     assert torch.equal(output(model, inputs), before)
@@ -99,19 +99,19 @@ def test_networks_of_scales_cannot_be_stored(tiny_unet: nn.Module, tmp_path: Pat
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_one_width_at_all_steps_is_the_model_of_that_width(unet: nn.Module, bits: int) -> None:
-    inputs, model = example_inputs(unet, 2 * TIMESTEPS, seed=5), calibrated(quantizable(unet, activation=(4, 8)))
+def test_one_width_at_all_steps_is_the_model_of_that_width(network: nn.Module, bits: int) -> None:
+    inputs, model = example_inputs(network, 2 * TIMESTEPS, seed=5), calibrated(quantizable(network, activation=(4, 8)))
     assert model.activation_bits() == (4, 8)
     model.use_bits([bits] * len(TIMESTEPS))
-    assert torch.equal(output(model, inputs), output(calibrated(quantizable(unet, activation=bits)), inputs))
+    assert torch.equal(output(model, inputs), output(calibrated(quantizable(network, activation=bits)), inputs))
 
 
-def test_every_row_has_the_width_of_its_step(unet: nn.Module) -> None:
+def test_every_row_has_the_width_of_its_step(network: nn.Module) -> None:
     # in double precision, where the batch size moves no activation across the middle between two integers
-    model = calibrated(quantizable(unet, activation=(4, 8))).double()
-    pure = {bits: calibrated(quantizable(unet, activation=bits)).double() for bits in (4, 8)}
+    model = calibrated(quantizable(network, activation=(4, 8))).double()
+    pure = {bits: calibrated(quantizable(network, activation=bits)).double() for bits in (4, 8)}
     model.use_bits(CHOSEN)
-    inputs = example_inputs(unet, (501, 1, 751, 501, 251))
+    inputs = example_inputs(network, (501, 1, 751, 501, 251))
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     together = output(model, inputs)
     for row, t in enumerate(inputs["timestep"].tolist()):

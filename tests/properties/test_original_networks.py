@@ -23,7 +23,7 @@ from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.quantized_network import build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 GOLDENS = Path(__file__).parents[1] / "goldens/compvis"
@@ -78,7 +78,7 @@ def test_the_whole_network_is_quantized_saved_and_read_back_bit_by_bit(name: str
     )
     resolved = resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS)
     assert any(line.split for line in resolved.layers.values())
-    model = build_quantized_unet(unet, resolved, MinMax())
+    model = build_quantized_network(unet, resolved, MinMax())
     with torch.no_grad():
         wanted = unet(**inputs(unet, 4, 5)).sample
         torch.testing.assert_close(model(**inputs(unet, 4, 5)).sample, wanted, atol=1e-4, rtol=0)  # all is off yet
@@ -94,17 +94,17 @@ def test_the_whole_network_is_quantized_saved_and_read_back_bit_by_bit(name: str
         assert torch.equal(again(**inputs(unet, 4, 5)).sample, ours)
         error = float((ours - wanted).square().mean() / wanted.var())
         assert 0 < error < 0.3
-        features = TemporalInformationBlock(model.unet, parts)
+        features = TemporalInformationBlock(model.network, parts)
         t = torch.tensor(TIMESTEPS)
         with model.context.at(t), again.context.at(t):
-            assert all(map(torch.equal, features(t), TemporalInformationBlock(again.unet, parts)(t)))
+            assert all(map(torch.equal, features(t), TemporalInformationBlock(again.network, parts)(t)))
 
 
 def test_lower_precision_reaches_the_quantized_network_too() -> None:
     unet = network("ldm_lsun_beds")
     parts = read_structure(unet, inputs(unet, 1))
     plan = QuantizationConfig({role.value: LayerBits(8, 8) for role in Role}, AttentionBits(8, 8))
-    model = build_quantized_unet(
+    model = build_quantized_network(
         unet, resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), MinMax()
     )
     with torch.no_grad():

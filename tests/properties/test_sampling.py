@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 NONE = Conditions()
 
 
-def sampled(unet: nn.Module, sampler: DDIM, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+def sampled(network: nn.Module, sampler: DDIM, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Initial noise and final float images."""
     generators = image_generators(7, "images", indices)
     noise = initial_noise(generators, SHAPE, CPU)
-    *_, last = trajectory(predictor(unet), sampler, SCHEDULE, noise, generators, NONE)
+    *_, last = trajectory(predictor(network), sampler, SCHEDULE, noise, generators, NONE)
     return noise, last.x_next
 
 
@@ -43,7 +43,7 @@ def test_image_does_not_depend_on_its_batch(tiny_unet: nn.Module, eta: float) ->
 
 
 def ddim_by_formula(
-    unet: nn.Module, noise: Tensor, seeds: list[torch.Generator], steps: int, eta: float
+    network: nn.Module, noise: Tensor, seeds: list[torch.Generator], steps: int, eta: float
 ) -> list[Tensor]:
     """DDIM (arXiv 2010.02502), eq. 12 and 16, in double precision with LDM's timesteps; x_T first."""
     alphas = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).tolist()
@@ -53,7 +53,7 @@ def ddim_by_formula(
         t = visited[position]
         alpha, before = alphas[t], alphas[visited[position - 1]] if position else alphas[0]
         sigma = eta * math.sqrt((1 - before) / (1 - alpha) * (1 - alpha / before))
-        eps = unet(x, torch.full((len(x),), t)).sample
+        eps = network(x, torch.full((len(x),), t)).sample
         clean = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
         x = math.sqrt(before) * clean + math.sqrt(1 - before - sigma**2) * eps
         if eta:
@@ -64,11 +64,11 @@ def ddim_by_formula(
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_trajectory_is_the_formula(tiny_unet: nn.Module, eta: float) -> None:
-    unet = copy.deepcopy(tiny_unet).double()
+    network = copy.deepcopy(tiny_unet).double()
     noise = initial_noise(image_generators(7, "images", range(2)), SHAPE, CPU)
-    path = ddim_by_formula(unet, noise, image_generators(8, "steps", range(2)), 10, eta)
+    path = ddim_by_formula(network, noise, image_generators(8, "steps", range(2)), 10, eta)
     generators = image_generators(8, "steps", range(2))
-    taken = list(trajectory(predictor(unet), DDIM(10, eta), SCHEDULE, noise.double(), generators, NONE))
+    taken = list(trajectory(predictor(network), DDIM(10, eta), SCHEDULE, noise.double(), generators, NONE))
     assert [step.index for step in taken] == list(range(10))
     assert [step.t for step in taken] == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
     for step, x, x_next in zip(taken, path[:-1], path[1:], strict=True):
@@ -138,7 +138,7 @@ def test_dpm_solver_is_that_of_diffusers() -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_error_along_the_trajectory(denoiser: Denoiser, eta: float) -> None:
     sampling = Sampling(DDIM(4, eta))
-    exact = sampling.predictor(denoiser.unet)
+    exact = sampling.predictor(denoiser.network)
     same = TrajectoryPair(exact, sampling, denoiser, sampling, seed=2).error(3)
     assert [(row["step"], row["t"]) for row in same] == [(0, 751), (1, 501), (2, 251), (3, 1)]
     assert all(row["eps_error"] == row["x_error"] == 0 for row in same)  # both add the same noise, if any

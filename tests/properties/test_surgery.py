@@ -38,7 +38,7 @@ from tfmq_exp.surgery.config import (
     ScalePlan,
     SchemeConfig,
 )
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 from tfmq_exp.surgery.resolve import STORED, ResolvedConfig, coverage, resolve
 from tfmq_exp.surgery.serialization import pack, unpack
 
@@ -58,46 +58,46 @@ def plan_of(
     return QuantizationConfig({role.value: LayerBits(weight, activation, output) for role in Role}, **further)
 
 
-def mixed_bits(unet: nn.Module) -> dict[str, LayerBits]:
+def mixed_bits(network: nn.Module) -> dict[str, LayerBits]:
     """Weights of 2 to 8 bits and float ones, activations of 4 to 8 bits and float ones, all in one network."""
     weights, inputs, outputs = [2, 3, 4, 5, 6, 7, 8, None], [4, 5, 6, 7, 8, None], [None, None, 8, None, 4]
-    layers = read_structure(unet, example_inputs(unet)).layers
+    layers = read_structure(network, example_inputs(network)).layers
     return {name: LayerBits(weights[i % 8], inputs[i % 6], outputs[i % 5]) for i, name in enumerate(layers)}
 
 
 # everything off
 
 
-def test_switched_off_is_the_float_network(unet: nn.Module) -> None:
-    inputs = example_inputs(unet, ALL_STEPS)
-    assert torch.equal(output(quantizable(unet), inputs), output(unet, inputs))
+def test_switched_off_is_the_float_network(network: nn.Module) -> None:
+    inputs = example_inputs(network, ALL_STEPS)
+    assert torch.equal(output(quantizable(network), inputs), output(network, inputs))
 
 
-def test_switched_off_attention_operands_change_rounding_only(unet: nn.Module) -> None:
-    inputs = example_inputs(unet, ALL_STEPS)
-    model = quantizable(unet, attention=OPERANDS)
-    torch.testing.assert_close(output(model, inputs), output(unet, inputs), atol=2e-6, rtol=0)
+def test_switched_off_attention_operands_change_rounding_only(network: nn.Module) -> None:
+    inputs = example_inputs(network, ALL_STEPS)
+    model = quantizable(network, attention=OPERANDS)
+    torch.testing.assert_close(output(model, inputs), output(network, inputs), atol=2e-6, rtol=0)
 
 
-def test_switched_on_is_not_the_float_network(unet: nn.Module) -> None:
-    inputs = example_inputs(unet, ALL_STEPS)
-    weights_only = output(calibrated(quantizable(unet, activation=None)), inputs)
-    both = output(calibrated(quantizable(unet)), inputs)
-    operands_too = output(calibrated(quantizable(unet, attention=OPERANDS)), inputs)
-    outputs = [output(unet, inputs), weights_only, both, operands_too]
+def test_switched_on_is_not_the_float_network(network: nn.Module) -> None:
+    inputs = example_inputs(network, ALL_STEPS)
+    weights_only = output(calibrated(quantizable(network, activation=None)), inputs)
+    both = output(calibrated(quantizable(network)), inputs)
+    operands_too = output(calibrated(quantizable(network, attention=OPERANDS)), inputs)
+    outputs = [output(network, inputs), weights_only, both, operands_too]
     assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
-def test_surgery_leaves_the_float_network_alone(unet: nn.Module) -> None:
-    inputs, state = example_inputs(unet), copy.deepcopy(unet.state_dict())
-    types = [type(module) for module in unet.modules()]
-    processors = {name: module.processor for name, module in attentions(unet).items()}
-    before = output(unet, inputs)
-    calibrated(quantizable(unet, weight=2, activation=4, scales="all", attention=OPERANDS))
-    assert [type(module) for module in unet.modules()] == types
-    assert all(module.processor is processors[name] for name, module in attentions(unet).items())
-    assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
-    assert torch.equal(output(unet, inputs), before)
+def test_surgery_leaves_the_float_network_alone(network: nn.Module) -> None:
+    inputs, state = example_inputs(network), copy.deepcopy(network.state_dict())
+    types = [type(module) for module in network.modules()]
+    processors = {name: module.processor for name, module in attentions(network).items()}
+    before = output(network, inputs)
+    calibrated(quantizable(network, weight=2, activation=4, scales="all", attention=OPERANDS))
+    assert [type(module) for module in network.modules()] == types
+    assert all(module.processor is processors[name] for name, module in attentions(network).items())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert torch.equal(output(network, inputs), before)
 
 
 # the plan
@@ -154,14 +154,14 @@ def test_probability_bits_outside_4_to_16_are_named(bits: int) -> None:
         plan_of(attention=AttentionBits(probabilities=bits))
 
 
-def test_pattern_that_matches_nothing_is_named(unet: nn.Module) -> None:
+def test_pattern_that_matches_nothing_is_named(network: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"'up_blocks\.9\.\*'"):
-        quantizable(unet, sites={"conv_in": LayerBits(8, 8), "up_blocks.9.*": LayerBits(4, 8)})
+        quantizable(network, sites={"conv_in": LayerBits(8, 8), "up_blocks.9.*": LayerBits(4, 8)})
 
 
-def test_plan_that_quantizes_nothing_is_refused(unet: nn.Module) -> None:
+def test_plan_that_quantizes_nothing_is_refused(network: nn.Module) -> None:
     with pytest.raises(ValueError, match="quantizes nothing"):
-        quantizable(unet, weight=None, activation=None)
+        quantizable(network, weight=None, activation=None)
 
 
 def test_unknown_kind_of_scale_is_named() -> None:
@@ -186,11 +186,11 @@ def test_unknown_kind_of_grid_is_named(kind: str) -> None:
     ],
 )
 def test_every_activation_and_weight_has_the_grid_of_the_plan(
-    unet: nn.Module, grids: SchemeConfig, bits: int, scheme: str, axis: int | None
+    network: nn.Module, grids: SchemeConfig, bits: int, scheme: str, axis: int | None
 ) -> None:
-    parts = read_structure(unet, example_inputs(unet))
+    parts = read_structure(network, example_inputs(network))
     plan = plan_of(bits, 8, 6, attention=OPERANDS, grids=grids)
-    resolved = resolve(plan, parts, tuple(attentions(unet)), SCALES["none"], TIMESTEPS)
+    resolved = resolve(plan, parts, tuple(attentions(network)), SCALES["none"], TIMESTEPS)
     lines = [line for layer in resolved.layers.values() for line in (layer.input, layer.output)]
     assert {(s.weight.bits, s.weight.scheme, s.weight.axis) for s in resolved.layers.values()} == {(bits, scheme, axis)}
     assert {spec.scheme for line in lines for spec in line.specs} == {grids.activations}
@@ -199,16 +199,16 @@ def test_every_activation_and_weight_has_the_grid_of_the_plan(
         assert schemes == dict.fromkeys(("query", "key", "value"), grids.activations) | {"probabilities": "unsigned"}
 
 
-def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Module) -> None:
+def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(network: nn.Module) -> None:
     model = quantizable(
-        unet,
+        network,
         sites={"down_blocks.*": LayerBits(3, 6), "down_blocks.0.*": LayerBits(2, None), "conv_out": LayerBits()},
     )
     bits = {
         layer: (line.weight.bits if line.weight else None, line.input.specs[0].bits if line.input else None)
         for layer, line in model.plan.layers.items()
     }
-    for layer in read_structure(unet, example_inputs(unet)).layers:
+    for layer in read_structure(network, example_inputs(network)).layers:
         if layer == "conv_out":
             assert layer not in bits
         elif layer.startswith("down_blocks.0."):
@@ -220,10 +220,10 @@ def test_exceptions_win_over_roles_and_later_ones_over_earlier_ones(unet: nn.Mod
 
 
 @pytest.mark.parametrize("words", [["method.surgery.roles.stem=null"], ["+method.surgery.sites={conv_in: null}"]])
-def test_a_role_or_a_layer_that_is_null_stays_float(unet: nn.Module, tmp_path: Path, words: list[str]) -> None:
+def test_a_role_or_a_layer_that_is_null_stays_float(network: nn.Module, tmp_path: Path, words: list[str]) -> None:
     plan = instantiate(composed(tmp_path, *words).method.surgery, _convert_="all")
-    parts = read_structure(unet, example_inputs(unet))
-    report = coverage(resolve(plan, parts, tuple(attentions(unet)), SCALES["temporal"], TIMESTEPS), parts)
+    parts = read_structure(network, example_inputs(network))
+    report = coverage(resolve(plan, parts, tuple(attentions(network)), SCALES["temporal"], TIMESTEPS), parts)
     assert report["float_weights"] == report["float_inputs"] == ["conv_in"]
 
 
@@ -237,9 +237,9 @@ def test_what_is_no_plan_of_a_layer_is_named(name: str, wrong: object) -> None:
 
 
 @pytest.mark.parametrize("per_step", SCALES)
-def test_scope_says_who_has_a_scale_per_step(unet: nn.Module, per_step: str) -> None:
-    model = quantizable(unet, scales=per_step, output=8, attention=OPERANDS)
-    temporal = read_structure(unet, example_inputs(unet)).temporal_layers
+def test_scope_says_who_has_a_scale_per_step(network: nn.Module, per_step: str) -> None:
+    model = quantizable(network, scales=per_step, output=8, attention=OPERANDS)
+    temporal = read_structure(network, example_inputs(network)).temporal_layers
     for name, quantizer in model.activation_quantizers().items():
         is_temporal = name.removesuffix(".input_quantizer").removesuffix(".output_quantizer") in temporal
         expected = len(TIMESTEPS) if per_step == "all" or (per_step == "temporal" and is_temporal) else 1
@@ -247,18 +247,20 @@ def test_scope_says_who_has_a_scale_per_step(unet: nn.Module, per_step: str) -> 
 
 
 @pytest.mark.parametrize("scales", EVERY_SCALE)
-def test_resolved_plan_survives_json(unet: nn.Module, scales: str) -> None:
-    sites = mixed_bits(unet) | {"conv_out": LayerBits(4, (4, 8))}
-    plan = quantizable(unet, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True).plan.tabulated()
+def test_resolved_plan_survives_json(network: nn.Module, scales: str) -> None:
+    sites = mixed_bits(network) | {"conv_out": LayerBits(4, (4, 8))}
+    plan = quantizable(
+        network, sites=sites, attention=OPERANDS, scales=EVERY_SCALE[scales], split=True
+    ).plan.tabulated()
     assert decode(json.loads(json.dumps(encode(plan, STORED))), ResolvedConfig, STORED) == plan
     assert plan.tabulated() == plan
 
 
-def test_coverage_by_hand(unet: nn.Module) -> None:
-    parts = read_structure(unet, example_inputs(unet))
-    model = quantizable(unet, sites={"conv_in": LayerBits(None, 8), "conv_out": LayerBits(4, None)})
+def test_coverage_by_hand(network: nn.Module) -> None:
+    parts = read_structure(network, example_inputs(network))
+    model = quantizable(network, sites={"conv_in": LayerBits(None, 8), "conv_out": LayerBits(4, None)})
     stem, head = parts.layers["conv_in"], parts.layers["conv_out"]
-    weights = sum(unet.get_submodule(name).weight.numel() for name in parts.layers)
+    weights = sum(network.get_submodule(name).weight.numel() for name in parts.layers)
     macs = sum(layer.macs for layer in parts.layers.values())
     report = coverage(model.plan, parts)
     assert report["layers"] == len(parts.layers)
@@ -272,28 +274,28 @@ def test_coverage_by_hand(unet: nn.Module) -> None:
 # running it
 
 
-def test_timestep_outside_the_finite_set_is_named(unet: nn.Module) -> None:
-    model = calibrated(quantizable(unet, scales="all"))
+def test_timestep_outside_the_finite_set_is_named(network: nn.Module) -> None:
+    model = calibrated(quantizable(network, scales="all"))
     for t in (2, 999, -1):
         with pytest.raises(ValueError, match=rf"timestep {t} is outside"):
-            model(**example_inputs(unet, (1, t)))
+            model(**example_inputs(network, (1, t)))
 
 
-def test_uncalibrated_quantizer_is_named(unet: nn.Module) -> None:
-    model = quantizable(unet, scales="all")
+def test_uncalibrated_quantizer_is_named(network: nn.Module) -> None:
+    model = quantizable(network, scales="all")
     with pytest.raises(
         RuntimeError, match=r"conv_in\.input_quantizer has seen no calibration data \(4 of its ranges, 4"
     ):
         model.set_activations(Mode.QUANTIZE)
     model.set_activations(Mode.OBSERVE)
-    model(**example_inputs(unet, TIMESTEPS[:3]))
+    model(**example_inputs(network, TIMESTEPS[:3]))
     with pytest.raises(RuntimeError, match=r"_quantizer has seen no calibration data \(1 of its ranges, 4"):
         model.set_activations(Mode.QUANTIZE)
 
 
-def test_integer_weights_are_signed_bytes_that_stand_for_the_weight(unet: nn.Module) -> None:
-    wanted = mixed_bits(unet)
-    model = calibrated(quantizable(unet, sites=wanted))
+def test_integer_weights_are_signed_bytes_that_stand_for_the_weight(network: nn.Module) -> None:
+    wanted = mixed_bits(network)
+    model = calibrated(quantizable(network, sites=wanted))
     assert set(model.integers) == {name for name, plan in wanted.items() if plan.weight}
     for layer, ((codes, (scale, zero_point), spec),) in model.integers.items():
         assert int(codes.max()) < 2 ** wanted[layer].weight
@@ -301,17 +303,17 @@ def test_integer_weights_are_signed_bytes_that_stand_for_the_weight(unet: nn.Mod
         assert torch.equal(signed, signed.round())
         assert signed.min() >= -128
         assert signed.max() <= 127
-        weight = unet.get_submodule(layer).weight
+        weight = network.get_submodule(layer).weight
         # the grid of the whole range reaches every weight, up to the rounding of its zero point
         assert ((signed * scale - weight).abs() <= 1.001 * scale).all()
         assert torch.equal(model.layer(layer).weight, signed.float() * scale)
 
 
 @pytest.mark.parametrize("per_step", ["temporal", "all"])
-def test_mixed_steps_in_a_batch_equal_each_alone(unet: nn.Module, per_step: str) -> None:
+def test_mixed_steps_in_a_batch_equal_each_alone(network: nn.Module, per_step: str) -> None:
     # in double precision, where the batch size moves no activation across the middle between two integers
-    model = calibrated(quantizable(unet, scales=per_step, attention=OPERANDS)).double()
-    inputs = example_inputs(unet, (501, 1, 751, 501, 251))
+    model = calibrated(quantizable(network, scales=per_step, attention=OPERANDS)).double()
+    inputs = example_inputs(network, (501, 1, 751, 501, 251))
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     together = output(model, inputs)
     for row in range(5):
@@ -324,9 +326,9 @@ def test_mixed_steps_in_a_batch_equal_each_alone(unet: nn.Module, per_step: str)
 
 @pytest.mark.parametrize("attention", [AttentionBits(), OPERANDS])
 @pytest.mark.parametrize("per_step", SCALES)
-def test_loaded_model_is_bit_equal(unet: nn.Module, tmp_path: Path, per_step: str, attention: AttentionBits) -> None:
-    model = calibrated(quantizable(unet, scales=per_step, attention=attention, sites=mixed_bits(unet)))
-    inputs = example_inputs(unet, ALL_STEPS, seed=5)
+def test_loaded_model_is_bit_equal(network: nn.Module, tmp_path: Path, per_step: str, attention: AttentionBits) -> None:
+    model = calibrated(quantizable(network, scales=per_step, attention=attention, sites=mixed_bits(network)))
+    inputs = example_inputs(network, ALL_STEPS, seed=5)
     before = output(model, inputs)
     model.tabulate_scales()
     serialization.save(model, tmp_path / "model.safetensors")
@@ -337,26 +339,26 @@ def test_loaded_model_is_bit_equal(unet: nn.Module, tmp_path: Path, per_step: st
 
 
 def test_loaded_model_has_the_number_of_heads_of_the_saved_one(tiny_unet: nn.Module, tmp_path: Path) -> None:
-    unet = copy.deepcopy(tiny_unet)
-    for module in attentions(unet).values():
+    network = copy.deepcopy(tiny_unet)
+    for module in attentions(network).values():
         set_heads(module, 8)
-    model = calibrated(quantizable(unet))
+    model = calibrated(quantizable(network))
     serialization.save(model, tmp_path / "model.safetensors")
-    inputs = example_inputs(unet, TIMESTEPS)
+    inputs = example_inputs(network, TIMESTEPS)
     assert torch.equal(output(serialization.load(tmp_path / "model.safetensors"), inputs), output(model, inputs))
     assert not torch.equal(output(model, inputs), output(calibrated(quantizable(tiny_unet)), inputs))
 
 
-def test_saving_float_weights_is_refused(unet: nn.Module, tmp_path: Path) -> None:
-    model = quantizable(unet)
+def test_saving_float_weights_is_refused(network: nn.Module, tmp_path: Path) -> None:
+    model = quantizable(network)
     model.calibrate_weights()
     model.freeze("conv_in")
     with pytest.raises(ValueError, match=r"weights are not integers yet, first 'time_embedding\.linear_1'"):
         serialization.save(model, tmp_path / "model.safetensors")
 
 
-def test_saving_uncalibrated_activations_is_refused(unet: nn.Module, tmp_path: Path) -> None:
-    model = quantizable(unet)
+def test_saving_uncalibrated_activations_is_refused(network: nn.Module, tmp_path: Path) -> None:
+    model = quantizable(network)
     model.calibrate_weights()
     for layer in model.weight_layers():
         model.freeze(layer)
@@ -368,14 +370,14 @@ def header_size(path: Path) -> int:
     return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
 
 
-def test_size_is_bits_over_8_of_the_weights(unet: nn.Module, tmp_path: Path) -> None:
-    path, wanted = tmp_path / "model.safetensors", mixed_bits(unet)
-    size = serialization.save(calibrated(quantizable(unet, sites=wanted)), path)
+def test_size_is_bits_over_8_of_the_weights(network: nn.Module, tmp_path: Path) -> None:
+    path, wanted = tmp_path / "model.safetensors", mixed_bits(network)
+    size = serialization.save(calibrated(quantizable(network, sites=wanted)), path)
     assert size == path.stat().st_size
-    temporal = read_structure(unet, example_inputs(unet)).temporal_layers
-    expected = 4 * sum(parameter.numel() for parameter in unet.parameters() if parameter.dim() == 1)
+    temporal = read_structure(network, example_inputs(network)).temporal_layers
+    expected = 4 * sum(parameter.numel() for parameter in network.parameters() if parameter.dim() == 1)
     for name, plan in wanted.items():
-        weight = unet.get_submodule(name).weight
+        weight = network.get_submodule(name).weight
         if plan.weight is None:
             expected += 4 * weight.numel()
         else:
@@ -509,6 +511,6 @@ def test_unpacking_too_few_bytes_is_refused() -> None:
 
 
 def test_layers_that_are_not_quantized_are_named(tiny_unet: nn.Module) -> None:
-    model: QuantizedUNet = quantizable(tiny_unet, sites={"conv_in": LayerBits()})
+    model: QuantizedNetwork = quantizable(tiny_unet, sites={"conv_in": LayerBits()})
     with pytest.raises(KeyError, match="conv_in"):
         model.layer("conv_in")

@@ -39,7 +39,7 @@ from tfmq_exp.surgery.config import (
     ScalePlan,
     SchemeConfig,
 )
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import STORED, ActivationConfig, ResolvedConfig, resolve
 
 SYMMETRIC = SchemeConfig("symmetric", "channel", "symmetric")
@@ -85,7 +85,7 @@ def network(
     attention: AttentionBits | None = None,
     further: Mapping[str, Any] | None = None,
     **choices: Any,
-) -> QuantizedUNet:
+) -> QuantizedNetwork:
     """A quantized twin to be trained; nothing placed yet."""
     plan = QuantizationConfig(
         {role.value: LayerBits(bits, bits) for role in Role},
@@ -96,19 +96,19 @@ def network(
     )
     parts = read_structure(unet, example_inputs(unet))
     resolved = resolve(plan, parts, tuple(attentions(unet)), ScalePlan(scale, scale), TIMESTEPS)
-    return build_quantized_unet(unet, resolved, AbsMax())
+    return build_quantized_network(unet, resolved, AbsMax())
 
 
-def begun(model: QuantizedUNet) -> QuantizedUNet:
+def begun(model: QuantizedNetwork) -> QuantizedNetwork:
     """Observed at timesteps that are not the sampler's, and ready."""
     observe(model)
     with torch.no_grad():
-        model(**example_inputs(model.unet, ANY_T), outside="nearest")
+        model(**example_inputs(model.network, ANY_T), outside="nearest")
     ready(model)
     return model
 
 
-def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
+def trained(model: QuantizedNetwork, steps: int = 2) -> QuantizedNetwork:
     """After some steps that change everything."""
     model.train()
     learned = trainable(model)
@@ -117,7 +117,7 @@ def trained(model: QuantizedUNet, steps: int = 2) -> QuantizedUNet:
         torch.manual_seed(0)
         for _ in range(steps):
             optimizer.zero_grad()
-            inputs = example_inputs(model.unet, ANY_T)
+            inputs = example_inputs(model.network, ANY_T)
             ((model(**inputs, outside="nearest").sample - inputs["sample"]).square().mean() + penalty(model)).backward()
             optimizer.step()
             clamp_parameters(model)
@@ -130,7 +130,7 @@ def output(model: nn.Module, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
         return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5), **nearest).sample
 
 
-def at_the_samplers_steps(model: QuantizedUNet) -> Tensor:
+def at_the_samplers_steps(model: QuantizedNetwork) -> Tensor:
     """What the network gives that is still trained, as it will be sampled."""
     for_inference = copy.deepcopy(model).eval()
     for_inference.generators = None
@@ -158,9 +158,9 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.generators is None
     with pytest.raises(ValueError, match="timestep 3 is outside"):
-        model(**example_inputs(model.unet, ANY_T))
+        model(**example_inputs(model.network, ANY_T))
     if not scale.startswith("statistics"):
-        kept = [name for name, _ in loaded.unet.named_parameters() if ".mlp." in name]
+        kept = [name for name, _ in loaded.network.named_parameters() if ".mlp." in name]
         assert kept == []
 
 
@@ -210,9 +210,9 @@ def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module,
     assert len({id(parameter) for parameter in everything}) == len(everything)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in everything}
     floats = {name for name, _ in tiny_unet.named_parameters()}
-    assert {id(p) for name, p in model.unet.named_parameters() if name in floats} == {id(p) for p in learned.weights}
+    assert {id(p) for name, p in model.network.named_parameters() if name in floats} == {id(p) for p in learned.weights}
     assert bool(learned.generators) is (scale in ("tdq", "statistics", "statistics and time"))
-    inputs = example_inputs(model.unet, ANY_T)
+    inputs = example_inputs(model.network, ANY_T)
     (model(**inputs, outside="nearest").sample - 1).square().mean().backward()
     assert all(parameter.grad is not None for parameter in everything)
     assert sum(bool((parameter.grad != 0).any()) for parameter in learned.ranges) > 0.9 * len(learned.ranges)  # type: ignore[union-attr]

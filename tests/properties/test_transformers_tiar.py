@@ -22,7 +22,7 @@ from tfmq_exp.reconstruction.module import LearnRounding, ReconstructionConfig
 from tfmq_exp.reconstruction.objectives import Annealing, Lp
 from tfmq_exp.reconstruction.units import QuantizedInputs, TemporalAware
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.quantized_network import build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
@@ -59,7 +59,7 @@ def errors(
     structure, network = stored.structure(), stored.network
     steps = tuple(dict.fromkeys(data.t.tolist()))
     scales = ScalePlan(StaticConfig(), StaticConfig())
-    model = build_quantized_unet(network, resolve(FOUR_BITS, structure, (), scales, steps), MinMax())
+    model = build_quantized_network(network, resolve(FOUR_BITS, structure, (), scales, steps), MinMax())
     unit = TemporalAware()(structure, frozenset(model.weight_layers()))[0]
 
     def measured(conditions: Mapping[str, Tensor]) -> float:

@@ -111,7 +111,7 @@ class CalibrationSet:
             conditions=conditions,
             constants=constants,
             first_argument=header["first_argument"],
-            lengths=header["lengths"],
+            lengths=header.get("lengths"),  # files of before networks that cut texts have none
         )
 
     @classmethod
@@ -159,12 +159,12 @@ def collect_trajectories(
     repeats = len(rows) // n
     image = torch.tensor(indices).repeat(repeats)
     parts: list[CalibrationSet] = []
-    predict = sampling.predictor(denoiser.unet)
+    predict = sampling.predictor(denoiser.network)
     for step in sampling.trajectory(predict, denoiser, seed=seed, stream=Stream.CALIBRATION, indices=indices):
         t = torch.tensor(step.t, dtype=torch.float64 if isinstance(step.t, float) else torch.int64).expand(len(rows))
         x = step.x.cpu().repeat(repeats, *[1] * (step.x.dim() - 1))
         columns = x, t, torch.full_like(rows, step.index), image, table, rows
-        network = first_argument(denoiser.unet), family_of(denoiser.unet).lengths
+        network = first_argument(denoiser.network), family_of(denoiser.network).lengths
         parts.append(CalibrationSet(*columns, conditions.constants, *network))
         each_step(step.index)
     return CalibrationSet.join(parts)

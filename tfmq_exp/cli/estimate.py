@@ -21,7 +21,7 @@ from tfmq_exp.quant.timestep_context import exact_timesteps
 from tfmq_exp.reconstruction.capture import sample_bytes
 from tfmq_exp.reconstruction.unit_learning import is_learnable
 from tfmq_exp.sampling.trajectory import timestep_rows
-from tfmq_exp.surgery.quantized_unet import build_quantized_unet
+from tfmq_exp.surgery.quantized_network import build_quantized_network
 
 BUDGET = 0.5  # seconds of a measured pass or iteration; with fewer rows if it would take longer
 WARM_UP = 10.0  # seconds of a first pass, above which it counts as it is
@@ -88,17 +88,19 @@ class Costs:
     """Measured costs of a run's network. Its quantized copy has scales of 1 wherever calibration would put others."""
 
     def __init__(self, run: Any) -> None:
-        self.run, self.unet, self.batch = run, run.denoiser.unet, run.compute.batch
-        self.network = sum(p.nbytes for p in self.unet.parameters())  # bytes
-        self.quantized = self.network * (1 + CODE_BYTES)
-        self.float_network = self.network * (run.denoiser.device.type != "cpu")  # elsewhere it is part of the process
+        self.run, self.network, self.batch = run, run.denoiser.network, run.compute.batch
+        self.network_bytes = sum(p.nbytes for p in self.network.parameters())  # bytes
+        self.quantized = self.network_bytes * (1 + CODE_BYTES)
+        self.float_network = self.network_bytes * (
+            run.denoiser.device.type != "cpu"
+        )  # elsewhere it is part of the process
         self.conditions = run.sampling.conditions(run.denoiser, run.seed, "estimate", range(1))
         self.sample, self.rows_per_image = self.noise(1).nbytes, 2 if run.sampling.guided else 1
-        self.model = build_quantized_unet(self.unet, run.resolved, MinMax())
+        self.model = build_quantized_network(self.network, run.resolved, MinMax())
         self.set_activations(Mode.QUANTIZE)
         decode = run.denoiser.first_stage.decode
         with torch.no_grad():
-            self.call, self.quantized_call = self.prediction(self.unet), self.prediction(self.model)
+            self.call, self.quantized_call = self.prediction(self.network), self.prediction(self.model)
             self.decoding = measure(lambda rows: decode(self.noise(rows)), self.batch)
             self.image = decode(self.noise(1)).numel()
 
@@ -110,7 +112,7 @@ class Costs:
         timesteps, zeros = exact_timesteps(self.run.resolved.timesteps), torch.zeros(rows, dtype=torch.long)
         step = torch.arange(rows) * len(timesteps) // rows
         conditions = {name: value.cpu() for name, value in self.conditions.given.items()}
-        rest = zeros, conditions, zeros, self.conditions.constants, first_argument(self.unet)
+        rest = zeros, conditions, zeros, self.conditions.constants, first_argument(self.network)
         return CalibrationSet(self.noise(rows).cpu(), timesteps[step], step, *rest)
 
     def forward(self, rows: int) -> Tensor:
@@ -154,7 +156,7 @@ class Costs:
         elif name.endswith("diagnostics"):  # the quantized network on its own trajectory and on the float one
             floats, passes = steps, 2 * steps
         elif name == engine:
-            images, disk = self.batch, self.network
+            images, disk = self.batch, self.network_bytes
         parts = (floats, self.call), (passes, self.quantized_call), (decoded, self.decoding)
         seconds = images / self.batch * sum(times * cost.seconds for times, cost in parts)
         peak = max(cost.bytes for times, cost in parts if times) + self.quantized * (passes > 0)
@@ -188,7 +190,7 @@ class Costs:
             seconds += learning
         on_device = min(cached, self.run.compute.device_cache_bytes)
         kept = min(cached - on_device, self.run.compute.cache_bytes)
-        disk = self.network * CODE_BYTES + cached - on_device - kept
+        disk = self.network_bytes * CODE_BYTES + cached - on_device - kept
         peak += self.quantized + self.float_network + on_device
         return StageEstimate(name, seconds, peak, 2 * samples * self.sample + kept, disk)
 
@@ -197,7 +199,7 @@ class Costs:
         specs = {name: layer.weight for name, layer in self.run.resolved.layers.items() if layer.weight}
         if not (sizes := {name: self.run.structure.layers[name].weights for name in specs}):
             return 0.0
-        weight = self.unet.get_submodule(largest := max(sizes, key=sizes.__getitem__)).get_parameter("weight")
+        weight = self.network.get_submodule(largest := max(sizes, key=sizes.__getitem__)).get_parameter("weight")
         cost = measure(lambda rows: self.run.method.weight_observer(weight[:rows], specs[largest]), len(weight))
         return cost.seconds / weight.numel() * sum(sizes.values())
 
@@ -220,9 +222,9 @@ class Costs:
         macs = {name: layer.macs for name, layer in layers.items()}
         shares = [sum(macs[layer] for layer in unit.layers) / sum(macs.values()) for unit in units]
         # scales learn like biases: from the gradients of all outputs, but of no weight
-        learned = [p for p in self.model.unet.parameters() if recipe.rounding or p.dim() == 1]
+        learned = [p for p in self.model.network.parameters() if recipe.rounding or p.dim() == 1]
         cost = self.iteration(min(recipe.batch, samples), learned)
-        given = self.unet, [unit for unit in units if unit.driver == "denoiser"], self.data(2)
+        given = self.network, [unit for unit in units if unit.driver == "denoiser"], self.data(2)
         outputs, both = (sample_bytes(*given, with_inputs=own, form=recipe.cache).values() for own in (False, True))
         # over all samples: again for each unit, as far as what units return is not kept; for GPTQ, to each layer of a unit
         kept = run.compute.cache_bytes / max(samples * sum(outputs), 1) if recipe.cache == "float32" else 0.0

@@ -112,7 +112,7 @@ def noise_of(output: Float[Tensor, "batch outputs ..."], sample: Float[Tensor, "
 class DenoiserParts(NamedTuple):
     """The fields of a `Denoiser` that are in its files; its name and where it came from are not."""
 
-    unet: Any
+    network: Any
     sample_shape: tuple[int, ...]
     schedule: Mapping[str, Any]
     encoder: ConditionEncoder
@@ -133,7 +133,7 @@ class Denoiser:
     """
 
     name: str
-    unet: nn.Module
+    network: nn.Module
     sample_shape: tuple[int, ...]
     schedule: Mapping[str, Any]
     weights_sha256: str
@@ -143,11 +143,11 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.network.parameters()).device
 
     def to(self, device: torch.device) -> None:
         """Move the network and its condition encoder; the first stage follows its input."""
-        self.unet.to(device)
+        self.network.to(device)
         self.encoder.to(device)
 
     @torch.no_grad()
@@ -163,4 +163,4 @@ class Denoiser:
         kind = torch.float32 if isinstance(timestep, float) else torch.int64
         t = torch.full((1,), timestep, dtype=kind, device=self.device)
         arguments = nested({**conditions.given, **conditions.constants})
-        return {first_argument(self.unet): sample, "timestep": t, **arguments}
+        return {first_argument(self.network): sample, "timestep": t, **arguments}

@@ -113,11 +113,11 @@ def read_weights(network: nn.Module, path: Path) -> str:
 
 def load_denoiser(path: str | None = None) -> Denoiser:
     """The digits denoiser, from `path` or from the weights that the project ships."""
-    unet = build_unet()
-    sha256 = read_weights(unet, Path(path) if path else WEIGHTS / "denoiser.safetensors")
+    network = build_unet()
+    sha256 = read_weights(network, Path(path) if path else WEIGHTS / "denoiser.safetensors")
     config = build_schedule().config
     schedule = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
-    return Denoiser("digits", unet.eval().requires_grad_(False), (1, IMAGE_SIZE, IMAGE_SIZE), schedule, sha256)
+    return Denoiser("digits", network.eval().requires_grad_(False), (1, IMAGE_SIZE, IMAGE_SIZE), schedule, sha256)
 
 
 def load_dit(path: str | None = None) -> Denoiser:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tfmq_exp.denoisers.families.find import family_of
-from tfmq_exp.denoisers.structure import Block, Kind, LayerInfo, UNetStructure
+from tfmq_exp.denoisers.structure import Block, Kind, LayerInfo, NetworkStructure
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -23,7 +23,7 @@ def after_each(network: nn.Module, names: Iterable[str], visit: Callable[..., No
         yield
 
 
-def read_structure(network: nn.Module, example: Mapping[str, Any]) -> UNetStructure:
+def read_structure(network: nn.Module, example: Mapping[str, Any]) -> NetworkStructure:
     """Layers, their cost, and blocks in execution order. A layer inside no block is a block of its own.
 
     The order of attributes is not the order of execution in diffusers (mid blocks are registered last, attentions before the
@@ -57,6 +57,6 @@ def read_structure(network: nn.Module, example: Mapping[str, Any]) -> UNetStruct
         for name, role in role_of.items()
         if name in ran
     }
-    return UNetStructure(
+    return NetworkStructure(
         layers, tuple(Block(name, blocks[name], members) for name, members in order.items() if members)
     )

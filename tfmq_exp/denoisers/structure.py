@@ -64,7 +64,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class UNetStructure:
+class NetworkStructure:
     """Every layer by name, and the blocks that partition them, in the order in which the network runs them."""
 
     layers: Mapping[str, LayerInfo]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.families.family import layer_names
 from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.denoisers.read_structure import after_each
-from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure, Role
 
 
 class TemporalInformationBlock(nn.Module):
@@ -24,7 +24,7 @@ class TemporalInformationBlock(nn.Module):
     after quantization. Build it from the present network: it does not follow later replacements of layers.
     """
 
-    def __init__(self, network: nn.Module, structure: UNetStructure) -> None:
+    def __init__(self, network: nn.Module, structure: NetworkStructure) -> None:
         super().__init__()
         self.network, self.family = network, family_of(network)
         self.names = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.denoiser import Denoiser, first_argument
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 MANIFEST = "deployed.json"
 
@@ -31,7 +31,7 @@ class Engine(Protocol):
         """Everything besides the model that its results depend on."""
         ...
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, model: QuantizedNetwork, example: Mapping[str, Tensor], folder: Path) -> None:
         """Fill a folder; `layers` of its manifest is the `layers.layer_report`.
 
         Args:
@@ -41,7 +41,7 @@ class Engine(Protocol):
         """
         ...
 
-    def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
+    def open(self, model: QuantizedNetwork, folder: Path, *, batch: int) -> nn.Module:
         """Open an exported model as a module with the signature of the UNet.
 
         Args:
@@ -73,9 +73,9 @@ def require_package(name: str) -> None:
 
 def require_executable(denoiser: Denoiser) -> None:
     """ValueError for a network that engines do not execute: all but UNets of a sample, a timestep and a sequence."""
-    example, kind = denoiser.encoder.example(), type(denoiser.unet).__name__
+    example, kind = denoiser.encoder.example(), type(denoiser.network).__name__
     others = sorted({*example.given, *example.constants} - {"encoder_hidden_states"})
-    if first_argument(denoiser.unet) != "sample" or others:
+    if first_argument(denoiser.network) != "sample" or others:
         taken = f", and this one takes {others[0]}" if others else ""
         found = f"engines execute UNets that are conditioned on a sequence or on nothing{taken}"
         raise ValueError(f"{found}: a {kind} is simulated (engine=none)")

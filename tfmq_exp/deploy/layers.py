@@ -17,7 +17,7 @@ from tfmq_exp.deploy.weight_tables import NotRepresentableError, SignedWeight, p
 from tfmq_exp.quant.layers import QuantLayer
 from tfmq_exp.quant.quantizers import SplitQuantizer
 from tfmq_exp.quant.timestep_context import TimestepContext
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 
 class Product(nn.Module):
@@ -93,12 +93,12 @@ class DeployedLayer:
         return {"layer": self.name, "executed": executed, **stored, "note": note, "why": self.why}
 
 
-def deployed_layers(model: QuantizedUNet) -> tuple[DeployedLayer, ...]:
+def deployed_layers(model: QuantizedNetwork) -> tuple[DeployedLayer, ...]:
     """All quantized layers of a model. Weights must be frozen, scale sources merged."""
     return tuple(deployed_layer(model, name) for name in model.plan.layers)
 
 
-def deployed_layer(model: QuantizedUNet, name: str) -> DeployedLayer:
+def deployed_layer(model: QuantizedNetwork, name: str) -> DeployedLayer:
     """One quantized layer of a model."""
     layer, steps, split = model.layer(name), model.context.num_steps, model.plan.layers[name].split
     reasons: list[str] = []
@@ -128,12 +128,12 @@ def deployed_layer(model: QuantizedUNet, name: str) -> DeployedLayer:
     return DeployedLayer(name, layer, products, scale_of(layer.output_quantizer), "; ".join(dict.fromkeys(reasons)))
 
 
-def layer_report(model: QuantizedUNet, layers: Sequence[DeployedLayer]) -> list[Mapping[str, str | int]]:
+def layer_report(model: QuantizedNetwork, layers: Sequence[DeployedLayer]) -> list[Mapping[str, str | int]]:
     """Rows for all layers with weights, unquantized ones included, but not for networks inside quantizers."""
     quantized = {layer.name: layer.row() for layer in layers}
     inside = tuple(f"{quantizer}." for quantizer in model.activation_quantizers())
     plain = {"executed": "float", "weight_bits": "32", "products": 1, "note": "", "why": "it is not quantized"}
-    names = [name for name, module in model.unet.named_modules() if isinstance(module, LAYERS)]
+    names = [name for name, module in model.network.named_modules() if isinstance(module, LAYERS)]
     return [quantized.get(name, {"layer": name, **plain}) for name in names if not name.startswith(inside)]
 
 
@@ -210,13 +210,13 @@ class ProductUNet(nn.Module):
     """
 
     def __init__(
-        self, model: QuantizedUNet, make_products: Callable[[DeployedLayer], Sequence[Product]], device: torch.device
+        self, model: QuantizedNetwork, make_products: Callable[[DeployedLayer], Sequence[Product]], device: torch.device
     ) -> None:
         super().__init__()
         self.model, self.device = copy.deepcopy(model).to(device), device
         for layer in deployed_layers(self.model):
             if products := make_products(layer):
-                self.model.unet.set_submodule(layer.name, ProductLayer(layer, products, self.model.context))
+                self.model.network.set_submodule(layer.name, ProductLayer(layer, products, self.model.context))
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> UNetOutput:
         """Same signature as the simulated model; the result is on the device of `sample`."""

@@ -24,7 +24,7 @@ from tfmq_exp.deploy.layers import (
     layer_report,
 )
 from tfmq_exp.deploy.weight_tables import per_row, split_in_two
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 POINTWISE = (1.0, 0, torch.float32, "none", [], "")  # output scale, zero point and type; no operation after the product
@@ -114,11 +114,11 @@ class OneDNN:
     def identity(self) -> Mapping[str, Any]:
         return {"name": self.name, "torch": torch.__version__.partition("+")[0]}
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, model: QuantizedNetwork, example: Mapping[str, Tensor], folder: Path) -> None:
         """Write the layer report alone: the artefact is what the engine executes."""
         write_manifest(folder, {"layers": layer_report(model, deployed_layers(model))})
 
-    def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
+    def open(self, model: QuantizedNetwork, folder: Path, *, batch: int) -> nn.Module:
         """Replace the integer layers of a copy; weights are packed at the first batch of each size."""
         saturates = pairs_saturate()
         return ProductUNet(model, lambda layer: onednn_products(layer, saturates), torch.device("cpu"))

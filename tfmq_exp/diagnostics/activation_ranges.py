@@ -16,14 +16,14 @@ from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 from tfmq_exp.diagnostics.rows import Row, grouped
 from tfmq_exp.diagnostics.sensitivity import float_units, quantized_units
 from tfmq_exp.quant.functional import SMALLEST_SCALE
 from tfmq_exp.quant.quantizers import AffineQuantizer
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.sampling.guidance import Sampling
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 MAX_VALUES = 2**15  # of an activation and call that quantiles are computed of: the rank of q99 is off by 0.06 %
 
@@ -66,9 +66,9 @@ class ActivationStats:
 
 
 def activation_ranges(
-    model: QuantizedUNet,
+    model: QuantizedNetwork,
     denoiser: Denoiser,
-    structure: UNetStructure,
+    structure: NetworkStructure,
     sampling: Sampling,
     *,
     images: int,
@@ -111,7 +111,7 @@ def activation_ranges(
 
     rows: list[Row] = []
     with ExitStack() as stack:
-        stack.enter_context(float_units(model, denoiser.unet, quantized_units(model, denoiser.unet, structure)))
+        stack.enter_context(float_units(model, denoiser.network, quantized_units(model, denoiser.network, structure)))
         for name, quantizer in model.activation_quantizers().items():
             stack.enter_context(quantizer.register_forward_pre_hook(partial(record, activation_name(name))))
         predict = sampling.predictor(model.for_timesteps(calls))

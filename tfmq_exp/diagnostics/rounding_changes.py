@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 from tfmq_exp.diagnostics.rows import Row
 from tfmq_exp.quant.functional import dequantize, quantize
 from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 
 @torch.no_grad()
-def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[Row]:
+def rounding_changes(model: QuantizedNetwork, float_network: nn.Module, structure: NetworkStructure) -> list[Row]:
     """Compare every integer weight, in execution order, with the nearest integers on the same grid.
 
     Returns:
@@ -24,16 +24,16 @@ def rounding_changes(model: QuantizedUNet, float_unet: nn.Module, structure: UNe
     """
     integers = model.integers
     return [
-        {"layer": layer, "role": structure.layers[layer].role.value, **_compared(integers[layer], float_unet, layer)}
+        {"layer": layer, "role": structure.layers[layer].role.value, **_compared(integers[layer], float_network, layer)}
         for block in structure.blocks
         for layer in block.layers
         if layer in integers
     ]
 
 
-def _compared(operands: Sequence[QuantizedWeight], float_unet: nn.Module, layer: str) -> Row:
+def _compared(operands: Sequence[QuantizedWeight], float_network: nn.Module, layer: str) -> Row:
     """One layer, whose weight may be split along the input channels into operands with grids of their own."""
-    weight = float_unet.get_parameter(f"{layer}.weight").detach()
+    weight = float_network.get_parameter(f"{layer}.weight").detach()
     changed = up = largest = 0
     error = nearest_error = 0.0
     for operand, part in zip(operands, weight.split([q.codes.shape[1] for q in operands], dim=1), strict=True):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.denoiser import noise_of
-from tfmq_exp.denoisers.structure import Kind, UNetStructure
+from tfmq_exp.denoisers.structure import Kind, NetworkStructure
 from tfmq_exp.diagnostics.rows import Row
 from tfmq_exp.quant.layers import QuantLayer
 from tfmq_exp.quant.quantizers import Mode, Quantizer, modes
 from tfmq_exp.reconstruction.units import TemporalAware
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 THIRDS = ("first_third", "second_third", "last_third")
 Progress = Callable[[float], None]
@@ -32,7 +32,9 @@ class QuantizedUnit:
     attentions: tuple[str, ...]
 
 
-def quantized_units(model: QuantizedUNet, float_unet: nn.Module, structure: UNetStructure) -> list[QuantizedUnit]:
+def quantized_units(
+    model: QuantizedNetwork, float_network: nn.Module, structure: NetworkStructure
+) -> list[QuantizedUnit]:
     """The units with anything quantized in them, in execution order, the Temporal Information Block first.
 
     That block is one unit whatever the method learns together: where its features are stored, the time embedding is gone,
@@ -40,7 +42,7 @@ def quantized_units(model: QuantizedUNet, float_unet: nn.Module, structure: UNet
     """
 
     def replaced(layer: str) -> bool:
-        return type(model.unet.get_submodule(layer)) is not type(float_unet.get_submodule(layer))
+        return type(model.network.get_submodule(layer)) is not type(float_network.get_submodule(layer))
 
     units: list[QuantizedUnit] = []
     for unit in TemporalAware()(structure, frozenset(structure.layers)):
@@ -51,30 +53,33 @@ def quantized_units(model: QuantizedUNet, float_unet: nn.Module, structure: UNet
 
 
 @contextmanager
-def float_units(model: QuantizedUNet, float_unet: nn.Module, units: Collection[QuantizedUnit]) -> Generator[None]:
+def float_units(model: QuantizedNetwork, float_network: nn.Module, units: Collection[QuantizedUnit]) -> Generator[None]:
     """Make units float for the duration of a block.
 
     A quantized layer gets the float weight and its quantizers are off, but still run their hooks; a module in the place of
     a layer (a stored feature) is exchanged for the layer. No memory is taken: weights are those of `float_unet`.
     """
-    unet, before = model.unet, [(layer, model.unet.get_submodule(layer)) for unit in units for layer in unit.layers]
+    network, before = (
+        model.network,
+        [(layer, model.network.get_submodule(layer)) for unit in units for layer in unit.layers],
+    )
     quantized = [(layer, module, module.weight) for layer, module in before if isinstance(module, QuantLayer)]
     exchanged = [(layer, module) for layer, module in before if not isinstance(module, QuantLayer)]
     attentions = [f"{name}.processor." for unit in units for name in unit.attentions]
     prefixes = *(f"{layer}." for layer, _ in before), *attentions
-    quantizers = [m for name, m in unet.named_modules() if isinstance(m, Quantizer) and name.startswith(prefixes)]
+    quantizers = [m for name, m in network.named_modules() if isinstance(m, Quantizer) and name.startswith(prefixes)]
     try:
         for layer, module, _ in quantized:
-            module.weight = nn.Parameter(float_unet.get_parameter(f"{layer}.weight"), requires_grad=False)
+            module.weight = nn.Parameter(float_network.get_parameter(f"{layer}.weight"), requires_grad=False)
         for layer, _ in exchanged:
-            unet.set_submodule(layer, float_unet.get_submodule(layer))
+            network.set_submodule(layer, float_network.get_submodule(layer))
         with modes(quantizers, Mode.OFF):
             yield
     finally:
         for _, module, weight in quantized:
             module.weight = weight
         for layer, module in exchanged:
-            unet.set_submodule(layer, module)
+            network.set_submodule(layer, module)
 
 
 def spread_over_steps(data: CalibrationSet, samples: int, seed: int) -> CalibrationSet:
@@ -111,8 +116,8 @@ def prediction_errors(
 class PredictionProbe:
     """Prediction errors of a quantized network with some of its units float."""
 
-    model: QuantizedUNet
-    float_unet: nn.Module
+    model: QuantizedNetwork
+    float_network: nn.Module
     units: Sequence[QuantizedUnit]  # all of the model
     data: CalibrationSet
     steps: int  # sampling steps that the data are from
@@ -128,7 +133,7 @@ class PredictionProbe:
     ) -> Float[Tensor, "samples ..."]:
         """Noise predicted for every sample, without guidance; `each_batch` is called with the share that is done."""
         device, found = next(self.model.parameters()).device, []
-        with float_units(self.model, self.float_unet, as_float):
+        with float_units(self.model, self.float_network, as_float):
             for start in range(0, len(self.data), self.batch):
                 inputs = self.data[slice(start, start + self.batch)].inputs(device)
                 found.append(noise_of(self.model(**inputs).sample, inputs[self.data.first_argument]).float().cpu())

@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.core.finite import relative
-from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 from tfmq_exp.diagnostics.rows import Row, grouped
 from tfmq_exp.quant.layers import Unneeded
 from tfmq_exp.quant.timestep_context import Timestep, exact_timesteps, network_timesteps
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 EMBEDDING = "time_embedding"
 DISTANCES = ("cosine_distance", "mse", "relative_mse")
@@ -21,9 +21,9 @@ DISTANCES = ("cosine_distance", "mse", "relative_mse")
 
 @torch.no_grad()
 def feature_errors(
-    model: QuantizedUNet,
-    float_unet: nn.Module,
-    structure: UNetStructure,
+    model: QuantizedNetwork,
+    float_network: nn.Module,
+    structure: NetworkStructure,
     timesteps: Sequence[Timestep] | None = None,
     conditions: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
@@ -35,25 +35,25 @@ def feature_errors(
 
     Args:
         model: the quantized network.
-        float_unet: the float one.
+        float_network: the float one.
         structure: of both.
         timesteps: at which the features are compared.
         conditions: rows of the arguments that features depend on beside the timestep; distances are means over them.
     """
-    device, steps = next(float_unet.parameters()).device, timesteps or model.context.timesteps
+    device, steps = next(float_network.parameters()).device, timesteps or model.context.timesteps
     t, given = temporal_pairs(network_timesteps(exact_timesteps(steps)).to(device), conditions or {})
     with model.context.at(t, model.plan.outside_timesteps):
-        features = _features(model.unet, structure, t, given)
-    exact = _features(float_unet, structure, t, given)
-    if any(isinstance(model.unet.get_submodule(s.name), Unneeded) for s in structure.by_role(Role.TIME_EMBED)):
+        features = _features(model.network, structure, t, given)
+    exact = _features(float_network, structure, t, given)
+    if any(isinstance(model.network.get_submodule(s.name), Unneeded) for s in structure.by_role(Role.TIME_EMBED)):
         del exact[EMBEDDING]
     return [row for name, feature in exact.items() for row in _distances(name, steps, features[name], feature)]
 
 
 def temporal_feature_error(
-    model: QuantizedUNet,
-    float_unet: nn.Module,
-    structure: UNetStructure,
+    model: QuantizedNetwork,
+    float_network: nn.Module,
+    structure: NetworkStructure,
     timesteps: Sequence[Timestep] | None = None,
     conditions: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
@@ -61,12 +61,12 @@ def temporal_feature_error(
 
     Args:
         model: the quantized network.
-        float_unet: the float one.
+        float_network: the float one.
         structure: of both.
         timesteps: see `feature_errors`.
         conditions: see `feature_errors`.
     """
-    every = feature_errors(model, float_unet, structure, timesteps, conditions)
+    every = feature_errors(model, float_network, structure, timesteps, conditions)
     rows = [row for row in every if row["layer"] != EMBEDDING]
     steps = ((step, group[0]["t"], _means(group)) for step, group in grouped(rows, "step").items())
     return [{"step": step, "t": t, "cosine": 1 - means.pop("cosine_distance"), **means} for step, t, means in steps]
@@ -85,7 +85,7 @@ def _means(rows: list[Row]) -> Row:
 
 
 def _features(
-    network: nn.Module, structure: UNetStructure, t: Tensor, conditions: Mapping[str, Tensor] | None
+    network: nn.Module, structure: NetworkStructure, t: Tensor, conditions: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     embedding: list[Tensor] = []
     first = network.get_submodule(structure.by_role(Role.TIME_PROJ)[0].name)

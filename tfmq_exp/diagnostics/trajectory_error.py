@@ -43,7 +43,7 @@ class TrajectoryPair:
         start: dict[str, Any] = {"seed": self.seed, "stream": Stream.DIAGNOSTICS, "indices": indices}
         conditions = self.sampling.conditions(self.denoiser, *start.values())
         quantized_steps = self.quantized.trajectory(self.predict, self.denoiser, **start)
-        predict_float = self.sampling.predictor(self.denoiser.unet)
+        predict_float = self.sampling.predictor(self.denoiser.network)
         for exact in self.sampling.trajectory(predict_float, self.denoiser, **start):
             own = next(quantized_steps)
             # at the first step both are at x_T, where both predictions are known
@@ -75,7 +75,7 @@ class TrajectoryPair:
             prediction there; `eps_distance`: between the predictions on the two trajectories, which is the last plus what
             has accumulated; `x_error`: between the trajectories after the step.
         """
-        calls, predict_float = self.sampling.calls(self.denoiser), self.sampling.predictor(self.denoiser.unet)
+        calls, predict_float = self.sampling.calls(self.denoiser), self.sampling.predictor(self.denoiser.network)
         sums = torch.zeros(len(calls), len(ERRORS), 4, dtype=torch.float64)
         steps = (pair for indices in batches(images, batch) for pair in self.steps(indices))
         for done, (exact, own, forced, conditions) in enumerate(steps, 1):

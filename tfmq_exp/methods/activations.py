@@ -17,7 +17,7 @@ from tfmq_exp.reconstruction.blocks.observe_blocks import observe_blocks
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.reconstruction.module import ReconstructionConfig
 from tfmq_exp.reconstruction.units import Partition
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 Progress = Callable[[int, int], None]  # (done, of all)
 Observation = Callable[[CalibrationSet, int, Progress], None]  # (calibration set, samples of a pass, progress)
@@ -30,7 +30,7 @@ class CalibrationBudget(NamedTuple):
     iterations: int
 
 
-def observe_network(model: QuantizedUNet, data: CalibrationSet, batch: int, progress: Progress) -> None:
+def observe_network(model: QuantizedNetwork, data: CalibrationSet, batch: int, progress: Progress) -> None:
     """Run the whole network over a set; `progress` is called with the number of samples done, and of all."""
     device = next(model.parameters()).device
     for rows in batches(len(data), batch):
@@ -68,7 +68,7 @@ class CalibrateRanges:
     @torch.no_grad()
     def ranges(
         self,
-        model: QuantizedUNet,
+        model: QuantizedNetwork,
         data: CalibrationSet,
         seed: int,
         progress: Progress = lambda _done, _total: None,

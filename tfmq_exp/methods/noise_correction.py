@@ -18,7 +18,7 @@ from tfmq_exp.quant.timestep_context import TimestepContext
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.samplers import DDIM, VarianceCalibrated
 from tfmq_exp.sampling.trajectory import Predict, Sampler, alphas_cumprod, require_noise_prediction
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 Predictions = Float[Tensor, "steps images channels *pixels"]
 STATISTICS = ("k", "r2", "bias", "sigma")
@@ -179,7 +179,7 @@ class NoiseCorrection:
 
     def measure(
         self,
-        model: QuantizedUNet,
+        model: QuantizedNetwork,
         denoiser: Denoiser,
         sampling: Sampling,
         *,
@@ -199,7 +199,7 @@ class NoiseCorrection:
         """
         self.check_training(denoiser.schedule)
         context, widths, timesteps = model.context, model.activation_bits() or (0,), sampling.calls(denoiser)
-        predict, exact = sampling.predictor(model.for_timesteps(timesteps)), sampling.predictor(denoiser.unet)
+        predict, exact = sampling.predictor(model.for_timesteps(timesteps)), sampling.predictor(denoiser.network)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for number, indices in enumerate(batches(self.images, batch)):
             seen: dict[float, list[NoiseMoments]] = {}  # of every width; of a timestep once, even if visited twice

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.core.validate import COUNT, Kind, check_fields, one_of, optional, whole
-from tfmq_exp.denoisers.structure import Role, UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.timestep_context import exact_timesteps, network_timesteps
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 BITS = Kind("a whole number from 2 to 8", lambda value: whole(value) and 2 <= value <= 8)
 log = logging.getLogger(__name__)
@@ -25,9 +25,9 @@ class ComputeFeatures:
 
     def __call__(
         self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        structure: UNetStructure,
+        model: QuantizedNetwork,
+        float_network: nn.Module,
+        structure: NetworkStructure,
         conditions: Mapping[str, Tensor] | None = None,
     ) -> None: ...
 
@@ -53,16 +53,16 @@ class CacheFeatures:
     @torch.no_grad()
     def __call__(
         self,
-        model: QuantizedUNet,
-        float_unet: nn.Module,
-        structure: UNetStructure,
+        model: QuantizedNetwork,
+        float_network: nn.Module,
+        structure: NetworkStructure,
         conditions: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Replace the layers that return features, as chosen.
 
         Args:
             model: the quantized network.
-            float_unet: whose features are stored.
+            float_network: whose features are stored.
             structure: of both.
             conditions: rows of the arguments that features depend on beside the timestep.
 
@@ -76,11 +76,11 @@ class CacheFeatures:
                 "cannot hold them (method/temporal=compute computes them)"
             )
         one = {name: value[:1] for name, value in rows.items()}
-        steps = network_timesteps(exact_timesteps(model.context.timesteps)).to(next(float_unet.parameters()).device)
+        steps = network_timesteps(exact_timesteps(model.context.timesteps)).to(next(float_network.parameters()).device)
         t, given = temporal_pairs(steps, one)
         with model.context.at(t):
-            computed = TemporalInformationBlock(model.unet, structure).features(t, given)
-        exact, stored = TemporalInformationBlock(float_unet, structure).features(t, given), set[str]()
+            computed = TemporalInformationBlock(model.network, structure).features(t, given)
+        exact, stored = TemporalInformationBlock(float_network, structure).features(t, given), set[str]()
         for layer, feature in exact.items():
             table = cached(feature, self.bits, self.channels)
             kept = table.dequantize().reshape(feature.shape)

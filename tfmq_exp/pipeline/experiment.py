@@ -7,7 +7,7 @@ from tfmq_exp.deploy.engine import Engine
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
 from tfmq_exp.pipeline.run_config import Run
 from tfmq_exp.pipeline.stages import diagnose, evaluation
-from tfmq_exp.pipeline.stages.activations import CalibrateActivations, FitCorrection, QuantizedNetwork
+from tfmq_exp.pipeline.stages.activations import CalibrateActivations, FitCorrection, QuantizationResult
 from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
 from tfmq_exp.pipeline.stages.export_engine import ExportEngine
 from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
@@ -38,9 +38,9 @@ class Experiment:
             self.weights = ReconstructWeights(*given, weights, self.trajectory)
         self.activations = CalibrateActivations(*given, self.trajectory, self.weights)
         self.correction = FitCorrection(*given, correction, self.activations) if correction.measures is True else None
-        self.quantized = QuantizedNetwork(run.sampling, self.activations, self.correction)
+        self.quantized = QuantizationResult(run.sampling, self.activations, self.correction)
         self.reference = evaluation.ComputeReference(*given)
-        float_sampler = run.sampling.predictor(run.denoiser.unet), run.sampling
+        float_sampler = run.sampling.predictor(run.denoiser.network), run.sampling
         float_network = evaluation.SampledNetwork(None, lambda: float_sampler)
         self.float_images = evaluation.SampleImages(*given, float_network, prefix="float ")
         self.float_scores = evaluation.ScoreImages(*given, self.float_images, self.reference, prefix="float ")

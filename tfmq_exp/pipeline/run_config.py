@@ -17,7 +17,7 @@ from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
 from tfmq_exp.denoisers.read_structure import read_structure
-from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, UNetStructure
+from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, NetworkStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_layers
 from tfmq_exp.evaluation.scores import Evaluator
 from tfmq_exp.methods.method import Method
@@ -26,7 +26,7 @@ from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.surgery.attention import attention_modules
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ class Run:
         return self.make_training_images()
 
     @cached_property
-    def structure(self) -> UNetStructure:
+    def structure(self) -> NetworkStructure:
         """Blocks and layers of the network; those that depend on t alone are confirmed by measurement."""
         return measured_structure(self.denoiser, self.calls[-1])
 
     @cached_property
     def temporal_conditions(self) -> Mapping[str, Tensor]:
         """Conditions of the first images, of which temporal features are compared; empty where these depend on t alone."""
-        names = family_of(self.denoiser.unet).conditions_of(self.denoiser.encoder.example().given)
+        names = family_of(self.denoiser.network).conditions_of(self.denoiser.encoder.example().given)
         if not names:  # texts need not be encoded
             return {}
         images = range(min(self.diagnostics, self.images.count))
@@ -107,19 +107,19 @@ class Run:
     def resolved(self) -> ResolvedConfig:
         """Quantizers of every layer."""
         names, timesteps = (
-            tuple(attention_modules(self.denoiser.unet)),
+            tuple(attention_modules(self.denoiser.network)),
             self.calibration_sampling.finite_set(self.denoiser),
         )
         return resolve(self.method.surgery, self.structure, names, self.method.scales, timesteps)
 
-    def quantized_unet(self, resolved: ResolvedConfig | None = None) -> QuantizedUNet:
+    def quantized_network(self, resolved: ResolvedConfig | None = None) -> QuantizedNetwork:
         """A quantized copy of the network, nothing calibrated yet."""
-        return build_quantized_unet(self.denoiser.unet, resolved or self.resolved, self.method.weight_observer)
+        return build_quantized_network(self.denoiser.network, resolved or self.resolved, self.method.weight_observer)
 
     @property
     def float_bytes(self) -> int:
         """Size of the float network in float32."""
-        return 4 * sum(p.numel() for p in self.denoiser.unet.parameters())
+        return 4 * sum(p.numel() for p in self.denoiser.network.parameters())
 
     @property
     def follows_trajectories(self) -> bool:
@@ -162,16 +162,16 @@ class Run:
         return {**self.network_inputs, "specs": layers, **method}
 
 
-def measured_structure(denoiser: Denoiser, t: Timestep) -> UNetStructure:
+def measured_structure(denoiser: Denoiser, t: Timestep) -> NetworkStructure:
     """The network's structure, its temporal layers compared with those that react to a change of the timestep `t`.
 
     Raises:
         ValueError: a layer depends on t otherwise than its role says.
     """
-    example, family = denoiser.example(t), family_of(denoiser.unet)
-    structure = read_structure(denoiser.unet, example)
+    example, family = denoiser.example(t), family_of(denoiser.network)
+    structure = read_structure(denoiser.network, example)
     other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
-    measured = measured_temporal_layers(denoiser.unet, example, t, other, family.conditions)
+    measured = measured_temporal_layers(denoiser.network, example, t, other, family.conditions)
     temporal = {layer.name for layer in structure.by_role(*TEMPORAL_ROLES)}
     if wrong := sorted(measured.symmetric_difference(temporal)):
         raise ValueError(

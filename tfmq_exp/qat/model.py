@@ -9,7 +9,7 @@ from tfmq_exp.quant.qat_quantizers import TrainableQuantizer, TrainableWeightQua
 from tfmq_exp.quant.quantizers import Mode, Quantizer
 from tfmq_exp.quant.scales.observed_ranges import EMARange
 from tfmq_exp.quant.scales.tdq import BatchedGenerators, TDQScale
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 PENALTY_TIMESTEPS = 64  # at which the penalty takes a network's scales; they are smooth in t
 
@@ -25,13 +25,13 @@ class TrainableParameters(NamedTuple):
     generators: list[nn.Parameter]
 
 
-def observe(model: QuantizedUNet) -> None:
+def observe(model: QuantizedNetwork) -> None:
     """Calibrate the weights and let activation quantizers observe."""
     model.calibrate_weights()
     model.set_activations(Mode.OBSERVE)
 
 
-def ready(model: QuantizedUNet) -> None:
+def ready(model: QuantizedNetwork) -> None:
     """Switch all quantizers on, to be trained at any timestep; networks of the timestep are evaluated together.
 
     A range for each of many steps may have had no data; it starts as that of the nearest step that has.
@@ -58,27 +58,27 @@ def ready(model: QuantizedUNet) -> None:
             parameter.requires_grad_(True)
 
 
-def trainable(model: QuantizedUNet) -> TrainableParameters:
+def trainable(model: QuantizedNetwork) -> TrainableParameters:
     """Trained parameters of a network whose weights are not integers yet."""
     ranges: list[nn.Parameter] = []
     generators: list[nn.Parameter] = []
     for quantizer in model.activation_quantizers().values():
         (generators if quantizer.scale_provider.generates else ranges).extend(quantizer.scale_provider.trainable())
     ranges.extend(parameter for quantizer in qat_quantizers(model) for parameter in quantizer.trainable())
-    quantizers = [module for module in model.unet.modules() if isinstance(module, Quantizer)]
+    quantizers = [module for module in model.network.modules() if isinstance(module, Quantizer)]
     others = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
     others |= {id(model.layer(name).weight) for name in model.integers}
-    weights = [parameter for parameter in model.unet.parameters() if id(parameter) not in others]
+    weights = [parameter for parameter in model.network.parameters() if id(parameter) not in others]
     # tied quantizers share theirs
     return TrainableParameters(*(list(dict.fromkeys(group)) for group in (weights, ranges, generators)))
 
 
-def qat_quantizers(model: QuantizedUNet) -> list[TrainableQuantizer | TrainableWeightQuantizer]:
+def qat_quantizers(model: QuantizedNetwork) -> list[TrainableQuantizer | TrainableWeightQuantizer]:
     """Every QAT quantizer, of activations and of weights."""
-    return [m for m in model.unet.modules() if isinstance(m, TrainableQuantizer | TrainableWeightQuantizer)]
+    return [m for m in model.network.modules() if isinstance(m, TrainableQuantizer | TrainableWeightQuantizer)]
 
 
-def clamp_parameters(model: QuantizedUNet) -> None:
+def clamp_parameters(model: QuantizedNetwork) -> None:
     """Keep scales positive and the QAT functions' parameters in their intervals, after every step of an optimiser."""
     for quantizer in model.activation_quantizers().values():
         quantizer.scale_provider.clamp_parameters()
@@ -86,7 +86,7 @@ def clamp_parameters(model: QuantizedUNet) -> None:
         quantizer.clamp_parameters()
 
 
-def penalty(model: QuantizedUNet) -> Tensor:
+def penalty(model: QuantizedNetwork) -> Tensor:
     """Sum over all quantizers of decay * (s qmax)^2, the mean over a quantizer's scales; 0 where no function has a decay."""
     # layers that are one in the original network share their scales, which count once
     owners = {id(next(q.parameters(), q)): q for q in qat_quantizers(model) if q.fn.decay}
@@ -107,7 +107,7 @@ def penalty(model: QuantizedUNet) -> Tensor:
 
 
 @torch.no_grad()
-def finish(model: QuantizedUNet) -> QuantizedUNet:
+def finish(model: QuantizedNetwork) -> QuantizedNetwork:
     """End the training: integers in place of all weights, tables in place of networks of the timestep, no noise.
 
     Returns the same model, ready to sample at its finite set and to be saved.

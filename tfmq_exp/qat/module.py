@@ -18,7 +18,7 @@ from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import Batch, noisy
 from tfmq_exp.qat.model import TrainableParameters, clamp_parameters
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 Norm = Literal["l1", "l2"]
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -72,7 +72,7 @@ def loss(predicted: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *r
 
 
 def predict_noise(
-    model: QuantizedUNet, batch: Batch, conditions: ConditionDropout, alphas_cumprod: Float[Tensor, "timesteps"]
+    model: QuantizedNetwork, batch: Batch, conditions: ConditionDropout, alphas_cumprod: Float[Tensor, "timesteps"]
 ) -> Tensor:
     """The noise predicted in a batch on the model's device; timesteps of no sampling step take the nearest step's scales."""
     x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
@@ -112,7 +112,7 @@ class QuantizationAwareTraining(pl.LightningModule):
 
     def __init__(
         self,
-        model: QuantizedUNet,
+        model: QuantizedNetwork,
         parameters: TrainableParameters,
         penalty: Callable[[], Tensor | float],
         conditions: ConditionDropout,

@@ -32,7 +32,7 @@ from tfmq_exp.reconstruction.context import (
     peak_memory_mib,
 )
 from tfmq_exp.reconstruction.unit_learning import ERROR_SAMPLES
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 UNIT = "network"  # name of the only unit, in reports
 LOSS_POINTS = 1000  # of the loss curve
@@ -42,7 +42,9 @@ LOSS_POINTS = 1000  # of the loss curve
 class TrainingContext:
     """Everything that training takes."""
 
-    model: QuantizedUNet  # its timestep context knows all timesteps of the training, and no quantizer is calibrated yet
+    model: (
+        QuantizedNetwork  # its timestep context knows all timesteps of the training, and no quantizer is calibrated yet
+    )
     images: TrainingSet  # x_0 of the training images
     labels: Sequence[Any]  # of every image, for the encoder; none for unconditional networks
     encoder: ConditionEncoder  # of labels

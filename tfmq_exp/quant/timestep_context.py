@@ -75,7 +75,7 @@ class TimestepContext(nn.Module):
     def _set(self, value: Tensor | None) -> Tensor:
         if value is None:
             raise RuntimeError(
-                "the context is not set: call the model through QuantizedUNet, or use `with context.at(t)`"
+                "the context is not set: call the model through QuantizedNetwork, or use `with context.at(t)`"
             )
         return value
 

@@ -86,7 +86,7 @@ class Capture:
 
     def activations(
         self,
-        unet: nn.Module,
+        network: nn.Module,
         units: Sequence[Unit],
         shared: Mapping[str, Sequence[bool]] | None = None,
         *,
@@ -95,8 +95,8 @@ class Capture:
         """Outputs, and inputs where asked for, of several units in one pass over the set; `shared` by unit, see `shared_inputs`."""
         inputs: dict[str, TensorTree] = {}
         outputs: dict[str, TensorTree] = {}
-        with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
-            for start, t in self.forward(unet):
+        with recorded_calls({unit.name: unit.module(network) for unit in units}) as calls:
+            for start, t in self.forward(network):
                 for name, (*call, output) in calls.items():
                     with within(f"the inputs of {name} in the float network"):
                         if with_inputs:
@@ -112,13 +112,13 @@ class Capture:
         }
 
     def squared_gradients(
-        self, unet: nn.Module, units: Sequence[Unit], generator: torch.Generator
+        self, network: nn.Module, units: Sequence[Unit], generator: torch.Generator
     ) -> dict[str, TensorTree]:
         """(J^T v)^2 at the outputs of units that the denoiser drives, scaled to a mean of 1 for every unit.
 
         J is the Jacobian from there to the predicted noise, v standard normal from the generator.
         """
-        modules = {unit.name: unit.module(unet) for unit in units if unit.driver == "denoiser"}
+        modules = {unit.name: unit.module(network) for unit in units if unit.driver == "denoiser"}
         outputs: dict[str, list[Tensor]] = {}
         stored: dict[str, TensorTree] = {}
         storage = SpillAllocator(self.storage.budget, self.storage.folder)
@@ -133,10 +133,10 @@ class Capture:
         with ExitStack() as hooks, torch.enable_grad():
             for name, module in modules.items():
                 hooks.enter_context(module.register_forward_hook(lambda _m, _a, out, _name=name: hook(_name, out)))
-            for start, _, inputs in self.parts(unet) if modules else ():
+            for start, _, inputs in self.parts(network) if modules else ():
                 sample = inputs[self.data.first_argument]
                 sample.requires_grad_()  # weights are frozen; autograd needs a leaf that requires a gradient
-                predicted = noise_of(unet(**inputs).sample, sample)
+                predicted = noise_of(network(**inputs).sample, sample)
                 v = torch.randn(predicted.shape, generator=generator).to(predicted)
                 every = [x for name in modules for x in outputs[name]]
                 # zeros for an output that nothing reads: of the last block, the words of the text
@@ -172,19 +172,19 @@ def shared_inputs(network: nn.Module, units: Sequence[Unit], data: CalibrationSe
 
 
 def sample_bytes(
-    unet: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool, form: CacheFormat
+    network: nn.Module, units: Sequence[Unit], data: CalibrationSet, *, with_inputs: bool, form: CacheFormat
 ) -> dict[str, int]:
     """Cached bytes of each unit's outputs in the float network for the first sample, with those of its inputs if asked for.
 
     Args:
-        unet: the float network.
+        network: the float network.
         units: that it runs.
         data: of which the first sample is taken.
         with_inputs: count them, too.
         form: in which activations are cached.
     """
-    with recorded_calls({unit.name: unit.module(unet) for unit in units}) as calls:
-        list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(unet))
+    with recorded_calls({unit.name: unit.module(network) for unit in units}) as calls:
+        list(Capture(data[slice(0, 1)], 1, SpillAllocator(0)).forward(network))
     found = {name: encode(call if with_inputs else call[-1], form) for name, call in calls.items()}
     return {name: TensorTree(tree).nbytes for name, tree in found.items()}
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from tfmq_exp.calibration.dataset import CalibrationSet
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
-from tfmq_exp.denoisers.structure import UNetStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.reconstruction.activation_cache import CPU, SpillAllocator
 from tfmq_exp.reconstruction.blocks.stored_weights import StoredWeights
 from tfmq_exp.reconstruction.cache_format import CacheFormat
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class ComputeConfig:
 class ReconstructionContext:
     """Everything that a phase of a method takes."""
 
-    model: QuantizedUNet  # the network that is being quantized
-    float_unet: nn.Module  # the network whose outputs it learns to return
-    structure: UNetStructure  # layers and blocks of both
+    model: QuantizedNetwork  # the network that is being quantized
+    float_network: nn.Module  # the network whose outputs it learns to return
+    structure: NetworkStructure  # layers and blocks of both
     data: CalibrationSet  # calibration samples
     compute: ComputeConfig  # resources
     seed: int  # of all random numbers

@@ -47,9 +47,9 @@ def reconstruct(context: ReconstructionContext, units: Sequence[Unit], config: R
     replays = config.cache == "float32" and not len(context.data.extremes())
     replay = OutputReplay(compute.cache_bytes // 4 if replays else 0)
     driven = [unit for unit in remaining if unit.driver == "denoiser"]
-    shared = shared_inputs(context.float_unet, driven, context.data) if driven else {}
+    shared = shared_inputs(context.float_network, driven, context.data) if driven else {}
     for unit, activations in capture_float_units(context, remaining, config, shared):
-        start, module = time.perf_counter(), unit.module(model.unet)
+        start, module = time.perf_counter(), unit.module(model.network)
         inputs: dict[Origin, Any] = dict.fromkeys(config.inputs.origins, activations.inputs.get("float"))
         if captured := unit.driver == "denoiser" and "quantized" in inputs:
             with replay.active(compute.batch), within(f"the inputs of {unit.name} in the quantized network"):
@@ -87,23 +87,25 @@ def capture_float_units(
     shared: Mapping[str, Sequence[bool]] | None = None,
 ) -> Iterator[tuple[Unit, UnitActivations]]:
     """Each unit with its activations in the float network; one pass captures as many units as fit into half of the cache."""
-    unet, data, compute = context.float_unet, context.data, context.compute
+    network, data, compute = context.float_network, context.data, context.compute
     with_inputs = "float" in config.inputs.origins
     capture = Capture(data, compute.batch, compute.storage(2, config.cache, of_device=0.5))
     driven = {unit.name: unit for unit in units if unit.driver == "denoiser"}
-    sizes = sample_bytes(unet, [*driven.values()], data, with_inputs=with_inputs, form=config.cache)
+    sizes = sample_bytes(network, [*driven.values()], data, with_inputs=with_inputs, form=config.cache)
     groups = groups_within({name: sizes[name] * len(data) for name in driven}, capture.storage.capacity)
     activations: dict[str, UnitActivations] = {}
     for unit in units:
         if unit.driver == "timesteps":
-            inputs, rows = temporal_inputs(unet, data, context.model.context), compute.storage(4, of_device=0.5)
-            outputs = run_unit(unit.module(unet), context.model.context, inputs, max(compute.batch, len(inputs)), rows)
+            inputs, rows = temporal_inputs(network, data, context.model.context), compute.storage(4, of_device=0.5)
+            outputs = run_unit(
+                unit.module(network), context.model.context, inputs, max(compute.batch, len(inputs)), rows
+            )
             yield unit, UnitActivations({"float": inputs}, outputs)
             continue
         if unit.name not in activations:
             capture.storage.clear()
             group = [driven[name] for names in groups if unit.name in names for name in names]
-            activations = capture.activations(unet, group, shared, with_inputs=with_inputs)
-            for name, importance in config.objective.importance(unet, group, capture).items():
+            activations = capture.activations(network, group, shared, with_inputs=with_inputs)
+            for name, importance in config.objective.importance(network, group, capture).items():
                 activations[name] = activations[name]._replace(importance=importance)
         yield unit, activations.pop(unit.name)

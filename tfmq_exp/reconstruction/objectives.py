@@ -23,7 +23,7 @@ class Objective:
     p: float = 2.0
     needs_network: ClassVar[bool] = False  # all of it at once, for the importance of outputs
 
-    def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
+    def importance(self, network: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
         """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
         return {}
 
@@ -66,8 +66,8 @@ class Fisher(Objective):
     def __post_init__(self) -> None:
         check_fields(self, seed=SEED)
 
-    def importance(self, unet: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
-        return capture.squared_gradients(unet, units, torch.Generator().manual_seed(self.seed))
+    def importance(self, network: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
+        return capture.squared_gradients(network, units, torch.Generator().manual_seed(self.seed))
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from tfmq_exp.reconstruction.module import BlockReconstruction, ReconstructionCo
 from tfmq_exp.reconstruction.output_replay import OutputReplay
 from tfmq_exp.reconstruction.random_batches import RandomRows
 from tfmq_exp.reconstruction.units import Unit
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 ERROR_SAMPLES = 128  # a unit's error is measured on every k-th sample: so many, or up to twice as many
 
 
-def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> dict[str, AffineQuantizer]:
+def quantizers_of(model: QuantizedNetwork, unit: Unit, config: ReconstructionConfig) -> dict[str, AffineQuantizer]:
     """Activation quantizers of a unit that the config learns."""
     found = model.activation_quantizers_in(unit.name, unit.layers) if config.scales else {}
     return {
@@ -35,13 +35,13 @@ def quantizers_of(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig
     }
 
 
-def is_learnable(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> bool:
+def is_learnable(model: QuantizedNetwork, unit: Unit, config: ReconstructionConfig) -> bool:
     """Whether a unit has weights or scales that the config learns."""
     weights = set(unit.layers).intersection(model.weight_layers()) if config.rounds else set()
     return bool(weights or quantizers_of(model, unit, config))
 
 
-def unit_result(model: QuantizedUNet, unit: Unit, config: ReconstructionConfig) -> UnitResult:
+def unit_result(model: QuantizedNetwork, unit: Unit, config: ReconstructionConfig) -> UnitResult:
     """Learned integer weights and activation quantizers of a unit, for its checkpoint."""
     activations = {
         f"{name}.{key}": value.detach().clone()
@@ -56,7 +56,7 @@ def round_unit(
     context: ReconstructionContext, unit: Unit, activations: UnitActivations, config: ReconstructionConfig
 ) -> float:
     """Round a unit's weights in closed form, learn them, or both, and freeze them; the error with weights rounded to nearest."""
-    model, module = context.model, unit.module(context.model.unet)
+    model, module = context.model, unit.module(context.model.network)
     rounded = modes(model.weight_quantizers(unit.layers) if config.rounds else (), Mode.QUANTIZE)
     with rounded, within(f"the quantized unit {unit.name}"):
         error_before = unit_error(context, unit, activations)
@@ -78,7 +78,7 @@ def learn_unit(
 ) -> None:
     """Learn one unit of the quantized network, whose earlier units are learned; its weights end rounded up or down."""
     model, seed, processes = context.model, derive_seed(context.seed, unit.name), context.compute.processes
-    module, device = unit.module(model.unet), device_of(model)
+    module, device = unit.module(model.network), device_of(model)
     importance = activations.importance.whole if activations.importance else None
     captured = {origin: tree.whole for origin, tree in activations.inputs.items()}
     samples = TensorTree({"inputs": captured, "targets": activations.outputs.whole, "importance": importance})
@@ -134,7 +134,7 @@ def unit_error(
 
     With `replay`, the unit runs on all samples, and its outputs are kept there, if it can hold them.
     """
-    model, compute, module = context.model, context.compute, unit.module(context.model.unet)
+    model, compute, module = context.model, context.compute, unit.module(context.model.network)
     inputs, exact = next(iter(activations.inputs.values())), activations.outputs
     if replay and replay.holds(exact):
         outputs = run_unit(module, model.context, inputs, compute.batch, compute.storage(4))

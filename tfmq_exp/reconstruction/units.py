@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.validate import SHARE, check_fields
-from tfmq_exp.denoisers.structure import TEMPORAL_INFORMATION, Kind, UNetStructure
+from tfmq_exp.denoisers.structure import TEMPORAL_INFORMATION, Kind, NetworkStructure
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock
 from tfmq_exp.quant.quantizers import Quantizer
 
@@ -32,14 +32,14 @@ class Unit:
 
 
 # (structure, names of learnable layers) -> units whose layers are disjoint, each with something to learn
-Partition = Callable[[UNetStructure, frozenset[str]], list[Unit]]
+Partition = Callable[[NetworkStructure, frozenset[str]], list[Unit]]
 
 
 @dataclass(frozen=True)
 class Blockwise:
     """Every block with all its layers, in execution order (BRECQ): an embedding projection is learned inside its block."""
 
-    def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
+    def __call__(self, structure: NetworkStructure, learnable: frozenset[str]) -> list[Unit]:
         parts = [(block, tuple(layer for layer in block.layers if layer in learnable)) for block in structure.blocks]
         return [
             Unit(block.name, block.kind, layers, "denoiser", methodcaller("get_submodule", block.name))
@@ -52,7 +52,7 @@ class Blockwise:
 class TemporalFrozen:
     """Blocks without their temporal layers, which no unit learns: "Freeze" of TFMQ-DM's table 1."""
 
-    def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
+    def __call__(self, structure: NetworkStructure, learnable: frozenset[str]) -> list[Unit]:
         rest = frozenset(layer for layer in learnable if structure.layers[layer].role not in TEMPORAL_INFORMATION)
         return Blockwise()(structure, rest)
 
@@ -66,7 +66,7 @@ class TemporalAware:
     touching their embedding projections. All features count alike, whatever a block does with them.
     """
 
-    def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
+    def __call__(self, structure: NetworkStructure, learnable: frozenset[str]) -> list[Unit]:
         temporal = tuple(layer for layer in structure.temporal_layers if layer in learnable)
         block = partial(TemporalInformationBlock, structure=structure)
         first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", block)
@@ -80,7 +80,7 @@ class SingleUnit:
     partition: Partition  # cuts the network into units
     unit: str | None = None  # name of the one; None: the one with the most layers, the first of them
 
-    def __call__(self, structure: UNetStructure, learnable: frozenset[str]) -> list[Unit]:
+    def __call__(self, structure: NetworkStructure, learnable: frozenset[str]) -> list[Unit]:
         """The unit by itself; ValueError where there is none of that name."""
         units = self.partition(structure, learnable)
         if self.unit is None:

@@ -67,9 +67,9 @@ class Sampling:
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError for a network that this cannot sample: see `conditions`, and `check_timesteps`."""
         self.conditions(denoiser, 0, Stream.IMAGES, [0])
-        check_timesteps(denoiser.unet, self.finite_set(denoiser))
+        check_timesteps(denoiser.network, self.finite_set(denoiser))
 
-    def predictor(self, unet: Callable[..., Any]) -> Predict:
+    def predictor(self, network: Callable[..., Any]) -> Predict:
         """A UNet as a function (x, t, conditions) -> noise, after guidance (eq. 6): e_null + s (e_given - e_null)."""
         scale = self.guidance
 
@@ -81,7 +81,7 @@ class Sampling:
                 x, t = torch.cat([x, x]), torch.cat([t, t])
             with products_in(self.precision, x.device):
                 arguments = nested({**given, **conditions.constants})
-                eps = noise_of(unet(x, timestep=t, **arguments).sample, x).to(x.dtype)
+                eps = noise_of(network(x, timestep=t, **arguments).sample, x).to(x.dtype)
             if self.guided:
                 without, with_condition = eps.chunk(2)
                 guided = without + scale * (with_condition - without)

@@ -1,1 +1,1 @@
-"""Conversion of a float UNet to a quantized one, and of that to a file of integers."""
+"""Conversion of a float network to a quantized one, and of that to a file of integers."""

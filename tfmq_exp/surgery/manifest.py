@@ -23,7 +23,7 @@ from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
 
 NETWORKS: dict[str, Any] = {family.network: getattr(diffusers, family.network) for family in FAMILIES}
@@ -37,7 +37,7 @@ FREQUENCIES = {
 }  # of sinusoids: those of the original DiT, which no configuration of diffusers says
 
 
-def stored_integers(model: QuantizedUNet) -> dict[str, QuantizedWeight]:
+def stored_integers(model: QuantizedNetwork) -> dict[str, QuantizedWeight]:
     """All integer tensors by their names in the file: weights part by part, and cached temporal features."""
     weights = {f"weights/{layer}/{i}": part for layer, parts in model.integers.items() for i, part in enumerate(parts)}
     return weights | {f"cached/{layer}": integers for layer, integers in model.cached.items()}
@@ -48,24 +48,24 @@ def inside(zero_point: Tensor, spec: QuantSpec) -> bool:
     return bool(((zero_point >= spec.qmin) & (zero_point <= spec.qmax)).all())
 
 
-def described(model: QuantizedUNet) -> dict[str, Any]:
+def described(model: QuantizedNetwork) -> dict[str, Any]:
     """The manifest of a model, without its recipe."""
-    known = inspect.signature(type(model.unet).__init__).parameters
+    known = inspect.signature(type(model.network).__init__).parameters
     integers = stored_integers(model)
     outside = [name for name, part in integers.items() if not inside(part.qparams.zero_point, part.spec)]
     manifest = {
-        "network": type(model.unet).__name__,
-        "config": {k: v for k, v in dict(model.unet.config).items() if k in known},
+        "network": type(model.network).__name__,
+        "config": {k: v for k, v in dict(model.network.config).items() if k in known},
         "plan": encode(model.plan, STORED),
         "shapes": {name: list(part.codes.shape) for name, part in integers.items()},
         "cached": {layer: dataclasses.asdict(integers.spec) for layer, integers in model.cached.items()},
-        "unneeded": [name for name, module in model.unet.named_modules() if isinstance(module, Unneeded)],
+        "unneeded": [name for name, module in model.network.named_modules() if isinstance(module, Unneeded)],
         # not always what the configuration says: the original networks have one number of heads at every width
-        "heads": {name: module.heads for name, module in attentions(model.unet).items()},
+        "heads": {name: module.heads for name, module in attentions(model.network).items()},
     }
     # ranges that do not contain zero, as in releases: no engine can execute them, so others may not have them unsaid
     manifest |= {"outside": outside} if outside else {}
-    return json.loads(json.dumps(manifest | (FREQUENCIES if has_original_frequencies(model.unet) else {})))
+    return json.loads(json.dumps(manifest | (FREQUENCIES if has_original_frequencies(model.network) else {})))
 
 
 def check_entries(manifest: Any) -> None:
@@ -123,13 +123,13 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
         raise ValueError(f"config.{min(unknown)} is unknown")
     available = WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values())
     if kind in UNETS:
-        unet: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
-        unet.to_empty(device="cpu")
+        network: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
+        network.to_empty(device="cpu")
     else:
-        unet = empty_transformer(kind, config, available)
+        network = empty_transformer(kind, config, available)
         if kind is diffusers.DiTTransformer2DModel and "frequencies" in manifest:
-            original_frequencies(unet)
-    modules = attentions(unet)
+            original_frequencies(network)
+    modules = attentions(network)
     if manifest["heads"].keys() != modules.keys():
         raise ValueError("its numbers of heads are not those of its attentions")
     for name, attention in modules.items():
@@ -137,7 +137,7 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
         if type(heads) is not int or heads < 1 or attention.inner_dim % heads:
             raise ValueError(f"heads of {name!r} must divide {attention.inner_dim}, got {heads!r}")
         set_heads(attention, heads)
-    return unet
+    return network
 
 
 def check_plan(plan: ResolvedConfig, numbers: int) -> None:
@@ -160,15 +160,15 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
                 raise ValueError(f"a network of statistics with layers of {widths[1:]} is not in the file")
 
 
-def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedUNet:
+def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
     """The model that a manifest describes, all its numbers still to be filled in; any error where there is none.
 
     Stored temporal features stand in the place of the layers that compute them, which are no others.
     """
     plan = decode(manifest["plan"], ResolvedConfig, STORED, "plan")
     check_plan(plan, sum(value.numel() for value in tensors.values()))
-    unet = empty_unet(manifest, tensors)
-    model, known = build_quantized_unet(unet, plan, MinMax()), family_of(unet).roles(unet)
+    network = empty_unet(manifest, tensors)
+    model, known = build_quantized_network(network, plan, MinMax()), family_of(network).roles(network)
     for name in model.weight_layers():
         parts = model.layer(name).weight_parts()
         model.freeze(name, tuple(empty_integers(q.spec, tuple(part.shape), name) for q, part in parts))
@@ -176,7 +176,7 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
         if known.get(layer) not in TEMPORAL_ROLES:
             raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
         rows, columns = manifest["shapes"][f"cached/{layer}"]
-        expected = model.context.num_steps * model.unet.get_submodule(layer).out_features
+        expected = model.context.num_steps * model.network.get_submodule(layer).out_features
         if rows < 1 or rows % model.context.num_steps or rows * columns != expected:
             raise ValueError(
                 f"the table of {layer!r} must have {expected} numbers in rows of steps, got {rows} x {columns}"

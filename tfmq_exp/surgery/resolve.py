@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 from tfmq_exp.core.validate import COUNT, Checked, optional
-from tfmq_exp.denoisers.structure import LayerInfo, Role, UNetStructure
+from tfmq_exp.denoisers.structure import LayerInfo, NetworkStructure, Role
 from tfmq_exp.quant.qat_functions import Duq, Lsq, QATQuantizeFn, Qil
 from tfmq_exp.quant.qat_quantizers import Offset, TrainableQuantizer
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
@@ -86,7 +86,7 @@ STORED = (ResolvedConfig, LayerConfig, ActivationConfig, QuantSpec, *STORED_SCAL
 
 def resolve(
     config: QuantizationConfig,
-    structure: UNetStructure,
+    structure: NetworkStructure,
     attentions: tuple[str, ...],
     scales: ScalePlan,
     timesteps: tuple[Timestep, ...],
@@ -144,7 +144,7 @@ def resolve(
     return ResolvedConfig(table, operands, timesteps, config.outside_timesteps, tied, trained)
 
 
-def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> tuple[tuple[str, ...], ...]:
+def tied_layers(structure: NetworkStructure, table: Mapping[str, LayerConfig]) -> tuple[tuple[str, ...], ...]:
     """Layers whose input quantizers learn together: q, k and v of every attention."""
     if structure.by_role(Role.FEED_FORWARD):
         raise ValueError("tie_qkv is for networks without transformer blocks, whose q, k and v have one input")
@@ -155,7 +155,7 @@ def tied_layers(structure: UNetStructure, table: Mapping[str, LayerConfig]) -> t
     return tuple(tuple(names) for names in groups.values())
 
 
-def coverage(table: ResolvedConfig, structure: UNetStructure) -> Mapping[str, Any]:
+def coverage(table: ResolvedConfig, structure: NetworkStructure) -> Mapping[str, Any]:
     """Quantized part of the network: shares of weights and of MACs, and the layers that stay float."""
     everything = structure.layers.values()
     lines = [(structure.layers[name], line) for name, line in table.layers.items()]

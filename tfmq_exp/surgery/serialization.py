@@ -22,7 +22,7 @@ from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.surgery.manifest import check_entries, described, difference, inside, rebuilt, stored_integers
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 FORMAT, VERSION = "tfmq_exp.quantized_unet", 5
 
@@ -36,7 +36,7 @@ class StoredPart(NamedTuple):
     value: Tensor
 
 
-def stored_parts(model: QuantizedUNet) -> Iterator[StoredPart]:
+def stored_parts(model: QuantizedNetwork) -> Iterator[StoredPart]:
     """All tensors of the file: integers, scales of activations, and what stayed float. The weights of integers are not in it."""
     for name, (codes, (scale, zero_point), spec) in stored_integers(model).items():
         yield StoredPart(f"{name}/codes", "codes", spec, codes)
@@ -51,7 +51,7 @@ def stored_parts(model: QuantizedUNet) -> Iterator[StoredPart]:
             yield StoredPart(f"activations/{name}/{part}", kind, quantizer.spec, value)
     elsewhere = (*(f"{name}." for name in quantizers), *(f"{name}.integers." for name in frozen))
     weights = {f"{name}.weight" for name in frozen}
-    for name, value in model.unet.state_dict().items():
+    for name, value in model.network.state_dict().items():
         if name not in weights and not name.startswith(elsewhere):
             yield StoredPart(f"float/{name}", "float", None, value)
 
@@ -93,7 +93,7 @@ def from_stored(part: StoredPart, value: Tensor, outside: Sequence[str]) -> Tens
 
 
 @torch.no_grad()
-def fill(model: QuantizedUNet, tensors: Mapping[str, Tensor], outside: Sequence[str]) -> None:
+def fill(model: QuantizedNetwork, tensors: Mapping[str, Tensor], outside: Sequence[str]) -> None:
     """Give a model its stored numbers, each of which is used exactly once; ValueError for one that is missing or left over."""
     left = dict(tensors)
     for part in stored_parts(model):
@@ -108,7 +108,7 @@ def fill(model: QuantizedUNet, tensors: Mapping[str, Tensor], outside: Sequence[
         model.cache_feature(name, integers)
 
 
-def save(model: QuantizedUNet, path: Path, recipe: Recipe | None = None) -> int:
+def save(model: QuantizedNetwork, path: Path, recipe: Recipe | None = None) -> int:
     """Write the artefact, with how the model is sampled for `load_recipe`; returns its size in bytes.
 
     Raises:
@@ -162,7 +162,7 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be loaded: {' '.join(reason.split())[:600]}") from error
 
 
-def load_with_recipe(path: Path) -> tuple[QuantizedUNet, Recipe | None]:
+def load_with_recipe(path: Path) -> tuple[QuantizedNetwork, Recipe | None]:
     """Build the model from the file alone, ready to be called at `model.context.timesteps`, and how it is sampled.
 
     Raises:
@@ -179,7 +179,7 @@ def load_with_recipe(path: Path) -> tuple[QuantizedUNet, Recipe | None]:
         return model, recipe
 
 
-def load(path: Path) -> QuantizedUNet:
+def load(path: Path) -> QuantizedNetwork:
     """The model of a file alone; errors are those of `load_with_recipe`."""
     return load_with_recipe(path)[0]
 

@@ -19,7 +19,7 @@ FOUR = Sampling(DDIM(4))
 
 def test_collection_calls_the_denoiser_once_per_step(denoiser: Denoiser) -> None:
     calls: list[int] = []
-    handle = denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
+    handle = denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     seen: list[int] = []
     data = collect(denoiser, FOUR, images=5, seed=3, batch=2, each_step=seen.append)
     handle.remove()
@@ -35,7 +35,7 @@ def test_collected_inputs_are_the_trajectory(denoiser: Denoiser) -> None:
     for indices in (range(2), range(2, 4), range(4, 5)):
         generators = image_generators(3, Stream.CALIBRATION, indices)
         x = initial_noise(generators, SHAPE, CPU)
-        for step in trajectory(predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators, NONE):
+        for step in trajectory(predictor(denoiser.network), DDIM(4), SCHEDULE, x, generators, NONE):
             rows = (data.step == step.index) & torch.isin(data.image, torch.tensor(indices))
             assert torch.equal(data.x[rows], step.x)
             assert set(data.t[rows].tolist()) == {step.t}

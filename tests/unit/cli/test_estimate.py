@@ -142,7 +142,7 @@ def test_missing_stages_are_estimated(tmp_path: Path, method: str) -> None:
     kept = {("qdrop", "activations"), ("lsq_tdq", "activations")}  # learned with the weights
     assert all(stage.seconds > 0 for stage in found.stages if (method, stage.name) not in kept)
     assert all(found.memory(stage) > found.process for stage in found.stages)
-    assert all(not parameter.requires_grad for parameter in experiment.run.denoiser.unet.parameters())
+    assert all(not parameter.requires_grad for parameter in experiment.run.denoiser.network.parameters())
 
 
 def test_finished_stages_and_images_are_not_estimated(tmp_path: Path) -> None:

@@ -196,11 +196,11 @@ def write(path: Path, content: bytes) -> Path:
 
 def test_weights_of_digits_in_any_format(tmp_path: Path) -> None:
     shipped = load_digits()
-    state = shipped.unet.state_dict()
+    state = shipped.network.state_dict()
     torch.save({"state_dict": state}, tmp_path / "a.safetensors")
     save_file(state, tmp_path / "a.ckpt")
     for name in ("a.safetensors", "a.ckpt"):
-        read = load_digits(str(tmp_path / name)).unet.state_dict()
+        read = load_digits(str(tmp_path / name)).network.state_dict()
         assert all(torch.equal(read[key], value) for key, value in state.items())
     (tmp_path / "a.json").write_text(json.dumps({"a": 1}))
     with pytest.raises(ValueError, match="is JSON"):

@@ -75,8 +75,8 @@ def test_the_scale_of_latents(scale: Any) -> None:
         LatentDecoder(nn.Identity(), scale)  # type: ignore[arg-type]
 
 
-def denoiser(unet: nn.Module, **parts: Any) -> Denoiser:
-    return Denoiser("tiny", unet, (3, 8, 8), SCHEDULE, "0" * 64, **parts)
+def denoiser(network: nn.Module, **parts: Any) -> Denoiser:
+    return Denoiser("tiny", network, (3, 8, 8), SCHEDULE, "0" * 64, **parts)
 
 
 @pytest.mark.parametrize("value", WRONG)
@@ -167,11 +167,11 @@ def test_a_range_is_not_taken_of_it(observer: Observer, scheme: Any, value: floa
     assert all(torch.equal(source.state_dict()[name], old) for name, old in before.items())
 
 
-def test_calibration_names_layer_and_timestep(unet: nn.Module) -> None:
-    model = quantizable(unet)
+def test_calibration_names_layer_and_timestep(network: nn.Module) -> None:
+    model = quantizable(network)
     name = model.weight_layers()[len(model.weight_layers()) // 2]
-    data = example_inputs(unet, 2 * model.context.timesteps)
-    layer = model.unet.get_submodule(name)
+    data = example_inputs(network, 2 * model.context.timesteps)
+    layer = model.network.get_submodule(name)
 
     def spoil(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         x = args[0].clone()

@@ -21,6 +21,6 @@ def test_other_messages_are_shown(name: str, caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.slow
 def test_networks_are_imported_silently() -> None:
-    code = "import tfmq_exp.denoisers.digits, tfmq_exp.surgery.quantized_unet"
+    code = "import tfmq_exp.denoisers.digits, tfmq_exp.surgery.quantized_network"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert (said.stdout, said.stderr) == ("", "")

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(not available(), reason="this build of torch has
 
 
 @pytest.fixture(scope="module")
-def unet() -> nn.Module:
+def network() -> nn.Module:
     return one_level_unet()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_agrees_without_exception(unet: nn.Module, case: str) -> None:
+def test_every_layer_agrees_without_exception(network: nn.Module, case: str) -> None:
     """Rows at different steps; no number is at another code, since codes are made by the same operations."""
-    model = model_of(unet, **CASES[case])
+    model = model_of(network, **CASES[case])
     if model.switches():
         model.use_bits([4, 8, 6, 4])
     given = inputs(501, 1, 501)
@@ -35,8 +35,8 @@ def test_every_layer_agrees_without_exception(unet: nn.Module, case: str) -> Non
             assert (found - expected).abs().max() < 5e-6 * expected.abs().max(), layer.name
 
 
-def test_the_simulation_is_left_as_it_was(unet: nn.Module) -> None:
-    model = model_of(unet, scales="all")
+def test_the_simulation_is_left_as_it_was(network: nn.Module) -> None:
+    model = model_of(network, scales="all")
     given = inputs(501, 1)
     with torch.no_grad():
         before = model(**given).sample

@@ -20,7 +20,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 
@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def unet() -> nn.Module:
+def network() -> nn.Module:
     return one_level_unet()
 
 
@@ -62,7 +62,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model() -> QuantizedUNet:
+def model() -> QuantizedNetwork:
     return model_of(small_unet(), scales="all")
 
 
@@ -72,11 +72,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(model: QuantizedUNet, folder: Path) -> ConvertedModel:
+def found(model: QuantizedNetwork, folder: Path) -> ConvertedModel:
     return export(model, inputs(501), folder, split_int8_weights=pairs_saturate(), threads=1)
 
 
-def check_agreement(model: QuantizedUNet, given: Mapping[str, torch.Tensor]) -> None:
+def check_agreement(model: QuantizedNetwork, given: Mapping[str, torch.Tensor]) -> None:
     """Differences beyond 1e-5 of the largest output only where a number lies at a tie between two codes."""
     rows = compare_layers(
         model,
@@ -92,15 +92,15 @@ def check_agreement(model: QuantizedUNet, given: Mapping[str, torch.Tensor]) -> 
     assert max(row.error for row in rows) < 0.03
 
 
-def test_tables_for_all_layers(found: ConvertedModel, model: QuantizedUNet, folder: Path) -> None:
+def test_tables_for_all_layers(found: ConvertedModel, model: QuantizedNetwork, folder: Path) -> None:
     check_agreement(model, inputs(501))
     assert set(found.products) == set(model.plan.layers)
     assert {row["executed"] for row in manifest_of(folder)["layers"]} == {"int8"}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_agrees_with_its_simulation(tmp_path: Path, unet: nn.Module, case: str) -> None:
-    model = model_of(unet, **CASES[case])
+def test_every_layer_agrees_with_its_simulation(tmp_path: Path, network: nn.Module, case: str) -> None:
+    model = model_of(network, **CASES[case])
     if model.switches():
         model.use_bits([4, 8, 6, 4])
     given = inputs(501, 501)
@@ -113,7 +113,7 @@ def test_every_layer_agrees_with_its_simulation(tmp_path: Path, unet: nn.Module,
 
 
 def test_the_whole_model_alone_in_another_process(
-    tmp_path: Path, model: QuantizedUNet, found: ConvertedModel, folder: Path
+    tmp_path: Path, model: QuantizedNetwork, found: ConvertedModel, folder: Path
 ) -> None:
     """With numpy and openvino and nothing of ours but the runtime; another batch than the exported one, and an odd rest."""
     given = inputs(501, 501, 501)
@@ -135,7 +135,7 @@ assert not {{"torch", "tfmq_exp", "diffusers"}} & sys.modules.keys()
     assert relative(torch.from_numpy(np.load(tmp_path / "y.npy")), expected) < 1e-3
 
 
-def test_rows_at_several_steps(model: QuantizedUNet, found: ConvertedModel, folder: Path) -> None:
+def test_rows_at_several_steps(model: QuantizedNetwork, found: ConvertedModel, folder: Path) -> None:
     mixed = inputs(751, 1, 751)
     opened: Any = OpenVINO(1, "f32", None).open(model, folder, batch=2)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def relative(x: torch.Tensor, expected: torch.Tensor) -> float:
     return float((x - expected).square().mean() / expected.square().mean())
 
 
-def test_bytes_on_the_disk(model: QuantizedUNet, found: ConvertedModel, folder: Path) -> None:
+def test_bytes_on_the_disk(model: QuantizedNetwork, found: ConvertedModel, folder: Path) -> None:
     stored = manifest_of(folder)["bytes"]
     weights = sum(model.layer(name).weight.numel() for name in model.plan.layers)
     channels = sum(len(model.layer(name).weight) for name in model.plan.layers)
@@ -171,8 +171,8 @@ def test_conditional_networks_and_stored_features(tmp_path: Path, tiny_condition
     assert relative(opened(**given).sample, expected) < 2e-3
 
 
-def test_eight_bits_with_a_zero_point_need_another_channel(tmp_path: Path, unet: nn.Module) -> None:
-    model = asymmetric(unet)
+def test_eight_bits_with_a_zero_point_need_another_channel(tmp_path: Path, network: nn.Module) -> None:
+    model = asymmetric(network)
     given = inputs(501)
     export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
     rows = {row["layer"]: row for row in json.loads((tmp_path / "deployed.json").read_text())["layers"]}
@@ -182,11 +182,11 @@ def test_eight_bits_with_a_zero_point_need_another_channel(tmp_path: Path, unet:
     assert not [row for row in seen if row.unexplained]
 
 
-def asymmetric(unet: nn.Module) -> QuantizedUNet:
+def asymmetric(network: nn.Module) -> QuantizedNetwork:
     """Eight-bit affine weights, as some releases have them."""
-    plan = quantizable(unet, weight=8, scales="all").plan
+    plan = quantizable(network, weight=8, scales="all").plan
     layers = {name: replace(line, weight=QuantSpec(8, "affine", axis=0)) for name, line in plan.layers.items()}
-    return calibrated(build_quantized_unet(unet, replace(plan, layers=layers), MinMax()))
+    return calibrated(build_quantized_network(network, replace(plan, layers=layers), MinMax()))
 
 
 def test_a_layer_in_floating_point_is_an_error_that_names_it() -> None:
@@ -202,14 +202,14 @@ def test_a_layer_in_floating_point_is_an_error_that_names_it() -> None:
         check_integer(graph, {name: [f"{name}/product0"] for name in "acde"})
 
 
-def test_an_input_that_is_in_no_record_is_not_left_float(unet: nn.Module) -> None:
-    model = model_of(unet, activation=[4, 8], scales=ScalePlan(DYNAMIC, DYNAMIC))
+def test_an_input_that_is_in_no_record_is_not_left_float(network: nn.Module) -> None:
+    model = model_of(network, activation=[4, 8], scales=ScalePlan(DYNAMIC, DYNAMIC))
     with pytest.raises(ValueError, match="'conv_in' cannot be converted: bits are chosen by sampling step"):
         convert(model, inputs(501))
 
 
-def test_ties_are_rare_and_found(unet: nn.Module) -> None:
-    model = model_of(unet, scales="none")
+def test_ties_are_rare_and_found(network: nn.Module) -> None:
+    model = model_of(network, scales="none")
     grid, step = activation_scale(model.layer("conv_in").input_quantizer, 4), torch.tensor([0])
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert at_tie(grid, x, step).float().mean() < 2e-3

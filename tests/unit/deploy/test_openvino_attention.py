@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
 from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.surgery.config import AttentionBits
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 
@@ -46,7 +46,7 @@ def noise_of(found: Tensor, expected: Tensor) -> float:
     return float((found - expected.abs()).square().mean()) / (step**2 / 12)
 
 
-def exported(model: QuantizedUNet, folder: Path) -> list[dict[str, Any]]:
+def exported(model: QuantizedNetwork, folder: Path) -> list[dict[str, Any]]:
     export(model, inputs(501), folder, split_int8_weights=pairs_saturate(), bf16_attention=True, threads=1)
     return json.loads((folder / "deployed.json").read_text())["attention"]
 
@@ -57,12 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model() -> QuantizedUNet:
+def model() -> QuantizedNetwork:
     return model_of(small_unet(), scales="all")
 
 
 @pytest.fixture(scope="module")
-def rows(model: QuantizedUNet, folder: Path) -> list[dict[str, Any]]:
+def rows(model: QuantizedNetwork, folder: Path) -> list[dict[str, Any]]:
     return exported(model, folder)
 
 
@@ -113,8 +113,8 @@ def test_scores_are_kept_in_float32_where_that_is_needed() -> None:
     assert whys == [["", "", loud, few], [slow, slow, loud, few]]
 
 
-def test_every_attention_with_its_noise_is_in_the_manifest(model: QuantizedUNet, rows: list[dict[str, Any]]) -> None:
-    assert {row["attention"] for row in rows} == set(attentions(model.unet))
+def test_every_attention_with_its_noise_is_in_the_manifest(model: QuantizedNetwork, rows: list[dict[str, Any]]) -> None:
+    assert {row["attention"] for row in rows} == set(attentions(model.network))
     assert all(0 < row["noise"] < 1 for row in rows)
     assert {(row["executed"], row["scores"]) for row in rows} == {("float", None)}  # they are small
 
@@ -136,7 +136,7 @@ def test_an_opened_model_computes_the_allowed_ones_in_bf16(half_chosen: Path, ro
     assert opened.bf16 == {row["attention"]: "f32" for row in rows[::2]}
     assert plain.bf16 == {}
     x = inputs(501)["sample"].numpy()
-    y, expected = (torch.from_numpy(unet(x, 501)).double() for unet in (opened, plain))
+    y, expected = (torch.from_numpy(network(x, 501)).double() for network in (opened, plain))
     assert (y - expected).square().mean() < 1e-3 * expected.square().mean()
 
 

@@ -23,7 +23,7 @@ from tfmq_exp.deploy.torchao.engine import TorchAO
 from tfmq_exp.deploy.torchao.products import FORMATS, Int8Product, fp8_product, int4_product, safe_int_mm
 from tfmq_exp.deploy.weight_tables import per_row, signed_weight
 from tfmq_exp.quant.layers import QuantizedWeight
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 CPU = torch.device("cpu")
 GPU = pytest.param(torch.device("cuda"), marks=[
@@ -37,18 +37,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def unet() -> nn.Module:
+def network() -> nn.Module:
     return one_level_unet()
 
 
 @pytest.fixture(scope="module")
-def models(unet: nn.Module) -> Mapping[str, QuantizedUNet]:
-    made = {case: model_of(unet, **choices) for case, choices in CASES.items()}
+def models(network: nn.Module) -> Mapping[str, QuantizedNetwork]:
+    made = {case: model_of(network, **choices) for case, choices in CASES.items()}
     made["bits chosen by step"].use_bits([4, 8, 6, 4])
     return made
 
 
-def layers(model: QuantizedUNet, dtype: str, device: torch.device) -> list[tuple[DeployedLayer, Tensor, Tensor]]:
+def layers(model: QuantizedNetwork, dtype: str, device: torch.device) -> list[tuple[DeployedLayer, Tensor, Tensor]]:
     """Every layer that is executed in a dtype: its input in the simulation, and its output."""
     given = inputs(501, 1, 501)
     seen, found = layer_inputs(model, given), []
@@ -65,7 +65,7 @@ def layers(model: QuantizedUNet, dtype: str, device: torch.device) -> list[tuple
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "float inputs"])
 def test_int8_layers_are_those_of_the_simulation(
-    models: Mapping[str, QuantizedUNet], case: str, device: torch.device
+    models: Mapping[str, QuantizedNetwork], case: str, device: torch.device
 ) -> None:
     """Rows at different steps, fewer than the kernel takes; shortcuts of 1x1 among the layers. All sizes are what CUDA wants."""
     model, sizes = models[case], []
@@ -129,7 +129,7 @@ def slow(dtype: str, parts: tuple[QuantizedWeight, ...], x: Tensor) -> tuple[Ten
     ],
 )
 def test_fp8_and_int4_are_what_they_are_said_to_be(
-    models: Mapping[str, QuantizedUNet], dtype: str, case: str, device: torch.device
+    models: Mapping[str, QuantizedNetwork], dtype: str, case: str, device: torch.device
 ) -> None:
     """But for the last bit of bfloat16, in which products leave the kernel, and float32 sums."""
     model = models[case]
@@ -181,7 +181,7 @@ def test_nothing_is_lost_where_a_format_is_exact(zero_point: float) -> None:
     assert torch.allclose(fp8_product(piece, -1, CPU)(x, steps)[2], torch.zeros(22))
 
 
-def test_a_row_says_what_is_executed_and_why_not(models: Mapping[str, QuantizedUNet], tmp_path: Path) -> None:
+def test_a_row_says_what_is_executed_and_why_not(models: Mapping[str, QuantizedNetwork], tmp_path: Path) -> None:
     attention, convolution = "mid_block.attentions.0.to_q", "mid_block.resnets.0.conv1"
 
     def rows(case: str, dtype: str) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def test_a_row_says_what_is_executed_and_why_not(models: Mapping[str, QuantizedU
     shared = row("split", "int4", "up_blocks.0.resnets.0.conv_shortcut")
     assert (shared["executed"], shared["products"], shared["weight_bits"]) == ("int4", 2, "4")
     assert len(rows("split", "int4")) == sum(
-        isinstance(module, nn.Linear | nn.Conv2d) for module in models["split"].unet.modules()
+        isinstance(module, nn.Linear | nn.Conv2d) for module in models["split"].network.modules()
     )
 
 
@@ -221,7 +221,7 @@ def test_numbers_that_a_format_does_not_hold(dtype: str, parts: QuantizedWeight,
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-def test_the_whole_network(models: Mapping[str, QuantizedUNet], device: torch.device) -> None:
+def test_the_whole_network(models: Mapping[str, QuantizedNetwork], device: torch.device) -> None:
     """Rounding errors of sums rarely move a code; float arithmetic moves many. The simulation stays what it was."""
     model, given, found = models["tables for all layers"], inputs(501, 1), {}
     with torch.no_grad():

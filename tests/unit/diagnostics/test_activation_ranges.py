@@ -21,8 +21,8 @@ def ranges_of(subject: Subject, images: int = 3, batch: int = 2) -> list[Row]:
 def inputs_seen(subject: Subject, layer: str) -> list[Tensor]:
     """Inputs of a layer of the float network at every call, three trajectories at once."""
     kept: list[Tensor] = []
-    handle = subject.unet.get_submodule(layer).register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
-    predict = subject.sampling.predictor(subject.unet)
+    handle = subject.network.get_submodule(layer).register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    predict = subject.sampling.predictor(subject.network)
     list(subject.sampling.trajectory(predict, subject.denoiser, seed=0, stream=Stream.DIAGNOSTICS, indices=range(3)))
     handle.remove()
     return kept

@@ -11,7 +11,7 @@ from tfmq_exp.diagnostics.rounding_changes import rounding_changes
 
 
 def test_nearest_rounding_changes_nothing(subject: Subject) -> None:
-    rows = rounding_changes(subject.model, subject.unet, subject.structure)
+    rows = rounding_changes(subject.model, subject.network, subject.structure)
     order = [layer for block in subject.structure.blocks for layer in block.layers]
     assert [row["layer"] for row in rows] == order
     assert {(row["changed"], row["up"], row["largest_steps"], row["mse_ratio"]) for row in rows} == {(0, 0, 0, 1)}

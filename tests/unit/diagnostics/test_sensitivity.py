@@ -29,26 +29,26 @@ def out(network: nn.Module, unet: nn.Module) -> torch.Tensor:
 
 
 def test_all_parts_float_are_the_float_network_and_come_back(subject: Subject) -> None:
-    parts = quantized_units(subject.model, subject.unet, subject.structure)
-    before = out(subject.model, subject.unet)
+    parts = quantized_units(subject.model, subject.network, subject.structure)
+    before = out(subject.model, subject.network)
     state = {name: value.clone() for name, value in subject.model.state_dict().items()}
-    with float_units(subject.model, subject.unet, parts):
-        torch.testing.assert_close(out(subject.model, subject.unet), out(subject.unet, subject.unet))
-    assert torch.equal(out(subject.model, subject.unet), before)
-    assert (before - out(subject.unet, subject.unet)).abs().max() > 1e-3
+    with float_units(subject.model, subject.network, parts):
+        torch.testing.assert_close(out(subject.model, subject.network), out(subject.network, subject.network))
+    assert torch.equal(out(subject.model, subject.network), before)
+    assert (before - out(subject.network, subject.network)).abs().max() > 1e-3
     assert all(torch.equal(value, state[name]) for name, value in subject.model.state_dict().items())
 
 
 def test_an_error_inside_leaves_nothing_float(subject: Subject) -> None:
-    before = out(subject.model, subject.unet)
-    units = quantized_units(subject.model, subject.unet, subject.structure)
-    with pytest.raises(RuntimeError, match="stop"), float_units(subject.model, subject.unet, units):
+    before = out(subject.model, subject.network)
+    units = quantized_units(subject.model, subject.network, subject.structure)
+    with pytest.raises(RuntimeError, match="stop"), float_units(subject.model, subject.network, units):
         raise RuntimeError("stop")
-    assert torch.equal(out(subject.model, subject.unet), before)
+    assert torch.equal(out(subject.model, subject.network), before)
 
 
 def test_parts_hold_every_layer_once_and_the_attentions(subject: Subject) -> None:
-    parts = quantized_units(subject.model, subject.unet, subject.structure)
+    parts = quantized_units(subject.model, subject.network, subject.structure)
     assert sorted(site for part in parts for site in part.layers) == sorted(subject.structure.layers)
     assert sorted(name for part in parts for name in part.attentions) == sorted(subject.model.plan.operands)
     assert parts[0].layers == subject.structure.temporal_layers
@@ -56,35 +56,35 @@ def test_parts_hold_every_layer_once_and_the_attentions(subject: Subject) -> Non
 
 def test_a_float_layer_is_no_part(tiny_unet: nn.Module) -> None:
     subject = subject_of(tiny_unet, sites={"conv_in": LayerBits()})
-    names = [part.name for part in quantized_units(subject.model, subject.unet, subject.structure)]
+    names = [part.name for part in quantized_units(subject.model, subject.network, subject.structure)]
     assert "conv_in" not in names
     assert "conv_out" in names
 
 
 def test_stored_features_make_room_for_their_layers(tiny_unet: nn.Module) -> None:
     subject = subject_of(tiny_unet)
-    CacheFeatures(8, "always")(subject.model, subject.unet, subject.structure)
-    temporal, *others = quantized_units(subject.model, subject.unet, subject.structure)
+    CacheFeatures(8, "always")(subject.model, subject.network, subject.structure)
+    temporal, *others = quantized_units(subject.model, subject.network, subject.structure)
     assert set(temporal.layers) == {
         *(site.name for site in subject.structure.by_role(Role.TIME_PROJ, Role.TIME_EMBED)),
     }
-    stored = out(subject.model, subject.unet)
-    with float_units(subject.model, subject.unet, [temporal, *others]):
-        torch.testing.assert_close(out(subject.model, subject.unet), out(subject.unet, subject.unet))
-    with float_units(subject.model, subject.unet, others):
-        alone = out(subject.model, subject.unet)
+    stored = out(subject.model, subject.network)
+    with float_units(subject.model, subject.network, [temporal, *others]):
+        torch.testing.assert_close(out(subject.model, subject.network), out(subject.network, subject.network))
+    with float_units(subject.model, subject.network, others):
+        alone = out(subject.model, subject.network)
     assert (
         0
-        < (alone - out(subject.unet, subject.unet)).abs().max()
-        < (stored - out(subject.unet, subject.unet)).abs().max()
+        < (alone - out(subject.network, subject.network)).abs().max()
+        < (stored - out(subject.network, subject.network)).abs().max()
     )
-    assert torch.equal(out(subject.model, subject.unet), stored)
+    assert torch.equal(out(subject.model, subject.network), stored)
 
 
 def probe_of(subject: Subject, samples: int = 12) -> tuple[list[QuantizedUnit], PredictionProbe]:
-    units = quantized_units(subject.model, subject.unet, subject.structure)
+    units = quantized_units(subject.model, subject.network, subject.structure)
     data = spread_over_steps(subject.data(), samples, seed=0)
-    return units, PredictionProbe(subject.model, subject.unet, units, data, steps=4, batch=5)
+    return units, PredictionProbe(subject.model, subject.network, units, data, steps=4, batch=5)
 
 
 def test_a_unit_alone_is_a_float_network_with_that_unit_quantized(tiny_unet: nn.Module) -> None:
@@ -112,7 +112,7 @@ def test_the_probe_is_the_float_network(subject: Subject) -> None:
     _, probe = probe_of(subject)
     inputs = probe.data.inputs(torch.device("cpu"))
     with torch.no_grad():
-        exact = noise_of(subject.unet(**inputs).sample, inputs["sample"])
+        exact = noise_of(subject.network(**inputs).sample, inputs["sample"])
     torch.testing.assert_close(probe.exact, exact, atol=1e-5, rtol=1e-4)
 
 

@@ -24,13 +24,13 @@ def seen(network: nn.Module, layers: nn.Module, name: str, inputs: dict[str, Ten
 
 
 def test_rows_are_what_layers_return_inside_the_network(subject: Subject) -> None:
-    rows = feature_errors(subject.model, subject.unet, subject.structure)
+    rows = feature_errors(subject.model, subject.network, subject.structure)
     projections = [layer.name for layer in subject.structure.by_role(Role.TIME_PROJ)]
     assert sorted({row["layer"] for row in rows}) == sorted([EMBEDDING, *projections])
     assert len(rows) == len(TIMESTEPS) * (1 + len(projections))
-    inputs, name = example_inputs(subject.unet, TIMESTEPS), projections[-1]
-    found = seen(subject.model, subject.model.unet, name, inputs)
-    expected = seen(subject.unet, subject.unet, name, inputs)
+    inputs, name = example_inputs(subject.network, TIMESTEPS), projections[-1]
+    found = seen(subject.model, subject.model.network, name, inputs)
+    expected = seen(subject.network, subject.network, name, inputs)
     for row in (row for row in rows if row["layer"] == name):
         a, b = found[row["step"]].double(), expected[row["step"]].double()
         assert row["t"] == TIMESTEPS[row["step"]]
@@ -39,8 +39,8 @@ def test_rows_are_what_layers_return_inside_the_network(subject: Subject) -> Non
 
 
 def test_the_mean_over_projections_is_the_error_that_runs_report(subject: Subject) -> None:
-    rows = feature_errors(subject.model, subject.unet, subject.structure)
-    for reported in temporal_feature_error(subject.model, subject.unet, subject.structure):
+    rows = feature_errors(subject.model, subject.network, subject.structure)
+    for reported in temporal_feature_error(subject.model, subject.network, subject.structure):
         here = [row for row in rows if row["step"] == reported["step"] and row["layer"] != EMBEDDING]
         assert fmean(row["relative_mse"] for row in here) == pytest.approx(reported["relative_mse"], rel=1e-4)
         assert fmean(row["mse"] for row in here) == pytest.approx(reported["mse"], rel=1e-4)
@@ -49,7 +49,7 @@ def test_the_mean_over_projections_is_the_error_that_runs_report(subject: Subjec
 
 
 def test_layers_are_means_over_timesteps(subject: Subject) -> None:
-    rows = feature_errors(subject.model, subject.unet, subject.structure)
+    rows = feature_errors(subject.model, subject.network, subject.structure)
     for layer in features_by_layer(rows):
         group = [row for row in rows if row["layer"] == layer["layer"]]
         assert layer["relative_mse"] == pytest.approx(sum(row["relative_mse"] for row in group) / 4)
@@ -60,7 +60,7 @@ def test_layers_are_means_over_timesteps(subject: Subject) -> None:
 
 def test_where_every_feature_is_stored_there_is_no_embedding(tiny_unet: nn.Module) -> None:
     subject = subject_of(tiny_unet)
-    CacheFeatures(8, "always")(subject.model, subject.unet, subject.structure)
-    rows = feature_errors(subject.model, subject.unet, subject.structure)
+    CacheFeatures(8, "always")(subject.model, subject.network, subject.structure)
+    rows = feature_errors(subject.model, subject.network, subject.structure)
     assert EMBEDDING not in {row["layer"] for row in rows}
     assert 0 < max(row["relative_mse"] for row in rows) < 1e-4

@@ -28,7 +28,7 @@ def accumulated(subject: Subject, batch: int) -> list[dict[str, float]]:
 def test_errors_are_those_of_two_whole_trajectories(subject: Subject) -> None:
     rows, sampling = accumulated(subject, 3), subject.sampling
     where = {"seed": 0, "stream": Stream.DIAGNOSTICS, "indices": range(3)}
-    ask, predict = sampling.predictor(subject.unet), sampling.predictor(subject.model)
+    ask, predict = sampling.predictor(subject.network), sampling.predictor(subject.model)
     conditions = sampling.conditions(subject.denoiser, 0, Stream.DIAGNOSTICS, range(3))
     original = list(sampling.trajectory(ask, subject.denoiser, **where))
     own = list(sampling.trajectory(predict, subject.denoiser, **where))

@@ -120,7 +120,9 @@ def noise_on_the_float_path(denoiser: Denoiser, model: Any) -> tuple[Tensor, Ten
     """E and d of every step, all images at once."""
     generators = image_generators(3, "correction", range(5))
     x = initial_noise(generators, SHAPE, torch.device("cpu"))
-    steps = list(trajectory(Sampling(DDIM(4)).predictor(denoiser.unet), DDIM(4), SCHEDULE, x, generators, Conditions()))
+    steps = list(
+        trajectory(Sampling(DDIM(4)).predictor(denoiser.network), DDIM(4), SCHEDULE, x, generators, Conditions())
+    )
     noise = [model(step.x, torch.tensor(step.t)).sample - step.eps for step in steps]
     return torch.stack([step.eps for step in steps]), torch.stack(noise)
 

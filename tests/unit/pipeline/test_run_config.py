@@ -14,7 +14,7 @@ from tfmq_exp.pipeline.run_config import measured_structure
 @pytest.fixture
 def denoiser(tmp_path: Path) -> Denoiser:
     """A network with an embedding of each of its 20 timesteps, and of no other."""
-    unet = UNet2DModel(
+    network = UNet2DModel(
         sample_size=8,
         time_embedding_type="learned",
         num_train_timesteps=20,
@@ -25,7 +25,7 @@ def denoiser(tmp_path: Path) -> Denoiser:
         up_block_types=("UpBlock2D",),
         attention_head_dim=16,
     )
-    make_generic(unet).save_pretrained(tmp_path / "unet")
+    make_generic(network).save_pretrained(tmp_path / "unet")
     DDIMScheduler(num_train_timesteps=20).save_pretrained(tmp_path / "scheduler")
     return load_denoiser("x", tmp_path, None, False)
 
@@ -36,7 +36,7 @@ def test_any_timestep_may_be_the_last(denoiser: Denoiser, last: int) -> None:
 
 
 def test_a_layer_of_zeros_is_named(denoiser: Denoiser) -> None:
-    denoiser.unet.get_submodule("mid_block.resnets.1.time_emb_proj").weight.data.zero_()  # type: ignore[union-attr]
+    denoiser.network.get_submodule("mid_block.resnets.1.time_emb_proj").weight.data.zero_()  # type: ignore[union-attr]
     with pytest.raises(
         ValueError, match=r"by measurement 1 layers .* first mid_block\.resnets\.1\.time_emb_proj: are its"
     ):

@@ -20,7 +20,7 @@ from tfmq_exp.qat.module import Norm, QuantizationAwareTraining, TrainingProtoco
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.reconstruction.context import quiet_trainer
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
@@ -41,10 +41,10 @@ def batches(protocol: TrainingProtocol = PROTOCOL) -> NoisyBatches:
     return NoisyBatches(examples(), protocol.batch, len(ALPHAS), protocol.condition_dropout, seed=7)
 
 
-def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet, TrainableParameters]:
+def learner(network: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedNetwork, TrainableParameters]:
     """A network all of which learns, in groups that only settings tell apart; rounding is left out where `mode` is OFF."""
-    plan = replace(quantizable(unet, scales="none").plan, timesteps=tuple(range(len(ALPHAS))))
-    model = build_quantized_unet(unet, plan, MinMax())
+    plan = replace(quantizable(network, scales="none").plan, timesteps=tuple(range(len(ALPHAS))))
+    model = build_quantized_network(network, plan, MinMax())
     model.calibrate_weights()
     model.set_activations(Mode.OBSERVE)
     batch = batches().batch(0)
@@ -53,7 +53,7 @@ def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet,
     for quantizer in (*model.weight_quantizers(), *model.activation_quantizers().values()):
         quantizer.mode = mode
     scales: list[Any] = [quantizer.scale_provider.scale for quantizer in model.activation_quantizers().values()]
-    others = [p for name, p in model.unet.named_parameters() if not name.endswith("scale_provider.scale")]
+    others = [p for name, p in model.network.named_parameters() if not name.endswith("scale_provider.scale")]
     for parameter in (*scales, *others):
         parameter.requires_grad_(True)
     norms = [p for p in others if p.dim() == 1]
@@ -61,8 +61,8 @@ def learner(unet: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedUNet,
     return model, TrainableParameters(kernels[2:], [*norms, *scales], kernels[:2])
 
 
-def train(unet: nn.Module, protocol: TrainingProtocol, mode: Mode) -> QuantizationAwareTraining:
-    model, learned = learner(unet, mode)
+def train(network: nn.Module, protocol: TrainingProtocol, mode: Mode) -> QuantizationAwareTraining:
+    model, learned = learner(network, mode)
     module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
     trainer = quiet_trainer(torch.device("cpu"))(max_steps=protocol.iterations, precision=protocol.precision)
     trainer.fit(module.train(), BatchRange(batches(protocol), 0, protocol.iterations))
@@ -173,8 +173,8 @@ class Optimizer:
             parameter.grad = None
 
 
-def gradients(unet: nn.Module, parts: int, processes: ProcessGroup) -> Tensor:
-    model, learned = learner(unet)
+def gradients(network: nn.Module, parts: int, processes: ProcessGroup) -> Tensor:
+    model, learned = learner(network)
     protocol = replace(PROTOCOL, parts=parts)
     module = QuantizationAwareTraining(
         model.train(),
@@ -222,10 +222,10 @@ def test_float16_takes_its_scale_off_before_the_gradient_is_bounded(tiny_unet: n
 
 
 def norm_of(
-    unet: nn.Module, protocol: TrainingProtocol, scale: float | None
+    network: nn.Module, protocol: TrainingProtocol, scale: float | None
 ) -> tuple[QuantizationAwareTraining, list[float]]:
     """A training, and the gradient's norm at every step of its optimiser; with a scaler where there is a scale."""
-    model, learned = learner(unet)
+    model, learned = learner(network)
     module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
     norms: list[float] = []
     bound = module.on_before_optimizer_step

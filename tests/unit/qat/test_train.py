@@ -24,7 +24,7 @@ from tfmq_exp.quant.scales.generator import Frequency
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.reconstruction.context import ComputeConfig, UnitReport, UnitResult, quiet_trainer
 from tfmq_exp.surgery.config import ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 
@@ -68,10 +68,12 @@ class Recorder:
         return self
 
 
-def trained(unet: nn.Module, folder: Path, recorder: Recorder) -> QuantizedUNet:
+def trained(network: nn.Module, folder: Path, recorder: Recorder) -> QuantizedNetwork:
     torch.manual_seed(int.from_bytes(os.urandom(4), "big"))  # nothing may depend on what was drawn before
-    plan = replace(quantizable(unet, scales=ScalePlan(GENERATED, GENERATED)).plan, timesteps=tuple(range(len(ALPHAS))))
-    model = build_quantized_unet(unet, plan, MinMax())
+    plan = replace(
+        quantizable(network, scales=ScalePlan(GENERATED, GENERATED)).plan, timesteps=tuple(range(len(ALPHAS)))
+    )
+    model = build_quantized_network(network, plan, MinMax())
     values = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8)
     means = ComputeConfig(64, 2**20, quiet_trainer(torch.device("cpu")), checkpoint_every=timedelta(0))
     train(
@@ -82,16 +84,16 @@ def trained(unet: nn.Module, folder: Path, recorder: Recorder) -> QuantizedUNet:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_unet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizedUNet, Recorder]:
+def uninterrupted(tiny_unet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizedNetwork, Recorder]:
     recorder = Recorder()
     return trained(tiny_unet, tmp_path_factory.mktemp("once"), recorder), recorder
 
 
 def test_training_moves_everything_and_is_noted(
-    uninterrupted: tuple[QuantizedUNet, Recorder], tiny_unet: nn.Module
+    uninterrupted: tuple[QuantizedNetwork, Recorder], tiny_unet: nn.Module
 ) -> None:
     model, recorder = uninterrupted
-    moved = [n for n, p in tiny_unet.named_parameters() if not torch.equal(p, model.unet.get_parameter(n))]
+    moved = [n for n, p in tiny_unet.named_parameters() if not torch.equal(p, model.network.get_parameter(n))]
     assert len(moved) > 0.9 * len(list(tiny_unet.parameters()))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
@@ -103,7 +105,7 @@ def test_training_moves_everything_and_is_noted(
 
 @pytest.mark.parametrize("kill_at", [2, 4])
 def test_a_killed_training_ends_with_the_same_bits(
-    uninterrupted: tuple[QuantizedUNet, Recorder], tiny_unet: nn.Module, tmp_path: Path, kill_at: int
+    uninterrupted: tuple[QuantizedNetwork, Recorder], tiny_unet: nn.Module, tmp_path: Path, kill_at: int
 ) -> None:
     child = multiprocessing.get_context("fork").Process(target=trained, args=(tiny_unet, tmp_path, Recorder(kill_at)))
     child.start()
@@ -123,7 +125,7 @@ def test_a_killed_training_ends_with_the_same_bits(
 
 
 def test_a_damaged_checkpoint_is_named_and_left_out(
-    uninterrupted: tuple[QuantizedUNet, Recorder],
+    uninterrupted: tuple[QuantizedNetwork, Recorder],
     tiny_unet: nn.Module,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

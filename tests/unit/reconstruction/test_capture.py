@@ -53,10 +53,10 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
-def test_captured_inputs_are_those_of_a_whole_forward(unet: nn.Module) -> None:
-    data, model = calibration(unet, each=3), calibrated(quantizable(unet, weight=3, activation=None))
-    units = Blockwise()(structure(unet), frozenset(model.weight_layers()))
-    modules = {unit.name: unit.module(model.unet) for unit in units}
+def test_captured_inputs_are_those_of_a_whole_forward(network: nn.Module) -> None:
+    data, model = calibration(network, each=3), calibrated(quantizable(network, weight=3, activation=None))
+    units = Blockwise()(structure(network), frozenset(model.weight_layers()))
+    modules = {unit.name: unit.module(model.network) for unit in units}
     inputs, outputs = recorded(model, modules, data, 5)
     for name, module in modules.items():
         captured = Capture(data, 5, SpillAllocator(2**30)).inputs(model, module)
@@ -69,13 +69,13 @@ def test_captured_inputs_are_those_of_a_whole_forward(unet: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("with_inputs", [False, True])
-def test_what_the_float_network_does_is_what_a_whole_forward_does(unet: nn.Module, with_inputs: bool) -> None:
-    data, parts = calibration(unet, each=3), structure(unet)
+def test_what_the_float_network_does_is_what_a_whole_forward_does(network: nn.Module, with_inputs: bool) -> None:
+    data, parts = calibration(network, each=3), structure(network)
     units = Blockwise()(parts, frozenset(parts.layers))
-    modules = {unit.name: unit.module(unet) for unit in units}
-    views = Capture(data, 5, SpillAllocator(2**30)).activations(unet, units, with_inputs=with_inputs)
-    inputs, outputs = recorded(unet, modules, data, 5)
-    sizes = sample_bytes(unet, units, data, with_inputs=with_inputs, form="float32")
+    modules = {unit.name: unit.module(network) for unit in units}
+    views = Capture(data, 5, SpillAllocator(2**30)).activations(network, units, with_inputs=with_inputs)
+    inputs, outputs = recorded(network, modules, data, 5)
+    sizes = sample_bytes(network, units, data, with_inputs=with_inputs, form="float32")
     assert set(views) == set(modules)
     for name, view in views.items():
         expected = joined(inputs[name]) if with_inputs else []
@@ -84,13 +84,13 @@ def test_what_the_float_network_does_is_what_a_whole_forward_does(unet: nn.Modul
         assert sizes[name] * len(data) == sum(tensor.nbytes for tensor in [*view.outputs.tensors, *expected])
 
 
-def test_capture_stops_where_everything_was_seen(unet: nn.Module) -> None:
-    data, parts = calibration(unet, each=1), structure(unet)
+def test_capture_stops_where_everything_was_seen(network: nn.Module) -> None:
+    data, parts = calibration(network, each=1), structure(network)
     units = [unit for unit in Blockwise()(parts, frozenset(parts.layers)) if unit.name.startswith("down_blocks")]
     beyond: list[int] = []
-    handle = unet.mid_block.register_forward_hook(lambda *_: beyond.append(1))
-    Capture(data, 2, SpillAllocator(2**30)).inputs(unet, units[-1].module(unet))
-    Capture(data, 2, SpillAllocator(2**30)).activations(unet, units, with_inputs=True)
+    handle = network.mid_block.register_forward_hook(lambda *_: beyond.append(1))
+    Capture(data, 2, SpillAllocator(2**30)).inputs(network, units[-1].module(network))
+    Capture(data, 2, SpillAllocator(2**30)).activations(network, units, with_inputs=True)
     handle.remove()
     assert units
     assert not beyond
@@ -107,13 +107,13 @@ def test_groups_are_consecutive_and_within_the_budget() -> None:
     assert groups == [["a", "b"], ["c"], ["d"], ["e", "f"]]
 
 
-def test_replayed_units_feed_later_ones_the_same_numbers(unet: nn.Module) -> None:
-    data, model = calibration(unet, each=3), calibrated(quantizable(unet, weight=3, activation=None))
-    units = Blockwise()(structure(unet), frozenset(model.weight_layers()))
+def test_replayed_units_feed_later_ones_the_same_numbers(network: nn.Module) -> None:
+    data, model = calibration(network, each=3), calibrated(quantizable(network, weight=3, activation=None))
+    units = Blockwise()(structure(network), frozenset(model.weight_layers()))
     replay = OutputReplay(2**30)
     different = []
     for unit in units:
-        module = unit.module(model.unet)
+        module = unit.module(model.network)
         run_as_usual = Capture(data, 5, SpillAllocator(2**30)).inputs(model, module)
         with replay.active(5):
             replayed = Capture(data, 5, SpillAllocator(2**30)).inputs(model, module)

@@ -46,58 +46,59 @@ def test_loss_sums_over_channels_and_averages_over_the_rest() -> None:
             torch.testing.assert_close(gradient, expected)
 
 
-def drawn(unet: nn.Module, data: CalibrationSet, batch: int, seed: int) -> Tensor:
+def drawn(network: nn.Module, data: CalibrationSet, batch: int, seed: int) -> Tensor:
     """V of every sample."""
     generator = torch.Generator().manual_seed(seed)
-    channels = unet.config["out_channels"]
+    channels = network.config["out_channels"]
     sizes = [len(data[slice(start, start + batch)]) for start in range(0, len(data), batch)]
     return torch.cat([torch.randn(size, channels, 8, 8, generator=generator) for size in sizes])
 
 
-def importance(unet: nn.Module, data: CalibrationSet, seed: int = 0) -> dict[str, list[Tensor]]:
-    units = TemporalAware()(structure(unet), frozenset(structure(unet).layers))
-    found = Fisher(seed).importance(unet, units, Capture(data, 5, SpillAllocator(2**30)))
+def importance(network: nn.Module, data: CalibrationSet, seed: int = 0) -> dict[str, list[Tensor]]:
+    units = TemporalAware()(structure(network), frozenset(structure(network).layers))
+    found = Fisher(seed).importance(network, units, Capture(data, 5, SpillAllocator(2**30)))
     assert set(found) == {unit.name for unit in units if unit.driver == "denoiser"}
     return {name: leaves.tensors for name, leaves in found.items()}
 
 
-def test_importance_of_the_output_is_the_square_of_the_draw(unet: nn.Module) -> None:
-    data = calibration(unet, each=3)
-    squared = drawn(unet, data, 5, seed=4).square()
-    (found,) = importance(unet, data, seed=4)["conv_out"]
+def test_importance_of_the_output_is_the_square_of_the_draw(network: nn.Module) -> None:
+    data = calibration(network, each=3)
+    squared = drawn(network, data, 5, seed=4).square()
+    (found,) = importance(network, data, seed=4)["conv_out"]
     torch.testing.assert_close(found, squared / squared.mean())
 
 
-def test_importance_has_mean_1_and_the_shape_of_the_output_everywhere(unet: nn.Module) -> None:
-    data, shapes = calibration(unet, each=3), dict[str, list[torch.Size]]()
-    found = importance(unet, data)
+def test_importance_has_mean_1_and_the_shape_of_the_output_everywhere(network: nn.Module) -> None:
+    data, shapes = calibration(network, each=3), dict[str, list[torch.Size]]()
+    found = importance(network, data)
 
     def note(name: str, out: Any) -> None:
         shapes[name] = [leaf.shape for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
 
     handles = [
-        unet.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: note(name, out)) for name in found
+        network.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: note(name, out))
+        for name in found
     ]
     with torch.no_grad():
-        unet(**data.inputs(torch.device("cpu")))
+        network(**data.inputs(torch.device("cpu")))
     for handle in handles:
         handle.remove()
     for name, tensors in found.items():
         assert [tensor.shape for tensor in tensors] == shapes[name]
         assert all(float(tensor.mean()) == pytest.approx(1, rel=1e-4) for tensor in tensors)
         assert all(bool((tensor >= 0).all()) for tensor in tensors)
-    assert not any(parameter.requires_grad for parameter in unet.parameters())
-    assert not any(module._forward_hooks for module in unet.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not any(module._forward_hooks for module in network.modules())
 
 
 @pytest.mark.parametrize("kind", ["resnets", "attentions"])
-def test_importance_is_the_squared_gradient_of_an_added_disturbance(unet: nn.Module, kind: str) -> None:
-    data, v = calibration(unet, each=3), drawn(unet, calibration(unet, each=3), 5, seed=0)
-    found = importance(unet, data)
+def test_importance_is_the_squared_gradient_of_an_added_disturbance(network: nn.Module, kind: str) -> None:
+    data, v = calibration(network, each=3), drawn(network, calibration(network, each=3), 5, seed=0)
+    found = importance(network, data)
     name = next(name for name in found if name.startswith("mid_block") and kind in name)
     disturbance = torch.zeros_like(found[name][0]).requires_grad_()
-    handle = unet.get_submodule(name).register_forward_hook(lambda _m, _a, out: out + disturbance)
-    (unet(**data.inputs(torch.device("cpu"))).sample * v).sum().backward()
+    handle = network.get_submodule(name).register_forward_hook(lambda _m, _a, out: out + disturbance)
+    (network(**data.inputs(torch.device("cpu"))).sample * v).sum().backward()
     handle.remove()
     squared = disturbance.grad.square()  # type: ignore[union-attr]
     torch.testing.assert_close(found[name][0], squared / squared.mean(), rtol=1e-3, atol=1e-5)

@@ -15,8 +15,8 @@ from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.reconstruction.units import Blockwise, MixedInputs, TemporalAware
 
 
-def test_blockwise_learns_embedding_projections_inside_their_blocks(unet: nn.Module) -> None:
-    parts = structure(unet)
+def test_blockwise_learns_embedding_projections_inside_their_blocks(network: nn.Module) -> None:
+    parts = structure(network)
     units = {unit.name: unit for unit in Blockwise()(parts, frozenset(parts.layers))}
     for layer in parts.by_role(Role.TIME_PROJ):
         block = layer.name.removesuffix(".time_emb_proj")

@@ -125,8 +125,8 @@ def as_bytes(images: Tensor) -> UInt8[Tensor, "batch channels height width"]:
 def sample_unconditional(folder: Path, pipeline: str, eta: float) -> Tensor:
     """What a pipeline of diffusers makes of the noise of images 0 and 1."""
     kind = getattr(diffusers, json.loads((folder / "scheduler/scheduler_config.json").read_text())["_class_name"])
-    unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
-    made = getattr(diffusers, pipeline)(unet, kind.from_pretrained(folder / "scheduler"))
+    network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
+    made = getattr(diffusers, pipeline)(network, kind.from_pretrained(folder / "scheduler"))
     made.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"eta": eta} if pipeline == "DDIMPipeline" else {}
     generators = image_generators(SEED, "images", range(IMAGES))
@@ -174,7 +174,7 @@ def sampled(model: Model, eta: float = 0.0, **how: Any) -> Tensor:
     """The images that a run makes."""
     sampling = Sampling(read_scheduler(str(model.folder), STEPS, eta), **how)
     plan = ImagePlan(IMAGES, SEED, IMAGES)
-    return sample_shard(sampling.predictor(model.denoiser.unet), model.denoiser, sampling, plan, range(IMAGES))
+    return sample_shard(sampling.predictor(model.denoiser.network), model.denoiser, sampling, plan, range(IMAGES))
 
 
 def check_equal(ours: Tensor, diffusers: Tensor) -> None:

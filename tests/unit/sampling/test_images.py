@@ -15,7 +15,7 @@ FOUR = Sampling(DDIM(4))
 def test_shards_are_the_whole_run(denoiser: Denoiser) -> None:
     plan = ImagePlan(count=7, seed=5, batch=3)
     assert [list(shard) for shard in plan.shards()] == [[0, 1, 2], [3, 4, 5], [6]]
-    predict = predictor(denoiser.unet)
+    predict = predictor(denoiser.network)
     shards = [sample_shard(predict, denoiser, FOUR, plan, indices) for indices in plan.shards()]
     assert [(shard.dtype, tuple(shard.shape)) for shard in shards] == [(torch.uint8, (n, *SHAPE)) for n in (3, 3, 1)]
     alone = sample_shard(predict, denoiser, FOUR, plan, range(4, 5))

@@ -46,9 +46,9 @@ def test_the_images_of_a_run(denoiser: Denoiser, sampler: Sampler) -> None:
     assert recipe is not None
     again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
     assert again == recipe
-    predict = sampling.predictor(denoiser.unet)
+    predict = sampling.predictor(denoiser.network)
     wanted = sample_shard(predict, denoiser, sampling, ImagePlan(6, 3, 2), range(2, 4))
-    found = again.images(denoiser.unet, seed=3, indices=range(2, 4))
+    found = again.images(denoiser.network, seed=3, indices=range(2, 4))
     assert torch.equal(to_uint8(found, "round"), wanted)
 
 
@@ -64,9 +64,9 @@ def test_a_network_that_takes_conditions_asks_for_them(tiny_unet: nn.Module, tin
 )
 def test_an_image_is_the_same_by_whatever_number(denoiser: Denoiser, indices: Any) -> None:
     recipe = Recipe(Sampling(DDIM(2)), SCHEDULE, (3, 8, 8))
-    wanted, three = recipe.images(denoiser.unet, seed=3, indices=[2, 3]), np.int64(3)
-    assert torch.equal(recipe.images(denoiser.unet, seed=3, indices=indices), wanted)
-    assert torch.equal(recipe.images(denoiser.unet, seed=three, indices=indices), wanted)
+    wanted, three = recipe.images(denoiser.network, seed=3, indices=[2, 3]), np.int64(3)
+    assert torch.equal(recipe.images(denoiser.network, seed=3, indices=indices), wanted)
+    assert torch.equal(recipe.images(denoiser.network, seed=three, indices=indices), wanted)
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, 1.5, "0", None, True, 2**63, torch.tensor([1, 2]), math.nan], ids=str)
@@ -77,9 +77,9 @@ def test_what_is_no_number_of_an_image_or_a_seed(denoiser: Denoiser, value: Any)
         "seed": {"indices": [0], "seed": value},
     }.items():
         with pytest.raises(ValueError, match=rf"{name} must be a whole number from 0 to 2\*\*63 - 1, got"):
-            recipe.images(denoiser.unet, **options)
+            recipe.images(denoiser.network, **options)
     with pytest.raises(ValueError, match="indices are of no images"):
-        recipe.images(denoiser.unet, seed=0, indices=[])
+        recipe.images(denoiser.network, seed=0, indices=[])
 
 
 def test_conditions_are_those_of_the_images(denoiser: Denoiser, tiny_conditional_unet: nn.Module) -> None:
@@ -103,7 +103,9 @@ def test_conditions_are_those_of_the_images(denoiser: Denoiser, tiny_conditional
         assert "conditions must be Conditions, got" in failure(tiny_conditional_unet, conditions)
     for conditions in (Conditions(), given(2, "class_labels")):
         assert "give conditions= with encoder_hidden_states" in failure(tiny_conditional_unet, conditions)
-    assert "conditions hold encoder_hidden_states, which this network does not take" in failure(denoiser.unet, given(2))
+    assert "conditions hold encoder_hidden_states, which this network does not take" in failure(
+        denoiser.network, given(2)
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.observed_ranges import StaticConfig, TimestepGroupConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 pytestmark = pytest.mark.bad_input
 
@@ -188,18 +188,18 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
 
 
 def with_features(
-    unet: nn.Module, temporal: Any, default: Any, store: bool = False, include_zero: bool = True
-) -> QuantizedUNet:
+    network: nn.Module, temporal: Any, default: Any, store: bool = False, include_zero: bool = True
+) -> QuantizedNetwork:
     """A model with one more of the things that a manifest can say."""
-    model = quantizable(unet, scales=ScalePlan(temporal, default))
+    model = quantizable(network, scales=ScalePlan(temporal, default))
     if not include_zero:
-        weight = model.unet.conv_out.weight
+        weight = model.network.conv_out.weight
         weight.data = weight.abs() + 1  # ranges that do not contain zero
-        model.unet.conv_out.weight_quantizer.observer = LpObserver(include_zero=False)
+        model.network.conv_out.weight_quantizer.observer = LpObserver(include_zero=False)
     model = calibrated(model)
     if store:
         for layer in [name for name in model.plan.layers if name.endswith("time_emb_proj")]:
-            width = model.unet.get_submodule(layer).out_features
+            width = model.network.get_submodule(layer).out_features
             model.cache_feature(layer, cached(torch.randn(model.context.num_steps, width), 8))
         for layer in ("time_embedding.linear_1", "time_embedding.linear_2"):
             model.drop(layer)

@@ -17,7 +17,7 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.observed_ranges import StaticConfig
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, LayerBits, QuantizationConfig, ScalePlan
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet, build_quantized_unet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 from tfmq_exp.surgery.resolve import resolve
 
 
@@ -27,14 +27,14 @@ def inputs(count: int) -> dict[str, Tensor]:
     return {name: recorded[key][:count] for name, key in names.items()}
 
 
-def quantized() -> tuple[Any, QuantizedUNet]:
+def quantized() -> tuple[Any, QuantizedNetwork]:
     """A network and its quantized copy, weights to nearest with 8 bits."""
     arguments = json.loads((GOLDENS / "dit/index.json").read_text(encoding="utf-8"))["c"]["constructor"]
     network = load_dit(arguments, cast(load_file(GOLDENS / "dit/c.model.safetensors"), torch.float32))
     config = QuantizationConfig({role.value: LayerBits(8, None) for role in Role}, AttentionBits())
     steps, scales = tuple(inputs(2)["timestep"].unique().tolist()), ScalePlan(StaticConfig(), StaticConfig())
     plan = resolve(config, read_structure(network, inputs(1)), (), scales, steps)
-    model = build_quantized_unet(network, plan, MinMax())
+    model = build_quantized_network(network, plan, MinMax())
     model.calibrate_weights()
     for layer in model.weight_layers():
         model.freeze(layer)
@@ -45,7 +45,7 @@ def test_frequencies_are_in_the_artefact(tmp_path: Path) -> None:
     network, model = quantized()
     serialization.save(model, tmp_path / "model.safetensors")
     loaded = serialization.load(tmp_path / "model.safetensors")
-    assert has_original_frequencies(loaded.unet)
+    assert has_original_frequencies(loaded.network)
     with torch.no_grad():
         exact, before, after = (one(**inputs(2)).sample for one in (network, model, loaded))
     assert torch.equal(after, before)
@@ -66,7 +66,7 @@ def test_other_frequencies_are_refused_or_others(value: Any, tmp_path: Path) -> 
     header["sha256"] = serialization.checksum(text, tensors)
     save_file(tensors, tmp_path / "other.safetensors", {"header": json.dumps(header, sort_keys=True)})
     if value is ...:
-        assert not has_original_frequencies(serialization.load(tmp_path / "other.safetensors").unet)
+        assert not has_original_frequencies(serialization.load(tmp_path / "other.safetensors").network)
     else:
         with pytest.raises(ValueError, match="frequencies is"):
             serialization.load(tmp_path / "other.safetensors")

@@ -38,30 +38,30 @@ ROLES_AT_TOP = {
 }
 
 
-def roles(unet: nn.Module) -> dict[str, Role]:
+def roles(network: nn.Module) -> dict[str, Role]:
     """The role of every layer with weights; ValueError for one that has none here, of a kind of network not known here."""
     found = dict(ROLES_AT_TOP)
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         for path, role in ROLES_WITHIN.get(type(module), {}).items():
             found[f"{name}.{path}"] = role
-    return known_roles(unet, found)
+    return known_roles(network, found)
 
 
-def blocks(unet: nn.Module) -> Iterator[tuple[str, Kind]]:
+def blocks(network: nn.Module) -> Iterator[tuple[str, Kind]]:
     """Modules that are reconstructed as a whole."""
     yield "time_embedding", Kind.TEMPORAL
     outer = "."
-    for name, module in unet.named_modules():
+    for name, module in network.named_modules():
         if isinstance(module, ResnetBlock2D | BasicTransformerBlock | Attention) and not name.startswith(outer):
             outer = f"{name}."
             yield name, Kind.RESIDUAL if isinstance(module, ResnetBlock2D) else Kind.ATTENTION
 
 
-def shortcut_splits(unet: Any) -> dict[str, int]:
+def shortcut_splits(network: Any) -> dict[str, int]:
     """Number of the trunk's channels in the input of each decoder shortcut: they come first, those of the skip follow."""
     found: dict[str, int] = {}
-    trunk = (unet.mid_block or unet.down_blocks[-1]).resnets[-1].out_channels
-    for i, block in enumerate(unet.up_blocks):
+    trunk = (network.mid_block or network.down_blocks[-1]).resnets[-1].out_channels
+    for i, block in enumerate(network.up_blocks):
         for j, resnet in enumerate(block.resnets):
             if resnet.conv_shortcut is not None and trunk < resnet.in_channels:
                 found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = trunk
@@ -69,35 +69,37 @@ def shortcut_splits(unet: Any) -> dict[str, int]:
     return found
 
 
-def time_embedding(unet: Any, t: Tensor, conditions: Conditions) -> Tensor:
+def time_embedding(network: Any, t: Tensor, conditions: Conditions) -> Tensor:
     """Input of every embedding projection, [rows, channels]: the embedding of time and conditions after its activation."""
     # not `unet.dtype`, which walks over every parameter of the network
-    dtype = next(unet.parameters()).dtype
-    embedding = unet.time_embedding(unet.time_proj(t).to(dtype))
+    dtype = next(network.parameters()).dtype
+    embedding = network.time_embedding(network.time_proj(t).to(dtype))
     if "class_labels" in conditions:
         labels = conditions["class_labels"]
-        by_time = unet.config["class_embed_type"] == "timestep"
-        embedding = embedding + unet.class_embedding(unet.time_proj(labels).to(dtype) if by_time else labels).to(dtype)
+        by_time = network.config["class_embed_type"] == "timestep"
+        embedding = embedding + network.class_embedding(network.time_proj(labels).to(dtype) if by_time else labels).to(
+            dtype
+        )
     if added := {name.removeprefix(ADDED): value for name, value in conditions.items() if name.startswith(ADDED)}:
-        embedding = embedding + unet.get_aug_embed(embedding, None, added)
-    if getattr(unet, "time_embed_act", None) is not None:  # UNet2DModel has none
-        embedding = unet.time_embed_act(embedding)
+        embedding = embedding + network.get_aug_embed(embedding, None, added)
+    if getattr(network, "time_embed_act", None) is not None:  # UNet2DModel has none
+        embedding = network.time_embed_act(embedding)
     # all residual blocks of a network have the same
-    block = next(m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None)
+    block = next(m for m in network.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None)
     return embedding if block.skip_time_act else block.nonlinearity(embedding)
 
 
-def features(unet: Any, projections: Sequence[str], t: Tensor, conditions: Conditions) -> dict[str, Tensor]:
+def features(network: Any, projections: Sequence[str], t: Tensor, conditions: Conditions) -> dict[str, Tensor]:
     """g_i(h) of every residual block i, with h the embedding and g_i its projection (TFMQ-DM, section 4.1)."""
-    embedding = time_embedding(unet, t, conditions)
-    return {name: unet.get_submodule(name)(embedding) for name in projections}
+    embedding = time_embedding(network, t, conditions)
+    return {name: network.get_submodule(name)(embedding) for name in projections}
 
 
-def attentions(unet: nn.Module) -> dict[str, Attention]:
+def attentions(network: nn.Module) -> dict[str, Attention]:
     """Every attention module of a UNet by name; none of other networks, whose attentions are of many classes."""
-    if type(unet).__name__ not in (UNET.network, CONDITIONAL_UNET.network):
+    if type(network).__name__ not in (UNET.network, CONDITIONAL_UNET.network):
         return {}
-    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+    return {name: module for name, module in network.named_modules() if isinstance(module, Attention)}
 
 
 def set_heads(attention: Attention, heads: int) -> None:

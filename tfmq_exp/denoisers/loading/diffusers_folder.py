@@ -122,15 +122,15 @@ class DiffusersFolder:
         if file is None and config is None:
             raise FileNotFoundError(f"no scheduler/{CONFIG} in {self.path}, and no `config` that says the noise")
         noise = training_noise(file) if file else training_schedule(config or {})
-        unet = self.network("unet")
+        network = self.network("unet")
         if config is not None:
-            apply_heads(unet, config)
-        encoder, stage = self._encoder(unet, tokenizer), self._first_stage(decode_rows)
-        shape = (unet.config["in_channels"], *sides(unet.config["sample_size"]))
-        return DenoiserParts(unet, shape, noise, encoder, stage)
+            apply_heads(network, config)
+        encoder, stage = self._encoder(network, tokenizer), self._first_stage(decode_rows)
+        shape = (network.config["in_channels"], *sides(network.config["sample_size"]))
+        return DenoiserParts(network, shape, noise, encoder, stage)
 
-    def _encoder(self, unet: Any, tokenizer: Path | None) -> ConditionEncoder:
-        if isinstance(unet, UNet2DModel):
+    def _encoder(self, network: Any, tokenizer: Path | None) -> ConditionEncoder:
+        if isinstance(network, UNet2DModel):
             return NoConditions()
         if "text_encoder" not in self.components:
             raise FileNotFoundError(f"no text_encoder/ in {self.path}, which its UNet2DConditionModel needs")
@@ -153,12 +153,12 @@ class DiffusersFolder:
         return LatentDecoder(network, config.get("scaling_factor", default), decode_rows)
 
 
-def apply_heads(unet: nn.Module, config: Mapping[str, Any]) -> None:
+def apply_heads(network: nn.Module, config: Mapping[str, Any]) -> None:
     """Set an original architecture's numbers of heads, not all of which a diffusers configuration can express."""
     with torch.device("meta"):
         expected = build_unet(unet_architecture(config))
-    if problems := differences(expected, unet.state_dict()):
+    if problems := differences(expected, network.state_dict()):
         raise ValueError(f"the UNet in the folder is not the one of `config`: {'; '.join(problems)}")
-    modules = attentions(unet)
+    modules = attentions(network)
     for name, attention in attentions(expected).items():
         set_heads(modules[name], attention.heads)

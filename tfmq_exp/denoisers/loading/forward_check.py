@@ -34,18 +34,20 @@ TEMPORAL = (
 NUMERIC = ("act_fn", "time_embedding_type", "norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor")
 
 
-def changed_settings(unet: Any, keys: tuple[str, ...]) -> str:
+def changed_settings(network: Any, keys: tuple[str, ...]) -> str:
     """Text of the settings among `keys` that differ from their defaults, for messages."""
-    defaults = default_settings(type(unet))
-    chosen = {key: unet.config[key] for key in keys if key in unet.config and unet.config[key] != defaults[key]}
+    defaults = default_settings(type(network))
+    chosen = {
+        key: network.config[key] for key in keys if key in network.config and network.config[key] != defaults[key]
+    }
     return ", ".join(f"{key}={value!r}" for key, value in chosen.items()) or "default settings"
 
 
 def check_sample(parts: DenoiserParts) -> None:
     """ValueError unless the network takes the sample and nothing else, returns noise, and its sample becomes images."""
-    unet, channels = parts.unet, parts.sample_shape[0]
-    check_channels(unet)
-    if (taken := unet.config["in_channels"]) != channels:
+    network, channels = parts.network, parts.sample_shape[0]
+    check_channels(network)
+    if (taken := network.config["in_channels"]) != channels:
         raise ValueError(f"in_channels={taken} with samples of {channels} channels: expected in_channels={channels}")
     if isinstance(parts.first_stage, LatentDecoder):
         if channels != (latent := parts.first_stage.channels):
@@ -54,23 +56,23 @@ def check_sample(parts: DenoiserParts) -> None:
         raise ValueError(f"in_channels={channels} without a first stage (vae/ or vqvae/): images have 1 or 3 channels")
 
 
-def check_shape(unet: Any, shape: tuple[int, ...], conditions: Mapping[str, Tensor], step: int) -> None:
+def check_shape(network: Any, shape: tuple[int, ...], conditions: Mapping[str, Tensor], step: int) -> None:
     """ValueError unless a sample of this shape comes out as it went in, by a pass of shapes alone; sides should be n * step."""
-    outline = {name: value.to("meta") for name, value in (*unet.named_parameters(), *unet.named_buffers())}
+    outline = {name: value.to("meta") for name, value in (*network.named_parameters(), *network.named_buffers())}
     given = {name: torch.empty_like(value, device="meta") for name, value in conditions.items()}
     sample, t = torch.empty(1, *shape, device="meta"), torch.ones(1, dtype=torch.long, device="meta")
     try:
-        height, width = functional_call(unet, outline, (sample, t), given).sample.shape[2:]
+        height, width = functional_call(network, outline, (sample, t), given).sample.shape[2:]
         if (height, width) == shape[1:]:
             return
         reason = f"it comes out as {height}x{width}"
     except Exception as error:  # settings and sizes that do not go together fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    name, size = type(unet).__name__, unet.config["sample_size"]
+    name, size = type(network).__name__, network.config["sample_size"]
     if any(side % step for side in shape[1:]):
         raise ValueError(f"sample_size={size!r} is no multiple of {step}, as this {name} needs ({reason})")
     widths = "".join(f", conditions of width {value.shape[-1]}" for value in conditions.values())
-    settings = changed_settings(unet, ("sample_size", "cross_attention_dim", "down_block_types"))
+    settings = changed_settings(network, ("sample_size", "cross_attention_dim", "down_block_types"))
     raise ValueError(f"{name} fails on a sample of {shape[1]}x{shape[2]}{widths}: {reason} ({settings})")
 
 
@@ -91,11 +93,11 @@ def check_forward(parts: DenoiserParts) -> None:
         ValueError: the network has layers of an unknown kind, cannot take its sample or conditions, gives numbers that are not
             finite, or computes something otherwise in its pass than apart; by the settings that are behind it.
     """
-    unet, shape, conditions = parts.unet, parts.sample_shape, parts.encoder.example().given
+    network, shape, conditions = parts.network, parts.sample_shape, parts.encoder.example().given
     check_sample(parts)
-    projections = {name for name, role in roles(unet).items() if role is Role.TIME_PROJ}
-    step, name = 2 ** (len(unet.config["block_out_channels"]) - 1), type(unet).__name__
-    check_shape(unet, shape, conditions, step)
+    projections = {name for name, role in roles(network).items() if role is Role.TIME_PROJ}
+    step, name = 2 ** (len(network.config["block_out_channels"]) - 1), type(network).__name__
+    check_shape(network, shape, conditions, step)
     last = int(parts.schedule["num_train_timesteps"]) - 1
     t = torch.tensor([min(1, last), last])  # not 0, at which some networks are not defined
     height, width = (min(side, step * max(1, SIDE // step)) for side in shape[1:])
@@ -110,45 +112,45 @@ def check_forward(parts: DenoiserParts) -> None:
     def after(path: str, _module: Any, _args: Any, output: Any) -> None:
         outputs[path] = pytree.tree_map_only(Tensor, Tensor.clone, output)
 
-    modules = {path for path, _ in blocks(unet)}
-    with after_each(unet, modules | projections, after), ExitStack() as hooks:
+    modules = {path for path, _ in blocks(network)}
+    with after_each(network, modules | projections, after), ExitStack() as hooks:
         for path in modules:
-            hook = unet.get_submodule(path).register_forward_pre_hook(partial(before, path), with_kwargs=True)
+            hook = network.get_submodule(path).register_forward_pre_hook(partial(before, path), with_kwargs=True)
             hooks.enter_context(hook)
         try:
-            output = unet(sample.expand(len(t), -1, -1, -1), t, **given).sample
+            output = network(sample.expand(len(t), -1, -1, -1), t, **given).sample
         except IndexError as error:
-            settings = changed_settings(unet, ("time_embedding_type", "num_train_timesteps"))
+            settings = changed_settings(network, ("time_embedding_type", "num_train_timesteps"))
             lacking = f"the network has no embedding of timestep {last}, its schedule's last"
             raise ValueError(f"{settings}: {lacking}") from error
     for place, values in {"its conditions": given, **outputs, "its output": output}.items():
         if not all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(values)):
-            cause = f"its weights are damaged, or too large for float32 ({changed_settings(unet, NUMERIC)})"
+            cause = f"its weights are damaged, or too large for float32 ({changed_settings(network, NUMERIC)})"
             raise ValueError(f"{name} gives numbers that are not finite in one forward pass, first at {place}: {cause}")
-    embedding = time_embedding(unet, t, given)
+    embedding = time_embedding(network, t, given)
     features = [path for path in outputs if path in projections]
-    if wrong := [path for path in features if differ(unet.get_submodule(path)(embedding), outputs[path])]:
+    if wrong := [path for path in features if differ(network.get_submodule(path)(embedding), outputs[path])]:
         found = (
             f"{len(wrong)} temporal features of {name} are not what they are in its own forward pass, first {wrong[0]}"
         )
-        raise ValueError(f"{changed_settings(unet, TEMPORAL)}: {found}")
+        raise ValueError(f"{changed_settings(network, TEMPORAL)}: {found}")
     for path, (args, kwargs) in inputs.items():
-        if differ(unet.get_submodule(path)(*args, **kwargs), outputs[path]):
+        if differ(network.get_submodule(path)(*args, **kwargs), outputs[path]):
             raise ValueError(f"the block {path} of {name}, run alone, is not what it is in the forward pass")
 
 
 @torch.no_grad()
-def check_timesteps(unet: Any, timesteps: Sequence[float]) -> None:
+def check_timesteps(network: Any, timesteps: Sequence[float]) -> None:
     """ValueError for a timestep at which a UNet's time embedding is not finite (log 0 of a Fourier embedding), or that has none."""
-    if family_of(unet) not in (UNET, CONDITIONAL_UNET):
+    if family_of(network) not in (UNET, CONDITIONAL_UNET):
         return
-    device = next(unet.parameters()).device
+    device = next(network.parameters()).device
     fractions = [t for t in timesteps if isinstance(t, float)]
-    if fractions and isinstance(getattr(unet, "time_proj", None), torch.nn.Embedding):
+    if fractions and isinstance(getattr(network, "time_proj", None), torch.nn.Embedding):
         found = f"time_embedding_type=learned has embeddings of whole timesteps alone, and the sampler's are as {fractions[0]}"
         raise ValueError(f"{found}: choose a sampler of whole timesteps")
-    finite = time_embedding(unet, torch.tensor(timesteps, device=device), {}).isfinite().all(dim=1).tolist()
+    finite = time_embedding(network, torch.tensor(timesteps, device=device), {}).isfinite().all(dim=1).tolist()
     if wrong := [t for t, fine in zip(timesteps, finite, strict=True) if not fine]:
-        found = f"{changed_settings(unet, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite"
+        found = f"{changed_settings(network, ('time_embedding_type',))}: the time embedding at timestep {wrong[0]} is not finite"
         advice = "(sampler.steps_offset=1; of sampler=folder +sampler.settings.steps_offset=1)"
         raise ValueError(f"{found}; choose a sampler that does not visit it {advice}")

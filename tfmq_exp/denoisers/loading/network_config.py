@@ -149,9 +149,9 @@ def check_choices(kind: Any, config: Mapping[str, Any]) -> None:
             raise ValueError(f"{network} with {key}={value!r:.80} is not supported; expected {expected}")
 
 
-def check_channels(unet: Any) -> None:
+def check_channels(network: Any) -> None:
     """ValueError unless a UNet returns as many channels as it takes, or twice as many, with a learned variance."""
-    taken, returned = unet.config["in_channels"], unet.config["out_channels"]
+    taken, returned = network.config["in_channels"], network.config["out_channels"]
     if returned not in (taken, 2 * taken):
         wrong = f"expected out_channels={taken}, or {2 * taken} with a learned variance"
         if taken > returned:

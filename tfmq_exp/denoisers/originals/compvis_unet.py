@@ -91,10 +91,10 @@ def openai_unet(kwargs: Mapping[str, Any]) -> nn.Module:
         )
     resample: dict[str, Any] = dict.fromkeys(("downsample_type", "upsample_type"), "resnet" if updown else "conv")
     head_width = None if width == -1 else width
-    unet = UNet2DModel(**shared, **resample, attention_head_dim=head_width, attn_norm_num_groups=32)
-    for module in attentions(unet).values() if width == -1 else ():
+    network = UNet2DModel(**shared, **resample, attention_head_dim=head_width, attn_norm_num_groups=32)
+    for module in attentions(network).values() if width == -1 else ():
         set_heads(module, heads)
-    return unet
+    return network
 
 
 def ddim_unet(config: Mapping[str, Any]) -> nn.Module:
@@ -148,14 +148,14 @@ def renamed(state: Mapping[str, Tensor], network: nn.Module, name_of: Callable[[
     return {name: value.flatten(1) if name in matrices and value.dim() > 1 else value for name, value in named}
 
 
-def convert_unet(state: Mapping[str, Tensor], unet: Any, *, ddim: bool) -> dict[str, Tensor]:
+def convert_unet(state: Mapping[str, Tensor], network: Any, *, ddim: bool) -> dict[str, Tensor]:
     """A state dict for `unet` from one with original key names (bare UNet keys); what it has no place for keeps its name."""
     if ddim:
-        levels = len(unet.config["block_out_channels"])
-        return renamed(state, unet, lambda key: ddim_key(key, levels))
-    layers, keys = unet.config["layers_per_block"], frozenset(state)
-    converted = renamed(state, unet, lambda key: openai_key(key, layers, keys))
-    for name, attention in attentions(unet).items():
+        levels = len(network.config["block_out_channels"])
+        return renamed(state, network, lambda key: ddim_key(key, levels))
+    layers, keys = network.config["layers_per_block"], frozenset(state)
+    converted = renamed(state, network, lambda key: openai_key(key, layers, keys))
+    for name, attention in attentions(network).items():
         for parameter in ("weight", "bias"):
             fused = converted.get(f"{name}.qkv.{parameter}")
             if fused is not None and len(fused) % (3 * attention.heads) == 0:
@@ -183,6 +183,6 @@ def load_unet(architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> n
         ValueError: an architecture that is not known here, or weights that do not fit it.
     """
     with torch.device("meta"):
-        unet = build_unet(architecture)
-    assign_weights(unet, convert_unet(state, unet, ddim="config" in architecture))
-    return unet
+        network = build_unet(architecture)
+    assign_weights(network, convert_unet(state, network, ddim="config" in architecture))
+    return network

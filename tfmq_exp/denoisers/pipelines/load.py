@@ -132,7 +132,7 @@ def load_pipeline(
     others = [part for part in folder.components if part != folder.denoiser_name]
     return Denoiser(
         name=name,
-        unet=network,
+        network=network,
         sample_shape=example_calls(folder, given).sample_shape,
         schedule=training_noise(folder.components["scheduler"].folder / CONFIG),
         weights_sha256=hash_parts(folder, [folder.denoiser_name]),

@@ -17,7 +17,7 @@ from tfmq_exp.deploy.openvino.runtime import TILE, attention_nodes, compile_sett
 
 BF16_NOISE = 0.1  # that bfloat16 may add to an attention, as a share of the mean squared error of eight bits
 MIN_SCORES = 2**18  # of an attention; with fewer, bfloat16 saves less than a tenth of a millisecond
-PATH = "__module.unet."  # of the network's modules in names that the frontend gives
+PATH = "__module.network."  # of the network's modules in names that the frontend gives
 
 
 class AttentionNoise(NamedTuple):

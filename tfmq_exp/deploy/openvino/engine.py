@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.deploy.engine import UNetOutput, require_package
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 
 class OpenVINOUNet(nn.Module):
@@ -76,13 +76,13 @@ class OpenVINO:
         settings |= {"bf16_attention": self.bf16_attention}
         return {"name": self.name, "version": version("openvino"), **settings}
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, model: QuantizedNetwork, example: Mapping[str, Tensor], folder: Path) -> None:
         from tfmq_exp.deploy.openvino.export import export
 
         choices = {"split_int8_weights": self.splits_int8_weights, "bf16_attention": self.bf16_attention}
         export(model, example, folder, **choices, threads=self.threads)
 
-    def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
+    def open(self, model: QuantizedNetwork, folder: Path, *, batch: int) -> nn.Module:
         """Compile the exported model for so many rows."""
         from tfmq_exp.deploy.openvino.runtime import ExportedUNet
 

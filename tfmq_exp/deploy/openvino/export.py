@@ -22,7 +22,7 @@ from tfmq_exp.deploy.openvino.graph import FloatProduct, IntegerProduct, RealQua
 from tfmq_exp.deploy.openvino.runtime import FORMAT, ExportedUNet, bf16_attention_pays, compile_settings
 from tfmq_exp.deploy.openvino.trace import Tap, shared_copy, trace
 from tfmq_exp.quant.quantizers import AffineQuantizer, StepSwitch
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
 INTEGER = re.compile(r"_[iu]8$", re.IGNORECASE)  # jit_avx2_I8, brgconv_avx512_I8, jit_gemm_i8
@@ -37,7 +37,7 @@ class ConvertedModel:
 
 
 def export(
-    model: QuantizedUNet,
+    model: QuantizedNetwork,
     example: Mapping[str, Tensor],
     folder: Path,
     *,
@@ -79,7 +79,7 @@ def export(
 
 
 def convert(
-    model: QuantizedUNet, example: Mapping[str, Tensor], pairs_saturate: bool = False, taps: Sequence[str] = ()
+    model: QuantizedNetwork, example: Mapping[str, Tensor], pairs_saturate: bool = False, taps: Sequence[str] = ()
 ) -> ConvertedModel:
     """Convert a model to OpenVINO's, with inputs `sample`, `step` and its conditions, for any batch.
 
@@ -100,12 +100,12 @@ def convert(
         replaced: nn.Module = ProductLayer(layer, products[layer.name], context)
         if layer.name in taps:
             replaced = tapped[layer.name] = Tap(replaced)
-        model.unet.set_submodule(layer.name, replaced)
-    switches = tuple(f"{name}." for name, module in model.unet.named_modules() if isinstance(module, StepSwitch))
-    for name, module in list(model.unet.named_modules()):
+        model.network.set_submodule(layer.name, replaced)
+    switches = tuple(f"{name}." for name, module in model.network.named_modules() if isinstance(module, StepSwitch))
+    for name, module in list(model.network.named_modules()):
         if isinstance(module, AffineQuantizer | StepSwitch) and not name.startswith(switches):
-            model.unet.set_submodule(name, RealQuantizer(activation_scale(module, context.num_steps)))
-    result, nodes = trace(model.unet, context, example, [tapped[name] for name in taps])
+            model.network.set_submodule(name, RealQuantizer(activation_scale(module, context.num_steps)))
+    result, nodes = trace(model.network, context, example, [tapped[name] for name in taps])
     cores = {name: [nodes[product.multiply] for product in made] for name, made in products.items()}
     if wrong := [name for name, calls in cores.items() if any(len(call) != 1 for call in calls)]:
         raise ValueError(f"{len(wrong)} layers are not called exactly once, first {wrong[0]!r}")
@@ -117,7 +117,7 @@ def convert(
     for layer, own in names.items():
         for name, (node,) in zip(own, cores[layer], strict=True):
             node.set_friendly_name(name)
-    name_attentions(result, attentions(model.unet))
+    name_attentions(result, attentions(model.network))
     return ConvertedModel(result, names)
 
 

@@ -19,7 +19,7 @@ from tfmq_exp.deploy.layers import DeployedLayer, deployed_layer
 from tfmq_exp.deploy.openvino.export import convert
 from tfmq_exp.deploy.openvino.runtime import compile_settings
 from tfmq_exp.deploy.weight_tables import per_row
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 TOLERANCE = 1e-5  # of the largest output
 ROUNDING_ERROR = 2.0**-21  # of u, in float32 and by another order of the same operations
@@ -46,7 +46,7 @@ class LayerParity:
 
 
 def compare_layers(
-    model: QuantizedUNet,
+    model: QuantizedNetwork,
     inputs: Mapping[str, Tensor],
     *,
     steps: Sequence[int],

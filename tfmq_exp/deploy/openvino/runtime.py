@@ -1,7 +1,7 @@
 """Runs an exported model with numpy and openvino alone; this file can be copied to where the model is deployed.
 
-unet = ExportedUNet(Path("exported"))
-noise = unet(x, 981)                    # numpy arrays: x of shape [batch, channels, height, width]
+network = ExportedUNet(Path("exported"))
+noise = network(x, 981)                    # numpy arrays: x of shape [batch, channels, height, width]
 """
 
 import json

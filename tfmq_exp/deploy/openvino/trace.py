@@ -26,11 +26,11 @@ class UNetWithStepInput(nn.Module):
     Inputs and outputs of the layers in `taps` are further outputs.
     """
 
-    def __init__(self, unet: nn.Module, context: TimestepContext, taps: Sequence["Tap"] = ()) -> None:
+    def __init__(self, network: nn.Module, context: TimestepContext, taps: Sequence["Tap"] = ()) -> None:
         super().__init__()
-        self.unet, self.context, self.taps = unet, context, tuple(taps)
+        self.network, self.context, self.taps = network, context, tuple(taps)
         self.timesteps = network_timesteps(exact_timesteps(context.timesteps))
-        self.quantizers = [module for module in unet.modules() if isinstance(module, GraphQuantizer)]
+        self.quantizers = [module for module in network.modules() if isinstance(module, GraphQuantizer)]
         columns = [column for quantizer in self.quantizers for column in quantizer.columns.values()]
         table = torch.stack(columns or [torch.zeros(context.num_steps)], dim=1)
         # quantizers of one tensor have the same columns, and become one where the graph shares equal operations
@@ -46,7 +46,7 @@ class UNetWithStepInput(nn.Module):
         rows = sample.shape[0]
         t = self.timesteps[step].expand(rows)
         with self.context.at(t, steps=step.expand(rows)):
-            noise = self.unet(sample, timestep=t, **conditions).sample
+            noise = self.network(sample, timestep=t, **conditions).sample
         return (noise, *itertools.chain(*(tap.seen for tap in self.taps))) if self.taps else noise
 
 
@@ -70,12 +70,12 @@ def shared_copy(network: Network) -> Network:
 
 
 def trace(
-    unet: nn.Module, context: TimestepContext, example: Mapping[str, Tensor], taps: Sequence[Tap] = ()
+    network: nn.Module, context: TimestepContext, example: Mapping[str, Tensor], taps: Sequence[Tap] = ()
 ) -> tuple[Any, dict[GraphOperation, list[Node]]]:
     """Convert a network, its group norms by `group_norm`.
 
     Args:
-        unet: the network, which conversion leaves with further attributes: a copy.
+        network: the network, which conversion leaves with further attributes: a copy.
         context: of the network; the input `step` is an index into its timesteps.
         example: keyword arguments of a forward pass; all shapes but the batch become those of the converted model.
         taps: in the network, for further outputs.
@@ -93,7 +93,7 @@ def trace(
         nodes[module].append(node := module.build(x))  # type: ignore[index, operator]
         return node.outputs()
 
-    for i, module in enumerate(unet.modules()):
+    for i, module in enumerate(network.modules()):
         if isinstance(module, GraphOperation | nn.GroupNorm):
             # no call of the module and no tensor of it in here: the tracer would look them up by the module's name
             shape = torch.zeros_like if isinstance(module, nn.GroupNorm) else module.forward
@@ -109,7 +109,7 @@ def trace(
         warnings.simplefilter("ignore")  # of tracing: shapes that become constants are those of the network
         # as `openvino.convert_model`, without its second trace and minutes of preprocessing that is not needed
         decoder = TorchScriptPythonDecoder(
-            UNetWithStepInput(unet, context, taps),
+            UNetWithStepInput(network, context, taps),
             example_input=inputs,
             module_extensions=modules,
             trace_kwargs={"check_trace": False},

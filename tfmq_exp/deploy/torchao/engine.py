@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.deploy.engine import require_package, write_manifest
 from tfmq_exp.deploy.layers import ProductUNet, deployed_layers, layer_report
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TorchAO:
         versions = {"version": version("torchao"), "torch": torch.__version__.partition("+")[0]}
         return {"name": self.name, "dtype": self.dtype, "device": torch.device(self.device).type, **versions}
 
-    def export(self, model: QuantizedUNet, example: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, model: QuantizedNetwork, example: Mapping[str, Tensor], folder: Path) -> None:
         """Write the layer report alone: the artefact is what the engine executes."""
         product_format, layers, executed = self.formats[self.dtype], deployed_layers(model), dict[str, dict[str, str]]()
         for layer in layers:
@@ -69,7 +69,7 @@ class TorchAO:
         rows = [{**row, **executed.get(str(row["layer"]), {})} for row in layer_report(model, layers)]
         write_manifest(folder, {"layers": rows})
 
-    def open(self, model: QuantizedUNet, folder: Path, *, batch: int) -> nn.Module:
+    def open(self, model: QuantizedNetwork, folder: Path, *, batch: int) -> nn.Module:
         """Replace layers of a copy on the device, where the kernel is checked first."""
         product_format, device = self.formats[self.dtype], torch.device(self.device)
         product_format.check(device)

@@ -20,7 +20,7 @@ from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.trajectory import Predict
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 ARTEFACT, STATISTICS = "quantized.safetensors", "statistics.safetensors"
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class CalibrateActivations(Stage):
 
     def compute(self, folder: Path) -> None:
         run, model, data = self.run, self.weights.model(), self.trajectory.samples_if_needed()
-        network, seed = (model, run.denoiser.unet, run.structure), derive_seed(run.seed, Stream.ACTIVATIONS)
+        network, seed = (model, run.denoiser.network, run.structure), derive_seed(run.seed, Stream.ACTIVATIONS)
         with learning(self.pipeline, self.name, folder) as callbacks:
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks))
         run.method.temporal(*network, run.temporal_conditions)
@@ -53,7 +53,7 @@ class CalibrateActivations(Stage):
         return finished_units(self.entry.path)
 
     @cached_property
-    def model(self) -> QuantizedUNet:
+    def model(self) -> QuantizedNetwork:
         """The network, loaded from its artefact."""
         return serialization.load(self.result() / ARTEFACT).to(self.run.denoiser.device)
 
@@ -89,7 +89,7 @@ class FitCorrection(Stage):
 
 
 @dataclass(eq=False)
-class QuantizedNetwork:
+class QuantizationResult:
     """The finished quantized network, with the correction of its noise if the method has one."""
 
     sampling: Sampling
@@ -107,7 +107,7 @@ class QuantizedNetwork:
         return self.correction.statistics if self.correction else None
 
     @cached_property
-    def model(self) -> QuantizedUNet:
+    def model(self) -> QuantizedNetwork:
         """The network with the activation bits of every step chosen."""
         model, statistics = self.activations.model, self.statistics
         if statistics is not None and statistics.bits:

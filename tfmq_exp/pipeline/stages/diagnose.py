@@ -16,7 +16,7 @@ from tfmq_exp.diagnostics.sensitivity import PredictionProbe, QuantizedUnit, qua
 from tfmq_exp.diagnostics.temporal_error import feature_errors
 from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
 from tfmq_exp.pipeline.pipeline import Advance, Stage
-from tfmq_exp.pipeline.stages.activations import QuantizedNetwork
+from tfmq_exp.pipeline.stages.activations import QuantizationResult
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
 from tfmq_exp.quant.timestep_context import Timestep
 from tfmq_exp.reconstruction.units import TemporalAware
@@ -28,7 +28,7 @@ PASSES = 4  # of a step: float and quantized network on both trajectories; or on
 class Diagnosis(Stage):
     """A table about the quantized network, stored as JSON."""
 
-    network: QuantizedNetwork
+    quantized: QuantizationResult
     trajectory: CollectTrajectory
 
     @property
@@ -36,7 +36,7 @@ class Diagnosis(Stage):
         return self.stored_as.removeprefix("diagnosis_")
 
     def inputs(self) -> Mapping[str, Any]:
-        return {"network": self.network.stage.key}
+        return {"network": self.quantized.stage.key}
 
     @abstractmethod
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
@@ -58,7 +58,7 @@ class WeightRounding(Diagnosis):
     stored_as = "diagnosis_rounding"
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
-        return rounding_changes(self.network.model, self.run.denoiser.unet, self.run.structure)
+        return rounding_changes(self.quantized.model, self.run.denoiser.network, self.run.structure)
 
 
 class TemporalFeatures(Diagnosis):
@@ -75,7 +75,7 @@ class TemporalFeatures(Diagnosis):
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
         run = self.run
-        networks = self.network.model, run.denoiser.unet, run.structure
+        networks = self.quantized.model, run.denoiser.network, run.structure
         return feature_errors(*networks, self.timesteps, run.temporal_conditions)
 
 
@@ -94,7 +94,7 @@ class ErrorAccumulation(Diagnosis):
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
         run, images, batch = self.run, self.run.diagnosis.trajectories, self.run.compute.batch
         passes = len(run.calls) * -(-images // batch)
-        pair = TrajectoryPair(*self.network.sampler(), run.denoiser, run.sampling, run.seed)
+        pair = TrajectoryPair(*self.quantized.sampler(), run.denoiser, run.sampling, run.seed)
         return pair.accumulation(images, batch, lambda done: advance(done / passes, ""))
 
 
@@ -105,7 +105,7 @@ class ActivationRanges(ErrorAccumulation):
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
         run, calls = self.run, len(self.run.calls)
-        given = self.network.model, run.denoiser, run.structure, run.sampling
+        given = self.quantized.model, run.denoiser, run.structure, run.sampling
         options = {"images": run.diagnosis.trajectories, "seed": run.seed, "batch": run.compute.batch}
         return activation_ranges(*given, **options, each_call=lambda done: advance(done / calls, f"call {done}"))
 
@@ -129,7 +129,7 @@ class UnitSensitivity(Diagnosis):
 
     def measure(self, folder: Path, advance: Advance) -> list[Row]:
         run, structure, alone = self.run, self.run.structure, self.run.diagnosis.sensitivity == "alone"
-        network = self.network.model, run.denoiser.unet
+        network = self.quantized.model, run.denoiser.network
         data = spread_over_steps(self.trajectory.samples(), run.diagnosis.samples, run.seed)
         batch, units = min(run.compute.batch, len(data)), quantized_units(*network, structure)
         probe = PredictionProbe(*network, units, data, steps=len(run.calibration_calls), batch=batch)

@@ -18,7 +18,7 @@ from tfmq_exp.evaluation.metrics import signal_noise_ratio
 from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statistics
 from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.pipeline.pipeline import Advance, Stage
-from tfmq_exp.pipeline.stages.activations import QuantizedNetwork
+from tfmq_exp.pipeline.stages.activations import QuantizationResult
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.sampling.trajectory import Predict
@@ -169,7 +169,7 @@ class MeasureErrors(Stage):
     """Error curves: of the trajectory of `network`, and of the temporal features of the quantized network behind it."""
 
     network: SampledNetwork
-    quantized: QuantizedNetwork
+    quantized: QuantizationResult
     stored_as = "diagnostics"
 
     def inputs(self) -> Mapping[str, Any]:
@@ -181,7 +181,7 @@ class MeasureErrors(Stage):
         pair = TrajectoryPair(*self.network.sampler(), run.denoiser, run.sampling, run.seed)
         with self.pipeline.progress(self.name, len(run.calls)) as advance:
             along = pair.error(run.diagnostics, lambda step: advance(step + 1, ""))
-        networks = self.quantized.model, run.denoiser.unet, run.structure
+        networks = self.quantized.model, run.denoiser.network, run.structure
         timesteps = run.sampling.finite_set(run.denoiser)
         temporal = temporal_feature_error(*networks, timesteps, run.temporal_conditions)
         self.pipeline.store.write_json(folder / ERRORS, {"temporal": temporal, "trajectory": along})

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tfmq_exp.denoisers.families.unet import attentions
 from tfmq_exp.deploy.engine import Engine, read_manifest, write_manifest
 from tfmq_exp.pipeline.pipeline import Stage
-from tfmq_exp.pipeline.stages.activations import QuantizedNetwork
+from tfmq_exp.pipeline.stages.activations import QuantizationResult
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.trajectory import Predict
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 FLOAT = "float"  # execution of layers that the engine has no integer kernel for
 
@@ -27,7 +27,7 @@ class ExportEngine(Stage):
     """The exported network; depends on the quantized one and on the engine."""
 
     engine: Engine
-    quantized: QuantizedNetwork
+    quantized: QuantizationResult
     stored_as = "deployed"
 
     @property
@@ -49,7 +49,7 @@ class ExportEngine(Stage):
         return {**example, "timestep": torch.full((self.rows,), self.run.calls[0])}
 
     @cached_property
-    def cpu_model(self) -> QuantizedUNet:
+    def cpu_model(self) -> QuantizedNetwork:
         """The quantized network on the CPU."""
         model = self.quantized.model
         return model if self.run.denoiser.device.type == "cpu" else copy.deepcopy(model).cpu()
@@ -79,7 +79,7 @@ class ExportEngine(Stage):
         plain = {"role": "attention products", "executed": FLOAT, "weight_bits": "", "products": 2, "note": ""}
         executed = {row["attention"]: row for row in read_manifest(self.result()).get("attention", [])}
         rows: list[dict[str, Any]] = []
-        for name in attentions(self.run.denoiser.unet):
+        for name in attentions(self.run.denoiser.network):
             operands = self.run.resolved.operands.get(name, {})
             grids = f"; {', '.join(operands)} on their grids in floating point" if operands else ""
             row = {"site": name, **plain, "why": f"no integer products of activations{grids}"}

@@ -20,7 +20,7 @@ from tfmq_exp.qat.train import TrainingContext
 from tfmq_exp.quant.scales.observed_ranges import EMARange, TimestepGroupConfig
 from tfmq_exp.reconstruction.context import ProgressCallback, ReconstructionContext, UnitCheckpointer, UnitResult
 from tfmq_exp.sampling.trajectory import alphas_cumprod, require_noise_prediction
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 RECONSTRUCTED, TRAINED = "weights.safetensors", "trained.safetensors"
 
@@ -39,9 +39,9 @@ class ReconstructWeights(Stage):
         return {**self.run.weight_inputs, **data, **joint}
 
     def compute(self, folder: Path) -> None:
-        run, model, data = self.run, self.run.quantized_unet(), self.trajectory.samples_if_needed()
+        run, model, data = self.run, self.run.quantized_network(), self.trajectory.samples_if_needed()
         with learning(self.pipeline, self.name, folder) as callbacks:
-            network = model, run.denoiser.unet, run.structure
+            network = model, run.denoiser.network, run.structure
             self.method(ReconstructionContext(*network, data, run.compute, run.seed, *callbacks))
         state = model.activation_state() if "activations" in self.method.learns else {}
         save_result(folder / RECONSTRUCTED, UnitResult(model.integers, state), {}, self.pipeline.store.write)
@@ -49,10 +49,10 @@ class ReconstructWeights(Stage):
     def count(self) -> int:
         return finished_units(self.entry.path)
 
-    def model(self) -> QuantizedUNet:
+    def model(self) -> QuantizedNetwork:
         """The network with integer weights; its activations are still float, or learned if that was done jointly."""
         result, _ = load_result(self.result() / RECONSTRUCTED)
-        model = self.run.quantized_unet()
+        model = self.run.quantized_network()
         for layer, weight in result.integers.items():
             model.freeze(layer, weight)
         model.load_activations(result.activations)
@@ -92,14 +92,14 @@ class TrainWeights(Stage):
     def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingContext:
         """The training, of a quantized network at all timesteps of the schedule; `folder` is of Lightning's checkpoints."""
         run, alphas = self.run, alphas_cumprod(self.run.denoiser.schedule)
-        model = run.quantized_unet(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
+        model = run.quantized_network(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
         data = self.examples.examples(), self.labels, run.denoiser.encoder, alphas.float().to(run.denoiser.device)
         return TrainingContext(model, *data, run.compute, run.seed, folder, units, callback)
 
-    def sampled_model(self) -> QuantizedUNet:
+    def sampled_model(self) -> QuantizedNetwork:
         """The untrained network at the sampler's timesteps; ValueError where it cannot be trained at all timesteps."""
         require_noise_prediction(self.run.denoiser.schedule, "training")
-        model = self.run.quantized_unet()
+        model = self.run.quantized_network()
         for name, quantizer in model.activation_quantizers().items():
             source = quantizer.scale_provider
             if source.per_step:
@@ -113,7 +113,7 @@ class TrainWeights(Stage):
                 )
         return model
 
-    def model(self) -> QuantizedUNet:
+    def model(self) -> QuantizedNetwork:
         """The trained network at the sampler's timesteps, its weights turned into integers."""
         model = self.sampled_model()
         model.load_state_dict(load_file(self.result() / TRAINED))

@@ -60,13 +60,16 @@ def reconstruct_units(context: ReconstructionContext, units: Sequence[Unit], con
     learnable = [unit for unit in units if is_learnable(model, unit, config)]
     learned = frozenset(layer for unit in units for layer in unit.layers) if config.rounds else frozenset[str]()
     known = frozenset[str]() if config.rounds or stored is None else stored.integers.layers()
-    driven, outline = [unit for unit in learnable if unit.driver == "denoiser"], outline_of(context.float_unet, stored)
+    driven, outline = (
+        [unit for unit in learnable if unit.driver == "denoiser"],
+        outline_of(context.float_network, stored),
+    )
     segments = read_segments(outline, driven, context.data) if driven else []
     if stored is None and not has_chain(segments):
         reconstruct(context, units, config)
         return
     shared = shared_inputs(outline, driven, context.data) if driven else {}
-    networks = model, outline, (context.float_unet,)
+    networks = model, outline, (context.float_network,)
     parts = LoadedParts(*networks, stored, context.compute.device, learned | known, {*known})
     BlockByBlock(context, config, parts, shared, segments).run(learnable)
 
@@ -92,8 +95,8 @@ class BlockByBlock:
 
     def __post_init__(self) -> None:
         context = self.context
-        of_float: dict[Origin, SegmentInputs] = {"float": self.inputs_in(context.float_unet, context.float_unet)}
-        others: dict[Origin, SegmentInputs] = {"quantized": self.inputs_in(context.model, context.model.unet)}
+        of_float: dict[Origin, SegmentInputs] = {"float": self.inputs_in(context.float_network, context.float_network)}
+        others: dict[Origin, SegmentInputs] = {"quantized": self.inputs_in(context.model, context.model.network)}
         self.inputs = {**of_float, **{o: inputs for o, inputs in others.items() if o in self.config.inputs.origins}}
 
     def inputs_in(self, network: nn.Module, units: nn.Module) -> SegmentInputs:
@@ -130,13 +133,13 @@ class BlockByBlock:
     def learn_temporal(self, unit: Unit) -> None:
         """Learn a unit that timesteps drive, with its own layers in memory."""
         context, compute, model = self.context, self.context.compute, self.context.model
-        start, inputs = time.perf_counter(), temporal_inputs(context.float_unet, context.data, model.context)
+        start, inputs = time.perf_counter(), temporal_inputs(context.float_network, context.data, model.context)
         parameters = self.parts.parameters_of(lambda network: unit.module(network)(*on_meta(inputs.whole[1])))
         batch = compute.batch if self.parts.stored else max(compute.batch, len(inputs))
         with self.parts.loaded(parameters, unit.layers):
             view = self.parts.view(unit, parameters)
             targets = run_unit(
-                view.module(context.float_unet), model.context, inputs, batch, compute.storage(4, of_device=0.5)
+                view.module(context.float_network), model.context, inputs, batch, compute.storage(4, of_device=0.5)
             )
             activations = UnitActivations(dict.fromkeys(self.config.inputs.origins, inputs), targets)
             before = round_unit(context, view, activations, self.config)
@@ -164,13 +167,13 @@ class BlockByBlock:
         model, batch, start = context.model, context.compute.batch, time.perf_counter()
         inputs: dict[Origin, TensorTree] = {origin: streams[origin].inputs(link) for origin in config.inputs.origins}
         with within(f"the outputs of {unit.name} in the float network"):
-            module, keep = unit.module(context.float_unet), "float" in inputs
+            module, keep = unit.module(context.float_network), "float" in inputs
             targets = streams["float"].advance(link, module, model.context, batch, keep=keep)
         activations = UnitActivations(inputs, targets)
         before = round_unit(context, unit, activations, config) if new else 0.0
         give_back_memory()  # Lightning's trainer and its module refer to each other, and keep what is as large as the weights
         if "quantized" in streams:
-            outputs = streams["quantized"].advance(link, unit.module(model.unet), model.context, batch)
+            outputs = streams["quantized"].advance(link, unit.module(model.network), model.context, batch)
             few = outputs.thinned(ERROR_SAMPLES), targets.thinned(ERROR_SAMPLES)
             after = error_of(*few, device_of(model)) if new else 0.0
         else:

@@ -32,12 +32,12 @@ def observe_blocks(
     model, compute, stored = context.model, context.compute, context.stored
     known = stored.integers.layers() if stored else frozenset[str]()
     outline, units = (
-        outline_of(context.float_unet, stored),
+        outline_of(context.float_network, stored),
         Blockwise()(context.structure, frozenset(context.structure.layers)),
     )
     parts = LoadedParts(model, outline, (), stored, compute.device, known, {*known})
     segments, shared = read_segments(outline, units, data), shared_inputs(outline, units, data)
-    inputs = SegmentInputs(model, model.unet, data, batch, compute.storage(of_device=0.5), compute.device)
+    inputs = SegmentInputs(model, model.network, data, batch, compute.storage(of_device=0.5), compute.device)
     done = 0
     for i, segment in enumerate(segments):
         first = segment.units[0]
@@ -49,6 +49,6 @@ def observe_blocks(
             stream = inputs.stream(segment, shared[first.name])
         for link in segment.links:
             with parts.loaded(parts.parameters_inside(link.unit)):
-                stream.advance(link, link.unit.module(model.unet), model.context, batch)
+                stream.advance(link, link.unit.module(model.network), model.context, batch)
             progress(done := done + 1, len(units))
         inputs.close(segment, stream)

@@ -13,7 +13,7 @@ from tfmq_exp.denoisers.loading.meta_network import loaded_part, skeleton
 from tfmq_exp.denoisers.loading.sharded_weights import META, ShardedWeights, release_parameters, set_parameters
 from tfmq_exp.quant.layers import QuantizedWeight, QuantLayer
 from tfmq_exp.reconstruction.units import Unit
-from tfmq_exp.surgery.quantized_unet import QuantizedUNet
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 
 class IntegerWeights(Protocol):
@@ -50,7 +50,7 @@ class LoadedParts:
         finished: layers whose weights are integers.
     """
 
-    model: QuantizedUNet
+    model: QuantizedNetwork
     outline: nn.Module
     floats: tuple[nn.Module, ...]
     stored: StoredWeights | None
@@ -102,7 +102,7 @@ class LoadedParts:
         tensors = {name: tensor.to(self.device) for name, tensor in read.items()}
         for network in self.floats:
             set_parameters(network, tensors)
-        set_parameters(self.model.unet, {name: tensors[name] for name in floats})
+        set_parameters(self.model.network, {name: tensors[name] for name in floats})
         del read, tensors
         self.restore(known)
         for name in floats:
@@ -135,10 +135,10 @@ class LoadedParts:
 
     def release(self, parameters: Collection[str]) -> None:
         """Free the memory of some parameters, of their integers and quantizers."""
-        for network in (*self.floats, self.model.unet):
+        for network in (*self.floats, self.model.network):
             release_parameters(network, parameters)
         for name in parameters:
-            layer = self.model.unet.get_submodule(name.rpartition(".")[0])
+            layer = self.model.network.get_submodule(name.rpartition(".")[0])
             if isinstance(layer, QuantLayer):
                 if quantizer := self.nearest.pop(name.removesuffix(".weight"), None):
                     layer.weight_quantizer, layer.integers = quantizer, nn.ModuleList()  # type: ignore[assignment]

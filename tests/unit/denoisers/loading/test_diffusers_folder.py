@@ -31,7 +31,7 @@ def saved(name: str, folder: Path, tokenizer: Path | None = None, pickled: bool 
         "unet": ["diffusers", "UNet"],
         "safety_checker": [None, None],
     }
-    denoiser.unet.save_pretrained(folder / "unet", safe_serialization=not pickled)  # type: ignore[operator]
+    denoiser.network.save_pretrained(folder / "unet", safe_serialization=not pickled)  # type: ignore[operator]
     if not isinstance(stage, Pixels):
         part = "vae" if "encoded_moments" in original.recorded else "vqvae"
         stage.network.save_pretrained(folder / part, safe_serialization=not pickled)
@@ -48,7 +48,7 @@ def saved(name: str, folder: Path, tokenizer: Path | None = None, pickled: bool 
 def noise(denoiser: Denoiser, recorded: dict[str, Tensor]) -> Tensor:
     captions = [caption(ids) for ids in recorded.get("input_ids", ())]
     with torch.no_grad():
-        return denoiser.unet(recorded["x"], recorded["t"], **denoiser.encoder(captions).given).sample
+        return denoiser.network(recorded["x"], recorded["t"], **denoiser.encoder(captions).given).sample
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -70,8 +70,8 @@ def test_a_folder_gives_the_outputs_of_the_original(name: str, tmp_path: Path, t
         assert torch.equal(found.first_stage.decode(z), expected.first_stage.decode(z))
     assert found.schedule == expected.schedule
     assert found.settings["ema"] is False
-    assert not any(parameter.requires_grad for parameter in found.unet.parameters())
-    assert not found.unet.training
+    assert not any(parameter.requires_grad for parameter in found.network.parameters())
+    assert not found.network.training
 
 
 def test_heads_come_from_the_architecture(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_pickled_weights(tmp_path: Path) -> None:
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     saved("ldm_lsun_beds", folder)
-    unet, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
+    network, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
 
     def refusal(kind: type[Exception] = ValueError) -> str:
@@ -212,12 +212,12 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     found = load_denoiser("x", folder, None, False).schedule
     assert (found["prediction_type"], found["rescale_betas_zero_snr"]) == ("v_prediction", True)
     scheduler.write_text(good)
-    good = unet.read_text()
-    edit(unet, _class_name="UNet3DConditionModel")
+    good = network.read_text()
+    edit(network, _class_name="UNet3DConditionModel")
     assert "of class UNet3DConditionModel; expected UNet2DModel or UNet2DConditionModel" in refusal()
-    unet.write_text("{")
+    network.write_text("{")
     assert "config.json is damaged" in refusal()
-    unet.write_text(good)
+    network.write_text(good)
     (folder / "vqvae").rename(folder / "other")
     assert "lacks the folder vqvae/, which its model_index.json lists" in refusal(FileNotFoundError)
     (folder / "model_index.json").rename(folder / "index.json")
@@ -226,7 +226,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     (folder / "other").rename(folder / "vqvae")
     with pytest.raises(ValueError, match="set ema=false"):
         load_denoiser("x", folder, None, True)
-    unet.unlink()
+    network.unlink()
     assert "no config.json in" in refusal(FileNotFoundError)
     (folder / "unet").rename(folder / "transformer")
     assert "there is model_index.json, scheduler/, transformer/, vqvae/" in refusal(FileNotFoundError)

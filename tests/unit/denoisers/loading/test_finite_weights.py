@@ -64,9 +64,9 @@ def test_original_checkpoints(name: str, prefix: str, part: str, tmp_path: Path,
 @pytest.mark.parametrize("name", ["conv_out.weight", "mid_block.attentions.0.group_norm.bias"])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_folders(tiny_unet: nn.Module, name: str, value: float, kind: str, tmp_path: Path) -> None:
-    unet: Any = copy.deepcopy(tiny_unet)
-    unet.get_parameter(name).view(-1)[0] = value
-    unet.save_pretrained(tmp_path / "unet", safe_serialization=kind == "safetensors")
+    network: Any = copy.deepcopy(tiny_unet)
+    network.get_parameter(name).view(-1)[0] = value
+    network.save_pretrained(tmp_path / "unet", safe_serialization=kind == "safetensors")
     DDIMScheduler(clip_sample=False).save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=rf"{tmp_path}/unet: the weights of unet: {name} is not finite: 1 "):
         load_denoiser("tiny", tmp_path, None, False)

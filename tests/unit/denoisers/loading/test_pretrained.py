@@ -53,9 +53,9 @@ def test_a_checkpoint_gives_the_original_outputs(name: str, tmp_path: Path, toke
         assert isinstance(denoiser.encoder, NoConditions)
     for x, eps in (("x", "eps"), ("x_small", "eps_x_small")):
         with torch.no_grad():
-            close(denoiser.unet(recorded[x], recorded["t"], **conditions.given).sample, recorded[eps])
+            close(denoiser.network(recorded[x], recorded["t"], **conditions.given).sample, recorded[eps])
     with torch.no_grad():
-        assert denoiser.unet(**denoiser.example()).sample.shape == (1, *denoiser.sample_shape)
+        assert denoiser.network(**denoiser.example()).sample.shape == (1, *denoiser.sample_shape)
 
 
 @pytest.mark.parametrize("name", LATENT)
@@ -77,7 +77,7 @@ def test_first_stages_give_the_original_images(name: str, tmp_path: Path, tokeni
 def test_averages_of_the_weights(tmp_path: Path) -> None:
     denoiser, (_, _, recorded) = loaded("ldm_ffhq_ema", tmp_path, ema=True)
     with torch.no_grad():
-        close(denoiser.unet(recorded["x"], recorded["t"]).sample, recorded["eps_ema"])
+        close(denoiser.network(recorded["x"], recorded["t"]).sample, recorded["eps_ema"])
     assert (recorded["eps_ema"] - recorded["eps"]).abs().max() > 100 * TOLERANCE
     assert denoiser.settings["ema"] is True
 
@@ -114,7 +114,7 @@ def test_files_of_the_ddim_program(tmp_path: Path) -> None:
     for file, ema in (("bare.ckpt", False), ("bare.safetensors", False), ("list.pth", True)):
         denoiser = load_denoiser("ddim_cifar10", tmp_path / file, config, ema)
         with torch.no_grad():
-            close(denoiser.unet(recorded["x"], recorded["t"]).sample, recorded["eps"])
+            close(denoiser.network(recorded["x"], recorded["t"]).sample, recorded["eps"])
     assert isinstance(denoiser.first_stage, Pixels)
     assert denoiser.schedule == {
         "num_train_timesteps": 1000,
@@ -130,7 +130,7 @@ def test_networks_are_float32_and_fixed(tmp_path: Path, tokenizer: Path) -> None
     denoiser = load_denoiser("sd", half.save(tmp_path / "half.ckpt"), half.config, False, tokenizer)
     encoder: Any = denoiser.encoder
     stage: Any = denoiser.first_stage
-    for network in (denoiser.unet, stage.network, encoder.model):
+    for network in (denoiser.network, stage.network, encoder.model):
         assert not any(module.training for module in network.modules())
         for parameter in network.parameters():
             assert parameter.dtype is torch.float32
@@ -147,7 +147,7 @@ def test_what_is_not_needed_is_not_kept(tmp_path: Path) -> None:
     torch.save({"state_dict": kept, "optimizer_states": [torch.zeros(10)], "callbacks": {}}, path)
     denoiser = load_denoiser("ldm_ffhq", path, original.config, False)
     with torch.no_grad():
-        output = denoiser.unet(original.recorded["x"], original.recorded["t"]).sample
+        output = denoiser.network(original.recorded["x"], original.recorded["t"]).sample
     close(output, original.recorded["eps"])
 
 

@@ -80,7 +80,7 @@ def test_flux_by_its_published_names() -> None:
 def test_a_checkpoint_of_ldm_is_that_of_the_own_map() -> None:
     path = GOLDENS / "compvis/ldm_cin256_v2.model.safetensors"
     config = yaml.safe_load((GOLDENS / "compvis/ldm_cin256_v2.config.yaml").read_text())
-    expected = load_compvis(path, config, ema=False, tokenizer=None, decode_rows=1).unet
+    expected = load_compvis(path, config, ema=False, tokenizer=None, decode_rows=1).network
     found = read_single_file(path, expected)
     own = expected.state_dict()
     assert found.keys() == own.keys()
@@ -97,7 +97,7 @@ def test_weights_with_diffusers_names_are_taken_as_they_are(tmp_path: Path) -> N
         load_pipeline(PIPELINES / "sd3", settings=settings, checkpoint=checkpoint)
         for checkpoint in (None, tmp_path / "tuned.safetensors")
     )
-    assert torch.equal(tuned.unet.proj_out.bias, plain.unet.proj_out.bias + 1)
+    assert torch.equal(tuned.network.proj_out.bias, plain.network.proj_out.bias + 1)
     assert tuned.weights_sha256 != plain.weights_sha256
 
 

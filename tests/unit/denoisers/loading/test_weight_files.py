@@ -151,9 +151,9 @@ def test_a_variant_alone_is_read_and_said(folder: Path, caplog: pytest.LogCaptur
             found = load_denoiser("x", folder, None, False)
         assert f"unet has weights of the variant {variant} alone: {file.name}" in caplog.text
         assert found.weights_sha256 != digest
-        read = found.unet.state_dict()
+        read = found.network.state_dict()
         assert all(torch.equal(read[name], value.to(dtype).float()) for name, value in state.items())
-        assert all(parameter.dtype is torch.float32 for parameter in found.unet.parameters())
+        assert all(parameter.dtype is torch.float32 for parameter in found.network.parameters())
         file.unlink()
         whole.write_bytes(content)
 
@@ -168,8 +168,8 @@ def test_diffusers_own_shards(folder: Path, tiny_unet: nn.Module) -> None:
         shards = weight_files(folder / "unet")
         assert len(shards) > 1
         sharded = load_denoiser("x", folder, None, False)
-        expected = whole.unet.state_dict()
-        assert all(torch.equal(value, expected[name]) for name, value in sharded.unet.state_dict().items())
+        expected = whole.network.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in sharded.network.state_dict().items())
         state = load_file(shards[-1])
         write(shards[-1], {name: value + 1 for name, value in state.items()})
         assert hash_weights(folder) != sharded.weights_sha256

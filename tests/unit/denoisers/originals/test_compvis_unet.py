@@ -33,11 +33,11 @@ def original(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Te
 @pytest.mark.parametrize("name", ["ldm_cin256_v2", "ddim_cifar10", "ldm_lsun_churches", "ldm_lsun_beds"])
 def test_converted_unet_gives_the_original_outputs(name: str) -> None:
     architecture, state, recorded = original(name)
-    unet = compvis_unet.load_unet(architecture, state)
+    network = compvis_unet.load_unet(architecture, state)
     context = {"encoder_hidden_states": recorded["context"]} if "context" in recorded else {}
     for x, eps in (("x", "eps"), ("x_small", "eps_x_small")):
         with torch.no_grad():
-            output = unet(recorded[x], recorded["t"], **context).sample
+            output = network(recorded[x], recorded["t"], **context).sample
         torch.testing.assert_close(output, recorded[eps], atol=TOLERANCE, rtol=0)
 
 
@@ -45,25 +45,25 @@ def test_reference_network_gives_the_original_outputs() -> None:
     folder = GOLDENS / "reference_run"
     reference = json.loads((folder / "ldm" / "reference.json").read_text())
     assert reference["architecture"] == json.loads((folder / "architectures.json").read_text())["ldm"]
-    unet = compvis_unet.load_unet(reference["architecture"], load_file(folder / "ldm" / "init_state.safetensors"))
+    network = compvis_unet.load_unet(reference["architecture"], load_file(folder / "ldm" / "init_state.safetensors"))
     data = load_file(folder / "ldm" / "data.safetensors")
     for part, wanted in (("cali", "fp_out"), ("held", "fp_out_held")):
         with torch.no_grad():
-            output = unet(data[f"{part}.x"], data[f"{part}.t"]).sample
+            output = network(data[f"{part}.x"], data[f"{part}.t"]).sample
         torch.testing.assert_close(output, data[wanted], atol=TOLERANCE, rtol=0)
 
 
 def test_converted_unet_has_the_original_temporal_features() -> None:
     architecture, state, recorded = original("ddim_cifar10")
-    unet = compvis_unet.load_unet(architecture, state)
+    network = compvis_unet.load_unet(architecture, state)
     places = {
         "tib.down.1.block.0.temb_proj": "down_blocks.1.resnets.0.time_emb_proj",
         "tib.mid.block_2.temb_proj": "mid_block.resnets.1.time_emb_proj",
         "tib.up.1.block.0.temb_proj": "up_blocks.0.resnets.0.time_emb_proj",
     }
-    embedding = time_embedding(unet, recorded["t"], {})
+    embedding = time_embedding(network, recorded["t"], {})
     for recording, place in places.items():
-        torch.testing.assert_close(unet.get_submodule(place)(embedding), recorded[recording], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(network.get_submodule(place)(embedding), recorded[recording], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])

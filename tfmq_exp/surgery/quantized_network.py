@@ -1,4 +1,4 @@
-"""The quantized UNet: the float network with some layers replaced by quantized ones, as a table says."""
+"""The quantized network: the float network with some layers replaced by quantized ones, as a table says."""
 
 import copy
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -25,19 +25,19 @@ from tfmq_exp.surgery.attention import quantize_operands
 from tfmq_exp.surgery.resolve import ResolvedConfig
 
 
-class QuantizedUNet(nn.Module):
+class QuantizedNetwork(nn.Module):
     """Called like the network that it holds, with the timestep by name. Sets its timestep context at every forward pass.
 
     Quantizers start in mode OFF. A layer's weight is either still float, with a quantizer, or frozen: replaced by the real values
     of its integers. Embedding projections that were replaced by stored features are in `cached`.
     """
 
-    unet: Any  # one of diffusers' denoisers
+    network: Any  # one of diffusers' denoisers
 
-    def __init__(self, unet: nn.Module, plan: ResolvedConfig) -> None:
+    def __init__(self, network: nn.Module, plan: ResolvedConfig) -> None:
         super().__init__()
         self.context = TimestepContext(plan.timesteps)
-        self.unet, self.plan, self.first_argument = unet, plan, first_argument(unet)
+        self.network, self.plan, self.first_argument = network, plan, first_argument(network)
         self.cached: dict[str, QuantizedWeight] = {}
         self.generators: BatchedGenerators | None = None  # while the network is trained as a whole
 
@@ -64,7 +64,7 @@ class QuantizedUNet(nn.Module):
         t = torch.as_tensor(timestep, device=x.device).expand(len(x))
         scales = self.generators.scales(t) if self.generators else None
         with self.context.at(t, outside or self.plan.outside_timesteps, scales):
-            return self.unet(x, timestep=t, **arguments)
+            return self.network(x, timestep=t, **arguments)
 
     def for_timesteps(self, timesteps: Sequence[Timestep]) -> Callable[..., Any]:
         """The network as a sampler calls it, whose timesteps are checked here once (ValueError) and no more at each call."""
@@ -75,7 +75,7 @@ class QuantizedUNet(nn.Module):
 
     def layer(self, name: str) -> QuantLayer:
         """A quantized layer by name."""
-        layer = self.unet.get_submodule(name)
+        layer = self.network.get_submodule(name)
         if not isinstance(layer, QuantLayer):
             raise KeyError(f"the layer {name!r} is not quantized")
         return layer
@@ -87,7 +87,7 @@ class QuantizedUNet(nn.Module):
     @property
     def integers(self) -> dict[str, tuple[QuantizedWeight, ...]]:
         """Weights that are integers, by layer, in as many parts as they have quantizers."""
-        layers = [(name, layer) for name, layer in self.unet.named_modules() if isinstance(layer, QuantLayer)]
+        layers = [(name, layer) for name, layer in self.network.named_modules() if isinstance(layer, QuantLayer)]
         return {name: layer.quantized_weight() for name, layer in layers if layer.integers}
 
     def weight_quantizers(self, layers: Collection[str] | None = None) -> list[WeightQuantizer]:
@@ -114,7 +114,7 @@ class QuantizedUNet(nn.Module):
 
     def activation_quantizers(self) -> dict[str, AffineQuantizer]:
         """Every activation quantizer by its name in the network."""
-        return {name: module for name, module in self.unet.named_modules() if isinstance(module, AffineQuantizer)}
+        return {name: module for name, module in self.network.named_modules() if isinstance(module, AffineQuantizer)}
 
     def activation_quantizers_in(self, block: str, layers: Collection[str]) -> dict[str, AffineQuantizer]:
         """Activation quantizers of some layers, and of the attention operands inside a block."""
@@ -173,7 +173,7 @@ class QuantizedUNet(nn.Module):
 
     def switches(self) -> list[StepSwitch]:
         """Activations with more than one bit-width."""
-        return [module for module in self.unet.modules() if isinstance(module, StepSwitch)]
+        return [module for module in self.network.modules() if isinstance(module, StepSwitch)]
 
     def activation_bits(self) -> tuple[int, ...]:
         """The bit-widths that a step can choose from, ascending; empty where there is no choice."""
@@ -202,11 +202,11 @@ class QuantizedUNet(nn.Module):
         self._replace(layer, Unneeded())
 
     def _replace(self, layer: str, module: nn.Module) -> None:
-        self.unet.set_submodule(layer, module.to(next(self.unet.parameters()).device))
+        self.network.set_submodule(layer, module.to(next(self.network.parameters()).device))
         self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})
 
 
-def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observer) -> QuantizedUNet:
+def build_quantized_network(network: nn.Module, plan: ResolvedConfig, observer: Observer) -> QuantizedNetwork:
     """A quantized copy of `unet` with exactly the quantizers of the table, which observe ranges of weights with `observer`."""
 
     def weight_quantizer(part: Tensor, spec: QuantSpec) -> WeightQuantizer:
@@ -214,9 +214,9 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
             return TrainableWeightQuantizer(part, spec, observer, plan.trained)
         return WeightQuantizer(part, spec, observer)
 
-    model = QuantizedUNet(copy.deepcopy(unet).requires_grad_(False).eval(), plan)
+    model = QuantizedNetwork(copy.deepcopy(network).requires_grad_(False).eval(), plan)
     for name, line in plan.layers.items():
-        layer = model.unet.get_submodule(name)
+        layer = model.network.get_submodule(name)
         if type(layer) not in QUANT_LAYERS:
             raise TypeError(f"{name} is a {type(layer).__name__}, which has no quantized class")
         own = QUANT_LAYERS[type(layer)].from_float(layer)
@@ -230,14 +230,14 @@ def build_quantized_unet(unet: nn.Module, plan: ResolvedConfig, observer: Observ
             own.input_quantizer = SplitQuantizer(inputs, sizes) if sizes else inputs[0]
         if line.output:
             own.output_quantizer = line.output.quantizer(model.context)
-        model.unet.set_submodule(name, own)
+        model.network.set_submodule(name, own)
     for names in plan.tied:
         tie([model.layer(name).input_quantizer for name in names])
     operands = plan.operands.items()
     quantize_operands(
-        model.unet, {n: {p: line.quantizer(model.context) for p, line in parts.items()} for n, parts in operands}
+        model.network, {n: {p: line.quantizer(model.context) for p, line in parts.items()} for n, parts in operands}
     )
-    return model.eval() if (like := next(unet.parameters())).is_meta else model.to(like.device).eval()
+    return model.eval() if (like := next(network.parameters())).is_meta else model.to(like.device).eval()
 
 
 def tie(quantizers: Sequence[Any]) -> None:
