@@ -42,6 +42,7 @@ RATES = (
 # what the values of keys must be
 KINDS: dict[Kind, str] = {
     one_of(*GOALS, DIAGNOSE, EXPORT): "until",
+    one_of("memory", "stored"): "runtime.weights",
     validate.SEED: "seed",
     validate.SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
     "protocol.qat.horizontal_flip data.grey",
@@ -234,8 +235,9 @@ def stop_without_folders(config: DictConfig, key_of_first: str) -> None:
         try:
             Path(first).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            folders = "paths.outputs, hydra.run.dir, hydra.sweep.dir"
-            raise ValueError(f"{folders}: no folder {first}: {error.strerror}") from error
+            raise ValueError(
+                f"paths.outputs, hydra.run.dir, hydra.sweep.dir: no folder {first}: {error.strerror}"
+            ) from error
     except ValueError as error:
         say_error(Terminal(stderr=True), str(error))
         raise SystemExit(1) from None

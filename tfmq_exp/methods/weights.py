@@ -27,6 +27,8 @@ class RoundToNearest:
         return CalibrationBudget(0, 0)
 
     def __call__(self, context: ReconstructionContext) -> None:
+        if context.stored:
+            return  # what nothing learns is rounded whenever it is loaded
         context.model.calibrate_weights()
         for layer in context.model.weight_layers():
             context.model.freeze(layer)

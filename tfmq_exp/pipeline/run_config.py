@@ -169,9 +169,10 @@ def measured_structure(denoiser: Denoiser, t: Timestep) -> NetworkStructure:
         ValueError: a layer depends on t otherwise than its role says.
     """
     example, family = denoiser.example(t), family_of(denoiser.network)
-    structure = read_structure(denoiser.network, example)
     other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
-    measured = measured_temporal_layers(denoiser.network, example, t, other, family.conditions)
+    with denoiser.loading():
+        structure = read_structure(denoiser.network, example)
+        measured = measured_temporal_layers(denoiser.network, example, t, other, family.conditions)
     temporal = {layer.name for layer in structure.by_role(*TEMPORAL_ROLES)}
     if wrong := sorted(measured.symmetric_difference(temporal)):
         raise ValueError(

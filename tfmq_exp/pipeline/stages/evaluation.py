@@ -44,6 +44,7 @@ class SampleImages(Stage):
 
     network: SampledNetwork
     stored_as = "images"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         return {**self.run.model_inputs, **self.network.inputs, "images": self.run.images}
@@ -79,6 +80,7 @@ class ComputeReference(Stage):
     """Statistics of the reference; they depend on it, the extractor, and how many features are kept."""
 
     stored_as = "reference"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         evaluator = self.run.evaluator
@@ -117,6 +119,7 @@ class ScoreImages(Stage):
     images: SampleImages
     reference: ComputeReference
     stored_as = "scores"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         evaluator = self.run.evaluator.identity
@@ -151,6 +154,7 @@ class CompareImages(Stage):
     images: SampleImages
     exact: SampleImages
     stored_as = "comparison"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         return {"images": self.images.key, "float_images": self.exact.key}

@@ -24,7 +24,9 @@ def test_outputs_are_those_of_the_whole_network_and_memory_is_that_of_a_block(na
     whole, empty, most = TINY[name].build(), on_meta_device(TINY[name]), 0
     write_shards(whole, tmp_path)
     shards, data = ShardedWeights.of(tmp_path), TINY[name].calibration(whole)
-    largest = max(sum(p.nbytes for p in whole.get_submodule(b.name).parameters()) for b in structure(whole, data).blocks)
+    largest = max(
+        sum(p.nbytes for p in whole.get_submodule(b.name).parameters()) for b in structure(whole, data).blocks
+    )
 
     def read(names: Collection[str]) -> Mapping[str, Tensor]:
         nonlocal most
