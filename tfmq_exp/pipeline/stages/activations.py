@@ -19,7 +19,13 @@ from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
 from tfmq_exp.methods.temporal_features import ComputeFeatures
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
-from tfmq_exp.pipeline.stages.weights import RECONSTRUCTED, ReconstructWeights, TrainWeights, stored_weights
+from tfmq_exp.pipeline.stages.weights import (
+    RECONSTRUCTED,
+    ReconstructWeights,
+    TrainWeights,
+    freeze_outline,
+    stored_weights,
+)
 from tfmq_exp.pipeline.unit_checkpoints import finished_units, learning
 from tfmq_exp.reconstruction.context import ReconstructionContext
 from tfmq_exp.sampling.guidance import Sampling
@@ -52,6 +58,8 @@ class CalibrateActivations(Stage):
         stored = stored_weights(run, self.weights.entry.path)
         with learning(self.pipeline, self.name, folder) as callbacks:
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks, stored))
+        if stored:
+            freeze_outline(model, stored.integers)
         run.method.temporal(*network, run.temporal_conditions)
         model.tabulate_scales()
         recipe, missing = Recipe.of(run.calibration_sampling, run.denoiser), self.missing_tensors()

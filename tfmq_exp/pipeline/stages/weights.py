@@ -76,10 +76,11 @@ class ReconstructWeights(Stage):
     def model(self) -> QuantizedNetwork:
         """The network with integer weights; its activations are still float, or learned if that was done jointly.
 
-        Where weights stay in their files, codes are on the meta device.
+        Where weights stay in their files, nothing is loaded.
         """
-        if stored := stored_weights(self.run, self.result()):
-            return frozen_outline(self.run.quantized_network(), stored.integers)
+        if self.run.denoiser.shards:
+            self.result()
+            return self.run.quantized_network()
         result, _ = load_result(self.result() / RECONSTRUCTED)
         model = self.run.quantized_network()
         for layer, weight in result.integers.items():
@@ -104,12 +105,11 @@ def round_rest(model: QuantizedNetwork, stored: StoredWeights, folder: Path, dev
                 save_result(file, UnitResult({layer: model.layer(layer).quantized_weight()}, {}), {})
 
 
-def frozen_outline(model: QuantizedNetwork, integers: IntegerWeights) -> QuantizedNetwork:
-    """A network on the meta device with the ranges of its integer weights, whose codes are on the meta device, too."""
+def freeze_outline(model: QuantizedNetwork, integers: IntegerWeights) -> None:
+    """Give a network on the meta device the ranges of its integer weights; their codes are on the meta device, too."""
     for layer in model.weight_layers():
         parts = integers.read([layer])[layer]
         model.freeze(layer, tuple(part._replace(codes=part.codes.to(META)) for part in parts))
-    return model
 
 
 @dataclass(eq=False)
