@@ -93,7 +93,7 @@ class Experiment:
         if self.run.denoiser.shards and whole:
             raise ValueError(
                 f"runtime.weights=stored: with method={self.run.method.name} these stages need the network in memory: "
-                f"{', '.join(whole)}; method=nearest, brecq, tfmq and others that learn block by block do not, up to until=images"
+                f"{', '.join(whole)}; methods that learn block by block, as brecq and tfmq, do not"
             )
 
     def missing(self, goals: Collection[str]) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
+from tfmq_exp.denoisers.loading.meta_network import move_loaded
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, NetworkStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_layers
@@ -114,7 +115,10 @@ class Run:
 
     def quantized_network(self, resolved: ResolvedConfig | None = None) -> QuantizedNetwork:
         """A quantized copy of the network, nothing calibrated yet."""
-        return build_quantized_network(self.denoiser.network, resolved or self.resolved, self.method.weight_observer)
+        plan, observer = resolved or self.resolved, self.method.weight_observer
+        model = build_quantized_network(self.denoiser.network, plan, observer)
+        move_loaded(model, self.denoiser.device)
+        return model
 
     @property
     def float_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from tfmq_exp.core.tensor_file import TensorFile
 from tfmq_exp.denoisers.loading.loading_modules import Read, called_within, loading_modules
 from tfmq_exp.denoisers.loading.meta_network import move_loaded
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
-from tfmq_exp.methods.temporal_features import ComputeFeatures
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
 from tfmq_exp.pipeline.stages.weights import (
@@ -32,7 +31,7 @@ from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.recipe import Recipe
 from tfmq_exp.sampling.trajectory import Predict
 from tfmq_exp.surgery import serialization
-from tfmq_exp.surgery.model_in_parts import load_in_parts
+from tfmq_exp.surgery.model_in_parts import load_in_parts, parameters_of
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 ARTEFACT, STATISTICS = "quantized.safetensors", "statistics.safetensors"
@@ -46,6 +45,7 @@ class CalibrateActivations(Stage):
     trajectory: CollectTrajectory
     weights: ReconstructWeights | TrainWeights
     stored_as = "activations"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         method, data = self.run.method, {"trajectory": self.trajectory.key, "seed": self.run.seed}
@@ -58,11 +58,14 @@ class CalibrateActivations(Stage):
         stored = stored_weights(run, self.weights.entry.path)
         with learning(self.pipeline, self.name, folder) as callbacks:
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks, stored))
-        if stored:
-            freeze_outline(model, stored.integers)
-        run.method.temporal(*network, run.temporal_conditions)
-        model.tabulate_scales()
         recipe, missing = Recipe.of(run.calibration_sampling, run.denoiser), self.missing_tensors()
+        with run.denoiser.loading(), ExitStack() as loading:
+            if stored and missing:
+                freeze_outline(model, stored.integers)
+                read = parameters_of(model, missing)
+                loading.enter_context(loading_modules(model.network, read, run.denoiser.device))
+            run.method.temporal(*network, run.temporal_conditions)
+        model.tabulate_scales()
         self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe, missing))
 
     def missing_tensors(self) -> Callable[[str], Tensor] | None:
@@ -73,10 +76,6 @@ class CalibrateActivations(Stage):
         return lambda key: (
             codes[key] if key in codes else shards.read([name := key.removeprefix("float/")])[name].float()
         )
-
-    @property
-    def in_parts(self) -> bool:
-        return isinstance(self.run.method.temporal, ComputeFeatures)
 
     def count(self) -> int:
         return finished_units(self.entry.path)
@@ -113,6 +112,7 @@ class FitCorrection(Stage):
     correction: NoiseCorrection
     activations: CalibrateActivations
     stored_as = "correction"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         network = {"activations": self.activations.key, "correction": self.correction, "seed": self.run.seed}
@@ -121,7 +121,8 @@ class FitCorrection(Stage):
     def compute(self, folder: Path) -> None:
         run, batch = self.run, self.run.compute.batch
         given, passes = (self.activations.model, run.denoiser, run.sampling), -(-self.correction.images // batch)
-        with self.pipeline.progress(self.name, passes * len(run.calls)) as advance:
+        loading = run.denoiser.loading(), self.activations.loading()
+        with self.pipeline.progress(self.name, passes * len(run.calls)) as advance, loading[0], loading[1]:
             found = self.correction.measure(*given, seed=run.seed, batch=batch, each_step=lambda i: advance(i, ""))
         self.pipeline.store.write(folder / STATISTICS, partial(save_file, found.tensors()))
 

@@ -175,6 +175,7 @@ class MeasureErrors(Stage):
     network: SampledNetwork
     quantized: QuantizationResult
     stored_as = "diagnostics"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         run = self.run
@@ -183,11 +184,12 @@ class MeasureErrors(Stage):
     def compute(self, folder: Path) -> None:
         run = self.run
         pair = TrajectoryPair(*self.network.sampler(), run.denoiser, run.sampling, run.seed)
-        with self.pipeline.progress(self.name, len(run.calls)) as advance:
-            along = pair.error(run.diagnostics, lambda step: advance(step + 1, ""))
         networks = self.quantized.model, run.denoiser.network, run.structure
         timesteps = run.sampling.finite_set(run.denoiser)
-        temporal = temporal_feature_error(*networks, timesteps, run.temporal_conditions)
+        with run.denoiser.loading(), self.quantized.activations.loading():
+            with self.pipeline.progress(self.name, len(run.calls)) as advance:
+                along = pair.error(run.diagnostics, lambda step: advance(step + 1, ""))
+            temporal = temporal_feature_error(*networks, timesteps, run.temporal_conditions)
         self.pipeline.store.write_json(folder / ERRORS, {"temporal": temporal, "trajectory": along})
 
     def count(self) -> int:
