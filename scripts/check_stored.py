@@ -44,7 +44,11 @@ def command(pipeline: Path, folder: Path, iterations: int) -> list[str]:
         **{"sampling.num_inference_steps": STEPS, "sampling.images": 1, "calibration.images": IMAGES},
         **{"calibration.step_stride": 1, "reconstruction.iterations": iterations, "reconstruction.batch_size": IMAGES},
     }
-    places = {"paths.store": folder / "store", "paths.outputs": folder / "outputs", "captions": folder / "captions.txt"}
+    places = {
+        "paths.store": folder / "store",
+        "paths.outputs": folder / "outputs",
+        "captions": folder.parent / "captions.txt",
+    }
     settings = {
         **places,
         "path": pipeline,
@@ -62,11 +66,10 @@ def command(pipeline: Path, folder: Path, iterations: int) -> list[str]:
 def run(pipeline: Path, folder: Path, iterations: int, kill_after: int | None = None) -> dict[str, Any]:
     """Run it, or until so many units are learned; status, bytes of memory at the peak, seconds, and hashes of the results."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "captions.txt").write_text("a red cat\n", encoding="utf-8")
     # tensors in pages of their own: glibc's lists of what was freed would be counted, too
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": f"{2**20}"}
     began = time.perf_counter()
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command(pipeline, folder, iterations), env=environment, stdout=log, stderr=log)
         while (
             kill_after
@@ -90,6 +93,7 @@ def check(args: argparse.Namespace) -> list[str]:
     """Everything that is not as it must be."""
     pipeline, given = args.folder / "pipeline", (args.iterations,)
     make_pipeline(pipeline, args.width, args.blocks)
+    (args.folder / "captions.txt").write_text("a red cat\n", encoding="utf-8")
     tiny = run(PIPELINE, args.folder / "tiny", *given)
     whole = run(pipeline, args.folder / "whole", *given)
     killed = run(pipeline, args.folder / "killed", *given, args.kill_after)

@@ -67,9 +67,9 @@ def test_results_are_those_of_a_network_in_memory(name: str, method: str, tmp_pa
     ("overrides", "message"),
     [
         (["method=qdrop"], "these stages need the network in memory: weights"),
-        (["until=diagnose"], "these stages need the network in memory: weight_rounding"),
+        (["until=diagnose"], "these stages need the network in memory: rounding"),
         (["runtime.processes=2"], "runtime.weights=stored needs runtime.processes=1, got 2"),
-        (["runtime.weights=disk"], "runtime.weights must be memory or stored, got 'disk'"),
+        (["runtime.weights=disk"], "runtime.weights must be one of memory, stored, got 'disk'"),
     ],
 )
 def test_what_needs_the_network_in_memory_says_so(

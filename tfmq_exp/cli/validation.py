@@ -170,8 +170,7 @@ def real_images(cfg: DictConfig, run: Path) -> DictConfig:
             raise ValueError(
                 f"{key} has no value: give it one, {key}=...; until=images scores nothing and needs no data"
             )
-    images = OmegaConf.select(cfg, "data.path", default=None)
-    if isinstance(images, str) and Path(images).is_dir():
+    if isinstance(images := OmegaConf.select(cfg, "data.path", default=None), str) and Path(images).is_dir():
         for name, folder in written_folders(cfg, run).items():
             if folder.is_relative_to(Path(images).resolve()):
                 raise ValueError(
@@ -235,9 +234,8 @@ def stop_without_folders(config: DictConfig, key_of_first: str) -> None:
         try:
             Path(first).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
-                f"paths.outputs, hydra.run.dir, hydra.sweep.dir: no folder {first}: {error.strerror}"
-            ) from error
+            folders = "paths.outputs, hydra.run.dir, hydra.sweep.dir"
+            raise ValueError(f"{folders}: no folder {first}: {error.strerror}") from error
     except ValueError as error:
         say_error(Terminal(stderr=True), str(error))
         raise SystemExit(1) from None

@@ -24,7 +24,8 @@ def features(network: Any, projections: Sequence[str], t: Tensor, given: Conditi
     last = ["proj_out_1"] if "proj_out_1" in projections else []
     read = {
         i: nn.functional.silu(blocks[i].norm1.emb(t, given["class_labels"], hidden_dtype=dtype))
-        for i in sorted({*own, *([0] if last else [])})
+        for i in blocks
+        if i in own or (i == 0 and last)
     }
     found = {name: network.get_submodule(name)(read[i]) for i, name in own.items()}
     return found | {name: network.get_submodule(name)(read[0]) for name in last}

@@ -70,8 +70,7 @@ class ReconstructWeights(Stage):
 
     @property
     def in_parts(self) -> bool:
-        weighs = isinstance(self.method, Reconstruct) and self.method.recipe.objective.needs_network
-        return "activations" not in self.method.learns and not weighs
+        return self.method.in_parts
 
     def model(self) -> QuantizedNetwork:
         """The network with integer weights; its activations are still float, or learned if that was done jointly.
