@@ -61,20 +61,28 @@ READS = {"inside blocks": 1, "all": 4}
 def network_on_meta(config: dict[str, Any]) -> Any:
     """A network with its parameters on the meta device."""
     with parameters_on_meta():
-        return PixArtTransformer2DModel(**config).requires_grad_(False).eval()
+        settings = {key: value for key, value in config.items() if not key.startswith("_")}
+        return PixArtTransformer2DModel(**settings).requires_grad_(False).eval()
+
+
+def sizes_of(width: int, blocks: int) -> dict[str, Any]:
+    """Settings of a PixArt transformer, of which a block has 16 width^2 weights."""
+    return {
+        **{"num_attention_heads": width // 64, "attention_head_dim": 64, "cross_attention_dim": width},
+        "num_layers": blocks,
+    }
 
 
 def config_of(width: int, blocks: int) -> dict[str, Any]:
-    """A PixArt transformer; a block has 16 width^2 weights."""
-    heads = {"num_attention_heads": width // 64, "attention_head_dim": 64, "cross_attention_dim": width}
+    """A PixArt transformer."""
     ends = {"sample_size": SIZE, "caption_channels": TEXT, "use_additional_conditions": False, "norm_eps": 1e-6}
-    return {**heads, **ends, "num_layers": blocks, "in_channels": 4, "out_channels": 8}
+    return {**sizes_of(width, blocks), **ends, "in_channels": 4, "out_channels": 8}
 
 
-def write(folder: Path, width: int, blocks: int) -> None:
+def write(folder: Path, config: dict[str, Any]) -> None:
     """Write configuration and shards, with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, shards = config_of(width, blocks), [dict[str, torch.Tensor]()]
+    shards = [dict[str, torch.Tensor]()]
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network_on_meta(config).named_parameters():
         if sum(x.nbytes for x in shards[-1].values()) > SHARD:
@@ -167,7 +175,7 @@ def check(args: argparse.Namespace) -> list[str]:
     """Learn a network at once and with a kill in between; everything that is not as it must be."""
     whole, killed = args.folder / "whole", args.folder / "killed"
     work = "--samples", args.samples, "--iterations", args.iterations
-    write(whole, args.width, args.blocks)
+    write(whole, config_of(args.width, args.blocks))
     killed.mkdir(parents=True)
     for path in whole.iterdir():
         (killed / path.name).symlink_to(path.resolve())
@@ -201,7 +209,7 @@ def main() -> int:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     if args.command == "write":
-        write(args.folder, args.width, args.blocks)
+        write(args.folder, config_of(args.width, args.blocks))
     elif args.command == "learn":
         print(json.dumps(learn(args), indent=2))
     else:

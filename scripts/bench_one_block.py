@@ -38,7 +38,7 @@ from tfmq_exp.reconstruction.recorded_calls import StopForward, recorded_calls
 from tfmq_exp.reconstruction.units import Unit
 from tfmq_exp.surgery.quantized_network import build_quantized_network
 from tfmq_exp.surgery.resolve import LayerConfig, ResolvedConfig
-from tfmq_exp.surgery.serialization import pack
+from tfmq_exp.surgery.stored_tensors import pack
 
 CPU = torch.device("cpu")
 ITERATIONS, SAMPLES, STEPS = 2000, 128, 50  # that the estimates are for

@@ -102,6 +102,8 @@ def quantize(
     """
     if not isinstance(denoiser, Denoiser):
         raise ValueError(f"denoiser must be what load_denoiser returns, got {type(denoiser).__name__}")
+    if denoiser.shards:
+        raise ValueError("a denoiser whose weights stay in their files (runtime.weights=stored) is quantized by run.py")
     if isinstance(overrides, str):
         raise ValueError(f"overrides must be a list of texts, such as [{overrides!r}], got one text")
     choices = [f"model={denoiser.name}", f"method={method}", f"quant={bits}", f"seed={seed}", f"device={device}"]

@@ -40,7 +40,7 @@ from tfmq_exp.surgery.config import (
 )
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 from tfmq_exp.surgery.resolve import STORED, ResolvedConfig, coverage, resolve
-from tfmq_exp.surgery.serialization import pack, unpack
+from tfmq_exp.surgery.stored_tensors import pack, unpack
 
 ALL_STEPS = 2 * TIMESTEPS
 OPERANDS = AttentionBits(operands=8, probabilities=16)

@@ -159,7 +159,7 @@ def collect_trajectories(
     repeats = len(rows) // n
     image = torch.tensor(indices).repeat(repeats)
     parts: list[CalibrationSet] = []
-    predict = sampling.predictor(denoiser.network)
+    predict = sampling.predictor(denoiser.call)
     for step in sampling.trajectory(predict, denoiser, seed=seed, stream=Stream.CALIBRATION, indices=indices):
         t = torch.tensor(step.t, dtype=torch.float64 if isinstance(step.t, float) else torch.int64).expand(len(rows))
         x = step.x.cpu().repeat(repeats, *[1] * (step.x.dim() - 1))

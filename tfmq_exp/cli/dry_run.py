@@ -40,7 +40,9 @@ class Estimate(NamedTuple):
 
 
 def expected_cost(experiment: Experiment, goals: Collection[str]) -> Estimate | None:
-    """Estimate of the stages that are missing; None if none of them takes long."""
+    """Estimate of the stages that are missing; None if none of them takes long, or where the network is not in memory."""
+    if experiment.run.denoiser.shards:
+        return None
     run, engine, note = experiment.run, experiment.export.name if experiment.export else "", ""
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if not (stages := estimate(run, missing := experiment.missing(goals), engine)):

@@ -125,6 +125,7 @@ def _execute(
 ) -> None:
     """Compute the stages up to the goal and write their results; the run began at `began` of `time.perf_counter()`."""
     run, goals = experiment.run, goals_up_to(cfg.until)
+    experiment.check_memory(goals)
     covered = dict(coverage(run.resolved, run.structure))
     write_json(folder / "quantized.json", covered)
     if cfg.until == "scores":

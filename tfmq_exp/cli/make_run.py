@@ -53,6 +53,8 @@ def make_run(
     if calibration.num_inference_steps and method.correction.measures:
         key = f"protocol.calibration.num_inference_steps={calibration.num_inference_steps}"
         raise ValueError(f"{key} needs method/correction=none: the noise is measured at the calibrated timesteps")
+    if cfg.runtime.weights == "stored":
+        check_stored(cfg)
     denoiser = denoiser or make(cfg.model.denoiser)
     assert denoiser is not None
     method.correction.check_training(denoiser.schedule)
@@ -91,6 +93,16 @@ def make_run(
         make_evaluator=functools.partial(make, cfg.eval),
         make_training_images=lambda: make(real_images(cfg, folder)),
     )
+
+
+def check_stored(cfg: DictConfig) -> None:
+    """ValueError for a model whose files cannot be read in parts, and for several processes."""
+    if "weights" not in cfg.model.denoiser:
+        raise ValueError(
+            f"runtime.weights=stored needs model=pipeline, whose files are read in parts, got {cfg.model.name}"
+        )
+    if cfg.runtime.processes > 1:
+        raise ValueError(f"runtime.weights=stored needs runtime.processes=1, got {cfg.runtime.processes}")
 
 
 def device_cache_bytes(gib: float | None, device: torch.device) -> int:

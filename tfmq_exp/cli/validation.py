@@ -42,6 +42,7 @@ RATES = (
 # what the values of keys must be
 KINDS: dict[Kind, str] = {
     one_of(*GOALS, DIAGNOSE, EXPORT): "until",
+    one_of("memory", "stored"): "runtime.weights",
     validate.SEED: "seed",
     validate.SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
     "protocol.qat.horizontal_flip data.grey",
@@ -169,8 +170,7 @@ def real_images(cfg: DictConfig, run: Path) -> DictConfig:
             raise ValueError(
                 f"{key} has no value: give it one, {key}=...; until=images scores nothing and needs no data"
             )
-    images = OmegaConf.select(cfg, "data.path", default=None)
-    if isinstance(images, str) and Path(images).is_dir():
+    if isinstance(images := OmegaConf.select(cfg, "data.path", default=None), str) and Path(images).is_dir():
         for name, folder in written_folders(cfg, run).items():
             if folder.is_relative_to(Path(images).resolve()):
                 raise ValueError(

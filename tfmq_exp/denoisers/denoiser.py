@@ -1,13 +1,18 @@
 """A pretrained denoiser: network, noise schedule, condition encoder, and first stage."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from tfmq_exp.denoisers.loading.loading_modules import called_within, loading_modules
+from tfmq_exp.denoisers.loading.meta_network import move_loaded
+from tfmq_exp.denoisers.loading.sharded_weights import ShardedWeights
 
 
 def first_argument(network: nn.Module) -> str:
@@ -130,6 +135,7 @@ class Denoiser:
         encoder: of its conditions.
         first_stage: of latents to images.
         settings: further identification: architecture, EMA or last weights.
+        shards: files of the network's weights where it is on the meta device, see `loading`.
     """
 
     name: str
@@ -140,15 +146,31 @@ class Denoiser:
     encoder: ConditionEncoder = field(default_factory=NoConditions)
     first_stage: FirstStage = field(default_factory=Pixels)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    shards: ShardedWeights | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self.shards.device if self.shards else next(self.network.parameters()).device
 
     def to(self, device: torch.device) -> None:
         """Move the network and its condition encoder; the first stage follows its input."""
-        self.network.to(device)
+        if self.shards:
+            self.shards.device = device
+            move_loaded(self.network, device)
+        else:
+            self.network.to(device)
         self.encoder.to(device)
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Inside, the network and its modules can be run; weights that are not in memory are read for each, and freed."""
+        if self.shards is None:
+            return nullcontext()
+        return loading_modules(self.network, self.shards.read, self.shards.device)
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """The network as a function, wherever its weights are."""
+        return self.network if self.shards is None else called_within(self.network, self.loading)
 
     @torch.no_grad()
     def image_shape(self) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ In many networks that is the timestep with a pooled condition: a class, a pooled
 finite for the pairs of timestep and condition that occur.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float, Shaped
@@ -22,12 +24,18 @@ class TemporalInformationBlock(nn.Module):
 
     A view: it calls the network's own layers and owns none, so it is bit-equal to the features inside the network, before and
     after quantization. Build it from the present network: it does not follow later replacements of layers.
+
+    Args:
+        network: of a known family.
+        structure: of the network.
+        layers: that return features, of those in blocks of their own; None for all features.
     """
 
-    def __init__(self, network: nn.Module, structure: NetworkStructure) -> None:
+    def __init__(self, network: nn.Module, structure: NetworkStructure, layers: Collection[str] | None = None) -> None:
         super().__init__()
-        self.network, self.family = network, family_of(network)
-        self.names = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))
+        self.network, self.family, self.layers = network, family_of(network), layers
+        every = tuple(layer.name for layer in structure.by_role(Role.TIME_PROJ))
+        self.names = every if layers is None else tuple(name for name in every if name in layers)
 
     def features(
         self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
@@ -38,13 +46,28 @@ class TemporalInformationBlock(nn.Module):
             t: timesteps as the network is given them.
             conditions: rows of the arguments in `family.conditions`, of those that the network takes.
         """
-        return self.family.features(self.network, self.names, t, conditions or {})
+        found = self.family.features(self.network, self.names, t, conditions or {})
+        return found if self.layers is None else {name: found[name] for name in self.names}
 
     def forward(
         self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
     ) -> tuple[Float[Tensor, "rows ..."], ...]:
         """The features alone, in the order of `features`."""
         return tuple(self.features(t, conditions).values())
+
+
+class TemporalEmbedding(TemporalInformationBlock):
+    """(t, conditions) -> what the layers that return temporal features read, and features that no such layer returns."""
+
+    def forward(
+        self, t: Shaped[Tensor, "rows"], conditions: Mapping[str, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "rows ..."], ...]:
+        """Each different tensor once."""
+        with ExitStack() as patches:
+            for name in self.names:
+                patches.enter_context(patch.object(self.network.get_submodule(name), "forward", lambda x: x))
+            found = self.features(t, conditions).values()
+        return tuple({id(x): x for x in found}.values())
 
 
 def temporal_pairs(

@@ -40,7 +40,7 @@ def feature_errors(
         timesteps: at which the features are compared.
         conditions: rows of the arguments that features depend on beside the timestep; distances are means over them.
     """
-    device, steps = next(float_network.parameters()).device, timesteps or model.context.timesteps
+    device, steps = model.context.visited.device, timesteps or model.context.timesteps
     t, given = temporal_pairs(network_timesteps(exact_timesteps(steps)).to(device), conditions or {})
     with model.context.at(t, model.plan.outside_timesteps):
         features = _features(model.network, structure, t, given)

@@ -76,7 +76,7 @@ class CacheFeatures:
                 "cannot hold them (method/temporal=compute computes them)"
             )
         one = {name: value[:1] for name, value in rows.items()}
-        steps = network_timesteps(exact_timesteps(model.context.timesteps)).to(next(float_network.parameters()).device)
+        steps = network_timesteps(exact_timesteps(model.context.timesteps)).to(model.context.visited.device)
         t, given = temporal_pairs(steps, one)
         with model.context.at(t):
             computed = TemporalInformationBlock(model.network, structure).features(t, given)

@@ -22,11 +22,14 @@ class RoundToNearest:
 
     learns: ClassVar[frozenset[str]] = frozenset()
     trains: ClassVar[Literal[False]] = False  # on images, as quantization-aware training does
+    in_parts: ClassVar[bool] = True  # the network need not be whole in memory
 
     def budget(self, images: int, calls: int) -> CalibrationBudget:
         return CalibrationBudget(0, 0)
 
     def __call__(self, context: ReconstructionContext) -> None:
+        if context.stored:
+            return  # what nothing learns is rounded whenever it is loaded
         context.model.calibrate_weights()
         for layer in context.model.weight_layers():
             context.model.freeze(layer)
@@ -44,6 +47,11 @@ class Reconstruct:
     recipe: ReconstructionConfig
     learns: ClassVar[frozenset[str]] = frozenset({"weights"})
     trains: ClassVar[Literal[False]] = False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the network need not be whole in memory."""
+        return self.learns == {"weights"} and not self.recipe.objective.needs_network
 
     def budget(self, images: int, calls: int) -> CalibrationBudget:
         iterations = self.recipe.iterations if self.recipe.learns else 0

@@ -40,7 +40,7 @@ class Experiment:
         self.correction = FitCorrection(*given, correction, self.activations) if correction.measures is True else None
         self.quantized = QuantizationResult(run.sampling, self.activations, self.correction)
         self.reference = evaluation.ComputeReference(*given)
-        float_sampler = run.sampling.predictor(run.denoiser.network), run.sampling
+        float_sampler = run.sampling.predictor(run.denoiser.call), run.sampling
         float_network = evaluation.SampledNetwork(None, lambda: float_sampler)
         self.float_images = evaluation.SampleImages(*given, float_network, prefix="float ")
         self.float_scores = evaluation.ScoreImages(*given, self.float_images, self.reference, prefix="float ")
@@ -86,6 +86,15 @@ class Experiment:
             scored = [*self.deployed[1:]] if "scores" in goals else []
             found += [self.export, *sampled, *scored]
         return list(dict.fromkeys(found))
+
+    def check_memory(self, goals: Collection[str]) -> None:
+        """ValueError, with their names, for stages that need a network in memory where its weights stay in their files."""
+        whole = [stage.name for stage in self.stages(goals) if not stage.in_parts]
+        if self.run.denoiser.shards and whole:
+            raise ValueError(
+                f"runtime.weights=stored: with method={self.run.method.name} these stages need the network in memory: "
+                f"{', '.join(whole)}; methods that learn block by block, as brecq and tfmq, do not"
+            )
 
     def missing(self, goals: Collection[str]) -> dict[str, int | None]:
         """Stages that the store does not have, with their amount of work as `Stage.count` has it."""

@@ -30,13 +30,15 @@ class Stage(ABC):
     """One step of an experiment. The store keeps its result under a key of its inputs.
 
     A stage reads the results of others by their own methods, which compute what is not there. `stored_as` is its folder of the
-    store; `prefix` tells apart the names of stages that evaluate several networks.
+    store; `prefix` tells apart the names of stages that evaluate several networks. `in_parts`: it needs no network that is
+    whole in memory.
     """
 
     run: Run
     pipeline: "Pipeline"
     prefix: str = field(default="", kw_only=True)
     stored_as: ClassVar[str]
+    in_parts: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder
+from tfmq_exp.denoisers.loading.meta_network import move_loaded
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, NetworkStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_layers
@@ -114,7 +115,10 @@ class Run:
 
     def quantized_network(self, resolved: ResolvedConfig | None = None) -> QuantizedNetwork:
         """A quantized copy of the network, nothing calibrated yet."""
-        return build_quantized_network(self.denoiser.network, resolved or self.resolved, self.method.weight_observer)
+        plan, observer = resolved or self.resolved, self.method.weight_observer
+        model = build_quantized_network(self.denoiser.network, plan, observer)
+        move_loaded(model, self.denoiser.device)
+        return model
 
     @property
     def float_bytes(self) -> int:
@@ -169,9 +173,10 @@ def measured_structure(denoiser: Denoiser, t: Timestep) -> NetworkStructure:
         ValueError: a layer depends on t otherwise than its role says.
     """
     example, family = denoiser.example(t), family_of(denoiser.network)
-    structure = read_structure(denoiser.network, example)
     other = t + 1 if t + 1 < int(denoiser.schedule["num_train_timesteps"]) else t - 1
-    measured = measured_temporal_layers(denoiser.network, example, t, other, family.conditions)
+    with denoiser.loading():
+        structure = read_structure(denoiser.network, example)
+        measured = measured_temporal_layers(denoiser.network, example, t, other, family.conditions)
     temporal = {layer.name for layer in structure.by_role(*TEMPORAL_ROLES)}
     if wrong := sorted(measured.symmetric_difference(temporal)):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tfmq_exp.core.files import intact, write_checked, write_json
 from tfmq_exp.core.finite import naming_rates
-from tfmq_exp.core.tensor_file import read_header, read_tensor_file, write_tensor_file
+from tfmq_exp.core.tensor_file import TensorFile, read_header, read_tensor_file, write_tensor_file
 from tfmq_exp.loggers.base import Logger
 from tfmq_exp.pipeline.pipeline import Advance, Pipeline
 from tfmq_exp.pipeline.store import Entry
@@ -71,6 +72,13 @@ def load_result(path: Path) -> tuple[UnitResult, dict[str, Any]]:
     prefix = "activations/"
     activations = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     return UnitResult(integers, activations), header["note"]
+
+
+def join_results(files: Iterable[Path], path: Path) -> None:
+    """Write the integers of several results as one file, tensor by tensor."""
+    opened = [TensorFile(file) for file in files]
+    specs = {layer: spec for file in opened for layer, spec in file.header["specs"].items()}
+    write_tensor_file(path, ChainMap(*opened), {"specs": specs, "note": {}})  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 They inherit from the float layers, so names and parameters of the network stay what they were.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -27,6 +28,11 @@ class QuantizedWeight(NamedTuple):
     def dequantize(self) -> Float[Tensor, "out *rest"]:
         """Real values of the codes."""
         return dequantize(self.codes.to(self.qparams.scale.dtype) + self.spec.qmin, self.qparams)
+
+
+def real_weight(parts: Sequence[QuantizedWeight]) -> Float[Tensor, "out *rest"]:
+    """Real values of a weight whose parts have quantizers of their own, along its inputs."""
+    return parts[0].dequantize() if len(parts) == 1 else torch.cat([part.dequantize() for part in parts], dim=1)
 
 
 class Integers(nn.Module):
@@ -86,9 +92,12 @@ class QuantLayer(nn.Module):
         )
 
     def freeze_weight(self, parts: tuple[QuantizedWeight, ...]) -> None:
-        """Replace the weight by the real values of these integers, and drop its quantizer: nothing is left to round."""
-        weight = parts[0].dequantize() if len(parts) == 1 else torch.cat([p.dequantize() for p in parts], dim=1)
-        self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
+        """Replace the weight by the real values of these integers, and drop its quantizer: nothing is left to round.
+
+        Codes on the meta device have no values: the weight stays as it is.
+        """
+        if not parts[0].codes.is_meta:
+            self.weight = nn.Parameter(real_weight(parts).to(self.weight), requires_grad=False)
         self.weight_quantizer = nn.Identity()
         self.integers = nn.ModuleList(Integers(part) for part in parts).train(self.training)
 

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tfmq_exp.core.validate import SHARE, check_fields
-from tfmq_exp.denoisers.structure import TEMPORAL_INFORMATION, Kind, NetworkStructure
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock
+from tfmq_exp.denoisers.structure import TEMPORAL_INFORMATION, Kind, NetworkStructure, Role
+from tfmq_exp.denoisers.temporal import TemporalEmbedding, TemporalInformationBlock
 from tfmq_exp.quant.quantizers import Quantizer
+
+MOST_TEMPORAL = (
+    2**29
+)  # weights of a Temporal Information Block that are learned together: 24 GB, at 44 bytes for a weight
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,33 @@ class TemporalAware:
     The Temporal Information Block is a unit of its own, learned first and from the sampler's timesteps alone (from the pairs of
     timestep and condition in the calibration set, where features depend on both); the other blocks are reconstructed without
     touching their embedding projections. All features count alike, whatever a block does with them.
+
+    A Temporal Information Block of more than `MOST_TEMPORAL` weights (SD3, FLUX.1, Qwen-Image) is learned in parts: its
+    embedders, which learn to return what the other layers read; then the other layers, block by block, each from the
+    embedding of the quantized embedders, as they read it when all is learned together.
     """
 
     def __call__(self, structure: NetworkStructure, learnable: frozenset[str]) -> list[Unit]:
         temporal = tuple(layer for layer in structure.temporal_layers if layer in learnable)
-        block = partial(TemporalInformationBlock, structure=structure)
-        first = Unit("temporal_information_block", Kind.TEMPORAL, temporal, "timesteps", block)
-        return [*([first] if temporal else []), *TemporalFrozen()(structure, learnable)]
+        return [*temporal_units(structure, temporal), *TemporalFrozen()(structure, learnable)]
+
+
+def temporal_units(structure: NetworkStructure, layers: Sequence[str]) -> list[Unit]:
+    """The Temporal Information Block as one unit that learns these layers, or as several where it is large."""
+
+    def unit(name: str, kind: type[TemporalInformationBlock], own: Sequence[str], **given: Any) -> Unit:
+        return Unit(name, Kind.TEMPORAL, tuple(own), "timesteps", partial(kind, structure=structure, **given))
+
+    name = "temporal_information_block"
+    if sum(structure.layers[layer].weights for layer in layers) <= MOST_TEMPORAL:
+        return [unit(name, TemporalInformationBlock, layers)] if layers else []
+    embedders = [layer for layer in layers if structure.layers[layer].role is not Role.TIME_PROJ]
+    blocks = {block.name: [layer for layer in block.layers if layer in layers] for block in structure.blocks}
+    projections = {block: [layer for layer in own if layer not in embedders] for block, own in blocks.items()}
+    return [
+        *([unit(f"{name}.embedding", TemporalEmbedding, embedders)] if embedders else []),
+        *(unit(f"{name}.{key}", TemporalInformationBlock, own, layers=own) for key, own in projections.items() if own),
+    ]
 
 
 @dataclass(frozen=True)

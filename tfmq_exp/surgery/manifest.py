@@ -27,6 +27,7 @@ from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized
 from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
 
 NETWORKS: dict[str, Any] = {family.network: getattr(diffusers, family.network) for family in FAMILIES}
+CPU = torch.device("cpu")
 MOST_TIMESTEPS = 2**20
 WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 # network, its configuration, what is quantized, shapes of the integers, numbers of heads, and how the model is sampled
@@ -98,7 +99,7 @@ def difference(given: Any, written: Any, place: str = "") -> str | None:
     return next((wrong for wrong in found if wrong), None)
 
 
-def empty_transformer(kind: Any, config: Mapping[str, Any], available: int) -> Any:
+def empty_transformer(kind: Any, config: Mapping[str, Any], available: int, device: torch.device) -> Any:
     """A transformer of these settings, with nothing in its parameters yet and its tables computed; `available` weights at most."""
     check_numbers(config, max(available, WIDE))
     try:
@@ -110,11 +111,12 @@ def empty_transformer(kind: Any, config: Mapping[str, Any], available: int) -> A
         raise ValueError(f"its settings describe {needed} weights, the file has room for {available}")
     for name, value in list(network.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, nn.Parameter(torch.empty(value.shape), requires_grad=False))
+        empty = torch.empty(value.shape, device=device)
+        setattr(network.get_submodule(owner), leaf, nn.Parameter(empty, requires_grad=False))
     return network
 
 
-def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def empty_network_of(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Any:
     """The float network that a manifest describes, if its tensors can fill it, with nothing in its parameters yet."""
     if manifest["network"] not in NETWORKS:
         raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
@@ -124,9 +126,9 @@ def empty_unet(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> An
     available = WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values())
     if kind in UNETS:
         network: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
-        network.to_empty(device="cpu")
+        network.to_empty(device=CPU)
     else:
-        network = empty_transformer(kind, config, available)
+        network = empty_transformer(kind, config, available, device)
         if kind is diffusers.DiTTransformer2DModel and "frequencies" in manifest:
             original_frequencies(network)
     modules = attentions(network)
@@ -160,18 +162,23 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
                 raise ValueError(f"a network of statistics with layers of {widths[1:]} is not in the file")
 
 
-def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
+def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device = CPU) -> QuantizedNetwork:
     """The model that a manifest describes, all its numbers still to be filled in; any error where there is none.
 
     Stored temporal features stand in the place of the layers that compute them, which are no others.
+
+    Args:
+        manifest: of the model.
+        tensors: of its file, or others of their sizes.
+        device: of weights and codes of a transformer; what is small is real on the meta device, too.
     """
     plan = decode(manifest["plan"], ResolvedConfig, STORED, "plan")
     check_plan(plan, sum(value.numel() for value in tensors.values()))
-    network = empty_unet(manifest, tensors)
+    network = empty_network_of(manifest, tensors, device)
     model, known = build_quantized_network(network, plan, MinMax()), family_of(network).roles(network)
     for name in model.weight_layers():
         parts = model.layer(name).weight_parts()
-        model.freeze(name, tuple(empty_integers(q.spec, tuple(part.shape), name) for q, part in parts))
+        model.freeze(name, tuple(empty_integers(q.spec, tuple(part.shape), name, part.device) for q, part in parts))
     for layer, spec in manifest["cached"].items():
         if known.get(layer) not in TEMPORAL_ROLES:
             raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
@@ -190,9 +197,11 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Quant
     return model
 
 
-def empty_integers(spec: QuantSpec, shape: tuple[int, ...], name: str) -> QuantizedWeight:
-    """Integers without content."""
+def empty_integers(spec: QuantSpec, shape: tuple[int, ...], name: str, device: torch.device = CPU) -> QuantizedWeight:
+    """Integers without content; ranges are real on every device."""
     if spec.bits > 8:
         raise ValueError(f"{name!r} must have at most 8 bits, got {spec.bits}")
     scale = torch.ones(spec.range_shape(shape))
-    return QuantizedWeight(torch.zeros(shape, dtype=torch.uint8), QParams(scale, torch.zeros_like(scale)), spec)
+    return QuantizedWeight(
+        torch.zeros(shape, dtype=torch.uint8, device=device), QParams(scale, torch.zeros_like(scale)), spec
+    )

@@ -202,7 +202,8 @@ class QuantizedNetwork(nn.Module):
         self._replace(layer, Unneeded())
 
     def _replace(self, layer: str, module: nn.Module) -> None:
-        self.network.set_submodule(layer, module.to(next(self.network.parameters()).device))
+        like = next(self.network.parameters())
+        self.network.set_submodule(layer, module if like.is_meta else module.to(like.device))
         self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})
 
 

@@ -7,99 +7,37 @@ into real numbers on loading.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.quant.quantizers import Mode
-from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.sampling.recipe import Recipe
-from tfmq_exp.surgery.manifest import check_entries, described, difference, inside, rebuilt, stored_integers
+from tfmq_exp.surgery.manifest import check_entries, described, difference, rebuilt
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
+from tfmq_exp.surgery.stored_tensors import WrittenTensors, from_stored, stored_parts, to_stored
 
 FORMAT, VERSION = "tfmq_exp.quantized_unet", 5
 
 
-class StoredPart(NamedTuple):
-    """A tensor of the model that is in its file: its name there, how it is stored, its integers, and the tensor itself."""
-
-    key: str
-    kind: Literal["codes", "scale", "zero_point", "float"]
-    spec: QuantSpec | None
-    value: Tensor
-
-
-def stored_parts(model: QuantizedNetwork) -> Iterator[StoredPart]:
-    """All tensors of the file: integers, scales of activations, and what stayed float. The weights of integers are not in it."""
-    for name, (codes, (scale, zero_point), spec) in stored_integers(model).items():
-        yield StoredPart(f"{name}/codes", "codes", spec, codes)
-        yield StoredPart(f"{name}/scale", "scale", spec, scale)
-        if spec.scheme == "affine":  # a zero point that is always 0 is not stored
-            yield StoredPart(f"{name}/zero_point", "zero_point", spec, zero_point)
-    quantizers, frozen = model.activation_quantizers(), model.integers
-    for name, quantizer in quantizers.items():
-        for key, value in quantizer.state_dict().items():
-            part = key.removeprefix("scale_provider.")
-            kind: Any = part if part in ("scale", "zero_point") else "float"
-            yield StoredPart(f"activations/{name}/{part}", kind, quantizer.spec, value)
-    elsewhere = (*(f"{name}." for name in quantizers), *(f"{name}.integers." for name in frozen))
-    weights = {f"{name}.weight" for name in frozen}
-    for name, value in model.network.state_dict().items():
-        if name not in weights and not name.startswith(elsewhere):
-            yield StoredPart(f"float/{name}", "float", None, value)
-
-
-def to_stored(part: StoredPart) -> Tensor:
-    """A part of the model as it is written."""
-    value = part.value.detach().cpu()
-    if part.kind == "codes" and part.spec:
-        return pack(value, part.spec.bits)
-    if part.kind == "zero_point":  # a byte where all lie in a byte's range
-        return value.flatten().to(torch.uint8 if bool(((value >= 0) & (value <= 255)).all()) else torch.float32)
-    # tied quantizers share their memory
-    return value.flatten().clone() if part.kind == "scale" else value.clone().contiguous()
-
-
-def from_stored(part: StoredPart, value: Tensor, outside: Sequence[str]) -> Tensor:
-    """The inverse of `to_stored`; ValueError for a tensor that is none. Zero points `outside` the grid are named there."""
-    key, spec = part.key, part.spec
-    dtypes = {"codes": (torch.uint8,), "zero_point": (torch.uint8, torch.float32)}.get(part.kind, (part.value.dtype,))
-    if value.dtype not in dtypes:
-        raise ValueError(f"{key!r} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{key!r} has numbers that are not finite")
-    if part.kind == "codes" and spec:
-        return unpack(value, spec.bits, tuple(part.value.shape))
-    if part.kind == "scale" and not bool((value > 0).all()):
-        raise ValueError(f"{key!r} must be positive, got {float(value.min()):g}")
-    if part.kind == "zero_point" and spec:
-        value = value.float()
-        if not bool((value == value.round()).all()):
-            raise ValueError(f"{key!r} must be integers")
-        if key.removesuffix("/zero_point") not in outside and not inside(value, spec):
-            ends = f"{float(value.min()):g} .. {float(value.max()):g}"
-            raise ValueError(f"{key!r} must lie within the grid {spec.qmin} .. {spec.qmax}, got {ends}")
-    shape = part.value.shape if part.kind == "float" else part.value.flatten().shape
-    if value.shape != shape:
-        raise ValueError(f"{key!r} must have the shape {tuple(shape)}, got {tuple(value.shape)}")
-    return value.reshape(part.value.shape)
-
-
 @torch.no_grad()
 def fill(model: QuantizedNetwork, tensors: Mapping[str, Tensor], outside: Sequence[str]) -> None:
-    """Give a model its stored numbers, each of which is used exactly once; ValueError for one that is missing or left over."""
-    left = dict(tensors)
+    """Give a model its stored numbers, each of which is used exactly once; ValueError for one that is missing or left over.
+
+    What is on the meta device in the model stays there.
+    """
+    left = set(tensors)
     for part in stored_parts(model):
         if part.key not in left:
             raise ValueError(f"it lacks {part.key!r}")
-        part.value.copy_(from_stored(part, left.pop(part.key), outside))
+        left.remove(part.key)
+        if not part.value.is_meta:
+            part.value.copy_(from_stored(part, tensors[part.key], outside))
     if left:
         raise ValueError(f"it holds {len(left)} tensors that the model has no place for, first {min(left)!r}")
     for name, integers in model.integers.items():
@@ -108,19 +46,33 @@ def fill(model: QuantizedNetwork, tensors: Mapping[str, Tensor], outside: Sequen
         model.cache_feature(name, integers)
 
 
-def save(model: QuantizedNetwork, path: Path, recipe: Recipe | None = None) -> int:
-    """Write the artefact, with how the model is sampled for `load_recipe`; returns its size in bytes.
+def save(
+    model: QuantizedNetwork,
+    path: Path,
+    recipe: Recipe | None = None,
+    missing: Callable[[str], Tensor] | None = None,
+) -> int:
+    """Write the model, with how it is sampled if that is given; returns the number of bytes.
+
+    Args:
+        model: with integer weights; its largest tensors may be on the meta device.
+        path: of the file.
+        recipe: of sampling.
+        missing: gives what is on the meta device, tensor by tensor, see `WrittenTensors`; None where nothing is.
 
     Raises:
         ValueError: some weight is not frozen to integers yet.
         RuntimeError: some activation quantizer has had no calibration data.
     """
     frozen = model.integers
-    if missing := [name for name in model.weight_layers() if name not in frozen]:
-        raise ValueError(f"{len(missing)} weights are not integers yet, first {missing[0]!r}")
+    if absent := [name for name in model.weight_layers() if name not in frozen]:
+        raise ValueError(f"{len(absent)} weights are not integers yet, first {absent[0]!r}")
     model.require_calibrated()
     manifest = described(model) | {"recipe": None if recipe is None else recipe.to_json()}
-    tensors = {part.key: to_stored(part) for part in stored_parts(model)}
+    if missing is None:
+        tensors: Mapping[str, Tensor] = {part.key: to_stored(part) for part in stored_parts(model)}
+    else:
+        tensors = WrittenTensors(model, missing)
     sha256 = checksum(json.dumps(manifest, sort_keys=True), tensors)
     header = {"format": FORMAT, "version": VERSION, "manifest": manifest, "sha256": sha256}
     write_tensor_file(path, tensors, header)
@@ -130,7 +82,8 @@ def save(model: QuantizedNetwork, path: Path, recipe: Recipe | None = None) -> i
 def checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of all that is in the file: a damaged byte could otherwise pass for another scale or layer size."""
     digest = hashlib.sha256(manifest.encode())
-    for name, value in sorted(tensors.items()):
+    for name in sorted(tensors):
+        value = tensors[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -139,6 +92,11 @@ def checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
 def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The manifest and the tensors of an undamaged file of this version; ValueError otherwise."""
     header, tensors = read_tensor_file(path)
+    return checked_manifest(path, header, tensors), tensors
+
+
+def checked_manifest(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The manifest in the header of an undamaged file of this version; ValueError otherwise."""
     if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
         found = f"{header.get('format')} version {header.get('version')}"
         raise ValueError(f"{path} holds {found}; this program reads {FORMAT} version {VERSION}")
@@ -149,7 +107,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         raise ValueError(f"{path} is damaged: its content does not match its checksum")
     with naming(path):
         check_entries(manifest)
-    return manifest, tensors
+    return manifest
 
 
 @contextmanager
@@ -171,12 +129,16 @@ def load_with_recipe(path: Path) -> tuple[QuantizedNetwork, Recipe | None]:
     manifest, tensors = read(path)
     with naming(path):
         recipe = None if manifest["recipe"] is None else Recipe.from_json(manifest["recipe"])
-        model = rebuilt(manifest, tensors)
-        fill(model, tensors, manifest.get("outside", ()))
-        model.set_activations(Mode.QUANTIZE)
-        if wrong := difference({key: value for key, value in manifest.items() if key != "recipe"}, described(model)):
-            raise ValueError(f"its manifest is not that of the model: {wrong}")
-        return model, recipe
+        return filled(manifest, rebuilt(manifest, tensors), tensors), recipe
+
+
+def filled(manifest: Mapping[str, Any], model: QuantizedNetwork, tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
+    """A model of `rebuilt` with its numbers, its activations quantized; ValueError where it would write another manifest."""
+    fill(model, tensors, manifest.get("outside", ()))
+    model.set_activations(Mode.QUANTIZE)
+    if wrong := difference({key: value for key, value in manifest.items() if key != "recipe"}, described(model)):
+        raise ValueError(f"its manifest is not that of the model: {wrong}")
+    return model
 
 
 def load(path: Path) -> QuantizedNetwork:
@@ -195,19 +157,3 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path} does not say how to sample: its sampler was a class of one's own")
     with naming(path):
         return Recipe.from_json(manifest["recipe"])
-
-
-def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, "bytes"]:
-    """Codes one after the other with `bits` bits each, most significant bit first, zero bits at the end."""
-    unpacked = np.unpackbits(codes.cpu().numpy().reshape(-1, 1), axis=1)[:, 8 - bits :]
-    return torch.from_numpy(np.packbits(unpacked))
-
-
-def unpack(packed: UInt8[Tensor, "bytes"], bits: int, shape: tuple[int, ...]) -> UInt8[Tensor, "*shape"]:
-    """The inverse of `pack`; ValueError where the number of bytes does not fit the shape."""
-    count = int(np.prod(shape))
-    if packed.numel() != (count * bits + 7) // 8:
-        raise ValueError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits")
-    rows = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
-    codes = np.packbits(rows, axis=1)[:, 0] >> (8 - bits)
-    return torch.from_numpy(codes.reshape(shape).copy())

@@ -18,13 +18,17 @@ from tfmq_exp.denoisers.structure import Kind, Role
 
 
 def features(network: Any, projections: Sequence[str], t: Tensor, given: Conditions) -> dict[str, Tensor]:
-    """Modulations of every block, and of the last layer, which reads the first block's embedder."""
-    dtype, found, first = next(network.parameters()).dtype, dict[str, Tensor](), None
-    for i, block in enumerate(network.transformer_blocks):
-        embedding = nn.functional.silu(block.norm1.emb(t, given["class_labels"], hidden_dtype=dtype))
-        first = embedding if first is None else first
-        found[f"transformer_blocks.{i}.norm1.linear"] = block.norm1.linear(embedding)
-    return {**found, "proj_out_1": network.proj_out_1(first)}
+    """Modulations of blocks, and of the last layer, which reads the first block's embedder."""
+    dtype, blocks = next(network.parameters()).dtype, dict(enumerate(network.transformer_blocks))
+    own = {i: name for i in blocks if (name := f"transformer_blocks.{i}.norm1.linear") in projections}
+    last = ["proj_out_1"] if "proj_out_1" in projections else []
+    read = {
+        i: nn.functional.silu(blocks[i].norm1.emb(t, given["class_labels"], hidden_dtype=dtype))
+        for i in blocks
+        if i in own or (i == 0 and last)
+    }
+    found = {name: network.get_submodule(name)(read[i]) for i, name in own.items()}
+    return found | {name: network.get_submodule(name)(read[0]) for name in last}
 
 
 DIT = Family(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -37,6 +38,11 @@ def tensors_of(network: nn.Module) -> list[Tensor]:
 def skeleton(network: Network) -> Network:
     """A copy of a network on the meta device alone; it runs there, and costs neither memory nor time."""
     return copy.deepcopy(network, {id(x): like_on_meta(x) for x in tensors_of(network)})
+
+
+def move_loaded(network: nn.Module, device: torch.device) -> None:
+    """Move what is not on the meta device."""
+    network._apply(lambda x: x if x.is_meta else x.to(device))
 
 
 def like_on_meta(x: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ META = torch.device("meta")
 class ShardedWeights:
     """Tensors of a network by name, in one safetensors file or in several; only those that are asked for are read.
 
-    `files` is the file of each tensor; `reads` counts how often each was read.
+    `files` is the file of each tensor; `reads` counts how often each was read; `device` is that of the network.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self.files, self.reads = dict(files), Counter[str]()
+        self.device = torch.device("cpu")
 
     @classmethod
     def of(cls, folder: Path) -> Self:

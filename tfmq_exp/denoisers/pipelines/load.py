@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,6 +112,7 @@ def load_pipeline(
     settings: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     decode_rows: int = 8,
+    weights: Literal["memory", "stored"] = "memory",
 ) -> Denoiser:
     """Read the denoiser of a pipeline that diffusers saved: float32, in evaluation mode, without gradients, on the CPU.
 
@@ -121,13 +122,17 @@ def load_pipeline(
         settings: of the pipeline's call that decide on shapes and conditions: height, width, guidance_scale, negative_prompt.
         checkpoint: a file with the denoiser's weights in place of the folder's, see `read_single_file`.
         decode_rows: images that the first stage decodes together; bounds its memory.
+        weights: place of the denoiser's weights: in memory, or read from their files, part by part, whenever they are needed.
 
     Raises:
         FileNotFoundError: a component lacks files; nothing is downloaded.
-        ValueError: a pipeline or a network that is not known, or damaged.
+        ValueError: a pipeline or a network that is not known, or damaged; one whose weights cannot be read in parts.
     """
-    folder, given = open_folder(path, checkpoint), dict(settings or {})
-    network = folder.network(folder.denoiser_name)
+    folder, given, shards = open_folder(path, checkpoint), dict(settings or {}), None
+    if weights == "stored":
+        network, shards = folder.stored_network()
+    else:
+        network = folder.network(folder.denoiser_name)
     family_of(network)
     others = [part for part in folder.components if part != folder.denoiser_name]
     return Denoiser(
@@ -139,4 +144,5 @@ def load_pipeline(
         encoder=PipelineEncoder(folder, given),
         first_stage=PipelineDecoder(folder, given, decode_rows),
         settings={"pipeline": folder.name, "call": given, "others_sha256": hash_parts(folder, others)},
+        shards=shards,
     )

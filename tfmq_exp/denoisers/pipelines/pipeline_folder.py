@@ -17,7 +17,9 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.denoisers.loading.network_config import check_code
 from tfmq_exp.denoisers.loading.network_folder import build_outline, load_network, reason_of
 from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, check_count, check_former_names
+from tfmq_exp.denoisers.loading.sharded_weights import ShardedWeights
 from tfmq_exp.denoisers.loading.single_file import require_single_file
+from tfmq_exp.denoisers.loading.stored_network import open_stored_network
 from tfmq_exp.denoisers.pipelines.pipeline_classes import AUTOENCODERS, FORMER, PIPELINES, SCHEDULERS
 from tfmq_exp.denoisers.pipelines.text_components import TEXT_ENCODERS, TOKENIZERS, load_text_encoder, load_tokenizer
 
@@ -124,6 +126,15 @@ class PipelineFolder:
         """The denoiser or the autoencoder by its name, without its weights; errors are those of `load_network`."""
         folder, kind = self.components[name]
         return build_outline(folder, {kind}, self.checkpoint if name == self.denoiser_name else None)
+
+    def stored_network(self) -> tuple[Any, ShardedWeights]:
+        """The denoiser on the meta device and its weights in their files; errors are those of `open_stored_network`."""
+        if self.checkpoint:
+            raise ValueError(
+                f"{self.checkpoint}: weights in one file are read whole; leave it out, or load into memory"
+            )
+        folder, kind = self.components[self.denoiser_name]
+        return open_stored_network(folder, kind)
 
     def text_components(self) -> dict[str, Any]:
         """Tokenizers and text encoders by their names; errors are those of `load_tokenizer` and `load_text_encoder`."""

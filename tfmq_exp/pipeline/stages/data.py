@@ -22,6 +22,7 @@ class CollectTrajectory(Stage):
     """Calibration data: every state of the float model's trajectories, in one pass."""
 
     stored_as = "trajectory"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         run = self.run

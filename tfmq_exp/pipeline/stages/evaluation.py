@@ -44,6 +44,7 @@ class SampleImages(Stage):
 
     network: SampledNetwork
     stored_as = "images"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         return {**self.run.model_inputs, **self.network.inputs, "images": self.run.images}
@@ -79,6 +80,7 @@ class ComputeReference(Stage):
     """Statistics of the reference; they depend on it, the extractor, and how many features are kept."""
 
     stored_as = "reference"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         evaluator = self.run.evaluator
@@ -117,6 +119,7 @@ class ScoreImages(Stage):
     images: SampleImages
     reference: ComputeReference
     stored_as = "scores"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         evaluator = self.run.evaluator.identity
@@ -151,6 +154,7 @@ class CompareImages(Stage):
     images: SampleImages
     exact: SampleImages
     stored_as = "comparison"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         return {"images": self.images.key, "float_images": self.exact.key}
@@ -171,6 +175,7 @@ class MeasureErrors(Stage):
     network: SampledNetwork
     quantized: QuantizationResult
     stored_as = "diagnostics"
+    in_parts = True
 
     def inputs(self) -> Mapping[str, Any]:
         run = self.run
@@ -179,11 +184,12 @@ class MeasureErrors(Stage):
     def compute(self, folder: Path) -> None:
         run = self.run
         pair = TrajectoryPair(*self.network.sampler(), run.denoiser, run.sampling, run.seed)
-        with self.pipeline.progress(self.name, len(run.calls)) as advance:
-            along = pair.error(run.diagnostics, lambda step: advance(step + 1, ""))
         networks = self.quantized.model, run.denoiser.network, run.structure
         timesteps = run.sampling.finite_set(run.denoiser)
-        temporal = temporal_feature_error(*networks, timesteps, run.temporal_conditions)
+        with run.denoiser.loading(), self.quantized.activations.loading():
+            with self.pipeline.progress(self.name, len(run.calls)) as advance:
+                along = pair.error(run.diagnostics, lambda step: advance(step + 1, ""))
+            temporal = temporal_feature_error(*networks, timesteps, run.temporal_conditions)
         self.pipeline.store.write_json(folder / ERRORS, {"temporal": temporal, "trajectory": along})
 
     def count(self) -> int:

@@ -9,15 +9,27 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from tfmq_exp.core.files import intact
+from tfmq_exp.denoisers.loading.sharded_weights import META
 from tfmq_exp.methods.weights import QuantizationAwareTrain, Reconstruct, RoundToNearest
 from tfmq_exp.pipeline.pipeline import Stage
+from tfmq_exp.pipeline.run_config import Run
 from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
-from tfmq_exp.pipeline.unit_checkpoints import finished_units, learning, load_result, save_result
+from tfmq_exp.pipeline.unit_checkpoints import (
+    CheckpointedIntegers,
+    finished_units,
+    join_results,
+    learning,
+    load_result,
+    save_result,
+)
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingContext
 from tfmq_exp.quant.scales.observed_ranges import EMARange, TimestepGroupConfig
+from tfmq_exp.reconstruction.blocks.stored_weights import IntegerWeights, LoadedParts, StoredWeights
 from tfmq_exp.reconstruction.context import ProgressCallback, ReconstructionContext, UnitCheckpointer, UnitResult
 from tfmq_exp.sampling.trajectory import alphas_cumprod, require_noise_prediction
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
@@ -40,23 +52,63 @@ class ReconstructWeights(Stage):
 
     def compute(self, folder: Path) -> None:
         run, model, data = self.run, self.run.quantized_network(), self.trajectory.samples_if_needed()
+        stored = stored_weights(run, folder / "units")
         with learning(self.pipeline, self.name, folder) as callbacks:
             network = model, run.denoiser.network, run.structure
-            self.method(ReconstructionContext(*network, data, run.compute, run.seed, *callbacks))
+            self.method(ReconstructionContext(*network, data, run.compute, run.seed, *callbacks, stored))
+        if stored:
+            round_rest(model, stored, folder / "nearest", run.compute.device)
+            parts = [*folder.glob("units/*.safetensors"), *folder.glob("nearest/*.safetensors")]
+            self.pipeline.store.write(folder / RECONSTRUCTED, partial(join_results, parts))
+            shutil.rmtree(folder / "nearest", ignore_errors=True)
+            return
         state = model.activation_state() if "activations" in self.method.learns else {}
         save_result(folder / RECONSTRUCTED, UnitResult(model.integers, state), {}, self.pipeline.store.write)
 
     def count(self) -> int:
         return finished_units(self.entry.path)
 
+    @property
+    def in_parts(self) -> bool:
+        return self.method.in_parts
+
     def model(self) -> QuantizedNetwork:
-        """The network with integer weights; its activations are still float, or learned if that was done jointly."""
+        """The network with integer weights; its activations are still float, or learned if that was done jointly.
+
+        Where weights stay in their files, nothing is loaded.
+        """
+        if self.run.denoiser.shards:
+            self.result()
+            return self.run.quantized_network()
         result, _ = load_result(self.result() / RECONSTRUCTED)
         model = self.run.quantized_network()
         for layer, weight in result.integers.items():
             model.freeze(layer, weight)
         model.load_activations(result.activations)
         return model
+
+
+def stored_weights(run: Run, integers: Path) -> StoredWeights | None:
+    """Sources of the weights, integers in the files of a folder; None where the network is in memory."""
+    shards = run.denoiser.shards
+    return StoredWeights(shards, CheckpointedIntegers(integers)) if shards else None
+
+
+def round_rest(model: QuantizedNetwork, stored: StoredWeights, folder: Path, device: torch.device) -> None:
+    """Round to nearest the weights that no unit has learned, each in a file of its own in the folder."""
+    folder.mkdir(exist_ok=True)
+    parts = LoadedParts(model, model.network, (), stored, device, frozenset())
+    for layer in sorted(set(model.weight_layers()) - stored.integers.layers()):
+        if not intact(file := folder / f"{layer}.safetensors"):
+            with parts.loaded([f"{layer}.weight"]):
+                save_result(file, UnitResult({layer: model.layer(layer).quantized_weight()}, {}), {})
+
+
+def freeze_outline(model: QuantizedNetwork, integers: IntegerWeights) -> None:
+    """Give a network on the meta device the ranges of its integer weights; their codes are on the meta device, too."""
+    for layer in model.weight_layers():
+        parts = integers.read([layer])[layer]
+        model.freeze(layer, tuple(part._replace(codes=part.codes.to(META)) for part in parts))
 
 
 @dataclass(eq=False)

@@ -35,6 +35,8 @@ from tfmq_exp.reconstruction.unit_learning import (
 )
 from tfmq_exp.reconstruction.units import Origin, Unit
 
+LENGTHS = "texts of different lengths need the whole network's weights in memory: batches are cut to the longest"
+
 
 def reconstruct_units(context: ReconstructionContext, units: Sequence[Unit], config: ReconstructionConfig) -> None:
     """Learn the rounding of weights, activation scales, or both, unit by unit, see `reconstruct`.
@@ -54,6 +56,8 @@ def reconstruct_units(context: ReconstructionContext, units: Sequence[Unit], con
     if stored is None and (config.cache != "float32" or config.objective.needs_network or of_lengths):
         reconstruct(context, units, config)
         return
+    if of_lengths:
+        raise ValueError(LENGTHS)
     if config.objective.needs_network:
         raise ValueError("an objective that weighs outputs by gradients needs the whole network's weights in memory")
     model.context.require(context.data.t.unique().tolist())
