@@ -90,6 +90,8 @@ def make_run(
         seed=cfg.seed,
         make_evaluator=functools.partial(make, cfg.eval),
         make_training_images=lambda: make(real_images(cfg, folder)),
+        first_stage=make(cfg.first_stage),
+        text_encoder=make(cfg.text_encoder),
     )
 
 
