@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -104,9 +105,9 @@ def second_moments(encoder: nn.Module, block: str, names: Sequence[str], calls: 
     """
     found: dict[str, Moments] = {}
 
-    def add(name: str, x: Tensor) -> None:
+    def add(name: str, _: nn.Module, args: tuple[Tensor]) -> None:
         with within(f"the inputs of {name}"):
-            vectors = require_finite(x, "a layer's input").float().flatten(0, -2)
+            vectors = require_finite(args[0], "a layer's input").float().flatten(0, -2)
         found[name] = found.get(name, 0) + (vectors.T @ vectors)[None]
 
     def stop(*_: Any) -> None:
@@ -115,7 +116,7 @@ def second_moments(encoder: nn.Module, block: str, names: Sequence[str], calls: 
     with ExitStack() as hooks:
         for name in names:
             layer = encoder.get_submodule(name)
-            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args, _name=name: add(_name, args[0])))
+            hooks.enter_context(layer.register_forward_pre_hook(partial(add, name)))
         hooks.enter_context(encoder.get_submodule(block).register_forward_hook(stop))
         for args, kwargs in calls:
             with suppress(StopForward):

@@ -78,7 +78,7 @@ class Experiment:
             found.append(self.trajectory)
         return [*found, self.examples] if self.examples else found
 
-    def _components(self) -> list[Stage]:
+    def component_stages(self) -> list[Stage]:
         """Stages of quantized components, after the latents that a first stage learns from."""
         stages = self.components.stages
         return [*([self.latents] if "first_stage" in stages else []), *stages.values()]
@@ -89,7 +89,7 @@ class Experiment:
         stages: dict[str, Sequence[Stage | None]] = {
             "trajectory": [self.trajectory] if goal in ("trajectory", "diagnose") else [],
             "weights": [*self.data(goal), self.weights],
-            "activations": [self.activations, *self._components()],
+            "activations": [self.activations, *self.component_stages()],
             "correction": [self.correction],
             "images": [self.float_images, self.simulated.images],
             "scores": [self.reference, self.float_scores, *self.simulated[1:]],

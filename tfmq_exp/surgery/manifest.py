@@ -119,6 +119,8 @@ def empty_transformer(
     """
     check_numbers(config, max(available, WIDE))
     try:
+        with without_weights(max(available, LARGE)), torch.device("meta"):
+            kind.from_config(dict(config))  # first, for it takes no memory, whatever the settings are
         with without_weights(max(available, LARGE)):
             network = part(kind.from_config(dict(config))).eval()
     except Exception as error:  # settings that do not go together fail in any way

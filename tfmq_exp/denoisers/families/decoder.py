@@ -65,9 +65,12 @@ class Decoder(nn.Module):
         self.autoencoder_class, self.config = type(autoencoder).__name__, dict(autoencoder.config)
         if self.autoencoder_class not in AUTOENCODERS:
             known = ", ".join(AUTOENCODERS)
-            raise ValueError(f"the decoder of an {self.autoencoder_class} stays float: quantized are those of {known}")
+            raise ValueError(
+                f"no {self.autoencoder_class} can be quantized, first_stage=float; those that can: {known}"
+            )
         if self.config.get("norm_type") == "spatial":
-            raise ValueError(f"a {self.autoencoder_class} with norm_type='spatial' stays float: its blocks read latents")
+            reason = "with norm_type='spatial' can be quantized, whose blocks read the latents, too"
+            raise ValueError(f"no {self.autoencoder_class} {reason}; first_stage=float")
         for name in PARTS:
             if (part := getattr(autoencoder, name, None)) is not None:
                 self.add_module(name, part)

@@ -89,7 +89,10 @@ class PipelineEncoder:
 
     def run_text_encoders(self, encoders: Mapping[str, Any], texts: Sequence[str]) -> None:
         """Let the pipeline's program call these encoders for each different text, as it would for images of them."""
-        recorder, distinct = Recorder(self.folder, self.settings, self.folder.scheduler, encoders), [*dict.fromkeys(texts)]
+        recorder, distinct = (
+            Recorder(self.folder, self.settings, self.folder.scheduler, encoders),
+            [*dict.fromkeys(texts)],
+        )
         for some in batches(len(distinct), ENCODED_TOGETHER):
             recorder.run(distinct[some.start : some.stop], most_steps=1)
 

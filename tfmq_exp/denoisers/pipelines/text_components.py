@@ -94,7 +94,11 @@ def load_text_encoder(folder: Path, name: str) -> Any:
 
 def encoder_settings(encoder: Any) -> dict[str, Any]:
     """Configuration of a text encoder as plain data."""
-    return {key: value for key, value in json.loads(encoder.config.to_json_string(use_diff=False)).items() if key not in NOTES}
+    return {
+        key: value
+        for key, value in json.loads(encoder.config.to_json_string(use_diff=False)).items()
+        if key not in NOTES
+    }
 
 
 def empty_text_encoder(name: str, settings: Mapping[str, Any], available: int) -> Any:
@@ -109,6 +113,8 @@ def empty_text_encoder(name: str, settings: Mapping[str, Any], available: int) -
     check_numbers(settings, max(available, WIDE))
     try:
         config = kind.config_class(**settings)
+        with without_weights(max(available, LARGE)), torch.device("meta"):
+            kind(config)  # first, for it takes no memory, whatever the settings are
         with without_weights(max(available, LARGE)):
             encoder = kind(config).eval()
     except Exception as error:  # unfit settings fail in any way
@@ -129,7 +135,11 @@ def text_layers(encoder: nn.Module) -> list[str]:
 
 def text_blocks(encoder: nn.Module) -> dict[str, list[str]]:
     """Names of `text_layers` by their block: a layer of the encoder's stack; those outside of it are blocks of their own."""
-    stack = next(name for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList) and not UNUSED.search(name))
+    stack = next(
+        name
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.ModuleList) and not UNUSED.search(name)
+    )
     blocks: dict[str, list[str]] = {}
     for name in text_layers(encoder):
         inside = name.startswith(f"{stack}.")

@@ -130,7 +130,9 @@ class QuantizeTextEncoders(Stage):
         encoder: Any = run.denoiser.encoder
         encoders, texts = encoder.text_encoders(), run.sampling.conditioning
         calls: list[dict[str, list[text.Call]]] = []
-        for some in held_out([*dict.fromkeys(texts.choose(run.seed, Stream.CALIBRATION, range(run.calibration.images)))]):
+        for some in held_out(
+            [*dict.fromkeys(texts.choose(run.seed, Stream.CALIBRATION, range(run.calibration.images)))]
+        ):
             with text.recorded_text_calls(encoders) as recorded:
                 encoder.run_text_encoders(encoders, some)
             calls.append(recorded)
@@ -139,9 +141,14 @@ class QuantizeTextEncoders(Stage):
                 advance(done, name)
                 float_encoder.to(device)
                 learned, measured = (on_device(part[name], device) for part in calls)
-                exact, size = text.embeddings(float_encoder, measured), 4 * sum(p.numel() for p in float_encoder.parameters())
+                exact, size = (
+                    text.embeddings(float_encoder, measured),
+                    4 * sum(p.numel() for p in float_encoder.parameters()),
+                )
                 model = text.quantize_text_encoder(float_encoder, self.bits, run.method.weight_observer, learned)
-                found[name] = text.embedding_error(text.embeddings(model.network, measured), exact) | {"float_bytes": size}
+                found[name] = text.embedding_error(text.embeddings(model.network, measured), exact) | {
+                    "float_bytes": size
+                }
                 self.pipeline.store.write(
                     folder / f"{name}.safetensors", lambda path, _model=model: serialization.save(_model, path)
                 )
@@ -180,12 +187,14 @@ class QuantizedComponents:
         if self.first_stage:
             Decoder(autoencoder_of(self.run.denoiser.first_stage))
         if self.text_encoders and not encoder_names(self.run.denoiser):
-            raise ValueError(f"{self.run.denoiser.name} has no text encoder that could be quantized: text_encoder=float")
+            raise ValueError(
+                f"{self.run.denoiser.name} has no text encoder that could be quantized: text_encoder=float"
+            )
 
     @property
-    def stages(self) -> dict[str, Stage]:
+    def stages(self) -> dict[str, QuantizeFirstStage | QuantizeTextEncoders]:
         """Stages that make them, by the name of their bits in the configuration."""
-        found = {"first_stage": self.first_stage, "text_encoder": self.text_encoders}
+        found: dict[str, Any] = {"first_stage": self.first_stage, "text_encoder": self.text_encoders}
         return {name: stage for name, stage in found.items() if stage}
 
     @property
