@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    *(
-        "QuantizationConfig",
-        "QuantizedModel",
-        "load_denoiser",
-        "load_quantized",
-        "quantize",
-        "sample",
-        "with_components",
-    ),
+    "QuantizationConfig",
+    "QuantizedModel",
+    "load_denoiser",
+    "load_quantized",
+    "quantize",
+    "sample",
+    "with_components",
 ]
 
 silence_import_warnings()  # before any module imports torch or diffusers
