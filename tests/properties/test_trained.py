@@ -75,7 +75,7 @@ PAIRS = [
 ]
 
 
-def network(
+def qat_network(
     unet: nn.Module,
     form: QATQuantizeFn,
     scale: ScaleConfig,
@@ -127,7 +127,7 @@ def trained(model: QuantizedNetwork, steps: int = 2) -> QuantizedNetwork:
 def output(model: nn.Module, timesteps: tuple[int, ...] = TIMESTEPS) -> Tensor:
     nearest = {} if set(timesteps) <= set(TIMESTEPS) else {"outside": "nearest"}
     with torch.no_grad():
-        return model(**example_inputs(getattr(model, "unet", model), timesteps, seed=5), **nearest).sample
+        return model(**example_inputs(getattr(model, "network", model), timesteps, seed=5), **nearest).sample
 
 
 def at_the_samplers_steps(model: QuantizedNetwork) -> Tensor:
@@ -146,7 +146,9 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
 ) -> None:
     operands = AttentionBits(operands=3, probabilities=8) if scale == "tdq" else None
     offset = "learned" if scale == "static" else "zero"
-    model = network(tiny_unet, FORMS[form], SCALES[scale], attention=operands, silu_offset=True, other_offset=offset)
+    model = qat_network(
+        tiny_unet, FORMS[form], SCALES[scale], attention=operands, silu_offset=True, other_offset=offset
+    )
     trained(begun(model))
     before = at_the_samplers_steps(model)
     assert finish(model) is model
@@ -165,7 +167,9 @@ def test_a_finished_network_is_bit_equal_to_what_was_trained_and_to_its_file(
 
 
 def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn.Module, tmp_path: Path) -> None:
-    model = network(tiny_conditional_unet, Duq(), TDQ, weights=Qil(learn_gamma=True), further={"split_shortcuts": True})
+    model = qat_network(
+        tiny_conditional_unet, Duq(), TDQ, weights=Qil(learn_gamma=True), further={"split_shortcuts": True}
+    )
     trained(begun(model))
     before = at_the_samplers_steps(model)
     serialization.save(finish(model), tmp_path / "model.safetensors")
@@ -173,7 +177,7 @@ def test_conditional_networks_with_split_shortcuts_too(tiny_conditional_unet: nn
 
 
 def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.Module) -> None:
-    model = finish(trained(begun(network(tiny_unet, Lsq("tdq_release"), StaticConfig()))))
+    model = finish(trained(begun(qat_network(tiny_unet, Lsq("tdq_release"), StaticConfig()))))
     assert set(model.integers) == set(model.weight_layers())
     for layer, ((codes, (scale, zero_point), spec),) in model.integers.items():
         signed = codes.int() + spec.qmin
@@ -183,7 +187,7 @@ def test_integers_of_a_finished_network_have_the_bits_of_the_plan(tiny_unet: nn.
 
 
 def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
-    model = trained(begun(network(tiny_unet, Lsq(), TDQ)))
+    model = trained(begun(qat_network(tiny_unet, Lsq(), TDQ)))
     assert model.generators is not None
     found = model.eval().generators.scales(torch.tensor(TIMESTEPS))  # type: ignore[union-attr]
     said = {id(source): rows.detach() for source, rows in found.items()}
@@ -203,7 +207,7 @@ def test_a_table_is_what_the_networks_said(tiny_unet: nn.Module) -> None:
 
 @pytest.mark.parametrize(("form", "scale"), [("duq", "static"), ("nipq", "tdq"), ("lsq", "statistics and time")])
 def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module, form: str, scale: str) -> None:
-    model = begun(network(tiny_unet, FORMS[form], SCALES[scale], other_offset="learned"))
+    model = begun(qat_network(tiny_unet, FORMS[form], SCALES[scale], other_offset="learned"))
     model.train()
     learned = trainable(model)
     everything = [*learned.weights, *learned.ranges, *learned.generators]
@@ -219,19 +223,19 @@ def test_every_parameter_is_of_one_kind_and_has_a_gradient(tiny_unet: nn.Module,
 
 
 def test_tied_quantizers_are_trained_once(tiny_unet: nn.Module) -> None:
-    free = trainable(begun(network(tiny_unet, Duq(), StaticConfig())))
-    tied = trainable(begun(network(tiny_unet, Duq(), StaticConfig(), further={"tie_qkv": True})))
+    free = trainable(begun(qat_network(tiny_unet, Duq(), StaticConfig())))
+    tied = trainable(begun(qat_network(tiny_unet, Duq(), StaticConfig(), further={"tie_qkv": True})))
     groups = 2 * len(attentions(tiny_unet))
     assert len(free.ranges) - len(tied.ranges) == 2 * groups  # step and gain of two of three
 
 
 def test_tdq_starts_as_the_static_method(tiny_unet: nn.Module) -> None:
-    static, generated = (begun(network(tiny_unet, Lsq(), scale)) for scale in (StaticConfig(), TDQ))
+    static, generated = (begun(qat_network(tiny_unet, Lsq(), scale)) for scale in (StaticConfig(), TDQ))
     assert torch.equal(output(static, ANY_T), output(generated, ANY_T))
 
 
 def test_intervals_follow_the_timesteps_of_the_batch_while_training(tiny_unet: nn.Module) -> None:
-    model = trained(begun(network(tiny_unet, Lsq(), TDQ))).eval()
+    model = trained(begun(qat_network(tiny_unet, Lsq(), TDQ))).eval()
     seen: dict[int, Tensor] = {}
     quantizer = model.activation_quantizers()["conv_in.input_quantizer"]
     quantizer.register_forward_hook(lambda module, x, _: seen.update({0: module.scale_provider(x[0]).scale.flatten()}))
@@ -246,7 +250,7 @@ def test_intervals_follow_the_timesteps_of_the_batch_while_training(tiny_unet: n
 
 
 def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
-    model = network(tiny_unet, Lsq(), PerStepConfig())
+    model = qat_network(tiny_unet, Lsq(), PerStepConfig())
     observe(model)
     with torch.no_grad():
         model(**example_inputs(tiny_unet, (740, 20)), outside="nearest")  # nearest to the first and the last step
@@ -260,14 +264,14 @@ def test_ranges_without_data_start_as_the_nearest(tiny_unet: nn.Module) -> None:
 
 def test_an_unobserved_network_is_not_ready(tiny_unet: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="has seen no calibration data"):
-        ready(network(tiny_unet, Lsq(), StaticConfig()))
+        ready(qat_network(tiny_unet, Lsq(), StaticConfig()))
 
 
 # the penalty
 
 
 def test_penalty_of_static_clip_values_by_hand(tiny_unet: nn.Module) -> None:
-    model = begun(network(tiny_unet, Pact(decay=0.25), StaticConfig(), weights=Lsq()))
+    model = begun(qat_network(tiny_unet, Pact(decay=0.25), StaticConfig(), weights=Lsq()))
     clips = [float(q.scale_provider.scale.detach()) * 3 for q in model.activation_quantizers().values()]  # type: ignore[arg-type]
     assert penalty(model).item() == pytest.approx(0.25 * sum(clip**2 for clip in clips), rel=1e-5)
     penalty(model).backward()
@@ -277,7 +281,7 @@ def test_penalty_of_static_clip_values_by_hand(tiny_unet: nn.Module) -> None:
 
 
 def test_penalty_of_generated_clip_values_is_their_mean_over_the_finite_set(tiny_unet: nn.Module) -> None:
-    model = trained(begun(network(tiny_unet, Pact(decay=0.25), TDQ, weights=Lsq()))).eval()
+    model = trained(begun(qat_network(tiny_unet, Pact(decay=0.25), TDQ, weights=Lsq()))).eval()
     tables = [q.scale_provider.table().scale for q in model.activation_quantizers().values()]  # type: ignore[operator]
     by_hand = sum(0.25 * (3 * table).double().square().mean().item() for table in tables)
     assert penalty(model).item() == pytest.approx(by_hand, rel=1e-5)
@@ -288,7 +292,7 @@ def test_layers_that_are_one_in_the_original_are_penalised_once(tiny_unet: nn.Mo
     """q, k and v with one clip value: its gradient is that of one quantizer, static or of a network."""
     for scale in (StaticConfig(), TDQ):
         tied, free = (
-            begun(network(tiny_unet, Pact(decay=0.25), scale, weights=Lsq(), further={"tie_qkv": tie}))
+            begun(qat_network(tiny_unet, Pact(decay=0.25), scale, weights=Lsq(), further={"tie_qkv": tie}))
             for tie in (True, False)
         )
         quantizers = free.activation_quantizers()
@@ -303,7 +307,8 @@ def test_layers_that_are_one_in_the_original_are_penalised_once(tiny_unet: nn.Mo
 def test_every_network_starts_on_its_own(tiny_unet: nn.Module) -> None:
     """And all of them as the seed says."""
     first, again, other = (
-        begun(network(tiny_unet, Lsq(), replace(TDQ, seed=seed), attention=AttentionBits(3, 4))) for seed in (0, 0, 1)
+        begun(qat_network(tiny_unet, Lsq(), replace(TDQ, seed=seed), attention=AttentionBits(3, 4)))
+        for seed in (0, 0, 1)
     )
     starts = [
         [q.scale_provider.mlp[0].weight.detach() for q in model.activation_quantizers().values()]  # type: ignore[index, union-attr]
@@ -330,15 +335,15 @@ def test_ranges_at_run_time_keep_their_largest_value(kind: IntRangeKind, scheme:
 
 def test_other_forms_have_no_penalty(tiny_unet: nn.Module) -> None:
     assert all(FORMS[form].decay == 0 for form in FORMS if form != "pact")
-    assert penalty(begun(network(tiny_unet, Nipq(), TDQ))).item() == 0
+    assert penalty(begun(qat_network(tiny_unet, Nipq(), TDQ))).item() == 0
 
 
 # the plan
 
 
-def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
-    model = network(unet, Lsq(), StaticConfig(), silu_offset=True)
-    parts = read_structure(unet, example_inputs(unet))
+def test_offset_grids_lie_where_silu_comes_before(network: nn.Module) -> None:
+    model = qat_network(network, Lsq(), StaticConfig(), silu_offset=True)
+    parts = read_structure(network, example_inputs(network))
     for name, quantizer in model.activation_quantizers().items():
         assert isinstance(quantizer, TrainableQuantizer)
         silu = parts.layers[name.removesuffix(".input_quantizer")].role in AFTER_SILU
@@ -359,7 +364,7 @@ def test_offset_grids_lie_where_silu_comes_before(unet: nn.Module) -> None:
 
 @pytest.mark.parametrize(("form", "scale"), PAIRS)
 def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None:
-    plan = network(tiny_unet, FORMS[form], SCALES[scale], silu_offset=True).plan
+    plan = qat_network(tiny_unet, FORMS[form], SCALES[scale], silu_offset=True).plan
     merged = plan.tabulated()
     assert merged.tabulated() == merged
     assert decode(json.loads(json.dumps(encode(merged, STORED))), ResolvedConfig, STORED) == merged
@@ -370,7 +375,7 @@ def test_plans_survive_json(tiny_unet: nn.Module, form: str, scale: str) -> None
 
 def test_a_key_names_the_form_and_others_keys_do_not_change(tiny_unet: nn.Module) -> None:
     texts = {
-        name: json.dumps(canonical(network(tiny_unet, form, TDQ).plan.layers["conv_in"].input))
+        name: json.dumps(canonical(qat_network(tiny_unet, form, TDQ).plan.layers["conv_in"].input))
         for name, form in FORMS.items()
     }
     assert len(set(texts.values())) == len(FORMS)
@@ -408,7 +413,7 @@ def test_unfit_forms_are_named() -> None:
 
 
 def test_weights_are_placed_by_the_weight_observer_and_float_when_off(tiny_unet: nn.Module) -> None:
-    model = network(tiny_unet, Lsq("narrow"), StaticConfig(), bits=8)
+    model = qat_network(tiny_unet, Lsq("narrow"), StaticConfig(), bits=8)
     assert torch.allclose(output(model), output(tiny_unet), atol=2e-6)
     model.calibrate_weights()
     for quantizer, weight in (part for layer in model.weight_layers() for part in model.layer(layer).weight_parts()):
