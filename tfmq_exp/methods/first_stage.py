@@ -54,12 +54,12 @@ def calibration_set(latents: Float[Tensor, "samples ..."]) -> CalibrationSet:
 
 @dataclass(frozen=True)
 class DecoderCalibration:
-    """What a decoder is quantized with.
+    """Data, method and resources that a decoder is quantized with.
 
     Args:
         latents: inputs of the autoencoder's `decode`.
-        method: of the denoiser, whose choices for weights and ranges count here, too. Training needs what images the decoder
-            was trained on: its weights are rounded to nearest instead.
+        method: of the denoiser, whose choices for weights and ranges count here, too. Training would need
+            the decoder's own images: its weights are rounded to nearest instead.
         compute: resources.
         seed: of all random numbers.
     """

@@ -165,7 +165,7 @@ class RunOutputs:
             self.save_components()
 
     def save_components(self) -> None:
-        """What was quantized beside the network, and how far it is from the float component; nothing where all are float."""
+        """Bits, sizes and errors of components that were quantized beside the network; nothing where all are float."""
         if not (found := self.experiment.components.record()):
             return
         write_json(self.folder / "components.json", found)

@@ -117,7 +117,7 @@ class _ReachedError(Exception):
 
 @torch.no_grad()
 def decoder_inputs(first_stage: FirstStage, latents: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-    """What a first stage gives its autoencoder for final latents of the sampling loop: unpacked, scaled, shifted."""
+    """Inputs of a first stage's autoencoder for final latents of the sampling loop: unpacked, scaled, shifted."""
     watched: Any = copy.copy(first_stage)
     watched.autoencoder = copy.copy(autoencoder_of(first_stage))
     found: list[Tensor] = []

@@ -173,7 +173,7 @@ def on_device(calls: Sequence[text.Call], device: torch.device) -> list[text.Cal
 
 @dataclass(eq=False)
 class QuantizedComponents:
-    """What takes the place of float components when the quantized network is sampled; nothing where all stay float.
+    """Components that take the place of float ones when the quantized network is sampled; none where all stay float.
 
     Raises:
         ValueError: bits for a first stage or text encoders that the model does not have, or whose decoder is not known.
@@ -203,7 +203,7 @@ class QuantizedComponents:
         return {name: stage.key for name, stage in self.stages.items()}
 
     def record(self) -> dict[str, Any]:
-        """How each was quantized, its bytes and its errors."""
+        """Bits, bytes and errors of each."""
         records = {"first_stage": self.first_stage, "text_encoders": self.text_encoders}
         return {name: stage.record() for name, stage in records.items() if stage}
 
