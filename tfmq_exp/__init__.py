@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 from tfmq_exp.core.import_warnings import silence_import_warnings
 
 if TYPE_CHECKING:
-    from tfmq_exp.api import QuantizedModel, load_denoiser, load_quantized, quantize, sample
+    from tfmq_exp.api import QuantizedModel, load_denoiser, load_quantized, quantize, sample, with_components
     from tfmq_exp.surgery.config import QuantizationConfig
 
 __version__ = "0.1.0"
-__all__ = ["QuantizationConfig", "QuantizedModel", "load_denoiser", "load_quantized", "quantize", "sample"]
+__all__ = [
+    "QuantizationConfig",
+    "QuantizedModel",
+    "load_denoiser",
+    "load_quantized",
+    "quantize",
+    "sample",
+    "with_components",
+]
 
 silence_import_warnings()  # before any module imports torch or diffusers
 

@@ -1,7 +1,7 @@
 """The library: load a denoiser, quantize it, sample, save, load again. `python run.py` makes its runs of the same parts."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tfmq_exp.pipeline.pipeline import Pipeline
 from tfmq_exp.pipeline.store import Store
 from tfmq_exp.quant.timestep_context import OutsideTimesteps
 from tfmq_exp.sampling.recipe import Recipe
-from tfmq_exp.surgery import serialization
+from tfmq_exp.surgery import components, serialization
 from tfmq_exp.surgery.config import QuantizationConfig
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
@@ -117,6 +117,8 @@ def quantize(
             f"method {method} corrects its samples by statistics that no file of a network holds: use run.py, or "
             'overrides=("method/correction=none",)'
         )
+    if run.first_stage or run.text_encoder:
+        raise ValueError("a QuantizedModel is the denoiser alone: run.py quantizes first_stage and text_encoder, too")
     if config is not None:
         run = replace(run, method=replace(run.method, surgery=config))
     bars = ProgressBars(Console(quiet=not progress)).stage
@@ -141,6 +143,24 @@ def load_quantized(path: str | Path, outside_timesteps: OutsideTimesteps | None 
     if outside_timesteps is not None:
         network.plan = replace(network.plan, outside_timesteps=outside_timesteps)
     return QuantizedModel(network, recipe)
+
+
+def with_components(
+    denoiser: Denoiser, first_stage: str | Path | None = None, text_encoders: Mapping[str, str | Path] | None = None
+) -> Denoiser:
+    """A denoiser that decodes and encodes with quantized components; what no file is given for stays as it is.
+
+    Args:
+        denoiser: of `load_denoiser`, whose components they were made of.
+        first_stage: a run's `decoder.safetensors`; `first_stage.decode` of the result turns latents of `sample` into images.
+        text_encoders: a run's files by the pipeline's names, `text_encoder`, `text_encoder_2`, ...; `encoder` of the result
+            gives the conditions of `sample`.
+
+    Raises:
+        ValueError: a file that is damaged, of another network or of other settings; a name that the model does not have.
+    """
+    encoders = {name: Path(file) for name, file in (text_encoders or {}).items()}
+    return components.with_components(denoiser, None if first_stage is None else Path(first_stage), encoders)
 
 
 def sample(

@@ -124,7 +124,7 @@ def conditions(family: Family, parts: DenoiserParts) -> tuple[Conditions, list[G
 
 def images(family: Family, stage: LatentDecoder) -> Iterator[Group]:
     """Latents to images through the first stage, and back."""
-    recorded, network = family.recorded, stage.network
+    recorded, network = family.recorded, stage.autoencoder
     scale = Group(f"{family.name}: scale of latents", ROUNDING)
     scale.compare(stage.scale, recorded["scale_factor"])
     decoded = Group(f"{family.name}: decoded", SINGLE, absolute=True)

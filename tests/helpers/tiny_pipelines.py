@@ -20,11 +20,11 @@ LLM = {
 }
 
 
-def randomised(network: Any) -> Any:
+def randomised(network: Any, std: float = 0.1) -> Any:
     """A network whose weights are all random, for constructors set some to zero."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
+        nn.init.normal_(parameter, std=std, generator=generator)
     return network.eval().requires_grad_(False)
 
 

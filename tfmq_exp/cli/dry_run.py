@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from tfmq_exp.cli.estimate import StageEstimate, estimate
+from tfmq_exp.cli.estimate import NOT_ESTIMATED, StageEstimate, estimate
 from tfmq_exp.cli.terminal import say
 from tfmq_exp.core.formatting import format_bytes, format_duration
 from tfmq_exp.pipeline.experiment import Experiment
@@ -49,6 +49,8 @@ def expected_cost(experiment: Experiment, goals: Collection[str]) -> Estimate | 
         return None
     if engine and any(name.startswith(engine) for name in missing):
         note = f"{engine}: its sampling is counted at the speed of the simulated network, its export as a pass of one batch"
+    if left_out := [name for name in missing if name in NOT_ESTIMATED]:
+        note = "; ".join(filter(None, (note, f"not estimated: {', '.join(left_out)}")))
     return Estimate(stages, process, run.denoiser.device.type != "cpu", note)
 
 

@@ -29,6 +29,7 @@ GRADIENT_ROWS = 4  # that gradients are measured with
 CODE_BYTES = 0.25  # of an integer weight, over those of the float32 weight that is kept with it
 TRAINING_COPIES = 5  # of what is trained: average, Adam's two moments, gradients, and these as one vector
 # ends of the names of stages that take no time
+NOT_ESTIMATED = ("first_stage", "text_encoders")  # stages of components, whose passes are not those of the denoiser
 QUICK = ("scores", "comparison", "reference", "examples", "rounding", "features")
 
 
@@ -43,11 +44,12 @@ class StageEstimate(NamedTuple):
 
 
 def estimate(run: Any, missing: Mapping[str, int | None], engine: str = "") -> list[StageEstimate]:
-    """Estimate the stages of a `Run` that are not in the store, but for those that take no time.
+    """Estimate the stages of a `Run` that are not in the store, but for those that take no time, or are `NOT_ESTIMATED`.
 
     `missing` has the count of each as `Stage.count` has it; `engine` is the name of its export.
     """
-    if not (missing := {name: count for name, count in missing.items() if not name.endswith(QUICK)}):
+    left_out = (*QUICK, *NOT_ESTIMATED)
+    if not (missing := {name: count for name, count in missing.items() if not name.endswith(left_out)}):
         return []
     with torch.random.fork_rng():  # what is measured must not change what is drawn later
         costs = Costs(run)
@@ -142,9 +144,10 @@ class Costs:
             return self.phase(name, count or 0)
         run, steps = self.run, len(self.run.calls)
         images, floats, passes, decoded, host, disk = count or 1, 0, 1, 0, 0, 0
-        if name == "trajectory":
+        if name in ("trajectory", "latents"):
             images, floats, passes = run.calibration.images, len(run.calibration_calls), 0
-            disk = images * floats * self.rows_per_image * self.sample
+            kept = floats if name == "trajectory" else 1
+            disk = images * kept * self.rows_per_image * self.sample
             host = 3 * disk
         elif name == "correction":
             images, floats = run.method.correction.images, steps

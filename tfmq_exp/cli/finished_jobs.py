@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).parents[1]
 LARGEST = 2**28  # bytes of an archive's files
 # Files of a run folder that an identical job would write as well.
 WRITTEN = (
-    *("results.json", "artifacts.json", "environment.json", "quantized.json"),
+    *("results.json", "artifacts.json", "environment.json", "quantized.json", "components.json"),
     *("samples.png", "samples_deployed.png", "temporal_error.csv", "temporal_error.png"),
     *("trajectory_error.csv", "trajectory_error.png", "trajectory_error_deployed.csv"),
     *("units.csv", "losses.csv", "noise.csv", "sites.csv", "diagnosis/*.csv", "diagnosis/*.png"),
@@ -40,7 +40,7 @@ EXECUTION = (
     *("activation_cache_gib", "activation_cache_dir", "device_cache_gib", "checkpoint_every_min"),
 )
 # Overrides that change something inside a method, and with it the name of its row in tables.
-INSIDE = ("method/", "method.", "quant.")
+INSIDE = ("method/", "method.", "quant.", "first_stage.", "text_encoder.")
 log = logging.getLogger(__name__)
 
 

@@ -48,6 +48,7 @@ def make_run(
     """
     # first what is made in no time: a number that cannot be right is named before gigabytes are read
     sampling, method = make_sampling(cfg), make(cfg.method)
+    components = {name: make(cfg[name]) for name in ("first_stage", "text_encoder")}
     method.correction.check(sampling.sampler)
     calibration = CalibrationPlan(cfg.protocol.calibration.images, cfg.runtime.batch_size, calibration_steps(cfg))
     if calibration.num_inference_steps and method.correction.measures:
@@ -92,6 +93,7 @@ def make_run(
         seed=cfg.seed,
         make_evaluator=functools.partial(make, cfg.eval),
         make_training_images=lambda: make(real_images(cfg, folder)),
+        **components,
     )
 
 

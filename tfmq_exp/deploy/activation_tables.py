@@ -145,6 +145,8 @@ def activation_scale(quantizer: nn.Module, steps: int) -> ActivationScale:
     assert isinstance(quantizer, AffineQuantizer)
     source = quantizer.scale_provider
     if isinstance(source, DynamicScale | DynamicGeneratorScale):
+        if isinstance(source, DynamicScale) and source.config.granularity == "token":
+            raise NotRepresentableError("a range for every token is computed at run time")
         middle = source.spec.levels // 2 if source.spec.scheme == "affine" else 0
         return RuntimeScale(source, scale_table(quantizer, torch.ones(1), torch.full((1,), float(middle))))
     table = source.table()

@@ -8,6 +8,12 @@ from tfmq_exp.pipeline.pipeline import Pipeline, Stage
 from tfmq_exp.pipeline.run_config import Run
 from tfmq_exp.pipeline.stages import diagnose, evaluation
 from tfmq_exp.pipeline.stages.activations import CalibrateActivations, FitCorrection, QuantizationResult
+from tfmq_exp.pipeline.stages.components import (
+    CollectLatents,
+    QuantizedComponents,
+    QuantizeFirstStage,
+    QuantizeTextEncoders,
+)
 from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
 from tfmq_exp.pipeline.stages.export_engine import ExportEngine
 from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
@@ -38,6 +44,10 @@ class Experiment:
             self.weights = ReconstructWeights(*given, weights, self.trajectory)
         self.activations = CalibrateActivations(*given, self.trajectory, self.weights)
         self.correction = FitCorrection(*given, correction, self.activations) if correction.measures is True else None
+        self.latents = CollectLatents(*given, self.trajectory)
+        first_stage = QuantizeFirstStage(*given, run.first_stage, self.latents) if run.first_stage else None
+        text_encoders = QuantizeTextEncoders(*given, run.text_encoder) if run.text_encoder else None
+        self.components = QuantizedComponents(run, first_stage, text_encoders)
         self.quantized = QuantizationResult(run.sampling, self.activations, self.correction)
         self.reference = evaluation.ComputeReference(*given)
         float_sampler = run.sampling.predictor(run.denoiser.call), run.sampling
@@ -54,7 +64,7 @@ class Experiment:
 
     def _evaluation(self, prefix: str, *sampled_as: Any) -> Evaluation:
         given, sampled = (self.run, self.pipeline), evaluation.SampledNetwork(*sampled_as)
-        images = evaluation.SampleImages(*given, sampled, prefix=prefix)
+        images = evaluation.SampleImages(*given, sampled._replace(components=self.components), prefix=prefix)
         scores = evaluation.ScoreImages(*given, images, self.reference, prefix=prefix)
         errors = evaluation.MeasureErrors(*given, sampled, self.quantized, prefix=prefix)
         return Evaluation(
@@ -68,13 +78,18 @@ class Experiment:
             found.append(self.trajectory)
         return [*found, self.examples] if self.examples else found
 
+    def component_stages(self) -> list[Stage]:
+        """Stages of quantized components, after the latents that a first stage learns from."""
+        stages = self.components.stages
+        return [*([self.latents] if "first_stage" in stages else []), *stages.values()]
+
     def stages(self, goals: Collection[str]) -> list[Stage]:
         """Stages that lead to the last of the goals, in order; `goals` are `goals_up_to` it."""
         *_, goal = goals
         stages: dict[str, Sequence[Stage | None]] = {
             "trajectory": [self.trajectory] if goal in ("trajectory", "diagnose") else [],
             "weights": [*self.data(goal), self.weights],
-            "activations": [self.activations],
+            "activations": [self.activations, *self.component_stages()],
             "correction": [self.correction],
             "images": [self.float_images, self.simulated.images],
             "scores": [self.reference, self.float_scores, *self.simulated[1:]],
@@ -104,5 +119,7 @@ class Experiment:
         """Compute what a goal needs of the network, and have the data behind it in the store, even if that was deleted."""
         last: dict[str, Stage] = {"trajectory": self.trajectory, "weights": self.weights}
         self.pipeline.get(last.get(goal, self.activations))
+        for stage in () if goal in last else self.components.stages.values():
+            self.pipeline.get(stage)
         for stage in () if goal == "trajectory" else (self.weights, *self.data(goal)):
             self.pipeline.require(stage)

@@ -21,7 +21,9 @@ from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, NetworkStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_layers
 from tfmq_exp.evaluation.scores import Evaluator
+from tfmq_exp.methods.first_stage import FirstStageBits
 from tfmq_exp.methods.method import Method
+from tfmq_exp.methods.text_encoder import TextEncoderBits
 from tfmq_exp.quant.timestep_context import Timestep
 from tfmq_exp.reconstruction.context import ComputeConfig
 from tfmq_exp.sampling.guidance import Sampling
@@ -58,6 +60,8 @@ class Run:
     seed: int  # of all random numbers but those of the images
     make_evaluator: Callable[[], Evaluator]  # loads feature extractor and reference, when scores are needed
     make_training_images: Callable[[], ImageDataset]  # opens those of quantization-aware training, when they are needed
+    first_stage: FirstStageBits | None = None  # of the first stage's decoder; None: float
+    text_encoder: TextEncoderBits | None = None  # of all text encoders; None: float
 
     @cached_property
     def evaluator(self) -> Evaluator:

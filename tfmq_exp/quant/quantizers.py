@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -203,3 +203,12 @@ class StepSwitch(nn.Module):
         for i in used:
             out = torch.where(rows == i, self.choices[i](x), out)
         return out
+
+
+def tie(quantizers: Sequence[Any]) -> None:
+    """Give all of them the parameters of the first: what one of them learns, all do."""
+    for name, _ in list(quantizers[0].named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        shared = quantizers[0].get_parameter(name)
+        for other in quantizers[1:]:
+            setattr(other.get_submodule(owner), leaf, shared)

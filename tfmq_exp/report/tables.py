@@ -49,6 +49,11 @@ ERRORS = (
     Column("trajectory error", _entry("errors", "trajectory"), 4, "↓"),
     Column("PSNR, dB", _entry("errors", "psnr"), 1, "↑"),
 )
+COMPONENTS = (  # of components beside the denoiser, where some are quantized
+    Column("decoder PSNR, dB", _entry("errors", "decoder_psnr"), 1, "↑"),
+    Column("text error", _entry("errors", "text_error"), 4, "↓"),
+    Column("text cosine", _entry("errors", "text_cosine"), 5, "↑"),
+)
 SHARES = (
     Column("weights integer", _entry("quantized", "weight_share"), 3),
     Column("MACs integer", _entry("quantized", "mac_share_weights_and_inputs"), 3),
@@ -129,7 +134,8 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
     """
     if (protocols := len(by_protocol(records))) != 1:
         raise ValueError(f"{protocols} different protocols in one table; use `by_protocol` first")
-    columns = [*score_columns(SCORES, records[0].evaluator["name"]), *ERRORS, *SHARES, *COSTS]
+    components = [column for column in COMPONENTS if any(column.read(record) is not None for record in records)]
+    columns = [*score_columns(SCORES, records[0].evaluator["name"]), *ERRORS, *components, *SHARES, *COSTS]
     named = zip(records, names(records), strict=True)
     groups = group_by(named, lambda pair: (pair[0].method != FLOAT, pair[0].quant, pair[1]))
     rows = []

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from tfmq_exp.core.records import decode, encode
+from tfmq_exp.denoisers.families.decoder import AUTOENCODERS, Decoder
 from tfmq_exp.denoisers.families.find import FAMILIES, family_of
 from tfmq_exp.denoisers.families.unet import attentions, set_heads
 from tfmq_exp.denoisers.loading.network_config import LARGE, MOST_LAYERS, UNETS, WIDE, empty_network
 from tfmq_exp.denoisers.loading.network_folder import check_numbers, reason_of, without_weights
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.originals.dit_checkpoint import has_original_frequencies, original_frequencies
+from tfmq_exp.denoisers.pipelines.text_components import TEXT_ENCODERS, empty_text_encoder, encoder_settings
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Role
 from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
+from tfmq_exp.surgery.quantized_network import QuantizedNetwork, quantize_in_place
 from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
 
-NETWORKS: dict[str, Any] = {family.network: getattr(diffusers, family.network) for family in FAMILIES}
+NETWORKS: dict[str, Any] = {family.network: getattr(diffusers, family.network) for family in FAMILIES} | AUTOENCODERS
 CPU = torch.device("cpu")
 MOST_TIMESTEPS = 2**20
 WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
@@ -49,14 +51,23 @@ def inside(zero_point: Tensor, spec: QuantSpec) -> bool:
     return bool(((zero_point >= spec.qmin) & (zero_point <= spec.qmax)).all())
 
 
+def class_and_settings(network: Any) -> tuple[str, dict[str, Any]]:
+    """Name of the class of a network, of an autoencoder where it is one's decoder, and the settings that it is built of."""
+    if (name := type(network).__name__) in TEXT_ENCODERS:
+        return name, encoder_settings(network)
+    name = network.autoencoder_class if isinstance(network, Decoder) else name
+    known = inspect.signature(NETWORKS[name].__init__).parameters
+    return name, {k: v for k, v in dict(network.config).items() if k in known}
+
+
 def described(model: QuantizedNetwork) -> dict[str, Any]:
     """The manifest of a model, without its recipe."""
-    known = inspect.signature(type(model.network).__init__).parameters
+    name, settings = class_and_settings(model.network)
     integers = stored_integers(model)
     outside = [name for name, part in integers.items() if not inside(part.qparams.zero_point, part.spec)]
     manifest = {
-        "network": type(model.network).__name__,
-        "config": {k: v for k, v in dict(model.network.config).items() if k in known},
+        "network": name,
+        "config": settings,
         "plan": encode(model.plan, STORED),
         "shapes": {name: list(part.codes.shape) for name, part in integers.items()},
         "cached": {layer: dataclasses.asdict(integers.spec) for layer, integers in model.cached.items()},
@@ -99,12 +110,31 @@ def difference(given: Any, written: Any, place: str = "") -> str | None:
     return next((wrong for wrong in found if wrong), None)
 
 
-def empty_transformer(kind: Any, config: Mapping[str, Any], available: int, device: torch.device) -> Any:
-    """A transformer of these settings, with nothing in its parameters yet and its tables computed; `available` weights at most."""
+def empty_transformer(
+    kind: Any,
+    config: Mapping[str, Any],
+    available: int,
+    device: torch.device = CPU,
+    part: Callable[[Any], Any] = lambda network: network,
+) -> Any:
+    """A transformer, or a part of another network, with nothing in its parameters yet and its tables computed.
+
+    Args:
+        kind: class of diffusers.
+        config: its settings.
+        available: weights at most.
+        device: of the parameters.
+        part: of a network, that is kept.
+
+    Raises:
+        ValueError: settings that do not go together, or more than `available` weights.
+    """
     check_numbers(config, max(available, WIDE))
     try:
+        with without_weights(max(available, LARGE)), torch.device("meta"):
+            kind.from_config(dict(config))  # first, for it takes no memory, whatever the settings are
         with without_weights(max(available, LARGE)):
-            network = kind.from_config(dict(config)).eval()
+            network = part(kind.from_config(dict(config))).eval()
     except Exception as error:  # settings that do not go together fail in any way
         raise ValueError(f"no {kind.__name__} can be built of these settings: {reason_of(error)}") from error
     if (needed := sum(value.numel() for value in network.parameters())) > available:
@@ -117,13 +147,21 @@ def empty_transformer(kind: Any, config: Mapping[str, Any], available: int, devi
 
 
 def empty_network_of(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    """The float network that a manifest describes, if its tensors can fill it, with nothing in its parameters yet."""
-    if manifest["network"] not in NETWORKS:
-        raise ValueError(f"unknown network {manifest['network']!r}; known: {', '.join(NETWORKS)}")
-    kind, config = NETWORKS[manifest["network"]], manifest["config"]
+    """The float network that a manifest describes, if its tensors can fill it, with nothing in its parameters yet.
+
+    Text encoders and decoders have no attentions whose numbers of heads their settings do not say.
+    """
+    name, config = manifest["network"], manifest["config"]
+    available = WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values())
+    if name in TEXT_ENCODERS:
+        return empty_text_encoder(name, config, available)
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; known: {', '.join((*NETWORKS, *TEXT_ENCODERS))}")
+    kind = NETWORKS[name]
     if unknown := config.keys() - default_settings(kind).keys():
         raise ValueError(f"config.{min(unknown)} is unknown")
-    available = WEIGHTS_PER_BYTE * sum(value.nbytes for value in tensors.values())
+    if name in AUTOENCODERS:
+        return empty_transformer(kind, config, available, part=Decoder)
     if kind in UNETS:
         network: Any = empty_network(kind, config, available, most_layers=min(len(tensors), MOST_LAYERS))
         network.to_empty(device=CPU)
@@ -175,7 +213,9 @@ def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], device: 
     plan = decode(manifest["plan"], ResolvedConfig, STORED, "plan")
     check_plan(plan, sum(value.numel() for value in tensors.values()))
     network = empty_network_of(manifest, tensors, device)
-    model, known = build_quantized_network(network, plan, MinMax()), family_of(network).roles(network)
+    model = quantize_in_place(network, plan, MinMax())
+    of_time = manifest["cached"] or manifest["unneeded"]
+    known = family_of(network).roles(network) if of_time else {}
     for name in model.weight_layers():
         parts = model.layer(name).weight_parts()
         model.freeze(name, tuple(empty_integers(q.spec, tuple(part.shape), name, part.device) for q, part in parts))

@@ -16,7 +16,7 @@ from tfmq_exp.denoisers.denoiser import first_argument
 from tfmq_exp.quant.layers import QUANT_LAYERS, CachedFeature, QuantizedWeight, QuantLayer, Unneeded
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
-from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, SplitQuantizer, StepSwitch, WeightQuantizer
+from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, SplitQuantizer, StepSwitch, WeightQuantizer, tie
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.tdq import BatchedGenerators
 from tfmq_exp.quant.spec import QuantSpec
@@ -208,14 +208,19 @@ class QuantizedNetwork(nn.Module):
 
 
 def build_quantized_network(network: nn.Module, plan: ResolvedConfig, observer: Observer) -> QuantizedNetwork:
-    """A quantized copy of `unet` with exactly the quantizers of the table, which observe ranges of weights with `observer`."""
+    """A quantized copy of a network, as `quantize_in_place` makes it."""
+    return quantize_in_place(copy.deepcopy(network), plan, observer)
+
+
+def quantize_in_place(network: nn.Module, plan: ResolvedConfig, observer: Observer) -> QuantizedNetwork:
+    """The network with exactly the quantizers of the table, which observe ranges of weights with `observer`."""
 
     def weight_quantizer(part: Tensor, spec: QuantSpec) -> WeightQuantizer:
         if plan.trained:
             return TrainableWeightQuantizer(part, spec, observer, plan.trained)
         return WeightQuantizer(part, spec, observer)
 
-    model = QuantizedNetwork(copy.deepcopy(network).requires_grad_(False).eval(), plan)
+    model = QuantizedNetwork(network.requires_grad_(False).eval(), plan)
     for name, line in plan.layers.items():
         layer = model.network.get_submodule(name)
         if type(layer) not in QUANT_LAYERS:
@@ -239,12 +244,3 @@ def build_quantized_network(network: nn.Module, plan: ResolvedConfig, observer: 
         model.network, {n: {p: line.quantizer(model.context) for p, line in parts.items()} for n, parts in operands}
     )
     return model.eval() if (like := next(network.parameters())).is_meta else model.to(like.device).eval()
-
-
-def tie(quantizers: Sequence[Any]) -> None:
-    """Give all of them the parameters of the first: what one of them learns, all do."""
-    for name, _ in list(quantizers[0].named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        shared = quantizers[0].get_parameter(name)
-        for other in quantizers[1:]:
-            setattr(other.get_submodule(owner), leaf, shared)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tfmq_exp.cli.outputs.score_table import print_scores
 from tfmq_exp.cli.run_info import RunInfo
 from tfmq_exp.cli.terminal import say
-from tfmq_exp.core.files import write_atomically, write_record
+from tfmq_exp.core.files import write_atomically, write_json, write_record
 from tfmq_exp.loggers.base import Logger, Points, Rows, RunMetadata
 from tfmq_exp.pipeline.experiment import Experiment
 from tfmq_exp.pipeline.run_config import Run
@@ -162,6 +162,19 @@ class RunOutputs:
         if "activations" in self.goals:
             artefact = experiment.activations.artefact
             self.size("artefact: ", artefact.stat().st_size, artefact)
+            self.save_components()
+
+    def save_components(self) -> None:
+        """Bits, sizes and errors of components that were quantized beside the network; nothing where all are float."""
+        if not (found := self.experiment.components.record()):
+            return
+        write_json(self.folder / "components.json", found)
+        rows = {"first_stage": found["first_stage"]} if "first_stage" in found else {}
+        for name, row in {**rows, **found.get("text_encoders", {})}.items():
+            say(
+                self.console,
+                f"{name} {row['bits']}: {component_error(row)}, {row['bytes'] / row['float_bytes']:.3f} of fp32",
+            )
 
     def save_samples(self, images: SampleImages, name: str, executed_by: str = "") -> None:
         """Float images and those of another network from the same seeds, side by side."""
@@ -203,6 +216,14 @@ class RunOutputs:
         write_record(self.folder / "results.json", {"rows": [record.to_json() for record in records]})
         self.logger.log_summary(score_summary(records))
         print_scores(records, self.console)
+
+
+def component_error(row: Mapping[str, Any]) -> str:
+    """The error of a quantized component in words."""
+    if "relative_error" in row:
+        return f"relative error {row['relative_error']:.4f} and cosine {row['cosine']:.5f} of embeddings"
+    psnr = "no difference" if row["psnr"] is None else f"PSNR {row['psnr']:.1f} dB"
+    return f"{psnr} to the float decoder's images of {row['latents']} latents"
 
 
 def _first(shards: Iterable[Tensor]) -> np.ndarray:

@@ -48,6 +48,7 @@ def score_records(
     }
     quantized = {key: value for key, value in covered.items() if key not in ("float_weights", "float_inputs")}
     quantized["outside_timesteps"] = run.resolved.outside_timesteps
+    quantized |= (components := experiment.components.record())
     if experiment.examples:  # rows of the same settings that were trained on other images are no repetitions
         quantized["trained_on"] = experiment.examples.key[:8]
     original = {"quant": "fp32", "method": "float", "scores": float_scores, "weights_bytes": run.float_bytes}
@@ -57,9 +58,10 @@ def score_records(
         scores=scores,
         weights_bytes=activations.artefact.stat().st_size,
         choices=changes(overrides, INSIDE)
-        | {key: value for key, value in changes(overrides, "experiment=").items() if "as_released/" in value},
+        | {key: value for key, value in changes(overrides, "experiment=").items() if "as_released/" in value}
+        | {name: stage.bits.name for name, stage in experiment.components.stages.items()},
         settings=settings(cfg, overrides),
-        errors=mean_errors(experiment.simulated),
+        errors=mean_errors(experiment.simulated) | component_errors(components),
         quantized=quantized,
         cost=cost_of(experiment, began),
         keys={name: record["key"] for name, record in experiment.pipeline.stage_log.items()},
@@ -116,7 +118,7 @@ def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
     run = experiment.run
     given, halves = (run.calibration.images, len(run.calibration_calls)), 2 if run.sampling.guided else 1
     budgets = {name: getattr(run.method, name).budget(*given) for name in ("weights", "activations")}
-    network = (experiment.weights, experiment.activations, experiment.correction)
+    network = (experiment.weights, experiment.activations, experiment.correction, *experiment.component_stages())
     seconds = [stage.entry.seconds for stage in (*experiment.data("activations"), *filter(None, network))]
     return {
         **{f"{name[:-1]}_samples": budget.samples * halves for name, budget in budgets.items()},
@@ -139,6 +141,16 @@ def mean_errors(evaluation: Evaluation) -> dict[str, float]:
     return {**averages, "trajectory": errors["trajectory"][-1]["x_error"], **({} if psnr is None else {"psnr": psnr})}
 
 
+def component_errors(components: Mapping[str, Any]) -> dict[str, float]:
+    """Errors of quantized components as the numbers of a row: of several text encoders those of the worst."""
+    psnr, encoders = components.get("first_stage", {}).get("psnr"), components.get("text_encoders", {}).values()
+    worst = {
+        "text_error": max((row["relative_error"] for row in encoders), default=None),
+        "text_cosine": min((row["cosine"] for row in encoders), default=None),
+    }
+    return {name: value for name, value in {"decoder_psnr": psnr, **worst}.items() if value is not None}
+
+
 def changes(overrides: Sequence[str], keys: str | tuple[str, ...]) -> dict[str, str]:
     """Values of the command line for keys that begin like these."""
     return dict(text.split("=", 1) for text in overrides if "=" in text and text.startswith(keys))
@@ -154,6 +166,7 @@ def engine_choices(name: str, overrides: Sequence[str]) -> dict[str, str]:
 def settings(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, str]:
     """Identity of the method's settings, whatever the seed; see `ScoreRecord`."""
     plain: Any = OmegaConf.to_container(OmegaConf.merge(cfg, {"seed": 0}), resolve=True)
-    digest = key_of("settings", {"method": plain["method"], "quant": plain["quant"]})
+    components = {name: plain[name] for name in ("first_stage", "text_encoder") if plain[name]}
+    digest = key_of("settings", {"method": plain["method"], "quant": plain["quant"], **components})
     named = [text for text in overrides if text.startswith(("experiment=", PROTOCOL))]
     return {"hash": digest[:8], "named": ", ".join(sorted(text.removeprefix(PROTOCOL) for text in named))}

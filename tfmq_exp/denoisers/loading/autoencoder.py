@@ -22,34 +22,34 @@ KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
 class LatentDecoder:
     """First stage of a denoiser whose samples are the latents of an autoencoder, times a scale that gives them unit variance.
 
-    The network moves to the device of its inputs; `rows` images go through it together.
+    The autoencoder moves to the device of its inputs; `rows` images go through it together.
     """
 
-    def __init__(self, network: AutoencoderKL | VQModel, scale: float, rows: int = 8) -> None:
+    def __init__(self, autoencoder: AutoencoderKL | VQModel, scale: float, rows: int = 8) -> None:
         for name, value, kind in (("the latents' scale factor", scale, POSITIVE), ("decode_rows", rows, COUNT)):
             if not kind.fits(value):
                 raise ValueError(f"{name} must be {kind.right}, got {value!r}")
-        self.network: Any = network
+        self.autoencoder: Any = autoencoder
         self.scale, self.rows = scale, rows
 
     @property
     def channels(self) -> int:
         """Channels of the latents."""
-        config = self.network.config
+        config = self.autoencoder.config
         return config.get("vq_embed_dim") or config["latent_channels"]
 
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 height width"]:
         """Images of latents, nominally in [-1, 1]. VQ models look latents up in their codebook first."""
-        self.network.to(x.device)
-        return torch.cat([self.network.decode(part / self.scale).sample for part in x.split(self.rows)])
+        self.autoencoder.to(x.device)
+        return torch.cat([self.autoencoder.decode(part / self.scale).sample for part in x.split(self.rows)])
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
         """Latents of images in [-1, 1]: of VQ models before the codebook, of KL models the mean."""
-        self.network.to(images.device)
-        parts = [self.network.encode(part) for part in images.split(self.rows)]
-        found = [part.latents if isinstance(self.network, VQModel) else part.latent_dist.mean for part in parts]
+        self.autoencoder.to(images.device)
+        parts = [self.autoencoder.encode(part) for part in images.split(self.rows)]
+        found = [part.latents if isinstance(self.autoencoder, VQModel) else part.latent_dist.mean for part in parts]
         return torch.cat(found) * self.scale
 
 

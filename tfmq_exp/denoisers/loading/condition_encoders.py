@@ -1,6 +1,7 @@
 """Class labels (LDM's ClassEmbedder) and captions (its FrozenCLIPEmbedder: CLIP's text model) as conditions."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ VIT_L_14 = {
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 COMPILED = "tokenizer.json"  # both in one file, as newer versions of transformers write it
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+ENCODER = "text_encoder"  # the name that pipelines of diffusers have for it
 SHORTEST = 3  # tokens: start, a word, end
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", None)
 # Settings of a tokenizer that would name code, or files elsewhere.
@@ -79,6 +81,8 @@ class ClassLabels:
 class TextEncoder:
     """The last hidden states of CLIP's text model, `rows` captions at a time. No caption is the empty caption."""
 
+    text_encoder_names = (ENCODER,)
+
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, rows: int = 64) -> None:
         self.model: Any = model
         self.tokenizer, self.rows = tokenizer, rows
@@ -113,6 +117,19 @@ class TextEncoder:
 
     def example(self) -> Conditions:
         return Conditions({"encoder_hidden_states": self.null}, {"encoder_hidden_states": self.null})
+
+    def text_encoders(self) -> Mapping[str, Any]:
+        """A copy of the text model by its name."""
+        return {ENCODER: copy.deepcopy(self.model)}
+
+    def run_text_encoders(self, encoders: Mapping[str, Any], texts: Sequence[str]) -> None:
+        """Call another text model for each different text, and for none."""
+        for part in self.tokens(["", *dict.fromkeys(texts)]).split(self.rows):
+            encoders[ENCODER](part.to(self.model.device))
+
+    def with_text_encoders(self, encoders: Callable[[], Mapping[str, Any]]) -> "TextEncoder":
+        """Conditions of another text model."""
+        return TextEncoder(encoders()[ENCODER].to(self.model.device), self.tokenizer, self.rows)
 
     def count_cut(self, captions: Sequence[str]) -> dict[str, int]:
         """The number of different captions, of those that are cut, and the length in tokens at which they are."""

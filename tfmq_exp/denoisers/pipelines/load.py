@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tfmq_exp.core.batches import batches
 from tfmq_exp.core.files import hash_of_json, sha256_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.families.find import family_of
@@ -17,11 +18,13 @@ from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, training_noise
 from tfmq_exp.denoisers.pipelines.pipeline_calls import PipelineCalls
 from tfmq_exp.denoisers.pipelines.pipeline_decoder import PipelineDecoder
 from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
-from tfmq_exp.denoisers.pipelines.pipeline_recording import record_calls
+from tfmq_exp.denoisers.pipelines.pipeline_recording import Recorder, record_calls
+from tfmq_exp.denoisers.pipelines.text_components import load_text_encoder
 
 # Pipelines that bring the guided prediction back to the length of the one with the condition.
 NORMALISED = frozenset({"Lumina2Pipeline", "QwenImagePipeline"})
 ENCODED_TOGETHER = 8
+ReadEncoders = Callable[[], Mapping[str, Any]]
 
 
 def example_choice(folder: PipelineFolder) -> str | int:
@@ -54,18 +57,50 @@ class PipelineEncoder:
     Args:
         folder: of the pipeline.
         settings: of the pipeline's call, see `record_calls`.
+        encoders: reads text encoders that take the place of the folder's, by their names.
     """
 
-    def __init__(self, folder: PipelineFolder, settings: Mapping[str, Any]) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(
+        self, folder: PipelineFolder, settings: Mapping[str, Any], encoders: ReadEncoders | None = None
+    ) -> None:
+        self.folder, self.settings, self.encoders = folder, settings, encoders
         self.device = torch.device("cpu")
         self.rows: dict[Any, dict[str, Tensor]] = {}  # by choice
-        example = example_calls(folder, settings)
+        example = self._record([example_choice(folder)]) if encoders else example_calls(folder, settings)
         normalised = folder.name in NORMALISED and bool(example.null)
         if example.lists or example.null_constants or (example.guidance.weights is None and not normalised):
             raise ValueError(f"a {folder.name} calls its network in a way that is not supported with {dict(settings)}")
         self.shared = Conditions({}, example.null, example.constants, normalised)
         self._keep([example_choice(folder)], example)
+
+    def _record(self, choices: Sequence[Any]) -> PipelineCalls:
+        encoders = self.encoders() if self.encoders else None
+        return record_calls(self.folder, choices, self.settings, rows=ENCODED_TOGETHER, encoders=encoders)
+
+    @property
+    def text_encoder_names(self) -> tuple[str, ...]:
+        """Names of the pipeline's text encoders."""
+        return tuple(name for name in self.folder.components if name.startswith("text_encoder"))
+
+    def text_encoders(self) -> Mapping[str, Any]:
+        """The pipeline's text encoders, read anew."""
+        parts = {name: self.folder.components[name] for name in self.text_encoder_names}
+        return self.encoders() if self.encoders else {name: load_text_encoder(*part) for name, part in parts.items()}
+
+    def run_text_encoders(self, encoders: Mapping[str, Any], texts: Sequence[str]) -> None:
+        """Let the pipeline's program call these encoders for each different text, as it would for images of them."""
+        recorder, distinct = (
+            Recorder(self.folder, self.settings, self.folder.scheduler, encoders),
+            [*dict.fromkeys(texts)],
+        )
+        for some in batches(len(distinct), ENCODED_TOGETHER):
+            recorder.run(distinct[some.start : some.stop], most_steps=1)
+
+    def with_text_encoders(self, encoders: ReadEncoders) -> "PipelineEncoder":
+        """Conditions of other text encoders, which are read for new texts, and freed."""
+        found = PipelineEncoder(self.folder, self.settings, encoders)
+        found.to(self.device)
+        return found
 
     def _keep(self, choices: Sequence[Any], calls: PipelineCalls) -> None:
         for i, choice in enumerate(choices):
@@ -78,7 +113,7 @@ class PipelineEncoder:
             ValueError: others than the pipeline takes.
         """
         if new := [choice for choice in dict.fromkeys(choices) if choice not in self.rows]:
-            self._keep(new, record_calls(self.folder, new, self.settings, rows=ENCODED_TOGETHER))
+            self._keep(new, self._record(new))
 
     def __call__(self, choices: Sequence[Any]) -> Conditions:
         """Conditions of these texts or classes, a row each; ValueError for none, or others than the pipeline takes."""

@@ -70,7 +70,7 @@ class PipelineDecoder:
         self.settings = {key: value for key, value in settings.items() if "prompt" not in key} | unguided
         self.settings |= {"output_type": "np", "return_dict": False}
         self.rows, self.folder = rows, folder
-        self.network, self.stage = folder.outline(folder.denoiser_name), folder.network("vae")
+        self.network, self.autoencoder = folder.outline(folder.denoiser_name), folder.network("vae")
 
     def _predict(self, arguments: dict[str, Any]) -> Prediction:
         value = next(iter(arguments.values()))
@@ -92,7 +92,7 @@ class PipelineDecoder:
 
         scheduler.step = step
         outline.device = x.device
-        parts = {"vae": self.stage.to(x.device), self.folder.denoiser_name: outline, "scheduler": scheduler}
+        parts = {"vae": self.autoencoder.to(x.device), self.folder.denoiser_name: outline, "scheduler": scheduler}
         width = pooled_width(self.network)
         arguments = {**self.settings, **text_arguments(self.folder.kind, len(x), width)}
         arguments["generator"] = torch.Generator().manual_seed(0)

@@ -136,11 +136,14 @@ class PipelineFolder:
         folder, kind = self.components[self.denoiser_name]
         return open_stored_network(folder, kind)
 
-    def text_components(self) -> dict[str, Any]:
-        """Tokenizers and text encoders by their names; errors are those of `load_tokenizer` and `load_text_encoder`."""
-        readers = {"tokenizer": load_tokenizer, "text_encoder": load_text_encoder}
+    def text_components(self, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Tokenizers and text encoders by their names; errors are those of `load_tokenizer` and `load_text_encoder`.
+
+        `others` are text encoders that take the place of the folder's.
+        """
+        readers, given = {"tokenizer": load_tokenizer, "text_encoder": load_text_encoder}, dict(others or {})
         return {
-            name: read(*part)
+            name: given[name] if name in given else read(*part)
             for kind, read in readers.items()  # tokenizers first, for they are small
             for name, part in self.components.items()
             if name.startswith(kind)

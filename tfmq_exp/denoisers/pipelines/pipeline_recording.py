@@ -87,16 +87,23 @@ class Recorder:
         folder: of the pipeline.
         settings: of the pipeline's call.
         scheduler: makes a new scheduler.
+        encoders: text encoders in place of the folder's, by their names.
     """
 
-    def __init__(self, folder: PipelineFolder, settings: Mapping[str, Any], scheduler: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        folder: PipelineFolder,
+        settings: Mapping[str, Any],
+        scheduler: Callable[[], Any],
+        encoders: Mapping[str, Any] | None = None,
+    ) -> None:
         check_settings(folder.kind, settings)
         self.folder, self.settings, self.new_scheduler = folder, settings, scheduler
         self.network = folder.outline(folder.denoiser_name)
         stage: Any = NetworkOutline(folder.outline("vae"), dict)
         stage.decode = self._finish  # pipelines that return latents need no images
         self.parts = {
-            **folder.text_components(),
+            **folder.text_components(encoders),
             "vae": stage,
             folder.denoiser_name: NetworkOutline(self.network, dict),
         }
@@ -183,6 +190,7 @@ def record_calls(
     *,
     rows: int = 8,
     scheduler: Callable[[], Any] | None = None,
+    encoders: Mapping[str, Any] | None = None,
 ) -> PipelineCalls:
     """Find out what a pipeline gives its denoiser, by running it without its denoiser and first stage.
 
@@ -195,6 +203,7 @@ def record_calls(
         settings: of the pipeline's call: num_inference_steps, height, width, guidance_scale, negative_prompt and others.
         rows: images that are encoded together.
         scheduler: makes a new scheduler; the folder's own by default.
+        encoders: text encoders in place of the folder's, by their names.
 
     Raises:
         FileNotFoundError: a component lacks files.
@@ -203,7 +212,7 @@ def record_calls(
     if not COUNT.fits(rows):
         raise ValueError(f"rows must be {COUNT.right}, got {rows!r}")
     new_scheduler = scheduler or folder.scheduler
-    recorder = Recorder(folder, settings, new_scheduler)
+    recorder = Recorder(folder, settings, new_scheduler, encoders)
     check_choices(folder.kind, recorder.network, choices)
     pair = [choices[0], other_choice(choices[0])]
     with without_warnings():

@@ -1,12 +1,15 @@
 """Text encoders and tokenizers of pipelines, from folders of transformers' layout, by the exact names of their classes."""
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.utils import logging
 
 from tfmq_exp.core.file_kind import instead_of_text
@@ -27,6 +30,9 @@ KINDS = ("CLIPTokenizer", "T5Tokenizer", "BertTokenizer", "GemmaTokenizer", "Lla
 TOKENIZERS = (*KINDS, *(f"{kind}Fast" for kind in KINDS), "PreTrainedTokenizerFast", "TokenizersBackend")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 COMPUTED = "position_ids"  # in files of older versions; 0, 1, ...
+# Modules of text encoders that no text goes through, or whose output no pipeline reads.
+UNUSED = re.compile(r"(^|\.)(visual|lm_head)(\.|$)")
+NOTES = ("transformers_version", "architectures")  # settings that change nothing
 
 
 @contextmanager
@@ -84,6 +90,62 @@ def load_text_encoder(folder: Path, name: str) -> Any:
         raise ValueError(f"{folder} cannot be loaded: {reason_of(error)}") from error
     require_finite_weights(encoder, f"{folder}: the weights")
     return encoder.eval().requires_grad_(False)
+
+
+def encoder_settings(encoder: Any) -> dict[str, Any]:
+    """Configuration of a text encoder as plain data."""
+    return {
+        key: value
+        for key, value in json.loads(encoder.config.to_json_string(use_diff=False)).items()
+        if key not in NOTES
+    }
+
+
+def empty_text_encoder(name: str, settings: Mapping[str, Any], available: int) -> Any:
+    """A text encoder of the settings of `encoder_settings`, with nothing in its parameters, of which there are at most `available`.
+
+    Raises:
+        ValueError: another class than `TEXT_ENCODERS`, or settings that are not safe or cannot be.
+    """
+    file = Path("its settings")
+    kind = check_class(file, name, TEXT_ENCODERS)
+    check_code(file, settings)
+    check_numbers(settings, max(available, WIDE))
+    try:
+        config = kind.config_class(**settings)
+        with without_weights(max(available, LARGE)), torch.device("meta"):
+            kind(config)  # first, for it takes no memory, whatever the settings are
+        with without_weights(max(available, LARGE)):
+            encoder = kind(config).eval()
+    except Exception as error:  # unfit settings fail in any way
+        raise ValueError(f"no {name} can be built of {file}: {reason_of(error)}") from error
+    if (needed := sum(value.numel() for value in encoder.parameters())) > available:
+        raise ValueError(f"its settings describe {needed} weights, the file has room for {available}")
+    for place, value in list(encoder.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = place.rpartition(".")
+        setattr(encoder.get_submodule(owner), leaf, nn.Parameter(torch.empty(value.shape), requires_grad=False))
+    return encoder
+
+
+def text_layers(encoder: nn.Module) -> list[str]:
+    """Names of the linear layers that a text goes through."""
+    layers = [name for name, module in encoder.named_modules() if type(module) is nn.Linear]
+    return [name for name in layers if not UNUSED.search(name)]
+
+
+def text_blocks(encoder: nn.Module) -> dict[str, list[str]]:
+    """Names of `text_layers` by their block: a layer of the encoder's stack; those outside of it are blocks of their own."""
+    stack = next(
+        name
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.ModuleList) and not UNUSED.search(name)
+    )
+    blocks: dict[str, list[str]] = {}
+    for name in text_layers(encoder):
+        inside = name.startswith(f"{stack}.")
+        block = f"{stack}.{name.removeprefix(f'{stack}.').split('.')[0]}" if inside else name
+        blocks.setdefault(block, []).append(name)
+    return blocks
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:

@@ -19,6 +19,7 @@ from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statis
 from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.pipeline.pipeline import Advance, Stage
 from tfmq_exp.pipeline.stages.activations import QuantizationResult
+from tfmq_exp.pipeline.stages.components import QuantizedComponents
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.sampling.trajectory import Predict
@@ -31,11 +32,13 @@ class SampledNetwork(NamedTuple):
 
     stage: Stage | None  # that makes it; None for the float network
     sampler: Callable[[], tuple[Predict, Sampling]]  # gives the prediction of the noise, and its sampling
+    components: QuantizedComponents | None = None  # its first stage and text encoders; None for the float ones
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Identity of the network beyond that of the float model, as a part of keys."""
-        return {"network": self.stage.key} if self.stage else {}
+        components = self.components.inputs if self.components else {}
+        return {**components, "network": self.stage.key} if self.stage else {}
 
 
 @dataclass(eq=False)
@@ -51,13 +54,14 @@ class SampleImages(Stage):
 
     def compute(self, folder: Path) -> None:
         run, calls, (predict, sampling) = self.run, len(self.run.calls), self.network.sampler()
+        denoiser = self.network.components.denoiser if self.network.components else run.denoiser
 
         def make(shard: range, advance: Advance) -> Callable[[Path], object]:
             def each_step(step: int) -> None:
                 advance((step + 1) / calls, f"step {step + 1}")
 
             with within(f"{self.name} {shard.start} to {shard.stop - 1}"):
-                images = sample_shard(predict, run.denoiser, sampling, run.images, shard, each_step)
+                images = sample_shard(predict, denoiser, sampling, run.images, shard, each_step)
             return partial(save_file, {"images": images})
 
         with self.pipeline.progress(self.name, 1) as advance:

@@ -21,12 +21,12 @@ STATISTICS = 4
 class DynamicConfig(ScaleConfig):
     """Configuration of `DynamicScale`.
 
-    `granularity`: `sample`, a range for each row of the batch; or `tensor`, one for all of them, which makes an image depend on
-    the other images of its batch.
+    `granularity`: `sample`, a range for each row of the batch; `token`, one for each vector along the last axis, for inputs of
+    linear layers; or `tensor`, one for all of them, which makes an image depend on the other images of its batch.
     """
 
     kind: ClassVar[str] = "dynamic"
-    granularity: Literal["tensor", "sample"]
+    granularity: Literal["tensor", "sample", "token"]
 
     def build(self, spec: QuantSpec, context: TimestepContext) -> "DynamicScale":
         return DynamicScale(self, spec)
@@ -43,13 +43,16 @@ class DynamicScale(ScaleProvider):
         self.ratio = range_ratio(spec, config.int_range)
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> QParams:
-        """Shape [batch, 1, ...], or [1, 1, ...] for the whole tensor."""
-        if self.config.granularity == "tensor":
-            lo, hi = x.detach().aminmax()
-        else:
-            dims = tuple(range(1, x.dim()))
-            lo, hi = x.detach().amin(dims), x.detach().amax(dims)
-        lo, hi = include_zero(per_row(lo, x), per_row(hi, x))
+        """Shape [batch, 1, ...], [batch, ..., 1] by tokens, or [1, 1, ...] for the whole tensor."""
+        match self.config.granularity:
+            case "tensor":
+                lo, hi = (per_row(end, x) for end in x.detach().aminmax())
+            case "token":
+                lo, hi = x.detach().aminmax(dim=-1, keepdim=True)
+            case "sample":
+                dims = tuple(range(1, x.dim()))
+                lo, hi = per_row(x.detach().amin(dims), x), per_row(x.detach().amax(dims), x)
+        lo, hi = include_zero(lo, hi)
         return qparams_from_range(lo * self.ratio, hi * self.ratio, self.spec)
 
 

@@ -33,7 +33,7 @@ def saved(name: str, folder: Path, tokenizer: Path | None = None, pickled: bool 
     denoiser.network.save_pretrained(folder / "unet", safe_serialization=not pickled)  # type: ignore[operator]
     if not isinstance(stage, Pixels):
         part = "vae" if "encoded_moments" in original.recorded else "vqvae"
-        stage.network.save_pretrained(folder / part, safe_serialization=not pickled)
+        stage.autoencoder.save_pretrained(folder / part, safe_serialization=not pickled)
         index[part] = ["diffusers", "Autoencoder"]
     if tokenizer is not None:
         encoder.model.save_pretrained(folder / "text_encoder")

@@ -68,7 +68,7 @@ def test_first_stages_give_the_original_images(name: str, tmp_path: Path, tokeni
         close(latents, recorded["encoded_moments"].chunk(2, dim=1)[0])
     else:
         close(latents, recorded["encoded_prequant"])
-        *_, indices = stage.network.quantize(recorded["z"])[2]
+        *_, indices = stage.autoencoder.quantize(recorded["z"])[2]
         assert torch.equal(indices.flatten(), recorded["vq_indices"].flatten())
 
 
@@ -128,7 +128,7 @@ def test_networks_are_float32_and_fixed(tmp_path: Path, tokenizer: Path) -> None
     denoiser = load_denoiser("sd", half.save(tmp_path / "half.ckpt"), half.config, False, tokenizer)
     encoder: Any = denoiser.encoder
     stage: Any = denoiser.first_stage
-    for network in (denoiser.network, stage.network, encoder.model):
+    for network in (denoiser.network, stage.autoencoder, encoder.model):
         assert not any(module.training for module in network.modules())
         for parameter in network.parameters():
             assert parameter.dtype is torch.float32
