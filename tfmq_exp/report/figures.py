@@ -51,14 +51,22 @@ def short_name(name: str) -> str:
 
 @contextmanager
 def saved_figure(
-    path: Path, title: str, size: tuple[float, float], grid: tuple[int, int] = (1, 1)
+    path: Path, title: str, size: tuple[float, float], grid: tuple[int, int] = (1, 1), description: str = ""
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure and its axes (lines and columns of them) to draw on; it is written and closed afterwards."""
+    """A figure and its axes (lines and columns of them) to draw on; it is written and closed afterwards.
+
+    Args:
+        path: of the PNG file.
+        title: above the axes.
+        size: width and height in inches.
+        grid: lines and columns of axes.
+        description: sentences that the file holds beside the picture; reports show them below it.
+    """
     figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
     yield figure, list(axes.flat)
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Description": description} if description else None)
     plt.close(figure)
 
 
@@ -110,15 +118,15 @@ def feature_map(rows: Rows, path: Path, title: str) -> None:
     names = list(dict.fromkeys(row["layer"] for row in rows))[:MAX_ROWS]
     panels: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
     for label, column in (("squared error / float power", "relative_mse"), ("cosine distance", "cosine_distance")):
-        grid = np.maximum(_grid(rows, "layer", "step", column, names), SMALLEST)
+        grid = np.maximum(matrix_of(rows, "layer", "step", column, names), SMALLEST)
         panels[label] = grid, {"norm": LogNorm(grid.min(), max(grid.max(), 10 * grid.min())), "cmap": "magma"}
-    _heat_maps(panels, names, {row["step"]: row["t"] for row in rows}, path, title)
+    heat_maps(panels, names, {row["step"]: row["t"] for row in rows}, path, title)
 
 
 def range_map(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
     """Draw activations, in `order` from the top: width at every call against the mean, share beyond the grid."""
     names = list(order[:MAX_ROWS])
-    low, high, clipped = (_grid(rows, "activation", "call", column, names) for column in ("q01", "q99", "clipped"))
+    low, high, clipped = (matrix_of(rows, "activation", "call", column, names) for column in ("q01", "q99", "clipped"))
     width = np.maximum(high - low, SMALLEST)
     change = np.log2(width / width.mean(axis=1, keepdims=True))
     most = max(0.1, float(np.abs(change).max()))
@@ -128,7 +136,7 @@ def range_map(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
         "log2 of width / mean width": (change, {"vmin": -most, "vmax": most, "cmap": "RdBu_r"}),
         "values beyond the grid, %": (percent, {"norm": norm, "cmap": "magma"}),
     }
-    _heat_maps(panels, names, {row["call"]: row["t"] for row in rows}, path, title)
+    heat_maps(panels, names, {row["call"]: row["t"] for row in rows}, path, title)
 
 
 def range_lines(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
@@ -196,30 +204,48 @@ def _layer_axes(
         axes[0].set_yticks(range(len(rows)), [short_name(row[key]) for row in rows], fontsize=6)
 
 
-def _grid(rows: Rows, down: str, across: str, value: str, names: Sequence[str]) -> np.ndarray:
-    """Values as a matrix: names down, steps across."""
+def matrix_of(rows: Rows, down: str, across: str, value: str, names: Sequence[str]) -> np.ndarray:
+    """Values as a matrix: names down, steps across.
+
+    Args:
+        rows: of a table.
+        down: column with the names.
+        across: column with the steps.
+        value: column with the values.
+        names: of the lines, in order.
+    """
     found = {(row[down], row[across]): row[value] for row in rows}
     steps = range(1 + max(row[across] for row in rows))
     return np.array([[found.get((name, step), np.nan) for step in steps] for name in names], dtype=float)
 
 
-def _heat_maps(
+def heat_maps(
     panels: Mapping[str, tuple[np.ndarray, Mapping[str, Any]]],
     names: Sequence[str],
-    timesteps: Mapping[int, int],
+    timesteps: Mapping[int, float],
     path: Path,
     title: str,
+    description: str = "",
 ) -> None:
-    """Draw matrices with their colours beside each other; names down, timesteps of steps or calls across."""
+    """Draw matrices with their colours beside each other; names down, timesteps of steps or calls across.
+
+    Args:
+        panels: by the label of the colours: a matrix, and what gives it colours.
+        names: of the lines.
+        timesteps: by step or call.
+        path: of the figure.
+        title: of the figure.
+        description: see `saved_figure`.
+    """
     height = _height(len(names))
     every = range(0, len(timesteps), max(1, -(-len(timesteps) // 8)))
-    with saved_figure(path, title, (6 * len(panels), height), (1, len(panels))) as (figure, axes):
+    with saved_figure(path, title, (6 * len(panels), height), (1, len(panels)), description) as (figure, axes):
         for axis, (label, (grid, colours)) in zip(axes, panels.items(), strict=True):
             image = axis.imshow(grid, aspect="auto", interpolation="nearest", **colours)
             figure.colorbar(image, ax=axis, label=label, shrink=min(1.0, 4 / height))
             axis.set_yticks(range(len(names)), map(short_name, names), fontsize=6)
             axis.label_outer()
-            axis.set_xticks(every, [str(timesteps[step]) for step in every], fontsize=7)
+            axis.set_xticks(every, [f"{timesteps[step]:.4g}" for step in every], fontsize=7)
             axis.set_xlabel(TIME, fontsize=8)
 
 
