@@ -135,7 +135,7 @@ def test_attention_to_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     texts.write_text("a red cat\nphoto of the $sea$\n")
     call = [f"+model.call.{key}={value}" for key, value in {"height": 16, "width": 16}.items()]
     options = ("method=nearest", "diagnosis.words=[cat,sea]", "protocol.sampling.num_inference_steps=4", *call)
-    tiny = (f"path={GOLDENS / 'pixart'}", "model=pipeline", f"captions={texts}", "+model.call.use_resolution_binning=false")
+    tiny = (f"path={GOLDENS / 'pixart'}", "model=pipeline", f"captions={texts}", "+model.call.use_resolution_binning=false", "+model.call.clean_caption=false")
     with pytest.raises(SystemExit):
         job(tmp_path / "wrong", *SMALL, *tiny, *options, "diagnosis.words=[dog]")
     assert "diagnosis.words: 'dog' is in none of the 3 captions" in " ".join(capsys.readouterr().out.split())

@@ -136,6 +136,10 @@ class FeatureSimilarity(ErrorAccumulation):
         images = range(run.diagnosis.trajectories if run.diagnosis.words else 0)
         return [str(one) for one in run.sampling.conditioning.choose(run.seed, Stream.DIAGNOSTICS, images)]
 
+    def check_words(self) -> None:
+        """Raise ValueError, before anything is computed, for words that attention cannot be shown of; see `word_tokens`."""
+        _ = self.places
+
     @cached_property
     def places(self) -> Places:
         """See `word_tokens`."""
