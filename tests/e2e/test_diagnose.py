@@ -79,7 +79,10 @@ def test_what_it_says_of_rounding_to_nearest(first: Path) -> None:
     assert all(0.5 < float(row[key]) < 1.00001 for row in blocks for key in ("cka", "cosine"))
     least = min({row["block"] for row in blocks}, key=lambda name: mean(blocks, name))
     with Image.open(first / "diagnosis/block_cka.png") as image:
-        assert f"these blocks are least similar: {short_name(least)} ({mean(blocks, least):.4g}, " in image.info["Description"]
+        assert (
+            f"these blocks are least similar: {short_name(least)} ({mean(blocks, least):.4g}, "
+            in image.info["Description"]
+        )
     units = read(first, "unit_sensitivity")
     assert units[0]["unit"] == "temporal_information_block"
     assert all(float(row["relative_error"]) > 0 for row in units)
@@ -135,7 +138,13 @@ def test_attention_to_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     texts.write_text("a red cat\nphoto of the $sea$\n")
     call = [f"+model.call.{key}={value}" for key, value in {"height": 16, "width": 16}.items()]
     options = ("method=nearest", "diagnosis.words=[cat,sea]", "protocol.sampling.num_inference_steps=4", *call)
-    tiny = (f"path={GOLDENS / 'pixart'}", "model=pipeline", f"captions={texts}", "+model.call.use_resolution_binning=false", "+model.call.clean_caption=false")
+    tiny = (
+        f"path={GOLDENS / 'pixart'}",
+        "model=pipeline",
+        f"captions={texts}",
+        "+model.call.use_resolution_binning=false",
+        "+model.call.clean_caption=false",
+    )
     with pytest.raises(SystemExit):
         job(tmp_path / "wrong", *SMALL, *tiny, *options, "diagnosis.words=[dog]")
     assert "diagnosis.words: 'dog' is in none of the 3 captions" in " ".join(capsys.readouterr().out.split())

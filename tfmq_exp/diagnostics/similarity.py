@@ -9,7 +9,7 @@ ROUNDING = 1e-6  # of the features' norm; what varies less is float32's rounding
 
 
 def unbiased_hsic(
-    k: Float[Tensor, "... examples examples"], l: Float[Tensor, "... examples examples"]
+    k: Float[Tensor, "... examples examples"], m: Float[Tensor, "... examples examples"]
 ) -> Float[Tensor, "..."]:
     """Unbiased estimate of the Hilbert-Schmidt independence criterion from two Gram matrices of at least four examples.
 
@@ -17,7 +17,7 @@ def unbiased_hsic(
     arXiv 1310.2926), which needs no product of matrices.
     """
     n = k.shape[-1]
-    return (_u_centred(k) * _u_centred(l)).sum((-2, -1)) / (n * (n - 3))
+    return (_u_centred(k) * _u_centred(m)).sum((-2, -1)) / (n * (n - 3))
 
 
 def _u_centred(k: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def _u_centred(k: Tensor) -> Tensor:
 
 
 def similarity_sums(x: Float[Tensor, "examples features"], y: Float[Tensor, "examples others"]) -> Float[Tensor, "6"]:
-    """What a minibatch adds to the similarities, in double precision; sums over minibatches go to `similarities`.
+    """Sums of a minibatch, in double precision; those over all minibatches go to `similarities`.
 
     Args:
         x: features of one network, as many as of the other for the cosine.
@@ -44,8 +44,8 @@ def similarity_sums(x: Float[Tensor, "examples features"], y: Float[Tensor, "exa
     if len(x) < LEAST_EXAMPLES:
         return torch.cat([torch.zeros_like(products), products]).cpu()
     a, b = _varying(a), _varying(b)
-    k, l = a @ a.T, b @ b.T
-    return torch.cat([len(x) * unbiased_hsic(torch.stack([k, k, l]), torch.stack([l, k, l])), products]).cpu()
+    k, m = a @ a.T, b @ b.T
+    return torch.cat([len(x) * unbiased_hsic(torch.stack([k, k, m]), torch.stack([m, k, m])), products]).cpu()
 
 
 def _varying(x: Tensor) -> Tensor:

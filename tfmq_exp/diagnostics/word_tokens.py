@@ -61,8 +61,11 @@ def word_tokens(encoder: Any, captions: Sequence[str], words: Sequence[str]) -> 
 
 
 def _lengths(encoder: Any, tokenizer: Any) -> Mapping[str, Any]:
-    """Where the tokenizer cuts a text, as it is encoded for the network."""
+    """Options by which the tokenizer cuts a text as it is cut for the network."""
     if isinstance(encoder, TextEncoder):
         return {"truncation": True, "max_length": encoder.length}
     longest = encoder.shared.null or encoder.example().given
-    return {"truncation": True, "max_length": min(longest["encoder_hidden_states"].shape[1], tokenizer.model_max_length)}
+    return {
+        "truncation": True,
+        "max_length": min(longest["encoder_hidden_states"].shape[1], tokenizer.model_max_length),
+    }

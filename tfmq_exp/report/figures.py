@@ -9,7 +9,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -26,7 +25,6 @@ SHORT_WORDS = {
 MAX_ROWS = 80  # of a figure; the CSV has all
 PLOTTED_ACTIVATIONS = 6
 SMALLEST = 1e-12  # drawn for 0 on a logarithmic axis
-LEAST_CLIPPED = 0.01  # percent, where the colours of the clipped shares begin
 VARIANCE = "mean squared error / variance"
 TRAJECTORY = {"eps_error": "noise prediction, on the float path", "x_error": "distance of the trajectories"}
 ACCUMULATION = {
@@ -113,32 +111,6 @@ def mosaic(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
     return grid[..., 0] if channels == 1 else grid
 
 
-def feature_map(rows: Rows, path: Path, title: str) -> None:
-    """Draw relative error and cosine distance of every temporal feature at every timestep."""
-    names = list(dict.fromkeys(row["layer"] for row in rows))[:MAX_ROWS]
-    panels: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
-    for label, column in (("squared error / float power", "relative_mse"), ("cosine distance", "cosine_distance")):
-        grid = np.maximum(matrix_of(rows, "layer", "step", column, names), SMALLEST)
-        panels[label] = grid, {"norm": LogNorm(grid.min(), max(grid.max(), 10 * grid.min())), "cmap": "magma"}
-    heat_maps(panels, names, {row["step"]: row["t"] for row in rows}, path, title)
-
-
-def range_map(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
-    """Draw activations, in `order` from the top: width at every call against the mean, share beyond the grid."""
-    names = list(order[:MAX_ROWS])
-    low, high, clipped = (matrix_of(rows, "activation", "call", column, names) for column in ("q01", "q99", "clipped"))
-    width = np.maximum(high - low, SMALLEST)
-    change = np.log2(width / width.mean(axis=1, keepdims=True))
-    most = max(0.1, float(np.abs(change).max()))
-    percent = np.maximum(100 * clipped, LEAST_CLIPPED)
-    norm = LogNorm(LEAST_CLIPPED, max(1.0, float(percent.max())))
-    panels = {
-        "log2 of width / mean width": (change, {"vmin": -most, "vmax": most, "cmap": "RdBu_r"}),
-        "values beyond the grid, %": (percent, {"norm": norm, "cmap": "magma"}),
-    }
-    heat_maps(panels, names, {row["call"]: row["t"] for row in rows}, path, title)
-
-
 def range_lines(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
     """Draw extremes, quantiles and mean of the first activations of `order` over the timesteps, with the ends of the grid."""
     names = list(order[:PLOTTED_ACTIVATIONS])
@@ -194,7 +166,7 @@ def _layer_axes(
 ) -> Iterator[tuple[Rows, np.ndarray, list[Axes]]]:
     """The drawn rows, their places, and axes (width and number) with layers from the top down, named at the first."""
     rows = rows[:MAX_ROWS]
-    with saved_figure(path, title, (size[0], _height(len(rows))), (1, size[1])) as (_, axes):
+    with saved_figure(path, title, (size[0], height_of(len(rows))), (1, size[1])) as (_, axes):
         yield rows, np.arange(len(rows)), axes
         for axis in axes:
             axis.set_yticks([])
@@ -204,50 +176,6 @@ def _layer_axes(
         axes[0].set_yticks(range(len(rows)), [short_name(row[key]) for row in rows], fontsize=6)
 
 
-def matrix_of(rows: Rows, down: str, across: str, value: str, names: Sequence[str]) -> np.ndarray:
-    """Values as a matrix: names down, steps across.
-
-    Args:
-        rows: of a table.
-        down: column with the names.
-        across: column with the steps.
-        value: column with the values.
-        names: of the lines, in order.
-    """
-    found = {(row[down], row[across]): row[value] for row in rows}
-    steps = range(1 + max(row[across] for row in rows))
-    return np.array([[found.get((name, step), np.nan) for step in steps] for name in names], dtype=float)
-
-
-def heat_maps(
-    panels: Mapping[str, tuple[np.ndarray, Mapping[str, Any]]],
-    names: Sequence[str],
-    timesteps: Mapping[int, float],
-    path: Path,
-    title: str,
-    description: str = "",
-) -> None:
-    """Draw matrices with their colours beside each other; names down, timesteps of steps or calls across.
-
-    Args:
-        panels: by the label of the colours: a matrix, and what gives it colours.
-        names: of the lines.
-        timesteps: by step or call.
-        path: of the figure.
-        title: of the figure.
-        description: see `saved_figure`.
-    """
-    height = _height(len(names))
-    every = range(0, len(timesteps), max(1, -(-len(timesteps) // 8)))
-    with saved_figure(path, title, (6 * len(panels), height), (1, len(panels)), description) as (figure, axes):
-        for axis, (label, (grid, colours)) in zip(axes, panels.items(), strict=True):
-            image = axis.imshow(grid, aspect="auto", interpolation="nearest", **colours)
-            figure.colorbar(image, ax=axis, label=label, shrink=min(1.0, 4 / height))
-            axis.set_yticks(range(len(names)), map(short_name, names), fontsize=6)
-            axis.label_outer()
-            axis.set_xticks(every, [f"{timesteps[step]:.4g}" for step in every], fontsize=7)
-            axis.set_xlabel(TIME, fontsize=8)
-
-
-def _height(rows: int) -> float:
+def height_of(rows: int) -> float:
+    """Height in inches of axes with so many named lines."""
     return max(3.0, 1.4 + 0.13 * rows)

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from tfmq_exp.report.comparability import group_by
-from tfmq_exp.report.figures import MAX_ROWS, Rows, heat_maps, matrix_of, saved_figure, short_name
+from tfmq_exp.report.figures import MAX_ROWS, Rows, saved_figure, short_name
+from tfmq_exp.report.heat_maps import heat_maps, matrix_of
 
 MEASURES = {"cka": "linear CKA", "cosine": "cosine similarity"}
 NAMED_BLOCKS = 3
@@ -26,7 +27,9 @@ def similarity_sentence(rows: Rows, measure: str) -> str:
     named: list[str] = []
     for block in worst:
         lowest = min((row for row in known if row["block"] == block), key=lambda row: row[measure])
-        named.append(f"{short_name(block)} ({means['block'][block]:.4g}, lowest {lowest[measure]:.4g} at t={_t(lowest)})")
+        named.append(
+            f"{short_name(block)} ({means['block'][block]:.4g}, lowest {lowest[measure]:.4g} at t={_t(lowest)})"
+        )
     step = min(means["step"], key=means["step"].__getitem__)
     t = next(row for row in known if row["step"] == step)
     return (
@@ -41,8 +44,8 @@ def similarity_map(rows: Rows, measure: str, path: Path, title: str) -> None:
     names = list(dict.fromkeys(row["block"] for row in rows))[:MAX_ROWS]
     known = [{**row, measure: np.nan if row[measure] is None else row[measure]} for row in rows]
     grid = np.maximum(1 - matrix_of(known, "block", "step", measure, names), SMALLEST)  # NaN stays NaN
-    low, high = (float(end(grid, initial=SMALLEST, where=np.isfinite(grid))) for end in (np.min, np.max))
-    low = max(low, float(np.nanmin(grid))) if np.isfinite(grid).any() else low
+    drawn = grid[np.isfinite(grid)] if np.isfinite(grid).any() else np.array([SMALLEST])
+    low, high = float(drawn.min()), float(drawn.max())
     colours = {"norm": LogNorm(low, max(high, 10 * low)), "cmap": "magma"}
     timesteps = {row["step"]: row["t"] for row in rows}
     panels = {f"1 - {MEASURES[measure]}": (grid, colours)}
@@ -50,7 +53,7 @@ def similarity_map(rows: Rows, measure: str, path: Path, title: str) -> None:
 
 
 def attention_sentence(rows: Rows, captions: Mapping[str, str]) -> str:
-    """What the maps are of, and the word, resolution and steps in which they differ most."""
+    """Subject of the maps, and the word, resolution and steps in which they differ most."""
     known = [row for row in rows if row["correlation"] is not None]
     found = (
         "Share of each position's cross-attention that a word gets, mean over heads, blocks of one resolution and steps of a third: "
@@ -98,7 +101,9 @@ def attention_figure(
 
 
 def _means(rows: Rows, key: str, measure: str) -> dict[Any, float]:
-    return {name: float(np.mean([row[measure] for row in own])) for name, own in group_by(rows, lambda r: r[key]).items()}
+    return {
+        name: float(np.mean([row[measure] for row in own])) for name, own in group_by(rows, lambda r: r[key]).items()
+    }
 
 
 def _t(row: Mapping[str, Any]) -> str:

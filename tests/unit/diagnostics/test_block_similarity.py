@@ -51,12 +51,12 @@ def features(x: Tensor) -> np.ndarray:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).double().numpy()
 
 
-def hsic(k: np.ndarray, l: np.ndarray) -> float:
+def hsic(k: np.ndarray, m: np.ndarray) -> float:
     """HSIC_1 of Song et al. 2012, as Nguyen et al. (arXiv 2010.15327, eq. 3) write it."""
-    n, k, l = len(k), k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
+    n, k, m = len(k), k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
     ones = np.ones(n)
-    total = ones @ k @ ones * (ones @ l @ ones) / ((n - 1) * (n - 2))
-    return float(np.trace(k @ l) + total - 2 / (n - 2) * (ones @ k @ l @ ones)) / (n * (n - 3))
+    total = ones @ k @ ones * (ones @ m @ ones) / ((n - 1) * (n - 2))
+    return float(np.trace(k @ m) + total - 2 / (n - 2) * (ones @ k @ m @ ones)) / (n * (n - 3))
 
 
 def test_similarities_are_those_of_whole_outputs(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +65,8 @@ def test_similarities_are_those_of_whole_outputs(subject: Subject, monkeypatch: 
     for row, (t, exact, own) in zip(rows, outputs(subject), strict=True):
         assert row["t"] == t
         x, y = features(exact), features(own)
-        k, l = x @ x.T, y @ y.T
-        assert row["cka"] == pytest.approx(hsic(k, l) / (hsic(k, k) * hsic(l, l)) ** 0.5, rel=1e-5)
+        k, m = x @ x.T, y @ y.T
+        assert row["cka"] == pytest.approx(hsic(k, m) / (hsic(k, k) * hsic(m, m)) ** 0.5, rel=1e-5)
         assert row["cosine"] == pytest.approx(float((x * y).sum() / ((x * x).sum() * (y * y).sum()) ** 0.5), rel=1e-6)
         assert 0.1 < row["cka"] < 0.999  # neither nothing in common, nor the same
 

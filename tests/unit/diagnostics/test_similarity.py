@@ -24,24 +24,24 @@ def cka(x: Tensor, y: Tensor) -> float:
     return float(similarities(similarity_sums(x, y))[0])
 
 
-def centred_hsic(k: np.ndarray, l: np.ndarray) -> float:
+def centred_hsic(k: np.ndarray, m: np.ndarray) -> float:
     """The biased estimate: trace of K H L H over (n - 1)^2."""
     n = len(k)
     h = np.eye(n) - np.ones((n, n)) / n
-    return float(np.trace(k @ h @ l @ h)) / (n - 1) ** 2
+    return float(np.trace(k @ h @ m @ h)) / (n - 1) ** 2
 
 
 def centred_cka(x: Tensor, y: Tensor) -> float:
-    k, l = (x @ x.T).numpy(), (y @ y.T).numpy()
-    return centred_hsic(k, l) / (centred_hsic(k, k) * centred_hsic(l, l)) ** 0.5
+    k, m = (x @ x.T).numpy(), (y @ y.T).numpy()
+    return centred_hsic(k, m) / (centred_hsic(k, k) * centred_hsic(m, m)) ** 0.5
 
 
 def test_the_estimate_is_the_mean_over_all_four_different_examples() -> None:
-    """HSIC is E[k(1,2) l(1,2)] + E[k(1,2) l(3,4)] - 2 E[k(1,2) l(1,3)] of independent examples."""
+    """HSIC is E[k(1,2) m(1,2)] + E[k(1,2) m(3,4)] - 2 E[k(1,2) m(1,3)] of independent examples."""
     x, y = pair(7, 3)
-    k, l = (x @ x.T).numpy(), (y @ y.T).numpy()
-    terms = [k[a, b] * (l[a, b] + l[c, d] - 2 * l[a, c]) for a, b, c, d in itertools.permutations(range(7), 4)]
-    assert float(unbiased_hsic(torch.tensor(k), torch.tensor(l))) == pytest.approx(np.mean(terms), rel=1e-10)
+    k, m = (x @ x.T).numpy(), (y @ y.T).numpy()
+    terms = [k[a, b] * (m[a, b] + m[c, d] - 2 * m[a, c]) for a, b, c, d in itertools.permutations(range(7), 4)]
+    assert float(unbiased_hsic(torch.tensor(k), torch.tensor(m))) == pytest.approx(np.mean(terms), rel=1e-10)
 
 
 def test_many_examples_have_the_cka_of_centred_gram_matrices() -> None:
