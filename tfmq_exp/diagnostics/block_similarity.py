@@ -14,7 +14,7 @@ from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.structure import Kind, NetworkStructure
+from tfmq_exp.denoisers.structure import NetworkStructure
 from tfmq_exp.diagnostics.attention_maps import AttentionMaps
 from tfmq_exp.diagnostics.rows import Row
 from tfmq_exp.diagnostics.similarity import similarities, similarity_sums
@@ -42,8 +42,9 @@ class BlockSimilarity:
 
     @property
     def blocks(self) -> list[str]:
-        """Blocks whose output may differ from image to image: not those that the timestep alone decides."""
-        return [block.name for block in self.structure.blocks if block.kind is not Kind.TEMPORAL]
+        """All but the Temporal Information Block's, whose outputs depend on timestep and condition alone."""
+        temporal = {*self.structure.temporal_layers}
+        return [block.name for block in self.structure.blocks if not temporal.issuperset(block.layers)]
 
     def measure(
         self, images: int, batch: int, maps: AttentionMaps, each_call: Callable[[int], None] = lambda _: None
@@ -80,10 +81,11 @@ class BlockSimilarity:
         self, parts: Sequence[range], maps: AttentionMaps
     ) -> Generator[dict[str, list[tuple[Tensor, Tensor]]], None, None]:
         """Examples of every block in the float and in the quantized network, call after call, a pair for each part."""
-        calls, start = self.sampling.calls(self.denoiser), {"seed": self.seed, "stream": Stream.DIAGNOSTICS}
+        calls = self.sampling.calls(self.denoiser)
+        start: dict[str, Any] = {"seed": self.seed, "stream": Stream.DIAGNOSTICS}
         predict_float = self.sampling.predictor(self.denoiser.network)
         predict = self.sampling.predictor(self.model.for_timesteps(calls))
-        conditions = [self.sampling.conditions(self.denoiser, *start.values(), part) for part in parts]
+        conditions = [self.sampling.conditions(self.denoiser, **start, indices=part) for part in parts]
         trajectories = [self.sampling.trajectory(predict_float, self.denoiser, **start, indices=part) for part in parts]
         for call, t in enumerate(calls):
             found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.blocks}

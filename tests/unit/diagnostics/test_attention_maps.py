@@ -54,12 +54,11 @@ def written_out(subject: Subject, image: int, tokens: list[int]) -> list[Tensor]
 
 def test_maps_are_means_over_heads_blocks_and_steps(conditional: Subject) -> None:
     maps = recorded(conditional).maps()
-    positions = {key[-1] for key in maps}
-    assert len(positions) == 1
+    (positions,) = {key[-1] for key in maps}
     assert {key[:2] for key in maps} == {("cat", 0), ("sea", 0), ("sea", 2)}
     for word, image in (("cat", 0), ("sea", 2)):
         calls = torch.stack(written_out(conditional, image, PLACES[word][image])).double()
-        own = maps[word, image, *positions][0].flatten(1)
+        own = maps[word, image, positions][0].flatten(1)
         expected = torch.stack([calls[:2].mean(0), calls[2], calls[3]])  # of four calls, the third is 0, 0, 1, 2
         assert torch.allclose(own, expected, atol=1e-6)
 

@@ -20,7 +20,7 @@ def clip() -> TextEncoder:
 
 
 def read(encoder: TextEncoder, caption: str, places: list[int]) -> str:
-    tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.tokens([caption])[0][places])
+    tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.tokens([caption])[0][places].tolist())
     return "".join(tokens).replace("</w>", " ")
 
 
