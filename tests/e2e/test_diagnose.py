@@ -12,17 +12,20 @@ from PIL import Image
 from rich.console import Console
 
 from tests.e2e.jobs import composed, job
+from tests.helpers.pipelines import GOLDENS
 from tfmq_exp.cli import main as app
 from tfmq_exp.cli.finished_jobs import is_written
 from tfmq_exp.cli.terminal import ProgressBars
 from tfmq_exp.core.files import write_checked, write_json
 from tfmq_exp.pipeline.experiment import Experiment
+from tfmq_exp.report.figures import short_name
 
 TABLES = {
     "weight_rounding": ("layer", "changed", "largest_steps", "mse_ratio"),
     "temporal_features": ("layer", "step", "t", "cosine_distance", "relative_mse"),
     "temporal_features_by_layer": ("layer", "relative_mse", "at_t"),
     "error_accumulation": ("step", "t", "eps_error", "own_eps_error", "x_error"),
+    "block_similarity": ("block", "kind", "step", "t", "cka", "cosine"),
     "activation_ranges": ("activation", "call", "t", "min", "q01", "q99", "max", "interval", "clipped"),
     "activation_changes": ("activation", "width_change", "correlation", "same_as"),
     "unit_sensitivity": ("unit", "relative_error", "first_third", "last_third", "share"),
@@ -31,6 +34,8 @@ FIGURES = {
     "weight_rounding",
     "temporal_features",
     "error_accumulation",
+    "block_cka",
+    "block_cosine",
     "activation_ranges",
     "activation_changes",
     "unit_sensitivity",
@@ -43,6 +48,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:pytorch_lightning")
 def read(folder: Path, table: str) -> list[dict[str, str]]:
     with (folder / "diagnosis" / f"{table}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def mean(blocks: list[dict[str, str]], name: str) -> float:
+    return float(np.mean([float(row["cka"]) for row in blocks if row["block"] == name]))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,14 @@ def test_what_it_says_of_rounding_to_nearest(first: Path) -> None:
     assert {row["changed"] for row in read(first, "weight_rounding")} == {"0.0"}
     calls = {row["call"] for row in read(first, "activation_ranges")}
     assert len(read(first, "activation_ranges")) == len(calls) * 63  # the first layer's input is float
+    blocks = read(first, "block_similarity")
+    assert all(0.5 < float(row[key]) < 1.00001 for row in blocks for key in ("cka", "cosine"))
+    least = min({row["block"] for row in blocks}, key=lambda name: mean(blocks, name))
+    with Image.open(first / "diagnosis/block_cka.png") as image:
+        assert (
+            f"these blocks are least similar: {short_name(least)} ({mean(blocks, least):.4g}, "
+            in image.info["Description"]
+        )
     units = read(first, "unit_sensitivity")
     assert units[0]["unit"] == "temporal_information_block"
     assert all(float(row["relative_error"]) > 0 for row in units)
@@ -115,7 +132,35 @@ def test_all_but_one_unit(first: Path, tmp_path: Path) -> None:
     assert 0.05 < max(row["share"] for row in rows) < 1
 
 
+def test_attention_to_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A transformer with text: words are compared, and one that is in no caption is an error before anything is computed."""
+    texts = tmp_path / "captions.txt"
+    texts.write_text("a red cat\nphoto of the $sea$\n")
+    call = [f"+model.call.{key}={value}" for key, value in {"height": 16, "width": 16}.items()]
+    options = ("method=nearest", "diagnosis.words=[cat,sea]", "protocol.sampling.num_inference_steps=4", *call)
+    tiny = (
+        f"path={GOLDENS / 'pixart'}",
+        "model=pipeline",
+        f"captions={texts}",
+        "+model.call.use_resolution_binning=false",
+        "+model.call.clean_caption=false",
+    )
+    with pytest.raises(SystemExit):
+        job(tmp_path / "wrong", *SMALL, *tiny, *options, "diagnosis.words=[dog]")
+    assert "diagnosis.words: 'dog' is in none of the 3 captions" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "wrong/store").exists()
+    folder = job(tmp_path, *SMALL, *tiny, *options)
+    rows = read(folder, "attention_maps")
+    assert [row["word"] for row in rows] == ["cat"] * 3 + ["sea"] * 3
+    assert {row["images"] for row in rows if row["word"] == "cat"} == {"2"}  # the first and the third of three
+    with Image.open(folder / "diagnosis/attention_maps.png") as image:
+        assert "cat of “a red cat”; sea of “photo of the $sea$”." in image.info["Description"]
+
+
 def test_a_wrong_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         job(tmp_path, *SMALL, "diagnosis.sensitivity=none")
     assert "diagnosis.sensitivity must be one of alone, others, got 'none'" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        job(tmp_path, *SMALL, "diagnosis.words=[7]")
+    assert "diagnosis.words must be a list, each a word, got [7]" in capsys.readouterr().out

@@ -130,6 +130,8 @@ def _execute(
     write_json(folder / "quantized.json", covered)
     if cfg.until == "scores":
         experiment.reference.check_size()
+    if cfg.until == DIAGNOSE:
+        experiment.similarity.check_words()
     report_coverage(covered, console)
     if experiment.pipeline.group.is_main:
         warn_of_captions(run)

@@ -57,9 +57,11 @@ class Experiment:
         self.simulated = self._evaluation("", self.quantized.stage, self.quantized.sampler)
         self.export = export = ExportEngine(*given, engine, self.quantized) if engine else None
         self.deployed = self._evaluation(f"{export.name} ", export, export.sampler) if export else None
-        kinds = diagnose.WeightRounding, diagnose.TemporalFeatures, diagnose.ErrorAccumulation
-        kinds = *kinds, diagnose.ActivationRanges, diagnose.UnitSensitivity  # the cheap ones first
-        diagnoses = [kind(*given, self.quantized, self.trajectory) for kind in kinds]
+        diagnosed = *given, self.quantized, self.trajectory
+        self.similarity = diagnose.FeatureSimilarity(*diagnosed)
+        first = diagnose.WeightRounding, diagnose.TemporalFeatures, diagnose.ErrorAccumulation  # the cheap ones
+        last = diagnose.ActivationRanges, diagnose.UnitSensitivity
+        diagnoses = *(kind(*diagnosed) for kind in first), self.similarity, *(kind(*diagnosed) for kind in last)
         self.diagnoses: dict[str, diagnose.Diagnosis] = {stage.name: stage for stage in diagnoses}
 
     def _evaluation(self, prefix: str, *sampled_as: Any) -> Evaluation:

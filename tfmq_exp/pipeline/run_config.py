@@ -1,7 +1,7 @@
 """One experiment: what is quantized, how, and what is measured. Configuration and what follows from it; nothing is stored."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationPlan
 from tfmq_exp.core.seeds import Stream
-from tfmq_exp.core.validate import COUNT, Checked
+from tfmq_exp.core.validate import COUNT, Checked, Kind, sequence_of
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.find import family_of
@@ -35,6 +35,9 @@ from tfmq_exp.surgery.resolve import ResolvedConfig, resolve
 log = logging.getLogger(__name__)
 
 
+WORDS = sequence_of(Kind("a word", lambda value: isinstance(value, str) and 0 < len(value.strip()) == len(value)))
+
+
 @dataclass(frozen=True)
 class DiagnosisPlan(Checked):
     """Size of a diagnosis."""
@@ -43,6 +46,7 @@ class DiagnosisPlan(Checked):
     samples: Annotated[int, COUNT]
     trajectories: Annotated[int, COUNT]  # whose activations and errors are followed
     sensitivity: Literal["alone", "others"]  # quantize each unit alone, or all the others and leave it float
+    words: Annotated[Sequence[str], WORDS] = ()  # of captions, whose cross-attention is compared
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -26,7 +25,6 @@ SHORT_WORDS = {
 MAX_ROWS = 80  # of a figure; the CSV has all
 PLOTTED_ACTIVATIONS = 6
 SMALLEST = 1e-12  # drawn for 0 on a logarithmic axis
-LEAST_CLIPPED = 0.01  # percent, where the colours of the clipped shares begin
 VARIANCE = "mean squared error / variance"
 TRAJECTORY = {"eps_error": "noise prediction, on the float path", "x_error": "distance of the trajectories"}
 ACCUMULATION = {
@@ -51,14 +49,22 @@ def short_name(name: str) -> str:
 
 @contextmanager
 def saved_figure(
-    path: Path, title: str, size: tuple[float, float], grid: tuple[int, int] = (1, 1)
+    path: Path, title: str, size: tuple[float, float], grid: tuple[int, int] = (1, 1), description: str = ""
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure and its axes (lines and columns of them) to draw on; it is written and closed afterwards."""
+    """A figure and its axes (lines and columns of them) to draw on; it is written and closed afterwards.
+
+    Args:
+        path: of the PNG file.
+        title: above the axes.
+        size: width and height in inches.
+        grid: lines and columns of axes.
+        description: sentences that the file holds beside the picture; reports show them below it.
+    """
     figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
     yield figure, list(axes.flat)
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Description": description} if description else None)
     plt.close(figure)
 
 
@@ -103,32 +109,6 @@ def mosaic(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
     grid = canvas.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     grid = grid.reshape(rows * height, columns * width, channels)
     return grid[..., 0] if channels == 1 else grid
-
-
-def feature_map(rows: Rows, path: Path, title: str) -> None:
-    """Draw relative error and cosine distance of every temporal feature at every timestep."""
-    names = list(dict.fromkeys(row["layer"] for row in rows))[:MAX_ROWS]
-    panels: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
-    for label, column in (("squared error / float power", "relative_mse"), ("cosine distance", "cosine_distance")):
-        grid = np.maximum(_grid(rows, "layer", "step", column, names), SMALLEST)
-        panels[label] = grid, {"norm": LogNorm(grid.min(), max(grid.max(), 10 * grid.min())), "cmap": "magma"}
-    _heat_maps(panels, names, {row["step"]: row["t"] for row in rows}, path, title)
-
-
-def range_map(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
-    """Draw activations, in `order` from the top: width at every call against the mean, share beyond the grid."""
-    names = list(order[:MAX_ROWS])
-    low, high, clipped = (_grid(rows, "activation", "call", column, names) for column in ("q01", "q99", "clipped"))
-    width = np.maximum(high - low, SMALLEST)
-    change = np.log2(width / width.mean(axis=1, keepdims=True))
-    most = max(0.1, float(np.abs(change).max()))
-    percent = np.maximum(100 * clipped, LEAST_CLIPPED)
-    norm = LogNorm(LEAST_CLIPPED, max(1.0, float(percent.max())))
-    panels = {
-        "log2 of width / mean width": (change, {"vmin": -most, "vmax": most, "cmap": "RdBu_r"}),
-        "values beyond the grid, %": (percent, {"norm": norm, "cmap": "magma"}),
-    }
-    _heat_maps(panels, names, {row["call"]: row["t"] for row in rows}, path, title)
 
 
 def range_lines(rows: Rows, order: Sequence[str], path: Path, title: str) -> None:
@@ -186,7 +166,7 @@ def _layer_axes(
 ) -> Iterator[tuple[Rows, np.ndarray, list[Axes]]]:
     """The drawn rows, their places, and axes (width and number) with layers from the top down, named at the first."""
     rows = rows[:MAX_ROWS]
-    with saved_figure(path, title, (size[0], _height(len(rows))), (1, size[1])) as (_, axes):
+    with saved_figure(path, title, (size[0], height_of(len(rows))), (1, size[1])) as (_, axes):
         yield rows, np.arange(len(rows)), axes
         for axis in axes:
             axis.set_yticks([])
@@ -196,32 +176,6 @@ def _layer_axes(
         axes[0].set_yticks(range(len(rows)), [short_name(row[key]) for row in rows], fontsize=6)
 
 
-def _grid(rows: Rows, down: str, across: str, value: str, names: Sequence[str]) -> np.ndarray:
-    """Values as a matrix: names down, steps across."""
-    found = {(row[down], row[across]): row[value] for row in rows}
-    steps = range(1 + max(row[across] for row in rows))
-    return np.array([[found.get((name, step), np.nan) for step in steps] for name in names], dtype=float)
-
-
-def _heat_maps(
-    panels: Mapping[str, tuple[np.ndarray, Mapping[str, Any]]],
-    names: Sequence[str],
-    timesteps: Mapping[int, int],
-    path: Path,
-    title: str,
-) -> None:
-    """Draw matrices with their colours beside each other; names down, timesteps of steps or calls across."""
-    height = _height(len(names))
-    every = range(0, len(timesteps), max(1, -(-len(timesteps) // 8)))
-    with saved_figure(path, title, (6 * len(panels), height), (1, len(panels))) as (figure, axes):
-        for axis, (label, (grid, colours)) in zip(axes, panels.items(), strict=True):
-            image = axis.imshow(grid, aspect="auto", interpolation="nearest", **colours)
-            figure.colorbar(image, ax=axis, label=label, shrink=min(1.0, 4 / height))
-            axis.set_yticks(range(len(names)), map(short_name, names), fontsize=6)
-            axis.label_outer()
-            axis.set_xticks(every, [str(timesteps[step]) for step in every], fontsize=7)
-            axis.set_xlabel(TIME, fontsize=8)
-
-
-def _height(rows: int) -> float:
+def height_of(rows: int) -> float:
+    """Height in inches of axes with so many named lines."""
     return max(3.0, 1.4 + 0.13 * rows)

@@ -32,7 +32,7 @@ NETWORK = ("trajectory", "weights", "activations")
     [
         ("nearest", "weights", NETWORK[:2]),
         ("lsq", "activations", ("examples", *NETWORK[1:])),
-        ("tfmq", "diagnose", (*NETWORK, "rounding", "features", "accumulation", "ranges", "sensitivity")),
+        ("tfmq", "diagnose", (*NETWORK, "rounding", "features", "accumulation", "similarity", "ranges", "sensitivity")),
         (
             *("ptqd", "scores"),
             (

@@ -15,7 +15,7 @@ from tfmq_exp.diagnostics.sensitivity import THIRDS
 from tfmq_exp.diagnostics.temporal_error import features_by_layer
 from tfmq_exp.diagnostics.trajectory_error import ERRORS
 from tfmq_exp.pipeline.experiment import Experiment
-from tfmq_exp.report import figures
+from tfmq_exp.report import figures, heat_maps, similarity_figures
 
 Row = dict[str, Any]
 Draw = Callable[[Path, str], None]
@@ -48,7 +48,7 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
     layers = features_by_layer(features)
     yield Finding(
         {"temporal_features": features, "temporal_features_by_layer": layers},
-        {"temporal_features": partial(figures.feature_map, features)},
+        {"temporal_features": partial(heat_maps.feature_map, features)},
         "temporal features: layers that moved most",
         worst(layers, "relative_mse"),
         ("layer", "relative_mse", "cosine_distance", "at_t"),
@@ -61,11 +61,12 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
         worst(steps, "eps_error"),
         ("step", "t", *ERRORS),
     )
+    yield from similarity_findings(experiment)
     if ranges := diagnoses["ranges"]():
         changes = range_changes(ranges)
         distinct = [row for row in changes if not row["same_as"]]
         order = [row["activation"] for row in distinct]
-        maps = {"activation_changes": figures.range_map, "activation_ranges": figures.range_lines}
+        maps = {"activation_changes": heat_maps.range_map, "activation_ranges": figures.range_lines}
         yield Finding(
             {"activation_ranges": ranges, "activation_changes": changes},
             {name: partial(draw, ranges, order) for name, draw in maps.items()},
@@ -84,9 +85,40 @@ def findings(experiment: Experiment) -> Iterator[Finding]:
     )
 
 
+def similarity_findings(experiment: Experiment) -> Iterator[Finding]:
+    """Similarity of blocks, and the attention that chosen words get."""
+    stage = experiment.similarity
+    blocks = stage.rows()
+    changes = [{**row, "distance": None if row["cka"] is None else 1 - row["cka"]} for row in blocks]
+    yield Finding(
+        {"block_similarity": blocks},
+        {
+            f"block_{name}": partial(similarity_figures.similarity_map, blocks, name)
+            for name in similarity_figures.MEASURES
+        },
+        "features: blocks and steps that differ most",
+        worst(changes, "distance"),
+        ("block", "t", "cka", "cosine"),
+    )
+    rows, maps = stage.attention()
+    if rows:
+        captions = {word: stage.captions[min(images)] for word, images in stage.places.items()}
+        arrays = {word: maps[word].numpy() for word in captions}
+        changes = [{**row, "distance": 1 - row["correlation"]} for row in rows if row["correlation"] is not None]
+        yield Finding(
+            {"attention_maps": rows},
+            {"attention_maps": partial(similarity_figures.attention_figure, arrays, rows, captions, THIRDS)},
+            "attention: words whose maps differ most",
+            worst(changes, "distance"),
+            ("word", "third", "height", "width", "correlation", "float", "quantized"),
+        )
+
+
 def worst(rows: list[Row], column: str) -> list[Row]:
     """The rows with the largest values above 0."""
-    return sorted((row for row in rows if row[column] > 0), key=lambda row: row[column], reverse=True)[:WORST_ROWS]
+    return sorted((row for row in rows if (row[column] or 0) > 0), key=lambda row: row[column], reverse=True)[
+        :WORST_ROWS
+    ]
 
 
 def save_diagnoses(experiment: Experiment, folder: Path, console: Console, name: str) -> None:

@@ -4,17 +4,24 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from tfmq_exp.core.files import write_json
+from tfmq_exp.core.seeds import Stream
 from tfmq_exp.diagnostics.activation_ranges import activation_ranges
+from tfmq_exp.diagnostics.attention_maps import AttentionMaps, Places
+from tfmq_exp.diagnostics.block_similarity import MINIBATCH, BlockSimilarity
 from tfmq_exp.diagnostics.rounding_changes import rounding_changes
 from tfmq_exp.diagnostics.rows import Row
 from tfmq_exp.diagnostics.sensitivity import PredictionProbe, QuantizedUnit, quantized_units, spread_over_steps
 from tfmq_exp.diagnostics.temporal_error import feature_errors
 from tfmq_exp.diagnostics.trajectory_error import TrajectoryPair
+from tfmq_exp.diagnostics.word_tokens import word_tokens
 from tfmq_exp.pipeline.pipeline import Advance, Stage
 from tfmq_exp.pipeline.stages.activations import QuantizationResult
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
@@ -108,6 +115,50 @@ class ActivationRanges(ErrorAccumulation):
         given = self.quantized.model, run.denoiser, run.structure, run.sampling
         options = {"images": run.diagnosis.trajectories, "seed": run.seed, "batch": run.compute.batch}
         return activation_ranges(*given, **options, each_call=lambda done: advance(done / calls, f"call {done}"))
+
+
+class FeatureSimilarity(ErrorAccumulation):
+    """Similarity of every block's features in the two networks, and the attention that chosen words get; on the same trajectories."""
+
+    stored_as = "diagnosis_similarity"
+
+    def inputs(self) -> Mapping[str, Any]:
+        words = {word: {str(image): own for image, own in places.items()} for word, places in self.places.items()}
+        return {**super().inputs(), **({"words": words} if words else {})}
+
+    def count(self) -> int:
+        return super().count() * 2 // PASSES  # the float and the quantized network, once each
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Captions of the trajectories; empty where no words are asked for."""
+        run = self.run
+        images = range(run.diagnosis.trajectories if run.diagnosis.words else 0)
+        return [str(one) for one in run.sampling.conditioning.choose(run.seed, Stream.DIAGNOSTICS, images)]
+
+    def check_words(self) -> None:
+        """Raise ValueError, before anything is computed, for words that attention cannot be shown of; see `word_tokens`."""
+        _ = self.places
+
+    @cached_property
+    def places(self) -> Places:
+        """See `word_tokens`."""
+        return word_tokens(self.run.denoiser.encoder, self.captions, self.run.diagnosis.words)
+
+    def measure(self, folder: Path, advance: Advance) -> list[Row]:
+        run, images, calls = self.run, self.run.diagnosis.trajectories, len(self.run.calls)
+        maps = AttentionMaps(self.places, run.denoiser.sample_shape, calls)
+        given = self.quantized.model, run.denoiser, run.structure, run.sampling, run.seed
+        passes = calls * -(-images // MINIBATCH)
+        rows = BlockSimilarity(*given).measure(images, run.compute.batch, maps, lambda done: advance(done / passes, ""))
+        self.pipeline.store.write_json(folder / "attention.json", maps.rows())
+        tensors = {name: value.float().contiguous() for name, value in maps.shown().items()}
+        self.pipeline.store.write(folder / "attention.safetensors", partial(save_file, tensors))
+        return rows
+
+    def attention(self) -> tuple[list[Row], dict[str, Tensor]]:
+        """Comparison of the maps, and those that are shown, [networks, thirds, height, width], by word."""
+        return self.read_json("attention.json"), load_file(self.result() / "attention.safetensors")
 
 
 class UnitSensitivity(Diagnosis):

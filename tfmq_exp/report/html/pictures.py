@@ -20,7 +20,8 @@ QUALITY = 82  # of WebP
 MAX_DIAGNOSES = 12  # runs whose `diagnosis/` folders are shown
 MAX_FILES = 24  # of one such folder
 MAX_LINES = 40  # of a table
-Picture = dict[str, Any]  # title, uri with all of it, width, height
+MAX_DESCRIPTION = 1000  # characters
+Picture = dict[str, Any]  # title, description that the file holds, uri with all of it, width, height
 
 
 def inline_picture(path: Path, title: str) -> Picture:
@@ -33,6 +34,7 @@ def inline_picture(path: Path, title: str) -> Picture:
     with Image.open(io.BytesIO(original)) as image:
         image.load()
         kind, small = image.format, image.convert("RGB")
+        description = str(image.info.get("Description", ""))[:MAX_DESCRIPTION]
         whole, paper = small.size, Image.new("RGB", small.size, small.getpixel((0, 0)))  # type: ignore[arg-type]
     small = small.crop(ImageChops.difference(small, paper).getbbox())  # all of it where nothing differs
     small.thumbnail((MAX_WIDTH, 8 * MAX_WIDTH))
@@ -43,7 +45,7 @@ def inline_picture(path: Path, title: str) -> Picture:
         found["image/png"] = original
     mime, smallest = min(found.items(), key=lambda item: len(item[1]))
     uri = f"data:{mime};base64,{base64.b64encode(smallest).decode()}"
-    return {"title": title, "uri": uri, "width": small.width, "height": small.height}
+    return {"title": title, "description": description, "uri": uri, "width": small.width, "height": small.height}
 
 
 def albums(groups: Sequence[Group], runs: Sequence[Run], problems: list[str]) -> tuple[dict[str, list[Picture]], int]:
