@@ -1,6 +1,5 @@
 """ImageReward (arXiv 2304.05977): how much people would like an image of a prompt, by BLIP with a small head."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ PARTS = {
     ".attn.proj.": ".self_attn.projection.",
     ".attn.": ".self_attn.",
 }
+LINEAR = (0, 2, 4, 6, 7)  # layers of the head; between them is dropout, which does nothing here
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -66,11 +66,10 @@ class RewardModel(nn.Module):
             **_sizes(text_width, shapes, "text.encoder.layer"),
         )
         self.vision, self.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
-        head = {
-            int(name.split(".")[1]): shape for name, shape in shapes.items() if re.fullmatch(r"mlp\.\d+\.weight", name)
-        }
-        layers = (nn.Linear(*head[i][::-1]) if i in head else nn.Identity() for i in range(1 + max(head)))
-        self.mlp = nn.Sequential(*layers)  # dropout between the linear layers does nothing here
+        shape = {i: shapes[f"mlp.{i}.weight"] for i in LINEAR}
+        self.mlp = nn.Sequential(
+            *(nn.Linear(*shape[i][::-1]) if i in shape else nn.Identity() for i in range(1 + max(LINEAR)))
+        )
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch"]:
         """The reward of each image and prompt, before it is standardized."""
