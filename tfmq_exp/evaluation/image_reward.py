@@ -68,7 +68,7 @@ class RewardModel(nn.Module):
         self.vision, self.text = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
         shape = {i: shapes[f"mlp.{i}.weight"] for i in LINEAR}
         self.mlp = nn.Sequential(
-            *(nn.Linear(*shape[i][::-1]) if i in shape else nn.Identity() for i in range(1 + max(LINEAR)))
+            *(nn.Linear(shape[i][1], shape[i][0]) if i in shape else nn.Identity() for i in range(1 + max(LINEAR)))
         )
 
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch"]:
@@ -78,7 +78,7 @@ class RewardModel(nn.Module):
         return self.mlp(self.text(**given).last_hidden_state[:, 0])[:, 0]
 
 
-def _sizes(width: int, shapes: Shapes, layers: str) -> dict[str, int]:
+def _sizes(width: int, shapes: Shapes, layers: str) -> dict[str, Any]:
     """Width, number of heads and number of layers of one encoder."""
     count = 1 + max(int(name.removeprefix(layers).split(".")[1]) for name in shapes if name.startswith(f"{layers}."))
     return {"hidden_size": width, "num_attention_heads": width // HEAD, "num_hidden_layers": count}
