@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tfmq_exp.core.validate import check_fields, one_of
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights, read_tensors
+from tfmq_exp.denoisers.loading.condition_encoders import check_tokenizer
 from tfmq_exp.evaluation.model_folder import check_settings, device_of, identity_of, load_model, ready, require_file
 from tfmq_exp.evaluation.open_clip_layout import from_open_clip
 
@@ -61,15 +62,10 @@ def load_clip(folder: str, device: str | None = None, weights: str | None = None
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     root, place = Path(folder), device_of(device)
-    require = root / ("config.json" if weights else "model.safetensors")
-    if not require.exists():
-        raise FileNotFoundError(f"no CLIP model at {require}: nothing is downloaded; put {PUBLISHED} there")
     if weights is None:
-        require_file(require, PUBLISHED)
-    check_settings(root, tokenizer=True)
-    if weights is None:
-        model = load_model(CLIPModel, root, place)
+        model = load_model(CLIPModel, root, place, PUBLISHED)
     else:
+        check_settings(root, PUBLISHED)
         file = require_file(Path(weights), HPS)
         model = CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True))
         try:
@@ -77,6 +73,7 @@ def load_clip(folder: str, device: str | None = None, weights: str | None = None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         model = ready(model, file, place)
+    check_tokenizer(root / "tokenizer_config.json")
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     return ClipModel(model, tokenizer, CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True), place)
 

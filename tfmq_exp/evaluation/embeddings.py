@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.evaluation.clip import load_clip
 from tfmq_exp.evaluation.features import Extractor, Features
-from tfmq_exp.evaluation.model_folder import check_settings, device_of, identity_of, load_model, require_file
+from tfmq_exp.evaluation.model_folder import device_of, identity_of, load_model
 
 SIDE, OFFSET = (
     224,
@@ -55,9 +55,7 @@ def dinov2_extractor(folder: str, batch_size: int = 64, device: str | None = Non
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     root, place = Path(folder), device_of(device)
-    weights = require_file(root / "model.safetensors", "config.json and model.safetensors of facebook/dinov2-large")
-    check_settings(root, tokenizer=False)
-    model = load_model(Dinov2Model, root, place)
+    model = load_model(Dinov2Model, root, place, "config.json and model.safetensors of facebook/dinov2-large")
     patches = SIDE // model.config.patch_size
     positions = model.embeddings.position_embeddings
     model.embeddings.position_embeddings = nn.Parameter(interpolate_positions(positions, patches), requires_grad=False)
@@ -70,7 +68,7 @@ def dinov2_extractor(folder: str, batch_size: int = 64, device: str | None = Non
         pixels = processor(images=[image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt")
         return model(pixels["pixel_values"].to(place)).pooler_output
 
-    return _extractor(embed, model.config.hidden_size, identity_of(root, weights), batch_size, place)
+    return _extractor(embed, model.config.hidden_size, identity_of(root, root / "model.safetensors"), batch_size, place)
 
 
 def interpolate_positions(

@@ -10,7 +10,6 @@ from torch import nn
 from tfmq_exp.core.file_kind import kind_of, why_missing
 from tfmq_exp.core.files import read_json, sha256_of
 from tfmq_exp.core.finite import require_finite_weights
-from tfmq_exp.denoisers.loading.condition_encoders import check_tokenizer
 from tfmq_exp.denoisers.loading.network_config import check_code
 
 
@@ -25,17 +24,28 @@ def require_file(path: Path, published: str) -> Path:
     return path
 
 
-def check_settings(root: Path, *, tokenizer: bool) -> None:
-    """ValueError for a `config.json` that names code, or a tokenizer of another kind than CLIP's."""
-    check_code(root / "config.json", read_json(root / "config.json"))
-    if tokenizer:
-        check_tokenizer(root / "tokenizer_config.json")
+def check_settings(root: Path, published: str) -> None:
+    """FileNotFoundError without a `config.json`; ValueError for one that names code."""
+    path = root / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no model at {path}: nothing is downloaded; put {published} there")
+    check_code(path, read_json(path))
 
 
-def load_model(kind: Any, root: Path, device: torch.device) -> Any:
-    """A model of transformers' class `kind` from `model.safetensors`, float32, without gradients."""
+def load_model(kind: Any, root: Path, device: torch.device, published: str) -> Any:
+    """A model of transformers' class `kind` from `model.safetensors`, float32, without gradients.
+
+    Raises:
+        FileNotFoundError: not there; says what is `published` for it.
+        ValueError: damaged, of another architecture, or a folder that names code.
+    """
+    weights = require_file(root / "model.safetensors", published)
+    check_settings(root, published)
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    return ready(kind.from_pretrained(str(root), **options), root / "model.safetensors", device)
+    model, info = kind.from_pretrained(str(root), output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"{weights} lacks {len(missing)} weights of a {kind.__name__}, first {missing[0]}")
+    return ready(model, weights, device)
 
 
 def ready(model: nn.Module, weights: Path, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.helpers.clip_folder import save_clip
@@ -196,6 +197,17 @@ def test_a_missing_model_is_not_downloaded(tmp_path: Path) -> None:
             kind(str(tmp_path))
         with pytest.raises(FileNotFoundError, match="yuvalkirstain/PickScore_v1"):
             kind("openai/clip-vit-base-patch32")
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["text_projection.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"model.safetensors lacks 1 weights of a CLIPModel, first text_projection.weight"
+    ):
+        ClipScore(str(copy), device="cpu")
 
 
 @pytest.mark.parametrize(
