@@ -16,7 +16,15 @@ from torch import Tensor
 from tfmq_exp.core.validate import check_fields, one_of
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights, read_tensors
 from tfmq_exp.denoisers.loading.condition_encoders import check_tokenizer
-from tfmq_exp.evaluation.model_folder import check_settings, device_of, identity_of, load_model, ready, require_file
+from tfmq_exp.evaluation.model_folder import (
+    check_settings,
+    device_of,
+    identity_of,
+    load_model,
+    pixels_of,
+    ready,
+    require_file,
+)
 from tfmq_exp.evaluation.open_clip_layout import from_open_clip
 
 Images = UInt8[Tensor, "batch 3 height width"]
@@ -40,8 +48,8 @@ class ClipModel:
     @torch.no_grad()
     def embed_images(self, images: Images) -> Float[Tensor, "batch features"]:
         """Unit embeddings of images, prepared as the folder says: PIL's resize of bytes, by default to the shorter side, and a crop."""
-        pixels = self.processor(images=[image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt")
-        return F.normalize(self.model.get_image_features(pixels["pixel_values"].to(self.device)).pooler_output, dim=-1)
+        pixels = pixels_of(self.processor, images, self.device)
+        return F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch features"]:

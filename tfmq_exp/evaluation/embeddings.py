@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.evaluation.clip import load_clip
 from tfmq_exp.evaluation.features import Extractor, Features
-from tfmq_exp.evaluation.model_folder import device_of, identity_of, load_model
+from tfmq_exp.evaluation.model_folder import device_of, identity_of, load_model, pixels_of
 
 SIDE, OFFSET = (
     224,
@@ -26,10 +26,6 @@ def _extractor(
     embed: Callable[[Images], Tensor], width: int, identity: dict[str, Any], batch_size: int, device: Any
 ) -> Extractor:
     def features(images: Images) -> Features:
-        if images.dtype is not torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"expected uint8 images (batch, 3, height, width), got {images.dtype} {tuple(images.shape)}"
-            )
         rows = embed(images)
         return Features(rows, rows[:, :0], rows[:, :0])
 
@@ -65,8 +61,7 @@ def dinov2_extractor(folder: str, batch_size: int = 64, device: str | None = Non
 
     @torch.no_grad()
     def embed(images: Images) -> Tensor:
-        pixels = processor(images=[image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt")
-        return model(pixels["pixel_values"].to(place)).pooler_output
+        return model(pixels_of(processor, images, place)).pooler_output
 
     return _extractor(embed, model.config.hidden_size, identity_of(root, root / "model.safetensors"), batch_size, place)
 

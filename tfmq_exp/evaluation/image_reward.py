@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.text_files import read_lines
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights, read_tensors
-from tfmq_exp.evaluation.model_folder import device_of, identity_of, ready, require_file
+from tfmq_exp.evaluation.model_folder import device_of, identity_of, pixels_of, ready, require_file
 
 WEIGHTS, VOCABULARY = "ImageReward.pt", "vocab.txt"
 LENGTH, SIDE, HEAD = 35, 224, 64  # tokens of a prompt; pixels of a side; channels of an attention head
@@ -138,8 +138,7 @@ class ImageReward:
         self, images: UInt8[Tensor, "batch 3 height width"], captions: Sequence[str]
     ) -> Float[Tensor, "batch"]:
         """The reward of each image for its caption, on the CPU."""
-        pixels = self.processor(images=[image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt")
         options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
         text = self.tokenizer(list(captions), **options).to(self.device)
-        rewards = self.model(pixels["pixel_values"].to(self.device), text["input_ids"], text["attention_mask"])
+        rewards = self.model(pixels_of(self.processor, images, self.device), text["input_ids"], text["attention_mask"])
         return ((rewards - MEAN) / DEVIATION).cpu()

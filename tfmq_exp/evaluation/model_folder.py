@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import UInt8
+from torch import Tensor, nn
 
 from tfmq_exp.core.file_kind import kind_of, why_missing
 from tfmq_exp.core.files import read_json, sha256_of
@@ -60,6 +61,14 @@ def identity_of(root: Path, weights: Path) -> dict[str, Any]:
     for path in sorted(path for path in root.iterdir() if path.suffix in (".json", ".txt") and path.is_file()):
         settings.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return {"model": root.resolve().name, "sha256": sha256_of(weights), "settings_sha256": settings.hexdigest()}
+
+
+def pixels_of(processor: Any, images: UInt8[Tensor, "batch 3 height width"], device: torch.device) -> Tensor:
+    """The images as a processor of transformers prepares them; ValueError for others than RGB bytes."""
+    if images.dtype is not torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected uint8 images (batch, 3, height, width), got {images.dtype} {tuple(images.shape)}")
+    prepared = processor(images=[image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt")
+    return prepared["pixel_values"].to(device)
 
 
 def device_of(name: str | None) -> torch.device:
