@@ -161,7 +161,7 @@ def test_sampling_is_that_of_the_table(preset: str) -> None:
         assert cfg.model.sampling.guidance == said.get("cfg", cfg.model.sampling.guidance)
         assert cfg.protocol.sampling.images == said.get("images", cfg.protocol.sampling.images)
         if "clip" in said:
-            assert clip_network(Path(cfg.eval.clip.folder).name) == said["clip"]
+            assert clip_network(Path(cfg.eval.image_scores.clip.folder).name) == said["clip"]
     if kind == "DDIM":
         ddim = cfg.model.name == "ddim_cifar10" and not preset.endswith("_qat")  # TDQ's program is LDM's
         form = ("quadratic", 0, True) if ddim else ("uniform", 1, False)

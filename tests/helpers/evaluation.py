@@ -28,6 +28,16 @@ class TensorDataset:
         return iter(self.images.split(size))
 
 
+class MeanGrey:
+    """The mean pixel of an image, as a score that needs no caption."""
+
+    identity = {"metric": "mean grey"}
+    needs_captions = False
+
+    def __call__(self, images: Tensor, captions: Sequence[object]) -> Tensor:
+        return images.float().mean((1, 2, 3))
+
+
 def pictures(count: int, size: int, seed: int, channels: int = 3, noise: float = 20.0) -> Tensor:
     """Coloured clouds under noise, uint8: images that differ in more than their noise."""
     generator = torch.Generator().manual_seed(seed)

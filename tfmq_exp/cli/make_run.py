@@ -22,6 +22,7 @@ from tfmq_exp.sampling.diffusers_scheduler import replaced_settings
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.sampling.pipeline_sampler import read_pipeline_guidance
+from tfmq_exp.sampling.prompt_sets import PromptSets
 
 log = logging.getLogger(__name__)
 make: Any = functools.partial(instantiate, _convert_="all")
@@ -123,12 +124,20 @@ def diagnosis_plan(cfg: DictConfig) -> DiagnosisPlan:
 
 
 def make_sampling(cfg: DictConfig) -> Sampling:
-    """Sampler, guidance and conditions; captions of a file that is named replace the model's own conditions.
+    """Sampler, guidance and conditions; captions of a file, or a set of prompts, replace the model's own conditions.
 
     `guidance: null` is that of a pipeline's own call.
     """
-    settings, call = make(cfg.model.sampling), cfg.model.get("call")
+    replaced = {"conditioning"} if cfg.captions is not None or cfg.prompts is not None else set[str]()
+    settings = make({key: value for key, value in cfg.model.sampling.items() if key not in replaced})
+    call = cfg.model.get("call")
     if settings.get("guidance") is None and call is not None:
         settings["guidance"] = read_pipeline_guidance(cfg.model.denoiser.path, make(call), cfg.model.checkpoint)
-    captions = {} if cfg.captions is None else {"conditioning": Captions.read(str(cfg.captions))}
-    return Sampling(make(cfg.sampler), **(settings | captions))
+    if cfg.captions is not None and cfg.prompts is not None:
+        both = f"captions={cfg.captions} and prompts={cfg.prompts.name}"
+        raise ValueError(f"{both} both say what images are of: give one")
+    if cfg.captions is not None:
+        settings["conditioning"] = Captions.read(str(cfg.captions))
+    elif cfg.prompts is not None:
+        settings["conditioning"] = PromptSets(make(cfg.prompts.images), make(cfg.prompts.calibration))
+    return Sampling(make(cfg.sampler), **settings)

@@ -44,7 +44,7 @@ KINDS: dict[Kind, str] = {
     one_of(*GOALS, DIAGNOSE, EXPORT): "until",
     one_of("memory", "stored"): "runtime.weights",
     validate.SEED: "seed",
-    validate.SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall model.denoiser.ema model.tie_qkv "
+    validate.SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall eval.cmmd model.denoiser.ema model.tie_qkv "
     "protocol.qat.horizontal_flip data.grey",
     validate.COUNT: "data.size eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
     "diagnosis.samples diagnosis.trajectories " + re.sub(r"(\S+)", r"protocol.\1", COUNTS),
@@ -57,7 +57,7 @@ KINDS: dict[Kind, str] = {
     optional(validate.AMOUNT): "model.sampling.guidance runtime.device_cache_gib",
     MINUTES: "runtime.checkpoint_every_min",
     optional(TEXT): "runtime.activation_cache_dir",
-    PATH: "name path captions data.path data.listing model.denoiser.path eval.clip.folder paths.outputs paths.store paths.checkpoints paths.data "
+    PATH: "name path captions data.path data.listing model.denoiser.path paths.outputs paths.store paths.checkpoints paths.data "
     "paths.inception",
 }
 

@@ -5,7 +5,7 @@ import logging
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,7 +56,11 @@ def read_listing(path: Path, root: Path) -> list[str]:
     if not path.exists():
         expected = f"expected a text file with a path relative to {root} on each line"
         raise FileNotFoundError(f"no listing at {path}; {expected}")
-    lines = [line for line in read_lines(path) if line]
+    return check_listing([line for line in read_lines(path) if line], root, path)
+
+
+def check_listing(lines: Sequence[str], root: Path, path: object) -> list[str]:
+    """The relative paths, sorted, each once; ValueError or FileNotFoundError unless all are files below `root`."""
     names = sorted({posixpath.normpath(name) for name in lines})
     if outside := [name for name in lines if re.match(r"/|\.\.(/|$)", posixpath.normpath(name))]:
         raise ValueError(f"{outside[0]!r} in {path} leads out of the folder of images; expected paths relative to it")
@@ -77,7 +81,7 @@ class ImageFolder:
         path: the folder.
         size: pixels of a side after preparation.
         preparation: makes an image a square.
-        listing: a text file with the relative paths of the images to read, one a line; None for all.
+        listing: the relative paths of the images to read, or a text file with one a line; None for all.
         origin: which images belong there and where they are published, for the message if the folder is missing.
         grey: one channel, the images' luma (ITU-R 601), for networks of such images.
     """
@@ -87,7 +91,7 @@ class ImageFolder:
         path: str,
         size: int,
         preparation: Preparation,
-        listing: str | None = None,
+        listing: str | Sequence[str] | None = None,
         origin: str = "any images",
         *,
         grey: bool = False,
@@ -96,13 +100,20 @@ class ImageFolder:
         if not self.root.is_dir():
             found = f"{path} is a file, no folder" if self.root.exists() else f"no folder of images at {path}"
             raise FileNotFoundError(f"{found}; expected there: {origin} (nothing is downloaded)")
-        self.names, left_out = (read_listing(Path(listing), self.root), {}) if listing else find_images(self.root)
+        if isinstance(listing, str):
+            self.names, left_out = read_listing(Path(listing), self.root), {}
+        elif listing is not None:
+            self.names, left_out = check_listing(listing, self.root, "the list"), {}
+        else:
+            self.names, left_out = find_images(self.root)
         if left_out:
             counts = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
             total = sum(left_out.values())
             log.warning("%d files in %s are left out, as no images by their names: %s", total, path, counts)
         if not self.names:
-            raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {listing or path}; expected: {origin}")
+            raise ValueError(
+                f"no images ({', '.join(SUFFIXES)}) in {listing if isinstance(listing, str) else path}; expected: {origin}"
+            )
         self.shape = (1 if grey else 3, size, size)
         self.hashes = b"".join(hash_files(self.root, self.names))
         self.identity: Mapping[str, Any] = {

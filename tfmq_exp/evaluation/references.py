@@ -47,7 +47,7 @@ class ReferenceStatistics:
 
     pooled: GaussianStatistics  # for FID
     spatial: GaussianStatistics  # for sFID
-    manifold: Float[Tensor, "images pooled"]  # of some images, for KID, precision and recall; else no rows
+    manifold: Float[Tensor, "images pooled"]  # of some images, for KID, CMMD, precision and recall; else no rows
     shape: tuple[int, int, int] | None  # channels, height, width; None where a file does not say
     provenance: Mapping[str, Any]  # identity of the images or the file: plain JSON data
 
@@ -81,7 +81,7 @@ def reference_statistics(
 ) -> ReferenceStatistics:
     """Compute the statistics of images in one pass, or read them from a file; ValueError for what cannot be a reference.
 
-    The pooled features of `keep` images are kept, for KID, precision and recall: evenly spaced images, since the first ones of
+    The pooled features of `keep` images are kept, for KID, CMMD, precision and recall: evenly spaced images, since the first ones of
     a folder may all be of one class; of a file of statistics the first, as its own evaluator does. `progress` is called after
     every batch with the number of images that are done, and of all.
     """
@@ -91,7 +91,7 @@ def reference_statistics(
     )
     for part in PARTS:
         mean, covariance = getattr(statistics, part)
-        if float(covariance.trace()) <= ALIKE * float(mean.square().sum()):
+        if len(mean) and float(covariance.trace()) <= ALIKE * float(mean.square().sum()):
             raise ValueError(
                 f"all images of the reference ({statistics.title}) have the same {part} features: are they one image?"
             )
@@ -138,7 +138,7 @@ def _from_npz(reference: NpzReference, extract: Extractor, keep: int, progress: 
                 "if you know that it is the size of the generated ones"
             )
         if keep:
-            raise ValueError(f"{path} holds no images (arr_0), which KID, precision and recall need")
+            raise ValueError(f"{path} holds no images (arr_0), which KID, CMMD, precision and recall need")
         return ReferenceStatistics(*statistics, kept[0], None, provenance)
     dataset = NpzImages(path)
     provenance["images_beside_statistics"] = len(dataset)

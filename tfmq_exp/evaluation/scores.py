@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,19 +19,24 @@ from tfmq_exp.evaluation.metrics import NEIGHBOUR, SPLITS, FrechetDistance
 from tfmq_exp.evaluation.references import NpzReference, ReferenceStatistics
 
 Images = UInt8[Tensor, "batch channels height width"]
-ROWS = ("index", "logits", "pooled", "clip")  # kept of every image, the last two where a metric needs them
+ROWS = ("index", "logits", "pooled")  # kept of every image, the last where a metric needs them; and its own scores
+# names that scores of single images may not have
+TAKEN = {*ROWS, "fid", "sfid", "is", "is_adm", "kid", "cmmd", "precision", "recall"}
 log = logging.getLogger(__name__)
 
 
-class CaptionMetric(Protocol):
-    """A measure of how well images fit their captions, such as `ClipScore`."""
+class ImageScore(Protocol):
+    """A score of a single image, such as `ClipScore`: how well it fits its caption, or how good it looks."""
 
     @property
     def identity(self) -> Mapping[str, Any]: ...  # all that the scores depend on: plain JSON data
 
+    @property
+    def needs_captions(self) -> bool: ...
+
     def __call__(
         self, images: Images, captions: Sequence[str]
-    ) -> Float[Tensor, "batch"]: ...  # for each pair, on the CPU
+    ) -> Float[Tensor, "batch"]: ...  # higher is better; on the CPU
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,23 @@ class Evaluator:
     reference: ImageDataset | NpzReference  # real images, or their statistics
     kid: bool = False  # also the kernel distance, for which the pooled features of all images are kept
     precision_recall: bool = False  # also precision and recall, likewise
-    clip: CaptionMetric | None = None  # also how well images fit the captions that they were made from
-    # of the reference for KID, precision and recall; guided-diffusion's files hold so many
+    cmmd: bool = False  # also CMMD, likewise; it is defined for CLIP's embeddings
+    # scores of every single image by name; their means are scores of the network
+    image_scores: Mapping[str, ImageScore] = field(default_factory=dict)
+    # of the reference for KID, CMMD, precision and recall; guided-diffusion's files hold so many
     manifold_images: int = 10_000
 
     def __post_init__(self) -> None:
-        check_fields(self, kid=SWITCH, precision_recall=SWITCH, manifold_images=COUNT)
+        check_fields(self, kid=SWITCH, precision_recall=SWITCH, cmmd=SWITCH, manifold_images=COUNT)
+        if wrong := sorted(self.image_scores.keys() & TAKEN):
+            raise ValueError(
+                f"image_scores.{wrong[0]}: a score of single images may not be called {', '.join(sorted(TAKEN))}"
+            )
 
     @property
     def kept(self) -> int:
         """Number of reference images whose pooled features the metrics need."""
-        return self.manifold_images if self.kid or self.precision_recall else 0
+        return self.manifold_images if self.kid or self.precision_recall or self.cmmd else 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -61,8 +72,9 @@ class Evaluator:
         return {
             **{"name": self.name, **self.extract.identity},
             **{"kid": self.kid, "precision_recall": self.precision_recall},
+            **({"cmmd": True} if self.cmmd else {}),
             **({"manifold_images": self.manifold_images} if self.kept else {}),
-            **({"clip": dict(self.clip.identity)} if self.clip else {}),
+            **({"image_scores": scores} if (scores := _identities(self.image_scores)) else {}),
         }
 
 
@@ -74,34 +86,37 @@ class Scores:
 
     def __init__(self, evaluator: Evaluator, reference: ReferenceStatistics) -> None:
         if evaluator.kept and not len(reference.manifold):
-            raise ValueError("KID, precision and recall need features of the reference's images, and none were kept")
+            raise ValueError(
+                "KID, CMMD, precision and recall need features of the reference's images, and none were kept"
+            )
         self.evaluator, self.reference = evaluator, reference
-        self.distances = {"fid": FrechetDistance(reference.pooled), "sfid": FrechetDistance(reference.spatial)}
+        parts = {"fid": reference.pooled, "sfid": reference.spatial}  # the latter has no features in some extractors
+        self.distances = {name: FrechetDistance(part) for name, part in parts.items() if len(part.mean)}
         self.rows: list[dict[str, Tensor]] = []
 
     def update(self, images: Images, first: int, captions: Sequence[str] = ()) -> None:
-        """Add the images with index `first`, `first + 1`, ..., and their captions if the evaluator has a caption metric."""
+        """Add the images with index `first`, `first + 1`, ..., and their captions if the evaluator scores how images fit them."""
         shape = tuple(images.shape[1:])
         if images.dtype is not torch.uint8 or self.reference.shape not in (None, shape):
             expected, found = f"uint8 {self.reference.shape}", f"{images.dtype} {shape}"
             raise ValueError(f"the reference's images are {expected}, the generated ones {found}")
-        clip = torch.zeros(0)
-        if self.evaluator.clip:
-            if len(captions) != len(images) or not all(isinstance(caption, str) for caption in captions):
-                raise ValueError(f"the CLIP score needs a caption for each image, got {list(captions)[:3]}")
-            clip = self.evaluator.clip(images, captions)
+        needing = [name for name, metric in self.evaluator.image_scores.items() if metric.needs_captions]
+        complete = len(captions) == len(images) and all(isinstance(caption, str) for caption in captions)
+        if needing and not complete:
+            raise ValueError(f"the score {needing[0]} needs a caption for each image, got {list(captions)[:3]}")
+        single = {name: metric(images, captions) for name, metric in self.evaluator.image_scores.items()}
         features = self.evaluator.extract(images)
         pooled = features.pooled if self.evaluator.kept else features.pooled[:, :0]
-        kept = (torch.arange(first, first + len(images)), features.logits, pooled.clone(), clip)
-        self.rows.append(dict(zip(ROWS, kept, strict=True)))
-        self.distances["fid"].update(features.pooled)
-        self.distances["sfid"].update(features.spatial)
+        kept = (torch.arange(first, first + len(images)), features.logits, pooled.clone())
+        self.rows.append(dict(zip(ROWS, kept, strict=True)) | single)
+        for name, metric in self.distances.items():
+            metric.update(features.pooled if name == "fid" else features.spatial)
 
     def joined_rows(self) -> dict[str, Tensor]:
         """All rows in the order of their indices; ValueError for images that are missing or came twice."""
         rows = _joined(self.rows)
         order = rows["index"].argsort()
-        rows = {name: part[order] if len(part) else part for name, part in rows.items()}
+        rows = {name: part[order] for name, part in rows.items()}
         for expected, index in enumerate(rows["index"].tolist()):
             if index != expected:
                 missing = f"images {expected} to {index - 1} are missing"
@@ -118,14 +133,15 @@ class Scores:
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
         """Add the `tensors` of the same evaluator's scores of other images."""
         if "index" in tensors:
-            self.rows.append({name: tensors[name] for name in ROWS})
+            self.rows.append({name: tensors[name] for name in (*ROWS, *self.evaluator.image_scores)})
         for name, metric in self.distances.items():
             metric.merge_state({key: tensors[f"{name}.{key}"] for key in metric.metric_state})
 
     def compute(self) -> dict[str, float]:
-        """Compute `fid`, `sfid`, `kid` (lower is better), `is`, `is_adm`, `precision`, `recall`, `clip` (higher is better).
+        """Compute `fid`, `sfid`, `kid`, `cmmd` (lower is better), `is`, `is_adm`, `precision`, `recall`, and means of single images.
 
-        A score that the evaluator does not ask for, or that needs more images than there are, is left out; a warning says why.
+        These have the names of `Evaluator.image_scores`, and higher is better. A score that the evaluator does not ask for, or
+        that needs more images than there are, is left out; a warning says why.
 
         Raises:
             ValueError: fewer than two images, some missing or twice, or a score that is not finite.
@@ -136,30 +152,37 @@ class Scores:
         rows = self.joined_rows()
         self._warn_of_few(count)
         scores = {name: float(metric.compute()) for name, metric in self.distances.items()}
-        if count >= SPLITS:
+        if count >= SPLITS and rows["logits"].shape[1]:
             scores["is"] = metrics.inception_score(rows["logits"])
             scores["is_adm"] = metrics.inception_score_adm(rows["logits"])
         pooled = self.reference.manifold[: evaluator.kept], rows["pooled"]
         real, generated = (features.to(evaluator.extract.device) for features in pooled)
         if evaluator.kid and min(len(real), count) >= 2:
             scores["kid"] = metrics.kernel_distance(real, generated)
+        if evaluator.cmmd and len(real):
+            scores["cmmd"] = metrics.maximum_mean_discrepancy(real, generated)
         if evaluator.precision_recall and min(len(real), count) > NEIGHBOUR:
             scores["precision"], scores["recall"] = metrics.precision_recall(real, generated)
-        if evaluator.clip is not None:
-            scores["clip"] = max(float(rows["clip"].double().mean()), 0.0)  # in this order, nan stays
+        scores |= {name: float(rows[name].double().mean()) for name in evaluator.image_scores}
         for name, value in scores.items():
             if not math.isfinite(value):
                 raise NotFiniteError(f"{evaluator.name}: the score {name} of {count} images is {value}")
         return scores
 
+    def image_rows(self) -> dict[str, Tensor]:
+        """The scores of every single image in the order of their indices, by name, for paired comparisons; float32."""
+        rows = self.joined_rows()
+        return {name: rows[name].float() for name in self.evaluator.image_scores}
+
     def _warn_of_few(self, count: int) -> None:
         """A covariance of too few images is singular, and the distance is biased by their number."""
         name, (pooled, spatial) = self.evaluator.name, self.evaluator.extract.widths
+        widths = f"{pooled} pooled and {spatial} spatial features" if spatial else f"{pooled} features"
         for kind, images in (("generated", count), ("reference", self.reference.provenance.get("images", math.inf))):
             if images <= max(pooled, spatial):
                 log.warning(
-                    f"{name}: {images} {kind} images for {pooled} pooled and {spatial} spatial features: their covariance is "
-                    "singular, and FID and sFID compare only with those of as many images"
+                    f"{name}: {images} {kind} images for {widths}: their covariance is singular, and FID and sFID compare "
+                    "only with those of as many images"
                 )
         if count < SPLITS:
             log.warning(f"{name}: no Inception scores, which need {SPLITS} images; there are {count}")
@@ -170,4 +193,8 @@ class Scores:
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in ROWS} if parts else {}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def _identities(scores: Mapping[str, ImageScore]) -> dict[str, dict[str, Any]]:
+    return {name: dict(score.identity) for name, score in scores.items()}

@@ -102,7 +102,10 @@ def protocol_differences(row: PublishedRow, record: ScoreRecord, score: str) -> 
         fields["evaluator"] = theirs.get("evaluator", "Inception"), evaluator_family(evaluator["name"])
         fields["reference"] = theirs.get("reference"), evaluator.get("reference")
     if score == "clip":
-        fields["CLIP network"] = theirs.get("clip"), clip_network(evaluator.get("clip", {}).get("model"))
+        fields["CLIP network"] = (
+            theirs.get("clip"),
+            clip_network(evaluator.get("image_scores", {}).get("clip", {}).get("model")),
+        )
     if score in COSTS:
         fields["device"] = theirs.get("device"), record.environment.get("device")
 

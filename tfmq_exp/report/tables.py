@@ -41,7 +41,13 @@ def _costs(record: ScoreRecord, kind: str) -> list[float]:
 SCORES = (("fid", "FID", 3, "↓"), ("sfid", "sFID", 3, "↓"), ("is", "IS", 2, "↑"))
 MORE_SCORES = (
     *(("kid", "KID", 5, "↓"), ("precision", "precision", 3, "↑")),
-    *(("recall", "recall", 3, "↑"), ("clip", "CLIP", 3, "↑")),
+    *(
+        ("recall", "recall", 3, "↑"),
+        ("clip", "CLIP", 3, "↑"),
+        ("clip_iqa", "CLIP-IQA", 4, "↑"),
+        ("cmmd", "CMMD", 4, "↓"),
+    ),
+    *(("image_reward", "ImageReward", 3, "↑"), ("hpsv2", "HPSv2", 2, "↑"), ("pick_score", "PickScore", 3, "↑")),
 )
 ERRORS = (
     Column("temporal error", _entry("errors", "temporal_relative_mse"), 5, "↓"),

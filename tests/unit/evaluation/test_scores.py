@@ -25,6 +25,7 @@ class Brightness:
     """Scores a caption by its length and an image by its mean."""
 
     identity = {"metric": "brightness"}
+    needs_captions = True
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         return images.double().mean((1, 2, 3)) - 100 * torch.tensor([len(caption) for caption in captions])
@@ -196,14 +197,14 @@ def test_features_that_are_not_finite_end_the_scoring(evaluator: Evaluator, part
 
 
 def test_a_score_that_is_not_finite_is_named(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
-    wrong = dataclasses.replace(evaluator, clip=Brightness())
+    wrong = dataclasses.replace(evaluator, image_scores={"brightness": Brightness()})
     with pytest.raises(ValueError, match="random: the score fid of 250 images is nan"):
         score(evaluator, dataclasses.replace(reference, pooled=unknown(reference.pooled)), [GENERATED])
     scores = Scores(wrong, reference)
     scores.update(GENERATED, 0, ["a caption"] * len(GENERATED))
     for value in (math.inf, math.nan):
-        scores.rows[0]["clip"][3] = value
-        with pytest.raises(ValueError, match=f"the score clip of 250 images is {value}"):
+        scores.rows[0]["brightness"][3] = value
+        with pytest.raises(ValueError, match=f"the score brightness of 250 images is {value}"):
             scores.compute()
 
 
@@ -225,27 +226,56 @@ def test_a_reference_that_does_not_say_its_size(evaluator: Evaluator, reference:
 
 
 def test_captions_reach_their_images(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
-    captioned = dataclasses.replace(evaluator, clip=Brightness())
+    captioned = dataclasses.replace(evaluator, image_scores={"brightness": Brightness()})
     captions = ["x" * (i % 2) for i in range(len(GENERATED))]
     ours = score(captioned, reference, GENERATED.split(37), lambda indices: [captions[i] for i in indices])
     expected = GENERATED.double().mean() - 100 * np.mean([len(caption) for caption in captions])
-    assert ours["clip"] == pytest.approx(float(expected), rel=1e-6)
-    assert score(captioned, reference, [GENERATED], lambda i: ["long" * 9] * len(i))["clip"] == 0.0
+    assert ours["brightness"] == pytest.approx(float(expected), rel=1e-6)
     wrong: list[Any] = [[], ["one"], list(range(len(GENERATED)))]
     for given in wrong:
         with pytest.raises(ValueError, match="a caption for each image"):
             score(captioned, reference, [GENERATED], lambda _, given=given: given)
 
 
+def test_scores_of_single_images_are_kept_in_their_order(evaluator: Evaluator, reference: ReferenceStatistics) -> None:
+    captioned = dataclasses.replace(evaluator, image_scores={"brightness": Brightness()})
+    captions = ["x" * (i % 2) for i in range(len(GENERATED))]
+    parts = [Scores(captioned, reference) for _ in range(2)]
+    parts[1].update(GENERATED[100:], 100, captions[100:])
+    parts[0].update(GENERATED[:100], 0, captions[:100])
+    parts[0].merge(load(save(parts[1].tensors())))
+    expected = [float(x.double().mean()) - 100 * len(caption) for x, caption in zip(GENERATED, captions, strict=True)]
+    assert parts[0].image_rows()["brightness"].tolist() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"image_scores.fid: a score of single images may not be called"):
+        dataclasses.replace(evaluator, image_scores={"fid": Brightness()})
+
+
+def test_an_extractor_without_maps_and_logits_has_neither_sfid_nor_inception_scores(evaluator: Evaluator) -> None:
+    def network(images: Tensor) -> Features:
+        pooled = evaluator.extract.network(images).pooled
+        return Features(pooled, pooled[:, :0], pooled[:, :0])
+
+    extract = dataclasses.replace(evaluator.extract, network=network, widths=(5, 0))
+    plain = dataclasses.replace(evaluator, extract=extract, cmmd=True)
+    statistics = measured(plain)
+    found = score(plain, statistics, GENERATED.split(60))
+    assert found.keys() == {"fid", "kid", "cmmd", "precision", "recall"}
+    kept = score(evaluator, measured(evaluator), [GENERATED])
+    assert {name: found[name] for name in ("fid", "kid")} == pytest.approx(
+        {name: kept[name] for name in ("fid", "kid")}
+    )
+
+
 def test_metrics_are_part_of_the_identity(evaluator: Evaluator) -> None:
     changed = [
         dataclasses.replace(evaluator, name="another"),
         dataclasses.replace(evaluator, kid=False),
+        dataclasses.replace(evaluator, cmmd=True),
         dataclasses.replace(evaluator, manifold_images=7),
-        dataclasses.replace(evaluator, clip=Brightness()),
+        dataclasses.replace(evaluator, image_scores={"brightness": Brightness()}),
     ]
     identities = [str(e.identity) for e in (evaluator, *changed)]
-    assert len(set(identities)) == 5
+    assert len(set(identities)) == 6
     with pytest.raises(ValueError, match=r"manifold_images must be a whole number, at least 1 .*, got 0"):
         dataclasses.replace(evaluator, manifold_images=0)
 

@@ -12,7 +12,7 @@ from tfmq_exp.report.protocol_match import protocol_differences, published_calls
 @pytest.mark.parametrize(("folder", "agrees"), [("clip-vit-base-patch32", True), ("clip-vit-large-patch14", False)])
 def test_clip_scores_of_different_networks_do_not_compare(folder: str, agrees: bool) -> None:
     theirs = row(protocol={"clip": "ViT-B/32"}, scores={"clip": 0.31})
-    record = dataclasses.replace(OURS, evaluator=OURS.evaluator | {"clip": {"model": folder}})
+    record = dataclasses.replace(OURS, evaluator=OURS.evaluator | {"image_scores": {"clip": {"model": folder}}})
     assert (protocol_differences(theirs, record, "clip") == []) is agrees
 
 

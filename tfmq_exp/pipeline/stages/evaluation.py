@@ -25,6 +25,7 @@ from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.sampling.trajectory import Predict
 
 STATISTICS, SCORES, ERRORS, COMPARISON = "statistics.safetensors", "scores.json", "errors.json", "comparison.json"
+IMAGE_SCORES = "image_scores.safetensors"
 
 
 class SampledNetwork(NamedTuple):
@@ -145,6 +146,12 @@ class ScoreImages(Stage):
             for part in folder.glob("part-*"):  # those of an attempt with more processes as well
                 part.unlink()
             write_json(folder / SCORES, scores.compute())
+            if run.evaluator.image_scores:
+                write_atomically(folder / IMAGE_SCORES, partial(save_file, scores.image_rows()))
+
+    def image_scores(self) -> dict[str, Tensor]:
+        """Scores of every image by name, in the order of the images; empty without such scores."""
+        return load_file(self.result() / IMAGE_SCORES) if self.run.evaluator.image_scores else {}
 
     def scores(self) -> dict[str, float]:
         """Score by metric."""
