@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tfmq_exp.core.seeds import Stream, derive_seed
-from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
+from tfmq_exp.methods.noise_correction import NoiseCorrection
+from tfmq_exp.methods.noise_statistics import NoiseStatistics
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
 from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
@@ -124,4 +125,5 @@ class QuantizationResult:
         """A prediction of this network, and the sampling, both corrected by the noise statistics."""
         if self.correction is None:
             return predict, self.sampling
-        return self.correction.correction(predict, self.sampling, self.correction.statistics)
+        schedule = self.activations.run.denoiser.schedule
+        return self.correction.correction(predict, self.sampling, self.correction.statistics, schedule)
