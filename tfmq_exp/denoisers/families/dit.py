@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.families.family import (
@@ -25,6 +26,13 @@ def features(network: Any, projections: Sequence[str], t: Tensor, given: Conditi
         first = embedding if first is None else first
         found[f"transformer_blocks.{i}.norm1.linear"] = block.norm1.linear(embedding)
     return {**found, "proj_out_1": network.proj_out_1(first)}
+
+
+def keep_labels(network: nn.Module) -> None:
+    """Turn off diffusers' own label dropout, in place: in training, each block would draw its own."""
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
 
 
 DIT = Family(
