@@ -30,8 +30,8 @@ def test_it_is_scored_and_diagnosed(tmp_path: Path) -> None:
 def test_methods_that_do_not_apply_say_why(
     method: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    name, *labels = method.split(" ", 1)
     with pytest.raises(SystemExit):
-        name, *labels = method.split(" ", 1)
         job(tmp_path, "model=digits_dit", "debug=smoke", f"method={name}", *labels, "until=images")
     assert message in " ".join("".join(capsys.readouterr()).split())
 

@@ -72,7 +72,7 @@ class CacheFeatures:
         rows = conditions or {}
         if varied := [name for name, value in rows.items() if not bool((value == value[:1]).all())]:
             raise ValueError(
-                f"temporal features of a {type(model.unet).__name__} depend on {', '.join(varied)}, too: a table by timestep "
+                f"temporal features of a {type(model.network).__name__} depend on {', '.join(varied)}, too: a table by timestep "
                 "cannot hold them (method/temporal=compute computes them)"
             )
         one = {name: value[:1] for name, value in rows.items()}
