@@ -26,7 +26,7 @@ from tfmq_exp.sampling.trajectory import Moves, Sampler, trajectory
 
 CORRECTION = NoiseCorrection(3, "channel", "residual", "pooled", True)
 Function = Callable[..., Any]
-BETAS = DDIMScheduler(**SCHEDULE)
+BETAS: Any = DDIMScheduler(**SCHEDULE)
 # down to a timestep whose noise is more than float32's rounding of a clean sample
 PLAIN = {**SCHEDULE, "clip_sample": False, "steps_offset": 50}
 
@@ -49,7 +49,7 @@ def by_betas(kind: str) -> Callable[[Function], Function]:
         def predict(x: Tensor, t: Tensor) -> Tensor:
             eps, clean = noise(x, t), []
             for row, of_row, when in zip(x, eps, t.tolist(), strict=True):
-                scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
+                scheduler: Any = DDIMScheduler(**SCHEDULE, clip_sample=False)
                 scheduler.set_timesteps(10)
                 clean.append(scheduler.step(of_row, when, row).pred_original_sample)
             x0 = torch.stack(clean)

@@ -27,10 +27,12 @@ def pair() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_inputs_and_targets_of_betas_are_those_of_diffusers(kind: str) -> None:
-    (clean, noise), scheduler = pair(), DDPMScheduler(**SCHEDULE, prediction_type=kind)
+    settings: Any = SCHEDULE | {"prediction_type": kind}
+    (clean, noise), scheduler = pair(), DDPMScheduler(**settings)
+    t: Any = T
     found = TrainingNoise.of(SCHEDULE | {"prediction_type": kind}, DDIM(4))
-    wanted = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, T)}[kind]
-    torch.testing.assert_close(found.noisy(clean, noise, T), scheduler.add_noise(clean, noise, T), rtol=1e-4, atol=1e-4)
+    wanted = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, t)}[kind]
+    torch.testing.assert_close(found.noisy(clean, noise, T), scheduler.add_noise(clean, noise, t), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.target(clean, noise, T), wanted, rtol=1e-4, atol=1e-4)
     assert (found.timesteps, found.given.dtype, found.drawn) == (tuple(range(1000)), torch.int64, "uniform")
 
@@ -38,7 +40,8 @@ def test_inputs_and_targets_of_betas_are_those_of_diffusers(kind: str) -> None:
 @pytest.mark.parametrize("negated", [False, True])
 def test_inputs_and_targets_of_flows_are_those_of_diffusers(*, negated: bool) -> None:
     """As Lumina 2 counts: 1 - t / 1000, and the negative of the velocity."""
-    (clean, noise), scheduler = pair(), FlowMatchEulerDiscreteScheduler()
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
+    clean, noise = pair()
     convention = NetworkConvention((("divide", 1000.0), ("subtract_from", 1.0)), negated)
     found = TrainingNoise.of(FLOWING, PipelineSampler(DDIM(4), convention) if negated else DDIM(4))
     t = torch.tensor([float(place + 1) for place in T])
