@@ -12,11 +12,13 @@ from tests.helpers.reconstruction import ROUNDING, Interruption, MemoryCheckpoin
 from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.methods.activations import CalibrateRanges, LearnRanges
 from tfmq_exp.methods.weights import ReconstructJointly
+from tfmq_exp.qat.training_noise import TrainingNoise
 from tfmq_exp.quant.scales.generator import Frequency
 from tfmq_exp.quant.scales.observed_ranges import TimestepGroupConfig
 from tfmq_exp.quant.scales.tdq import TDQConfig
 from tfmq_exp.reconstruction.objectives import Lp
 from tfmq_exp.reconstruction.units import MixedInputs, TemporalAware
+from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery.config import Bits, LayerBits, ScalePlan
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
@@ -85,3 +87,12 @@ def same_state(one: QuantizedNetwork, other: QuantizedNetwork) -> bool:
 def jointly(iterations: int, quant_prob: float = 0.5) -> ReconstructJointly:
     both = config(iterations, rate=2e-3, rounding=ROUNDING, objective=Lp(), inputs=MixedInputs(quant_prob))
     return ReconstructJointly(TemporalAware(), EveryKth(1), both, SHARDS)
+
+
+def noise_with(alphas: Tensor) -> TrainingNoise:
+    """A training's noise with these alpha-bars, of a network that predicts it."""
+    betas = 1 - alphas.double() / torch.cat([torch.ones(1), alphas[:-1]]).double()
+    schedule = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    return TrainingNoise.of(
+        {**schedule, "num_train_timesteps": len(alphas), "trained_betas": betas.tolist()}, DDIM(1, steps_offset=0)
+    )

@@ -46,18 +46,18 @@ KINDS: dict[Kind, str] = {
     validate.SEED: "seed",
     validate.SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall eval.cmmd model.denoiser.ema model.tie_qkv "
     "protocol.qat.horizontal_flip data.grey",
-    validate.COUNT: "data.size eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows runtime.batch_size runtime.processes runtime.microbatches "
+    validate.COUNT: "data.size eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows model.denoiser.image_size runtime.batch_size runtime.processes runtime.microbatches "
     "diagnosis.samples diagnosis.trajectories " + re.sub(r"(\S+)", r"protocol.\1", COUNTS),
     optional(validate.COUNT): "runtime.threads engine.threads protocol.calibration.num_inference_steps",
     validate.ANY_COUNT: "protocol.qat.warmup",
     validate.RATE: re.sub(r"(\S+)", r"protocol.\1", RATES),
     validate.DECAY: "protocol.qat.ema_decay",
-    validate.SHARE: "protocol.sampling.eta",
+    validate.SHARE: "protocol.sampling.eta model.condition_dropout",
     validate.AMOUNT: "runtime.activation_cache_gib",
     optional(validate.AMOUNT): "model.sampling.guidance runtime.device_cache_gib",
     MINUTES: "runtime.checkpoint_every_min",
     optional(TEXT): "runtime.activation_cache_dir",
-    PATH: "name path captions data.path data.listing model.denoiser.path paths.outputs paths.store paths.checkpoints paths.data "
+    PATH: "name path captions data.path data.listing model.denoiser.path model.denoiser.autoencoder paths.outputs paths.store paths.checkpoints paths.data "
     "paths.inception",
 }
 

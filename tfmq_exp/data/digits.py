@@ -27,7 +27,8 @@ class DigitsImages:
     """All 1,797 digits as an image dataset of one channel."""
 
     def __init__(self) -> None:
-        self.images, self.shape = load_images()[0], (1, IMAGE_SIZE, IMAGE_SIZE)
+        self.images, labels = load_images()
+        self.shape, self.classes = (1, IMAGE_SIZE, IMAGE_SIZE), [int(label) for label in labels]
         self.identity: Mapping[str, Any] = {"set": "scikit-learn digits", "images": len(self), "size": IMAGE_SIZE}
 
     def __len__(self) -> int:

@@ -56,17 +56,19 @@ class Conditions:
         null: one row for no condition at all, the other half of classifier-free guidance; empty where a network has no such mode.
         constants: arguments that all rows share: positions of tokens, sizes.
         normalised: the guided prediction is brought to the length of that with the condition, along the last axis.
+        guided_channels: how many channels guidance changes, the first; None for those of the sample.
     """
 
     given: Mapping[str, Tensor] = field(default_factory=dict)
     null: Mapping[str, Tensor] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     normalised: bool = False
+    guided_channels: int | None = None
 
     def to(self, device: torch.device) -> "Conditions":
         parts = (self.given, self.null, self.constants)
         moved = ({k: v.to(device) if isinstance(v, Tensor) else v for k, v in p.items()} for p in parts)
-        return Conditions(*moved, normalised=self.normalised)
+        return Conditions(*moved, normalised=self.normalised, guided_channels=self.guided_channels)
 
 
 class ConditionEncoder(Protocol):

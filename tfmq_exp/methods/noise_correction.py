@@ -1,7 +1,7 @@
 """Correction of the quantization noise that remains in the prediction (PTQD, arXiv 2305.10657)."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,88 +13,15 @@ from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.validate import COUNT, SWITCH, check_fields, one_of
-from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.quant.timestep_context import TimestepContext
+from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.methods.noise_statistics import STATISTICS, NoiseMoments, NoiseStatistics, channel_axis
 from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.prediction import Mixtures, check_mixture
 from tfmq_exp.sampling.samplers import DDIM, VarianceCalibrated
-from tfmq_exp.sampling.trajectory import Predict, Sampler, alphas_cumprod, require_noise_prediction
+from tfmq_exp.sampling.trajectory import Predict, Sampler
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
-Predictions = Float[Tensor, "steps images channels *pixels"]
-STATISTICS = ("k", "r2", "bias", "sigma")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class NoiseMoments:
-    """Sums over a channel's pixels, per step and image, of e (float prediction), d (quantized minus float), e², d² and e d."""
-
-    pixels: int
-    sums: Float[Tensor, "5 steps images channels"]
-
-    @classmethod
-    def of(cls, e: Predictions, d: Predictions) -> "NoiseMoments":
-        """The sums, in double precision."""
-        e, d = e.double().flatten(3), d.double().flatten(3)
-        return cls(e.shape[3], torch.stack([x.sum(3) for x in (e, d, e * e, d * d, e * d)]))
-
-    @classmethod
-    def join(cls, batches: "Sequence[Sequence[NoiseMoments]]") -> "NoiseMoments":
-        """Batches of images, each given step by step."""
-        parts = [torch.cat([step.sums for step in batch], dim=1) for batch in batches]
-        return cls(batches[0][0].pixels, torch.cat(parts, dim=2))
-
-    def signal_to_noise(self) -> Float[Tensor, "steps"]:
-        """E |e|^2 / E |d|^2."""
-        return self.sums[2].sum((1, 2)) / self.sums[3].sum((1, 2))
-
-
-@dataclass(frozen=True)
-class NoiseStatistics:
-    """Quantization noise of every sampling step: d = k e + bias + N(0, sigma^2), uncorrelated with e."""
-
-    timesteps: tuple[float | int, ...]
-    k: Float[Tensor, "steps"]
-    r2: Float[Tensor, "steps"]
-    bias: Float[Tensor, "steps channels"]
-    sigma: Float[Tensor, "steps"]
-    bits: tuple[int, ...] = ()  # of activations at every step, where there was a choice
-
-    def corrected(self, predict: Predict) -> Predict:
-        """(prediction - bias) / (1 + k), with each row's own step."""
-        context = TimestepContext(self.timesteps)
-
-        def corrected_predict(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-            step = context.step_indices(t).cpu()
-            k = self.k[step].to(x).reshape(-1, *(1,) * (x.dim() - 1))
-            bias = self.bias[step].to(x).reshape(len(x), -1, *(1,) * (x.dim() - 2))
-            return (predict(x, t, conditions) - bias) / (1 + k)
-
-        return corrected_predict
-
-    @property
-    def residual(self) -> Float[Tensor, "steps"]:
-        """Standard deviation of the noise that the corrected prediction still has."""
-        return self.sigma / (1 + self.k)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, as it is stored; timesteps in int64, or in float32, which holds real ones exactly."""
-        lists = {"timesteps": torch.tensor(self.timesteps), "bits": torch.tensor(self.bits, dtype=torch.long)}
-        return {name: getattr(self, name) for name in STATISTICS} | lists
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "NoiseStatistics":
-        """The inverse of `tensors`."""
-        timesteps, bits = (tuple(tensors[name].tolist()) for name in ("timesteps", "bits"))
-        return cls(timesteps, bits=bits, **{name: tensors[name] for name in STATISTICS})
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per step, for a table."""
-        columns = {"step": range(len(self.timesteps)), "t": self.timesteps}
-        columns |= {name: getattr(self, name).tolist() for name in ("k", "r2", "sigma")}
-        columns["bias_rms"] = [float(x.square().mean().sqrt()) for x in self.bias]
-        columns["bits"] = self.bits or (None,) * len(self.timesteps)
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -135,8 +62,11 @@ class NoiseCorrection:
             raise ValueError(f"the noise of a {name} cannot be calibrated: choose sampler=ddim, or sampler.eta=0")
 
     def check_training(self, schedule: Mapping[str, Any]) -> None:
-        """Raise ValueError for a network that predicts anything but noise, which the method's formulas are for."""
-        require_noise_prediction(schedule, "PTQD's correction (method/correction)")
+        """Raise ValueError for a network whose noise is not known."""
+        try:
+            check_mixture(schedule)
+        except ValueError as error:
+            raise ValueError(f"PTQD's correction (method/correction) is of predicted noise: {error}") from error
 
     def estimate(self, moments: NoiseMoments, timesteps: tuple[float | int, ...]) -> NoiseStatistics:
         """Statistics of every step, from sums over its images.
@@ -199,6 +129,8 @@ class NoiseCorrection:
         """
         self.check_training(denoiser.schedule)
         context, widths, timesteps = model.context, model.activation_bits() or (0,), sampling.calls(denoiser)
+        mixtures = Mixtures.of(sampling.sampler, denoiser.schedule, context.timesteps)
+        factors = dict(zip(context.timesteps, torch.stack(mixtures.implied_noise(), dim=1).tolist(), strict=True))
         predict, exact = sampling.predictor(model.for_timesteps(timesteps)), sampling.predictor(denoiser.network)
         rows: dict[int, list[list[NoiseMoments]]] = {bits: [] for bits in widths}
         for number, indices in enumerate(batches(self.images, batch)):
@@ -212,8 +144,10 @@ class NoiseCorrection:
                     if bits:
                         model.use_bits([bits] * context.num_steps)
                     with torch.no_grad():
-                        noise = predict(step.x, t, conditions) - step.eps
-                    seen[step.t].append(NoiseMoments.of(step.eps[None], noise[None]))
+                        error = predict(step.x, t, conditions) - step.eps
+                    of_x, of_prediction = factors[step.t]
+                    pair = of_x * step.x + of_prediction * step.eps, of_prediction * error
+                    seen[step.t].append(NoiseMoments.of(*(x.movedim(channel_axis(x), 1)[None] for x in pair)))
                 each_step(number * len(timesteps) + step.index + 1)
             for per_batch, steps in zip(rows.values(), zip(*seen.values(), strict=True), strict=True):
                 per_batch.append(list(steps))
@@ -221,30 +155,41 @@ class NoiseCorrection:
         statistics = {bits: self.estimate(sums, context.timesteps) for bits, sums in moments.items()}
         if widths == (0,):
             return statistics[0]
-        alphas = alphas_cumprod(denoiser.schedule)[[round(t) for t in context.timesteps]]
-        chosen = choose_bits({bits: sums.signal_to_noise() for bits, sums in moments.items()}, alphas)
+        ratios = {bits: sums.signal_to_noise() for bits, sums in moments.items()}
+        chosen = choose_bits(ratios, mixtures.signal_share())
         every = {n: torch.stack([getattr(statistics[b], n)[i] for i, b in enumerate(chosen)]) for n in STATISTICS}
         return NoiseStatistics(context.timesteps, bits=chosen, **every)
 
-    def __call__(self, predict: Predict, sampling: Sampling, statistics: NoiseStatistics) -> tuple[Predict, Sampling]:
-        """The corrected prediction, and the sampling with a calibrated variance where the sampler adds noise."""
+    def __call__(
+        self, predict: Predict, sampling: Sampling, statistics: NoiseStatistics, schedule: Mapping[str, Any]
+    ) -> tuple[Predict, Sampling]:
+        """The corrected prediction, and the sampling with a calibrated variance where the sampler adds noise.
+
+        Args:
+            predict: of the quantized network.
+            sampling: that the statistics were measured with.
+            statistics: of its noise.
+            schedule: of the network's training.
+        """
+        mixtures = Mixtures.of(sampling.sampler, schedule, statistics.timesteps)
+        corrected = statistics.corrected(predict, mixtures.implied_noise())
         if not sampling.sampler.eta:
             log.info("eta is 0: the sampler's noise stays as it is; only bias and correlation are corrected")
-            return statistics.corrected(predict), sampling
+            return corrected, sampling
         self.check(sampling.sampler)
         assert isinstance(sampling.sampler, DDIM)
         residual = dict(zip(statistics.timesteps, statistics.residual.tolist(), strict=True))
         calibrated = VarianceCalibrated(sampling.sampler, residual, self.keep_drift)
-        return statistics.corrected(predict), replace(sampling, sampler=calibrated)
+        return corrected, replace(sampling, sampler=calibrated)
 
 
 def choose_bits(
-    signal_to_noise: Mapping[int, Float[Tensor, "steps"]], alphas_cumprod: Float[Tensor, "steps"]
+    signal_to_noise: Mapping[int, Float[Tensor, "steps"]], signal_share: Float[Tensor, "steps"]
 ) -> tuple[int, ...]:
     """Step-aware mixed precision (PTQD, section 3.4): the fewest bits whose SNR exceeds that of the diffusion process.
 
-    The process has SNR alpha / (1 - alpha) at a step; where no width exceeds it, the largest is taken.
+    The process has SNR share / (1 - share) at a step; where no width exceeds it, the largest is taken.
     """
-    widths, snr = sorted(signal_to_noise), alphas_cumprod / (1 - alphas_cumprod)
+    widths, snr = sorted(signal_to_noise), signal_share / (1 - signal_share)
     steps = enumerate(snr.tolist())
     return tuple(next((b for b in widths if float(signal_to_noise[b][i]) > least), widths[-1]) for i, least in steps)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tfmq_exp.data.image_dataset import ImageDataset
-from tfmq_exp.denoisers.denoiser import ConditionEncoder
+from tfmq_exp.denoisers.denoiser import ConditionEncoder, nested
 from tfmq_exp.sampling.conditioning import read_coco
 
 
@@ -52,6 +52,18 @@ class FolderClasses:
 
 
 @dataclass(frozen=True)
+class OwnClasses:
+    """The classes that a set of images has of its own, as the digits."""
+
+    def of(self, source: ImageDataset) -> Sequence[int]:
+        if (classes := getattr(source, "classes", None)) is None:
+            raise TypeError(
+                f"{type(source).__name__} knows no classes of its images: choose other method.weights.labels"
+            )
+        return classes
+
+
+@dataclass(frozen=True)
 class CocoCaptions:
     """The first caption of every image in one of COCO's files, captions_*.json, see `read_coco`."""
 
@@ -78,7 +90,7 @@ class ConditionDropout:
 
     def __call__(
         self, rows: Int[Tensor, "batch"], conditioned: Bool[Tensor, "batch"], device: torch.device
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Keyword arguments of the network: the condition of each image of `rows`, or the null condition.
 
         Raises:
@@ -89,11 +101,12 @@ class ConditionDropout:
         # mirror images come after all others, in the same order
         found = self.encoder([self.labels[row % len(self.labels)] for row in rows.tolist()]).to(device)
         if bool(conditioned.all()):
-            return dict(found.given)
+            return nested({**found.given, **found.constants})
         if not found.null:
             raise ValueError("this network has no unconditional mode: condition_dropout must be 0")
         mask = conditioned.to(device)
-        return {
+        kept = {
             name: torch.where(mask.reshape(-1, *(1,) * (value.dim() - 1)), value, found.null[name])
             for name, value in found.given.items()
         }
+        return nested({**kept, **found.constants})

@@ -20,6 +20,7 @@ from tfmq_exp.core.finite import require_finite
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
+from tfmq_exp.qat.training_noise import Drawn, draw_timesteps
 
 FILE = "examples.npy"
 BATCHES = f"batches{HASH}"  # a line for each batch in the file, with its hash
@@ -143,11 +144,11 @@ def hash_of_rows(array: np.ndarray, rows: list[slice]) -> str:
 
 
 class Batch(NamedTuple):
-    """One iteration: indices and x_0 of its images, their noise and timesteps, and which of them keep their condition."""
+    """One iteration: indices and x_0 of its images, their noise, places of their timesteps, and which keep their condition."""
 
     rows: Int[Tensor, "batch"]
-    clean: Float[Tensor, "batch channels height width"]
-    noise: Float[Tensor, "batch channels height width"]
+    clean: Float[Tensor, "batch ..."]
+    noise: Float[Tensor, "batch ..."]
     t: Int[Tensor, "batch"]
     conditioned: Bool[Tensor, "batch"]
 
@@ -156,22 +157,11 @@ class Batch(NamedTuple):
         return Batch(*(field.to(device) for field in self))
 
 
-def noisy(
-    clean: Float[Tensor, "batch *rest"],
-    noise: Float[Tensor, "batch *rest"],
-    t: Int[Tensor, "batch"],
-    alphas_cumprod: Float[Tensor, "timesteps"],
-) -> Float[Tensor, "batch *rest"]:
-    """x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise, row by row (DDPM, arXiv 2006.11239, eq. 4)."""
-    alpha = alphas_cumprod[t].reshape(-1, *(1,) * (clean.dim() - 1))
-    return (alpha.sqrt().to(clean.dtype) * clean).addcmul((1 - alpha).sqrt().to(clean.dtype), noise)
-
-
 @dataclass(frozen=True)
 class NoisyBatches:
     """Batches by their number, so that a resumed training has those that it would have had.
 
-    Images come in another random order in every epoch; timesteps are uniform over all of the training's.
+    Images come in another random order in every epoch; timesteps are random, see `draw_timesteps`.
     """
 
     images: TrainingSet  # to draw from
@@ -180,6 +170,7 @@ class NoisyBatches:
     condition_dropout: float  # share of rows whose condition is dropped, 0 to 1
     seed: int  # of all random numbers
     stream: str = Stream.TRAINING  # name of the random stream
+    drawn: Drawn = "uniform"  # distribution of timesteps
 
     def __post_init__(self) -> None:
         if len(self.images) == 0:
@@ -195,7 +186,7 @@ class NoisyBatches:
         rows = torch.cat(orders)
         clean = self.images.rows(rows)
         noise = torch.randn(clean.shape, generator=generator)
-        t = torch.randint(self.timesteps, (self.size,), generator=generator)
+        t = draw_timesteps(self.drawn, self.timesteps, self.size, generator)
         return Batch(rows, clean, noise, t, torch.rand(self.size, generator=generator) >= self.condition_dropout)
 
 

@@ -16,8 +16,9 @@ from tfmq_exp.core.distributed import ALONE, ProcessGroup, summed_gradients
 from tfmq_exp.core.seeds import Stream, derive_seed, seed_draws
 from tfmq_exp.denoisers.denoiser import noise_of
 from tfmq_exp.qat.conditioning import ConditionDropout
-from tfmq_exp.qat.dataset import Batch, noisy
+from tfmq_exp.qat.dataset import Batch
 from tfmq_exp.qat.model import TrainableParameters, clamp_parameters
+from tfmq_exp.qat.training_noise import TrainingNoise
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 Norm = Literal["l1", "l2"]
@@ -66,18 +67,18 @@ class TrainingProtocol:
             raise ValueError(f"a batch of {self.batch} can have 1 to {self.batch} parts, got {self.parts}")
 
 
-def loss(predicted: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *rest"], norm: Norm) -> Float[Tensor, ""]:
-    """Mean squared (l2) or absolute (l1) error of the noise (DDPM, eq. 14), in float32 whatever the network's precision."""
-    return LOSSES[norm](predicted.float(), noise.float())
+def loss(
+    predicted: Float[Tensor, "batch *rest"], target: Float[Tensor, "batch *rest"], norm: Norm
+) -> Float[Tensor, ""]:
+    """Mean squared (l2) or absolute (l1) error of a prediction (DDPM, eq. 14), in float32 whatever the network's precision."""
+    return LOSSES[norm](predicted.float(), target.float())
 
 
-def predict_noise(
-    model: QuantizedNetwork, batch: Batch, conditions: ConditionDropout, alphas_cumprod: Float[Tensor, "timesteps"]
-) -> Tensor:
-    """The noise predicted in a batch on the model's device; timesteps of no sampling step take the nearest step's scales."""
-    x = noisy(batch.clean, batch.noise, batch.t, alphas_cumprod)
+def predict(model: QuantizedNetwork, batch: Batch, conditions: ConditionDropout, noise: TrainingNoise) -> Tensor:
+    """The prediction for a batch on the model's device; timesteps of no sampling step take the nearest step's scales."""
+    x = noise.noisy(batch.clean, batch.noise, batch.t)
     given = conditions(batch.rows, batch.conditioned, x.device)
-    return noise_of(model(x, batch.t, outside="nearest", **given).sample, x)
+    return noise_of(model(x, noise.given[batch.t], outside="nearest", **given).sample, x)
 
 
 def update_average(average: Sequence[Tensor], current: Sequence[Tensor], number: int, decay: float) -> None:
@@ -89,7 +90,7 @@ def update_average(average: Sequence[Tensor], current: Sequence[Tensor], number:
 
 
 class QuantizationAwareTraining(pl.LightningModule):
-    """Minimises the error of the predicted noise, plus a penalty of the quantizers.
+    """Minimises the error of the prediction, plus a penalty of the quantizers.
 
     Lightning steps the optimiser, for its precisions and checkpoints; gradients are computed microbatch by microbatch and
     summed in their order, on whichever rank they are.
@@ -99,13 +100,12 @@ class QuantizationAwareTraining(pl.LightningModule):
         parameters: all that is trained in it, by group.
         penalty: of the quantizers; independent of the batch, so it is added once.
         conditions: of a batch.
-        alphas_cumprod: alpha-bar of every timestep of the training.
+        noise: of the network's training, on the model's device.
         protocol: how it is trained.
         seed: of random numbers inside the network.
         processes: ranks that share the microbatches.
     """
 
-    alphas_cumprod: Tensor
     error: Tensor
     penalty: Callable[[], Tensor | float]
     conditions: ConditionDropout
@@ -116,7 +116,7 @@ class QuantizationAwareTraining(pl.LightningModule):
         parameters: TrainableParameters,
         penalty: Callable[[], Tensor | float],
         conditions: ConditionDropout,
-        alphas_cumprod: Float[Tensor, "timesteps"],
+        noise: TrainingNoise,
         protocol: TrainingProtocol,
         seed: int,
         processes: ProcessGroup = ALONE,
@@ -124,8 +124,8 @@ class QuantizationAwareTraining(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.groups, self.penalty, self.conditions = model, parameters, penalty, conditions
+        self.noise = noise
         self.protocol, self.seed, self.processes = protocol, seed, processes
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.register_buffer("error", torch.zeros(()))  # of the last batch, without the penalty
         self.trained = list(dict.fromkeys(parameter for group in parameters for parameter in group))
         self.ema = nn.ParameterList(p.detach().clone() for p in self.trained).requires_grad_(False)
@@ -168,9 +168,9 @@ class QuantizationAwareTraining(pl.LightningModule):
         self.error.copy_(total[-1])
 
     def loss(self, batch: Batch) -> Tensor:
-        """Loss of the predicted noise for some rows."""
-        predicted = predict_noise(self.model, batch, self.conditions, self.alphas_cumprod)
-        return loss(predicted, batch.noise, self.protocol.loss)
+        """Loss of the prediction for some rows."""
+        predicted = predict(self.model, batch, self.conditions, self.noise)
+        return loss(predicted, self.noise.target(batch.clean, batch.noise, batch.t), self.protocol.loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.protocol.gradient_clip_val is not None:  # the gradient no longer has the scale of half precision

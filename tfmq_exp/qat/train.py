@@ -10,19 +10,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor
 
 from tfmq_exp.core.distributed import concatenated
 from tfmq_exp.core.files import hash_path, intact, write_checked
 from tfmq_exp.core.finite import DivergedError, require_finite
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import ConditionEncoder
+from tfmq_exp.denoisers.families.dit import keep_labels
 from tfmq_exp.qat.conditioning import ConditionDropout
 from tfmq_exp.qat.dataset import Batch, BatchRange, NoisyBatches, TrainingSet
 from tfmq_exp.qat.model import observe, penalty, ready, trainable
-from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, loss, predict_noise
+from tfmq_exp.qat.module import QuantizationAwareTraining, TrainingProtocol, loss, predict
+from tfmq_exp.qat.training_noise import TrainingNoise
 from tfmq_exp.reconstruction.context import (
     ComputeConfig,
     ProgressCallback,
@@ -48,7 +48,7 @@ class TrainingContext:
     images: TrainingSet  # x_0 of the training images
     labels: Sequence[Any]  # of every image, for the encoder; none for unconditional networks
     encoder: ConditionEncoder  # of labels
-    alphas_cumprod: Float[Tensor, "timesteps"]  # alpha-bar of every timestep of the training
+    noise: TrainingNoise  # of the network's training, on the network's device
     compute: ComputeConfig  # resources
     seed: int  # of all random numbers
     folder: Path  # of Lightning's checkpoints
@@ -128,7 +128,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     """Calibrate the quantizers, train from the last checkpoint if there is one, and leave the parameters' average in the model.
 
-    The error of the predicted noise is measured before and after, saved and reported.
+    The error of the prediction is measured before and after, saved and reported.
     """
     model, compute, processes = context.model, context.compute, context.compute.processes
     context.progress.on_start(1)
@@ -142,7 +142,7 @@ def train(context: TrainingContext, protocol: TrainingProtocol) -> None:
     trainer = compute.trainer(callbacks=[history, *saving], **settings)
     with torch.enable_grad(), torch.random.fork_rng():
         trainer.fit(module.train(), remaining, ckpt_path=checkpoint, weights_only=True)
-    module.to(context.alphas_cumprod.device)  # Lightning has moved it to the CPU
+    module.to(context.noise.given.device)  # Lightning has moved it to the CPU
     for parameter, mean in zip(module.trained, module.ema, strict=True):
         parameter.requires_grad_(False).copy_(mean)
     result = concatenated(module.trained)
@@ -159,27 +159,29 @@ def prepare_training(
     context: TrainingContext, protocol: TrainingProtocol
 ) -> tuple[QuantizationAwareTraining, NoisyBatches]:
     """Calibrate the quantizers; return the module and the batches of its training."""
-    model, alphas, seed = context.model, context.alphas_cumprod, context.seed
-    conditions = ConditionDropout(context.encoder, context.labels)
-    batches = NoisyBatches(context.images, protocol.batch, len(alphas), protocol.condition_dropout, seed)
+    model, noise, seed = context.model, context.noise, context.seed
+    conditions, device = ConditionDropout(context.encoder, context.labels), noise.given.device
+    drawn = len(noise.timesteps), protocol.condition_dropout, seed
+    batches = NoisyBatches(context.images, protocol.batch, *drawn, drawn=noise.drawn)
+    keep_labels(model)
     observe(model)
     with torch.no_grad(), model.naming_activations():
         for batch in BatchRange(replace(batches, stream=Stream.RANGE_CALIBRATION), 0, protocol.calibration_batches):
-            predict_noise(model, batch.on(alphas.device), conditions, alphas)
+            predict(model, batch.on(device), conditions, noise)
     ready(model)
-    given = (model, trainable(model), lambda: penalty(model), conditions, alphas, protocol, seed)
-    return QuantizationAwareTraining(*given, context.compute.processes).to(alphas.device), batches
+    given = (model, trainable(model), lambda: penalty(model), conditions, noise, protocol, seed)
+    return QuantizationAwareTraining(*given, context.compute.processes).to(device), batches
 
 
 @torch.no_grad()
 def prediction_error(module: QuantizationAwareTraining, batches: NoisyBatches, size: int) -> float:
-    """Mean squared error of the predicted noise, whose variance is 1, on a fixed batch; in evaluation mode, `size` rows a pass."""
+    """Mean squared error of the prediction on a fixed batch; in evaluation mode, `size` rows a pass."""
     module.model.eval()
     batch = replace(batches, size=ERROR_SAMPLES, stream=Stream.ERROR, condition_dropout=0.0).batch(0)
     total = 0.0
     for rows in zip(*(field.split(size) for field in batch), strict=True):
-        part = Batch(*rows).on(module.alphas_cumprod.device)
-        predicted = predict_noise(module.model, part, module.conditions, module.alphas_cumprod)
-        require_finite(predicted, "the noise that the quantized network predicts for training images")
-        total += float(loss(predicted, part.noise, "l2")) * len(part.noise)
+        part = Batch(*rows).on(module.noise.given.device)
+        predicted = predict(module.model, part, module.conditions, module.noise)
+        require_finite(predicted, "what the quantized network predicts for training images")
+        total += float(loss(predicted, module.noise.target(part.clean, part.noise, part.t), "l2")) * len(part.t)
     return total / ERROR_SAMPLES

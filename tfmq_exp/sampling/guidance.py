@@ -13,6 +13,7 @@ from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import AMOUNT, check_fields, one_of
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, nested, noise_of
 from tfmq_exp.denoisers.loading.forward_check import check_timesteps
+from tfmq_exp.sampling.ancestral import DDPM
 from tfmq_exp.sampling.conditioning import Conditioning, Unconditional
 from tfmq_exp.sampling.network_convention import with_steps
 from tfmq_exp.sampling.trajectory import Predict, Sampler, Step, finite_set, trajectory
@@ -70,8 +71,11 @@ class Sampling:
         check_timesteps(denoiser.network, self.finite_set(denoiser))
 
     def predictor(self, network: Callable[..., Any]) -> Predict:
-        """A UNet as a function (x, t, conditions) -> noise, after guidance (eq. 6): e_null + s (e_given - e_null)."""
-        scale = self.guidance
+        """A network as a function (x, t, conditions) -> prediction, after guidance (eq. 6): e_null + s (e_given - e_null).
+
+        The weights of a learned variance come after it where the sampler takes them; they are those with the condition.
+        """
+        scale, whole = self.guidance, isinstance(self.sampler, DDPM) and self.sampler.variance == "learned"
 
         def predict(x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
             given = conditions.given
@@ -81,10 +85,13 @@ class Sampling:
                 x, t = torch.cat([x, x]), torch.cat([t, t])
             with products_in(self.precision, x.device):
                 arguments = nested({**given, **conditions.constants})
-                eps = noise_of(network(x, timestep=t, **arguments).sample, x).to(x.dtype)
+                output = network(x, timestep=t, **arguments).sample
+            eps = (output if whole else noise_of(output, x)).to(x.dtype)
             if self.guided:
                 without, with_condition = eps.chunk(2)
                 guided = without + scale * (with_condition - without)
+                if (count := conditions.guided_channels or x.shape[1]) < guided.shape[1]:
+                    guided = torch.cat([guided[:, :count], with_condition[:, count:]], dim=1)
                 if not conditions.normalised:
                     return guided
                 return guided * (with_condition.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

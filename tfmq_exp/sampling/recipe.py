@@ -15,6 +15,7 @@ from tfmq_exp.core.seeds import Stream, image_generators, initial_noise
 from tfmq_exp.core.validate import SEED, whole
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
 from tfmq_exp.denoisers.loading.scheduler_config import check_count
+from tfmq_exp.sampling.ancestral import DDPM
 from tfmq_exp.sampling.diffusers_scheduler import Scheduler, SigmaScheduler
 from tfmq_exp.sampling.edm import EDM
 from tfmq_exp.sampling.guidance import Sampling
@@ -24,7 +25,7 @@ from tfmq_exp.sampling.trajectory import trajectory
 
 LARGEST = 2**16  # channels, or pixels of a side
 SAMPLERS: dict[str, Any] = {
-    kind.__name__: kind for kind in (DDIM, PLMS, DPMSolver, Scheduler, SigmaScheduler, EDM, PipelineSampler)
+    kind.__name__: kind for kind in (DDIM, DDPM, PLMS, DPMSolver, Scheduler, SigmaScheduler, EDM, PipelineSampler)
 }
 
 

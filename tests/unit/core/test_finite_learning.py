@@ -17,7 +17,8 @@ from tfmq_exp.calibration.timesteps import EveryKth
 from tfmq_exp.core.files import write_json
 from tfmq_exp.core.finite import DivergedError, NotFiniteError, naming_rates, relative, within
 from tfmq_exp.methods.activations import CalibrateRanges
-from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments
+from tfmq_exp.methods.noise_correction import NoiseCorrection
+from tfmq_exp.methods.noise_statistics import NoiseMoments
 from tfmq_exp.quant.histogram_observers import EntropyObserver, HistogramPercentileObserver
 from tfmq_exp.quant.observers import (
     AbsMax,

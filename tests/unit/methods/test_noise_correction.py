@@ -15,9 +15,11 @@ from tests.conftest import TIMESTEPS, calibrated, quantizable
 from tests.helpers.sampling import SCHEDULE, SHAPE
 from tfmq_exp.core.seeds import image_generators, initial_noise
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser
-from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseMoments, NoiseStatistics, choose_bits
+from tfmq_exp.methods.noise_correction import NoiseCorrection, choose_bits
+from tfmq_exp.methods.noise_statistics import NoiseMoments, NoiseStatistics
 from tfmq_exp.sampling.diffusers_scheduler import Scheduler
 from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.prediction import ImpliedNoise
 from tfmq_exp.sampling.samplers import DDIM, PLMS, VarianceCalibrated
 from tfmq_exp.sampling.trajectory import Predict, trajectory
 
@@ -35,6 +37,11 @@ def correction(
     bias: Bias = "residual", sigma: Spread = "pooled", *, keep_drift: bool = True, intercept: Intercept = "channel"
 ) -> NoiseCorrection:
     return NoiseCorrection(images=5, intercept=intercept, bias=bias, sigma=sigma, keep_drift=keep_drift)
+
+
+def itself(steps: int) -> ImpliedNoise:
+    """Of a network that predicts noise."""
+    return ImpliedNoise(torch.zeros(steps).double(), torch.ones(steps).double())
 
 
 def statistics(k: float = 0.3, sigma: float = 0.2, bits: tuple[int, ...] = ()) -> NoiseStatistics:
@@ -58,7 +65,7 @@ def test_zero_statistics_reproduce_ddim_bit_by_bit(tiny_unet: nn.Module, eta: fl
     zero = NoiseStatistics(TIMESTEPS, torch.zeros(4), torch.zeros(4), torch.zeros(4, 3), torch.zeros(4))
     plain = Sampling(DDIM(4, eta))
     predict = plain.predictor(tiny_unet)
-    corrected = correction(keep_drift=keep_drift)(predict, plain, zero)
+    corrected = correction(keep_drift=keep_drift)(predict, plain, zero, SCHEDULE)
     calibrated_sampler = Sampling(VarianceCalibrated(DDIM(4, eta), dict.fromkeys(TIMESTEPS, 0.0), keep_drift))
     expected, states = sampled(predict, plain)
     assert torch.equal(sampled(*corrected)[0], expected)
@@ -79,14 +86,14 @@ def test_deterministic_sampling_adds_no_noise_for_any_sigma(
     calibrated_sampler = VarianceCalibrated(DDIM(4), dict.fromkeys(TIMESTEPS, sigma), keep_drift)
     assert torch.equal(sampled(predict, Sampling(calibrated_sampler))[0], expected)
     found = statistics(sigma=sigma)
-    by_hand, _ = sampled(found.corrected(predict), plain)
-    assert torch.equal(sampled(*correction(keep_drift=keep_drift)(predict, plain, found))[0], by_hand)
+    by_hand, _ = sampled(found.corrected(predict, itself(4)), plain)
+    assert torch.equal(sampled(*correction(keep_drift=keep_drift)(predict, plain, found, SCHEDULE))[0], by_hand)
     assert not torch.allclose(by_hand, expected)
 
 
 def test_noisy_sampling_shrinks_its_noise_by_the_residual_of_the_corrected_prediction() -> None:
     found = statistics(sigma=0.01)
-    _, sampling = correction()(lambda x, *_: x, Sampling(DDIM(4, 1.0)), found)
+    _, sampling = correction()(lambda x, *_: x, Sampling(DDIM(4, 1.0)), found, SCHEDULE)
     sampler = sampling.sampler
     assert isinstance(sampler, VarianceCalibrated)
     assert list(sampler.residual) == list(TIMESTEPS)
@@ -207,7 +214,7 @@ def test_corrected_prediction_has_no_mean_error_and_less_spread() -> None:
     found = correction().estimate(NoiseMoments.of(*synthetic()), T)
     fresh_e, fresh_d = synthetic(seed=1)
     for step, t in enumerate(T):
-        predict = found.corrected(lambda x, *_, step=step: x + fresh_d[step])
+        predict = found.corrected(lambda x, *_, step=step: x + fresh_d[step], itself(3))
         error = predict(fresh_e[step], torch.full((IMAGES,), t), Conditions()) - fresh_e[step]
         residual = SIGMA[step] / (1 + K[step])
         assert error.mean((0, 2, 3)).tolist() == pytest.approx([0] * CHANNELS, abs=0.02)
@@ -268,7 +275,7 @@ def test_no_noise_gives_zero_statistics() -> None:
 
 def test_every_row_is_corrected_with_the_statistics_of_its_own_step() -> None:
     found, x, t = statistics(), torch.randn(5, *SHAPE), torch.tensor([1, 751, 251, 251, 501])
-    corrected = found.corrected(lambda x, t, _: x * t.reshape(-1, 1, 1, 1))(x, t, Conditions())
+    corrected = found.corrected(lambda x, t, _: x * t.reshape(-1, 1, 1, 1), itself(4))(x, t, Conditions())
     for row, when in enumerate(t.tolist()):
         step = TIMESTEPS.index(when)
         for channel in range(3):

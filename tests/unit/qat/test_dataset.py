@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.learning import noise_with
 from tfmq_exp.data.digits import DigitsImages, load_images
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
 from tfmq_exp.pipeline.stages.weights import label_inputs
 from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses, NoLabels
-from tfmq_exp.qat.dataset import NoisyBatches, TrainingSet, noisy, training_set_identity, write_training_set
+from tfmq_exp.qat.dataset import NoisyBatches, TrainingSet, training_set_identity, write_training_set
 
 
 class Halves:
@@ -163,7 +164,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own() -> None:
 def test_noise_has_the_variance_of_its_timestep() -> None:
     alphas = torch.tensor([0.9, 0.5, 0.1])
     clean, noise, t = torch.full((3, 1, 50, 50), 2.0), torch.randn(3, 1, 50, 50), torch.tensor([2, 0, 1])
-    x = noisy(clean, noise, t, alphas)
+    x = noise_with(alphas).noisy(clean, noise, t)
     assert torch.allclose(x.mean((1, 2, 3)), 2 * alphas[t].sqrt(), atol=0.1)
     assert torch.allclose(x.var((1, 2, 3)), 1 - alphas[t], rtol=0.15)
 
@@ -221,6 +222,6 @@ def test_other_labels_of_the_same_images_are_another_training() -> None:
 def test_rows_are_as_noisy_as_their_timesteps() -> None:
     clean, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     alphas = torch.tensor([0.96, 0.36])
-    found = noisy(clean, noise, torch.tensor([1, 0]), alphas)
+    found = noise_with(alphas).noisy(clean, noise, torch.tensor([1, 0]))
     torch.testing.assert_close(found[0], 0.6 * clean[0] + 0.8 * noise[0])
     torch.testing.assert_close(found[1], 0.96**0.5 * clean[1] + 0.2 * noise[1])

@@ -11,6 +11,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from tests.conftest import quantizable
+from tests.helpers.learning import noise_with
 from tfmq_exp.core.distributed import ALONE, ProcessGroup, ordered_sum
 from tfmq_exp.denoisers.denoiser import NoConditions
 from tfmq_exp.qat.conditioning import ConditionDropout
@@ -29,6 +30,7 @@ PROTOCOL = TrainingProtocol(
     iterations=5, batch=4, loss="l2", learning_rate=1e-3, range_lr_scale=0.1, weight_decay=5.0, warmup=3, ema_decay=0.3,
     calibration_batches=1, warmup_start_factor=0.1,
 )  # fmt: skip
+NOISE = noise_with(ALPHAS)
 CONDITIONS = ConditionDropout(NoConditions(), ())
 
 
@@ -63,7 +65,7 @@ def learner(network: nn.Module, mode: Mode = Mode.QUANTIZE) -> tuple[QuantizedNe
 
 def train(network: nn.Module, protocol: TrainingProtocol, mode: Mode) -> QuantizationAwareTraining:
     model, learned = learner(network, mode)
-    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
+    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, NOISE, protocol, seed=7)
     trainer = quiet_trainer(torch.device("cpu"))(max_steps=protocol.iterations, precision=protocol.precision)
     trainer.fit(module.train(), BatchRange(batches(protocol), 0, protocol.iterations))
     return module
@@ -142,7 +144,7 @@ def test_groups_have_their_own_settings(module: QuantizationAwareTraining) -> No
 def test_the_rate_rises_and_then_stays(tiny_unet: nn.Module, warmup: int, rates: list[float]) -> None:
     model, learned = learner(tiny_unet)
     protocol = replace(PROTOCOL, warmup=warmup)
-    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
+    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, NOISE, protocol, seed=7)
     made = module.configure_optimizers()
     optimizer, schedule, found = made["optimizer"], made["lr_scheduler"]["scheduler"], []
     for _ in rates:
@@ -181,7 +183,7 @@ def gradients(network: nn.Module, parts: int, processes: ProcessGroup) -> Tensor
         learned,
         lambda: sum(p.square().sum() for p in learned.ranges),
         CONDITIONS,
-        ALPHAS,
+        NOISE,
         protocol,
         7,
         processes,
@@ -226,7 +228,7 @@ def norm_of(
 ) -> tuple[QuantizationAwareTraining, list[float]]:
     """A training, and the gradient's norm at every step of its optimiser; with a scaler where there is a scale."""
     model, learned = learner(network)
-    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, ALPHAS, protocol, seed=7)
+    module = QuantizationAwareTraining(model, learned, lambda: 0.0, CONDITIONS, NOISE, protocol, seed=7)
     norms: list[float] = []
     bound = module.on_before_optimizer_step
 

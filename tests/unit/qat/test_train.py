@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tests.conftest import quantizable
+from tests.helpers.learning import noise_with
 from tfmq_exp.denoisers.denoiser import NoConditions
 from tfmq_exp.qat.dataset import TrainingSet
 from tfmq_exp.qat.model import trainable
@@ -77,7 +78,9 @@ def trained(network: nn.Module, folder: Path, recorder: Recorder) -> QuantizedNe
     values = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8)
     means = ComputeConfig(64, 2**20, quiet_trainer(torch.device("cpu")), checkpoint_every=timedelta(0))
     train(
-        TrainingContext(model, TrainingSet(values), (), NoConditions(), ALPHAS, means, 3, folder, recorder, recorder),
+        TrainingContext(
+            model, TrainingSet(values), (), NoConditions(), noise_with(ALPHAS), means, 3, folder, recorder, recorder
+        ),
         PROTOCOL,
     )
     return model

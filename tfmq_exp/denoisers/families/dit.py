@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from tfmq_exp.denoisers.families.family import (
@@ -29,6 +30,13 @@ def features(network: Any, projections: Sequence[str], t: Tensor, given: Conditi
     }
     found = {name: network.get_submodule(name)(read[i]) for i, name in own.items()}
     return found | {name: network.get_submodule(name)(read[0]) for name in last}
+
+
+def keep_labels(network: nn.Module) -> None:
+    """Turn off diffusers' own label dropout, in place: in training, each block would draw its own."""
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
 
 
 DIT = Family(

@@ -60,16 +60,19 @@ class ClassEmbedder:
 
 
 class ClassLabels:
-    """Labels 0 .. classes - 1 for networks that embed them themselves (DiT); the label of no class is the one after them."""
+    """Labels 0 .. classes - 1 for networks that embed them themselves (DiT); the label of no class is the one after them.
 
-    def __init__(self, classes: int) -> None:
-        self.classes, self.device = classes, torch.device("cpu")
+    `guided_channels` is that of their conditions.
+    """
+
+    def __init__(self, classes: int, guided_channels: int | None = None) -> None:
+        self.classes, self.guided_channels, self.device = classes, guided_channels, torch.device("cpu")
 
     def __call__(self, choices: Sequence[Any]) -> Conditions:
         """Conditions of these labels; ValueError for no label, or one that is no class."""
         require_labels(choices, self.classes)
         given, null = (torch.tensor(labels, device=self.device) for labels in (list(choices), [self.classes]))
-        return Conditions({"class_labels": given}, {"class_labels": null})
+        return Conditions({"class_labels": given}, {"class_labels": null}, guided_channels=self.guided_channels)
 
     def example(self) -> Conditions:
         return self([0])

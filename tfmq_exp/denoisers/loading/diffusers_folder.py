@@ -65,6 +65,43 @@ class Component(NamedTuple):
     network: Any
 
 
+def open_component(folder: Path, classes: Any) -> Component:
+    """A network's folder, its configuration checked before weights are read; errors are those of `DiffusersFolder`."""
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
+    available = sum(weights.stat().st_size for weights in weight_files(folder))
+    config = read_json(folder / "config.json")
+    return Component(folder, config, checked_network(folder / "config.json", config, classes, available))
+
+
+def load_component(component: Component, name: str) -> Any:
+    """The network with its weights; ValueError, with its name, where they do not fit or are not finite."""
+    folder, _, network = component
+    state = read_state(folder)
+    try:
+        if isinstance(network, CLIPTextModel):
+            assign_text_weights(network, state)
+        else:
+            assign_weights(network, present_names(state, network.state_dict().keys()))
+        if computed := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
+            raise ValueError(f"it has numbers that are in no file ({computed[0]}), which is not supported")
+    except Exception as error:  # unfit configurations fail in any way
+        raise ValueError(f"{folder} cannot be loaded: {reason_of(error)}") from error
+    require_finite_weights(network, f"{folder}: the weights of {name}")
+    return network
+
+
+def load_first_stage(component: Component, decode_rows: int) -> LatentDecoder:
+    """The autoencoder with its weights, and the scale of its latents."""
+    folder, config, _ = component
+    network = load_component(component, "first_stage")
+    if shift := network.config.get("shift_factor"):
+        raise ValueError(f"{folder}: shift_factor={shift} is not supported")
+    # diffusers' default is not that of a file without the setting: LDM's VQ models are not scaled
+    default = 1.0 if isinstance(network, VQModel) else network.config["scaling_factor"]
+    return LatentDecoder(network, config.get("scaling_factor", default), decode_rows)
+
+
 class DiffusersFolder:
     """A folder with `unet/`, and where the model has them `vqvae/` or `vae/`, `scheduler/`, `text_encoder/`, `tokenizer/`.
 
@@ -80,12 +117,7 @@ class DiffusersFolder:
         self.path = path
         self.components: dict[str, Component] = {}
         for name, folder in component_folders(path).items():
-            if (folder / ADAPTER).exists():
-                raise ValueError(f"{folder / ADAPTER}: adapters are not supported: merge it into the weights")
-            available = sum(weights.stat().st_size for weights in weight_files(folder))
-            config = read_json(folder / "config.json")
-            network = checked_network(folder / "config.json", config, CLASSES[name], available)
-            self.components[name] = Component(folder, config, network)
+            self.components[name] = open_component(folder, CLASSES[name])
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -97,19 +129,7 @@ class DiffusersFolder:
 
     def network(self, name: str) -> Any:
         """A network with its weights, float32; strictly, by no reader but our own."""
-        folder, _, network = self.components[name]
-        state = read_state(folder)
-        try:
-            if isinstance(network, CLIPTextModel):
-                assign_text_weights(network, state)
-            else:
-                assign_weights(network, present_names(state, network.state_dict().keys()))
-            if computed := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
-                raise ValueError(f"it has numbers that are in no file ({computed[0]}), which is not supported")
-        except Exception as error:  # unfit configurations fail in any way
-            raise ValueError(f"{folder} cannot be loaded: {reason_of(error)}") from error
-        require_finite_weights(network, f"{folder}: the weights of {name}")
-        return network
+        return load_component(self.components[name], name)
 
     def load(self, config: Mapping[str, Any] | None, *, tokenizer: Path | None, decode_rows: int) -> DenoiserParts:
         """Read the folder; numbers of heads are those of `config`, an architecture of the original program, if it is given.
@@ -144,13 +164,7 @@ class DiffusersFolder:
                     expected = "expected it in vqvae/ or vae/: rename the folder"
                     raise ValueError(f"{file.parent} holds an autoencoder; {expected}")
             return Pixels()
-        folder, config, _ = self.components["first_stage"]
-        network = self.network("first_stage")
-        if shift := network.config.get("shift_factor"):
-            raise ValueError(f"{folder}: shift_factor={shift} is not supported")
-        # diffusers' default is not that of a file without the setting: LDM's VQ models are not scaled
-        default = 1.0 if isinstance(network, VQModel) else network.config["scaling_factor"]
-        return LatentDecoder(network, config.get("scaling_factor", default), decode_rows)
+        return load_first_stage(self.components["first_stage"], decode_rows)
 
 
 def apply_heads(network: nn.Module, config: Mapping[str, Any]) -> None:

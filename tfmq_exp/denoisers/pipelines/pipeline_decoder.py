@@ -1,4 +1,4 @@
-"""Final latents to images by the end of the pipeline's own program: its units, packing, first stage and range."""
+"""Final latents to images by the end of the pipeline's own program: its units, packing, first stage and range; and images to latents."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from tfmq_exp.denoisers.pipelines.recorded_pipeline import (
 )
 
 GUIDANCE = ("guidance_scale", "true_cfg_scale")
+SAME = 1e-3  # of a pixel in [-1, 1]: latents decoded by the pipeline and by the first stage itself
 
 
 def text_arguments(kind: Any, rows: int, width: int) -> dict[str, Any]:
@@ -102,3 +103,27 @@ class PipelineDecoder:
     def decode(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch 3 ..."]:
         """Images [batch, 3, height, width] of latents, or videos [batch, 3, frames, height, width], within [-1, 1]."""
         return torch.cat([self._run(part) for part in x.split(self.rows)]).to(x.device) * 2 - 1
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
+        """Latents of images in [-1, 1] as `decode` takes them: the mean of the first stage's, in units of its configuration.
+
+        Raises:
+            ValueError: a pipeline that packs its latents, or has other units: they would not come back by `decode`.
+        """
+        stage, parts, found = self.stage.to(images.device), images.split(self.rows), list[Tensor]()
+        for part in parts:
+            encoded = stage.encode(part)
+            found.append(encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode())
+        config, first = stage.config, found[0]
+        latents = (torch.cat(found) - (config.get("shift_factor") or 0)) * config["scaling_factor"]
+        try:
+            back = self.decode(latents[: len(first)])
+        except ValueError:
+            back = torch.full_like(parts[0], torch.nan)
+        exact = stage.decode(first).sample.clamp(-1, 1)
+        if back.shape != exact.shape or not torch.allclose(back, exact, atol=SAME):
+            raise ValueError(
+                f"images as latents of a {self.folder.name}: it packs them, or has units that are not known here"
+            )
+        return latents

@@ -15,7 +15,8 @@ from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.core.tensor_file import TensorFile
 from tfmq_exp.denoisers.loading.loading_modules import Read, called_within, loading_modules
 from tfmq_exp.denoisers.loading.meta_network import move_loaded
-from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
+from tfmq_exp.methods.noise_correction import NoiseCorrection
+from tfmq_exp.methods.noise_statistics import NoiseStatistics
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
 from tfmq_exp.pipeline.stages.weights import (
@@ -169,4 +170,5 @@ class QuantizationResult:
         """A prediction of this network, and the sampling, both corrected by the noise statistics."""
         if self.correction is None:
             return predict, self.sampling
-        return self.correction.correction(predict, self.sampling, self.correction.statistics)
+        schedule = self.activations.run.denoiser.schedule
+        return self.correction.correction(predict, self.sampling, self.correction.statistics, schedule)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tfmq_exp.core.files import intact
 from tfmq_exp.denoisers.loading.sharded_weights import META
+from tfmq_exp.denoisers.pipelines.load import PipelineEncoder
 from tfmq_exp.methods.weights import QuantizationAwareTrain, Reconstruct, RoundToNearest
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.run_config import Run
@@ -28,10 +29,11 @@ from tfmq_exp.pipeline.unit_checkpoints import (
 )
 from tfmq_exp.qat.model import finish
 from tfmq_exp.qat.train import TrainingContext
+from tfmq_exp.qat.training_noise import TrainingNoise
 from tfmq_exp.quant.scales.observed_ranges import EMARange, TimestepGroupConfig
 from tfmq_exp.reconstruction.blocks.stored_weights import IntegerWeights, LoadedParts, StoredWeights
 from tfmq_exp.reconstruction.context import ProgressCallback, ReconstructionContext, UnitCheckpointer, UnitResult
-from tfmq_exp.sampling.trajectory import alphas_cumprod, require_noise_prediction
+from tfmq_exp.sampling.network_convention import PipelineSampler
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
 RECONSTRUCTED, TRAINED = "weights.safetensors", "trained.safetensors"
@@ -126,7 +128,9 @@ class TrainWeights(Stage):
 
     def inputs(self) -> Mapping[str, Any]:
         data = {"examples": self.examples.key, "schedule": dict(self.run.denoiser.schedule), "seed": self.run.seed}
-        return {**self.run.weight_inputs, **self.run.layer_inputs, **data, **label_inputs(self.labels)}
+        sampler = self.run.sampling.sampler  # of which the network's convention counts
+        convention = {"convention": sampler.convention} if isinstance(sampler, PipelineSampler) else {}
+        return {**self.run.weight_inputs, **self.run.layer_inputs, **data, **convention, **label_inputs(self.labels)}
 
     def compute(self, folder: Path) -> None:
         self.sampled_model()  # what cannot be sampled is refused before the training
@@ -143,14 +147,20 @@ class TrainWeights(Stage):
 
     def task(self, folder: Path, units: UnitCheckpointer, callback: ProgressCallback) -> TrainingContext:
         """The training, of a quantized network at all timesteps of the schedule; `folder` is of Lightning's checkpoints."""
-        run, alphas = self.run, alphas_cumprod(self.run.denoiser.schedule)
-        model = run.quantized_network(replace(run.resolved, timesteps=tuple(range(len(alphas)))))
-        data = self.examples.examples(), self.labels, run.denoiser.encoder, alphas.float().to(run.denoiser.device)
+        run, noise = self.run, TrainingNoise.of(self.run.denoiser.schedule, self.run.sampling.sampler)
+        model = run.quantized_network(replace(run.resolved, timesteps=noise.timesteps))
+        if isinstance(run.denoiser.encoder, PipelineEncoder):
+            run.denoiser.encoder.prepare(self.labels)
+        data = self.examples.examples(), self.labels, run.denoiser.encoder, noise.to(run.denoiser.device)
         return TrainingContext(model, *data, run.compute, run.seed, folder, units, callback)
 
     def sampled_model(self) -> QuantizedNetwork:
         """The untrained network at the sampler's timesteps; ValueError where it cannot be trained at all timesteps."""
-        require_noise_prediction(self.run.denoiser.schedule, "training")
+        needed = self.run.denoiser.encoder.example().given
+        if needed and not self.labels:
+            what = f"this network is conditioned on {', '.join(needed)}: training needs the label of every image"
+            raise ValueError(f"{what} (method.weights.labels, docs/methods/qat.md)")
+        TrainingNoise.of(self.run.denoiser.schedule, self.run.sampling.sampler)  # refused before the training
         model = self.run.quantized_network()
         for name, quantizer in model.activation_quantizers().items():
             source = quantizer.scale_provider
