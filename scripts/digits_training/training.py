@@ -8,7 +8,7 @@ import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -65,7 +65,12 @@ def load_finished(module: Training, checkpoint: Path) -> bool:
 
 
 def train(
-    name: str, module: Training, data: TensorDataset, held_out: TensorDataset | None, args: argparse.Namespace
+    name: str,
+    module: Training,
+    data: TensorDataset,
+    held_out: TensorDataset | None,
+    args: argparse.Namespace,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
 ) -> dict[str, float]:
     """Fit `module`, resuming from its last checkpoint under `args.out`. Returns what was measured.
 
@@ -75,11 +80,13 @@ def train(
         data: images and labels to draw from, with replacement.
         held_out: images and labels to validate on; None for no validation.
         args: of the command line: `out`, `batch`.
+        precision: of products and activations, by Lightning's names.
     """
     folder = args.out / name
     sampler = RandomSampler(data, replacement=True, num_samples=module.steps * args.batch)
     trainer = pl.Trainer(
         max_steps=module.steps,
+        precision=precision,
         accelerator="auto",
         devices=1,
         logger=CSVLogger(folder, name="log"),  # a resumed training starts another file, `export` joins them
