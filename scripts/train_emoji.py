@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers.emoji import CATEGORIES, FOLDER
 
-STEPS = {"autoencoder": 4000, "classifier": 1500, "denoiser": 40000}
+STEPS = {"autoencoder": 3000, "classifier": 1500, "denoiser": 20000}
 BATCH = {"autoencoder": 8, "classifier": 64, "denoiser": 64}
 
 

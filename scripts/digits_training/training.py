@@ -95,7 +95,7 @@ def train(
         callbacks=[
             EMAWeightAveraging(decay=0.999, use_buffers=False),
             ModelCheckpoint(
-                folder, filename="last", every_n_train_steps=100, save_weights_only=False, enable_version_counter=False
+                folder, filename="last", every_n_train_steps=min(100, module.steps), save_weights_only=False, enable_version_counter=False
             ),
             TQDMProgressBar(refresh_rate=10),
         ],
@@ -127,12 +127,17 @@ def export(name: str, module: Training, measured: dict[str, Any], args: argparse
         "machine": platform.machine(),
     }
     write_json(args.weights / f"{name}.json", record)
-    files = sorted((args.out / name / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    write_log(args.out / name, args.weights / f"{name}.log.csv")
+
+
+def write_log(folder: Path, target: Path) -> None:
+    """Join the logs of a training, which begins another file whenever it is resumed; the newest row of a step counts."""
+    files = sorted((folder / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     joined: dict[str, dict[str, str]] = {}  # a step's losses and its validation are rows of their own
     for row in (row for path in files for row in csv.DictReader(path.open(encoding="utf-8"))):
         joined.setdefault(row["step"], {}).update({key: value for key, value in row.items() if value})
     fields = [f for f in ("step", "loss", "held_out_accuracy") if any(f in row for row in joined.values())]
-    with (args.weights / f"{name}.log.csv").open("w", newline="", encoding="utf-8") as file:
+    with target.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(joined.values())

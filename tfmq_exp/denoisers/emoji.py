@@ -3,16 +3,19 @@
 The pipeline and the classifier are trained by ``scripts/train_emoji.py`` on Noto Emoji (Apache-2.0), pictures of 64x64 on white.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.digits import read_weights
+from tfmq_exp.denoisers.pipelines.load import load_pipeline
 
 FOLDER = Path(__file__).parent / "weights" / "emoji"
-CLASSIFIER = FOLDER / "classifier.safetensors"
+CLASSIFIER = "classifier.safetensors"
 CATEGORIES = (
     *("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities"),
     *("Objects", "Symbols", "Flags"),
@@ -47,3 +50,20 @@ class EmojiClassifier(nn.Module):
         pooled = final.mean(dim=(2, 3))
         spatial = final[:, :7].permute(0, 2, 3, 1).flatten(1)
         return EmojiFeatures(pooled, spatial, self.head(self.dropout(pooled)))
+
+
+def load_emoji(path: str | None = None, settings: Mapping[str, Any] | None = None) -> Denoiser:
+    """The text-to-image model, from a folder that the training exported, or from the one that the project ships.
+
+    Args:
+        path: the folder; None for the shipped one.
+        settings: of the pipeline's call, see `load_pipeline`.
+    """
+    return load_pipeline(path or FOLDER, name="emoji", settings=settings)
+
+
+def load_emoji_classifier(path: str | None = None) -> tuple[EmojiClassifier, str]:
+    """The classifier in the model's folder, the shipped one by default, and the hash of its weights."""
+    classifier = EmojiClassifier()
+    sha256 = read_weights(classifier, Path(path or FOLDER) / CLASSIFIER)
+    return classifier.eval().requires_grad_(False), sha256
