@@ -95,7 +95,11 @@ def train(
         callbacks=[
             EMAWeightAveraging(decay=0.999, use_buffers=False),
             ModelCheckpoint(
-                folder, filename="last", every_n_train_steps=min(100, module.steps), save_weights_only=False, enable_version_counter=False
+                folder,
+                filename="last",
+                every_n_train_steps=min(100, module.steps),
+                save_weights_only=False,
+                enable_version_counter=False,
             ),
             TQDMProgressBar(refresh_rate=10),
         ],

@@ -10,15 +10,15 @@ from tfmq_exp.denoisers.emoji import EmojiClassifier
 
 
 class ClassifierTraining(Training):
-    """Cross-entropy on shifted, mirrored and noisy pictures; accuracy on held-out ones."""
+    """Cross-entropy on shifted and mirrored pictures; accuracy on held-out ones."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(EmojiClassifier(), steps, weight_decay=5e-2)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         pictures, labels = batch
-        mirror = torch.rand(len(pictures), 1, 1, 1) < 0.5
-        pictures = random_shift(torch.where(mirror, pictures.flip(3), pictures))
+        flipped = torch.rand(len(pictures), 1, 1, 1) < 0.5
+        pictures = random_shift(torch.where(flipped, pictures.flip(3), pictures))
         loss = F.cross_entropy(self.network(pictures).logits, labels, label_smoothing=0.05)
         self.log("loss", loss, prog_bar=True)
         return loss

@@ -9,25 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from jaxtyping import UInt8
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from digits_training.training import write_log
 from emoji_training.autoencoder import as_floats, build_autoencoder
 from emoji_training.denoiser import build_scheduler, build_unet
 from emoji_training.pictures import Emoji, held_out_names, in_random_order, load_pictures, read_emojis, without_flags
 from emoji_training.text import build_text_encoder
-from tfmq_exp.core.files import sha256_of, write_json
+from tfmq_exp.core.files import read_json, sha256_of, write_json
 from tfmq_exp.denoisers.emoji import CLASSIFIER, EmojiClassifier
 from tfmq_exp.evaluation.metrics import FeatureMoments
 from tfmq_exp.report.figures import mosaic
 
 PREFIX = "network."
-CALIBRATION = 128  # names for calibration; all others are for evaluation
+CALIBRATION = 128  # names for calibration
 GUIDANCE, STEPS = 3.0, 30  # of the samples
 SHOWN = (
     *("red heart", "blue heart", "crying face", "smiling face with sunglasses", "pouting face", "cat face", "dog face"),
@@ -46,6 +46,11 @@ def averaged_state(checkpoint: Path) -> dict[str, Tensor]:
     return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
 
 
+def steps_of(checkpoint: Path) -> int:
+    """Steps of the optimiser behind a checkpoint."""
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
 @torch.no_grad()
 def averaged_autoencoder(out: Path, emojis: Sequence[Emoji]) -> AutoencoderKL:
     """The trained autoencoder, with the factor that brings latents of these pictures to variance 1."""
@@ -58,6 +63,14 @@ def averaged_autoencoder(out: Path, emojis: Sequence[Emoji]) -> AutoencoderKL:
     return autoencoder
 
 
+def pipeline_of(
+    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The pipeline of diffusers, without a safety checker."""
+    parts: Any = (autoencoder, text_encoder, tokenizer, unet, build_scheduler(), None, None)
+    return StableDiffusionPipeline(*parts, requires_safety_checker=False)
+
+
 def averaged_pipeline(out: Path, trained: Sequence[Emoji]) -> StableDiffusionPipeline:
     """The pipeline of diffusers from the checkpoints and the tokenizer under `out`."""
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
@@ -67,8 +80,14 @@ def averaged_pipeline(out: Path, trained: Sequence[Emoji]) -> StableDiffusionPip
         own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
         network.load_state_dict(own)
         network.eval().requires_grad_(False)
-    parts: Any = (averaged_autoencoder(out, trained), text_encoder, tokenizer, unet, build_scheduler())
-    return StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)  # type: ignore[arg-type]
+    return pipeline_of(averaged_autoencoder(out, trained), text_encoder, tokenizer, unet)
+
+
+def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline whose weights take 16 bits each, and are read as float32 where no type is asked for."""
+    pipeline.to(torch.float16).save_pretrained(folder)
+    file = folder / "text_encoder" / "config.json"  # transformers reads the type from here, diffusers has float32
+    write_json(file, {**read_json(file), "dtype": "float32"})
 
 
 @torch.no_grad()
@@ -83,13 +102,14 @@ def write_reference(classifier: EmojiClassifier, pictures: UInt8[Tensor, "pictur
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
-def write_prompts(emojis: Sequence[Emoji], folder: Path) -> None:
-    """Write names for calibration, other names for evaluation with those that were held out, and the latter alone."""
-    held_out = held_out_names(emojis)
+def write_prompts(
+    emojis: Sequence[Emoji], held_out: Sequence[str], folder: Path, calibration: int = CALIBRATION
+) -> None:
+    """Write so many names for calibration, all others for evaluation, and those among them that were held out."""
     trained = in_random_order([emoji.name for emoji in emojis if emoji.name not in held_out])
     files = {
-        "calibration": trained[:CALIBRATION],
-        "evaluation": in_random_order([*trained[CALIBRATION:], *held_out]),
+        "calibration": trained[:calibration],
+        "evaluation": in_random_order([*trained[calibration:], *held_out]),
         "held_out": held_out,
     }
     for name, prompts in files.items():
@@ -115,12 +135,12 @@ def export(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_samples(pipeline, SHOWN, folder / "samples.png")
     write_samples(pipeline, held_out[:32], folder / "samples_held_out.png")
-    pipeline.to(torch.float16).save_pretrained(folder)
+    save_half(pipeline, folder)
     classifier = EmojiClassifier()
     classifier.load_state_dict(averaged_state(args.out / "classifier" / "last.ckpt"))
     save_file(classifier.state_dict(), folder / CLASSIFIER)
     write_reference(classifier.eval(), load_pictures(emojis), folder / "reference.npz")
-    write_prompts(emojis, folder)
+    write_prompts(emojis, held_out, folder)
     for name in ("autoencoder", "classifier", "denoiser"):
         write_log(args.out / name, folder / f"{name}.log.csv")
     weights = sorted(folder.rglob("*.safetensors"))
@@ -138,8 +158,3 @@ def export(args: argparse.Namespace) -> None:
         "machine": platform.machine(),
     }
     write_json(folder / "record.json", record)
-
-
-def steps_of(checkpoint: Path) -> int:
-    """Steps of the optimiser behind a checkpoint."""
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])

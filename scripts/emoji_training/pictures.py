@@ -73,7 +73,7 @@ def in_random_order(texts: Sequence[str]) -> list[str]:
     return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
 
 
-def held_out_names(emojis: Sequence[Emoji]) -> list[str]:
+def held_out_names(emojis: Sequence[Emoji], count: int = HELD_OUT) -> list[str]:
     """Names that are new combinations of words which other names have, too: no picture of theirs is trained on."""
     names = [emoji.name for emoji in emojis]
     counts = Counter(word for name in names for word in set(name.split()))
@@ -82,7 +82,7 @@ def held_out_names(emojis: Sequence[Emoji]) -> list[str]:
         for emoji in emojis
         if " " in emoji.name and emoji.subcategory != "family" and min(counts[w] for w in emoji.name.split()) >= COMMON
     ]
-    return in_random_order(candidates)[:HELD_OUT]
+    return in_random_order(candidates)[:count]
 
 
 def load_picture(file: Path) -> UInt8[Tensor, "3 64 64"]:

@@ -52,18 +52,21 @@ class EmojiClassifier(nn.Module):
         return EmojiFeatures(pooled, spatial, self.head(self.dropout(pooled)))
 
 
+def emoji_folder(folder: str | None = None) -> Path:
+    """The model's folder, by default the one that the project ships; FileNotFoundError where there is none."""
+    found = Path(folder or FOLDER)
+    if not found.is_dir():
+        raise FileNotFoundError(f"no emoji model at {found}: make it with `python scripts/train_emoji.py`")
+    return found
+
+
 def load_emoji(path: str | None = None, settings: Mapping[str, Any] | None = None) -> Denoiser:
-    """The text-to-image model, from a folder that the training exported, or from the one that the project ships.
-
-    Args:
-        path: the folder; None for the shipped one.
-        settings: of the pipeline's call, see `load_pipeline`.
-    """
-    return load_pipeline(path or FOLDER, name="emoji", settings=settings)
+    """The text-to-image model from its folder; `settings` are those of the pipeline's call, see `load_pipeline`."""
+    return load_pipeline(emoji_folder(path), name="emoji", settings=settings)
 
 
-def load_emoji_classifier(path: str | None = None) -> tuple[EmojiClassifier, str]:
-    """The classifier in the model's folder, the shipped one by default, and the hash of its weights."""
+def load_emoji_classifier(folder: str | None = None) -> tuple[EmojiClassifier, str]:
+    """The classifier in the model's folder, and the hash of its weights."""
     classifier = EmojiClassifier()
-    sha256 = read_weights(classifier, Path(path or FOLDER) / CLASSIFIER)
+    sha256 = read_weights(classifier, emoji_folder(folder) / CLASSIFIER)
     return classifier.eval().requires_grad_(False), sha256
