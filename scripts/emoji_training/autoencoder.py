@@ -5,10 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from digits_training.training import Training
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from digits_training.training import Training
 from emoji_training.pictures import SIZE
 
 CHANNELS = 8  # of the latents
@@ -21,10 +21,12 @@ Images = Float[Tensor, "batch 3 64 64"]
 
 def build_autoencoder() -> AutoencoderKL:
     """Pictures of 64x64 to latents of 8x8x8 and back: 1.0 M parameters, no attention."""
-    widths = (16, 32, 64, 64)
+    widths: Any = (16, 32, 64, 64)  # annotated as a tuple of one there, and so are the types
+    down: Any = ("DownEncoderBlock2D",) * len(widths)
+    up: Any = ("UpDecoderBlock2D",) * len(widths)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        down_block_types=down,
+        up_block_types=up,
         block_out_channels=widths,
         layers_per_block=1,
         latent_channels=CHANNELS,
@@ -37,6 +39,13 @@ def build_autoencoder() -> AutoencoderKL:
 def as_floats(pictures: Pictures) -> Images:
     """Values from 0 .. 255 to -1 .. 1."""
     return pictures.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, pictures: Pictures, rows: int = 128) -> Float[Tensor, "batch 8 8 8"]:
+    """The latents' means, not scaled, of so many pictures at a time."""
+    parts: list[Any] = [autoencoder.encode(as_floats(part)) for part in pictures.split(rows)]
+    return torch.cat([part.latent_dist.mode() for part in parts])
 
 
 def shift(pictures: Pictures, offsets: Int[Tensor, "batch 2"]) -> Pictures:

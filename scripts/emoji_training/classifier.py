@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
+from digits_training.training import Training
 from torch import Tensor
 
-from digits_training.training import Training
 from emoji_training.autoencoder import random_shift
 from tfmq_exp.denoisers.emoji import EmojiClassifier
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from digits_training.training import Training
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from digits_training.training import Training
-from emoji_training.autoencoder import CHANNELS, SIDE, as_floats, random_shift
+from emoji_training.autoencoder import CHANNELS, SIDE, encode, random_shift
 from emoji_training.text import WIDTH
 
 DROPPED = 0.1  # share of captions replaced by the empty one (arXiv 2207.12598, section 3.2)
@@ -48,18 +48,13 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-@torch.no_grad()
 def encode_variants(
     autoencoder: AutoencoderKL, pictures: UInt8[Tensor, "pictures 3 64 64"], mirrored: Sequence[bool]
 ) -> Float[Tensor, "pictures variants 8 8 8"]:
     """Latents of every picture at random positions; of half of them mirrored, where that leaves the name as it is."""
     both = torch.where(torch.tensor(mirrored)[:, None, None, None], pictures.flip(3), pictures)
     variants = [random_shift(source) for source in (pictures, both) for _ in range(SHIFTS)]
-
-    def encode(source: Tensor) -> Tensor:
-        return torch.cat([autoencoder.encode(as_floats(part)).latent_dist.mode() for part in source.split(128)])
-
-    return torch.stack([encode(source) for source in variants], 1)
+    return torch.stack([encode(autoencoder, source) for source in variants], 1)
 
 
 def loss_weights(alphas: Float[Tensor, "timesteps"], t: Tensor) -> Tensor:
@@ -72,8 +67,8 @@ class DenoiserTraining(Training):
     """Weighted squared error of the predicted noise (arXiv 2006.11239, equation 14) at uniformly drawn timesteps."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, empty: Tensor, steps: int) -> None:
-        network = nn.ModuleDict({"unet": unet.to(memory_format=torch.channels_last), "text_encoder": text_encoder})
-        super().__init__(network, steps, weight_decay=0.0)
+        network = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+        super().__init__(network.to(memory_format=torch.channels_last), steps, weight_decay=0.0)
         self.schedule, self.empty = build_scheduler(), empty
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:

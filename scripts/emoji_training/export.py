@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from digits_training.training import write_log
 from jaxtyping import UInt8
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from digits_training.training import write_log
-from emoji_training.autoencoder import as_floats, build_autoencoder
+from emoji_training.autoencoder import build_autoencoder, encode
 from emoji_training.denoiser import build_scheduler, build_unet
 from emoji_training.pictures import Emoji, held_out_names, in_random_order, load_pictures, read_emojis, without_flags
 from emoji_training.text import build_text_encoder
@@ -51,14 +51,12 @@ def steps_of(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
-@torch.no_grad()
 def averaged_autoencoder(out: Path, emojis: Sequence[Emoji]) -> AutoencoderKL:
     """The trained autoencoder, with the factor that brings latents of these pictures to variance 1."""
     autoencoder = build_autoencoder()
     autoencoder.load_state_dict(averaged_state(out / "autoencoder" / "last.ckpt"))
     autoencoder.eval().requires_grad_(False)
-    pictures = load_pictures(emojis)
-    latents = torch.cat([autoencoder.encode(as_floats(part)).latent_dist.mode() for part in pictures.split(128)])
+    latents = encode(autoencoder, load_pictures(emojis))
     autoencoder.register_to_config(scaling_factor=float(1 / latents.std()))
     return autoencoder
 

@@ -20,7 +20,23 @@ FLAGS, PARTS = "Flags", "Component"  # categories: flags are for the classifier 
 RENAMED = {"heavy black heart": "red heart"}  # black once meant filled
 COMMON = 4  # names in which each word of a held-out name occurs at least
 # Words whose pictures a mirror makes wrong; all of the category Symbols are left as they are, too.
-SIDED = frozenset("left right leftwards rightwards east west clock facing index letters abc calendar keycap".split())
+SIDED = frozenset(
+    [
+        "left",
+        "right",
+        "leftwards",
+        "rightwards",
+        "east",
+        "west",
+        "clock",
+        "facing",
+        "index",
+        "letters",
+        "abc",
+        "calendar",
+        "keycap",
+    ]
+)
 
 
 class Emoji(NamedTuple):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -47,6 +46,7 @@ def tokens_of(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Int[Tensor, "te
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two layers of CLIP's text transformer (arXiv 2103.00020)."""
+    ids: Any = tokenizer  # whose numbers are annotated as any kind of value
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -54,8 +54,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=ids.bos_token_id,
+        eos_token_id=ids.eos_token_id,
+        pad_token_id=ids.pad_token_id,
     )
     return CLIPTextModel(config)

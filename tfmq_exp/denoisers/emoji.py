@@ -4,6 +4,7 @@ The pipeline and the classifier are trained by ``scripts/train_emoji.py`` on Not
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class EmojiClassifier(nn.Module):
         widths = (3, 16, 32, 48, 64)
         blocks = (
             nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         self.stages = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(0.3)

@@ -62,7 +62,7 @@ def test_calibration_and_evaluation_share_no_prompt(folder: Path) -> None:
 
 @pytest.mark.bad_input
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no emoji model at .*nowhere: make it with .*train_emoji.py"):
+    with pytest.raises(FileNotFoundError, match=r"no emoji model at .*nowhere: make it with .*train_emoji.py"):
         load_emoji(str(tmp_path / "nowhere"))
 
 
