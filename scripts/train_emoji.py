@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 from tfmq_exp.cli.terminal import standard_streams
 from tfmq_exp.denoisers.emoji import CATEGORIES, FOLDER
 
-STEPS = {"autoencoder": 3000, "classifier": 1500, "denoiser": 20000}
+STEPS = {"autoencoder": 12000, "classifier": 1500, "denoiser": 20000}
 BATCH = {"autoencoder": 8, "classifier": 64, "denoiser": 64}
 
 
@@ -46,7 +46,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     emojis = without_flags(read_emojis(args.package))
     held_out = set(held_out_names(emojis))
     pictures = load_pictures([emoji for emoji in emojis if emoji.name not in held_out])
-    train("autoencoder", AutoencoderTraining(args.steps), TensorDataset(pictures), None, args, "bf16-mixed")
+    train("autoencoder", AutoencoderTraining(args.steps), TensorDataset(pictures), None, args, "bf16-mixed", 0.99)
 
 
 def train_classifier(args: argparse.Namespace) -> None:

@@ -71,6 +71,7 @@ def train(
     held_out: TensorDataset | None,
     args: argparse.Namespace,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    ema_decay: float = 0.999,
 ) -> dict[str, float]:
     """Fit `module`, resuming from its last checkpoint under `args.out`. Returns what was measured.
 
@@ -81,6 +82,7 @@ def train(
         held_out: images and labels to validate on; None for no validation.
         args: of the command line: `out`, `batch`.
         precision: of products and activations, by Lightning's names.
+        ema_decay: share of the averaged weights that each step keeps; a training of few steps needs a smaller one.
     """
     folder = args.out / name
     sampler = RandomSampler(data, replacement=True, num_samples=module.steps * args.batch)
@@ -93,7 +95,7 @@ def train(
         log_every_n_steps=50,
         val_check_interval=min(250, module.steps),
         callbacks=[
-            EMAWeightAveraging(decay=0.999, use_buffers=False),
+            EMAWeightAveraging(decay=ema_decay, use_buffers=False),
             ModelCheckpoint(
                 folder,
                 filename="last",

@@ -1,4 +1,4 @@
-"""The shipped text-to-image model of emojis: where its folder is, and the classifier that evaluates its pictures.
+"""The text-to-image model of emojis: where its folder is, and the classifier that evaluates its pictures.
 
 The pipeline and the classifier are trained by ``scripts/train_emoji.py`` on Noto Emoji (Apache-2.0), pictures of 64x64 on white.
 """
@@ -54,7 +54,7 @@ class EmojiClassifier(nn.Module):
 
 
 def emoji_folder(folder: str | None = None) -> Path:
-    """The model's folder, by default the one that the project ships; FileNotFoundError where there is none."""
+    """The model's folder, by default the one in the package; FileNotFoundError where there is none."""
     found = Path(folder or FOLDER)
     if not found.is_dir():
         raise FileNotFoundError(f"no emoji model at {found}: make it with `python scripts/train_emoji.py`")
