@@ -8,7 +8,7 @@ import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -65,7 +65,13 @@ def load_finished(module: Training, checkpoint: Path) -> bool:
 
 
 def train(
-    name: str, module: Training, data: TensorDataset, held_out: TensorDataset | None, args: argparse.Namespace
+    name: str,
+    module: Training,
+    data: TensorDataset,
+    held_out: TensorDataset | None,
+    args: argparse.Namespace,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    ema_decay: float = 0.999,
 ) -> dict[str, float]:
     """Fit `module`, resuming from its last checkpoint under `args.out`. Returns what was measured.
 
@@ -75,20 +81,27 @@ def train(
         data: images and labels to draw from, with replacement.
         held_out: images and labels to validate on; None for no validation.
         args: of the command line: `out`, `batch`.
+        precision: of products and activations, by Lightning's names.
+        ema_decay: share of the averaged weights that each step keeps; a training of few steps needs a smaller one.
     """
     folder = args.out / name
     sampler = RandomSampler(data, replacement=True, num_samples=module.steps * args.batch)
     trainer = pl.Trainer(
         max_steps=module.steps,
+        precision=precision,
         accelerator="auto",
         devices=1,
         logger=CSVLogger(folder, name="log"),  # a resumed training starts another file, `export` joins them
         log_every_n_steps=50,
         val_check_interval=min(250, module.steps),
         callbacks=[
-            EMAWeightAveraging(decay=0.999, use_buffers=False),
+            EMAWeightAveraging(decay=ema_decay, use_buffers=False),
             ModelCheckpoint(
-                folder, filename="last", every_n_train_steps=100, save_weights_only=False, enable_version_counter=False
+                folder,
+                filename="last",
+                every_n_train_steps=min(100, module.steps),
+                save_weights_only=False,
+                enable_version_counter=False,
             ),
             TQDMProgressBar(refresh_rate=10),
         ],
@@ -120,12 +133,17 @@ def export(name: str, module: Training, measured: dict[str, Any], args: argparse
         "machine": platform.machine(),
     }
     write_json(args.weights / f"{name}.json", record)
-    files = sorted((args.out / name / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    write_log(args.out / name, args.weights / f"{name}.log.csv")
+
+
+def write_log(folder: Path, target: Path) -> None:
+    """Join the logs of a training, which begins another file whenever it is resumed; the newest row of a step counts."""
+    files = sorted((folder / "log").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     joined: dict[str, dict[str, str]] = {}  # a step's losses and its validation are rows of their own
     for row in (row for path in files for row in csv.DictReader(path.open(encoding="utf-8"))):
         joined.setdefault(row["step"], {}).update({key: value for key, value in row.items() if value})
     fields = [f for f in ("step", "loss", "held_out_accuracy") if any(f in row for row in joined.values())]
-    with (args.weights / f"{name}.log.csv").open("w", newline="", encoding="utf-8") as file:
+    with target.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(joined.values())

@@ -23,6 +23,7 @@ from tfmq_exp.core.files import sha256_of
 from tfmq_exp.core.finite import NotFiniteError, require_finite_weights
 from tfmq_exp.core.validate import COUNT, check_fields
 from tfmq_exp.denoisers.digits import load_classifier
+from tfmq_exp.denoisers.emoji import load_emoji_classifier
 from tfmq_exp.denoisers.loading.checkpoint import read_tensors
 
 RELEASED = "weights-inception-2015-12-05-6726825d.pth"
@@ -63,20 +64,41 @@ class Extractor:
         return features
 
 
-def digits_extractor() -> Extractor:
-    """Features of the shipped classifier of gray 16x16 images: no download, and scores not comparable with Inception's."""
-    classifier, sha256 = load_classifier()
+def classifier_extractor(
+    classifier: Callable[[Tensor], Any], sha256: str, widths: tuple[int, int], shape: tuple[int, int, int], scored: str
+) -> Extractor:
+    """Features of a shipped classifier: no download, and scores not comparable with Inception's.
 
-    def features(images: UInt8[Tensor, "batch 1 16 16"]) -> Features:
-        channels, height, width = images.shape[1:]
-        if (channels, height, width) != (1, 16, 16):
+    Args:
+        classifier: of uint8 images; gives pooled features, spatial ones and logits.
+        sha256: of its weights.
+        widths: number of pooled and of spatial features.
+        shape: channels, height and width of its images; ValueError for others.
+        scored: which evaluator this is and what it takes, for that error.
+    """
+
+    def features(images: UInt8[Tensor, "batch channels height width"]) -> Features:
+        if tuple(images.shape[1:]) != shape:
+            channels, height, width = images.shape[1:]
             raise ValueError(
-                f"eval=digits scores gray images of 16x16 pixels, these have {channels} channels of {height}x{width} pixels; "
-                "eval=inception takes any"
+                f"{scored}, these have {channels} channels of {height}x{width} pixels; eval=inception takes any"
             )
         return Features(*classifier(images))
 
-    return Extractor(features, (64, 112), {"extractor_sha256": sha256}, batch_size=512)
+    return Extractor(features, widths, {"extractor_sha256": sha256}, batch_size=512)
+
+
+def digits_extractor() -> Extractor:
+    """Features of the shipped classifier of gray 16x16 images."""
+    return classifier_extractor(
+        *load_classifier(), (64, 112), (1, 16, 16), "eval=digits scores gray images of 16x16 pixels"
+    )
+
+
+def emoji_extractor(folder: str | None = None) -> Extractor:
+    """Features of the classifier of 64x64 emojis by category, in the folder of their text-to-image model."""
+    scored = "eval=emoji scores RGB images of 64x64 pixels"
+    return classifier_extractor(*load_emoji_classifier(folder), (64, 112), (3, 64, 64), scored)
 
 
 def load_inception(path: Path) -> FeatureExtractorInceptionV3:

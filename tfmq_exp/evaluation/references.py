@@ -13,6 +13,7 @@ from torch import Tensor
 from tfmq_exp.core.files import sha256_of
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.data.image_dataset import ImageDataset
+from tfmq_exp.denoisers.emoji import emoji_folder
 from tfmq_exp.evaluation.features import Extractor
 from tfmq_exp.evaluation.metrics import FeatureMoments, GaussianStatistics
 from tfmq_exp.evaluation.npz import NpzImages, has_images, read_statistics
@@ -39,6 +40,11 @@ class NpzReference:
                 "and for LSUN bedroom, cat and horse (github.com/openai/guided-diffusion, folder evaluations)"
             )
         return {"file": path.name, "sha256": sha256_of(path)} | ({"any_size": True} if self.any_size else {})
+
+
+def emoji_reference(folder: str | None = None) -> NpzReference:
+    """Statistics of Noto Emoji's pictures in the folder of their text-to-image model, by the features of `emoji_extractor`."""
+    return NpzReference(str(emoji_folder(folder) / "reference.npz"), any_size=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Training of the shipped text-to-image model of emojis."""
