@@ -111,7 +111,7 @@ def test_a_table_replaces_the_temporal_information_block_where_features_depend_o
     overrides = overrides_of("pixart", tmp_path)
     denoiser = api.load_denoiser("pipeline", *overrides)
     model = quantized(denoiser, "tfmq_cache", [*overrides, "method.temporal.select=always"])
-    assert set(model.network.cached) == {"adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_2"}
+    assert set(model.network.stored_features) == {"adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_2"}
     stored = model.save(tmp_path / "cached.safetensors")
     plain = quantized(denoiser, "tfmq", overrides).save(tmp_path / "plain.safetensors")
     assert stored < plain

@@ -21,6 +21,7 @@ from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.surgery.empty_features import check_stored
 from tfmq_exp.surgery.manifest import check_entries, described, difference, inside, rebuilt, stored_integers
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
@@ -43,6 +44,9 @@ def stored_parts(model: QuantizedNetwork) -> Iterator[StoredPart]:
         yield StoredPart(f"{name}/scale", "scale", spec, scale)
         if spec.scheme == "affine":  # a zero point that is always 0 is not stored
             yield StoredPart(f"{name}/zero_point", "zero_point", spec, zero_point)
+    if model.context.conditions is not None:
+        for name, value in model.context.conditions.rows.items():
+            yield StoredPart(f"conditions/{name}", "float", None, value)
     quantizers, frozen = model.activation_quantizers(), model.integers
     for name, quantizer in quantizers.items():
         for key, value in quantizer.state_dict().items():
@@ -104,8 +108,7 @@ def fill(model: QuantizedNetwork, tensors: Mapping[str, Tensor], outside: Sequen
         raise ValueError(f"it holds {len(left)} tensors that the model has no place for, first {min(left)!r}")
     for name, integers in model.integers.items():
         model.freeze(name, integers)
-    for name, integers in model.cached.items():
-        model.cache_feature(name, integers)
+    check_stored(model)
 
 
 def save(model: QuantizedNetwork, path: Path, recipe: Recipe | None = None) -> int:

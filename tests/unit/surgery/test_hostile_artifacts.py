@@ -14,10 +14,10 @@ from torch import nn
 
 from tests.conftest import calibrated, generic, quantizable
 from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
-from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.observed_ranges import StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.stored_features import CachedFeature, cached
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
@@ -200,7 +200,8 @@ def with_features(
     if store:
         for layer in [name for name in model.plan.layers if name.endswith("time_emb_proj")]:
             width = model.network.get_submodule(layer).out_features
-            model.cache_feature(layer, cached(torch.randn(model.context.num_steps, width), 8))
+            table = cached(torch.randn(model.context.num_steps, width), 8)
+            model.replace_layer(layer, CachedFeature(table, model.context))
         for layer in ("time_embedding.linear_1", "time_embedding.linear_2"):
             model.drop(layer)
     return model

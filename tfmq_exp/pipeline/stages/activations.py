@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
+from tfmq_exp.methods.temporal_features import ComputeFeatures
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
 from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
@@ -37,6 +38,8 @@ class CalibrateActivations(Stage):
     def inputs(self) -> Mapping[str, Any]:
         method, data = self.run.method, {"trajectory": self.trajectory.key, "seed": self.run.seed}
         phases = {"weights": self.weights.key, "activations": method.activations, "temporal": method.temporal}
+        if not isinstance(method.temporal, ComputeFeatures):  # tables by condition
+            phases["choices"] = self.run.sampled_choices
         return {**data, **self.run.layer_inputs, **phases}
 
     def compute(self, folder: Path) -> None:
@@ -44,7 +47,7 @@ class CalibrateActivations(Stage):
         network, seed = (model, run.denoiser.network, run.structure), derive_seed(run.seed, Stream.ACTIVATIONS)
         with learning(self.pipeline, self.name, folder) as callbacks:
             run.method.activations(ReconstructionContext(*network, data, run.compute, seed, *callbacks))
-        run.method.temporal(*network, run.temporal_conditions)
+        run.method.temporal(*network, run.feature_inputs)
         model.tabulate_scales()
         recipe = Recipe.of(run.calibration_sampling, run.denoiser)
         self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe))
