@@ -75,7 +75,7 @@ class Segments(Objective):
         weighted = sum(float((x * weight).sum()) for x, weight in zip(parts, weights, strict=True))
         pairs = zip(weights, features.tensors, strict=True)
         tensors = [(weight * (total / weighted)).to(x.dtype).expand_as(x).contiguous() for weight, x in pairs]
-        return TensorTree(features.structure(tensors))
+        return TensorTree(features.around(tensors), features.form)
 
 
 def segment_means(squares: Float[Tensor, "rows ... channels"], width: int | None) -> Float[Tensor, "1 ... channels"]:
