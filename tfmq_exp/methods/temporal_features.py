@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FeatureInputs:
-    """What temporal features depend on in a run.
+    """Timesteps and conditions that temporal features depend on in a run.
 
     Args:
         conditions: rows of the network's arguments that features depend on beside the timestep: all that are sampled.
@@ -39,6 +39,8 @@ class FeatureInputs:
 @dataclass(frozen=True)
 class ComputeFeatures:
     """The quantized Temporal Information Block computes them at every step (TFMQ-DM and everything before it)."""
+
+    stores: ClassVar[bool] = False  # features, of conditions that the run must name
 
     def __call__(
         self,
@@ -55,6 +57,7 @@ class StoreFeatures(ABC):
     When no layer computes its feature any more, the embeddings of time and conditions go, too.
     """
 
+    stores: ClassVar[bool] = True
     select: Select
     max_bytes: int | None
 
@@ -120,20 +123,20 @@ class StoreFeatures(ABC):
 
     def within_budget(self, found: Mapping[str, StoredFeature], gains: Mapping[str, float]) -> list[str]:
         """Layers whose features are stored: those that disturb less, of these the ones that gain most for a byte."""
-        wanted = [layer for layer in found if self.select == "always" or gains[layer] > 0]
-        if self.max_bytes is None or sum(found[layer].size for layer in wanted) <= self.max_bytes:
-            return wanted
-        smallest = min(found[layer].size for layer in wanted)
+        useful = [layer for layer in found if self.select == "always" or gains[layer] > 0]
+        if self.max_bytes is None or sum(found[layer].size for layer in useful) <= self.max_bytes:
+            return useful
+        smallest = min(found[layer].size for layer in useful)
         if smallest > self.max_bytes:
             raise ValueError(
                 f"max_bytes must be at least {smallest}, the smallest stored feature, got {self.max_bytes}"
             )
         kept, left = set[str](), self.max_bytes
-        for layer in sorted(wanted, key=lambda layer: gains[layer] / found[layer].size, reverse=True):
+        for layer in sorted(useful, key=lambda layer: gains[layer] / found[layer].size, reverse=True):
             if found[layer].size <= left:
                 kept.add(layer)
                 left -= found[layer].size
-        return [layer for layer in wanted if layer in kept]
+        return [layer for layer in useful if layer in kept]
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def drop_embeddings(model: QuantizedNetwork, structure: NetworkStructure) -> Non
     layers = [layer.name for layer in structure.by_role(Role.TIME_EMBED, Role.CONDITION_EMBED)]
     for name in dict.fromkeys([*layers, *tables]):
         if name not in kept:
-            model.drop(name)
+            model.replace_layer(name, None)
 
 
 def disturbance(feature: Tensor, exact: Tensor) -> Tensor:

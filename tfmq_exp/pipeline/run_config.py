@@ -99,7 +99,7 @@ class Run:
 
     @property
     def feature_inputs(self) -> FeatureInputs:
-        """What temporal features depend on: every condition of the run, that of none among them, and its sampler's timesteps."""
+        """Every condition of the run for temporal features, that of none among them, and its sampler's timesteps."""
         encoder, guided = self.denoiser.encoder, self.sampling.guided
         found = (
             encoder(list(self.sampled_choices)).to(self.denoiser.device) if self.sampled_choices else encoder.example()

@@ -64,7 +64,7 @@ class ConditionSet(nn.Module):
 def matches(
     given: Shaped[Tensor, "batch ..."], rows: Shaped[Tensor, "conditions ..."]
 ) -> Bool[Tensor, "batch conditions"]:
-    """Which conditions each row equals: whole numbers exactly, real ones within `SAME`."""
+    """Whether each row has each condition: whole numbers exactly, real ones within `SAME`."""
     if given.shape[1:] != rows.shape[1:]:
         raise ValueError(f"a condition of the shape {tuple(given.shape[1:])} is none of {tuple(rows.shape[1:])}")
     if not rows.is_floating_point():

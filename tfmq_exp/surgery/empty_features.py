@@ -57,7 +57,7 @@ def empty_features(model: QuantizedNetwork, manifest: Mapping[str, Any], numbers
     for layer in manifest["unneeded"]:
         if computed or not (known.get(layer) in EMBEDDINGS or layer in embeddings):
             raise ValueError(f"{layer!r} is needed: it cannot be left out")
-        model.drop(layer)
+        model.replace_layer(layer, None)
 
 
 def empty_conditions(shapes: Mapping[str, Any], numbers: int) -> ConditionSet:

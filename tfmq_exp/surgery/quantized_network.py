@@ -199,16 +199,13 @@ class QuantizedNetwork(nn.Module):
         """Modules with stored features, by the names of the layers that they replace."""
         return {name: module for name, module in self.network.named_modules() if isinstance(module, StoredFeature)}
 
-    def replace_layer(self, layer: str, module: nn.Module) -> None:
-        """Put stored features in the place of a layer, or `Unneeded`."""
-        parts = self.network.get_submodule(layer).parameters(recurse=False)
-        self.replaced_weights += sum(part.numel() for part in parts)
-        self.network.set_submodule(layer, module.to(next(self.network.parameters()).device))
+    def replace_layer(self, layer: str, feature: StoredFeature | None) -> None:
+        """Put stored features in the place of a layer; None where nothing reads its output any more."""
+        before = self.network.get_submodule(layer)
+        self.replaced_weights += sum(x.numel() for x in before.parameters(recurse=False))
+        module = (feature or Unneeded(before)).to(next(self.network.parameters()).device)
+        self.network.set_submodule(layer, module)
         self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})
-
-    def drop(self, layer: str) -> None:
-        """Take out a layer whose output is not read any more."""
-        self.replace_layer(layer, Unneeded(self.network.get_submodule(layer)))
 
 
 def build_quantized_network(network: nn.Module, plan: ResolvedConfig, observer: Observer) -> QuantizedNetwork:

@@ -87,7 +87,8 @@ def from_stored(part: StoredPart, value: Tensor, outside: Sequence[str]) -> Tens
         value = value.float()
         if not bool((value == value.round()).all()):
             raise ValueError(f"{key!r} must be integers")
-        if key.removesuffix("/zero_point") not in outside and not inside(value, spec):
+        allowed = key.startswith("weights/") and key.removesuffix("/zero_point") in outside
+        if not allowed and not inside(value, spec):
             ends = f"{float(value.min()):g} .. {float(value.max()):g}"
             raise ValueError(f"{key!r} must lie within the grid {spec.qmin} .. {spec.qmax}, got {ends}")
     shape = part.value.shape if part.kind == "float" else part.value.flatten().shape
@@ -175,11 +176,32 @@ def load_with_recipe(path: Path) -> tuple[QuantizedNetwork, Recipe | None]:
     with naming(path):
         recipe = None if manifest["recipe"] is None else Recipe.from_json(manifest["recipe"])
         model = rebuilt(manifest, tensors)
+        if recipe:
+            check_recipe(recipe, model)
         fill(model, tensors, manifest.get("outside", ()))
         model.set_activations(Mode.QUANTIZE)
         if wrong := difference({key: value for key, value in manifest.items() if key != "recipe"}, described(model)):
             raise ValueError(f"its manifest is not that of the model: {wrong}")
         return model, recipe
+
+
+def check_recipe(recipe: Recipe, model: QuantizedNetwork) -> None:
+    """ValueError for a recipe of other timesteps than the tables have, in another order, or of samples that are not the network's."""
+    steps, sampled = model.plan.timesteps, recipe.sampling.finite_set(recipe.schedule)
+    same = set(steps) == set(sampled)
+    if sampled != steps and (same or model.plan.outside_timesteps == "error"):
+        wrong = next(((a, b) for a, b in zip(steps, sampled, strict=False) if a != b), (len(steps), len(sampled)))
+        raise ValueError(
+            f"'plan.timesteps' must be those of its sampler, in its order: {wrong[1]} stands where it has {wrong[0]}"
+        )
+    config = model.network.config
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    if channels is not None and channels not in recipe.shape:
+        raise ValueError(f"'recipe.shape' must have the network's {channels} channels, got {list(recipe.shape)}")
+    down = 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else config.get("patch_size")
+    sides = recipe.shape[1:] if isinstance(size, int) and recipe.shape[0] == channels and isinstance(down, int) else ()
+    if wrong := [side for side in sides if side % down]:
+        raise ValueError(f"'recipe.shape' must have sides that {down} divides, got {wrong[0]}")
 
 
 def load(path: Path) -> QuantizedNetwork:

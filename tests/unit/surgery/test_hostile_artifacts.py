@@ -203,7 +203,7 @@ def with_features(
             table = cached(torch.randn(model.context.num_steps, width), 8)
             model.replace_layer(layer, CachedFeature(table, model.context))
         for layer in ("time_embedding.linear_1", "time_embedding.linear_2"):
-            model.drop(layer)
+            model.replace_layer(layer, None)
     return model
 
 

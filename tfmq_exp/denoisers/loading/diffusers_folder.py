@@ -145,6 +145,7 @@ class DiffusersFolder:
                     raise ValueError(f"{file.parent} holds an autoencoder; {expected}")
             return Pixels()
         folder, config, _ = self.components["first_stage"]
+        check_latent_scale(config, folder / "config.json")
         network = self.network("first_stage")
         if shift := network.config.get("shift_factor"):
             raise ValueError(f"{folder}: shift_factor={shift} is not supported")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.methods.noise_correction import NoiseCorrection, NoiseStatistics
-from tfmq_exp.methods.temporal_features import ComputeFeatures
 from tfmq_exp.pipeline.pipeline import Stage
 from tfmq_exp.pipeline.stages.data import CollectTrajectory
 from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
@@ -38,7 +37,7 @@ class CalibrateActivations(Stage):
     def inputs(self) -> Mapping[str, Any]:
         method, data = self.run.method, {"trajectory": self.trajectory.key, "seed": self.run.seed}
         phases = {"weights": self.weights.key, "activations": method.activations, "temporal": method.temporal}
-        if not isinstance(method.temporal, ComputeFeatures):  # tables by condition
+        if method.temporal.stores:  # by condition
             phases["choices"] = self.run.sampled_choices
         return {**data, **self.run.layer_inputs, **phases}
 
