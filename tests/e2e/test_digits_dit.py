@@ -20,7 +20,6 @@ def test_it_is_scored_and_diagnosed(tmp_path: Path) -> None:
     ("method", "message"),
     [
         ("ptqd", "takes networks that predict noise"),
-        ("tfmq_cache", "depend on class_labels, too: a table by timestep cannot hold them"),
         ("lsq_tdq", "takes networks that predict noise"),
     ],
 )

@@ -100,8 +100,8 @@ class BasisFeature(StoredFeature):
         at, condition = self.coefficients, self.context.condition
         # exact at both ends, where a stored timestep stands
         coefficients = torch.lerp(at[left, condition], at[right, condition], share)
-        mean, vectors = self.integers.dequantize().split([1, at.shape[2]])
-        return mean + coefficients @ vectors
+        real = self.integers.dequantize()
+        return real[:1] + coefficients @ real[1:]
 
 
 class Unneeded(nn.Module):
@@ -150,14 +150,16 @@ def fitted_basis(
     """
     rows = features.double().flatten(0, 1)
     mean = rows.mean(0, keepdim=True)
-    _, singular, vectors = torch.linalg.svd(rows - mean, full_matrices=False)
-    energy = singular.square()
+    decomposition: Any = torch.linalg.svd(rows - mean, full_matrices=False)  # pyright: ignore[reportUnknownMemberType]
+    vectors: Tensor = decomposition.Vh
+    energy: Tensor = decomposition.S.square()
     left_out = torch.cat(
         [energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]
     )  # [rank] is the error of so many vectors
     enough = int((left_out > tolerance * rows.square().sum()).sum())
-    count = max(1, min(len(singular), enough if rank is None else rank))
+    count = max(1, min(len(energy), enough if rank is None else rank))
     integers = cached(torch.cat([mean, vectors[:count]]).float(), bits)
-    first, kept = integers.dequantize().double().split([1, count])
-    coefficients = torch.linalg.lstsq(kept.T, (rows - first).T).solution.T
+    real = integers.dequantize().double()
+    fit: Any = torch.linalg.lstsq(real[1:].mT, (rows - real[:1]).mT)  # pyright: ignore[reportUnknownMemberType]
+    coefficients: Tensor = fit.solution.mT
     return BasisFeature(integers, timesteps, coefficients.unflatten(0, features.shape[:2]), context)

@@ -105,7 +105,7 @@ def with_steps(sampler: Any, num_inference_steps: int) -> Sampler:
         return dataclasses.replace(sampler, sampler=with_steps(sampler.sampler, num_inference_steps))
     if not hasattr(sampler, "num_inference_steps"):
         raise ValueError(f"{type(sampler).__name__} has no num_inference_steps: its number of steps is fixed")
-    if sigmas := getattr(sampler, "sigmas", None):
+    if isinstance(sigmas := getattr(sampler, "sigmas", None), tuple):
         if num_inference_steps == len(sigmas):
             return sampler
         raise ValueError(

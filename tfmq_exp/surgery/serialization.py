@@ -21,6 +21,7 @@ from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.quant.spec import QuantSpec
 from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.sampling.trajectory import finite_set
 from tfmq_exp.surgery.empty_features import check_stored
 from tfmq_exp.surgery.manifest import check_entries, described, difference, inside, rebuilt, stored_integers
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
@@ -187,7 +188,7 @@ def load_with_recipe(path: Path) -> tuple[QuantizedNetwork, Recipe | None]:
 
 def check_recipe(recipe: Recipe, model: QuantizedNetwork) -> None:
     """ValueError for a recipe of other timesteps than the tables have, in another order, or of samples that are not the network's."""
-    steps, sampled = model.plan.timesteps, recipe.sampling.finite_set(recipe.schedule)
+    steps, sampled = model.plan.timesteps, finite_set(recipe.sampling.sampler, recipe.schedule)
     same = set(steps) == set(sampled)
     if sampled != steps and (same or model.plan.outside_timesteps == "error"):
         wrong = next(((a, b) for a, b in zip(steps, sampled, strict=False) if a != b), (len(steps), len(sampled)))
