@@ -11,9 +11,8 @@ from tests.helpers.sampling import output, reloaded
 from tests.helpers.stored_features import conditions_of, quantized, steps_of
 from tests.helpers.transformers import Stored, read_stored
 from tfmq_exp.denoisers.structure import Role
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, distinct, temporal_pairs
 from tfmq_exp.methods.temporal_features import BasisFeatures, CacheFeatures, FeatureInputs, StoreFeatures
-from tfmq_exp.quant.condition_set import distinct
 from tfmq_exp.quant.timestep_context import exact_timesteps, network_timesteps
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 

@@ -45,9 +45,14 @@ def end_of(entry: Any) -> int | None:
     """End of a tensor, counted from where the first one begins; None for an entry that describes no tensor."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return None
-    shape, place = entry.get("shape"), entry.get("data_offsets")
-    if not all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in (shape, place)):
+    shape, place = sizes_of(entry.get("shape")), sizes_of(entry.get("data_offsets"))
+    if shape is None or place is None:
         return None
     if len(place) != 2 or place[0] > place[1] or (math.prod(shape) > 0) != (place[0] < place[1]):
         return None
     return place[1]
+
+
+def sizes_of(value: Any) -> list[int] | None:
+    """A list of whole numbers that are not negative; None for anything else."""
+    return value if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value) else None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.validate import BYTES, COUNT, INNER_SHARE, Kind, check_fields, one_of, optional, whole
 from tfmq_exp.denoisers.structure import NetworkStructure, Role
-from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
-from tfmq_exp.quant.condition_set import ConditionSet, distinct
+from tfmq_exp.denoisers.temporal import TemporalInformationBlock, distinct, temporal_pairs
+from tfmq_exp.quant.condition_set import ConditionSet
 from tfmq_exp.quant.stored_features import CachedFeature, StoredFeature, cached, fitted_basis
 from tfmq_exp.quant.timestep_context import Timestep, TimestepContext, exact_timesteps, network_timesteps
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork

@@ -49,10 +49,10 @@ class ConditionSet(nn.Module):
             )
         same = torch.stack([matches(given[name], rows) for name, rows in self.rows.items()]).all(dim=0)
         if bool((wrong := ~same.any(dim=1)).any()):
-            first, said = int(wrong.nonzero()[0]), []
+            first, said = int(wrong.nonzero()[0]), list[str]()
             for name in self.names:
-                row = given[name][first].flatten()
-                said.append(f"{name} {row[0].item():.6g}" + (", ..." if len(row) > 1 else ""))
+                row = given[name][first].double().flatten()
+                said.append(f"{name} {float(row[0]):.6g}" + (", ..." if len(row) > 1 else ""))
             raise ValueError(
                 f"row {first} has a condition ({'; '.join(said)}) for which no temporal features are stored, but only for "
                 f"{len(self)} of the run that made them: quantize with the conditions that are sampled, or compute the "
@@ -71,14 +71,3 @@ def matches(
         return (given.reshape(len(given), 1, -1) == rows.reshape(1, len(rows), -1)).all(dim=2)
     a, b = given.to(rows).reshape(len(given), -1), rows.reshape(len(rows), -1)
     return torch.cdist(a, b, p=float("inf")) <= SAME * b.abs().amax(dim=1)
-
-
-def distinct(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Conditions without those that came before, in their order."""
-    if not conditions:
-        return {}
-    joined = torch.cat([value.double().reshape(len(value), -1) for value in conditions.values()], dim=1)
-    kind = joined.unique(dim=0, return_inverse=True)[1]
-    places = torch.arange(len(kind), device=kind.device)
-    first = torch.full((int(kind.max()) + 1,), len(kind), device=kind.device).scatter_reduce(0, kind, places, "amin")
-    return {name: value[first.sort().values] for name, value in conditions.items()}

@@ -13,6 +13,8 @@ from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.spec import QParams, QuantSpec
 from tfmq_exp.quant.timestep_context import TimestepContext
 
+linalg: Any = torch.linalg  # has no types
+
 
 class StoredFeature(nn.Module):
     """Base of what replaces a layer: returns a stored feature for each row's step and condition, whatever its input.
@@ -150,7 +152,7 @@ def fitted_basis(
     """
     rows = features.double().flatten(0, 1)
     mean = rows.mean(0, keepdim=True)
-    decomposition: Any = torch.linalg.svd(rows - mean, full_matrices=False)  # pyright: ignore[reportUnknownMemberType]
+    decomposition = linalg.svd(rows - mean, full_matrices=False)
     vectors: Tensor = decomposition.Vh
     energy: Tensor = decomposition.S.square()
     left_out = torch.cat(
@@ -160,6 +162,5 @@ def fitted_basis(
     count = max(1, min(len(energy), enough if rank is None else rank))
     integers = cached(torch.cat([mean, vectors[:count]]).float(), bits)
     real = integers.dequantize().double()
-    fit: Any = torch.linalg.lstsq(real[1:].mT, (rows - real[:1]).mT)  # pyright: ignore[reportUnknownMemberType]
-    coefficients: Tensor = fit.solution.mT
-    return BasisFeature(integers, timesteps, coefficients.unflatten(0, features.shape[:2]), context)
+    coefficients: Tensor = linalg.lstsq(real[1:].mT, (rows - real[:1]).mT).solution.mT
+    return BasisFeature(integers, timesteps, coefficients.reshape(*features.shape[:2], count), context)

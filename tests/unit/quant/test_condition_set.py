@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tfmq_exp.quant.condition_set import ConditionSet, distinct
+from tfmq_exp.denoisers.temporal import distinct
+from tfmq_exp.quant.condition_set import ConditionSet
 
 G = torch.Generator().manual_seed(0)
 POOLED = torch.randn(5, 2, 3, generator=G)
