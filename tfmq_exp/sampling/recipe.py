@@ -80,7 +80,7 @@ def check_conditions(network: nn.Module, conditions: Any, count: int) -> None:
         made = "denoiser.encoder(captions) makes them"
         raise ValueError(f"conditions must be Conditions, got {type(conditions).__name__}: {made}")
     given = {name.split(".")[0] for name in (*conditions.given, *conditions.constants)}
-    if unknown := given - inspect.signature(getattr(network, "unet", network).forward).parameters.keys():
+    if unknown := given - inspect.signature(getattr(network, "network", network).forward).parameters.keys():
         raise ValueError(f"conditions hold {min(unknown)}, which this network does not take")
     if rows := [f"{len(value)} of {name}" for name, value in conditions.given.items() if len(value) != count]:
         raise ValueError(f"conditions must have one row for each of {count} images, got {rows[0]}")
@@ -91,7 +91,7 @@ def required_conditions(network: nn.Module) -> list[str]:
 
     Transformers name what they are conditioned on as an argument with a default, and fail without it.
     """
-    own = inspect.signature(getattr(network, "unet", network).forward).parameters
+    own = inspect.signature(getattr(network, "network", network).forward).parameters
     parameters = own.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     of_images = {"encoder_hidden_states", "class_labels"} - ({"class_labels"} if "sample" in own else set())
