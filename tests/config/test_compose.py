@@ -82,6 +82,7 @@ AXES = {
     "intervals": {"scales", "weights", "activations"},
     "tfmq": {"scales", "weights"},
     "tfmq_cache": {"scales", "weights", "temporal"},
+    "tfmq_basis": {"scales", "weights", "temporal"},
     "tfmq_qdrop": {"scales", "weights", "activations"},
     "gptq": {"weights"},
     "tfmq_gptq": {"scales", "weights"},
@@ -132,7 +133,14 @@ def test_methods_differ_only_in_what_their_page_says(tmp_path: Path) -> None:
         (
             ("method=tfmq_cache",),
             ("method=tfmq",),
-            {"name", "temporal._target_", "temporal.bits", "temporal.select", "temporal.channels"},
+            {
+                "name",
+                "temporal._target_",
+                "temporal.bits",
+                "temporal.select",
+                "temporal.channels",
+                "temporal.max_bytes",
+            },
         ),
         (
             ("method=tfmq_qdrop",),

@@ -31,6 +31,7 @@ METHODS = (
     ("method=qdrop",),
     ("method=ptq4dm",),
     ("method=tfmq_cache",),
+    ("method=tfmq_basis", "method/weights/recipe/objective=segments"),
     ("method=intervals",),
     ("method=tdq", "method/scales/encoding=fourier"),
     ("method=tdq_thin",),

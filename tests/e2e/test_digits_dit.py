@@ -20,7 +20,6 @@ def test_it_is_scored_and_diagnosed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("tfmq_cache", "depend on class_labels, too: a table by timestep cannot hold them"),
         (
             "lsq_tdq method.weights.labels={_target_: tfmq_exp.qat.conditioning.NoLabels}",
             "conditioned on class_labels: training needs",

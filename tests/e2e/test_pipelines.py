@@ -100,18 +100,22 @@ def test_it_is_quantized_stored_and_sampled(name: str, tmp_path: Path) -> None:
     assert (samples - exact).square().mean() < 0.5 * exact.var()
 
 
-def test_a_table_of_features_that_depend_on_the_prompt_is_refused(tmp_path: Path) -> None:
+def test_a_table_of_features_that_depend_on_the_prompt_has_those_of_the_run(tmp_path: Path) -> None:
     overrides = overrides_of("flux", tmp_path)
     denoiser = api.load_denoiser("pipeline", *overrides)
-    with pytest.raises(ValueError, match="depend on pooled_projections, too: a table by timestep cannot hold them"):
-        quantized(denoiser, "tfmq_cache", overrides)
+    model = quantized(denoiser, "tfmq_cache", [*overrides, "method.temporal.select=always"])
+    model.save(tmp_path / "model.safetensors")
+    loaded, given = api.load_quantized(tmp_path / "model.safetensors"), denoiser.encoder(choices_of("flux"))
+    assert torch.equal(*(api.sample(one, range(2), conditions=given) for one in (model, loaded)))
+    with pytest.raises(ValueError, match="for which no temporal features are stored"):
+        api.sample(loaded, range(1), conditions=denoiser.encoder(["another text"]))
 
 
 def test_a_table_replaces_the_temporal_information_block_where_features_depend_on_t_alone(tmp_path: Path) -> None:
     overrides = overrides_of("pixart", tmp_path)
     denoiser = api.load_denoiser("pipeline", *overrides)
     model = quantized(denoiser, "tfmq_cache", [*overrides, "method.temporal.select=always"])
-    assert set(model.network.cached) == {"adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_2"}
+    assert set(model.network.stored_features) == {"adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_2"}
     stored = model.save(tmp_path / "cached.safetensors")
     plain = quantized(denoiser, "tfmq", overrides).save(tmp_path / "plain.safetensors")
     assert stored < plain

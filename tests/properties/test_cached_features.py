@@ -58,7 +58,7 @@ def test_loaded_model_with_stored_features_is_bit_equal(
     loaded = reloaded(model, tmp_path)
     assert torch.equal(output(loaded, inputs), before)
     assert loaded.plan == model.plan
-    assert loaded.cached.keys() == model.cached.keys()
+    assert loaded.stored_features.keys() == model.stored_features.keys()
     computed = calibrated(quantizable(network, scales=scales, sites=mixed_temporal_bits(network)))
     assert not torch.equal(before, output(computed, inputs))
 
@@ -107,7 +107,7 @@ def test_nothing_of_the_temporal_information_block_is_left_when_all_is_stored(
     kept = [key for key in stored for layer in temporal if layer in key and not key.startswith("cached/")]
     assert not kept
     assert not set(temporal).intersection(loaded.plan.layers)
-    assert set(loaded.cached) == {layer.name for layer in parts_of(network).by_role(Role.TIME_PROJ)}
+    assert set(loaded.stored_features) == {layer.name for layer in parts_of(network).by_role(Role.TIME_PROJ)}
     assert {key for key in whole if not any(layer in key for layer in temporal)} == {
         key for key in stored if not key.startswith("cached/")
     }
@@ -161,7 +161,7 @@ def test_selection_stores_where_that_disturbs_less(network: nn.Module) -> None:
             expected.add(name)
     assert 0 < len(expected) < len(block.names)
     CacheFeatures(5, "disturbance")(model, network, parts)
-    assert set(model.cached) == expected
+    assert set(model.stored_features) == expected
     with model.context.at(t):
         mixed = TemporalInformationBlock(model.network, parts)(t)
     for name, computed, now in zip(block.names, own, mixed, strict=True):

@@ -111,7 +111,9 @@ def unknown_keys(arguments: Namespace, conf: Path) -> list[str]:
         group, _, name = key.partition(".")
         files = [path for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
         if elsewhere := [f"{group}={path.stem}" for path in files if name in set(keys_of(OmegaConf.load(path)))]:
-            lines.append(f"there is no key {key} in what is chosen; there is one in {', '.join(elsewhere)}")
+            own = ", ".join(sorted(name for name in keys if name.startswith(f"{group}.") and not name.endswith("_")))
+            where = f"there is one in {', '.join(elsewhere)}" + (f"; here are {own}" if own else "")
+            lines.append(f"there is no key {key} in what is chosen; {where}")
         elif near := similar(key, groups if "/" in key else keys):
             lines.append(f"there is no key {key}: did you mean {' or '.join(near)}?")
     return lines

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
+from tfmq_exp.core.safetensors_header import AGAIN, header_fault
+
 HEAD = 512  # bytes that are read
-AGAIN = "download it again"
 UNPACK = "unpack it, and give the file inside"
 PICTURE = "is a picture"
 CONVERT = "convert it with the program that it belongs to, or take the publisher's safetensors"
@@ -56,7 +57,7 @@ def read_head(path: Path) -> bytes:
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors do: the length of a header, then the header's brace."""
     head = read_head(path)
-    return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
+    return len(head) > 8 and head[7:9] == b"\0{" and int.from_bytes(head[:8], "little") >= 2  # no text has that zero
 
 
 def kind_of(path: Path) -> str | None:
@@ -123,16 +124,10 @@ def quoted(text: str) -> str:
 
 def why_unreadable(path: Path) -> str | None:
     """The fault of a file that looked like tensors and could not be read, where its bytes say it; None otherwise."""
+    if is_safetensors(path):
+        return header_fault(path)
     size, head = path.stat().st_size, read_head(path)
     with path.open("rb") as file:
-        if is_safetensors(path):
-            length = 8 + int.from_bytes(head[:8], "little")
-            header = file.read(length)
-            ends = re.findall(rb'"data_offsets":\s*\[\s*\d{1,18}\s*,\s*(\d{1,18})\s*\]', header)
-            expected = length + max(map(int, ends), default=0)
-            least = "" if len(header) == length else "at least "
-            found = f"is truncated: it begins as safetensors of {least}{expected} bytes and has {size}: {AGAIN}"
-            return found if size < expected else None
         file.seek(max(0, size - 8))
         end = file.read()
     if kind := by_name(path):
@@ -145,6 +140,12 @@ def why_unreadable(path: Path) -> str | None:
     if re.sub(r"[\n\r\t]", "", text.rstrip("\ufffd")).isprintable():
         return f"is text, no checkpoint: it begins {quoted(text)}"
     return None
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """A sentence on a file that could not be read as safetensors, by its bytes where they say it."""
+    fault = (kind_of(path) or why_unreadable(path)) if path.exists() else None
+    return fault or f"is not readable (damaged or truncated?): {error}"
 
 
 def why_missing(path: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tfmq_exp.core.file_kind import kind_of
+from tfmq_exp.core.file_kind import unreadable
 
 # Names of types, those first whose tensors stand first in a file.
 DTYPES = {
@@ -58,8 +58,7 @@ def read_tensor_file(
             header = json.loads((file.metadata() or {}).get("header", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys() if chosen(key)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        kind = kind_of(path) if path.exists() else None
-        raise ValueError(f"{path} {kind or f'is not readable (damaged or truncated?): {error}'}") from error
+        raise ValueError(f"{path} {unreadable(path, error)}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no file of this program: its header is no JSON object")
     return header, tensors

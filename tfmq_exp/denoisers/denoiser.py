@@ -47,6 +47,15 @@ def with_tuples(tree: Any) -> Any:
     return tuple(inner[key] for key in places) if inner and inner.keys() == {*places} else inner
 
 
+def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The names of `nested` for keyword arguments that are nested; tuples stay as they are."""
+    found = dict[str, Any]()
+    for name, value in arguments.items():
+        inner = flattened(value) if isinstance(value, Mapping) else {"": value}
+        found |= {f"{name}.{key}" if key else name: part for key, part in inner.items()}
+    return found
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Conditions of the rows of a batch, as further keyword arguments of the network by their names, see `nested`.

@@ -79,6 +79,17 @@ def temporal_pairs(
     return t.repeat_interleave(count), given
 
 
+def distinct(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Conditions without those that came before, in their order."""
+    if not conditions:
+        return {}
+    joined = torch.cat([value.double().reshape(len(value), -1) for value in conditions.values()], dim=1)
+    kind: Tensor = joined.unique(dim=0, return_inverse=True)[1]
+    places = torch.arange(len(kind), device=kind.device)
+    first = torch.full((int(kind.max()) + 1,), len(kind), device=kind.device).scatter_reduce(0, kind, places, "amin")
+    return {name: value[first.sort().values] for name, value in conditions.items()}
+
+
 def measured_temporal_layers(
     network: nn.Module, example: Mapping[str, Any], t: float, other_t: float, conditions: tuple[str, ...] = ()
 ) -> set[str]:

@@ -11,7 +11,7 @@ from tfmq_exp.core.finite import relative
 from tfmq_exp.denoisers.structure import NetworkStructure, Role
 from tfmq_exp.denoisers.temporal import TemporalInformationBlock, temporal_pairs
 from tfmq_exp.diagnostics.rows import Row, grouped
-from tfmq_exp.quant.layers import Unneeded
+from tfmq_exp.quant.stored_features import Unneeded
 from tfmq_exp.quant.timestep_context import Timestep, exact_timesteps, network_timesteps
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 
@@ -42,7 +42,7 @@ def feature_errors(
     """
     device, steps = model.context.visited.device, timesteps or model.context.timesteps
     t, given = temporal_pairs(network_timesteps(exact_timesteps(steps)).to(device), conditions or {})
-    with model.context.at(t, model.plan.outside_timesteps):
+    with model.context.at(t, model.plan.outside_timesteps, conditions=given):
         features = _features(model.network, structure, t, given)
     exact = _features(float_network, structure, t, given)
     if any(isinstance(model.network.get_submodule(s.name), Unneeded) for s in structure.by_role(Role.TIME_EMBED)):

@@ -23,9 +23,11 @@ from tfmq_exp.denoisers.temporal import measured_temporal_layers
 from tfmq_exp.evaluation.scores import Evaluator
 from tfmq_exp.methods.first_stage import FirstStageBits
 from tfmq_exp.methods.method import Method
+from tfmq_exp.methods.temporal_features import FeatureInputs
 from tfmq_exp.methods.text_encoder import TextEncoderBits
 from tfmq_exp.quant.timestep_context import Timestep
 from tfmq_exp.reconstruction.context import ComputeConfig
+from tfmq_exp.sampling.conditioning import Classes
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import ImagePlan
 from tfmq_exp.surgery.attention import attention_modules
@@ -92,6 +94,30 @@ class Run:
         found = self.sampling.conditions(self.denoiser, self.images.seed, Stream.IMAGES, images)
         parts = (found.given, found.null) if self.sampling.guided else (found.given,)
         return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    @cached_property
+    def sampled_choices(self) -> tuple[Any, ...]:
+        """Classes, all of them, or the different captions, of images and calibration; none where features depend on t alone."""
+        names = family_of(self.denoiser.network).conditions_of(self.denoiser.encoder.example().given)
+        conditioning = self.sampling.conditioning
+        if not names or isinstance(conditioning, Classes):
+            return tuple(range(conditioning.count)) if names and isinstance(conditioning, Classes) else ()
+        images = conditioning.choose(self.images.seed, Stream.IMAGES, range(self.images.count))
+        learned = conditioning.choose(self.seed, Stream.CALIBRATION, range(self.calibration.images))
+        return tuple(dict.fromkeys([*images, *learned]))
+
+    @property
+    def feature_inputs(self) -> FeatureInputs:
+        """Every condition of the run for temporal features, that of none among them, and its sampler's timesteps."""
+        encoder, guided = self.denoiser.encoder, self.sampling.guided
+        found = (
+            encoder(list(self.sampled_choices)).to(self.denoiser.device) if self.sampled_choices else encoder.example()
+        )
+        names = family_of(self.denoiser.network).conditions_of(found.given)
+        parts = (found.given, found.null) if guided and found.null else (found.given,)
+        conditions = {name: torch.cat([part[name] for part in parts]) for name in names}
+        sampling = self.calibration_sampling
+        return FeatureInputs(conditions, lambda steps: sampling.with_steps(steps).calls(self.denoiser))
 
     @cached_property
     def calls(self) -> tuple[Timestep, ...]:

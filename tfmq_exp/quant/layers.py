@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from tfmq_exp.quant.functional import dequantize, qparams_from_range, quantize
-from tfmq_exp.quant.observers import MinMax
+from tfmq_exp.quant.functional import dequantize
 from tfmq_exp.quant.quantizers import SplitQuantizer, WeightQuantizer
 from tfmq_exp.quant.spec import QParams, QuantSpec
-from tfmq_exp.quant.timestep_context import TimestepContext
 
 
 class QuantizedWeight(NamedTuple):
@@ -139,36 +137,3 @@ QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
 }
-
-
-class CachedFeature(nn.Module):
-    """Replaces an embedding projection: returns the stored feature of each row's step, whatever its input.
-
-    Temporal Feature Matters, arXiv 2407.19547: cache-based maintenance.
-    """
-
-    table: Tensor
-
-    def __init__(self, integers: QuantizedWeight, context: TimestepContext) -> None:
-        super().__init__()
-        self.context = context
-        table = integers.dequantize().reshape(context.num_steps, -1)  # a step has a row, or several
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, embedding: Tensor) -> Float[Tensor, "batch channels"]:
-        return self.table[self.context.index]
-
-
-class Unneeded(nn.Identity):
-    """Replaces a layer whose output is not read any more."""
-
-
-def cached(features: Float[Tensor, "steps channels"], bits: int, channels: int | None = None) -> QuantizedWeight:
-    """Float temporal features as integers with one range for each step, or for so many `channels` of it, by min and max.
-
-    A feature whose channels are no multiple of that has one range.
-    """
-    rows = features if channels is None or features.shape[1] % channels else features.reshape(-1, channels)
-    spec = QuantSpec(bits, "affine", axis=0)
-    qparams = qparams_from_range(*MinMax()(rows, spec), spec)
-    return QuantizedWeight(quantize(rows, qparams, spec).to(torch.uint8), qparams, spec)

@@ -1,4 +1,4 @@
-"""The sampling step of every row of the batch: how the timestep reaches the quantizers."""
+"""The sampling step, and the condition, of every row of the batch: how they reach quantizers and stored features."""
 
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+
+from tfmq_exp.quant.condition_set import ConditionSet
 
 # What a timestep outside the finite set does: raise ValueError, or read the table of the nearest one (of two as near, the noisier).
 OutsideTimesteps = Literal["error", "nearest"]
@@ -52,6 +54,8 @@ class TimestepContext(nn.Module):
         self._t: Shaped[Tensor, "batch"] | None = None
         self._index: Int[Tensor, "batch"] | None = None
         self.scales: Mapping[Any, Float[Tensor, "batch"]] = {}  # of TDQ scales evaluated for this batch
+        self.conditions: ConditionSet | None = None  # by which features are stored beside the timestep
+        self._condition: Int[Tensor, "batch"] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -71,6 +75,11 @@ class TimestepContext(nn.Module):
     def t(self) -> Shaped[Tensor, "batch"]:
         """Timestep of each row of the present batch, as it came: with `nearest` maybe none of the finite set."""
         return self._set(self._t)
+
+    @property
+    def condition(self) -> Int[Tensor, "batch"]:
+        """Place of each row's condition in the finite set of conditions; 0 without such a set."""
+        return torch.zeros_like(self.index) if self.conditions is None else self._set(self._condition)
 
     def _set(self, value: Tensor | None) -> Tensor:
         if value is None:
@@ -113,6 +122,7 @@ class TimestepContext(nn.Module):
         outside: Outside = "error",
         scales: Mapping[Any, Tensor] | None = None,
         steps: Int[Tensor, "batch"] | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> Generator[None]:
         """Set the timesteps of the batch for the duration of a forward pass.
 
@@ -121,11 +131,16 @@ class TimestepContext(nn.Module):
             outside: what one outside the finite set does.
             scales: TDQ scales that were evaluated for them.
             steps: where they are known already.
+            conditions: of the rows, as arguments of the network; read where there is a finite set of them.
+
+        Raises:
+            ValueError: a timestep or a condition of which there is no table.
         """
-        before = self._index, self._t, self.scales
+        before = self._index, self._t, self.scales, self._condition
         self._index = self.step_indices(t, outside) if steps is None else steps
         self._t, self.scales = t, scales or {}
+        self._condition = None if self.conditions is None or conditions is None else self.conditions.index(conditions)
         try:
             yield
         finally:
-            self._index, self._t, self.scales = before
+            self._index, self._t, self.scales, self._condition = before

@@ -100,7 +100,10 @@ def capture_float_units(
             outputs = run_unit(
                 unit.module(network), context.model.context, inputs, max(compute.batch, len(inputs)), rows
             )
-            yield unit, UnitActivations({"float": inputs}, outputs)
+            yield (
+                unit,
+                UnitActivations({"float": inputs}, outputs, config.objective.feature_importance(network, outputs)),
+            )
             continue
         if unit.name not in activations:
             capture.storage.clear()

@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfmq_exp.core.validate import DECAY, POWER, SEED, Kind, check_fields, number
+from tfmq_exp.denoisers.families.find import family_of
 from tfmq_exp.reconstruction.activation_cache import TensorTree
 from tfmq_exp.reconstruction.capture import Capture
 from tfmq_exp.reconstruction.units import Unit
 
 Values = Float[Tensor, "batch *rest"]
+SMALLEST_SHARE = 1e-3  # of the mean over segments, that a segment's mean square counts as
 EXPONENT = Kind("a number above 1", lambda value: number(value) and value > 1)
 
 
@@ -26,6 +28,10 @@ class Objective:
     def importance(self, network: nn.Module, units: Sequence[Unit], capture: Capture) -> Mapping[str, TensorTree]:
         """Unit name -> weights of the elements of its outputs in the float network, for the units that have any."""
         return {}
+
+    def feature_importance(self, network: nn.Module, features: TensorTree) -> TensorTree | None:
+        """Weights of the elements of the float network's temporal features; None where all count alike."""
+        return None
 
     def loss(self, prediction: Values, target: Values, importance: Values | None) -> tuple[Float[Tensor, ""], Values]:
         """Error summed over channels and averaged over everything else, and its gradient to the prediction.
@@ -48,6 +54,36 @@ class Lp(Objective):
 
     def __post_init__(self) -> None:
         check_fields(self, p=POWER)
+
+
+@dataclass(frozen=True)
+class Segments(Objective):
+    """Squared error, of temporal features that of every shift, scale and gate relative to its own mean square.
+
+    Blocks use the parts of a feature in different ways, and their sizes differ; unweighted, the largest part decides. The sum of
+    all weighted squares stays that of the features, which keeps the balance with the rounding penalty.
+    """
+
+    def feature_importance(self, network: nn.Module, features: TensorTree) -> TensorTree | None:
+        width = family_of(network).segment(network)
+        parts = [feature.double().square() for feature in features.tensors]
+        means = [segment_means(squares, width) for squares in parts]
+        known = torch.cat([mean.flatten() for mean in means])
+        floor = SMALLEST_SHARE * known.mean()  # a part that is hardly there counts little
+        weights = [1 / mean.clamp(min=floor) for mean in means]
+        total = sum(float(x.sum()) for x in parts)
+        weighted = sum(float((x * weight).sum()) for x, weight in zip(parts, weights, strict=True))
+        pairs = zip(weights, features.tensors, strict=True)
+        tensors = [(weight * (total / weighted)).to(x.dtype).expand_as(x).contiguous() for weight, x in pairs]
+        return TensorTree(features.around(tensors), features.form)
+
+
+def segment_means(squares: Float[Tensor, "rows ... channels"], width: int | None) -> Float[Tensor, "1 ... channels"]:
+    """Mean over rows and over the channels of a segment, for every channel; the whole feature where it has no such parts."""
+    by_channel = squares.mean(0, keepdim=True)
+    if width is None or squares.shape[-1] % width:
+        return by_channel.mean(-1, keepdim=True).expand_as(by_channel)
+    return by_channel.unflatten(-1, (-1, width)).mean(-1).repeat_interleave(width, dim=-1)
 
 
 @dataclass(frozen=True)

@@ -105,4 +105,12 @@ def with_steps(sampler: Any, num_inference_steps: int) -> Sampler:
         return dataclasses.replace(sampler, sampler=with_steps(sampler.sampler, num_inference_steps))
     if not hasattr(sampler, "num_inference_steps"):
         raise ValueError(f"{type(sampler).__name__} has no num_inference_steps: its number of steps is fixed")
+    if isinstance(sigmas := getattr(sampler, "sigmas", None), tuple):
+        if num_inference_steps == len(sigmas):
+            return sampler
+        raise ValueError(
+            f"the pipeline gives its scheduler the sigmas of {len(sigmas)} steps, which do not tell those of "
+            f"{num_inference_steps}: set protocol.sampling.num_inference_steps={num_inference_steps} for the whole run, and leave "
+            "protocol.calibration.num_inference_steps (method.temporal.points) null"
+        )
     return dataclasses.replace(sampler, num_inference_steps=num_inference_steps)

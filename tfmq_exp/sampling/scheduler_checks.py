@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq_exp.core.validate import POSITIVE, SHARE, SWITCH, one_of
-from tfmq_exp.denoisers.loading.scheduler_config import CONTINUOUS, FLOW, KINDS, default_settings
+from tfmq_exp.denoisers.loading.scheduler_config import CONTINUOUS, FLOW, KINDS, check_finite, default_settings
 from tfmq_exp.sampling.trajectory import Moves, exact_numbers
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -38,9 +38,8 @@ def check_settings(kind: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"_class_name must be one of {', '.join(KINDS)}, got {kind!r}{OTHERS}")
     defaults, flow = default_settings(kind), settings.get("use_flow_sigmas")
     known = KNOWN | {"prediction_type": one_of(*PREDICTIONS, *([FLOW] if flow else []))}
+    check_finite(kind, settings)
     for key, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} must be a finite number, got {value}")
         right = SWITCH if isinstance(defaults.get(key), bool) else known.get(key)
         if right is not None and value is not None and not right.fits(value):  # a text "false" would count as true
             needed = ", with use_flow_sigmas=True" if value == FLOW and "use_flow_sigmas" in defaults else ""

@@ -13,28 +13,30 @@ from torch import Tensor, nn
 
 from tfmq_exp.core.records import decode, encode
 from tfmq_exp.denoisers.families.decoder import AUTOENCODERS, Decoder
-from tfmq_exp.denoisers.families.find import FAMILIES, family_of
+from tfmq_exp.denoisers.families.find import FAMILIES
 from tfmq_exp.denoisers.families.unet import attentions, set_heads
 from tfmq_exp.denoisers.loading.network_config import LARGE, MOST_LAYERS, UNETS, WIDE, empty_network
 from tfmq_exp.denoisers.loading.network_folder import check_numbers, reason_of, without_weights
 from tfmq_exp.denoisers.loading.scheduler_config import default_settings
 from tfmq_exp.denoisers.originals.dit_checkpoint import has_original_frequencies, original_frequencies
 from tfmq_exp.denoisers.pipelines.text_components import TEXT_ENCODERS, empty_text_encoder, encoder_settings
-from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, Role
-from tfmq_exp.quant.layers import QuantizedWeight, Unneeded
+from tfmq_exp.quant.layers import QuantizedWeight
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicGeneratorConfig
-from tfmq_exp.quant.spec import QParams, QuantSpec
+from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.stored_features import Unneeded
+from tfmq_exp.surgery.empty_features import CPU, empty_features, empty_integers
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork, quantize_in_place
 from tfmq_exp.surgery.resolve import OPERANDS, STORED, ResolvedConfig
 
 NETWORKS: dict[str, Any] = {family.network: getattr(diffusers, family.network) for family in FAMILIES} | AUTOENCODERS
-CPU = torch.device("cpu")
 MOST_TIMESTEPS = 2**20
 WEIGHTS_PER_BYTE = 8  # at most: codes of 2 bits are four, and a few layers whose output is stored are in no file
 # network, its configuration, what is quantized, shapes of the integers, numbers of heads, and how the model is sampled
 ENTRIES = frozenset({"network", "config", "plan", "shapes", "cached", "unneeded", "heads", "recipe"})
-SOMETIMES = frozenset({"outside", "frequencies"})
+# ranges without zero; sinusoids; shapes and kinds of the conditions that features are stored for, sizes of bases, and the number
+# of weights that stored features replace
+SOMETIMES = frozenset({"outside", "frequencies", "conditions", "bases", "replaced_weights"})
 FREQUENCIES = {
     "frequencies": "original"
 }  # of sinusoids: those of the original DiT, which no configuration of diffusers says
@@ -43,7 +45,7 @@ FREQUENCIES = {
 def stored_integers(model: QuantizedNetwork) -> dict[str, QuantizedWeight]:
     """All integer tensors by their names in the file: weights part by part, and cached temporal features."""
     weights = {f"weights/{layer}/{i}": part for layer, parts in model.integers.items() for i, part in enumerate(parts)}
-    return weights | {f"cached/{layer}": integers for layer, integers in model.cached.items()}
+    return weights | {f"cached/{layer}": feature.integers for layer, feature in model.stored_features.items()}
 
 
 def inside(zero_point: Tensor, spec: QuantSpec) -> bool:
@@ -63,20 +65,26 @@ def class_and_settings(network: Any) -> tuple[str, dict[str, Any]]:
 def described(model: QuantizedNetwork) -> dict[str, Any]:
     """The manifest of a model, without its recipe."""
     name, settings = class_and_settings(model.network)
-    integers = stored_integers(model)
+    integers, features = stored_integers(model), model.stored_features
     outside = [name for name, part in integers.items() if not inside(part.qparams.zero_point, part.spec)]
     manifest = {
         "network": name,
         "config": settings,
         "plan": encode(model.plan, STORED),
         "shapes": {name: list(part.codes.shape) for name, part in integers.items()},
-        "cached": {layer: dataclasses.asdict(integers.spec) for layer, integers in model.cached.items()},
+        "cached": {layer: dataclasses.asdict(feature.spec) for layer, feature in features.items()},
         "unneeded": [name for name, module in model.network.named_modules() if isinstance(module, Unneeded)],
         # not always what the configuration says: the original networks have one number of heads at every width
         "heads": {name: module.heads for name, module in attentions(model.network).items()},
     }
     # ranges that do not contain zero, as in releases: no engine can execute them, so others may not have them unsaid
     manifest |= {"outside": outside} if outside else {}
+    if model.context.conditions is not None:
+        rows = model.context.conditions.rows.items()
+        manifest["conditions"] = {name: [str(value.dtype), *value.shape] for name, value in rows}
+    if bases := {layer: layout for layer, feature in features.items() if (layout := feature.layout())}:
+        manifest["bases"] = bases
+    manifest |= {"replaced_weights": model.replaced_weights} if features else {}
     return json.loads(json.dumps(manifest | (FREQUENCIES if has_original_frequencies(model.network) else {})))
 
 
@@ -203,45 +211,17 @@ def check_plan(plan: ResolvedConfig, numbers: int) -> None:
 def rebuilt(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device = CPU) -> QuantizedNetwork:
     """The model that a manifest describes, all its numbers still to be filled in; any error where there is none.
 
-    Stored temporal features stand in the place of the layers that compute them, which are no others.
-
     Args:
         manifest: of the model.
         tensors: of its file, or others of their sizes.
         device: of weights and codes of a transformer; what is small is real on the meta device, too.
     """
     plan = decode(manifest["plan"], ResolvedConfig, STORED, "plan")
-    check_plan(plan, sum(value.numel() for value in tensors.values()))
-    network = empty_network_of(manifest, tensors, device)
-    model = quantize_in_place(network, plan, MinMax())
-    of_time = manifest["cached"] or manifest["unneeded"]
-    known = family_of(network).roles(network) if of_time else {}
+    numbers = sum(value.numel() for value in tensors.values())
+    check_plan(plan, numbers)
+    model = quantize_in_place(empty_network_of(manifest, tensors, device), plan, MinMax())
     for name in model.weight_layers():
         parts = model.layer(name).weight_parts()
         model.freeze(name, tuple(empty_integers(q.spec, tuple(part.shape), name, part.device) for q, part in parts))
-    for layer, spec in manifest["cached"].items():
-        if known.get(layer) not in TEMPORAL_ROLES:
-            raise ValueError(f"{layer!r} projects no temporal feature: it cannot be stored")
-        rows, columns = manifest["shapes"][f"cached/{layer}"]
-        expected = model.context.num_steps * model.network.get_submodule(layer).out_features
-        if rows < 1 or rows % model.context.num_steps or rows * columns != expected:
-            raise ValueError(
-                f"the table of {layer!r} must have {expected} numbers in rows of steps, got {rows} x {columns}"
-            )
-        model.cache_feature(layer, empty_integers(QuantSpec(**spec), (rows, columns), layer))
-    computed = [layer for layer, role in known.items() if role is Role.TIME_PROJ and layer not in manifest["cached"]]
-    for layer in manifest["unneeded"]:
-        if known.get(layer) is not Role.TIME_EMBED or computed:
-            raise ValueError(f"{layer!r} is needed: it cannot be left out")
-        model.drop(layer)
+    empty_features(model, manifest, numbers)
     return model
-
-
-def empty_integers(spec: QuantSpec, shape: tuple[int, ...], name: str, device: torch.device = CPU) -> QuantizedWeight:
-    """Integers without content; ranges are real on every device."""
-    if spec.bits > 8:
-        raise ValueError(f"{name!r} must have at most 8 bits, got {spec.bits}")
-    scale = torch.ones(spec.range_shape(shape))
-    return QuantizedWeight(
-        torch.zeros(shape, dtype=torch.uint8, device=device), QParams(scale, torch.zeros_like(scale)), spec
-    )

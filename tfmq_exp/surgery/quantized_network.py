@@ -12,14 +12,15 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tfmq_exp.core.finite import NotFiniteError, require_finite, within
-from tfmq_exp.denoisers.denoiser import first_argument
-from tfmq_exp.quant.layers import QUANT_LAYERS, CachedFeature, QuantizedWeight, QuantLayer, Unneeded
+from tfmq_exp.denoisers.denoiser import first_argument, flattened
+from tfmq_exp.quant.layers import QUANT_LAYERS, QuantizedWeight, QuantLayer
 from tfmq_exp.quant.observers import Observer
 from tfmq_exp.quant.qat_quantizers import TrainableWeightQuantizer
 from tfmq_exp.quant.quantizers import AffineQuantizer, Mode, SplitQuantizer, StepSwitch, WeightQuantizer, tie
 from tfmq_exp.quant.rounding import AdaRound
 from tfmq_exp.quant.scales.tdq import BatchedGenerators
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.stored_features import StoredFeature, Unneeded
 from tfmq_exp.quant.timestep_context import Outside, Timestep, TimestepContext
 from tfmq_exp.surgery.attention import quantize_operands
 from tfmq_exp.surgery.resolve import ResolvedConfig
@@ -29,7 +30,7 @@ class QuantizedNetwork(nn.Module):
     """Called like the network that it holds, with the timestep by name. Sets its timestep context at every forward pass.
 
     Quantizers start in mode OFF. A layer's weight is either still float, with a quantizer, or frozen: replaced by the real values
-    of its integers. Embedding projections that were replaced by stored features are in `cached`.
+    of its integers. Embedding projections may be replaced by stored features.
     """
 
     network: Any  # one of diffusers' denoisers
@@ -38,7 +39,7 @@ class QuantizedNetwork(nn.Module):
         super().__init__()
         self.context = TimestepContext(plan.timesteps)
         self.network, self.plan, self.first_argument = network, plan, first_argument(network)
-        self.cached: dict[str, QuantizedWeight] = {}
+        self.replaced_weights = 0  # of layers that stored features replace, which are not in the artefact
         self.generators: BatchedGenerators | None = None  # while the network is trained as a whole
 
     def forward(
@@ -58,12 +59,13 @@ class QuantizedNetwork(nn.Module):
             arguments: further ones of the network.
 
         Raises:
-            ValueError: a timestep outside the finite set where that is an error.
+            ValueError: a timestep outside the finite set where that is an error, or a condition without stored features.
         """
         x: Tensor = arguments.pop(self.first_argument) if sample is None else sample
         t = torch.as_tensor(timestep, device=x.device).expand(len(x))
         scales = self.generators.scales(t) if self.generators else None
-        with self.context.at(t, outside or self.plan.outside_timesteps, scales):
+        given = flattened(arguments) if self.context.conditions else None
+        with self.context.at(t, outside or self.plan.outside_timesteps, scales, conditions=given):
             return self.network(x, timestep=t, **arguments)
 
     def for_timesteps(self, timesteps: Sequence[Timestep]) -> Callable[..., Any]:
@@ -192,17 +194,16 @@ class QuantizedNetwork(nn.Module):
                 require_finite(value, f"{part} of {name} after learning")
         self.plan = self.plan.tabulated()
 
-    def cache_feature(self, layer: str, integers: QuantizedWeight) -> None:
-        """Replace an embedding projection by its stored features."""
-        self.cached[layer] = integers
-        self._replace(layer, CachedFeature(integers, self.context))
+    @property
+    def stored_features(self) -> dict[str, StoredFeature]:
+        """Modules with stored features, by the names of the layers that they replace."""
+        return {name: module for name, module in self.network.named_modules() if isinstance(module, StoredFeature)}
 
-    def drop(self, layer: str) -> None:
-        """Take out a layer whose output is not read any more."""
-        self._replace(layer, Unneeded())
-
-    def _replace(self, layer: str, module: nn.Module) -> None:
-        like = next(self.network.parameters())
+    def replace_layer(self, layer: str, feature: StoredFeature | None) -> None:
+        """Put stored features in the place of a layer; None where nothing reads its output any more."""
+        before, like = self.network.get_submodule(layer), next(self.network.parameters())
+        self.replaced_weights += sum(x.numel() for x in before.parameters(recurse=False))
+        module = feature or Unneeded(before)
         self.network.set_submodule(layer, module if like.is_meta else module.to(like.device))
         self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})
 

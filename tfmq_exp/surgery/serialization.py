@@ -18,6 +18,8 @@ from torch import Tensor
 from tfmq_exp.core.tensor_file import read_tensor_file, write_tensor_file
 from tfmq_exp.quant.quantizers import Mode
 from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.sampling.trajectory import finite_set
+from tfmq_exp.surgery.empty_features import check_stored
 from tfmq_exp.surgery.manifest import check_entries, described, difference, rebuilt
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
 from tfmq_exp.surgery.stored_tensors import WrittenTensors, from_stored, stored_parts, to_stored
@@ -42,8 +44,7 @@ def fill(model: QuantizedNetwork, tensors: Mapping[str, Tensor], outside: Sequen
         raise ValueError(f"it holds {len(left)} tensors that the model has no place for, first {min(left)!r}")
     for name, integers in model.integers.items():
         model.freeze(name, integers)
-    for name, integers in model.cached.items():
-        model.cache_feature(name, integers)
+    check_stored(model)
 
 
 def save(
@@ -129,7 +130,10 @@ def load_with_recipe(path: Path) -> tuple[QuantizedNetwork, Recipe | None]:
     manifest, tensors = read(path)
     with naming(path):
         recipe = None if manifest["recipe"] is None else Recipe.from_json(manifest["recipe"])
-        return filled(manifest, rebuilt(manifest, tensors), tensors), recipe
+        model = rebuilt(manifest, tensors)
+        if recipe:
+            check_recipe(recipe, model)
+        return filled(manifest, model, tensors), recipe
 
 
 def filled(manifest: Mapping[str, Any], model: QuantizedNetwork, tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
@@ -139,6 +143,25 @@ def filled(manifest: Mapping[str, Any], model: QuantizedNetwork, tensors: Mappin
     if wrong := difference({key: value for key, value in manifest.items() if key != "recipe"}, described(model)):
         raise ValueError(f"its manifest is not that of the model: {wrong}")
     return model
+
+
+def check_recipe(recipe: Recipe, model: QuantizedNetwork) -> None:
+    """ValueError for a recipe of other timesteps than the tables have, in another order, or of samples that are not the network's."""
+    steps, sampled = model.plan.timesteps, finite_set(recipe.sampling.sampler, recipe.schedule)
+    same = set(steps) == set(sampled)
+    if sampled != steps and (same or model.plan.outside_timesteps == "error"):
+        wrong = next(((a, b) for a, b in zip(steps, sampled, strict=False) if a != b), (len(steps), len(sampled)))
+        raise ValueError(
+            f"'plan.timesteps' must be those of its sampler, in its order: {wrong[1]} stands where it has {wrong[0]}"
+        )
+    config = model.network.config
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    if channels is not None and channels not in recipe.shape:
+        raise ValueError(f"'recipe.shape' must have the network's {channels} channels, got {list(recipe.shape)}")
+    down = 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else config.get("patch_size")
+    sides = recipe.shape[1:] if isinstance(size, int) and recipe.shape[0] == channels and isinstance(down, int) else ()
+    if wrong := [side for side in sides if side % down]:
+        raise ValueError(f"'recipe.shape' must have sides that {down} divides, got {wrong[0]}")
 
 
 def load(path: Path) -> QuantizedNetwork:

@@ -29,6 +29,9 @@ def stored_parts(model: QuantizedNetwork) -> Iterator[StoredPart]:
         yield StoredPart(f"{name}/scale", "scale", spec, scale)
         if spec.scheme == "affine":  # a zero point that is always 0 is not stored
             yield StoredPart(f"{name}/zero_point", "zero_point", spec, zero_point)
+    if model.context.conditions is not None:
+        for name, value in model.context.conditions.rows.items():
+            yield StoredPart(f"conditions/{name}", "float", None, value)
     quantizers, frozen = model.activation_quantizers(), model.integers
     for name, quantizer in quantizers.items():
         for key, value in quantizer.state_dict().items():
@@ -69,7 +72,8 @@ def from_stored(part: StoredPart, value: Tensor, outside: Sequence[str]) -> Tens
         value = value.float()
         if not bool((value == value.round()).all()):
             raise ValueError(f"{key!r} must be integers")
-        if key.removesuffix("/zero_point") not in outside and not inside(value, spec):
+        allowed = key.startswith("weights/") and key.removesuffix("/zero_point") in outside
+        if not allowed and not inside(value, spec):
             ends = f"{float(value.min()):g} .. {float(value.max()):g}"
             raise ValueError(f"{key!r} must lie within the grid {spec.qmin} .. {spec.qmax}, got {ends}")
     shape = part.value.shape if part.kind == "float" else part.value.flatten().shape

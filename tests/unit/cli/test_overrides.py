@@ -126,6 +126,12 @@ def test_a_group_that_is_set_to_null(words: list[str]) -> None:
         (["seed=1", "+anything=3", "hydra.run.dir=x", "method=tfmq", "~engine"], []),
         (["data.path=x"], ["there is no key data.path in what is chosen; there is one in data=celebahq, data=cifar10"]),
         (["logger.mode=online"], ["there is no key logger.mode in what is chosen; there is one in logger=wandb"]),
+        (
+            ["model=pipeline", "path=x", "sampler.eta=0.5"],
+            [
+                "there is one in sampler=ddim, sampler=ddim_original, sampler=ddpm, sampler=folder; here are sampler.checkpoint, "
+            ],
+        ),
         (["zzzzzz=1"], []),
         (["method=nope", "sead=1"], []),
         (["method=tfqm", "seed=1"], ["there is no method=tfqm: did you mean method=tfmq"]),

@@ -15,10 +15,10 @@ from torch import nn
 
 from tests.conftest import calibrated, example_inputs, quantizable
 from tests.helpers.deployed import inputs, model_of, one_level_unet, small_unet
-from tfmq_exp.quant.layers import cached
 from tfmq_exp.quant.observers import MinMax
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.spec import QuantSpec
+from tfmq_exp.quant.stored_features import CachedFeature, cached
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork, build_quantized_network
 
@@ -162,7 +162,8 @@ def test_conditional_networks_and_stored_features(tmp_path: Path, tiny_condition
     model = model_of(tiny_conditional_unet, scales="all")
     layer = "down_blocks.0.resnets.0.time_emb_proj"
     width = len(model.layer(layer).weight)
-    model.cache_feature(layer, cached(torch.randn(4, width, generator=torch.Generator().manual_seed(0)), 8))
+    table = cached(torch.randn(4, width, generator=torch.Generator().manual_seed(0)), 8)
+    model.replace_layer(layer, CachedFeature(table, model.context))
     given = example_inputs(tiny_conditional_unet, (251, 251))
     export(model, given, tmp_path, split_int8_weights=pairs_saturate(), threads=1)
     opened = OpenVINO(1, "f32", None).open(model, tmp_path, batch=2)

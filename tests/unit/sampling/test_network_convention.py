@@ -107,6 +107,15 @@ def test_two_timesteps_that_the_network_cannot_tell_apart_are_one_of_the_finite_
     assert (last.index, last.t_train) == (499, 1)
 
 
+def test_given_sigmas_are_those_of_one_number_of_steps() -> None:
+    settings = {"num_train_timesteps": 1000}
+    sampler = SigmaScheduler("FlowMatchEulerDiscreteScheduler", settings, sigmas=(1.0, 2 / 3, 1 / 3))
+    sampling = Sampling(PipelineSampler(sampler, LUMINA2))
+    assert sampling.with_steps(3) == sampling
+    with pytest.raises(ValueError, match=r"sigmas of 3 steps.* of 8: set protocol.sampling.num_inference_steps=8"):
+        sampling.with_steps(8)
+
+
 @pytest.mark.parametrize(
     "inner",
     [

@@ -1,6 +1,7 @@
 """Artefacts whose checksum is right and whose content is that of no model are refused by name, at once."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.conftest import calibrated, generic, quantizable
-from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number
-from tfmq_exp.quant.layers import cached
+from tests.helpers.sampling import SCHEDULE
+from tests.helpers.stored_features import conditions_of, quantized
+from tests.helpers.transformers import read_stored
+from tests.unit.surgery.changes import CHANGES, INPUT, SCALE, ZERO, Change, Content, entry, number, tensor
+from tfmq_exp.methods.temporal_features import BasisFeatures, FeatureInputs
 from tfmq_exp.quant.observers import LpObserver
 from tfmq_exp.quant.scales.dynamic import DynamicConfig
 from tfmq_exp.quant.scales.observed_ranges import StaticConfig, TimestepGroupConfig
+from tfmq_exp.quant.stored_features import CachedFeature, cached
+from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.recipe import Recipe
+from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.surgery import serialization
 from tfmq_exp.surgery.config import AttentionBits, ScalePlan
 from tfmq_exp.surgery.quantized_network import QuantizedNetwork
@@ -200,9 +208,10 @@ def with_features(
     if store:
         for layer in [name for name in model.plan.layers if name.endswith("time_emb_proj")]:
             width = model.network.get_submodule(layer).out_features
-            model.cache_feature(layer, cached(torch.randn(model.context.num_steps, width), 8))
+            table = cached(torch.randn(model.context.num_steps, width), 8)
+            model.replace_layer(layer, CachedFeature(table, model.context))
         for layer in ("time_embedding.linear_1", "time_embedding.linear_2"):
-            model.drop(layer)
+            model.replace_layer(layer, None)
     return model
 
 
@@ -251,3 +260,46 @@ def test_ranges_without_zero_are_said(tiny_unet: nn.Module, tmp_path: Path) -> N
     stored = Content(*serialization.read(path))
     assert stored.manifest["outside"] == ["weights/conv_out/0"]
     assert "must lie within the grid" in refusal(changed(stored, entry("outside", ...), tmp_path / "b.safetensors"))
+
+
+def test_a_recipe_that_contradicts_the_network_is_refused(tiny_unet: nn.Module, tmp_path: Path) -> None:
+    """Timesteps in another order would give every step the scales of another one."""
+    path, recipe = tmp_path / "a.safetensors", Recipe(Sampling(DDIM(4)), SCHEDULE, (3, 8, 8))
+    serialization.save(calibrated(quantizable(tiny_unet)), path, recipe)
+    stored = Content(*serialization.read(path))
+    serialization.load_with_recipe(path)
+    cases: dict[str, Change] = {
+        "'plan.timesteps' must be those of its sampler, in its order: 751": lambda c: c.manifest["plan"][
+            "timesteps"
+        ].reverse(),
+        "'plan.timesteps' must be those of its sampler": entry("plan/timesteps", [750, 501, 251, 1]),
+        "the network's 3 channels, got \\[4, 8, 8\\]": entry("recipe/shape", [4, 8, 8]),
+        r"sides that \d divides, got 7": entry("recipe/shape", [3, 8, 7]),
+    }
+    for message, change in cases.items():
+        assert re.search(message, refusal(changed(stored, change, tmp_path / "b.safetensors"))), message
+
+
+def test_features_by_condition_and_bases_that_are_none(tmp_path: Path) -> None:
+    stored = read_stored("dit")
+    model = quantized(stored)
+    BasisFeatures(8, "always", rank=2)(model, stored.network, stored.structure(), FeatureInputs(conditions_of(stored)))
+    path = tmp_path / "a.safetensors"
+    serialization.save(model, path)
+    content = Content(*serialization.read(path))
+    layer = next(iter(content.manifest["bases"]))
+    count = len(content.tensors["conditions/class_labels"])
+    changes: dict[str, Change] = {
+        "must ascend": tensor(f"float/{layer}.timesteps", lambda x: x.flip(0)),
+        "has coefficients": entry(f"bases/{layer}/coefficients", [3, count, 3]),
+        "'cached/.*/codes' must|cannot hold|a basis of": entry(f"bases/{layer}/coefficients", [3, count + 1, 2]),
+        "the table of .* must have": entry(f"bases/{layer}", ...),
+        "conditions.class_labels must be a dtype": entry("conditions/class_labels", ["os.system", count]),
+        "conditions.class_labels must be": entry("conditions/class_labels", ["torch.int64", 10**12]),
+        "conditions/class_labels": tensor("conditions/class_labels", lambda x: x[:1]),
+        "replaced_weights": entry("replaced_weights", 0),
+        "is needed": lambda c: c.manifest["unneeded"].append("pos_embed.proj"),
+        "within the grid": number(f"cached/{layer}/zero_point", 300),
+    }
+    for message, change in changes.items():
+        assert re.search(message, refusal(changed(content, change, tmp_path / "b.safetensors"))), message

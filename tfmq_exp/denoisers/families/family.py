@@ -22,6 +22,16 @@ FEED_FORWARD = dict.fromkeys(("*.net.0.proj", "*.net.2"), Role.FEED_FORWARD)
 Conditions = Mapping[str, Tensor]  # further arguments of a network by name, `.` between the parts of a nested one
 
 
+def hidden_width(network: Any) -> int:
+    """Channels of a transformer's tokens, of which shifts, scales and gates have as many."""
+    config = network.config
+    return (
+        config["hidden_size"]
+        if "hidden_size" in config
+        else config["num_attention_heads"] * config["attention_head_dim"]
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture of diffusers.
@@ -36,6 +46,8 @@ class Family:
         conditions: names of the arguments, beside the timestep, that temporal features depend on.
         splits: network -> number of the first input channels, of layers whose input joins two tensors, by name.
         inputs: network -> groups of layers that read one tensor, behind norms and modulation layers, see `inputs_by_pattern`.
+        segment: network -> channels of a part of a feature that blocks use alike (a shift, a scale, a gate); None where a feature has
+            no parts.
         lengths: name of the condition that masks a text, where the network cuts a batch to its longest text.
     """
 
@@ -46,6 +58,7 @@ class Family:
     conditions: tuple[str, ...] = ()
     splits: Callable[[Any], dict[str, int]] = lambda _network: {}
     inputs: Inputs = lambda _network: iter(())
+    segment: Callable[[Any], int | None] = hidden_width
     lengths: str | None = None
 
     def conditions_of(self, given: Iterable[str]) -> tuple[str, ...]:

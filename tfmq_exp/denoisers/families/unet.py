@@ -118,6 +118,6 @@ INPUTS = inputs_by_pattern(
     }
 )
 UNET, CONDITIONAL_UNET = (
-    Family(network, roles, blocks, features, CONDITIONS, shortcut_splits, INPUTS)
+    Family(network, roles, blocks, features, CONDITIONS, shortcut_splits, INPUTS, segment=lambda _network: None)
     for network in ("UNet2DModel", "UNet2DConditionModel")
 )

@@ -5,6 +5,7 @@ the originals to float32 rounding.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,24 @@ from diffusers import AutoencoderKL, VQModel
 from jaxtyping import Float
 from torch import Tensor
 
-from tfmq_exp.core.validate import COUNT, POSITIVE
+from tfmq_exp.core.validate import COUNT, POSITIVE, Kind, number, sequence_of
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights
 from tfmq_exp.denoisers.originals.compvis_unet import DDIM_SETTINGS, block_types, ddim_key, renamed
 
+FINITE = Kind("a finite number", number)
 KINDS = ("VQModelInterface", "VQModel", "AutoencoderKL")
+
+
+def check_latent_scale(config: Mapping[str, Any], file: Path) -> None:
+    """ValueError, with the file and the key, for latents that are divided by nothing or by what is no number."""
+    if "scaling_factor" in config and not POSITIVE.fits(scale := config["scaling_factor"]):
+        raise ValueError(f"{file}: scaling_factor must be {POSITIVE.right}, got {scale!r:.40}")
+    if (shift := config.get("shift_factor")) is not None and not number(shift):
+        raise ValueError(f"{file}: shift_factor must be a finite number or null, got {shift!r:.40}")
+    for key, right in (("latents_mean", FINITE), ("latents_std", POSITIVE)):
+        values = config.get(key)
+        if values is not None and not sequence_of(right).fits(values):
+            raise ValueError(f"{file}: {key} must be {sequence_of(right).right}, got {values!r:.80}")
 
 
 class LatentDecoder:

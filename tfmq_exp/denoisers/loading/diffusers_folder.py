@@ -13,7 +13,7 @@ from tfmq_exp.core.files import read_json
 from tfmq_exp.core.finite import require_finite_weights
 from tfmq_exp.denoisers.denoiser import ConditionEncoder, DenoiserParts, FirstStage, NoConditions, Pixels
 from tfmq_exp.denoisers.families.unet import attentions, set_heads
-from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
+from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder, check_latent_scale
 from tfmq_exp.denoisers.loading.checkpoint import assign_weights, differences
 from tfmq_exp.denoisers.loading.condition_encoders import TextEncoder, assign_text_weights, read_tokenizer
 from tfmq_exp.denoisers.loading.network_config import AUTOENCODERS, TEXT_MODELS, UNETS, checked_network, sides
@@ -94,6 +94,7 @@ def load_component(component: Component, name: str) -> Any:
 def load_first_stage(component: Component, decode_rows: int) -> LatentDecoder:
     """The autoencoder with its weights, and the scale of its latents."""
     folder, config, _ = component
+    check_latent_scale(config, folder / "config.json")
     network = load_component(component, "first_stage")
     if shift := network.config.get("shift_factor"):
         raise ValueError(f"{folder}: shift_factor={shift} is not supported")

@@ -1,6 +1,7 @@
 """The scheduler of a folder of diffusers' layout, and the noise that its network was trained on."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def check_count(count: Any) -> None:
     """ValueError for an impossible number of training timesteps."""
     if not whole(count) or not 1 <= count <= MOST_TIMESTEPS:
         raise ValueError(f"num_train_timesteps must be a whole number from 1 to {MOST_TIMESTEPS}, got {count!r}")
+
+
+def check_finite(kind: str, config: Mapping[str, Any]) -> None:
+    """ValueError, by its key, for a setting of this class that is NaN or infinite, unless it is so by default."""
+    for key, default in default_settings(kind).items():
+        value = config.get(key, default)
+        if isinstance(value, float) and not math.isfinite(value) and value != default:
+            raise ValueError(f"{key} must be a finite number, got {value}")
 
 
 def check_betas(noise: Mapping[str, Any]) -> None:

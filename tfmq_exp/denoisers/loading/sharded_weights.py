@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tfmq_exp.core.file_kind import kind_of
+from tfmq_exp.core.file_kind import unreadable
 from tfmq_exp.denoisers.loading.weight_files import weight_files
 
 META = torch.device("meta")
@@ -65,10 +65,6 @@ def tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} {unreadable(path, error)}") from error
-
-
-def unreadable(path: Path, error: Exception) -> str:
-    return (kind_of(path) if path.exists() else None) or f"is not readable (damaged or truncated?): {error}"
 
 
 def set_parameters(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

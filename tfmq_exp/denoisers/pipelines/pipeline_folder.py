@@ -14,9 +14,10 @@ import diffusers
 
 from tfmq_exp.core.file_kind import why_missing
 from tfmq_exp.core.files import read_json
+from tfmq_exp.denoisers.loading.autoencoder import check_latent_scale
 from tfmq_exp.denoisers.loading.network_config import check_code
 from tfmq_exp.denoisers.loading.network_folder import build_outline, load_network, reason_of
-from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, check_count, check_former_names
+from tfmq_exp.denoisers.loading.scheduler_config import CONFIG, check_count, check_finite, check_former_names
 from tfmq_exp.denoisers.loading.sharded_weights import ShardedWeights
 from tfmq_exp.denoisers.loading.single_file import require_single_file
 from tfmq_exp.denoisers.loading.stored_network import open_stored_network
@@ -119,12 +120,19 @@ class PipelineFolder:
 
     def network(self, name: str) -> Any:
         """The denoiser or the autoencoder by its name, with its weights; errors are those of `load_network`."""
-        folder, kind = self.components[name]
+        folder, kind = self._checked(name)
         return load_network(folder, {kind}, self.checkpoint if name == self.denoiser_name else None)
+
+    def _checked(self, name: str) -> Component:
+        """The denoiser or the autoencoder; ValueError for latents without a scale."""
+        component = self.components[name]
+        if name == "vae" and (file := component.folder / "config.json").is_file():
+            check_latent_scale(read_json(file), file)
+        return component
 
     def outline(self, name: str) -> Any:
         """The denoiser or the autoencoder by its name, without its weights; errors are those of `load_network`."""
-        folder, kind = self.components[name]
+        folder, kind = self._checked(name)
         return build_outline(folder, {kind}, self.checkpoint if name == self.denoiser_name else None)
 
     def stored_network(self) -> tuple[Any, ShardedWeights]:
@@ -160,6 +168,7 @@ class PipelineFolder:
                 raise ValueError(f"{config.get('_class_name')!r:.80} is not the {kind} of the index")
             check_former_names(config)
             check_count(config.get("num_train_timesteps", 1000))
+            check_finite(kind, config)
             return getattr(diffusers, kind).from_config(config)
         except Exception as error:  # settings that do not go together fail in any way
             raise ValueError(f"{file}: {reason_of(error)}") from error

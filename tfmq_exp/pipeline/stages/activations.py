@@ -51,6 +51,8 @@ class CalibrateActivations(Stage):
     def inputs(self) -> Mapping[str, Any]:
         method, data = self.run.method, {"trajectory": self.trajectory.key, "seed": self.run.seed}
         phases = {"weights": self.weights.key, "activations": method.activations, "temporal": method.temporal}
+        if method.temporal.stores:  # by condition
+            phases["choices"] = self.run.sampled_choices
         return {**data, **self.run.layer_inputs, **phases}
 
     def compute(self, folder: Path) -> None:
@@ -65,7 +67,7 @@ class CalibrateActivations(Stage):
                 freeze_outline(model, stored.integers)
                 read = parameters_of(model, missing)
                 loading.enter_context(loading_modules(model.network, read, run.denoiser.device))
-            run.method.temporal(*network, run.temporal_conditions)
+            run.method.temporal(*network, run.feature_inputs)
         model.tabulate_scales()
         self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe, missing))
 

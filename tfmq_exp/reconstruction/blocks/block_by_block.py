@@ -145,7 +145,8 @@ class BlockByBlock:
             targets = run_unit(
                 view.module(context.float_network), model.context, inputs, batch, compute.storage(4, of_device=0.5)
             )
-            activations = UnitActivations(dict.fromkeys(self.config.inputs.origins, inputs), targets)
+            importance = self.config.objective.feature_importance(context.float_network, targets)
+            activations = UnitActivations(dict.fromkeys(self.config.inputs.origins, inputs), targets, importance)
             before = round_unit(context, view, activations, self.config)
             self.finish(view, (before, unit_error(context, view, activations)), start)
 

@@ -1,6 +1,7 @@
 """Which folders of pipelines are built, and that the others are refused with the class or component that is wrong."""
 
 import inspect
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +147,34 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="evil"):
         PipelineFolder(folder)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["flux", "dit"])
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, math.nan, math.inf, "1"])
+def test_latents_without_a_scale_are_refused_by_their_key(name: str, value: Any, tmp_path: Path) -> None:
+    folder = copied(name, tmp_path)
+    edit(folder / "vae/config.json", lambda content: content.update(scaling_factor=value))
+    for read in (PipelineFolder(folder).outline, PipelineFolder(folder).network):
+        with pytest.raises(ValueError, match=r"vae/config.json: scaling_factor must be a number above 0, got"):
+            read("vae")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("shift_factor", math.nan), ("latents_std", [1.0, 0.0]), ("latents_mean", [math.inf])]
+)
+def test_other_numbers_of_latents_are_refused_by_their_key(key: str, value: Any, tmp_path: Path) -> None:
+    folder = copied("flux", tmp_path)
+    edit(folder / "vae/config.json", lambda content: content.update({key: value}))
+    with pytest.raises(ValueError, match=f"vae/config.json: {key} must be"):
+        PipelineFolder(folder).network("vae")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["shift", "base_shift", "max_shift"])
+def test_settings_of_a_scheduler_that_are_no_numbers_are_refused_by_their_key(
+    key: str, value: float, tmp_path: Path
+) -> None:
+    folder = copied("flux", tmp_path)
+    edit(folder / "scheduler/scheduler_config.json", lambda content: content.update({key: value}))
+    with pytest.raises(ValueError, match=f"scheduler_config.json: {key} must be a finite number, got {value}"):
+        PipelineFolder(folder).scheduler()
