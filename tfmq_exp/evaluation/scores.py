@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.evaluation import metrics
 from tfmq_exp.evaluation.features import Extractor
+from tfmq_exp.evaluation.image_distances import PerceptualDistance
 from tfmq_exp.evaluation.metrics import NEIGHBOUR, SPLITS, FrechetDistance
 from tfmq_exp.evaluation.references import NpzReference, ReferenceStatistics
 
@@ -44,6 +45,8 @@ class Evaluator:
     kid: bool = False  # also the kernel distance, for which the pooled features of all images are kept
     precision_recall: bool = False  # also precision and recall, likewise
     clip: CaptionMetric | None = None  # also how well images fit the captions that they were made from
+    # of images from the float model's, by a name; no part of these scores
+    perceptual: Mapping[str, PerceptualDistance] = field(default_factory=dict)
     # of the reference for KID, precision and recall; guided-diffusion's files hold so many
     manifold_images: int = 10_000
 

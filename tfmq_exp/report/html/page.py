@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
@@ -16,6 +15,7 @@ from tfmq_exp.report.comparison import published_rows
 from tfmq_exp.report.html.charts import LIMITS, MANY_CURVES, Style, Views, styles
 from tfmq_exp.report.html.configurations import config_diffs, missing_seeds
 from tfmq_exp.report.html.deployment import deployments
+from tfmq_exp.report.html.environment import page_environment
 from tfmq_exp.report.html.grouping import Group, group_runs
 from tfmq_exp.report.html.pictures import albums, diagnosis_folders
 from tfmq_exp.report.html.run_charts import ERRORS, error_curves, losses, stage_rows, stage_times, unit_errors
@@ -25,7 +25,6 @@ from tfmq_exp.report.html.score_table import score_table, warnings
 from tfmq_exp.report.published_tables import PublishedRow
 from tfmq_exp.report.tables import execution
 
-TEMPLATES = PackageLoader("tfmq_exp.report.html", "templates")
 YAML = {"sort_keys": False, "allow_unicode": True, "width": 110}
 
 
@@ -41,12 +40,8 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
     for view in views:
         tables = unmeasured.setdefault(view["model"], view["unmeasured"])
         tables |= {name: [row for row in rows if row in tables[name]] for name, rows in view["unmeasured"].items()}
-    # templates escape all text of files, and fail on an unknown name
-    environment = Environment(
-        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     environment.filters["embedded"] = embedded
-    environment.filters["source"] = lambda name: Markup(TEMPLATES.get_source(environment, name)[0])
     return environment.get_template("page.html.j2").render(
         good=GOOD_STATES,
         limits=LIMITS,
