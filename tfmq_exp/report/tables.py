@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tfmq_exp.report import comparability
 from tfmq_exp.report.comparability import EXECUTED, FLOAT, bits_order, engine_of, group_by, join, names, one_per_seed
+from tfmq_exp.report.image_distances import DISTANCES
 from tfmq_exp.report.records import ScoreRecord
 
 FORMATS = ("markdown", "csv")
@@ -48,6 +49,15 @@ ERRORS = (
     Column("step error", _entry("errors", "step"), 5, "↓"),
     Column("trajectory error", _entry("errors", "trajectory"), 4, "↓"),
     Column("PSNR, dB", _entry("errors", "psnr"), 1, "↑"),
+)
+# of images from the float model's, as means over images; columns that no record has are left out
+IMAGE_ERRORS = (
+    *(
+        Column(each.title, _entry("errors", each.name), each.digits, each.better)
+        for each in DISTANCES.values()
+        if each.name != "psnr"
+    ),
+    Column("FID to float images", _entry("errors", "float_fid"), 3, "↓"),
 )
 SHARES = (
     Column("weights integer", _entry("quantized", "weight_share"), 3),
@@ -129,7 +139,8 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
     """
     if (protocols := len(by_protocol(records))) != 1:
         raise ValueError(f"{protocols} different protocols in one table; use `by_protocol` first")
-    columns = [*score_columns(SCORES, records[0].evaluator["name"]), *ERRORS, *SHARES, *COSTS]
+    images = [column for column in IMAGE_ERRORS if any(column.read(record) is not None for record in records)]
+    columns = [*score_columns(SCORES, records[0].evaluator["name"]), *ERRORS, *images, *SHARES, *COSTS]
     named = zip(records, names(records), strict=True)
     groups = group_by(named, lambda pair: (pair[0].method != FLOAT, pair[0].quant, pair[1]))
     rows = []

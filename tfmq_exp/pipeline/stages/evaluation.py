@@ -20,13 +20,13 @@ from tfmq_exp.evaluation.references import ReferenceStatistics, reference_statis
 from tfmq_exp.evaluation.scores import Scores
 from tfmq_exp.pipeline.pipeline import Advance, Stage
 from tfmq_exp.pipeline.stages.activations import QuantizationResult
-from tfmq_exp.report.image_distances import summarize
+from tfmq_exp.report.image_distances import DISTANCES, summarize
 from tfmq_exp.sampling.guidance import Sampling
 from tfmq_exp.sampling.images import sample_shard
 from tfmq_exp.sampling.trajectory import Predict
 
 STATISTICS, SCORES, ERRORS, COMPARISON = "statistics.safetensors", "scores.json", "errors.json", "comparison.json"
-DISTANCES = "distances.safetensors"
+DISTANCE_VALUES = "distances.safetensors"
 
 
 class SampledNetwork(NamedTuple):
@@ -183,7 +183,7 @@ class CompareImages(Stage):
         pairs = matched(self.images.images(), self.exact.images())
         found = self.run.comparison(pairs)
         values = {name: torch.tensor(numbers) for name, numbers in found.values.items()}
-        self.pipeline.store.write(folder / DISTANCES, partial(save_file, values))
+        self.pipeline.store.write(folder / DISTANCE_VALUES, partial(save_file, values))
         ratio, same = pooled_signal_noise_ratio(found.values["psnr"]), found.identical == len(values["psnr"])
         fid = {} if found.fid is None else {"fid": found.fid}
         summary = {"psnr": None if same else ratio, "identical": found.identical, **fid}
@@ -198,7 +198,8 @@ class CompareImages(Stage):
 
     def values(self) -> dict[str, list[float]]:
         """Distances of every image, in order."""
-        return {name: values.tolist() for name, values in load_file(self.result() / DISTANCES).items()}
+        found = load_file(self.result() / DISTANCE_VALUES)  # which sorts its names
+        return {name: found[name].tolist() for name in DISTANCES if name in found}
 
 
 def matched(images: Iterator[Tensor], exact: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,10 +11,11 @@ from PIL import Image
 
 from tfmq_exp.report.html.environment import page_environment
 from tfmq_exp.report.image_distances import DISTANCES
-from tfmq_exp.report.paired_tables import NetworkImages, distance_table, distances_in, paired_table
+from tfmq_exp.report.paired_tables import NetworkImages, Table, distance_table, distances_in, paired_table
 
 SHOWN = 6  # pairs of each heading
 MAX_SIDE, LOSSLESS_SIDE = 768, 128  # pixels: of a picture in the page; of one that is kept as PNG
+CARD, SMALL_CARD = 340, 180  # pixels: least width of a pair at first; of pairs of small images
 QUALITY = 88  # of WebP
 BRIGHTEST = 255
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -77,6 +78,21 @@ def card(pair: Pair) -> dict[str, Any]:
     }
 
 
+def numbered(table: Table) -> dict[str, Any]:
+    """A table whose cells have their first word's number, by which the page sorts a column where all cells have one."""
+    header, rows = table
+    cells = [[(text, _number(text)) for text in row] for row in rows]
+    numeric = [all(row[i][1] is not None for row in cells) for i in range(len(header))]
+    return {"header": list(zip(header, numeric, strict=True)), "rows": cells}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.partition(" ")[0])
+    except ValueError:
+        return None
+
+
 def render_comparison(
     title: str,
     lead: str,
@@ -98,14 +114,17 @@ def render_comparison(
     order = order_distance(networks)
     tables = {name: paired_table(networks, name, against) for name in distances_in(networks)}
     cards = {name: {head: list(map(card, some)) for head, some in groups.items()} for name, groups in pairs.items()}
+    small = all(one["pixelated"] for groups in cards.values() for some in groups.values() for one in some)
+    size = SMALL_CARD if small else CARD
     return (
         page_environment()
         .get_template("comparison.html.j2")
         .render(
             **{"title": title, "lead": lead, "notes": notes, "cards": cards},
             ordered_by=DISTANCES[order].title,
-            distances=distance_table(networks),
+            distances=numbered(distance_table(networks)),
+            size=size,
             has_floor=any(network.floor for network in networks),
-            paired={DISTANCES[name].title: table for name, table in tables.items() if table[1]},
+            paired={DISTANCES[name].title: numbered(table) for name, table in tables.items() if table[1]},
         )
     )
