@@ -18,7 +18,7 @@ from tfmq_exp.core.finite import NotFiniteError
 
 SIDE = 11  # pixels of the window of SSIM (Wang et al. 2004): a Gaussian of deviation 1.5
 SCALES = 5  # of MS-SSIM (Wang et al. 2003), each half as large as the one before
-MULTISCALE_SIDE = (SIDE - 1) * 2 ** (SCALES - 1) + 1  # the smallest side that has all scales: 161
+MULTISCALE_SIDE = SIDE * 2 ** (SCALES - 1)  # the smallest side whose last scale has room for the window: 176
 Images = UInt8[Tensor, "batch channels height width"]
 PerImage = Float[Tensor, "batch"]
 
@@ -45,7 +45,11 @@ def signal_noise_ratios(images: Images, exact: Images) -> PerImage:
 
 
 def structural_similarities(images: Images, exact: Images) -> PerImage:
-    """SSIM of each image (Wang et al. 2004): mean over channels and the windows that fit, K1 = 0.01, K2 = 0.03."""
+    """SSIM of each image (Wang et al. 2004), K1 = 0.01, K2 = 0.03: mean over channels and pixels, the border's mirrored.
+
+    That is torchmetrics' mean. The authors' program and scikit-image leave out five pixels along the border: at 256x256 a
+    small difference, and a large one at 16x16.
+    """
     found: Any = functional.structural_similarity_index_measure(
         _unit(images), _unit(exact), data_range=1.0, reduction="none", kernel_size=SIDE
     )

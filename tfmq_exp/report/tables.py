@@ -50,14 +50,11 @@ ERRORS = (
     Column("trajectory error", _entry("errors", "trajectory"), 4, "↓"),
     Column("PSNR, dB", _entry("errors", "psnr"), 1, "↑"),
 )
+FLOAT_FID = Column("FID to float images", _entry("errors", "float_fid"), 3, "↓")
 # of images from the float model's, as means over images; columns that no record has are left out
 IMAGE_ERRORS = (
-    *(
-        Column(each.title, _entry("errors", each.name), each.digits, each.better)
-        for each in DISTANCES.values()
-        if each.name != "psnr"
-    ),
-    Column("FID to float images", _entry("errors", "float_fid"), 3, "↓"),
+    *(Column(e.title, _entry("errors", e.name), e.digits, e.better) for e in DISTANCES.values() if e.name != "psnr"),
+    FLOAT_FID,
 )
 SHARES = (
     Column("weights integer", _entry("quantized", "weight_share"), 3),
