@@ -31,7 +31,7 @@ from tfmq_exp.evaluation.image_sources import (
 from tfmq_exp.evaluation.perceptual_distances import RELEASED, lpips
 from tfmq_exp.pipeline.stored_images import StoredImages
 from tfmq_exp.report.html.comparison_page import order_distance, render_comparison
-from tfmq_exp.report.image_distances import FLOAT_AGAIN, write_distances
+from tfmq_exp.report.image_distances import DISTANCES, FLOAT_AGAIN, write_distances
 from tfmq_exp.report.paired_tables import NetworkImages, distances_in, paired_table, summary_of
 from tfmq_exp.report.tables import render
 
@@ -82,6 +82,8 @@ def compare(args: argparse.Namespace, console: Terminal) -> None:
     titles = [f"{FLOAT_AGAIN if floor else ''}{other.title}" for other, floor in others]
     if twice := {title for title in titles if titles.count(title) > 1}:
         raise ValueError(f"{min(twice)} is given twice")
+    short = [f"{FLOAT_AGAIN if floor else ''}{Path(other.title).resolve().name}" for other, floor in others]
+    titles = short if len(set(short)) == len(short) else titles
     matchings = [matching_indices(exact, other) for other, _ in others]  # all names first: reading takes long
     networks: list[NetworkImages] = []
     found: dict[str, ComparedImages] = {}
@@ -138,7 +140,7 @@ def write_files(
         if not floor
     }
     lead = f"{len(exact)} images, each beside the one of {exact.title}."
-    page = render_comparison(exact.title, lead, networks, pairs, args.against)
+    page = render_comparison(args.float.resolve().name, lead, networks, pairs, args.against)
     write_json(args.out / "comparison.json", {"float": exact.title, **summary_of(networks, args.against)})
     values = {network.label: network.seeds[0] for network in networks}
     write_atomically(args.out / "image_distances.csv", lambda path: write_distances(path, values))
@@ -147,7 +149,7 @@ def write_files(
     for name in distances_in(networks):
         header, rows = paired_table(networks, name, args.against)
         if rows:
-            say(console, f"{name}, image by image\n{render(header[1:], [row[1:] for row in rows], 'markdown')}")
+            say(console, f"{DISTANCES[name].title}, image by image\n{render(header, rows, 'markdown')}")
     say(console, f"{args.out / 'comparison.html'}: pairs to look at")
 
 

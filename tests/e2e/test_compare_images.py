@@ -94,7 +94,7 @@ def test_folders_archives_and_runs_give_the_same_numbers(
     assert call(script, monkeypatch, run, run, "--out", tmp_path / "run") == 0
     folders, stored = (read_distances(tmp_path / name / "image_distances.csv") for name in ("folders", "run"))
     of_run = read_distances(run / "image_distances.csv")["quantized"]
-    for found in (folders[str(other)], stored[str(run)]):
+    for found in (folders["q"], stored["run"]):
         for name in ("psnr", "ssim"):
             assert found[name] == pytest.approx(of_run[name], rel=1e-6)
     assert "pairs to look at" in capsys.readouterr().out
@@ -114,11 +114,8 @@ def test_methods_are_told_apart_and_prompts_are_shown(
     assert call(script, monkeypatch, folders["float"], *given, "--out", tmp_path / "out") == 0
     found = json.loads((tmp_path / "out/comparison.json").read_text())
     (psnr,) = found["paired"]["psnr"]
-    assert (psnr["method"], psnr["less"], psnr["verdict"]) == (str(folders["far"]), str(folders["near"]), "worse")
-    assert (
-        found["networks"][f"float, {folders['again']}"]["psnr"]["mean"]
-        > found["networks"][psnr["less"]]["psnr"]["mean"]
-    )
+    assert (psnr["method"], psnr["less"], psnr["verdict"]) == ("far", "near", "worse")
+    assert found["networks"]["float, again"]["psnr"]["mean"] > found["networks"][psnr["less"]]["psnr"]["mean"]
     text = (tmp_path / "out/comparison.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;picture 3" in text
     assert "<b>picture" not in text

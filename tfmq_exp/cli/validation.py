@@ -20,8 +20,7 @@ from tfmq_exp.core import validate
 from tfmq_exp.core.validate import Kind, number, one_of, optional, whole
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
-DIAGNOSE, EXPORT = "diagnose", "export"  # these branch off once the model is finished
-COMPARE = "compare"  # this one once there are images
+DIAGNOSE, EXPORT, COMPARE = "diagnose", "export", "compare"  # branch off once there is the model; the last, its images
 PROCESSES_PER_CORE = 4  # more only wait for one another and fill the memory
 FEWEST_SCORED = 2  # images: one has no covariance
 BITS, FLOAT_BITS = range(2, 9), "32"  # the latter in a name, for what stays float

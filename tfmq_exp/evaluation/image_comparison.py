@@ -13,7 +13,7 @@ from tfmq_exp.evaluation.metrics import FeatureMoments, frechet_distance
 
 @dataclass(frozen=True)
 class ImageComparison:
-    """How images are compared: beside PSNR, SSIM and MS-SSIM, by which features of pairs and of all images."""
+    """Choice of distances beside PSNR, SSIM and MS-SSIM: features of pairs, and features of all images."""
 
     perceptual: tuple[PerceptualDistance, ...] = ()
     extract: Extractor | None = None  # for the Fréchet distance of all images to all float images

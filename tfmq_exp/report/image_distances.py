@@ -2,15 +2,14 @@
 
 import csv
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 DISTANCES_FILE = "image_distances.csv"  # of a run folder: a line for each network and image
 QUANTIZED, FLOAT_AGAIN = "quantized", "float, "  # names of networks in it: the simulation, and how float ones begin
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+QUANTILES = (5, 25, 50, 75, 95)  # percent
 Values = Mapping[str, Sequence[float]]  # by distance: one value for each image, in the order of the images
 
 
@@ -40,14 +39,12 @@ def summarize(values: Values) -> dict[str, dict[str, float]]:
     """Mean and quantiles of each distance; ValueError for a value that is not finite."""
     found: dict[str, dict[str, float]] = {}
     for name, numbers in values.items():
-        array = np.asarray(numbers, dtype=np.float64)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} of image {int(np.argmin(np.isfinite(array)))} is not finite")
-        quantiles = np.quantile(array, QUANTILES).tolist()
-        found[name] = {
-            "mean": float(array.mean()),
-            **{f"q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
-        }
+        if wrong := [i for i, value in enumerate(numbers) if not math.isfinite(value)]:
+            raise ValueError(f"{name} of image {wrong[0]} is not finite")
+        # between neighbours in proportion, as numpy has it; a single value is all of its quantiles
+        steps = statistics.quantiles([*numbers, *numbers][: max(2, len(numbers))], n=20, method="inclusive")
+        quantiles = {f"q{percent:02d}": steps[percent // 5 - 1] for percent in QUANTILES}
+        found[name] = {"mean": statistics.fmean(numbers), **quantiles}
     return found
 
 

@@ -58,9 +58,9 @@ def compare_pairs(first: ArrayLike, second: ArrayLike, better: str, seed: int = 
         raise ValueError(f"the difference of image {int(np.argmin(np.isfinite(difference)))} is not finite")
     low, high = bootstrap_interval(difference, seed)
     p, side = signed_rank_test(difference)
-    told = p < LEVEL and (low > 0 < side or high < 0 > side)
+    differs = p < LEVEL and (low > 0 < side or high < 0 > side)
     ahead = (side > 0) == (better == "↑")
-    verdict: Verdict = ("better" if ahead else "worse") if told else "not told apart"
+    verdict: Verdict = ("better" if ahead else "worse") if differs else "not told apart"
     mean = float(difference.mean())
     return PairedDifference(len(difference), mean, low, high, p, verdict, images_needed(difference))
 

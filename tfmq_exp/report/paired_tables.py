@@ -95,7 +95,7 @@ def distance_table(networks: Sequence[NetworkImages]) -> Table:
         [each.bits, each.label, *(spread(each.pooled(name), DISTANCES[name].digits) for name in columns), _counts(each)]
         for each in networks
     ]
-    return ["bits", "method", *headings, "images"], rows
+    return _without_empty_bits(["bits", "method", *headings, "images"], rows)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -176,7 +176,7 @@ def _pairs(
 def paired_table(networks: Sequence[NetworkImages], distance: str, against: str | None = None) -> Table:
     """Rows of `paired_rows` as text."""
     digits, rows = DISTANCES[distance].digits, paired_rows(networks, distance, against)
-    return list(PAIRED_HEADER), [
+    lines = [
         [
             *(row.network.bits, row.network.label, row.reference.name),
             f"{row.found.mean:+.{digits}f}",
@@ -188,6 +188,13 @@ def paired_table(networks: Sequence[NetworkImages], distance: str, against: str 
         ]
         for row in rows
     ]
+    return _without_empty_bits(list(PAIRED_HEADER), lines)
+
+
+def _without_empty_bits(header: list[str], rows: list[list[str]]) -> Table:
+    """Leave out the first column where no network has bits, as those of any folders have none."""
+    start = 0 if any(row[0] for row in rows) else 1
+    return header[start:], [row[start:] for row in rows]
 
 
 def summary_of(networks: Sequence[NetworkImages], against: str | None = None) -> dict[str, Mapping[str, object]]:

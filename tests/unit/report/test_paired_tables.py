@@ -139,4 +139,4 @@ def test_a_difference_is_multiplied_by_a_whole_factor() -> None:
 def test_columns_are_sorted_by_the_numbers_that_they_begin_with() -> None:
     found = numbered((["method", "value"], [["a", "-1.5 (0 to 1)"], ["b", "2"]]))
     assert found["header"] == [("method", False), ("value", True)]
-    assert found["rows"][0] == [("a", None), ("-1.5 (0 to 1)", -1.5)]
+    assert found["rows"][0] == (False, [("a", None), ("-1.5 (0 to 1)", -1.5)])

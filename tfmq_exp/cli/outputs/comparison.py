@@ -38,7 +38,15 @@ def save_comparison(experiment: Experiment, folder: Path) -> None:
 
 
 def save_page(experiment: Experiment, folder: Path, console: Console, names: tuple[str, str], seed: int) -> None:
-    """Write the page of a run, print its table, and say where it is; `names` are those of bits and method."""
+    """Write the page of a run, print its table, and say where it is.
+
+    Args:
+        experiment: whose images are compared.
+        folder: of the run.
+        console: the terminal.
+        names: of bits and method.
+        seed: of the run.
+    """
     if not experiment.pipeline.group.is_main:
         return
     run, stages = experiment.run, compared_networks(experiment)

@@ -10,12 +10,12 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from tfmq_exp.report.html.environment import page_environment
-from tfmq_exp.report.image_distances import DISTANCES
+from tfmq_exp.report.image_distances import DISTANCES, FLOAT_AGAIN
 from tfmq_exp.report.paired_tables import NetworkImages, Table, distance_table, distances_in, paired_table
 
 SHOWN = 6  # pairs of each heading
 MAX_SIDE, LOSSLESS_SIDE = 768, 128  # pixels: of a picture in the page; of one that is kept as PNG
-CARD, SMALL_CARD = 340, 180  # pixels: least width of a pair at first; of pairs of small images
+CARD, SMALL_CARD = 340, 160  # pixels: least width of a pair at first; of pairs of small images
 QUALITY = 88  # of WebP
 BRIGHTEST = 255
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -83,7 +83,8 @@ def numbered(table: Table) -> dict[str, Any]:
     header, rows = table
     cells = [[(text, _number(text)) for text in row] for row in rows]
     numeric = [all(row[i][1] is not None for row in cells) for i in range(len(header))]
-    return {"header": list(zip(header, numeric, strict=True)), "rows": cells}
+    floats = [any(text.startswith(FLOAT_AGAIN) for text in row) for row in rows]
+    return {"header": list(zip(header, numeric, strict=True)), "rows": list(zip(floats, cells, strict=True))}
 
 
 def _number(text: str) -> float | None:
