@@ -8,21 +8,18 @@ its index. `--float` takes the images of the float network instead of the quanti
 """
 
 import argparse
-import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams
 from tfmq_exp.core.files import write_atomically
 from tfmq_exp.evaluation.npz import write_npz
-from tfmq_exp.pipeline.store import Entry
+from tfmq_exp.pipeline.stored_images import StoredImages
 
 
 def main() -> int:
@@ -35,62 +32,20 @@ def main() -> int:
     parser.add_argument("--float", action="store_true", help="images of the float network")
     args = parser.parse_args()
     try:
-        shards = find_shards(args.run, "float images" if args.float else "images")
-        count, shape = measure(shards)
+        images = StoredImages(args.run, "float images" if args.float else "images")
         if args.npz:
             args.npz.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.npz, lambda path: write_npz(path, count, shape, read(shards)))
+            write_atomically(args.npz, lambda path: write_npz(path, len(images), images.shape, images))
         else:
-            write_png(args.png, read(shards))
+            write_png(args.png, images)
     except (OSError, ValueError) as error:
         say_error(Terminal(stderr=True), str(error))
         return 1
-    print(f"{count} images {shape}: {args.npz or args.png}")
+    print(f"{len(images)} images {images.shape}: {args.npz or args.png}")
     return 0
 
 
-def find_shards(run: Path, name: str) -> list[Path]:
-    """The files of a run's images, in the order of their indices, checked against their hashes.
-
-    Raises:
-        FileNotFoundError: the run has no images, or the store no longer has them.
-        ValueError: damaged files.
-    """
-    record = run / "artifacts.json"
-    if not record.is_file():
-        raise FileNotFoundError(f"{run} is no folder of a finished run: there is no {record.name}")
-    hits = json.loads(record.read_text(encoding="utf-8"))
-    if name not in hits:
-        raise FileNotFoundError(
-            f"{run} has no {name}: run it with until=images or until=scores; it has {', '.join(hits)}"
-        )
-    stored = Path(hits[name]["path"])  # relative to where the run was started, which is above the run's folder
-    places = [parent / stored for parent in (Path(), *run.resolve().parents)]
-    entries = [Entry("images", hits[name]["key"], place, {}) for place in places]
-    found = next((entry for entry in entries if entry.done), None)
-    if found is None:
-        raise FileNotFoundError(f"the {name} of {run} are no longer in the store: {stored}; run it again")
-    found.verify()
-    return sorted(found.path.glob("images-*.safetensors"))
-
-
-def measure(shards: list[Path]) -> tuple[int, tuple[int, int, int]]:
-    """Number of images, and their (channels, height, width), from the headers of the files."""
-    count, shape = 0, (0, 0, 0)
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            images, *rest = file.get_slice("images").get_shape()
-        count, shape = count + images, tuple(rest)
-    return count, shape
-
-
-def read(shards: list[Path]) -> Iterator[Tensor]:
-    """The images, a file at a time."""
-    for shard in shards:
-        yield load_file(shard)["images"]
-
-
-def write_png(folder: Path, shards: Iterator[Tensor]) -> None:
+def write_png(folder: Path, shards: Iterable[Tensor]) -> None:
     """A PNG for each image, gray where there is one channel; the folder is there with all of them, or not at all.
 
     Raises:

@@ -4,6 +4,8 @@
 
     python scripts/make_tables.py outputs/sweeps --pivot fid --methods tdq,tdq_thin,s1,s4
 
+    python scripts/make_tables.py outputs/sweeps --paired psnr [--against "w4a8 tfmq"]    image by image, from run folders
+
     python scripts/make_tables.py --list                          what published tables there are
     python scripts/make_tables.py --paper tfmq-dm                 those of one paper
     python scripts/make_tables.py --paper tfmq-dm --table 2       one of them, beside our numbers
@@ -23,6 +25,8 @@ from pathlib import Path
 from tfmq_exp.cli.terminal import Terminal, say_error, standard_streams, visible
 from tfmq_exp.core.files import write_atomically
 from tfmq_exp.report.comparison import compare, comparison_csv, comparison_markdown
+from tfmq_exp.report.image_distances import DISTANCES, DISTANCES_FILE
+from tfmq_exp.report.paired_tables import PAIRED_HEADER, distance_table, networks_of, paired_table, read_members
 from tfmq_exp.report.published_tables import find_paper, find_table, read_published, tables_by_paper
 from tfmq_exp.report.records import ScoreRecord, read_records, save_records
 from tfmq_exp.report.tables import FORMATS, by_protocol, headline, pivot, render, table, titles
@@ -61,6 +65,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), help="of --pivot, each with its variants (default: all)"
     )
+    parser.add_argument(
+        "--paired",
+        metavar="DISTANCE",
+        help=f"from the float images, methods against each other: {', '.join(DISTANCES)}",
+    )
+    parser.add_argument("--against", metavar="METHOD", help="with --paired (default: the best one of the same bits)")
     parser.add_argument("--paper", help="a paper to compare with; without --table: name its tables")
     parser.add_argument("--table", help="which of the tables of --paper")
     parser.add_argument("--model", help="with --table: our numbers are those of this model, whatever the paper's is")
@@ -90,6 +100,8 @@ def make_tables(args: argparse.Namespace) -> str:
     Raises:
         ValueError: no such published table, or nothing measured to make a table of.
     """
+    if args.paired:
+        return paired_tables(args)
     if args.table and not args.paper:
         raise ValueError(f"--table {args.table} needs the --paper that it is in; --list names them")
     if args.paper and args.pivot:
@@ -112,6 +124,29 @@ def make_tables(args: argparse.Namespace) -> str:
     groups = by_protocol(records)
     named = zip(groups, titles(groups), strict=True)
     return "\n".join(render_table(group, title, args) for group, title in named)
+
+
+def paired_tables(args: argparse.Namespace) -> str:
+    """Distances from the float images, and methods against each other on the same images; two tables for each protocol.
+
+    Raises:
+        ValueError: no run folder has distances of images, or an unknown distance or method.
+    """
+    members = list(read_members(*args.sources))
+    if not members:
+        raise ValueError(f"no {DISTANCES_FILE} beside a results.json under {', '.join(map(str, args.sources))}")
+    records = [member.record for member in members]
+    named = zip(networks_of(members), titles(by_protocol(records)), strict=True)
+    if args.format == "csv":
+        shown = [(title, paired_table(networks, args.paired, args.against)) for networks, title in named]
+        rows = [[*row, title] for title, (_, rows) in shown for row in rows]
+        return render([*PAIRED_HEADER, "table"], rows, args.format)
+    texts = [
+        f"**{title}**\n\n{render(*distance_table(networks), args.format)}\n"
+        f"{render(*paired_table(networks, args.paired, args.against), args.format)}"
+        for networks, title in named
+    ]
+    return "\n".join(texts)
 
 
 def render_table(records: list[ScoreRecord], title: str, args: argparse.Namespace) -> str:

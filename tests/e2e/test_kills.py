@@ -87,9 +87,10 @@ def test_any_stage_that_is_deleted_is_made_again_and_the_job_is_found_after_that
     assert set(stages) == {
         *("trajectory", "weights", "activations", "images", "float images"),
         *("reference", "scores", "float scores", "diagnostics", "comparison"),
+        *(f"float {kind} {stage}" for kind in ("batch", "bfloat16") for stage in ("images", "comparison")),
     }
     for name in stages:
-        stage = name.removeprefix("float ")
+        stage = name.split()[-1]
         shutil.rmtree(tmp_path / "store" / stage / stages[name])
         assert rows("done") == first
         assert (tmp_path / "store" / stage / stages[name] / "manifest.json").is_file(), name

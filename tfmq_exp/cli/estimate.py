@@ -154,7 +154,7 @@ class Costs:
             passes = len(set(run.calls)) * (len(self.model.activation_bits()) or 1)
         elif name.endswith("images"):
             images, decoded = run.images.count if count is None else count, 1
-            floats, passes = (steps, 0) if name == "float images" else (0, steps)
+            floats, passes = (steps, 0) if name.startswith("float ") else (0, steps)
             disk = images * self.image
         elif name.endswith("diagnostics"):  # the quantized network on its own trajectory and on the float one
             floats, passes = steps, 2 * steps

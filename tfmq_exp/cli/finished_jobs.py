@@ -31,6 +31,8 @@ WRITTEN = (
     *("results.json", "artifacts.json", "environment.json", "quantized.json", "components.json"),
     *("samples.png", "samples_deployed.png", "temporal_error.csv", "temporal_error.png"),
     *("trajectory_error.csv", "trajectory_error.png", "trajectory_error_deployed.csv"),
+    "image_distances.csv",
+    *("comparison.json", "comparison.html"),
     *("units.csv", "losses.csv", "noise.csv", "sites.csv", "diagnosis/*.csv", "diagnosis/*.png"),
 )
 # Settings that change no result: locations (files that are read are identified one by one), and how the work is done.

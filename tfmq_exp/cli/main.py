@@ -18,13 +18,14 @@ from tfmq_exp.cli.environment import describe_environment, pick_device, prepare
 from tfmq_exp.cli.finished_jobs import claim
 from tfmq_exp.cli.launch import together
 from tfmq_exp.cli.make_run import make_run
+from tfmq_exp.cli.outputs.comparison import save_comparison, save_page
 from tfmq_exp.cli.outputs.diagnosis import save_diagnoses
 from tfmq_exp.cli.outputs.run_folder import RunOutputs, report_coverage, run_metadata, warn_of_captions
 from tfmq_exp.cli.outputs.score_records import score_records
 from tfmq_exp.cli.run_info import current_run
 from tfmq_exp.cli.status import State
 from tfmq_exp.cli.terminal import ProgressBars, say
-from tfmq_exp.cli.validation import DIAGNOSE, EXPORT, GOALS
+from tfmq_exp.cli.validation import COMPARE, DIAGNOSE, EXPORT, GOALS
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.files import write_json
 from tfmq_exp.deploy.engine import require_executable
@@ -101,7 +102,7 @@ def make_experiment(
         folder: of the run, in which real images are not looked for; None outside Hydra's jobs.
     """
     # the engine first, which says at once if it is not installed
-    engine = instantiate(cfg.engine) if cfg.until in (EXPORT, "images", "scores") else None
+    engine = instantiate(cfg.engine) if cfg.until in (EXPORT, "images", COMPARE, "scores") else None
     run = make_run(cfg, device, folder or Path.cwd(), group)
     if engine:
         require_executable(run.denoiser)
@@ -112,6 +113,8 @@ def goals_up_to(goal: str) -> tuple[str, ...]:
     """Goals that a run reaches, its own last."""
     if goal in (DIAGNOSE, EXPORT):
         return (*GOALS[: GOALS.index("correction") + 1], goal)
+    if goal == COMPARE:
+        return (*GOALS[: GOALS.index("images") + 1], goal)
     return GOALS[: GOALS.index(goal) + 1]
 
 
@@ -148,6 +151,10 @@ def _execute(
     if "images" in goals:
         outputs.save_samples(experiment.simulated.images, "samples")
     outputs.save_deployed()
+    if cfg.until in (COMPARE, "scores"):
+        save_comparison(experiment, folder)
+    if cfg.until == COMPARE:
+        save_page(experiment, folder, console, (cfg.quant.name, cfg.method.name), cfg.seed)
     if cfg.until == "scores":
         outputs.save_errors(cfg.name)
         outputs.save_records(score_records(experiment, cfg, current_run().overrides, covered, environment, began))

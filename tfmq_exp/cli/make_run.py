@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from tfmq_exp.cli.validation import calibration_steps, real_images
 from tfmq_exp.core.distributed import ALONE, ProcessGroup
 from tfmq_exp.core.validate import WrongValueError
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.pipeline.run_config import DiagnosisPlan, Run
+from tfmq_exp.evaluation.image_comparison import ImageComparison
+from tfmq_exp.evaluation.scores import Evaluator
+from tfmq_exp.pipeline.run_config import DiagnosisPlan, FloorPlan, Run
 from tfmq_exp.reconstruction.context import ComputeConfig, quiet_trainer
 from tfmq_exp.sampling.conditioning import Captions
 from tfmq_exp.sampling.diffusers_scheduler import replaced_settings
@@ -73,6 +76,7 @@ def make_run(
     cache_folder = None if runtime.activation_cache_dir is None else Path(runtime.activation_cache_dir)
     if cache_folder:
         cache_folder.mkdir(parents=True, exist_ok=True)
+    evaluator = functools.cache(functools.partial(make, cfg.eval))  # its extractor serves both
     return Run(
         denoiser=denoiser,
         sampling=sampling,
@@ -92,7 +96,9 @@ def make_run(
             device_cache_bytes(runtime.device_cache_gib, device),
         ),
         seed=cfg.seed,
-        make_evaluator=functools.partial(make, cfg.eval),
+        floor=floor_plan(cfg),
+        make_evaluator=evaluator,
+        make_comparison=lambda: make_comparison(cfg, evaluator, device),
         make_training_images=lambda: make(real_images(cfg, folder)),
         **components,
     )
@@ -121,6 +127,22 @@ def diagnosis_plan(cfg: DictConfig) -> DiagnosisPlan:
         return DiagnosisPlan(**make(cfg.diagnosis))
     except WrongValueError as error:
         raise ValueError(error.under("diagnosis")) from error
+
+
+def floor_plan(cfg: DictConfig) -> FloorPlan:
+    """Float images that are made once more; ValueError, with its key, for a value that is none."""
+    try:
+        return FloorPlan(**make(cfg.comparison))
+    except WrongValueError as error:
+        raise ValueError(error.under("comparison")) from error
+
+
+def make_comparison(cfg: DictConfig, evaluator: Callable[[], Evaluator], device: torch.device) -> ImageComparison:
+    """Distances from the float images: scores also give their Fréchet distance, for which they have the extractor."""
+    if cfg.until == "scores":
+        found = evaluator()
+        return ImageComparison(tuple(found.perceptual.values()), found.extract, str(device))
+    return ImageComparison(tuple(make(cfg.eval.get("perceptual") or {}).values()), device=str(device))
 
 
 def make_sampling(cfg: DictConfig) -> Sampling:

@@ -20,7 +20,7 @@ from tfmq_exp.core import validate
 from tfmq_exp.core.validate import Kind, number, one_of, optional, whole
 
 GOALS = ("trajectory", "weights", "activations", "correction", "images", "scores")
-DIAGNOSE, EXPORT = "diagnose", "export"  # these branch off once the model is finished
+DIAGNOSE, EXPORT, COMPARE = "diagnose", "export", "compare"  # branch off once there is the model; the last, its images
 PROCESSES_PER_CORE = 4  # more only wait for one another and fill the memory
 FEWEST_SCORED = 2  # images: one has no covariance
 BITS, FLOAT_BITS = range(2, 9), "32"  # the latter in a name, for what stays float
@@ -41,13 +41,13 @@ RATES = (
 )
 # what the values of keys must be
 KINDS: dict[Kind, str] = {
-    one_of(*GOALS, DIAGNOSE, EXPORT): "until",
+    one_of(*GOALS, COMPARE, DIAGNOSE, EXPORT): "until",
     one_of("memory", "stored"): "runtime.weights",
     validate.SEED: "seed",
     validate.SWITCH: "dry_run force runtime.estimate runtime.traceback eval.kid eval.precision_recall eval.cmmd model.denoiser.ema model.tie_qkv "
     "protocol.qat.horizontal_flip data.grey",
     validate.COUNT: "data.size eval.extract.batch_size eval.manifold_images model.denoiser.decode_rows model.denoiser.image_size runtime.batch_size runtime.processes runtime.microbatches "
-    "diagnosis.samples diagnosis.trajectories " + re.sub(r"(\S+)", r"protocol.\1", COUNTS),
+    "diagnosis.samples diagnosis.trajectories comparison.floor_images " + re.sub(r"(\S+)", r"protocol.\1", COUNTS),
     optional(validate.COUNT): "runtime.threads engine.threads protocol.calibration.num_inference_steps",
     validate.ANY_COUNT: "protocol.qat.warmup",
     validate.RATE: re.sub(r"(\S+)", r"protocol.\1", RATES),
@@ -58,7 +58,7 @@ KINDS: dict[Kind, str] = {
     MINUTES: "runtime.checkpoint_every_min",
     optional(TEXT): "runtime.activation_cache_dir",
     PATH: "name path captions data.path data.listing model.denoiser.path model.denoiser.autoencoder paths.outputs paths.store paths.checkpoints paths.data "
-    "paths.inception",
+    "paths.inception paths.alexnet paths.vgg",
 }
 
 

@@ -1,8 +1,7 @@
-"""Metrics of features: Fréchet distances (FID of pooled, sFID of spatial ones), Inception score, KID, CMMD, precision and recall; PSNR."""
+"""Metrics of features: Fréchet distances (FID of pooled, sFID of spatial ones), Inception score, KID, CMMD, precision and recall."""
 
-import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 from torchmetrics import Metric
-from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -87,15 +85,6 @@ def frechet_distance(
     means = (real.mean - generated.mean).square().sum(dim=-1)
     traces = real.covariance.trace() + generated.covariance.trace()
     return means + traces - 2 * torch.linalg.eigvals(real.covariance @ generated.covariance).sqrt().real.sum(dim=-1)
-
-
-def signal_noise_ratio(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:
-    """Peak signal-to-noise ratio of bytes against exact ones in dB, over all pairs of batches; None where all are equal."""
-    ratio = PeakSignalNoiseRatio(data_range=255.0, sync_on_compute=False)
-    for images, exact in pairs:
-        ratio.update(images.float(), exact.float())
-    found = float(ratio.compute())
-    return found if math.isfinite(found) else None
 
 
 def inception_score(logits: Rows) -> float:

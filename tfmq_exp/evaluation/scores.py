@@ -15,6 +15,7 @@ from tfmq_exp.core.validate import COUNT, SWITCH, check_fields
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.evaluation import metrics
 from tfmq_exp.evaluation.features import Extractor
+from tfmq_exp.evaluation.image_distances import PerceptualDistance
 from tfmq_exp.evaluation.metrics import NEIGHBOUR, SPLITS, FrechetDistance
 from tfmq_exp.evaluation.references import NpzReference, ReferenceStatistics
 
@@ -51,6 +52,8 @@ class Evaluator:
     cmmd: bool = False  # also CMMD, likewise; it is defined for CLIP's embeddings
     # scores of every single image by name; their means are scores of the network
     image_scores: Mapping[str, ImageScore] = field(default_factory=dict)
+    # distances of images from the float model's, by a name; no part of these scores
+    perceptual: Mapping[str, PerceptualDistance] = field(default_factory=dict)
     # of the reference for KID, CMMD, precision and recall; guided-diffusion's files hold so many
     manifold_images: int = 10_000
 

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from tfmq_exp.deploy.engine import Engine
 from tfmq_exp.pipeline.pipeline import Pipeline, Stage
 from tfmq_exp.pipeline.run_config import Run
@@ -54,6 +56,7 @@ class Experiment:
         float_network = evaluation.SampledNetwork(None, lambda: float_sampler)
         self.float_images = evaluation.SampleImages(*given, float_network, prefix="float ")
         self.float_scores = evaluation.ScoreImages(*given, self.float_images, self.reference, prefix="float ")
+        self.floor = {kind: self._floor(kind) for kind in run.floor.floor}
         self.simulated = self._evaluation("", self.quantized.stage, self.quantized.sampler)
         self.export = export = ExportEngine(*given, engine, self.quantized) if engine else None
         self.deployed = self._evaluation(f"{export.name} ", export, export.sampler) if export else None
@@ -73,6 +76,19 @@ class Experiment:
             images, scores, errors, evaluation.CompareImages(*given, images, self.float_images, prefix=prefix)
         )
 
+    def _floor(self, kind: str) -> evaluation.CompareImages:
+        """Comparison of float images with such as are made otherwise in one respect."""
+        other, prefix = self.run.made_otherwise(kind), f"float {kind} "
+        network = evaluation.SampledNetwork(
+            None, lambda: (other.sampling.predictor(other.denoiser.network), other.sampling)
+        )
+        if kind == "threads":
+            threads = 1 if torch.get_num_threads() > 1 else 2
+            images = evaluation.SampleWithThreads(other, self.pipeline, network, threads, prefix=prefix)
+        else:
+            images = evaluation.SampleImages(other, self.pipeline, network, prefix=prefix)
+        return evaluation.CompareImages(self.run, self.pipeline, images, self.float_images, prefix=prefix)
+
     def data(self, goal: str) -> list[Stage]:
         """Stages with the data that weights (`goal` is weights) or the whole network are made from."""
         found: list[Stage] = []
@@ -88,20 +104,23 @@ class Experiment:
     def stages(self, goals: Collection[str]) -> list[Stage]:
         """Stages that lead to the last of the goals, in order; `goals` are `goals_up_to` it."""
         *_, goal = goals
+        floor = [stage for each in self.floor.values() for stage in (each.images, each)]
         stages: dict[str, Sequence[Stage | None]] = {
             "trajectory": [self.trajectory] if goal in ("trajectory", "diagnose") else [],
             "weights": [*self.data(goal), self.weights],
             "activations": [self.activations, *self.component_stages()],
             "correction": [self.correction],
             "images": [self.float_images, self.simulated.images],
-            "scores": [self.reference, self.float_scores, *self.simulated[1:]],
+            "compare": [self.simulated.comparison, *floor],
+            "scores": [self.reference, self.float_scores, *self.simulated[1:], *floor],
             "diagnose": [*self.diagnoses.values()],
         }
         found = [stage for name in stages if name in goals for stage in stages[name] if stage]
         if self.export and self.deployed:
             sampled = [self.deployed.images] if "images" in goals else []
+            compared = [self.deployed.comparison] if "compare" in goals else []
             scored = [*self.deployed[1:]] if "scores" in goals else []
-            found += [self.export, *sampled, *scored]
+            found += [self.export, *sampled, *compared, *scored]
         return list(dict.fromkeys(found))
 
     def check_memory(self, goals: Collection[str]) -> None:

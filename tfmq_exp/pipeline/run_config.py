@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tfmq_exp.calibration.dataset import CalibrationPlan
 from tfmq_exp.core.seeds import Stream
-from tfmq_exp.core.validate import COUNT, Checked, Kind, sequence_of
+from tfmq_exp.core.validate import COUNT, Checked, Kind, one_of, sequence_of
 from tfmq_exp.data.image_dataset import ImageDataset
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.find import family_of
@@ -20,6 +20,7 @@ from tfmq_exp.denoisers.loading.meta_network import move_loaded
 from tfmq_exp.denoisers.read_structure import read_structure
 from tfmq_exp.denoisers.structure import TEMPORAL_ROLES, NetworkStructure
 from tfmq_exp.denoisers.temporal import measured_temporal_layers
+from tfmq_exp.evaluation.image_comparison import ImageComparison
 from tfmq_exp.evaluation.scores import Evaluator
 from tfmq_exp.methods.first_stage import FirstStageBits
 from tfmq_exp.methods.method import Method
@@ -51,6 +52,17 @@ class DiagnosisPlan(Checked):
     words: Annotated[Sequence[str], WORDS] = ()  # of captions, whose cross-attention is compared
 
 
+FLOORS = ("batch", "bfloat16", "threads")
+
+
+@dataclass(frozen=True)
+class FloorPlan(Checked):
+    """Float images made once more, otherwise in one respect each: their distances from the first are no quantization error."""
+
+    floor: Annotated[Sequence[str], sequence_of(one_of(*FLOORS))]
+    floor_images: Annotated[int, COUNT]  # of the run's images, the first ones
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """Configuration of one experiment."""
@@ -64,6 +76,8 @@ class Run:
     diagnosis: DiagnosisPlan
     compute: ComputeConfig  # batch size, cache, trainer and processes
     seed: int  # of all random numbers but those of the images
+    floor: FloorPlan
+    make_comparison: Callable[[], ImageComparison]  # loads networks of perceptual distances, when images are compared
     make_evaluator: Callable[[], Evaluator]  # loads feature extractor and reference, when scores are needed
     make_training_images: Callable[[], ImageDataset]  # opens those of quantization-aware training, when they are needed
     first_stage: FirstStageBits | None = None  # of the first stage's decoder; None: float
@@ -73,6 +87,11 @@ class Run:
     def evaluator(self) -> Evaluator:
         """Feature extractor, reference and metrics."""
         return self.make_evaluator()
+
+    @cached_property
+    def comparison(self) -> ImageComparison:
+        """Distances from the float model's images."""
+        return self.make_comparison()
 
     @cached_property
     def training_images(self) -> ImageDataset:
@@ -173,6 +192,17 @@ class Run:
             return {}
         images = choose(self.images.seed, Stream.IMAGES, range(self.images.count))
         return encoder.count_cut([*images, *choose(self.seed, Stream.CALIBRATION, range(self.calibration.images))])
+
+    def made_otherwise(self, kind: str) -> "Run":
+        """The first images by another batch size or precision, or as they are with other threads."""
+        batch = max(1, self.images.batch // 2) if self.images.batch > 1 else 2
+        precision = "float32" if self.sampling.precision == "bfloat16" else "bfloat16"
+        count = min(self.floor.floor_images, self.images.count)
+        return replace(
+            self,
+            images=replace(self.images, count=count, batch=batch if kind == "batch" else self.images.batch),
+            sampling=replace(self.sampling, precision=precision) if kind == "bfloat16" else self.sampling,
+        )
 
     # parts of the stages' keys
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tfmq_exp.report import comparability
 from tfmq_exp.report.comparability import EXECUTED, FLOAT, bits_order, engine_of, group_by, join, names, one_per_seed
+from tfmq_exp.report.image_distances import DISTANCES
 from tfmq_exp.report.records import ScoreRecord
 
 FORMATS = ("markdown", "csv")
@@ -54,6 +55,12 @@ ERRORS = (
     Column("step error", _entry("errors", "step"), 5, "↓"),
     Column("trajectory error", _entry("errors", "trajectory"), 4, "↓"),
     Column("PSNR, dB", _entry("errors", "psnr"), 1, "↑"),
+)
+FLOAT_FID = Column("FID to float images", _entry("errors", "float_fid"), 3, "↓")
+# of images from the float model's, as means over images; columns that no record has are left out
+IMAGE_ERRORS = (
+    *(Column(e.title, _entry("errors", e.name), e.digits, e.better) for e in DISTANCES.values() if e.name != "psnr"),
+    FLOAT_FID,
 )
 COMPONENTS = (  # of components beside the denoiser, where some are quantized
     Column("decoder PSNR, dB", _entry("errors", "decoder_psnr"), 1, "↑"),
@@ -140,8 +147,8 @@ def table(records: Sequence[ScoreRecord]) -> tuple[list[str], list[list[str]]]:
     """
     if (protocols := len(by_protocol(records))) != 1:
         raise ValueError(f"{protocols} different protocols in one table; use `by_protocol` first")
-    components = [column for column in COMPONENTS if any(column.read(record) is not None for record in records)]
-    columns = [*score_columns(SCORES, records[0].evaluator["name"]), *ERRORS, *components, *SHARES, *COSTS]
+    found = [c for c in (*IMAGE_ERRORS, *COMPONENTS) if any(c.read(record) is not None for record in records)]
+    columns = [*score_columns(SCORES, records[0].evaluator["name"]), *ERRORS, *found, *SHARES, *COSTS]
     named = zip(records, names(records), strict=True)
     groups = group_by(named, lambda pair: (pair[0].method != FLOAT, pair[0].quant, pair[1]))
     rows = []

@@ -130,7 +130,8 @@ def test_a_small_cache_costs_time_and_spills_to_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["tfmq", "qdiff", "qdrop", "ptqd", "nearest", "lsq_tdq"])
 def test_missing_stages_are_estimated(tmp_path: Path, method: str) -> None:
     experiment = experiment_of(tmp_path, f"method={method}", "runtime.batch_size=4")
-    names = {"weights", "activations", "float images", "images", "diagnostics"}
+    names = {"weights", "activations", "images", "diagnostics"}
+    names |= {f"float {kind}images" for kind in ("", "batch ", "bfloat16 ")}
     names |= set() if method == "lsq_tdq" else {"trajectory"}
     names |= {"correction"} if method == "ptqd" else set()
     experiment.missing(app.GOALS)  # which reads the structure of the network

@@ -30,7 +30,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
 @pytest.mark.parametrize(
     ("key", "value", "right_ones"),
     [
-        ("until", "fid", "one of trajectory, weights, activations, correction, images, scores, diagnose"),
+        ("until", "fid", "one of trajectory, weights, activations, correction, images, scores, compare, diagnose"),
         ("seed", "abc", "a whole number from 0 to"),
         ("seed", 1.5, "a whole number from 0 to"),
         ("seed", -1, "a whole number from 0 to"),

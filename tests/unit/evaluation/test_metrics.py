@@ -20,7 +20,6 @@ from tfmq_exp.evaluation.metrics import (
     inception_score_adm,
     kernel_distance,
     precision_recall,
-    signal_noise_ratio,
 )
 
 
@@ -220,12 +219,3 @@ def test_too_few_images_have_no_distance_and_say_so() -> None:
     with pytest.raises(ValueError, match="more than 3 images on both sides, got 9 real, 3 generated"):
         precision_recall(features(9, 0), features(3, 1))
     assert not any(map(math.isnan, precision_recall(features(4, 0), features(4, 1))))
-
-
-def test_signal_noise_ratio_is_that_of_the_mean_squared_error_over_all_batches() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, exact = torch.randint(0, 256, (2, 10, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    error = float((images.double() - exact.double()).square().mean())
-    pairs = zip(images.split(4), exact.split(4), strict=True)
-    assert signal_noise_ratio(pairs) == pytest.approx(10 * math.log10(255**2 / error), rel=1e-5)
-    assert signal_noise_ratio([(images, images)]) is None

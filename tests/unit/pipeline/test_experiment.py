@@ -34,10 +34,18 @@ NETWORK = ("trajectory", "weights", "activations")
         ("lsq", "activations", ("examples", *NETWORK[1:])),
         ("tfmq", "diagnose", (*NETWORK, "rounding", "features", "accumulation", "similarity", "ranges", "sensitivity")),
         (
+            *("nearest", "compare"),
+            (
+                *(*NETWORK, "float images", "images", "comparison"),
+                *("float threads images", "float threads comparison"),
+            ),
+        ),
+        (
             *("ptqd", "scores"),
             (
                 *(*NETWORK, "correction", "float images", "images"),
                 *("reference", "float scores", "scores", "diagnostics", "comparison"),
+                *(f"float {kind} {stage}" for kind in ("batch", "bfloat16") for stage in ("images", "comparison")),
             ),
         ),
     ],
@@ -45,7 +53,8 @@ NETWORK = ("trajectory", "weights", "activations")
 def test_a_goal_has_its_stages_whose_keys_need_no_computing(
     tmp_path: Path, method: str, goal: str, names: tuple[str, ...]
 ) -> None:
-    experiment, goals = experiment_of(tmp_path, f"method={method}", f"until={goal}"), goals_up_to(goal)
+    floor = ["comparison.floor=[threads]"] if goal == "compare" else []
+    experiment, goals = experiment_of(tmp_path, f"method={method}", f"until={goal}", *floor), goals_up_to(goal)
     stages = experiment.stages(goals)
     assert tuple(stage.name for stage in stages) == names
     assert len({stage.entry.path for stage in stages}) == len(stages)

@@ -134,11 +134,18 @@ def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
 
 def mean_errors(evaluation: Evaluation) -> dict[str, float]:
     """The two error curves as the numbers of a row, and the distance of the images from the float network's."""
-    errors, psnr = evaluation.errors.errors(), evaluation.comparison.psnr()
+    errors, compared = evaluation.errors.errors(), evaluation.comparison.summary()
     columns = [("temporal", f"temporal_{name}", name) for name in ("cosine", "mse", "relative_mse")]
     columns.append(("trajectory", "step", "eps_error"))
     averages = {title: float(np.mean([row[name] for row in errors[curve]])) for curve, title, name in columns}
-    return {**averages, "trajectory": errors["trajectory"][-1]["x_error"], **({} if psnr is None else {"psnr": psnr})}
+    return {**averages, "trajectory": errors["trajectory"][-1]["x_error"], **image_errors(compared)}
+
+
+def image_errors(compared: Mapping[str, Any]) -> dict[str, float]:
+    """Distances from the float images: PSNR over all images, the other ones as means, the Fréchet distance as `float_fid`."""
+    means = {name: summary["mean"] for name, summary in compared["images"].items() if name != "psnr"}
+    whole = {"psnr": compared["psnr"], "float_fid": compared.get("fid")}
+    return {**{name: value for name, value in whole.items() if value is not None}, **means}
 
 
 def component_errors(components: Mapping[str, Any]) -> dict[str, float]:

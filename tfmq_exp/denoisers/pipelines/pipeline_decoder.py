@@ -111,7 +111,7 @@ class PipelineDecoder:
         Raises:
             ValueError: a pipeline that packs its latents, or has other units: they would not come back by `decode`.
         """
-        stage, parts, found = self.stage.to(images.device), images.split(self.rows), list[Tensor]()
+        stage, parts, found = self.autoencoder.to(images.device), images.split(self.rows), list[Tensor]()
         for part in parts:
             encoded = stage.encode(part)
             found.append(encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode())

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
@@ -16,7 +15,9 @@ from tfmq_exp.report.comparison import published_rows
 from tfmq_exp.report.html.charts import LIMITS, MANY_CURVES, Style, Views, styles
 from tfmq_exp.report.html.configurations import config_diffs, missing_seeds
 from tfmq_exp.report.html.deployment import deployments
+from tfmq_exp.report.html.environment import page_environment
 from tfmq_exp.report.html.grouping import Group, group_runs
+from tfmq_exp.report.html.paired_view import paired_view
 from tfmq_exp.report.html.pictures import albums, diagnosis_folders
 from tfmq_exp.report.html.run_charts import ERRORS, error_curves, losses, stage_rows, stage_times, unit_errors
 from tfmq_exp.report.html.run_reader import GOOD_STATES, SITES, STATES, Run
@@ -25,7 +26,6 @@ from tfmq_exp.report.html.score_table import score_table, warnings
 from tfmq_exp.report.published_tables import PublishedRow
 from tfmq_exp.report.tables import execution
 
-TEMPLATES = PackageLoader("tfmq_exp.report.html", "templates")
 YAML = {"sort_keys": False, "allow_unicode": True, "width": 110}
 
 
@@ -36,17 +36,13 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
     problems: list[str] = []  # of files that are read here
     samples, pictures_left_out = albums(groups, runs, problems)
     diagnoses, undiagnosed = diagnosis_folders(runs, problems)
-    views = [group_view(group, published, style) for group in groups]
+    views = [group_view(group, published, style, problems) for group in groups]
     unmeasured: dict[str, dict[str, list[str]]] = {}  # by model and published table: rows that no group has a run of
     for view in views:
         tables = unmeasured.setdefault(view["model"], view["unmeasured"])
         tables |= {name: [row for row in rows if row in tables[name]] for name, rows in view["unmeasured"].items()}
-    # templates escape all text of files, and fail on an unknown name
-    environment = Environment(
-        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     environment.filters["embedded"] = embedded
-    environment.filters["source"] = lambda name: Markup(TEMPLATES.get_source(environment, name)[0])
     return environment.get_template("page.html.j2").render(
         good=GOOD_STATES,
         limits=LIMITS,
@@ -68,8 +64,10 @@ def render_page(runs: Sequence[Run], published: Sequence[PublishedRow]) -> str:
     )
 
 
-def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[str, Style]) -> dict[str, Any]:
-    """The contents of a group's section."""
+def group_view(
+    group: Group, published: Sequence[PublishedRow], style: Mapping[str, Style], problems: list[str]
+) -> dict[str, Any]:
+    """The contents of a group's section; files that cannot be read are added to the problems."""
     (columns, lines), stages = score_table(group), stage_rows(group)
     compared, unmeasured = published_rows(group.records, published)
     charts = {"scores": scores_by_bits(group, style), "pareto": pareto(group, style)}
@@ -84,6 +82,7 @@ def group_view(group: Group, published: Sequence[PublishedRow], style: Mapping[s
         "lines": lines,
         "published": compared,
         "unmeasured": unmeasured,
+        "images": paired_view(group, problems),
         "charts": charts | {"units": unit_errors(group, style), "losses": losses(group)},
         "time": stage_times(stages),
         "stages": stages,

@@ -12,7 +12,7 @@ from tfmq_exp.report import tables
 from tfmq_exp.report.comparability import EXECUTED, group_by
 from tfmq_exp.report.html.grouping import Group, Variant
 from tfmq_exp.report.protocol_match import evaluator_family
-from tfmq_exp.report.tables import COMPONENTS, COSTS, ERRORS, SHARES, Column
+from tfmq_exp.report.tables import COMPONENTS, COSTS, ERRORS, FLOAT_FID, SHARES, Column
 
 LAYERS = Column("layers on the engine", lambda record: record.quantized.get(EXECUTED), 3)
 SIZE = Column("size, MB", lambda record: record.weights_bytes / 1e6, 2)
@@ -49,7 +49,9 @@ def _measured(group: Group, columns: Sequence[Column]) -> list[Column]:
 
 def score_table(group: Group) -> tuple[list[Column], Lines]:
     """Columns and lines of the table of a group; columns without any number are left out."""
-    before, after = (_measured(group, columns) for columns in ((*SHARES, LAYERS), (*ERRORS, *COMPONENTS, SIZE, *COSTS)))
+    before, after = (
+        _measured(group, columns) for columns in ((*SHARES, LAYERS), (*ERRORS, FLOAT_FID, *COMPONENTS, SIZE, *COSTS))
+    )
     columns = [*before, *measured_scores(group), *after]
     lines: Lines = []
     for variant in group.variants:
