@@ -44,7 +44,8 @@ def ran(name: str, method: str, weights: str, folder: Path, *further: str) -> di
     job(
         folder,
         "model=pipeline",
-        *overrides_of(name, folder),
+        *overrides_of(name, folder.parent),
+        "protocol.scales.iterations=10",
         f"runtime.weights={weights}",
         "runtime.estimate=false",
         *given,
