@@ -17,9 +17,8 @@ QUICK = (("pixart", "tfmq"), ("flux", "nearest"))
 EVERY = (
     *QUICK,
     ("sd3", "tfmq"),
-    ("dit", "tfmq"),
     ("flux", "brecq"),
-    ("wan", "gptq"),
+    ("sd3", "gptq"),
     ("sd3", "qdiff"),
     ("pixart", "tfmq_cache"),
     ("sd3", "ptqd"),
