@@ -17,9 +17,8 @@ QUICK = (("pixart", "tfmq"), ("flux", "nearest"))
 EVERY = (
     *QUICK,
     ("sd3", "tfmq"),
-    ("dit", "tfmq"),
     ("flux", "brecq"),
-    ("wan", "gptq"),
+    ("sd3", "gptq"),
     ("sd3", "qdiff"),
     ("pixart", "tfmq_cache"),
     ("sd3", "ptqd"),
@@ -44,7 +43,8 @@ def ran(name: str, method: str, weights: str, folder: Path, *further: str) -> di
     job(
         folder,
         "model=pipeline",
-        *overrides_of(name, folder),
+        *overrides_of(name, folder.parent),
+        "protocol.scales.iterations=10",
         f"runtime.weights={weights}",
         "runtime.estimate=false",
         *given,
