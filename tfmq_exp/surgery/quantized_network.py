@@ -203,8 +203,7 @@ class QuantizedNetwork(nn.Module):
         """Put stored features in the place of a layer; None where nothing reads its output any more."""
         before = self.network.get_submodule(layer)
         self.replaced_weights += sum(x.numel() for x in before.parameters(recurse=False))
-        module = (feature or Unneeded(before)).to(next(self.network.parameters()).device)
-        self.network.set_submodule(layer, module)
+        self.network.set_submodule(layer, (feature or Unneeded(before)).to(next(self.network.parameters()).device))
         self.plan = replace(self.plan, layers={k: v for k, v in self.plan.layers.items() if k != layer})
 
 
