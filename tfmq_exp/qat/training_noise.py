@@ -64,7 +64,7 @@ class TrainingNoise(NamedTuple):
     def target(
         self, clean: Float[Tensor, "batch *rest"], noise: Float[Tensor, "batch *rest"], t: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch *rest"]:
-        """What the network is to predict there: the noise, the clean sample, or a velocity."""
+        """The prediction that is right there: the noise, the clean sample, or a velocity."""
         return mixed(clean, self.of_clean[t], noise, self.of_noise[t])
 
 

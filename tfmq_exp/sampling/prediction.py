@@ -1,4 +1,4 @@
-"""What a network predicts: a mixture of clean sample and noise, by its training; and the noise that follows from a prediction."""
+"""Predictions of networks as mixtures of clean sample and noise, by the training; and the noise that follows from one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

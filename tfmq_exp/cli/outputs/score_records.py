@@ -116,7 +116,8 @@ def protocol(run: Run) -> dict[str, Any]:
 def cost_of(experiment: Experiment, began: float) -> dict[str, Any]:
     """Samples, iterations, seconds, bytes. `quantization_seconds` are of making the stages, by this run or another one."""
     run = experiment.run
-    given, halves = (run.calibration.images, len(run.calibration_calls)), 2 if run.sampling.guided else 1
+    given = run.calibration.images, len(run.calibration_calls)
+    halves = 2 if run.sampling.guided and not experiment.examples else 1  # training images are not guided
     budgets = {name: getattr(run.method, name).budget(*given) for name in ("weights", "activations")}
     network = (experiment.weights, experiment.activations, experiment.correction, *experiment.component_stages())
     seconds = [stage.entry.seconds for stage in (*experiment.data("activations"), *filter(None, network))]
