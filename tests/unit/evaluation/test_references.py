@@ -113,7 +113,7 @@ def test_a_file_without_images_needs_a_word(tmp_path: Path, extract: Extractor) 
     found.save(tmp_path / "statistics.safetensors")
     assert ReferenceStatistics.load(tmp_path / "statistics.safetensors").shape is None
     assert NpzReference(path).identity != NpzReference(path, any_size=True).identity
-    with pytest.raises(ValueError, match="which KID, precision and recall need"):
+    with pytest.raises(ValueError, match="which KID, CMMD, precision and recall need"):
         read(NpzReference(path, any_size=True), extract, keep=5)
 
 
