@@ -133,16 +133,14 @@ def _execute(
     write_json(folder / "quantized.json", covered)
     if cfg.until == "scores":
         experiment.reference.check_size()
-    if cfg.until == DIAGNOSE:
+    elif cfg.until == DIAGNOSE:
         experiment.similarity.check_words()
     report_coverage(covered, console)
     if experiment.pipeline.group.is_main:
         warn_of_captions(run)
-        if cfg.runtime.estimate:
-            expected = expected_cost(experiment, goals)
-            if expected is not None:
-                print_estimate(expected, console, experiment.pipeline.group.world_size)
-                log.info("estimate: %s", expected)
+        if cfg.runtime.estimate and (expected := expected_cost(experiment, goals)) is not None:
+            print_estimate(expected, console, experiment.pipeline.group.world_size)
+            log.info("estimate: %s", expected)
     experiment.make_network(cfg.until)
     outputs = RunOutputs(experiment, folder, console, goals)
     outputs.save_network()

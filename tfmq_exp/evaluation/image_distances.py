@@ -96,6 +96,15 @@ def pooled_signal_noise_ratio(values: Iterable[float]) -> float:
     return -10 * math.log10(sum(errors) / len(errors))
 
 
+def signal_noise_ratio(pairs: Iterable[tuple[Images, Images]]) -> float | None:
+    """PSNR of the mean squared error over all images of some batches, in dB; None where all images are the same."""
+    values, same = list[float](), True
+    for images, exact in pairs:
+        values += signal_noise_ratios(images, exact).tolist()
+        same = same and torch.equal(images, exact)
+    return None if same else pooled_signal_noise_ratio(values)
+
+
 def _unit(images: Images) -> Tensor:
     """Values from 0 to 1."""
     return images.float() / 255

@@ -18,6 +18,7 @@ from tfmq_exp.pipeline.stages.components import (
 )
 from tfmq_exp.pipeline.stages.data import CollectTrajectory, EncodeExamples
 from tfmq_exp.pipeline.stages.export_engine import ExportEngine
+from tfmq_exp.pipeline.stages.image_comparison import CompareImages
 from tfmq_exp.pipeline.stages.weights import ReconstructWeights, TrainWeights
 
 
@@ -27,7 +28,7 @@ class Evaluation(NamedTuple):
     images: evaluation.SampleImages
     scores: evaluation.ScoreImages
     errors: evaluation.MeasureErrors
-    comparison: evaluation.CompareImages  # with the float network's images
+    comparison: CompareImages  # with the float network's images
 
 
 class Experiment:
@@ -72,11 +73,9 @@ class Experiment:
         images = evaluation.SampleImages(*given, sampled._replace(components=self.components), prefix=prefix)
         scores = evaluation.ScoreImages(*given, images, self.reference, prefix=prefix)
         errors = evaluation.MeasureErrors(*given, sampled, self.quantized, prefix=prefix)
-        return Evaluation(
-            images, scores, errors, evaluation.CompareImages(*given, images, self.float_images, prefix=prefix)
-        )
+        return Evaluation(images, scores, errors, CompareImages(*given, images, self.float_images, prefix=prefix))
 
-    def _floor(self, kind: str) -> evaluation.CompareImages:
+    def _floor(self, kind: str) -> CompareImages:
         """Comparison of float images with such as are made otherwise in one respect."""
         other, prefix = self.run.made_otherwise(kind), f"float {kind} "
         network = evaluation.SampledNetwork(
@@ -87,7 +86,7 @@ class Experiment:
             images = evaluation.SampleWithThreads(other, self.pipeline, network, threads, prefix=prefix)
         else:
             images = evaluation.SampleImages(other, self.pipeline, network, prefix=prefix)
-        return evaluation.CompareImages(self.run, self.pipeline, images, self.float_images, prefix=prefix)
+        return CompareImages(self.run, self.pipeline, images, self.float_images, prefix=prefix)
 
     def data(self, goal: str) -> list[Stage]:
         """Stages with the data that weights (`goal` is weights) or the whole network are made from."""

@@ -13,7 +13,8 @@ from tfmq_exp.core.files import write_atomically, write_json
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.evaluation.image_sources import BatchedImages, ImageSource, read_pairs
 from tfmq_exp.pipeline.experiment import Experiment
-from tfmq_exp.pipeline.stages.evaluation import CompareImages, SampleImages
+from tfmq_exp.pipeline.stages.evaluation import SampleImages
+from tfmq_exp.pipeline.stages.image_comparison import CompareImages
 from tfmq_exp.report.html.comparison_page import Pair, Pixels, chosen_pairs, order_distance, render_comparison
 from tfmq_exp.report.image_distances import DISTANCES, DISTANCES_FILE, FLOAT_AGAIN, QUANTIZED, Values, write_distances
 from tfmq_exp.report.paired_tables import NetworkImages, distance_table

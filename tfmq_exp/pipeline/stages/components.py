@@ -16,7 +16,7 @@ from tfmq_exp.core.finite import within
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Denoiser
 from tfmq_exp.denoisers.families.decoder import Decoder, autoencoder_of, decoder_inputs
-from tfmq_exp.evaluation.metrics import signal_noise_ratio
+from tfmq_exp.evaluation.image_distances import signal_noise_ratio
 from tfmq_exp.methods import text_encoder as text
 from tfmq_exp.methods.first_stage import DecoderCalibration, FirstStageBits, decoded_pairs
 from tfmq_exp.pipeline.pipeline import Advance, Stage
