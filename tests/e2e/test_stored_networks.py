@@ -21,7 +21,7 @@ EVERY = (
     ("sd3", "gptq"),
     ("sd3", "qdiff"),
     ("pixart", "tfmq_cache"),
-    ("sd3", "ptqd"),
+    ("pixart", "ptqd"),
 )
 
 
