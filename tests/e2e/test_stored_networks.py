@@ -45,6 +45,7 @@ def ran(name: str, method: str, weights: str, folder: Path, *further: str) -> di
         "model=pipeline",
         *overrides_of(name, folder.parent),
         "protocol.scales.iterations=10",
+        "protocol.correction.images=4",
         f"runtime.weights={weights}",
         "runtime.estimate=false",
         *given,
