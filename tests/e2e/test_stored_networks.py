@@ -21,7 +21,7 @@ EVERY = (
     ("sd3", "gptq"),
     ("sd3", "qdiff"),
     ("pixart", "tfmq_cache"),
-    ("sd3", "ptqd"),
+    ("pixart", "ptqd"),
 )
 
 
@@ -45,6 +45,7 @@ def ran(name: str, method: str, weights: str, folder: Path, *further: str) -> di
         "model=pipeline",
         *overrides_of(name, folder.parent),
         "protocol.scales.iterations=10",
+        "protocol.correction.images=4",
         f"runtime.weights={weights}",
         "runtime.estimate=false",
         *given,
