@@ -33,6 +33,8 @@ def compared_networks(experiment: Experiment) -> dict[str, CompareImages]:
 def save_comparison(experiment: Experiment, folder: Path) -> None:
     """Write the distances of every image, and their summaries."""
     stages = compared_networks(experiment)
+    for floor in experiment.floor.values():  # also where they were deleted, and their comparison was not
+        experiment.pipeline.require(floor.images)
     values = {name: stage.values() for name, stage in stages.items()}
     write_atomically(folder / DISTANCES_FILE, lambda path: write_distances(path, values))
     write_json(folder / "comparison.json", {name: stage.summary() for name, stage in stages.items()})
