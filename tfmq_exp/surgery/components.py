@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.families.decoder import Decoder, with_decoder
+from tfmq_exp.denoisers.families.decoder import Decoder
+from tfmq_exp.denoisers.first_stage_decoder import with_decoder
 from tfmq_exp.denoisers.pipelines.text_components import TEXT_ENCODERS
 from tfmq_exp.surgery import serialization
 

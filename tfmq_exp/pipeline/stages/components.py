@@ -15,7 +15,8 @@ from tfmq_exp.core.batches import batches
 from tfmq_exp.core.finite import within
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.denoiser import Denoiser
-from tfmq_exp.denoisers.families.decoder import Decoder, autoencoder_of, decoder_inputs
+from tfmq_exp.denoisers.families.decoder import Decoder
+from tfmq_exp.denoisers.first_stage_decoder import autoencoder_of, decoder_inputs
 from tfmq_exp.evaluation.image_distances import signal_noise_ratio
 from tfmq_exp.methods import text_encoder as text
 from tfmq_exp.methods.first_stage import DecoderCalibration, FirstStageBits, decoded_pairs

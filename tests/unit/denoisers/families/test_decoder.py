@@ -9,8 +9,9 @@ from diffusers import AutoencoderKLWan
 from tests.helpers.components import KINDS, autoencoder, latents
 from tests.helpers.pipelines import GOLDENS, call_of, recorded
 from tfmq_exp.denoisers.denoiser import Pixels
-from tfmq_exp.denoisers.families.decoder import Decoder, autoencoder_of, decoder_inputs, with_decoder
+from tfmq_exp.denoisers.families.decoder import Decoder
 from tfmq_exp.denoisers.families.family import layer_names
+from tfmq_exp.denoisers.first_stage_decoder import autoencoder_of, decoder_inputs, with_decoder
 from tfmq_exp.denoisers.loading.autoencoder import LatentDecoder
 from tfmq_exp.denoisers.pipelines.pipeline_decoder import PipelineDecoder
 from tfmq_exp.denoisers.pipelines.pipeline_folder import PipelineFolder
