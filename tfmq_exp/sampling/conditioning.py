@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 from tfmq_exp.core.seeds import Stream, derive_seed
 from tfmq_exp.core.text_files import decode_text, read_lines
 from tfmq_exp.core.validate import COUNT, check_fields, one_of
-from tfmq_exp.denoisers.emoji import emoji_folder
 
 Order = Literal["in_turn", "random"]
 ORDER = one_of("in_turn", "random")
@@ -89,23 +88,6 @@ class Captions:
 
     def choose(self, seed: int, stream: str, indices: Iterable[int]) -> list[str]:
         return [self.texts[i] for i in _picks(self.order, len(self.texts), seed, stream, indices)]
-
-
-@dataclass(frozen=True)
-class CaptionsByUse:
-    """Captions of the images of a run, and other ones of whatever the network is calibrated and diagnosed on."""
-
-    images: Captions
-    others: Captions
-
-    def choose(self, seed: int, stream: str, indices: Iterable[int]) -> list[str]:
-        return (self.images if stream == Stream.IMAGES else self.others).choose(seed, stream, indices)
-
-
-def emoji_prompts(folder: str | None = None) -> CaptionsByUse:
-    """Prompts of the text-to-image model of emojis, in its folder: no prompt of calibration is one of evaluation."""
-    files = (emoji_folder(folder) / f"{use}.txt" for use in ("evaluation", "calibration"))
-    return CaptionsByUse(*(Captions.read(str(file)) for file in files))
 
 
 def _picks(order: Order, count: int, seed: int, stream: str, indices: Iterable[int]) -> list[int]:

@@ -10,6 +10,7 @@ from tfmq_exp.core.seeds import Stream
 from tfmq_exp.core.text_files import decode_text
 from tfmq_exp.core.validate import COUNT, check_fields, one_of, optional
 from tfmq_exp.data.prompt_files import Choice, choose_names, read_prompts
+from tfmq_exp.denoisers.emoji import emoji_folder
 from tfmq_exp.sampling.conditioning import hash_of, read_captions
 
 
@@ -95,6 +96,12 @@ class PromptSets:
         """The prompts of images `indices` of a stream, in turn."""
         texts = (self.images if stream == Stream.IMAGES else self.calibration).texts
         return [texts[i % len(texts)] for i in indices]
+
+
+def emoji_prompts(folder: str | None = None) -> PromptSets:
+    """Prompts of the text-to-image model of emojis, in its folder."""
+    files = (emoji_folder(folder) / f"{use}.txt" for use in ("evaluation", "calibration"))
+    return PromptSets(*(PromptSubset.read(str(file)) for file in files))
 
 
 def _plain(text: str) -> str:

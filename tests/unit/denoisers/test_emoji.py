@@ -12,8 +12,8 @@ from PIL import Image
 from tests.helpers.emoji import COLOURS, emoji_row, make_package, save_untrained
 from tfmq_exp.core.seeds import Stream
 from tfmq_exp.denoisers.emoji import FOLDER, load_emoji
-from tfmq_exp.sampling.conditioning import emoji_prompts
 from tfmq_exp.sampling.guidance import Sampling
+from tfmq_exp.sampling.prompt_sets import emoji_prompts
 from tfmq_exp.sampling.samplers import DDIM
 from tfmq_exp.sampling.trajectory import trajectory
 
