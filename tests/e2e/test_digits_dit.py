@@ -21,7 +21,7 @@ def test_it_is_scored_and_diagnosed(tmp_path: Path) -> None:
     ("method", "message"),
     [
         (
-            "lsq_tdq method.weights.labels={_target_: tfmq_exp.qat.conditioning.NoLabels}",
+            "lsq_tdq method.weights.labels=null",
             "conditioned on class_labels: training needs",
         ),
     ],

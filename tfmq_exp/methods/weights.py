@@ -99,11 +99,11 @@ class ReconstructJointly(Reconstruct):
 class QuantizationAwareTrain:
     """Quantization-aware training: the denoiser's own training goes on, with quantizers in the network (TDQ, arXiv 2306.02316).
 
-    It learns weights and ranges together. `labels` are classes or captions of the images, for conditional networks.
+    It learns weights and ranges together. `labels` are classes or captions of the images; None for unconditional networks.
     """
 
     protocol: TrainingProtocol
-    labels: Labels
+    labels: Labels | None
     learns: ClassVar[frozenset[str]] = frozenset({"weights", "activations"})
     trains: ClassVar[Literal[True]] = True
 

@@ -18,16 +18,8 @@ class Labels(Protocol):
     """Finds the label of every image of a set."""
 
     def of(self, source: ImageDataset) -> Sequence[Any]:
-        """One per image; none for unconditional networks."""
+        """One per image."""
         ...
-
-
-@dataclass(frozen=True)
-class NoLabels:
-    """No labels, for unconditional networks."""
-
-    def of(self, source: ImageDataset) -> Sequence[Any]:
-        return ()
 
 
 def names_of(source: ImageDataset) -> Sequence[str]:

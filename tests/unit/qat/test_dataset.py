@@ -17,7 +17,7 @@ from tfmq_exp.data.digits import DigitsImages, load_images
 from tfmq_exp.denoisers.denoiser import Conditions, Denoiser, NoConditions
 from tfmq_exp.denoisers.loading.condition_encoders import ClassEmbedder
 from tfmq_exp.pipeline.stages.weights import label_inputs
-from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses, NoLabels
+from tfmq_exp.qat.conditioning import CocoCaptions, ConditionDropout, FolderClasses
 from tfmq_exp.qat.dataset import NoisyBatches, TrainingSet, training_set_identity, write_training_set
 
 
@@ -176,7 +176,6 @@ class Files:
 def test_classes_are_folders_and_captions_those_of_coco(tmp_path: Path) -> None:
     files: Any = Files()
     assert list(FolderClasses().of(files)) == [1, 0, 1]
-    assert list(NoLabels().of(files)) == []
     content = {
         "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}, {"id": 9, "file_name": "c.png"}],
         "annotations": [

@@ -124,7 +124,7 @@ class TrainWeights(Stage):
     @cached_property
     def labels(self) -> Sequence[Any]:
         """Class or caption of every training image; none for an unconditional network."""
-        return self.method.labels.of(self.run.training_images)
+        return self.method.labels.of(self.run.training_images) if self.method.labels else ()
 
     def inputs(self) -> Mapping[str, Any]:
         data = {"examples": self.examples.key, "schedule": dict(self.run.denoiser.schedule), "seed": self.run.seed}
