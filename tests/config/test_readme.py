@@ -27,7 +27,7 @@ def swept(word: str) -> list[str]:
 @pytest.mark.parametrize("line", RUNS)
 def test_every_run_composes(tmp_path: Path, line: str) -> None:
     words = [word for word in shlex.split(line)[2:] if not word.startswith("-") and word != "job"]
-    sweeps = [[word] if "{" in word else swept(word) for word in words]
+    sweeps = [[word] if "{" in word or "[" in word else swept(word) for word in words]
     for job in itertools.product(*sweeps):
         composed(tmp_path, *job)
 

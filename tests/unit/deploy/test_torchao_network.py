@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.deployed import inputs, weight
-from tests.unit.deploy.test_torchao import CPU, GPU, grid_at, models  # noqa: F401 - fixtures
+from tests.unit.deploy.test_torchao import CPU, GPU, grid_at, models, network  # noqa: F401 - fixtures
 from tfmq_exp.deploy import engine
 from tfmq_exp.deploy.activation_tables import ScaleTable
 from tfmq_exp.deploy.engine import read_manifest

@@ -58,7 +58,7 @@ def test_everything_learned_and_its_note_survive_the_file(tmp_path: Path) -> Non
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     save_result(tmp_path / "file", learned(), {})
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"file is not readable \(damaged"):
+    with pytest.raises(ValueError, match="file is truncated: it begins as safetensors"):
         load_result(tmp_path / "file")
 
 
