@@ -28,10 +28,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("header", ["[]", "3", "{", "[" * 100_000])
 def test_headers_that_are_no_objects(header: str, tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "a", {"header": header})
-    with pytest.raises(
-        ValueError,
-        match=r"^.*/a is (no file of this program|is truncated: it begins as safetensors of 184 bytes and has 181)",
-    ):
+    with pytest.raises(ValueError, match=r"^.*/a is (no file of this program|not readable)"):
         read_tensor_file(tmp_path / "a")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.data.test_cifar10 import PER_FILE, binary, python, python2, rows, text  # noqa: F401 - fixtures
+from tests.unit.data.test_cifar10 import PER_FILE, binary, published, python, python2, read, rows, text  # noqa: F401 - fixtures
 from tfmq_exp.data import cifar10
 from tfmq_exp.data.cifar10 import BINARY, CIFAR10, PYTHON
 

@@ -110,7 +110,7 @@ def test_each_text_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = folder.text_components()
     seen: list[int] = []
     parts["text_encoder"].register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
-    monkeypatch.setattr(folder, "text_components", lambda: parts)
+    monkeypatch.setattr(folder, "text_components", lambda *_: parts)
     record_calls(folder, [*choices, *choices], settings)
     # two images and three find the layout, the two different texts are the conditions; each time with the null text
     assert seen == [2, 2, 3, 3, 2, 2]
