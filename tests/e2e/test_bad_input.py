@@ -119,7 +119,7 @@ def test_a_read_only_or_full_disk(
         raise OSError(28, "No space left on device", "calibration.safetensors")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tfmq_exp.core.tensor_file.save_file", no_room)
+        patch.setattr("tfmq_exp.calibration.dataset.write_tensor_file", no_room)
         assert "No space left on device" in failure(tmp_path, capsys)
     assert not list(tmp_path.rglob("*.partial"))
     job(tmp_path, "debug=smoke", "method=nearest", "until=activations")

@@ -22,5 +22,5 @@ def test_it_is_quantized_and_scored_on_its_prompts(tmp_path: Path) -> None:
     assert [row["quant"] for row in rows] == ["fp32", "w4a8"]
     assert all(row["evaluator"]["name"] == "emoji features" and row["scores"]["fid"] > 0 for row in rows)
     assert rows[0]["scores"] != rows[1]["scores"]
-    prompts = [row["protocol"]["conditioning"][use]["path"] for row in rows for use in ("images", "others")]
+    prompts = [row["protocol"]["conditioning"][use]["path"] for row in rows for use in ("images", "calibration")]
     assert prompts == [str(folder / "evaluation.txt"), str(folder / "calibration.txt")] * 2

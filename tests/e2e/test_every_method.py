@@ -29,7 +29,6 @@ PAIRS = [
     for family in INDEX
     for method in METHODS
 ]
-OF_PROMPT = r"depend on [\w.]+(, [\w.]+)*, too: a table by timestep cannot hold them"
 PACKED = r"images as latents of a \w+: it packs them, or has units that are not known here"
 SETTINGS = (
     *("debug=smoke", "runtime.threads=1", "quant=w4a8", "protocol.calibration.step_stride=1"),
@@ -41,8 +40,6 @@ def refusal(family: str, method: str) -> str | None:
     """Why a method cannot be used on a family, as its error says; None where it can."""
     if method == "ptqd":
         return "corrects its samples by statistics that no file of a network holds: use run.py"
-    if method == "tfmq_cache" and family in ("dit", "flux", "sd3"):
-        return OF_PROMPT
     if TRAINED.fullmatch(method) and family == "flux":
         return PACKED
     if TRAINED.fullmatch(method) and family == "wan":

@@ -18,6 +18,8 @@ def test_a_job_keeps_the_score_of_every_image(tmp_path: Path) -> None:
     assert [len(values) for values in kept] == [24, 24]
     means = sorted(float(values.double().mean()) for values in kept)
     assert sorted(row["scores"]["grey"] for row in rows) == pytest.approx(means, rel=1e-6)
-    images = [load_file(path)["images"] for path in sorted(tmp_path.rglob("images-000000.safetensors"))]
+    stages = json.loads((run / "artifacts.json").read_text())
+    folders = [Path(stages[name]["path"]) for name in ("images", "float images")]
+    images = [load_file(folder / "images-000000.safetensors")["images"] for folder in folders]
     first = [float(batch[0].double().mean()) for batch in images]
     assert sorted(float(values[0]) for values in kept) == pytest.approx(sorted(first), rel=1e-5)

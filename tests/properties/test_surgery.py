@@ -476,8 +476,8 @@ def test_other_versions_and_formats_are_named(saved: Path, tmp_path: Path) -> No
 def test_unknown_network_is_named(saved: Path, tmp_path: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         manifest = json.loads(file.metadata()["header"])["manifest"]
-    path = rewritten(saved, tmp_path, {}, manifest=manifest | {"network": "AutoencoderKL"})
-    assert "unknown network 'AutoencoderKL'" in refused(path, path.read_bytes())
+    path = rewritten(saved, tmp_path, {}, manifest=manifest | {"network": "UNet1DModel"})
+    assert "unknown network 'UNet1DModel'" in refused(path, path.read_bytes())
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
