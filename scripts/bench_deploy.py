@@ -88,7 +88,7 @@ def calibrated_on_noise(model: QuantizedNetwork, denoiser: Denoiser) -> Quantize
     return model
 
 
-def inputs_at(denoiser: Denoiser, rows: int, t: int, seed: int) -> dict[str, Tensor]:
+def inputs_at(denoiser: Denoiser, rows: int, t: float, seed: int) -> dict[str, Tensor]:
     noise = torch.randn(rows, *denoiser.sample_shape, generator=torch.Generator().manual_seed(seed))
     conditions = {name: value.expand(rows, *value.shape[1:]) for name, value in denoiser.example().items()}
     return {**conditions, "sample": noise, "timestep": torch.full((rows,), t)}
@@ -115,18 +115,18 @@ def load_seconds_and_peak_bytes(folder: Path, args: argparse.Namespace, shape: t
     return json.loads(subprocess.check_output([sys.executable, "-c", LOAD, *given], text=True))
 
 
-def save_float(model: Any, timesteps: Sequence[int], folder: Path) -> Path:
+def save_float(model: Any, timesteps: Sequence[float], folder: Path) -> Path:
     folder.mkdir()
     ov.save_model(model, folder / "model.xml", compress_to_fp16=False)
     write_manifest(folder, {"format": runtime.FORMAT, "timesteps": list(timesteps)})
     return folder
 
 
-def quantize_by_nncf(plain: Path, denoiser: Denoiser, timesteps: Sequence[int], folder: Path) -> Path:
+def quantize_by_nncf(plain: Path, denoiser: Denoiser, timesteps: Sequence[float], folder: Path) -> Path:
     """Quantize the float network by OpenVINO's own tool: the speed-up of its int8 kernels on this processor."""
     import nncf  # here: optional  # pyright: ignore[reportMissingImports]
 
-    samples = [{"sample": inputs_at(denoiser, 1, t, seed=t)["sample"].numpy(), "step": 0} for t in timesteps[:2]]
+    samples = [{"sample": inputs_at(denoiser, 1, t, seed=int(t))["sample"].numpy(), "step": 0} for t in timesteps[:2]]
     quantized = nncf.quantize(ov.Core().read_model(plain / "model.xml"), nncf.Dataset(samples))
     return save_float(quantized, timesteps, folder)
 

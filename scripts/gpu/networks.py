@@ -44,7 +44,7 @@ def recipe_of(iterations: int, batch: int) -> ReconstructionConfig:
     return ReconstructionConfig(iterations, batch, Lp(), FloatInputs(), rounding)
 
 
-def resolved(denoiser: Denoiser, structure: NetworkStructure, timesteps: tuple[int, ...]) -> ResolvedConfig:
+def resolved(denoiser: Denoiser, structure: NetworkStructure, timesteps: tuple[float, ...]) -> ResolvedConfig:
     """Every layer with 4-bit weights and 8-bit inputs; a scale per step for temporal layers, one for all others."""
     roles = {role.value: EDGES.get(role, LayerBits(4, 8)) for role in Role}
     scales = ScalePlan(PerStepConfig(), StaticConfig())

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_stored.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_goes_on_with_the_same_bits_in_little_memory(tmp_path: Path) -> None:
     """A small network; `python scripts/check_stored.py FOLDER` does the same with one of a GiB."""
     size = "--width", "256", "--blocks", "24", "--kill-after", "5", "--rest-mib", "60", "--iterations", "1"
