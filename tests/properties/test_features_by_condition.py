@@ -97,6 +97,20 @@ def test_a_condition_that_is_not_in_the_table_is_named() -> None:
         model(**inputs)
 
 
+@torch.no_grad()
+def test_where_nothing_is_stored_any_condition_is_served(tmp_path: Path) -> None:
+    """Layers of four bits are better than a table of two; the model is stored as it is."""
+    stored = read_stored("dit")
+    model = with_stored(stored, CacheFeatures(2, "disturbance"))
+    assert not model.stored_features
+    inputs = stored.calibration([0, 1], seed=0).inputs(torch.device("cpu"))
+    known = set(conditions_of(stored)["class_labels"].tolist())
+    inputs["class_labels"] = torch.full_like(
+        inputs["class_labels"], next(label for label in range(10) if label not in known)
+    )
+    assert torch.equal(output(reloaded(model, tmp_path), inputs), output(model, inputs))
+
+
 def test_a_budget_keeps_the_layers_that_gain_most() -> None:
     stored = read_stored("dit")
     whole = with_stored(stored, CacheFeatures(8, "always"))

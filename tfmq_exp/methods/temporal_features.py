@@ -115,6 +115,8 @@ class StoreFeatures(ABC):
             model.replace_layer(layer, found[layer])
         if len(chosen) == len(exact):
             drop_embeddings(model, structure)
+        if not chosen:  # then any condition may be asked for
+            context.conditions = None
         size, instead = sum(found[layer].size for layer in chosen), model.replaced_weights
         log.info(
             "%d of %d temporal features are stored for %d steps and %d conditions, in %d bytes instead of %d weights",

@@ -42,11 +42,11 @@ def empty_features(model: QuantizedNetwork, manifest: Mapping[str, Any], numbers
     Raises:
         ValueError: a table of another size, or a layer that is missing or needed.
     """
+    if "conditions" in manifest:
+        model.context.conditions = empty_conditions(manifest["conditions"], numbers)
     if not (manifest["cached"] or manifest["unneeded"]):  # decoders and text encoders are of no family
         return
     known = family_of(model.network).roles(model.network)
-    if "conditions" in manifest:
-        model.context.conditions = empty_conditions(manifest["conditions"], numbers)
     bases, cached = manifest.get("bases", {}), manifest["cached"]
     for layer, spec in cached.items():
         if known.get(layer) not in TEMPORAL_ROLES:

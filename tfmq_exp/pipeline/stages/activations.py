@@ -67,7 +67,8 @@ class CalibrateActivations(Stage):
                 freeze_outline(model, stored.integers)
                 read = parameters_of(model, missing)
                 loading.enter_context(loading_modules(model.network, read, run.denoiser.device))
-            run.method.temporal(*network, run.feature_inputs)
+            # conditions of all images are encoded only where their features are stored
+            run.method.temporal(*network, run.feature_inputs if run.method.temporal.stores else None)
         model.tabulate_scales()
         self.pipeline.store.write(folder / ARTEFACT, lambda path: serialization.save(model, path, recipe, missing))
 
